@@ -1,0 +1,8 @@
+"""Operators of multimodal infusion, usable without mitrain: each op has its own folder.
+
+    infused_attention   attention whose keys and values are multiplied by, and added to, a modality's vectors
+
+An op's folder holds ``reference.py`` (the definition, the slow truth) and its faster forms, all tested against it.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,25 @@
+"""The methods by name: the one place where a new method is added."""
+
+from collections.abc import Mapping
+
+from mitrain.adapters.base import Adapter
+from mitrain.adapters.mit import MiT
+from mitrain.config import Section
+from mitrain.errors import ConfigError
+
+METHODS: dict[str, type[Adapter]] = {MiT.method: MiT}
+
+
+def build(config: Section, widths: Mapping[str, int] | None = None) -> Adapter:
+    """The adapter that the section ``config`` describes, not attached yet.
+
+    ``widths``: each modality's feature width where the encoders decide it; ConfigError if the section says otherwise.
+    """
+    if config.section_name not in METHODS:
+        raise ConfigError(f"{type(config).__name__} describes no adapter: choose one of {sorted(METHODS)}")
+    given = dict(getattr(config, "modalities", {}))
+    if widths is not None and given not in ({}, dict(widths)):
+        raise ConfigError(f"adapter.modalities={given}, but the encoders give {dict(widths)}: leave adapter.modalities out")
+    if widths is not None and "modalities" in type(config).model_fields:
+        config = config.model_copy(update={"modalities": dict(widths)})
+    return METHODS[config.section_name](config)

@@ -1,0 +1,178 @@
+"""The adapter protocol: what a method must offer so that training, evaluation and checkpoints need not know it.
+
+An adapter is a module of trainable parameters that attaches to frozen Hugging Face models through hooks, wrapped
+modules and the attention interface, and takes itself off again without a trace. How the methods meet it:
+
+    MiT     binds one vector per modality; maps in the infused layers turn it into factors of keys, values and FFN.
+    PMF     attaches to two encoders; ``read`` runs both to their first fusion layer and then layer by layer in turn,
+            each fusion layer once for its query prompts and once for the fusion; ``first_layer`` = depth - L_f.
+    MoPE    binds the complementary modality's vector; a pre-hook of every layer exchanges the prompt tokens, with
+            weights from its router; ``extra_loss`` is the importance loss; ``first_layer`` = 0.
+    Aurora  a forward hook of every tuned projection adds U diag(λ ⊙ p_n) Vᵀ x, with U and V shared by all backbones;
+            needs no features; ``merge`` adds the same matrices to the frozen weights.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mitrain.adapters.condition import Condition, Feature, make_condition
+from mitrain.errors import ModelError
+
+_NOT_GIVEN = object()
+
+
+class Adapter(nn.Module, ABC):
+    """Trainable parameters beside frozen backbones.
+
+    While attached, the adapter is a submodule of each backbone under its method's name, so an optimizer built from a
+    backbone's trainable parameters gets the adapter's and no others; ``state_dict()`` holds adapter tensors only.
+    The backbones stay without gradients and in eval mode, also after ``backbone.train()``.
+    """
+
+    method: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._backbones: dict[str, PreTrainedModel] = {}
+        self._undo = contextlib.ExitStack()
+        self._conditions: list[Condition | None] = []
+        self._keyword: Any = _NOT_GIVEN
+
+    # What a method implements
+
+    @abstractmethod
+    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
+        """Check the backbones, create parameters, put hooks in place; register each undoing step with ``undo``."""
+
+    @abstractmethod
+    def first_layer(self, name: str) -> int:
+        """The lowest layer of backbone ``name`` that the adapter changes; those below are a frozen function."""
+
+    @property
+    @abstractmethod
+    def feature_widths(self) -> Mapping[str, int]:
+        """The modalities that ``bind`` takes, each with its feature width e."""
+
+    def read(
+        self,
+        backbones: Mapping[str, PreTrainedModel],
+        inputs: Mapping[str, Any],
+        features: Mapping[str, Feature],
+    ) -> Any:
+        """One forward pass of the adapted backbones; ``inputs`` are those of the text model."""
+        with self.bind(features):
+            return backbones["text"](**inputs)
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Keep only the inputs of the changed layers for backward and compute the rest again."""
+        if enabled:
+            raise ModelError(f"{self.method} has no activation checkpointing: switch it off")
+
+    def extra_loss(self) -> tuple[Tensor, Tensor] | None:
+        """A regulariser of the last forward pass as (sum, count), or None."""
+        return None
+
+    def merge(self) -> None:
+        """Fold the adapter into the frozen weights, where its effect does not depend on the input."""
+        raise ModelError(f"{self.method} depends on each sample's features and cannot be merged: keep it attached")
+
+    # What every method inherits
+
+    def attach(self, backbones: Mapping[str, PreTrainedModel], checkpoint: bool = False) -> "Adapter":
+        """Freeze ``backbones`` and install the adapter in them; on an error they are left as they were.
+
+        checkpoint: activation checkpointing of the layers that the adapter changes.
+        """
+        if self._backbones:
+            raise ModelError(f"this {self.method} adapter is attached already: call detach() first")
+        for name, backbone in backbones.items():
+            if hasattr(backbone, self.method):
+                raise ModelError(f"the {name} model has a {self.method} adapter (or attribute) already: detach it first")
+        try:
+            for backbone in backbones.values():
+                self._freeze(backbone)
+            self.install(backbones)
+            self.set_checkpointing(checkpoint)
+            self._backbones = dict(backbones)
+            for backbone in backbones.values():
+                backbone.add_module(self.method, self)
+                self.undo(delattr, backbone, self.method)
+                take = backbone.register_forward_pre_hook(self._take_keyword, prepend=True, with_kwargs=True)
+                self.undo(take.remove)
+                self.undo(backbone.register_forward_hook(self._drop_keyword, always_call=True).remove)
+            self.train(self.training)
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def detach(self) -> None:
+        """Leave the backbones exactly as found; the adapter keeps its parameters and can be attached again."""
+        self._undo.close()
+        self._backbones = {}
+        self._keyword = _NOT_GIVEN
+
+    def undo(self, function: Any, *args: Any) -> None:
+        """Call ``function(*args)`` on ``detach``, the latest first."""
+        self._undo.callback(function, *args)
+
+    @contextlib.contextmanager
+    def bind(self, features: Mapping[str, Feature], copies: int | None = 1) -> Iterator["Adapter"]:
+        """The features of the samples in the forward passes (or ``generate``) inside; they are dropped at the end.
+
+        features: name -> (B, e), or ((B, e), (B,) bool mask of the samples that have it), or None for a missing
+        modality. copies: rows per sample, for ``generate`` its num_beams or num_return_sequences; None: as many as
+        the batch asks for. Raises ModelError where they don't fit the adapter or, inside, the batch.
+        """
+        self._conditions.append(make_condition(features, self.feature_widths, copies))
+        try:
+            yield self
+        finally:
+            self._conditions.pop()
+
+    @property
+    def condition(self) -> Condition | None:
+        """The features of the running forward pass: the keyword ``infused=`` of the call, else the innermost bind."""
+        if self._keyword is not _NOT_GIVEN:
+            return self._keyword
+        return self._conditions[-1] if self._conditions else None
+
+    def train(self, mode: bool = True) -> "Adapter":
+        """Set the adapter's own mode; the frozen backbones around it go back to eval mode."""
+        super().train(mode)
+        own = set(self.modules())
+        for backbone in self._backbones.values():
+            for module in backbone.modules():
+                if module not in own:
+                    module.training = False
+        return self
+
+    def _freeze(self, backbone: PreTrainedModel) -> None:
+        trainable = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+        training = [module for module in backbone.modules() if module.training]
+        self.undo(_restore, trainable, training)
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        for module in training:
+            module.training = False
+
+    def _take_keyword(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if "infused" in kwargs:
+            self._keyword = None
+            self._keyword = make_condition(kwargs.pop("infused"), self.feature_widths)
+        return args, kwargs
+
+    def _drop_keyword(self, backbone: nn.Module, args: tuple, output: Any) -> None:
+        self._keyword = _NOT_GIVEN
+
+
+def _restore(trainable: list[nn.Parameter], training: list[nn.Module]) -> None:
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    for module in training:
+        module.training = True

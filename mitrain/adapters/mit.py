@@ -1,0 +1,263 @@
+"""MiT, Multimodal Infusion Tuning (arXiv 2403.05060): a frozen language model reads the text, and each modality's one
+global vector multiplies, and is added to, the keys, values and feed-forward activations of a few of its layers.
+
+Where the paper and the authors' release differ, both are settings; see mit_config.py.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import find_packed_sequence_indices
+
+from mitrain.adapters import attention
+from mitrain.adapters.base import Adapter
+from mitrain.adapters.checkpointing import CheckpointedLayer
+from mitrain.adapters.condition import Condition
+from mitrain.adapters.decoder import Decoder, InfusionPoint, find_decoder, infusion_point
+from mitrain.adapters.gate_cache import check_cache
+from mitrain.adapters.maps import LayerInfusion, inputs_of
+from mitrain.adapters.mit_config import MiTConfig
+from mitrain.adapters.selection import select_layers
+from mitrain.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the infused layers need during one forward pass, also when they are computed again in backward."""
+
+    condition: Condition
+    inputs: dict[str, Tensor]
+    present: dict[str, Tensor]
+    padding: Tensor | None
+
+
+class MiT(Adapter):
+    """MiT's maps in the chosen layers of the backbone ``text``.
+
+    The parameters are made by the first ``attach``, beside each layer's own, in float32 (or the model's, if wider). Names in the state dict:
+    ``infused.<index>.maps.<modality>.<k_mul|k_add|v_mul|v_add|ffn>``, ``infused.<index>.head_logit`` and, with a rank,
+    ``projections.<modality>``.
+    """
+
+    method: ClassVar[str] = "mit"
+
+    def __init__(self, config: MiTConfig):
+        super().__init__()
+        if not config.modalities:
+            raise ConfigError("adapter.modalities is empty: name each modality and its feature width, as {image: 768}")
+        self.config = config
+        self.infused = nn.ModuleDict()
+        self.projections = nn.ModuleDict()
+        self._call: Call | None = None
+        self._decoder: Decoder | None = None
+        self._checkpointing = False
+
+    @property
+    def feature_widths(self) -> Mapping[str, int]:
+        return self.config.modalities
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the infused layers, ascending; known once attached."""
+        return [int(index) for index in self.infused]
+
+    @property
+    def infusions(self) -> list[LayerInfusion]:
+        """The infused layers' maps, in the order of ``layers``."""
+        return list(self.infused.values())
+
+    def first_layer(self, name: str) -> int:
+        return self.layers[0]
+
+    # Attaching
+
+    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
+        decoder = find_decoder(backbones["text"])
+        indices = select_layers(self.config.layers, len(decoder.layers))
+        points = [infusion_point(decoder, index, self.config.ffn) for index in indices]
+        check_attention_base(decoder, self.config)
+        self._make_parameters(points, decoder)
+        self._switch_attention(decoder)
+        self.undo(decoder.model.register_forward_pre_hook(self._enter_decoder, with_kwargs=True).remove)
+        self.undo(decoder.model.register_forward_hook(self._leave_decoder, always_call=True).remove)
+        for point in points:
+            announce = partial(self._enter_attention, point.index)
+            self.undo(point.attention.register_forward_pre_hook(announce, with_kwargs=True).remove)
+            self.undo(point.attention.register_forward_hook(check_used, with_kwargs=True).remove)
+            if point.projection is not None:
+                self.undo(point.projection.register_forward_pre_hook(partial(self._infuse_ffn, point.index)).remove)
+        self._decoder = decoder
+        self.undo(self.set_checkpointing, False)
+
+    def _make_parameters(self, points: list[InfusionPoint], decoder: Decoder) -> None:
+        shapes = {str(point.index): point.shape for point in points}
+        if len(self.infused):
+            if shapes != {index: layer.shape for index, layer in self.infused.items()}:
+                raise ModelError("this MiT was made for a model of other widths or depth: make a new one")
+            return
+        widths, rank = dict(self.config.modalities), self.config.rank
+        dtype = torch.promote_types(decoder.model.dtype, torch.float32)
+        if rank:
+            like = next(decoder.layers[points[0].index].parameters())
+            for name, width in widths.items():
+                self.projections[name] = nn.Linear(width, rank, bias=False, device=like.device, dtype=dtype)
+            widths = dict.fromkeys(widths, rank)
+        options = {"k_add": self.config.k_add, "ffn": self.config.ffn, "base": self.config.base, "dtype": dtype}
+        for point in points:
+            like = next(decoder.layers[point.index].parameters())
+            layer = LayerInfusion(widths, point.shape, **options, device=like.device)
+            if self.config.init == "identity":
+                layer.start_as_identity()
+            self.infused[str(point.index)] = layer
+
+    def _switch_attention(self, decoder: Decoder) -> None:
+        attention.register()
+        base = decoder.model.config._attn_implementation
+        decoder.model.set_attn_implementation(attention.PREFIX + base)
+        self.undo(decoder.model.set_attn_implementation, base)
+        if decoder.model.config._attn_implementation != attention.PREFIX + base:
+            raise ModelError(f"{decoder.name} does not use Hugging Face's attention interface: not supported")
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        if self._decoder is None or enabled == self._checkpointing:
+            return
+        layers = self._decoder.layers
+        for index in self.layers:
+            layers[index] = CheckpointedLayer(layers[index], self._remember) if enabled else layers[index].layer
+        self._checkpointing = enabled
+
+    def _remember(self) -> Any:
+        return partial(self._during, self._call)
+
+    @contextmanager
+    def _during(self, call: Call | None) -> Iterator[None]:
+        before, self._call = self._call, call
+        try:
+            yield
+        finally:
+            self._call = before
+
+    # The forward pass, in the order in which the hooks run
+
+    def _enter_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self._call = None
+        condition = self.condition
+        if condition is None:
+            return None
+        given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        self._check_inputs(decoder, given)
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
+        like = next(self.parameters())
+        inputs, present = inputs_of(condition, len(tokens), like, self.projections)
+        padding = given.get("attention_mask")
+        padding = None if padding is None else padding.to(tokens.device, torch.bool)
+        self._call = Call(condition, inputs, present, padding)
+        if self._checkpointing and torch.is_grad_enabled():
+            return args, {**kwargs, "use_cache": False}
+        return None
+
+    def _check_inputs(self, decoder: nn.Module, given: Mapping[str, Any]) -> None:
+        mask, cache, positions = (given.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
+        if self.config.kernel_gate == "sequence" and (cache is not None or inside_generate()):
+            raise ModelError(
+                "the gate 'sequence' reads the whole text at once and cannot generate: set adapter.gate=prefix"
+            )
+        if cache is not None:
+            check_cache(cache)
+        if torch.is_grad_enabled() and getattr(decoder, "gradient_checkpointing", False):
+            raise ModelError("gradient_checkpointing_enable undoes the frozen trunk: use the adapter's set_checkpointing")
+        if cache is not None and self._checkpointing and torch.is_grad_enabled():
+            raise ModelError("activation checkpointing cannot fill a KV cache: give no past_key_values in training")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ModelError("infused layers need the attention mask as (batch, tokens): 1 for a token, 0 for padding")
+        alone = mask is None and cache is None and positions is not None and positions.ndim == 2
+        if given.get("cu_seq_lens_q") is not None or (alone and find_packed_sequence_indices(positions) is not None):
+            raise ModelError("packed sequences are not supported by infused layers: give one sample per row, padded")
+
+    def _leave_decoder(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+        self._call = None
+
+    def _recall(self, call: Call, index: int, what: str) -> Any:
+        """What the maps of layer ``index`` give for ``call``; in generation they are computed once, not per token."""
+        layer = self.infused[str(index)]
+        compute = layer if what == "attention" else layer.ffn_factor
+        if torch.is_grad_enabled():
+            return compute(call.inputs, call.present)
+        state = [0 if p.is_inference() else p._version for p in self.parameters()]
+        key = index, what, len(next(iter(call.inputs.values())))
+        known = call.condition.memory.get(key)
+        if known is None or known[0] != state:
+            known = call.condition.memory[key] = state, compute(call.inputs, call.present)
+        return known[1]
+
+    def _enter_attention(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        call = self._call
+        if call is None:
+            return None
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+        infusion = attention.Infusion(
+            maps=self._recall(call, index, "attention"),
+            gate=self.config.kernel_gate,
+            condition=call.condition,
+            padding=call.padding,
+            cache=cache,
+            layer_idx=index,
+            depth=len(self._decoder.layers),
+        )
+        return args, {**kwargs, "infusion": infusion}
+
+    def _infuse_ffn(self, index: int, projection: nn.Module, args: tuple) -> tuple | None:
+        if self._call is None:
+            return None
+        hidden, *rest = args
+        factor = self._recall(self._call, index, "ffn").to(hidden.dtype)
+        infused = hidden.reshape(len(factor), -1, hidden.shape[-1]) * factor[:, None]
+        return infused.reshape(hidden.shape), *rest
+
+
+def check_used(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    infusion = kwargs.get("infusion")
+    if infusion is not None and not infusion.used:
+        raise ModelError(f"{type(module).__name__} does not use Hugging Face's attention interface: not supported")
+
+
+def inside_generate() -> bool:
+    """Whether a call of transformers' generate is under way; a forward pass without a cache does not tell."""
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
+def check_attention_base(decoder: Decoder, config: MiTConfig) -> None:
+    base = decoder.model.config._attn_implementation
+    if base not in attention.BASES:
+        raise ModelError(
+            f"{decoder.name} runs on the attention {base!r}: load it with attn_implementation set to one of "
+            f"{', '.join(attention.BASES)}"
+        )
+    if getattr(decoder.model.config, "attn_logit_softcapping", None):
+        if base != "eager":
+            raise ModelError(f"{decoder.name} caps its attention scores: load it with attn_implementation='eager'")
+        if config.k_add and config.gate != "token":
+            raise ModelError(f"{decoder.name} caps its attention scores, where k_add does not fold: adapter.k_add=false")
+
+
+def attach(model: PreTrainedModel, config: MiTConfig) -> MiT:
+    """Freeze ``model`` and attach a new MiT to it; undo with the returned adapter's ``detach()``.
+
+    The features of each pass come with ``mit.bind({"image": features})`` or ``model(..., infused={"image": features})``.
+    Raises ModelError, in one line, for what cannot be infused.
+    """
+    adapter = MiT(config)
+    adapter.attach({"text": model})
+    return adapter

@@ -1,0 +1,93 @@
+"""MiT's settings: presets for the paper's and the release's forms, and the count of parameters that follows."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+from torch import nn
+
+from mitrain.adapters.decoder import LayerShape
+from mitrain.adapters.maps import attention_maps
+from mitrain.adapters.selection import parse_layers
+from mitrain.config import Section
+
+RELEASED_LAYERS = [13, 17, 21, 25, 29]
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "released": {"layers": RELEASED_LAYERS, "gate": "sequence", "k_add": True, "init": "released"},
+    "paper": {"gate": "token", "base": 0, "k_add": True, "init": "released"},
+}
+
+
+class MiTConfig(Section, kind="adapter", name="mit"):
+    """Settings of MiT. A preset fills in what is not given:
+
+        default   what folds, generates and starts as the frozen model: base 1, gate prefix, identity, no k_add
+        released  the authors' code: base 1, gate sequence, k_add, PyTorch's init, and the layers of their README,
+                  13-17-21-25-29-32, without its 32, which their 0-based counter never reaches in a 32-layer model
+        paper     the equations: base 0, and Eq. 4's cosine read per token (the gate 'token'); the init is the
+                  release's, as the paper's is not known
+
+    ``gate``: σ(L + cos(V, v_add)), where the cosine sees all of the text (``sequence``: for pooled read-outs, not
+    causal), the text so far (``prefix``), or the key itself (``token``: does not fold, slower); ``none`` is 1.
+    ``cosine=false`` leaves σ(L). ``k_add`` trains nothing unless the gate is ``token``: softmax cancels it.
+    """
+
+    preset: Literal["default", "released", "paper"] = "default"
+    modalities: dict[str, Annotated[int, Field(gt=0)]] = {}
+    layers: Annotated[str | list[int], AfterValidator(parse_layers)] = "last third"
+    gate: Literal["sequence", "prefix", "token", "none"] = "prefix"
+    cosine: bool = True
+    base: Literal[0, 1] = 1
+    k_add: bool = False
+    ffn: bool = True
+    init: Literal["identity", "released"] = "identity"
+    rank: Annotated[int, Field(gt=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        preset = values.get("preset", "default") if isinstance(values, dict) else None
+        return {**PRESETS.get(preset, {}), **values} if isinstance(preset, str) else values
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "MiTConfig":
+        for name in self.modalities:
+            if not name.isidentifier() or hasattr(nn.ModuleDict, name) or name in ("training", "infused"):
+                raise ValueError(f"{name!r} cannot name a modality: take a plain word such as image")
+        return self
+
+    @property
+    def kernel_gate(self) -> str:
+        """The gate by the operators' names."""
+        return self.gate if self.gate == "none" or self.cosine else "head"
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Trainable parameters: of each infused layer, of what the layers share, and in all."""
+
+    per_layer: int
+    shared: int
+    layers: int
+
+    @property
+    def total(self) -> int:
+        return self.per_layer * self.layers + self.shared
+
+
+def parameter_count(config: MiTConfig, shape: LayerShape, layers: int) -> ParameterCount:
+    """Count without building anything; ``layers`` infused layers of equal ``shape``.
+
+    Per layer and modality of width e (or ``rank``): n (e Hd + Hd) + (e d_ff + d_ff) + H with n attention maps. The
+    released form of LLaMA-2-7B with e = 768 has 21,064,480.
+    """
+    attention_width, heads = shape.heads * shape.head_dim, shape.heads
+    per_layer = shared = 0
+    for width in config.modalities.values():
+        if config.rank:
+            shared += width * config.rank
+            width = config.rank
+        per_layer += len(attention_maps(config.k_add)) * (width + 1) * attention_width + heads
+        per_layer += (width + 1) * shape.ffn if config.ffn else 0
+    return ParameterCount(per_layer, shared, layers)

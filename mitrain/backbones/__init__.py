@@ -1,0 +1,31 @@
+"""Frozen backbones: the language model, the image encoders, and the trunk that is computed once."""
+
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from mitrain.backbones.text import TextBackbone
+from mitrain.backbones.vision import VisionConfig, VisionEncoder
+from mitrain.config import Section
+
+__all__ = ["ModelConfig", "TextBackbone", "VisionConfig", "VisionEncoder"]
+
+
+class ModelConfig(Section):
+    """The frozen parts. ``llm_shape`` gives a configuration in place of weights, for ``--dry-run`` alone.
+
+    ``vision`` is one encoder or a list; a bare name stands for its defaults. Several feed one infusion: their global
+    features are concatenated.
+    """
+
+    llm: str
+    llm_shape: dict[str, Any] | None = None
+    vision: tuple[VisionConfig, ...]
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+
+    @field_validator("vision", mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        items = value if isinstance(value, list | tuple) else [value]
+        return [{"name": item} if isinstance(item, str) else item for item in items]

@@ -1,0 +1,83 @@
+"""The frozen trunk: every decoder layer below the first infused one.
+
+Nothing trainable lies under it, so it is a frozen function of the text alone. `trunk_states` computes what leaves it,
+once per text; `replay` runs the rest of the model on that, without a copied forward pass: for the time of one call the
+trunk's layers are stood in for by modules that hand the given states on.
+
+Shapes: B batch, T tokens, D hidden width.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mitrain.hf import layer_owner
+
+
+class StandIn(nn.Module):
+    """Takes a frozen layer's place: returns ``states`` if it has them, else its input. Other attributes are the layer's."""
+
+    def __init__(self, layer: nn.Module, states: Tensor | None):
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)
+        object.__setattr__(self, "_states", states)
+
+    def __getattr__(self, name: str):
+        return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        return hidden_states if self._states is None else self._states
+
+
+@contextlib.contextmanager
+def replay(model: PreTrainedModel, depth: int, states: Tensor) -> Iterator[None]:
+    """Inside, a forward pass of ``model`` starts at layer ``depth`` with ``states`` (B, T, D).
+
+    Call the model with ``inputs_embeds=states``, which gives it the shape and spares the embedding look-up.
+    """
+    owner, name = layer_owner(model)
+    layers = getattr(owner, name)
+    below = [StandIn(layer, states if i == 0 else None) for i, layer in enumerate(layers[:depth])]
+    setattr(owner, name, nn.ModuleList([*below, *layers[depth:]]))
+    try:
+        yield
+    finally:
+        setattr(owner, name, layers)
+
+
+class _Reached(Exception):
+    """Raised at the trunk's end: the layers above need not run."""
+
+
+@torch.no_grad()
+def trunk_states(model: PreTrainedModel, depth: int, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """What leaves the ``depth`` bottom layers: (B, T, D), in the model's dtype.
+
+    ``depth == 0`` gives the embeddings, ``depth == number of layers`` what enters the final norm.
+    """
+    owner, name = layer_owner(model)
+    layers = getattr(owner, name)
+    caught: list[Tensor] = []
+
+    def before(_layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        caught.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    def after(_layer: nn.Module, _args: tuple, output: Tensor) -> None:
+        caught.append(output)
+        raise _Reached
+
+    if depth == 0:
+        handle = layers[0].register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = layers[depth - 1].register_forward_hook(after)
+    try:
+        owner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    except _Reached:
+        return caught[0]
+    finally:
+        handle.remove()
+    raise AssertionError("the forward pass did not reach the trunk's end")

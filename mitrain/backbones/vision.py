@@ -1,0 +1,226 @@
+"""Frozen image encoders: a global feature for the infusion, patch tokens of several levels for a decoder.
+
+Any Hugging Face vision model with the usual interface works; CLIP gives its projected pooled feature, DINOv2 its CLS
+token, others their pooled output. Shapes: B images, S side in pixels, N patches, e feature width, c channel width.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+
+from mitrain import hf
+from mitrain.backbones import efficientnet_lite
+from mitrain.config import Section, digest, read_file
+from mitrain.errors import ConfigError, ModelError
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+VIEWS = 6
+View = int
+
+
+class VisionConfig(Section):
+    """One frozen image encoder.
+
+    ``name``: a prepared model's name, a folder or a Hugging Face id. ``size``: side in pixels. ``layer``: read the hidden
+    states after that many layers (none: the top). ``pool``: what the global feature is. ``levels``: hidden states whose
+    patch tokens a decoder reads. ``shape``: a configuration in place of weights, for ``--dry-run`` alone.
+    """
+
+    name: str
+    size: int | None = Field(None, ge=14, le=4096)
+    layer: int | None = Field(None, ge=1)
+    pool: Literal["auto", "cls", "mean", "cls+mean"] = "auto"
+    levels: tuple[int, ...] = ()
+    resize: Literal["squash", "pad"] = "squash"
+    shape: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """RGB image → (3, S, S) float32, normalised per channel."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: str
+
+    def __call__(self, image: Image.Image, view: View = 0) -> Tensor:
+        image = augment(image, view)
+        if self.resize == "pad":
+            image = pad_square(image)
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image, dtype=np.float32) / 255.0
+        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32))
+
+
+def pad_square(image: Image.Image, scale: float = 1.0) -> Image.Image:
+    """``image`` centred on a white square whose side is its longer side divided by ``scale``."""
+    side = round(max(image.size) / scale)
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+
+def augment(image: Image.Image, view: View) -> Image.Image:
+    """The ``view``-th deterministic variant: 0 as it is, odd ones mirrored, 2-3 smaller, 4-5 cropped by an eighth."""
+    if view % 2:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if view // 2 == 1:
+        image = pad_square(image, 0.75)
+    if view // 2 == 2:
+        w, h = image.size
+        image = image.crop((w // 12, h // 12, w - w // 12, h - h // 12))
+    return image
+
+
+def frozen_digest(module: nn.Module) -> str:
+    """sha256 over a frozen module's tensors: the name of its weights in the caches."""
+    seen = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict(keep_vars=False).items()):
+        seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        seen.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return seen.hexdigest()
+
+
+class VisionEncoder(nn.Module):
+    """A frozen encoder with its preprocessing.
+
+    ``width``: e of the global feature. ``level_width``: c of the patch tokens. ``grid``: patches per side.
+    """
+
+    def __init__(self, config: VisionConfig, folder: str | Path | None, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        efficientnet_lite.register()
+        self.config = config
+        shape = hf.config_from_shape(config.shape, f"model.vision {config.name!r} shape") if config.shape else None
+        model_config = shape or hf.load(AutoConfig, folder or config.name, "image encoder's configuration")
+        self.kind = model_config.model_type
+        factory = CLIPVisionModelWithProjection if self.kind in ("clip", "clip_vision_model") else AutoModel
+        if shape is not None:
+            self.model = empty_vision(factory, shape)
+        else:
+            self.model = hf.load(factory, folder or config.name, "image encoder", dtype=dtype, use_safetensors=True)
+        hf.freeze(self.model)
+        self.settings = getattr(self.model.config, "vision_config", self.model.config)
+        self.preprocess = preprocessing(config, self.settings, folder, self.kind)
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        depth = getattr(self.settings, "num_hidden_layers", 0)
+        wanted = [*self.config.levels, *([self.config.layer] if self.config.layer else [])]
+        if wanted and depth == 0:
+            raise ConfigError(f"the encoder {self.config.name!r} has no transformer layers: leave out layer and levels")
+        for level in wanted:
+            if not 1 <= level <= depth:
+                raise ConfigError(f"the encoder {self.config.name!r} has {depth} layers, not a layer {level}: give one of 1..{depth}")
+        if self.config.pool != "auto" and depth == 0:
+            raise ConfigError(f"the encoder {self.config.name!r} has no CLS token: leave out pool")
+        if wanted and max(wanted) < depth and self.config.pool != "auto":
+            del hf.decoder_layers(self.model)[max(wanted) :]
+            self.settings.num_hidden_layers = max(wanted)
+
+    @property
+    def depth(self) -> int:
+        return getattr(self.settings, "num_hidden_layers", 0)
+
+    @property
+    def level_width(self) -> int:
+        return self.settings.hidden_size
+
+    @property
+    def grid(self) -> int:
+        return self.preprocess.size // self.settings.patch_size
+
+    @property
+    def patch(self) -> int:
+        return self.settings.patch_size
+
+    @property
+    def prefix_tokens(self) -> int:
+        """CLS and register tokens before the patches."""
+        return 1 + getattr(self.settings, "num_register_tokens", 0)
+
+    @property
+    def width(self) -> int:
+        """e of the global feature."""
+        if self.config.pool == "auto":
+            for name in ("projection_dim", "pooled_dim", "hidden_size"):
+                if name == "projection_dim" and not self.kind.startswith("clip"):
+                    continue
+                if getattr(self.settings, name, None):
+                    return getattr(self.settings, name)
+        return self.settings.hidden_size * (2 if self.config.pool == "cls+mean" else 1)
+
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on: the caches' address."""
+        return {
+            "weights": frozen_digest(self.model),
+            "preprocess": [self.preprocess.size, self.preprocess.mean, self.preprocess.std, self.preprocess.resize],
+            "layer": self.config.layer,
+            "pool": self.config.pool,
+            "levels": list(self.config.levels),
+            "dtype": str(next(self.model.parameters()).dtype),
+        }
+
+    def address(self) -> str:
+        return digest(self.identity())
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], view: View = 0) -> dict[str, Tensor]:
+        """``pooled`` (B, e) float32 and, where levels are asked for, ``levels`` (B, levels, prefix + N, c) float32."""
+        weight = next(self.model.parameters())
+        pixels = torch.stack([self.preprocess(image, view) for image in images]).to(weight.device, weight.dtype)
+        wanted = {"output_hidden_states": True} if self.depth else {}
+        output = self.model(pixel_values=pixels, **wanted)
+        features = {"pooled": self._pooled(output).float()}
+        if self.config.levels:
+            features["levels"] = torch.stack([output.hidden_states[level] for level in self.config.levels], dim=1).float()
+        return features
+
+    def _pooled(self, output: Any) -> Tensor:
+        if self.config.pool == "auto":
+            for name in ("image_embeds", "pooler_output"):
+                if self.config.layer is None and getattr(output, name, None) is not None:
+                    return getattr(output, name).flatten(1)
+        states = output.hidden_states[self.config.layer] if self.config.layer else output.last_hidden_state
+        patches = states[:, -self.grid**2 :].mean(1)
+        parts = {"mean": [patches], "cls+mean": [states[:, 0], patches]}.get(self.config.pool, [states[:, 0]])
+        return torch.cat(parts, dim=-1)
+
+
+def empty_vision(factory: Any, config: Any) -> nn.Module:
+    if factory is CLIPVisionModelWithProjection:
+        with torch.device("meta"), hf.quiet():
+            return CLIPVisionModelWithProjection(config)
+    return hf.empty_model(factory, config)
+
+
+def preprocessing(config: VisionConfig, settings: Any, folder: str | Path | None, kind: str) -> Preprocess:
+    """From the folder's preprocessor_config.json where there is one, else the family's usual constants."""
+    mean, std = CLIP if kind.startswith("clip") else IMAGENET
+    path = Path(folder or config.name) / "preprocessor_config.json"
+    values = read_file(path) if path.is_file() else {}
+    try:
+        mean = tuple(float(x) for x in values.get("image_mean", mean))
+        std = tuple(float(x) for x in values.get("image_std", std))
+        usual = getattr(settings, "image_size", 224)
+        size = config.size or int(usual[0] if isinstance(usual, list | tuple) else usual)
+    except (TypeError, ValueError):
+        raise ModelError(f"{path} is malformed: image_mean and image_std must be three numbers each") from None
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ModelError(f"{path} is malformed: image_mean and image_std must be three numbers each, std above 0")
+    patch = getattr(settings, "patch_size", None)
+    if isinstance(patch, int) and size % patch:
+        raise ConfigError(f"model.vision {config.name!r} size={size} is no multiple of its patch {patch}: give {size // patch * patch}")
+    return Preprocess(size, mean, std, config.resize)

@@ -1,0 +1,228 @@
+"""What a data set holds, and what is wrong with it: ``mitrain data inspect``.
+
+Sizes, pictures that are missing or broken, the distribution of answers or of mask areas, whatever two splits share
+that they should not, and a sheet of samples to look at.
+"""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from itertools import combinations
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mitrain.data.images import MAX_PIXELS, open_image
+from mitrain.data.records import AnswerSample
+from mitrain.data.refcoco import ReferSample
+from mitrain.errors import DataError
+from mitrain.files import write_atomic
+
+EXAMPLES = 5  # named of each kind of trouble
+FREQUENT = 20  # answers that are listed
+AREAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # edges of the histogram, as shares of the picture
+THUMBNAIL, COLUMNS, LINES = 176, 6, 4  # of the sheet: pixels, samples of a split, lines of text under each
+RED = np.array([230, 30, 30])
+
+Samples = Sequence[AnswerSample] | Sequence[ReferSample]
+
+
+def inspect(
+    splits: Mapping[str, Samples], root: Path, sheet: Path | None = None, max_pixels: int = MAX_PIXELS, seed: int = 0
+) -> tuple[dict[str, Any], str]:
+    """A report as JSON values and as text to print; ``sheet`` is where the PNG with samples is written.
+
+    ``root`` is the folder that the samples' pictures are in. Reads every picture once.
+    """
+    pictures = {split: read_pictures(samples, root, max_pixels) for split, samples in splits.items()}
+    report: dict[str, Any] = {
+        "splits": {split: describe(samples, pictures[split]) for split, samples in splits.items()},
+        "shared": [
+            found for one, other in combinations(splits, 2) for found in compare(one, other, splits, pictures)
+        ],
+    }
+    if sheet:
+        write_sheet(splits, root, sheet, max_pixels, seed)
+        report["sheet"] = str(sheet)
+    return report, as_text(report)
+
+
+def read_pictures(samples: Samples, root: Path, max_pixels: int) -> dict[str, str | DataError]:
+    """path → a digest of the pixels, or what is wrong with the file."""
+    found: dict[str, str | DataError] = {}
+    for path in dict.fromkeys(sample.image for sample in samples):
+        try:
+            image = open_image(root, path, max_pixels)
+            found[path] = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        except DataError as error:
+            found[path] = error
+    return found
+
+
+# one split
+
+
+def describe(samples: Samples, pictures: Mapping[str, str | DataError]) -> dict[str, Any]:
+    broken = {path: str(error) for path, error in pictures.items() if isinstance(error, DataError)}
+    details = describe_masks if isinstance(samples[0], ReferSample) else describe_answers
+    return {
+        "samples": len(samples),
+        "pictures": len(pictures),
+        "broken_pictures": len(broken),
+        "broken_examples": dict(list(broken.items())[:EXAMPLES]),
+        **details(samples),
+    }
+
+
+def describe_answers(samples: Sequence[AnswerSample]) -> dict[str, Any]:
+    kinds = defaultdict(Counter)
+    for sample in samples:
+        kinds[sample.kind or "answer"][sample.answer] += 1
+    return {
+        "objects": len({sample.object for sample in samples if sample.object}),
+        "kinds": {
+            kind: {
+                "samples": answers.total(),
+                "different": len(answers),
+                "majority": round(max(answers.values()) / answers.total(), 4),
+                "answers": dict(answers.most_common(FREQUENT)),
+            }
+            for kind, answers in kinds.items()
+        },
+    }
+
+
+def describe_masks(samples: Sequence[ReferSample]) -> dict[str, Any]:
+    areas, broken = [], {}
+    for sample in samples:
+        try:
+            areas.append(float(sample.mask().mean()))
+        except DataError as error:
+            broken[sample.id] = str(error)
+    edges = [0.0, *AREAS, 1.0]
+    places = np.digitize(areas, AREAS, right=True)
+    return {
+        "expressions": len({sample.expression for sample in samples}),
+        "kinds": dict(Counter(sample.kind for sample in samples if sample.kind)),
+        "broken_masks": len(broken),
+        "broken_mask_examples": dict(list(broken.items())[:EXAMPLES]),
+        "empty_masks": areas.count(0.0),
+        "mean_area": round(float(np.mean(areas)), 4) if areas else None,
+        "areas": {
+            f"{100 * low:g}-{100 * high:g} %": int((places == place).sum())
+            for place, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
+        },
+    }
+
+
+# two splits
+
+
+def compare(
+    one: str, other: str, splits: Mapping[str, Samples], pictures: Mapping[str, Mapping[str, str | DataError]]
+) -> list[dict[str, Any]]:
+    """What two splits have in common, of what they had better not."""
+    checks: dict[str, Callable[[str], set]] = {
+        "id": lambda split: {sample.id for sample in splits[split]},
+        "picture": lambda split: set(pictures[split]),
+        "pixels": lambda split: {value for value in pictures[split].values() if isinstance(value, str)},
+        "object": lambda split: {sample.object for sample in splits[split]} - {""},
+    }
+    if isinstance(splits[one][0], ReferSample):
+        checks["expression"] = lambda split: {sample.expression for sample in splits[split]}
+    found = []
+    for what, values in checks.items():
+        mine, yours = values(one), values(other)
+        both = sorted(mine & yours)
+        if both:
+            share = round(len(both) / len(yours), 4)
+            found.append({"splits": [one, other], "what": what, "count": len(both), "share": share})
+            found[-1]["examples"] = examples(what, both, pictures[other])
+    return found
+
+
+def examples(what: str, both: Sequence[str], pictures: Mapping[str, str | DataError]) -> list[str]:
+    if what == "pixels":
+        return [path for path, digest in pictures.items() if digest in set(both)][:EXAMPLES]
+    return list(both[:EXAMPLES])
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The report in lines for people."""
+    lines = []
+    for split, facts in report["splits"].items():
+        lines.append(f"{split}:")
+        lines += [f"  {key}: {value if isinstance(value, int) else json.dumps(value)}" for key, value in facts.items()]
+    for found in report["shared"]:
+        one, other = found["splits"]
+        share = f"{found['count']} ({100 * found['share']:.1f} % of {other})"
+        lines.append(f"{one} and {other} share the same {found['what']}: {share}, e.g. {', '.join(found['examples'])}")
+    if not report["shared"]:
+        lines.append("no two splits share an id, a picture, its pixels or an object")
+    if report.get("sheet"):
+        lines.append(f"samples to look at: {report['sheet']}")
+    return "\n".join(lines)
+
+
+# the sheet
+
+
+def write_sheet(splits: Mapping[str, Samples], root: Path, path: Path, max_pixels: int, seed: int) -> None:
+    """A PNG with a row of samples drawn from each split: pictures with question and answer, or mask and expression."""
+    rows = [row_of(split, samples, root, max_pixels, seed) for split, samples in splits.items()]
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for number, row in enumerate(rows):
+        sheet.paste(row, (0, number * row.height))
+    buffer = BytesIO()
+    sheet.save(buffer, format="PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def row_of(split: str, samples: Samples, root: Path, max_pixels: int, seed: int) -> Image.Image:
+    chosen = Random(f"{seed} {split}").sample(list(samples), min(COLUMNS, len(samples)))
+    row = Image.new("RGB", (COLUMNS * (THUMBNAIL + 8), THUMBNAIL + 14 * LINES + 8), "white")
+    draw = ImageDraw.Draw(row)
+    for number, sample in enumerate(chosen):
+        left = number * (THUMBNAIL + 8) + 4
+        try:
+            picture = overlaid(open_image(root, sample.image, max_pixels), sample)
+            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+            row.paste(picture, (left, 4))
+            text = caption(sample)
+        except DataError as error:
+            text = str(error)
+        for line, words in enumerate(wrapped(f"{split}: {text}", draw)[:LINES]):
+            draw.text((left, THUMBNAIL + 6 + 14 * line), words, fill="black")
+    return row
+
+
+def caption(sample: AnswerSample | ReferSample) -> str:
+    return sample.expression if isinstance(sample, ReferSample) else f"{sample.prompt} -> {sample.answer}"
+
+
+def overlaid(picture: Image.Image, sample: AnswerSample | ReferSample) -> Image.Image:
+    """The picture with the target's mask in red."""
+    if not isinstance(sample, ReferSample):
+        return picture
+    pixels, mask = np.asarray(picture).copy(), sample.mask()
+    if mask.shape != pixels.shape[:2]:
+        raise DataError(f"{sample.image!r} has not the size that its annotation states: get matching files")
+    pixels[mask] = (pixels[mask] + RED) // 2
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def wrapped(text: str, draw: ImageDraw.ImageDraw) -> list[str]:
+    """Lines that fit under a thumbnail."""
+    lines = [""]
+    for word in text.encode("latin-1", "replace").decode("latin-1").split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer) <= THUMBNAIL:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,70 @@
+"""Scoring a split, as it is and under controls that must lose."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mitrain.tasks import controls
+from mitrain.tasks.base import Batch, Prediction, Task
+
+CONTROLS = ("none", "shuffle", "no-image", "frozen")
+
+
+class Scorable(Protocol):
+    """The part of `mitrain.model.Model` that an evaluation uses."""
+
+    task: Task
+
+    def evaluation_batch(self, samples: Sequence[Any], paths: Sequence[str], images: Any, blind: bool = False) -> Batch: ...
+
+
+@dataclass
+class Evaluation:
+    """Metrics of a split and every sample's prediction."""
+
+    metrics: dict[str, Any]
+    predictions: list[Prediction]
+
+
+def evaluate(
+    model: Scorable,
+    images: Any,
+    samples: Sequence[Any],
+    *,
+    control: str = "none",
+    seed: int = 0,
+    batch: int = 32,
+    generate: bool = False,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Evaluation:
+    """Score ``samples``.
+
+    ``control``: ``none``; ``no-image``: every sample sees another sample's image (of another object where possible), in
+    every path; ``shuffle``: for `segment` the expression is another scene's, naming no object of this one; for `answer`
+    the images are permuted without regard to objects; ``frozen``: the model without infusion.
+    """
+    shown, paths, clashes = controlled(samples, model.task.metric, control, seed)
+    predictions: list[Prediction] = []
+    for start in range(0, len(samples), batch):
+        part = slice(start, start + batch)
+        prepared = model.evaluation_batch(shown[part], paths[part], images, blind=control == "frozen")
+        kwargs = {"generate": True} if generate else {}
+        predictions += model.task.predict(prepared, **kwargs)
+        progress(len(prepared.samples))
+    metrics = {**model.task.score(samples, predictions), "control": control, **clashes}
+    return Evaluation(metrics, predictions)
+
+
+def controlled(samples: Sequence[Any], metric: str, control: str, seed: int) -> tuple[list[Any], list[str], dict[str, Any]]:
+    """The samples and image paths to show, and what the control could not fulfil."""
+    own = [s.image for s in samples]
+    objects = [s.object or s.id for s in samples]
+    if control in ("none", "frozen"):
+        return list(samples), own, {}
+    if control == "shuffle" and metric != "accuracy":
+        pairing = controls.other_expressions([s.expression for s in samples], [s.object for s in samples], own, seed=seed)
+        swapped = [s.with_expression(samples[i].expression) for s, i in zip(samples, pairing.index, strict=True)]
+        return swapped, own, {"control_clashes": pairing.clashes}
+    labels = own if control == "shuffle" else objects
+    pairing = controls.other_images(own, labels, seed=seed)
+    return list(samples), [own[i] for i in pairing.index], {"control_clashes": pairing.clashes}

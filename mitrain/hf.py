@@ -1,0 +1,110 @@
+"""What mitrain needs to know of a Hugging Face model's shape, and how one is loaded safely.
+
+No architecture is named here: the decoder's layers are found as the one ``ModuleList`` whose length is
+``config.num_hidden_layers``.
+"""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from mitrain.errors import ConfigError, ModelError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def layer_owner(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that holds the stack of transformer layers, and the attribute's name."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    depth = getattr(config, "num_hidden_layers", None)
+    found = [
+        (owner, name)
+        for owner in model.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no list of {depth} layers that mitrain can find: use a decoder of the Llama kind"
+        )
+    return found[0]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The transformer layers, bottom first."""
+    owner, name = layer_owner(model)
+    return getattr(owner, name)
+
+
+def freeze(model: nn.Module) -> None:
+    """No gradients, no dropout."""
+    model.requires_grad_(False)
+    model.eval()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and notices out of our one-line output."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
+
+
+def load(factory: Any, source: str | Path, what: str, **kwargs: Any) -> Any:
+    """``factory.from_pretrained(source)`` with remote code off and every failure told in one line.
+
+    Only safetensors weights are read. A checkpoint cannot switch remote code on: the argument is always False.
+    """
+    local = Path(source).expanduser()
+    source = str(local) if local.exists() else str(source)
+    try:
+        with quiet():
+            return factory.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except Exception as error:  # transformers raises many kinds for a bad folder, id or file
+        logging.getLogger(__name__).debug("loading %s", source, exc_info=True)
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        raise ModelError(
+            f"cannot load the {what} {source!r}: {reason}. Give a prepared name (mitrain models list), a folder"
+            " written by save_pretrained, or a Hugging Face id that is already in the local cache"
+        ) from None
+
+
+def config_from_shape(shape: Mapping[str, Any], what: str) -> PretrainedConfig:
+    """A model configuration from plain numbers (``model_type`` and what differs from its defaults)."""
+    values = dict(shape)
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except Exception as error:  # the config classes raise their own kinds
+        raise ConfigError(f"{what} describes no model ({' '.join(str(error).split())[:160]}): give model_type and its sizes") from None
+
+
+def empty_model(factory: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A model without storage (meta device): names, shapes and counts only."""
+    with torch.device("meta"), quiet():
+        return factory.from_config(config)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Distinct parameters, tied ones once."""
+    return sum(p.numel() for p in {id(p): p for p in module.parameters()}.values())
+
+
+def offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")

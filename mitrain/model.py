@@ -1,0 +1,142 @@
+"""A run's model, assembled: frozen backbones + adapter + task head, and the frozen features they feed on.
+
+Only three things in it are ever trained or saved: the adapter's tensors, the task head's, and the feature statistics.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mitrain import adapters, hf, prepare
+from mitrain.adapters.base import Adapter
+from mitrain.backbones import ModelConfig, TextBackbone, VisionEncoder
+from mitrain.data.images import BadSamples
+from mitrain.data.loader import Draw
+from mitrain.errors import ConfigError
+from mitrain.features import FeatureNorm, ImageFeatures, TextStates
+from mitrain.files import cache_home
+from mitrain.schema import RunConfig
+from mitrain.tasks.answer import AnswerTask
+from mitrain.tasks.base import Batch, Parts, Task
+from mitrain.tasks.segment import SegmentTask
+
+
+def resolve_model(name: str) -> str | Path:
+    """A prepared model's folder (prepared on first use); a local folder or Hugging Face id as it is."""
+    if name in prepare.MODELS and not Path(name).exists():
+        return prepare.ensure_model(name)
+    return name
+
+
+def resolve_data(data: Any) -> Path:
+    """The folder of a prepared data set (prepared on first use), or the user's own."""
+    if data.source is not None:
+        return prepare.ensure_data(data.source, seed=data.source_seed)
+    return Path(data.root).expanduser()
+
+
+@dataclass
+class Model:
+    """The assembled parts. ``trainable`` holds what is trained and saved: adapter, head, feature statistics."""
+
+    config: RunConfig
+    text: TextBackbone
+    encoders: list[VisionEncoder]
+    adapter: Adapter
+    norm: FeatureNorm
+    task: Task
+    states: TextStates
+
+    @property
+    def trainable(self) -> dict[str, nn.Module]:
+        return {"adapter": self.adapter, "head": self.task, "features": self.norm}
+
+    def images(self, root: Path, bad: BadSamples | None = None) -> ImageFeatures:
+        """The encoders' view of the image files under ``root``."""
+        return ImageFeatures(self.encoders, root, cache_root(self.config), self.config.data.max_pixels, bad)
+
+    def training_batch(self, draws: Sequence[Draw], images: ImageFeatures) -> Batch:
+        """Drawn samples, each with one of its image's views; noise comes from the draws' own generators."""
+        config = self.config.features
+        paths = [draw.sample.image for draw in draws]
+        views = [draw.random.randrange(config.views) for draw in draws]
+        features = self.norm(images.pooled(paths, views))
+        noise = torch.Generator().manual_seed(draws[0].random.getrandbits(62))
+        features = self.norm.disturb(features, noise)
+        return Batch([draw.sample for draw in draws], self._placed(features), self._levels(images, paths))
+
+    def evaluation_batch(self, samples: Sequence[Any], paths: Sequence[str], images: ImageFeatures, blind: bool = False) -> Batch:
+        """Samples with the images ``paths`` (their own, or a control's); ``blind`` leaves the infusion out."""
+        features = None if blind else self._placed(self.norm(images.averaged(paths, self.config.features.eval_views)))
+        return Batch(samples, features, self._levels(images, paths))
+
+    def _levels(self, images: ImageFeatures, paths: Sequence[str]) -> list[Tensor]:
+        return [level.to(self.text.device) for level in images.levels(paths)] if self.task.decodes else []
+
+    def _placed(self, features: Tensor) -> Tensor:
+        return features.to(self.text.device, self.text.model.dtype)
+
+
+def cache_root(config: RunConfig) -> Path | None:
+    return cache_home() / "features" if config.cache else None
+
+
+def encoders_of(config: ModelConfig) -> list[VisionEncoder]:
+    return [VisionEncoder(v, None if v.shape else resolve_model(v.name), hf.DTYPES[config.dtype]) for v in config.vision]
+
+
+def build(config: RunConfig, *, empty: bool = False) -> Model:
+    """Load the backbones, attach the adapter, make the head.
+
+    ``empty`` builds everything without weights (meta device), for counting; models are then described by their shapes
+    or their configurations alone.
+    """
+    if empty:
+        shape = config.model.llm_shape
+        described = hf.config_from_shape(shape, "model.llm_shape") if shape else TextBackbone.read_config(resolve_model(config.model.llm))
+        text = TextBackbone.empty(described)
+    elif config.model.llm_shape:
+        raise ConfigError(
+            f"model.llm_shape describes {config.model.llm!r} without weights, which serves --dry-run alone:"
+            " set model.llm to a folder with the weights and model.llm_shape=null to train"
+        )
+    else:
+        text = TextBackbone.load(resolve_model(config.model.llm), hf.DTYPES[config.model.dtype], config.model.attention)
+    encoders = encoders_of(config.model)
+    return assemble(config, text, encoders, empty=empty)
+
+
+def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder], *, empty: bool = False) -> Model:
+    """Adapter, head and statistics on loaded backbones; their start values follow from ``config.seed``."""
+    seed_everything(config.seed)
+    width = sum(encoder.width for encoder in encoders)
+    device = torch.device("meta") if empty else text.device
+    with torch.device(device):
+        adapter = adapters.build(config.adapter, {"image": width})
+        adapter.attach({"text": text.model}, checkpoint=config.train.checkpoint_activations)
+        states = TextStates(text, adapter.first_layer("text"), None if empty else cache_root(config))
+        task = build_task(config, Parts(text, adapter, states), encoders)
+    return Model(config, text, encoders, adapter, FeatureNorm(width, config.features), task, states)
+
+
+def build_task(config: RunConfig, parts: Parts, encoders: Sequence[VisionEncoder]) -> Task:
+    if config.task.section_name == "answer":
+        return AnswerTask(config.task, parts)
+    seeing = [encoder for encoder in encoders if encoder.config.levels]
+    if len({(e.grid, e.prefix_tokens) for e in seeing}) > 1:
+        raise ConfigError("the encoders with levels have different patch grids: give levels to one of them, or equal sizes")
+    widths = [encoder.level_width for encoder in seeing for _ in encoder.config.levels]
+    first = seeing[0] if seeing else None
+    return SegmentTask(
+        config.task, parts, widths, first.grid if first else 1, first.patch if first else 1, first.prefix_tokens if first else 0
+    )
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)

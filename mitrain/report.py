@@ -1,0 +1,192 @@
+"""Tables and figures of finished runs: made from the runs' own checkpoints, never typed.
+
+Runs of the same name are seeds of one experiment and are averaged; a run's rows carry its controls. The first run given
+is the one whose predictions are drawn.
+"""
+
+import importlib.metadata
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mitrain import figures, runs
+from mitrain.data.images import open_image
+from mitrain.errors import ConfigError
+from mitrain.evaluate import Evaluation
+from mitrain.files import write_atomic, write_json
+from mitrain.model import resolve_data
+from mitrain.probe import probe_accuracy
+from mitrain.runs import Run
+from mitrain.scoring import score_split, split_of
+from mitrain.tasks import masks
+
+LABELS = {
+    "none": "{name}",
+    "no-image": "{name}, another sample's image",
+    "shuffle": "{name}, another scene's expression",
+    "frozen": "{name}, infusion left out",
+}
+PANELS = 16
+
+
+def report(folders: Sequence[str], out: Path, splits: Sequence[str], samples: int | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Score every run on every split under its controls; write results.json, table.md and a figure per split to ``out``."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    metric = None
+    for position, folder in enumerate(folders):
+        run = runs.open_run(folder)
+        if metric not in (None, run.model.task.metric):
+            raise ConfigError(f"{folder} is a run of another task than {folders[0]}: report them separately")
+        metric = run.model.task.metric
+        for split in splits:
+            own = score_with_controls(run, split, samples)
+            if position == 0:
+                write_figure(run, split, own.pop("figure"), out)
+            own.pop("figure", None)
+            for label, values in own.items():
+                rows[split, label].append({**values, "run": Path(folder).name, "seed": run.config.seed})
+    results = {"metric": metric, "made": provenance(folders, splits), "rows": [row(s, label, found) for (s, label), found in rows.items()]}
+    results["markdown"] = table(results)
+    write_json(out / "results.json", {k: v for k, v in results.items() if k != "markdown"})
+    write_atomic(out / "table.md", results["markdown"])
+    return results
+
+
+def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, Any]:
+    """Metrics by row label; the plain evaluation with its samples under "figure"."""
+    chosen, images = split_of(run, split, samples)
+    name = run.config.name
+    plain = score_split(run, chosen, images, "none", generate=run.model.task.metric == "accuracy", seed=run.config.seed)
+    found: dict[str, Any] = {name: plain.metrics, "figure": (chosen, plain)}
+    blind = run.config.adapter.section_name == "none"
+    controls = ["no-image", "frozen"] if run.model.task.metric == "accuracy" else ["shuffle", "no-image"]
+    for control in controls:
+        if not (blind and control == "frozen"):
+            found[LABELS[control].format(name=name)] = score_split(run, chosen, images, control, seed=run.config.seed).metrics
+    floors = answer_floors if run.model.task.metric == "accuracy" else mask_floors
+    return found | floors(run, chosen, images)
+
+
+def answer_floors(run: Run, chosen: list[Any], images: Any) -> dict[str, dict[str, Any]]:
+    """The majority answer, and a linear probe on the features that are infused."""
+    train, val = (run.config.data.read(resolve_data(run.config.data), split) for split in ("train", "val"))
+    images.prepare(sorted({s.image for s in train + val}), 1)
+    found = probe_accuracy(lambda part: run.model.norm(images.pooled([s.image for s in part])), train, val, chosen)
+    answers = [s.answer for s in chosen]
+    most = max(answers.count(a) for a in set(answers)) / len(answers)
+    return {"majority answer": {"accuracy": most, "samples": len(chosen)}, "linear probe on the same features": found}
+
+
+def mask_floors(run: Run, chosen: list[Any], images: Any) -> dict[str, dict[str, Any]]:
+    """What masks chosen without language reach, given the true masks of all objects that the split names."""
+    scenes: dict[str, dict[bytes, np.ndarray]] = defaultdict(dict)
+    for s in chosen:
+        mask = s.mask()
+        scenes[s.image][mask.tobytes()] = mask
+    metrics = {kind: masks.MaskMetrics() for kind in ("union", "largest", "central", "random")}
+    for s in chosen:
+        for kind, mask in masks.floor_masks(list(scenes[s.image].values()), run.config.seed, s.id).items():
+            metrics[kind].update([mask], [s.mask()])
+    names = {"union": "all objects", "largest": "largest object", "central": "most central object", "random": "random object"}
+    return {f"{names[kind]} (true masks)": m.compute() for kind, m in metrics.items()}
+
+
+def row(split: str, label: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row: mean and spread over the seeds of every number."""
+    flat = [flatten(values) for values in found]
+    means = {k: statistics.fmean(f[k] for f in flat) for k in flat[0] if all(k in f for f in flat)}
+    spread = {k: statistics.stdev(f[k] for f in flat) if len(flat) > 1 else 0.0 for k in means}
+    return {"split": split, "label": label, "seeds": len(found), "mean": means, "spread": spread, "runs": [f["run"] for f in found]}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    out: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{key}@")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "seed":
+            out[prefix + key] = float(value)
+    return out
+
+
+COLUMNS = {
+    "accuracy": [("accuracy", "accuracy"), ("exact match", "exact_match")],
+    "oiou": [("oIoU", "oiou"), ("mIoU", "miou"), ("P@0.5", "precision@0.5")],
+}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The Markdown table: one row per label and split."""
+    columns = COLUMNS[results["metric"]]
+    lines = ["| split | | " + " | ".join(title for title, _ in columns) + " | samples | seeds |", "|---" * (len(columns) + 4) + "|"]
+    for r in results["rows"]:
+        cells = [cell(r, key) for _, key in columns]
+        lines.append(f"| {r['split']} | {r['label']} | {' | '.join(cells)} | {r['mean']['samples']:.0f} | {r['seeds']} |")
+    made = results["made"]
+    lines += ["", f"Made by `{made['command']}` on {made['date']}, commit {made['commit']}, {made['versions']}."]
+    return "\n".join(lines) + "\n"
+
+
+def cell(r: dict[str, Any], key: str) -> str:
+    if key not in r["mean"]:
+        return "–"
+    spread = f" ± {r['spread'][key]:.3f}" if r["seeds"] > 1 else ""
+    return f"{r['mean'][key]:.3f}{spread}"
+
+
+def provenance(folders: Sequence[str], splits: Sequence[str]) -> dict[str, str]:
+    """Command, date, commit and versions: what a committed table needs to be made again."""
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers"))
+    return {
+        "command": f"mitrain report {' '.join(Path(f).name for f in folders)} --splits {','.join(splits)}",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "versions": versions,
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, marked when files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def write_figure(run: Run, split: str, drawn: tuple[list[Any], Evaluation], out: Path) -> None:
+    """Predictions of samples spread evenly over the split: not picked."""
+    samples, found = drawn
+    step = max(1, len(samples) // PANELS)
+    pairs = list(zip(samples, found.predictions, strict=True))[::step][:PANELS]
+    root = run.config.data.image_root(resolve_data(run.config.data))
+    draw = mask_panels if run.model.task.decodes else answer_panels
+    picture = figures.sheet(list(draw(pairs, root, run.config.data.max_pixels)))
+    out.mkdir(parents=True, exist_ok=True)
+    picture.save(out / f"{run.config.name}-{split}.png")
+
+
+def answer_panels(pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:
+    for sample, prediction in pairs:
+        values = prediction.values
+        chance = values["probabilities"][values["predicted"]]
+        lines = [f"{values['predicted']} ({chance:.2f})", f"truth: {sample.answer} [{sample.object}]", sample.prompt]
+        yield figures.Panel(open_image(root, sample.image, max_pixels), lines, values["correct"])
+
+
+def mask_panels(pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:
+    for sample, prediction in pairs:
+        truth = sample.mask()
+        union = np.count_nonzero(truth | prediction.mask)
+        iou = np.count_nonzero(truth & prediction.mask) / union if union else 0.0
+        picture = figures.outlined(figures.overlay(open_image(root, sample.image, max_pixels), prediction.mask), truth)
+        yield figures.Panel(picture, [sample.expression, f"IoU {iou:.2f}"], iou >= 0.5)
+
+

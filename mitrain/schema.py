@@ -1,0 +1,94 @@
+"""The whole configuration of a run, section by section."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+import mitrain.adapters
+import mitrain.data.sources
+import mitrain.tasks.answer
+import mitrain.tasks.segment  # noqa: F401 - importing a section's module makes its name known
+from mitrain import config
+from mitrain.backbones import ModelConfig
+from mitrain.config import Section
+from mitrain.engine import OptimizerConfig
+from mitrain.errors import ConfigError
+from mitrain.features import FeatureConfig
+from mitrain.schedule import ScheduleConfig
+from mitrain.telemetry import WandbConfig
+
+
+class TrainConfig(Section):
+    """How long, how fast, and when to look.
+
+    ``batch`` samples are one micro-batch, ``accumulate`` of them one step. ``lr`` is the adapter's, ``head_lr`` the task
+    head's (none: the same). ``eval_every`` and ``save_every`` are in steps; the best step is chosen on ``val`` alone.
+    """
+
+    steps: int = Field(200, ge=1)
+    batch: int = Field(32, ge=1)
+    accumulate: int = Field(1, ge=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr: float = Field(1e-3, gt=0)
+    head_lr: float | None = Field(None, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint_activations: bool = False
+    eval_every: int = Field(100, ge=1)
+    eval_batch: int = Field(32, ge=1)
+    eval_samples: int | None = Field(None, ge=1)
+    save_every: int = Field(100, ge=1)
+    keep: int = Field(2, ge=1)
+    log_every: int = Field(10, ge=1)
+    max_skipped: int = Field(10, ge=0)
+
+
+class RunConfig(Section):
+    """Everything that decides what a run does. Its hash names it."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    seed: int = Field(0, ge=0, lt=2**31)
+    model: ModelConfig
+    adapter: SerializeAsAny[Section]
+    features: FeatureConfig = FeatureConfig()
+    task: SerializeAsAny[Section]
+    data: SerializeAsAny[Section]
+    train: TrainConfig = TrainConfig()
+    cache: bool = True
+    wandb: WandbConfig = WandbConfig()
+
+    @field_validator("adapter", "task", "data", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any, info: Any) -> Section:
+        try:
+            return config.choose(info.field_name, value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "RunConfig":
+        if self.data.task != self.task.section_name:
+            raise ValueError(f"data.name={self.data.section_name!r} serves the task {self.data.task!r}, not {self.task.section_name!r}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        for key in ("adapter", "task", "data"):
+            values[key] = {"name": getattr(self, key).section_name, **values[key]}
+        return values
+
+    @property
+    def hash(self) -> str:
+        return config.digest(self.to_dict())
+
+
+def load(path: str | Path, assignments: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """A run's configuration from a YAML file and ``key=value`` overrides."""
+    values = config.override(config.read_file(path), assignments)
+    return from_dict(values)
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """A run's configuration from plain values (a resolved config.yaml, a checkpoint's state)."""
+    return config.parse(RunConfig, values)

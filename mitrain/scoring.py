@@ -1,0 +1,161 @@
+"""What a finished run is asked: a split's metrics, one picture's answer or mask; and what a data set holds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mitrain import figures, runs, schema
+from mitrain.data import inspect
+from mitrain.data.images import BadSamples, open_image
+from mitrain.data.records import AnswerSample
+from mitrain.data.refcoco import ReferSample
+from mitrain.data.sources import limit
+from mitrain.errors import ConfigError, DataError
+from mitrain.evaluate import Evaluation, evaluate
+from mitrain.features import ImageFeatures
+from mitrain.files import atomic_folder, write_atomic
+from mitrain.model import resolve_data
+from mitrain.runs import Run
+from mitrain.tasks.base import Batch
+
+
+def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any], ImageFeatures]:
+    """A split's samples (at most ``samples``, evenly spread) that have a readable image, and their images' features."""
+    data = run.config.data
+    root = resolve_data(data)
+    images = run.model.images(data.image_root(root), BadSamples(data.bad_samples))
+    chosen = limit(data.read(root, split), samples)
+    chosen = [s for s, ok in zip(chosen, images.usable([s.image for s in chosen]), strict=True) if ok]
+    if not chosen:
+        raise DataError(f"no sample of the split {split!r} has a readable image: check the data folder {root}")
+    images.prepare(sorted({s.image for s in chosen}), run.config.features.eval_views)
+    run.model.states.prepare(run.model.task.texts(chosen, True))
+    return chosen, images
+
+
+def score_split(run: Run, samples: list[Any], images: ImageFeatures, control: str, generate: bool = False, seed: int = 0) -> Evaluation:
+    """Metrics and predictions of prepared ``samples``."""
+    if generate and run.model.task.metric != "accuracy":
+        raise ConfigError("--generate lets the model speak, which only the task 'answer' does: leave it out")
+    batch = run.config.train.eval_batch
+    return evaluate(run.model, images, samples, control=control, seed=seed, batch=batch, generate=generate)
+
+
+def score_run(
+    folder: str | Path,
+    *,
+    split: str,
+    control: str,
+    which: str = "best",
+    samples: int | None = None,
+    generate: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The metrics of a run's checkpoint on a split under a control."""
+    if samples is not None and samples < 1:
+        raise ConfigError(f"--samples {samples} scores nothing: give at least 1")
+    run = runs.open_run(folder, which)
+    chosen, images = split_of(run, split, samples)
+    found = score_split(run, chosen, images, control, generate, seed)
+    return {**found.metrics, "split": split, "step": run.saved.step, "run": str(folder)}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction for one picture, as JSON values and as lines to print."""
+
+    values: dict[str, Any]
+    lines: list[str]
+
+
+def predict_one(
+    folder: str | Path,
+    image: str,
+    text: str,
+    *,
+    candidates: Sequence[str] | None = None,
+    out: str | None = None,
+    which: str = "best",
+) -> Answer:
+    """Answer a prompt about a picture, or segment an expression in it."""
+    if not text.strip():
+        raise ConfigError("--text is empty: give the prompt, or the expression to segment")
+    run = runs.open_run(folder, which)
+    path = Path(image).expanduser()
+    images = ImageFeatures(run.model.encoders, path.parent, None, run.config.data.max_pixels)
+    images.key(path.name)
+    if run.model.task.decodes:
+        return predict_mask(run, images, path, text, Path(out) if out else None)
+    if out:
+        raise ConfigError("--out writes a mask, which only the task 'segment' has: leave it out")
+    return predict_answer(run, images, path, text, candidates)
+
+
+def one(run: Run, images: ImageFeatures, sample: Any) -> Batch:
+    return run.model.evaluation_batch([sample], [sample.image], images)
+
+
+def predict_answer(run: Run, images: ImageFeatures, path: Path, text: str, candidates: Sequence[str] | None) -> Answer:
+    known = tuple(dict.fromkeys(candidates)) if candidates else training_answers(run, text)
+    sample = AnswerSample(path.name, path.name, text, known[0] if known else "", known, "", "")
+    batch = one(run, images, sample)
+    said = run.model.task.generate(batch)[0]
+    values: dict[str, Any] = {"image": str(path), "prompt": text, "generated": said, "answer": said}
+    lines = [f"says: {said}"]
+    if known:
+        found = run.model.task.predict(batch)[0].values
+        values |= {"answer": found["predicted"], "probabilities": found["probabilities"]}
+        lines += [f"{p:7.3f}  {candidate}" for candidate, p in found["probabilities"].items()]
+    return Answer(values, [f"answer: {values['answer']}", *lines])
+
+
+def training_answers(run: Run, prompt: str) -> tuple[str, ...]:
+    """The candidates that training samples with this prompt had; none for a prompt never seen."""
+    try:
+        samples = run.config.data.read(resolve_data(run.config.data), "train")
+    except DataError:
+        return ()
+    return tuple(sorted({c for s in samples if s.prompt == prompt for c in (*s.candidates, s.answer)}))
+
+
+def predict_mask(run: Run, images: ImageFeatures, path: Path, text: str, out: Path | None) -> Answer:
+    picture = open_image(path.parent, path.name, run.config.data.max_pixels)
+    sample = ReferSample.unlabelled(path.name, path.name, text, (picture.height, picture.width))
+    mask = run.model.task.predict(one(run, images, sample))[0].mask
+    share = float(mask.mean())
+    values: dict[str, Any] = {"image": str(path), "expression": text, "mask_share": share}
+    lines = [f"{text!r}: {int(mask.sum())} of {mask.size} pixels ({100 * share:.1f} %)"]
+    if out:
+        values["files"] = write_mask(out, picture, text, mask)
+        lines += [f"wrote {name}" for name in values["files"]]
+    return Answer(values, lines)
+
+
+def write_mask(out: Path, picture: Image.Image, text: str, mask: np.ndarray) -> list[str]:
+    """Image, overlay, mask and expression, published together."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{str(out)!r} exists and is not an empty folder: give a new one with --out")
+    names = ["image.png", "overlay.png", "mask.png", "expression.txt"]
+    with atomic_folder(out) as work:
+        picture.save(work / names[0])
+        figures.overlay(picture, mask).save(work / names[1])
+        Image.fromarray(mask.astype(np.uint8) * 255).save(work / names[2])
+        write_atomic(work / names[3], text + "\n")
+    return [str(out / name) for name in names]
+
+
+def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[dict[str, Any], str]:
+    """Report on every split of a configuration's data, and write its contact sheet to ``out``."""
+    run_config = schema.load(config, list(assignments))
+    root = resolve_data(run_config.data)
+    splits: dict[str, list[Any]] = {}
+    for split in run_config.data.split_names(root):
+        splits[split] = run_config.data.read(root, split)
+    out.mkdir(parents=True, exist_ok=True)
+    return inspect.inspect(splits, run_config.data.image_root(root), out / f"{run_config.name}.png", run_config.data.max_pixels)
+
+

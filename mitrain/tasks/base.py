@@ -1,0 +1,102 @@
+"""What the trainer and the evaluation ask of a task.
+
+A task owns the trainable head (if it has one), turns samples and infused features into a loss as (sum, count), and
+scores. It is handed the frozen language model, the adapter and the sources of frozen features; it never loads anything.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class TextModel(Protocol):
+    """The part of `mitrain.backbones.TextBackbone` that tasks use."""
+
+    model: Any
+    tokenizer: Any
+    width: int
+    device: torch.device
+
+    def tokens(self, text: str, *, start: bool = True) -> list[int]: ...
+    def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]: ...
+    def logits(self, ids: Tensor, mask: Tensor, keep: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor: ...
+    def hidden(self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor: ...
+    def embeddings(self, ids: Tensor) -> Tensor: ...
+
+
+class States(Protocol):
+    """The part of `mitrain.features.TextStates` that tasks use."""
+
+    depth: int
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> Tensor | None: ...
+
+
+class Binder(Protocol):
+    """The part of `mitrain.adapters.base.Adapter` that tasks use."""
+
+    def bind(self, features: Mapping[str, Tensor | None], copies: int = 1) -> AbstractContextManager: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The frozen model, the adapter on it, and the trunk's states."""
+
+    text: TextModel
+    adapter: Binder
+    states: States
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples with their infused feature (B, e), and the patch tokens where the task has a decoder."""
+
+    samples: Sequence[Any]
+    features: Tensor | None
+    levels: list[Tensor] = field(default_factory=list)
+
+    def bound(self) -> dict[str, Tensor | None]:
+        return {"image": self.features}
+
+
+@dataclass
+class Prediction:
+    """One sample's outcome: what is written to predictions.jsonl and drawn in the figures."""
+
+    id: str
+    image: str
+    values: dict[str, Any]
+    mask: Any = None
+
+
+class Task(nn.Module):
+    """Base of the tasks; its parameters are the task's trainable head."""
+
+    metric: str
+    decodes: bool = False
+
+    def __init__(self, parts: Parts):
+        super().__init__()
+        object.__setattr__(self, "parts", parts)
+
+    def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
+        """The rows of token ids whose trunk states will be needed."""
+        raise NotImplementedError
+
+    def fit(self, samples: Sequence[Any]) -> None:
+        """Take statistics from the training samples before the first step."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum, count) over the batch."""
+        raise NotImplementedError
+
+    def predict(self, batch: Batch) -> list[Prediction]:
+        raise NotImplementedError
+
+    def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """The metrics of a split, ``metric`` and ``samples`` among them."""
+        raise NotImplementedError

@@ -1,0 +1,140 @@
+"""Segmenting what an expression refers to: the language model reads the text, a small decoder the image's patches.
+
+The (infused) text state conditions the decoder (MiT §3; its release calls this the referring-segmentation head).
+
+Shapes: B samples, T tokens, D hidden width, N patches, c channels, h × w the decoder's output, H × W an image's own size.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mitrain.config import Section
+from mitrain.errors import ConfigError, DataError
+from mitrain.tasks import decoders, masks
+from mitrain.tasks.base import Batch, Parts, Prediction, Task
+
+Readout = Literal["last", "mean", "embeddings"]
+
+
+class SegmentConfig(Section, kind="task", name="segment"):
+    """``readout``: what of the text conditions the decoder, concatenated: the last token's state (published), the mean over
+    tokens, the mean of the input embeddings. ``film``: modulate the first level (published) or every level. ``coords``:
+    give the decoder the patches' coordinates. ``loss_size``: side of the masks in the loss, in pixels."""
+
+    template: str = "{expression}"
+    readout: tuple[Readout, ...] = ("last",)
+    decoder: Literal["film", "unet"] = "film"
+    dim: int = Field(64, ge=4)
+    heads: int = Field(4, ge=1)
+    ffn: int = Field(2048, ge=4)
+    film: Literal["first", "every"] = "first"
+    coords: bool = False
+    loss: Literal["ce", "bce", "focal", "dice", "ce+dice", "bce+dice", "focal+dice"] = "ce"
+    unet_width: int = Field(512, ge=1)
+    loss_size: int = Field(56, ge=8, le=1024)
+
+
+class SegmentTask(Task):
+    """mask = decoder(patch tokens of several encoder levels; condition = standardised read-outs of the text)."""
+
+    metric = "oiou"
+    decodes = True
+
+    def __init__(self, config: SegmentConfig, parts: Parts, level_widths: Sequence[int], grid: int, patch: int, prefix: int):
+        super().__init__(parts)
+        if not level_widths:
+            raise ConfigError("the task 'segment' reads patch tokens: give model.vision levels, for example levels=[10,7,4]")
+        if not config.readout:
+            raise ConfigError("task.readout is empty: give last, mean or embeddings")
+        self.config, self.grid = config, (grid, grid)
+        self.classes = 2 if config.loss.startswith("ce") else 1
+        width = parts.text.width * len(config.readout)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        shape = {"level_widths": level_widths, "condition_width": width, "classes": self.classes, "prefix_tokens": prefix}
+        if config.decoder == "unet":
+            self.decoder: nn.Module = decoders.UnetDecoder(width=config.unet_width, **shape)
+        else:
+            chosen = config.model_dump(include={"dim", "heads", "ffn", "film", "coords"})
+            self.decoder = decoders.FilmDecoder(patch=patch, **chosen, **shape)
+        self._ids = cache(lambda text: parts.text.tokens(self._filled(text)))
+        self._target = cache(self._target_of)
+
+    def _filled(self, expression: str) -> str:
+        try:
+            return self.config.template.format(expression=expression)
+        except (KeyError, IndexError, ValueError):
+            raise DataError(
+                f"task.template={self.config.template!r} must contain {{expression}} and no other field"
+            ) from None
+
+    def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
+        if self.config.readout == ("embeddings",):
+            return []
+        return [self._ids(expression) for expression in sorted({s.expression for s in samples})]
+
+    def condition(self, expressions: Sequence[str], features: Tensor | None) -> Tensor:
+        """(B, D · read-outs): what the text says, standardised per dimension."""
+        text, states = self.parts.text, self.parts.states
+        rows = [self._ids(expression) for expression in expressions]
+        ids, mask = text.pad(rows)
+        parts: dict[str, Tensor] = {}
+        if set(self.config.readout) & {"last", "mean"}:
+            below = states.batch(rows)
+            with self.parts.adapter.bind({"image": features}):
+                hidden = text.hidden(ids, mask, below, states.depth).float()
+            parts["last"] = hidden[torch.arange(len(rows)), mask.sum(1) - 1]
+            parts["mean"] = mean_over(hidden, mask)
+        if "embeddings" in self.config.readout:
+            parts["embeddings"] = mean_over(text.embeddings(ids).float(), mask)
+        return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
+
+    @torch.no_grad()
+    def fit(self, samples: Sequence[Any]) -> None:
+        """Mean and spread of the frozen read-outs over the training expressions."""
+        expressions = sorted({s.expression for s in samples})[:2048]
+        self.mean.zero_()
+        self.scale.fill_(1.0)
+        values = [self.condition(expressions[i : i + 32], None) for i in range(0, len(expressions), 32)]
+        states = torch.cat(values).double()
+        self.mean.copy_(states.mean(0))
+        self.scale.copy_(1 / states.std(0, correction=0).clamp_min(1e-3))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, classes, h, w)."""
+        condition = self.condition([s.expression for s in batch.samples], batch.features)
+        return self.decoder(batch.levels, condition, self.grid)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        size = self.config.loss_size
+        logits = decoders.resize(self.logits(batch), (size, size))
+        targets = torch.stack([self._target(s) for s in batch.samples]).to(logits.device)
+        return masks.mask_loss(self.config.loss, logits, targets)
+
+    def _target_of(self, sample: Any) -> Tensor:
+        """(size, size) bool: the pixels of which at least half are covered."""
+        mask = torch.from_numpy(np.ascontiguousarray(sample.mask())).float()
+        return F.adaptive_avg_pool2d(mask[None, None], self.config.loss_size)[0, 0] >= 0.5
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Prediction]:
+        found = masks.predict_masks(self.logits(batch), [sample.size for sample in batch.samples])
+        return [Prediction(s.id, s.image, {"expression": s.expression}, mask) for s, mask in zip(batch.samples, found, strict=True)]
+
+    def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
+        metrics = masks.MaskMetrics()
+        metrics.update((p.mask for p in predictions), (s.mask() for s in samples))
+        return metrics.compute()
+
+
+def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, T, D) over the tokens that ``mask`` (B, T) admits."""
+    weight = mask.to(hidden.dtype).unsqueeze(-1)
+    return (hidden * weight).sum(1) / weight.sum(1)

@@ -1,0 +1,306 @@
+"""What a run reports: a JSONL file always, one readable console line, wandb if asked for, and where the time went.
+
+``metrics.jsonl`` is the record: one JSON object a line, appended by single writes, strictly valid (a value that is
+not finite is null). Everything else is a view of it. wandb stands behind one door here and can never stop a run.
+"""
+
+import json
+import logging
+import math
+import netrc
+import os
+import re
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO
+from urllib.parse import urlsplit
+
+import torch
+
+from mitrain.config import Section
+from mitrain.errors import MissingExtraError, UserError, need_extra
+from mitrain.files import write_atomic
+
+log = logging.getLogger(__name__)
+
+
+class Board(Protocol):
+    """Where metrics go beside the file; wandb's surface."""
+
+    def log(self, values: Mapping[str, Any], step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Metrics:
+    """Takes the numbers of every step and evaluation.
+
+    ``path``: the JSONL file; lines beyond ``resumed_step`` (0 for a new run) belong to a future that an interruption
+    took back and are removed. ``console``: where a line goes every ``every`` steps, or None for silence.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        total_steps: int,
+        console: TextIO | None = None,
+        every: int = 10,
+        resumed_step: int = 0,
+        board: Board | None = None,
+    ):
+        self.total_steps = total_steps
+        self.console = console
+        self.every = every
+        self.board = board
+        self._window = dict.fromkeys(("samples", "tokens", "seconds"), 0.0)
+        self._steps, self._seconds = 0, 0.0
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        truncate_after(self.path, resumed_step)
+        self._file = open(self.path, "ab", buffering=0)
+
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        samples: float,
+        tokens: float,
+        seconds: float,
+        skipped: str | None = None,
+    ) -> None:
+        """One training step: its number (from 1), mean loss, what it saw and how many seconds it took."""
+        values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "samples": samples, "tokens": tokens}
+        values |= {"seconds": seconds, "memory": memory_bytes()} | ({"skipped": skipped} if skipped else {})
+        self._record("train", step, values)
+        for key in self._window:
+            self._window[key] += values[key]
+        self._steps, self._seconds = self._steps + 1, self._seconds + seconds
+        if skipped:
+            self._print(step, f"skipped: {skipped}")
+        if step % self.every == 0 or step == self.total_steps:
+            self._print(step, self._line(step, values))
+            self._window = dict.fromkeys(self._window, 0.0)
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Anything else that is measured at a step, such as an evaluation; ``kind`` names it ("val", "test")."""
+        self._record(kind, step, values)
+        shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
+        self._print(step, "  ".join([kind, *shown]))
+
+    def close(self) -> None:
+        self._file.close()
+        if self.board:
+            self.board.finish()
+
+    def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        values = plain(values)
+        line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}, allow_nan=False)
+        try:
+            self._file.write(line.encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}): make room there and resume") from None
+        if self.board:
+            self.board.log({f"{kind}/{key}": value for key, value in values.items()}, step)
+
+    def _line(self, step: int, values: Mapping[str, float]) -> str:
+        seconds = max(self._window["seconds"], 1e-9)
+        remaining = (self.total_steps - step) * self._seconds / self._steps
+        parts = [
+            f"loss {values['loss']:.4f}",
+            f"lr {values['lr']:.2e}",
+            f"{amount(self._window['samples'] / seconds)} samples/s",
+            f"{amount(self._window['tokens'] / seconds)} tokens/s",
+            f"memory {values['memory'] / 2**30:.1f} GiB",
+            f"eta {duration(remaining)}",
+        ]
+        return "  ".join(parts)
+
+    def _print(self, step: int, text: str) -> None:
+        if self.console:
+            width = len(str(self.total_steps))
+            print(f"step {step:>{width}}/{self.total_steps}  {text}", file=self.console, flush=True)
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the lines of a JSONL file that are torn or belong to a later step than ``step``."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if is_up_to(line, step)]
+    if kept != lines:
+        write_atomic(path, b"".join(kept))
+
+
+def is_up_to(line: bytes, step: int) -> bool:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n") and isinstance(value, dict) and type(value.get("step")) is int and value["step"] <= step
+
+
+def plain(value: Any) -> Any:
+    """The JSON form: tensors and NumPy scalars as numbers, what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def memory_bytes() -> int:
+    """The peak so far: allocated on the GPU if there is one, else the resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def amount(value: float) -> str:
+    """Three digits: 0.42, 41.2, 1.24k, 3.1M."""
+    for limit, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """45 s, 2:13 or 1:02:03."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
+
+
+class Stopwatch:
+    """Adds up the time of named phases; the time of an inner phase does not count for the outer one."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.seconds: dict[str, float] = {}
+        self._clock = clock
+        self._names: list[str] = []
+        self._start = self._mark = clock()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._charge()
+        self._names.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._names.pop()
+
+    def _charge(self) -> None:
+        now = self._clock()
+        if self._names:
+            self.seconds[self._names[-1]] = self.seconds.get(self._names[-1], 0.0) + now - self._mark
+        self._mark = now
+
+    def report(self) -> dict[str, float]:
+        """Seconds by phase, the rest as "other"; they add up to the time since the start."""
+        self._charge()
+        return {**self.seconds, "other": self._mark - self._start - sum(self.seconds.values())}
+
+    def table(self) -> str:
+        report = self.report()
+        total = sum(report.values())
+        width = max(map(len, report))
+        lines = [
+            f"  {name:<{width}}  {seconds:8.1f} s  {100 * seconds / max(total, 1e-9):3.0f} %"
+            for name, seconds in report.items()
+        ]
+        return "\n".join([f"where the time went ({duration(total)} in all)", *lines])
+
+
+class WandbConfig(Section):
+    """``mode: auto`` is online when a key is found and the server answers within three seconds, else offline."""
+
+    enabled: bool = False
+    project: str = "mitrain"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline"] = "auto"
+
+
+class Wandb:
+    """wandb as a ``Board``; with ``enabled: false`` it does nothing and wandb is not imported.
+
+    A run folder's name is its wandb id, so a resumed run goes on in the same place. Whatever wandb raises is logged
+    once, and the run goes on without it. Only the package missing is an error (MissingExtraError), at the start.
+    """
+
+    def __init__(self, config: WandbConfig, run_dir: str | Path, settings: Mapping[str, Any]):
+        self.run: Any = None
+        if config.enabled:
+            self._safely(lambda: self._start(config, Path(run_dir), settings))
+
+    def _start(self, config: WandbConfig, run_dir: Path, settings: Mapping[str, Any]) -> None:
+        wandb = need_extra("wandb", "wandb", "wandb.enabled=true")
+        quiet = wandb.Settings(silent=True, console="off")
+        self.run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=run_dir.name,
+            id=re.sub(r"[^A-Za-z0-9_.-]", "-", run_dir.name),
+            resume="allow",
+            dir=str(run_dir),
+            config=dict(settings),
+            mode=config.mode if config.mode != "auto" else automatic_mode(quiet.base_url),
+            settings=quiet,
+        )
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        if self.run:
+            self._safely(lambda: self.run.log(dict(values), step=step))
+
+    def finish(self) -> None:
+        if self.run:
+            self._safely(lambda: self.run.finish())
+
+    def _safely(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except MissingExtraError:
+            raise
+        except Exception as error:  # whatever it is, a logger must not end a training run
+            self.run = None
+            log.warning("wandb failed (%s: %s): going on without it", type(error).__name__, str(error)[:200])
+
+
+def automatic_mode(base_url: str) -> str:
+    """$WANDB_MODE if set; else online if there is a key for the server and it answers, and offline if not."""
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    url = urlsplit(base_url)
+    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+    return "online" if has_key(host) and answers(host, port) else "offline"
+
+
+def has_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=3).close()
+    except OSError:
+        return False
+    return True

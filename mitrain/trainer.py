@@ -1,0 +1,204 @@
+"""Training, as the algorithm box of a paper:
+
+    encode every image and every text once with what is frozen
+    for step = 1 … steps:
+        for each micro-batch:  (sum, count) ← task.loss(batch);  accumulate the gradient of the sum
+        divide by the total count, clip, update the adapter and the head — or say why not
+        now and then: score val, keep the best; save
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mitrain import checkpoint, runs
+from mitrain.data.images import BadSamples
+from mitrain.data.loader import Loader
+from mitrain.data.sources import limit
+from mitrain.engine import Group, LocalEngine, StepResult
+from mitrain.errors import CheckpointError, DataError, UserError
+from mitrain.evaluate import evaluate
+from mitrain.features import ImageFeatures
+from mitrain.files import write_json
+from mitrain.guard import SkipBudget, StopRequest
+from mitrain.model import Model, build, resolve_data
+from mitrain.schema import RunConfig
+from mitrain.telemetry import Metrics, Stopwatch, Wandb
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. ``stopped`` is the signal's name if it was asked to stop before its last step."""
+
+    folder: Path
+    step: int
+    best: float
+    best_step: int
+    stopped: str | None
+    phases: dict[str, float]
+
+
+class Trainer:
+    """One run, from its configuration to its best checkpoint."""
+
+    def __init__(self, config: RunConfig, folder: Path, *, quiet: bool = False):
+        self.config, self.folder, self.quiet = config, folder, quiet
+        self.watch = Stopwatch()
+        self.best, self.best_step = -math.inf, 0
+        with self.watch.phase("load models and data"):
+            self.root = resolve_data(config.data)
+            self.train = config.data.read(self.root, "train")
+            self.val = limit(config.data.read(self.root, "val"), config.train.eval_samples)
+            self.model: Model = build(config)
+        self._encode()
+        self.engine = LocalEngine(self._groups(), config.train.schedule.over(config.train.steps), config.train.optimizer)
+        self.loader: Loader[Any] = Loader(self.train, config.train.batch, config.seed)
+        self.skips = SkipBudget(total=config.train.max_skipped)
+
+    def _encode(self) -> None:
+        """Run everything frozen once, and take the statistics that follow from it."""
+        config, bad = self.config, BadSamples(self.config.data.bad_samples)
+        self.images: ImageFeatures = self.model.images(config.data.image_root(self.root), bad)
+        self.train, self.val = self._usable(self.train, "train"), self._usable(self.val, "val")
+        paths = {name: sorted({s.image for s in part}) for name, part in (("train", self.train), ("val", self.val))}
+        views = {"train": config.features.views, "val": config.features.eval_views}
+        with self.watch.phase("encode images"):
+            total = sum(len(paths[name]) * views[name] for name in paths) * len(self.model.encoders)
+            with self._bar(total, "encode images") as bar:
+                for name in paths:
+                    self.images.prepare(paths[name], views[name], bar.update)
+        with self.watch.phase("encode texts"):
+            rows = self.model.task.texts(self.train, False) + self.model.task.texts(self.val, True)
+            with self._bar(len(rows), "encode texts") as bar:
+                self.model.states.prepare(rows, bar.update)
+            self.model.norm.fit(self.images.pooled(paths["train"]))
+            self.model.task.fit(self.train)
+
+    def _bar(self, total: int, text: str) -> tqdm:
+        return tqdm(total=total, desc=text, disable=self.quiet or None, file=sys.stderr, leave=False)
+
+    def _usable(self, samples: Sequence[Any], split: str) -> list[Any]:
+        kept = [s for s, ok in zip(samples, self.images.usable([s.image for s in samples]), strict=True) if ok]
+        if not kept:
+            raise DataError(f"no sample of the split {split!r} has a readable image: check data.root and data.images")
+        return kept
+
+    def _groups(self) -> list[Group]:
+        train = self.config.train
+        rates = {"adapter": train.lr, "head": train.head_lr or train.lr}
+        named = {name: {f"{name}.{n}": p for n, p in self.model.trainable[name].named_parameters()} for name in rates}
+        return [Group(name, named[name], rates[name], train.weight_decay) for name in rates]
+
+    def resume(self) -> int:
+        """Continue from the newest complete checkpoint; returns its step (0: from the start)."""
+        path = checkpoint.latest(self.folder)
+        if path is None:
+            return 0
+        saved = checkpoint.load(path)
+        runs.restore(self.model, saved)
+        try:
+            self.engine.load_state_dict(saved.tensors["optimizer"], saved.state["engine"])
+            self.loader.load_state(saved.state["loader"])
+            self.skips.load_state_dict(saved.state["skips"])
+            self.best, self.best_step = float(saved.state["best"]), int(saved.state["best_step"])
+            checkpoint.set_rng_state(saved.state["rng"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not fit this run ({error}): its data or configuration changed; start a new run") from None
+        return saved.step
+
+    def fit(self) -> Outcome:
+        """Train to the last step, or until asked to stop."""
+        train = self.config.train
+        step = self.resume()
+        with closing(self._metrics(step)) as metrics, StopRequest() as stop:
+            while step < train.steps and not stop.requested:
+                result, seconds = self._step()
+                step += 1
+                self.skips.record(step, result.reason)
+                self._log(metrics, step, result, seconds)
+                last = step == train.steps
+                improved = self._evaluate(step, metrics) if step % train.eval_every == 0 or last else False
+                if improved or last or step % train.save_every == 0 or stop.requested:
+                    with stop.shield(), self.watch.phase("save"):
+                        self._save(step, improved)
+            outcome = Outcome(self.folder, step, self.best, self.best_step, stop.requested if step < train.steps else None, self.watch.report())
+        if outcome.stopped is None:
+            self._finish(outcome)
+        return outcome
+
+    def _metrics(self, step: int) -> Metrics:
+        train = self.config.train
+        console = None if self.quiet else sys.stderr
+        board = Wandb(self.config.wandb, self.folder, self.config.to_dict())
+        return Metrics(self.folder / "metrics.jsonl", train.steps, console, train.log_every, step, board)
+
+    def _log(self, metrics: Metrics, step: int, result: StepResult, seconds: float) -> None:
+        metrics.step(
+            step,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            samples=self.config.train.batch * self.config.train.accumulate,
+            tokens=self.tokens,
+            seconds=seconds,
+            skipped=result.reason,
+        )
+
+    def _step(self) -> tuple[StepResult, float]:
+        start = time.perf_counter()
+        with self.watch.phase("train"):
+            self.model.task.train()
+            self.tokens = 0
+            for _ in range(self.config.train.accumulate):
+                batch = self.model.training_batch(self.loader.next(), self.images)
+                self.engine.backward(*self.model.task.loss(batch))
+                self.tokens += sum(map(len, self.model.task.texts(batch.samples, False)))
+            result = self.engine.step()
+        return result, time.perf_counter() - start
+
+    def _evaluate(self, step: int, metrics: Metrics) -> bool:
+        """Score val; whether this is the best so far."""
+        self.model.task.eval()
+        with self.watch.phase("evaluate"):
+            found = evaluate(self.model, self.images, self.val, batch=self.config.train.eval_batch).metrics
+        metrics.event("val", step, found)
+        value = float(found[self.model.task.metric])
+        if not math.isfinite(value):
+            raise UserError(f"val {self.model.task.metric} is {value} at step {step}: the weights have diverged; lower train.lr")
+        if value <= self.best:
+            return False
+        self.best, self.best_step = value, step
+        return True
+
+    def _save(self, step: int, improved: bool) -> None:
+        tensors = {name: checkpoint.only_trainable(module) for name, module in self.model.trainable.items()}
+        tensors["optimizer"], engine = self.engine.state_dict()
+        state = {
+            "engine": engine,
+            "loader": self.loader.state(),
+            "skips": self.skips.state_dict(),
+            "best": self.best if math.isfinite(self.best) else -1.0,
+            "best_step": self.best_step,
+            "rng": checkpoint.rng_state(),
+            "config": self.config.to_dict(),
+            "config_hash": self.config.hash,
+        }
+        checkpoint.save(self.folder, step, tensors, state, keep=self.config.train.keep, best=improved)
+
+    def _finish(self, outcome: Outcome) -> None:
+        summary = {
+            "metric": self.model.task.metric,
+            "best": outcome.best,
+            "best_step": outcome.best_step,
+            "steps": outcome.step,
+            "seconds": {name: round(value, 2) for name, value in outcome.phases.items()},
+            "config_hash": self.config.hash,
+        }
+        write_json(self.folder / "summary.json", summary)

@@ -1,0 +1,89 @@
+"""pyproject.toml asks for what is imported and no more; launch/constraints.txt pins it, exactly and portably."""
+
+import re
+import sys
+import tomllib
+from collections import defaultdict
+from collections.abc import Mapping
+
+import pytest
+from packaging.requirements import Requirement
+from source_tree import ROOT, imports, our_files
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OPTIONAL = {"deepspeed", "flash-attn", "bitsandbytes", "wandb"}
+DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "google": "protobuf"}
+NOT_IMPORTED = {"pip": "run as a program", "triton": "the kernels' interpreter"}
+LINES = (ROOT / "launch" / "constraints.txt").read_text().splitlines()
+
+
+def pins() -> dict[str, list[Requirement]]:
+    """Normalised name → its pins (several where they depend on the Python or the platform)."""
+    found = defaultdict(list)
+    for line in LINES:
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            found[normal(pin.name)].append(pin)
+    return found
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def wanted() -> list[Requirement]:
+    extras = (text for texts in PROJECT["optional-dependencies"].values() for text in texts)
+    requirements = (Requirement(text) for text in (*PROJECT["dependencies"], *extras))
+    return [requirement for requirement in requirements if requirement.name != "mitrain"]
+
+
+def distributions(files: Mapping[str, str]) -> set[str]:
+    """Whose packages the files import, but for the standard library and ourselves."""
+    names = {name.split(".")[0] for path, source in files.items() for _, name in imports(path, source)}
+    local = {path.stem for path in ROOT.glob("tests/**/*.py")}
+    foreign = names - set(sys.stdlib_module_names) - {"mitrain", "mitrain_kernels"} - local
+    return {normal(DISTRIBUTION.get(name, name)) for name in foreign}
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {normal(Requirement(text).name) for text in requirements}
+
+
+def test_the_dependencies_are_what_is_imported():
+    imported = distributions(our_files()) - OPTIONAL
+    declared = names_of(PROJECT["dependencies"])
+    assert imported - declared == set(), "imported and not declared"
+    assert declared - imported - set(NOT_IMPORTED) == set(), "declared and not imported"
+
+
+def test_what_the_tests_import_is_declared():
+    files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("tests/**/*.py")}
+    declared = names_of(PROJECT["dependencies"]) | names_of(PROJECT["optional-dependencies"]["dev"])
+    assert distributions(files) - declared - OPTIONAL == set(), "imported by a test and not in the extra [dev]"
+
+
+@pytest.mark.parametrize("requirement", wanted(), ids=lambda requirement: normal(requirement.name))
+def test_every_dependency_is_pinned_within_its_range(requirement: Requirement):
+    found = pins()[normal(requirement.name)]
+    assert found, f"{requirement.name} has no pin: compile launch/constraints.txt again (its head says how)"
+    for pin in found:
+        (version,) = (specifier.version for specifier in pin.specifier)
+        assert requirement.specifier.contains(version)
+
+
+def test_pins_are_exact_and_portable():
+    for pin in (pin for several in pins().values() for pin in several):
+        (specifier,) = pin.specifier
+        assert specifier.operator == "=="
+        assert "+" not in specifier.version, f"{pin}: a local build"
+        assert pin.url is None
+        assert not pin.extras
+    assert not [line for line in LINES if "://" in line or ("--" in line and not line.startswith("#"))]
+
+
+def test_extras_refer_to_extras_that_exist():
+    extras = PROJECT["optional-dependencies"]
+    texts = [text for several in extras.values() for text in several]
+    ours = [Requirement(text) for text in texts if Requirement(text).name == "mitrain"]
+    assert ours
+    assert set().union(*(requirement.extras for requirement in ours)) <= set(extras)

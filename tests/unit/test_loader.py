@@ -1,0 +1,39 @@
+"""The loader: every sample once an epoch, and a cursor from which it continues exactly."""
+
+import pytest
+
+from mitrain.data.loader import Loader
+
+
+def draws(loader, batches):
+    return [(d.sample, d.epoch, d.random.random()) for _ in range(batches) for d in loader.next()]
+
+
+def test_every_epoch_holds_every_sample_once_in_another_order():
+    loader = Loader(list(range(10)), 5, seed=1)
+    first, second = [[d.sample for _ in range(2) for d in loader.next()] for _ in range(2)]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+def test_batches_are_full_across_epochs():
+    loader = Loader(list(range(7)), 5, seed=1)
+    assert all(len(loader.next()) == 5 for _ in range(7))
+    assert loader.state() == {"epoch": 4, "position": 7, "samples": 7}
+
+
+def test_resuming_continues_with_the_same_draws():
+    whole, first = Loader(list("abcdefg"), 3, seed=4), Loader(list("abcdefg"), 3, seed=4)
+    expected = draws(whole, 8)
+    begun = draws(first, 3)
+    resumed = Loader(list("abcdefg"), 3, seed=4)
+    resumed.load_state(first.state())
+    assert begun + draws(resumed, 5) == expected
+
+
+def test_the_seed_decides():
+    assert draws(Loader(list(range(9)), 3, seed=1), 3) != draws(Loader(list(range(9)), 3, seed=2), 3)
+
+
+def test_a_cursor_of_other_data_is_refused():
+    with pytest.raises(ValueError, match="9 samples, here are 8"):
+        Loader(list(range(8)), 2, 0).load_state({"epoch": 0, "position": 0, "samples": 9})
