@@ -58,6 +58,7 @@ class Style:
     gap: int = 60  # between the centres of two copies that a place tells apart
     visible: float = 0.75  # of an object that others leave uncovered, at least
     clear: float = 0.97  # the same, where there is room
+    mirror: bool = True  # half of the objects
 
 
 @dataclass
@@ -117,7 +118,7 @@ def choose(things: Sequence[Thing], style: Style, random: Random) -> list[Shown]
     for thing in random.sample(things, len(things)):
         if len(picked) < count - twice and not any(thing.family & other.family for other in picked):
             picked.append(thing)
-    shown = [show(thing, random.randint(*style.sides) * thing.stretch, random) for thing in picked]
+    shown = [show(thing, random.randint(*style.sides) * thing.stretch, style, random) for thing in picked]
     if twice:
         shown[:1] = copies(picked[0], style, random)
     random.shuffle(shown)
@@ -128,14 +129,14 @@ def copies(thing: Thing, style: Style, random: Random) -> list[Shown]:
     relation = random.choice(list(TEMPLATES))
     side = random.randint(*style.sides) * thing.stretch
     sides = (style.big, style.small) if relation == "size" else (side, side)
-    return [show(thing, side, random, relation) for side in sides]
+    return [show(thing, side, style, random, relation) for side in sides]
 
 
-def show(thing: Thing, side: float, random: Random, twin: str = "") -> Shown:
-    """The thing with a longer side of ``side`` pixels, mirrored half of the time."""
+def show(thing: Thing, side: float, style: Style, random: Random, twin: str = "") -> Shown:
+    """The thing with a longer side of ``side`` pixels, mirrored half of the time where that may be."""
     scale = side / max(thing.image.size)
     image = thing.image.resize([max(1, round(scale * length)) for length in thing.image.size], Image.Resampling.LANCZOS)
-    if random.random() < 0.5:
+    if random.random() < 0.5 and style.mirror:
         image = ImageOps.mirror(image)
     return Shown(thing, image, solid(image), twin)
 

@@ -25,7 +25,7 @@ YESNO_PROMPT = "Question: Is the digit in this picture {}? Answer:"
 
 SCENES = {"train": 200, "val": 40, "testA": 40, "testB": 40}
 EACH = {"train": 20, "val": 8, "testA": 8, "testB": 8}  # drawings of each digit
-SMALL_SCENES = Style(size=112, sides=(30, 40), big=48, small=30, gap=32)
+SMALL_SCENES = Style(size=112, sides=(30, 40), big=48, small=30, gap=32, mirror=False)
 
 README = """Handwritten digits, made by mitrain from scikit-learn's copy of the test set of "Optical Recognition of
 Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0): enlarged from 8 x 8 pixels,
@@ -106,7 +106,6 @@ def ink_on_paper(drawing: np.ndarray) -> Image.Image:
 def coloured(drawing: np.ndarray, number: int) -> Image.Image:
     """RGBA cut-out, cropped to the ink, in one of many dark or light colours."""
     alpha = intensity(drawing, SIDE).point(lambda value: min(255, 2 * value))
-    red, green, blue = (Random(number).choice((20, 60, 200, 240)) for _ in range(3))
-    picture = Image.new("RGB", alpha.size, (red, green, blue))
+    picture = Image.new("RGB", alpha.size, tuple(Random(number).choices((20, 60, 200, 240), k=3)))
     picture.putalpha(alpha)
     return picture.crop(alpha.getbbox())

@@ -140,7 +140,7 @@ def other_expressions(
         here = codes == code
         if here.all():
             raise DataError(f"all samples are of the scene {scene!r}: the other-expression control needs two scenes")
-        allowed = ~here & ~names_any(names_here | {""}, texts, targets, cache)
+        allowed = ~names_any(names_here | {""}, texts, targets, cache)  # none of this scene: its targets are named here
         clashes += 0 if allowed.any() else int(here.sum())
         pool = np.flatnonzero(allowed if allowed.any() else ~here)
         index[here] = rng.choice(pool, here.sum())

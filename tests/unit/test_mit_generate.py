@@ -180,7 +180,7 @@ def test_a_cache_filled_without_features_is_summed_from_its_values():
         values = cache.layers[1].values
         with mit.bind({"image": features()}):
             model(input_ids=inputs["input_ids"][:, 6:], attention_mask=inputs["attention_mask"], past_key_values=cache)
-            maps = mit.infused["1"]({"image": features(dtype=torch.float64)}, {})
+            maps = mit.infused["1"]({"image": features().double()}, {})
     expected = prefix_sums(values, maps.v_add, inputs["attention_mask"][:, :6] == 1)
     entry = next(x for x in cache.layers if isinstance(x, GateHistory))
     for got, want in zip(entry.sums, expected, strict=True):
