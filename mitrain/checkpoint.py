@@ -90,7 +90,7 @@ def save(
             target = free_name(folder, step)
             with atomic_folder(target) as work:
                 write(work, step, sequence, best, tensors, state)
-                verify(work)
+                read_back(work)
             rotate([*known, (target, read_manifest(target))], keep)
     except OSError as error:
         raise CheckpointError(
@@ -124,6 +124,13 @@ def write(
         "files": files,
     }
     put(work / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
+
+
+def read_back(work: Path) -> None:
+    try:
+        verify(work)
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint does not read back as written, check the disk: {error}") from None
 
 
 def portable(tensor: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ own mistakes end in one line and exit code 2, an interruption in 130; anything e
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -21,6 +23,7 @@ from mitrain.errors import ConfigError, UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = parser().parse_args(argv)
+    keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="mitrain: %(message)s", stream=sys.stderr)
     try:
         result = arguments.run(arguments)
@@ -37,6 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep large freed blocks instead of handing them back to the kernel after every operation.
+
+    Page faults on fresh blocks took up to two thirds of the CPU time of encoding images. Elsewhere this does nothing.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((mmap_threshold, 32 << 20), (trim_threshold, 1 << 30), (top_pad, 64 << 20)):
+            libc.mallopt(option, value)
 
 
 def say(arguments: argparse.Namespace, text: str) -> None:
@@ -127,7 +142,6 @@ def run_eval(arguments: argparse.Namespace) -> Any:
         samples=arguments.samples,
         generate=arguments.generate,
         seed=arguments.seed,
-        quiet=arguments.json,
     )
     for name, value in metrics.items():
         say(arguments, f"{name:24s} {value:.4f}" if isinstance(value, float) else f"{name:24s} {value}")

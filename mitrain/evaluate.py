@@ -1,7 +1,7 @@
 """Scoring a split, as it is and under controls that must lose."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from mitrain.tasks import controls
@@ -63,7 +63,7 @@ def controlled(samples: Sequence[Any], metric: str, control: str, seed: int) -> 
         return list(samples), own, {}
     if control == "shuffle" and metric != "accuracy":
         pairing = controls.other_expressions([s.expression for s in samples], [s.object for s in samples], own, seed=seed)
-        swapped = [s.with_expression(samples[i].expression) for s, i in zip(samples, pairing.index, strict=True)]
+        swapped = [replace(s, expression=samples[i].expression) for s, i in zip(samples, pairing.index, strict=True)]
         return swapped, own, {"control_clashes": pairing.clashes}
     labels = own if control == "shuffle" else objects
     pairing = controls.other_images(own, labels, seed=seed)

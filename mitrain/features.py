@@ -5,6 +5,7 @@ Shapes: B samples, e width of the infused feature (all encoders concatenated), N
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from mitrain.data.images import BadSamples, open_image
 from mitrain.errors import DataError
 
 Progress = Callable[[int], object]
+ENCODE_BATCH = 8  # on a CPU larger batches only cost memory traffic
 
 
 def no_progress(done: int) -> None:
@@ -124,8 +126,11 @@ class ImageFeatures:
         computed = 0
         for encoder, store in zip(self.encoders, self.stores, strict=True):
             by_key = {f"{self.key(image)}/{view}": (image, view) for view in range(views) for image in images}
-            computed += store.fill(by_key, lambda keys, e=encoder, of=by_key: self._encode(e, [of[k] for k in keys], keys), progress=progress)
+            computed += store.fill(by_key, partial(self._encode_keys, encoder, by_key), ENCODE_BATCH, progress)
         return computed
+
+    def _encode_keys(self, encoder: VisionEncoder, by_key: dict[str, tuple[str, int]], keys: Sequence[str]) -> dict[str, Item]:
+        return self._encode(encoder, [by_key[key] for key in keys], keys)
 
     def _encode(self, encoder: VisionEncoder, wanted: Sequence[tuple[str, int]], keys: Sequence[str]) -> dict[str, Item]:
         items: dict[str, Item] = {}

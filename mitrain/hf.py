@@ -6,7 +6,6 @@ No architecture is named here: the decoder's layers are found as the one ``Modul
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -104,7 +103,3 @@ def empty_model(factory: Any, config: PretrainedConfig) -> PreTrainedModel:
 def count_parameters(module: nn.Module) -> int:
     """Distinct parameters, tied ones once."""
     return sum(p.numel() for p in {id(p): p for p in module.parameters()}.values())
-
-
-def offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")

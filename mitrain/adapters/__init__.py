@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 from mitrain.adapters.base import Adapter
 from mitrain.adapters.mit import MiT
+from mitrain.adapters.none import NoAdapter
 from mitrain.config import Section
 from mitrain.errors import ConfigError
 
-METHODS: dict[str, type[Adapter]] = {MiT.method: MiT}
+METHODS: dict[str, type[Adapter]] = {MiT.method: MiT, NoAdapter.method: NoAdapter}
 
 
 def build(config: Section, widths: Mapping[str, int] | None = None) -> Adapter:
@@ -19,7 +20,9 @@ def build(config: Section, widths: Mapping[str, int] | None = None) -> Adapter:
         raise ConfigError(f"{type(config).__name__} describes no adapter: choose one of {sorted(METHODS)}")
     given = dict(getattr(config, "modalities", {}))
     if widths is not None and given not in ({}, dict(widths)):
-        raise ConfigError(f"adapter.modalities={given}, but the encoders give {dict(widths)}: leave adapter.modalities out")
+        raise ConfigError(
+            f"adapter.modalities={given}, but the encoders give {dict(widths)}: leave adapter.modalities out"
+        )
     if widths is not None and "modalities" in type(config).model_fields:
         config = config.model_copy(update={"modalities": dict(widths)})
     return METHODS[config.section_name](config)

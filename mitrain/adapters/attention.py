@@ -60,7 +60,7 @@ class Infusion:
     def coefficients(self, v: Tensor, new: int) -> tuple[Tensor, Tensor, Tensor]:
         """α, γ, δ (B, H, new or 1, d) for the ``new`` last tokens of v (B, G, T, d); the cache's sums move on."""
         maps = self.maps
-        padding = None if self.padding is None else self.padding[:, -new:]
+        padding = None if self.padding is None else self.padding[:, -new:].to(v.device)
         entry = before = None
         if self.gate == "prefix" and self.cache is not None:
             entry = history(self.cache, self.layer_idx, self.depth)
@@ -112,9 +112,16 @@ def infused_forward(
     maps = infusion.maps
     if infusion.gate == "token":
         key, value = infused_keys_values(
-            key, value, maps.k_mul, maps.v_mul, maps.v_add, maps.head_logit,
-            k_add=maps.k_add, present=maps.present, base=maps.base,
-        )  # fmt: skip
+            key,
+            value,
+            maps.k_mul,
+            maps.v_mul,
+            maps.v_add,
+            maps.head_logit,
+            k_add=maps.k_add,
+            present=maps.present,
+            base=maps.base,
+        )
         return attend(Ungrouped(module), query, key, value, attention_mask, **kwargs)
     alpha, gamma, delta = infusion.coefficients(value, new=query.shape[2])
     output, weights = attend(module, query * alpha.to(query.dtype), key, value, attention_mask, **kwargs)
@@ -129,7 +136,7 @@ def base_function(base: str, module: nn.Module) -> Callable:
     """transformers' own function; ``eager`` is each model file's."""
     if base != "eager":
         return AttentionInterface()[base]
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward")
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def rows_that_see(mask: Tensor) -> Tensor:
@@ -143,7 +150,9 @@ def check_call(infusion: Infusion, query: Tensor, value: Tensor, kwargs: dict[st
     """Refuse, in one line, what would make the folded form wrong."""
     where = f"layer {infusion.layer_idx}"
     if kwargs.get("dropout"):
-        raise ModelError(f"{where} drops attention probabilities, under which infusion does not fold: call model.eval()")
+        raise ModelError(
+            f"{where} drops attention probabilities, under which infusion does not fold: call model.eval()"
+        )
     if kwargs.get("s_aux") is not None:
         raise ModelError(f"{where} uses attention sinks, under which infusion does not fold: not supported")
     if kwargs.get("softcap") is not None and infusion.maps.k_add is not None and infusion.gate != "token":

@@ -92,7 +92,9 @@ class Adapter(nn.Module, ABC):
             raise ModelError(f"this {self.method} adapter is attached already: call detach() first")
         for name, backbone in backbones.items():
             if hasattr(backbone, self.method):
-                raise ModelError(f"the {name} model has a {self.method} adapter (or attribute) already: detach it first")
+                raise ModelError(
+                    f"the {name} model has a {self.method} adapter (or attribute) already: detach it first"
+                )
         try:
             for backbone in backbones.values():
                 self._freeze(backbone)

@@ -116,6 +116,6 @@ def check_feature(name: str, tensor: object, width: int) -> Tensor:
 def check_present(name: str, mask: object, feature: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != feature.shape[:1]:
         raise ModelError(
-            f"the presence mask of {name!r} must be a bool tensor of shape ({len(feature)},): True where a sample has it"
+            f"the presence mask of {name!r} must be a bool tensor of shape ({len(feature)},), True where it is there"
         )
     return mask.to(feature.device)

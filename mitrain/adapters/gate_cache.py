@@ -119,7 +119,7 @@ def continued_sums(
             f"the cache of layer {entry.layer_idx} was filled under other features and its window has dropped values "
             "that the gate needs: start again with an empty cache"
         )
-    before = padding[:, :past] if padding is not None else None
-    sums = prefix_sums(v[:, :, :past], v_add, before)
+    valid = None if padding is None else padding[:, :past].to(v.device)
+    sums = prefix_sums(v[:, :, :past], v_add, valid)
     entry.append(sums, condition)
     return sums.last()

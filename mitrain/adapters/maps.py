@@ -3,6 +3,7 @@
 Shapes: B batch, M modalities, H query heads, d head width, e feature width, d_ff feed-forward width.
 """
 
+import math
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any
@@ -26,8 +27,8 @@ def attention_maps(k_add: bool) -> tuple[str, ...]:
 class ModalityMaps(nn.Module):
     """One modality's affine maps into one layer: e -> H·d for keys and values, e -> d_ff for the feed-forward.
 
-        k_mul = I W_d^k + b_d^k     k_add = I W_a^k + b_a^k     (MiT, arXiv 2403.05060, Eq. 1; our names ↔ theirs)
-        v_mul = I W_d^v + b_d^v     v_add = I W_a^v + b_a^v     ffn = I W_f + b_f  (Eq. 7)
+    k_mul = I W_d^k + b_d^k     k_add = I W_a^k + b_a^k     (MiT, arXiv 2403.05060, Eq. 1; our names ↔ theirs)
+    v_mul = I W_d^v + b_d^v     v_add = I W_a^v + b_a^v     ffn = I W_f + b_f  (Eq. 7)
     """
 
     def __init__(self, width: int, shape: LayerShape, names: tuple[str, ...], ffn: bool, **place: Any):
@@ -60,7 +61,7 @@ class LayerInfusion(nn.Module):
     def start_as_identity(self) -> None:
         """Base 1: exactly the frozen layer. Base 0 has no exact identity; where all modalities are present and v_add
         is 0, the factors 1 / (M σ(L)) give the frozen layer but for rounding."""
-        gate = torch.sigmoid(torch.tensor(HEAD_LOGIT)).item()
+        gate = 1 / (1 + math.exp(-HEAD_LOGIT))
         for maps in self.maps.values():
             maps.start_as_identity(0.0 if self.base else 1.0 / (len(self.maps) * gate))
 

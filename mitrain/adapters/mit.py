@@ -5,7 +5,7 @@ Where the paper and the authors' release differ, both are settings; see mit_conf
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,20 +30,24 @@ from mitrain.errors import ConfigError, ModelError
 
 @dataclass(frozen=True)
 class Call:
-    """What the infused layers need during one forward pass, also when they are computed again in backward."""
+    """What the infused layers need during one forward pass, also when they are computed again in backward.
+
+    ``versions`` tell whether the adapter's parameters changed since the last pass; only for passes without gradients.
+    """
 
     condition: Condition
     inputs: dict[str, Tensor]
     present: dict[str, Tensor]
     padding: Tensor | None
+    versions: tuple[int, ...]
 
 
 class MiT(Adapter):
     """MiT's maps in the chosen layers of the backbone ``text``.
 
-    The parameters are made by the first ``attach``, beside each layer's own, in float32 (or the model's, if wider). Names in the state dict:
-    ``infused.<index>.maps.<modality>.<k_mul|k_add|v_mul|v_add|ffn>``, ``infused.<index>.head_logit`` and, with a rank,
-    ``projections.<modality>``.
+    The parameters are made by the first ``attach``, beside each layer's own, in float32 or the model's type if wider.
+    Names in the state dict: ``infused.<index>.maps.<modality>.<k_mul|k_add|v_mul|v_add|ffn>``,
+    ``infused.<index>.head_logit`` and, with a rank, ``projections.<modality>``.
     """
 
     method: ClassVar[str] = "mit"
@@ -151,15 +155,16 @@ class MiT(Adapter):
         condition = self.condition
         if condition is None:
             return None
-        given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = {**inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
+        tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+        if tokens is None:
+            return None
         self._check_inputs(decoder, given)
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
-        like = next(self.parameters())
-        inputs, present = inputs_of(condition, len(tokens), like, self.projections)
+        inputs, present = inputs_of(condition, len(tokens), next(self.parameters()), self.projections)
         padding = given.get("attention_mask")
-        padding = None if padding is None else padding.to(tokens.device, torch.bool)
-        self._call = Call(condition, inputs, present, padding)
+        padding = None if padding is None else padding.to(torch.bool)
+        versions = () if torch.is_grad_enabled() else tuple(map(version, self.parameters()))
+        self._call = Call(condition, inputs, present, padding, versions)
         if self._checkpointing and torch.is_grad_enabled():
             return args, {**kwargs, "use_cache": False}
         return None
@@ -173,7 +178,9 @@ class MiT(Adapter):
         if cache is not None:
             check_cache(cache)
         if torch.is_grad_enabled() and getattr(decoder, "gradient_checkpointing", False):
-            raise ModelError("gradient_checkpointing_enable undoes the frozen trunk: use the adapter's set_checkpointing")
+            raise ModelError(
+                "transformers' own activation checkpointing undoes the frozen trunk: use mit.set_checkpointing(True)"
+            )
         if cache is not None and self._checkpointing and torch.is_grad_enabled():
             raise ModelError("activation checkpointing cannot fill a KV cache: give no past_key_values in training")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
@@ -191,12 +198,10 @@ class MiT(Adapter):
         compute = layer if what == "attention" else layer.ffn_factor
         if torch.is_grad_enabled():
             return compute(call.inputs, call.present)
-        state = [0 if p.is_inference() else p._version for p in self.parameters()]
-        key = index, what, len(next(iter(call.inputs.values())))
-        known = call.condition.memory.get(key)
-        if known is None or known[0] != state:
-            known = call.condition.memory[key] = state, compute(call.inputs, call.present)
-        return known[1]
+        memory, key = call.condition.memory, (index, what, len(next(iter(call.inputs.values()))))
+        if key not in memory or memory[key][0] != call.versions:
+            memory[key] = call.versions, compute(call.inputs, call.present)
+        return memory[key][1]
 
     def _enter_attention(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self._call
@@ -221,6 +226,11 @@ class MiT(Adapter):
         factor = self._recall(self._call, index, "ffn").to(hidden.dtype)
         infused = hidden.reshape(len(factor), -1, hidden.shape[-1]) * factor[:, None]
         return infused.reshape(hidden.shape), *rest
+
+
+def version(parameter: nn.Parameter) -> int:
+    """How often the tensor was changed in place (inference tensors, which never train, don't count)."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def check_used(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -249,13 +259,15 @@ def check_attention_base(decoder: Decoder, config: MiTConfig) -> None:
         if base != "eager":
             raise ModelError(f"{decoder.name} caps its attention scores: load it with attn_implementation='eager'")
         if config.k_add and config.gate != "token":
-            raise ModelError(f"{decoder.name} caps its attention scores, where k_add does not fold: adapter.k_add=false")
+            raise ModelError(
+                f"{decoder.name} caps its attention scores, where k_add does not fold: adapter.k_add=false"
+            )
 
 
 def attach(model: PreTrainedModel, config: MiTConfig) -> MiT:
     """Freeze ``model`` and attach a new MiT to it; undo with the returned adapter's ``detach()``.
 
-    The features of each pass come with ``mit.bind({"image": features})`` or ``model(..., infused={"image": features})``.
+    The features of a pass come by ``mit.bind({"image": x})`` or as the keyword ``model(..., infused={"image": x})``.
     Raises ModelError, in one line, for what cannot be infused.
     """
     adapter = MiT(config)

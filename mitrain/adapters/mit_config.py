@@ -34,7 +34,7 @@ class MiTConfig(Section, kind="adapter", name="mit"):
     """
 
     preset: Literal["default", "released", "paper"] = "default"
-    modalities: dict[str, Annotated[int, Field(gt=0)]] = {}
+    modalities: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     layers: Annotated[str | list[int], AfterValidator(parse_layers)] = "last third"
     gate: Literal["sequence", "prefix", "token", "none"] = "prefix"
     cosine: bool = True

@@ -9,7 +9,7 @@ FORMS = "'all', 'last third', 'first half', 'last 8', 'last 0.25', 'every 4', '2
 
 
 def parse_layers(spec: str | list[int]) -> str | list[int]:
-    """``spec`` itself when it is well formed; ConfigError else. Which layers exist is known only to ``select_layers``."""
+    """``spec`` itself when it is well formed; ConfigError else. Which layers there are, only a model tells."""
     select_layers(spec, depth=None)
     return spec
 
@@ -68,8 +68,11 @@ def _count(word: str, spec: str, depth: int, known: bool) -> int:
     if word.isdecimal():
         count = int(word)
         if not count or (known and count > depth):
-            raise ConfigError(f"layers={spec!r}: this model has layers 0 to {depth - 1}" if known else
-                              f"layers={spec!r} names no layer: write {FORMS}")
+            raise ConfigError(
+                f"layers={spec!r}: this model has layers 0 to {depth - 1}"
+                if known
+                else f"layers={spec!r} names no layer: write {FORMS}"
+            )
         return count
     fraction = FRACTIONS.get(word) or (float(word) if re.fullmatch(r"\d*\.\d+|\d+\.\d*", word) else 0.0)
     if not 0 < fraction <= 1:

@@ -64,7 +64,7 @@ def open_image(root: Path, relative: str, max_pixels: int = MAX_PIXELS) -> Image
     except Exception as error:  # a decoder may raise anything when the file is torn or hostile
         raise DataError(f"{relative!r} in {str(root)!r} is not a readable picture ({error}): replace it") from None
     raise DataError(
-        f"{relative!r} in {str(root)!r} has {width} x {height} pixels, more than the {max_pixels} allowed: scale it down"
+        f"{relative!r} in {str(root)!r} has {width} x {height} pixels, {max_pixels} are allowed: scale it down"
     )
 
 

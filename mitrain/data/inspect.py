@@ -9,13 +9,13 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from mitrain.data.images import MAX_PIXELS, open_image
 from mitrain.data.records import AnswerSample
@@ -42,9 +42,7 @@ def inspect(
     pictures = {split: read_pictures(samples, root, max_pixels) for split, samples in splits.items()}
     report: dict[str, Any] = {
         "splits": {split: describe(samples, pictures[split]) for split, samples in splits.items()},
-        "shared": [
-            found for one, other in combinations(splits, 2) for found in compare(one, other, splits, pictures)
-        ],
+        "shared": [found for one, other in combinations(splits, 2) for found in compare(one, other, splits, pictures)],
     }
     if sheet:
         write_sheet(splits, root, sheet, max_pixels, seed)
@@ -115,7 +113,7 @@ def describe_masks(samples: Sequence[ReferSample]) -> dict[str, Any]:
         "mean_area": round(float(np.mean(areas)), 4) if areas else None,
         "areas": {
             f"{100 * low:g}-{100 * high:g} %": int((places == place).sum())
-            for place, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
+            for place, (low, high) in enumerate(pairwise(edges))
         },
     }
 
@@ -191,8 +189,7 @@ def row_of(split: str, samples: Samples, root: Path, max_pixels: int, seed: int)
         left = number * (THUMBNAIL + 8) + 4
         try:
             picture = overlaid(open_image(root, sample.image, max_pixels), sample)
-            picture.thumbnail((THUMBNAIL, THUMBNAIL))
-            row.paste(picture, (left, 4))
+            row.paste(ImageOps.contain(picture, (THUMBNAIL, THUMBNAIL)), (left, 4))
             text = caption(sample)
         except DataError as error:
             text = str(error)

@@ -89,7 +89,9 @@ def rows_of_csv(file: TextIO, path: Path, columns: Mapping[str, str]) -> Iterato
             if header is None:
                 header = check_header(cells, path, columns)
             elif len(cells) > len(header):
-                raise DataError(f"{path}:{reader.line_num}: {len(cells)} cells under {len(header)} columns: quote commas")
+                raise DataError(
+                    f"{path}:{reader.line_num}: {len(cells)} cells under {len(header)} columns: quote commas"
+                )
             elif cells:
                 yield reader.line_num, split_candidates(dict(zip(header, cells, strict=False)), columns["candidates"])
     except csv.Error as error:
@@ -122,7 +124,7 @@ def to_sample(row: Mapping[str, Any], where: str, columns: Mapping[str, str], de
             raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")
     candidates = values["candidates"] or []
     if not isinstance(candidates, list):
-        raise DataError(f"{where}: {columns['candidates']!r} is no list: write [\"yes\", \"no\"]")
+        raise DataError(f'{where}: {columns["candidates"]!r} is no list: write ["yes", "no"]')
     choices = tuple(as_text(choice, "candidates", columns, where) for choice in candidates)
     if choices and texts["answer"] not in choices:
         raise DataError(f"{where}: the answer {texts['answer'][:80]!r} is not among the candidates: add it")

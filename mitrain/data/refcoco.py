@@ -28,12 +28,12 @@ MAX_PIXELS = 1 << 28  # of a mask
 HUGE = 1 << 63  # no number in these files
 IMAGE_FOLDERS = {"refclef": ("images/saiapr_tc-12", "saiapr_tc-12")}
 COCO_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014", "images")
-OPCODES = (
-    "PROTO FRAME STOP MARK POP POP_MARK DUP MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET "
-    "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
-    "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES "
-    "EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS"
-).split()
+OPCODES = """
+    PROTO FRAME STOP MARK POP POP_MARK DUP MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET
+    NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES
+    EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS
+"""
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ class ReferSample:
         try:
             return decode_mask(self.segmentation, self.size)
         except ValueError as error:
-            raise DataError(f"the segmentation of {self.id} is broken ({error}): mend or remove that annotation") from None
+            raise DataError(
+                f"the segmentation of {self.id} is broken ({error}): mend or remove that annotation"
+            ) from None
 
 
 def read_refer(
@@ -170,7 +172,11 @@ class PlainUnpickler(pickle._Unpickler):
     """
 
     dispatch = Opcodes(
-        {ord(op.code): pickle._Unpickler.dispatch[ord(op.code)] for op in pickletools.opcodes if op.name in OPCODES}
+        {
+            ord(op.code): pickle._Unpickler.dispatch[ord(op.code)]
+            for op in pickletools.opcodes
+            if op.name in OPCODES.split()
+        }
     )
 
 
@@ -181,7 +187,9 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
     try:
         refs = PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
     except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{str(path)!r} is not a pickle of plain values ({str(error)[:80]}): get the original file") from None
+        raise DataError(
+            f"{str(path)!r} is not a pickle of plain values ({str(error)[:80]}): get the original file"
+        ) from None
     except (struct.error, OverflowError, MemoryError) as error:
         raise DataError(f"{str(path)!r} is a torn pickle ({str(error)[:80]}): get the original file") from None
     if not isinstance(refs, list) or not refs:
@@ -265,7 +273,9 @@ def samples_of(ref: Mapping[str, Any], tables: Instances, dataset: str) -> list[
     size = (field(image, "height", int, here), field(image, "width", int, here))
     if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
         raise DataError(f"{here} has an impossible height and width: get the original file")
-    segmentation = field(annotation, "segmentation", list | dict, f"{tables.where!r}: annotation {brief(ref['ann_id'])}")
+    segmentation = field(
+        annotation, "segmentation", list | dict, f"{tables.where!r}: annotation {brief(ref['ann_id'])}"
+    )
     kind = ref.get("kind", "") if isinstance(ref.get("kind", ""), str) else ""
     shared = (size, segmentation, tables.category(annotation), kind)
     file_name = field(image, "file_name", str, here)

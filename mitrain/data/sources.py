@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mitrain.config import Section
 from mitrain.data.records import read_records
-from mitrain.data.refcoco import read_refer
+from mitrain.data.refcoco import image_folder, read_refer, split_names
 from mitrain.errors import ConfigError, DataError
 
 
@@ -53,6 +53,10 @@ class RecordsConfig(DataSection, kind="data", name="records"):
             raise DataError(f"{root / self.splits[split]} holds no sample of kind {', '.join(self.kinds)}: it has {', '.join(kinds)}")
         return kept
 
+    def split_names(self, root: Path) -> list[str]:
+        """The splits whose files are there."""
+        return [split for split, name in self.splits.items() if (root / name).exists()] or list(self.splits)
+
     def image_root(self, root: Path) -> Path:
         return root
 
@@ -66,13 +70,14 @@ class RefcocoConfig(DataSection, kind="data", name="refcoco"):
     images: str | None = None
 
     def read(self, root: Path, split: str) -> list[Any]:
-        samples = read_refer(root, self.dataset, self.split_by, split, images=self.images)
-        if not samples:
-            raise DataError(f"{root / self.dataset} has no expressions in the split {split!r}: choose another split")
-        return samples
+        return read_refer(root, self.dataset, self.split_by, split, images=self.images)
+
+    def split_names(self, root: Path) -> list[str]:
+        """The splits that the references name."""
+        return split_names(root, self.dataset, self.split_by)
 
     def image_root(self, root: Path) -> Path:
-        return root
+        return image_folder(root, self.dataset, self.images)
 
 
 def limit(samples: Sequence[Any], count: int | None) -> list[Any]:

@@ -22,7 +22,16 @@ AR_MAGIC = b"!<arch>\n"
 AR_HEADER = 60  # bytes: name 16, time 12, owner 6, group 6, mode 8, size 10, end 2
 MAX_FILE = 64 << 20  # bytes of one file
 MAX_TOTAL = 1 << 30  # bytes of all wanted files together
-BROKEN = (OSError, EOFError, ValueError, OverflowError, tarfile.TarError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
+BROKEN = (
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    tarfile.TarError,
+    lzma.LZMAError,
+    zlib.error,
+    zstandard.ZstdError,
+)
 
 
 class Window(io.RawIOBase):
@@ -56,7 +65,7 @@ def members(archive: Path, under: str, suffixes: tuple[str, ...]) -> Iterator[tu
                     continue
                 total += entry.size
                 if entry.size > MAX_FILE or total > MAX_TOTAL:
-                    raise PrepareError(f"{str(archive)!r}: {entry.name!r} is larger than expected: get the original package")
+                    raise PrepareError(f"{str(archive)!r}: {entry.name!r} is too large: get the original package")
                 yield path, tar.extractfile(entry).read()
     except BROKEN as error:
         raise PrepareError(f"{str(archive)!r} is not a whole Debian package ({error}): download it again") from None

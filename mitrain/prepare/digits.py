@@ -76,7 +76,7 @@ def shuffled(seed: int) -> Iterator[tuple[int, int, np.ndarray]]:
 
 
 def questions(number: str, image: str, digit: int) -> list[dict]:
-    """The digit's name, and whether it is even (of odd numbers in the file: odd), so that yes and no are alike often."""
+    """What digit it is, and whether it is even; of every second drawing whether it is odd, to balance yes and no."""
     asked = ("even", "odd")[int(number) % 2]
     right = digit % 2 == ("even", "odd").index(asked)
     shared = {"image": image, "object": f"drawing {number}"}

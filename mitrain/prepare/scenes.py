@@ -12,6 +12,7 @@ from random import Random
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from mitrain.errors import PrepareError
 from mitrain.files import write_atomic, write_json
@@ -59,7 +60,7 @@ def write_scenes(
             raise PrepareError(f"too few usable stamps for the split {split} of {name}: give the whole package")
         random = Random(f"{name} {seed} {split}")
         first = len(writer.refs)
-        for _ in range(count):
+        for _ in tqdm(range(count), f"{name} {split}", unit=" scenes", disable=None):
             writer.add(split, *scene(things[split], style, random))
         summary[split] = summarise(writer, first, things[split])
     writer.finish()

@@ -8,12 +8,12 @@ drawing is used (Easter) rather than what it shows (a chick).
 
 import io
 import re
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from tqdm import tqdm
 
 from mitrain.errors import PrepareError
 from mitrain.prepare.deb import members
@@ -21,6 +21,7 @@ from mitrain.prepare.deb import members
 ROOT = "tuxpaint/stamps/"  # below usr/share
 COPYRIGHT = "doc/tuxpaint-stamps-default/copyright"
 LONGEST = 512  # pixels of the longer side; larger stamps are scaled down
+MAX_PIXELS = 16_000_000  # of a stamp
 VISIBLE = 16  # alpha from which a pixel can be seen
 
 # folder: (the category's name, what a yes/no question asks for)
@@ -158,11 +159,11 @@ LEADING = re.compile(rf"^({ARTICLE} )?({COLLECTION} )?({SIZE} )?(?=\S)")
 TRAILING = re.compile(r"[.,!?—(;:]| - | (?:that|which|resembles|covered|carries|is|are|in|with|from) ")
 
 # words that leave an object's kind as it is: pictures that differ only in them never part across splits
-QUALIFIERS = set(
-    "red green yellow blue brown white black pink purple silver golden colorful happy little small big large huge "
-    "very old-fashioned old modern new ripe sweet lit full crescent closed open sliced singing sitting sleeping "
-    "poisonous baby male female floppy-eared eared floppy toy electric folded round square".split()
-)
+QUALIFIERS = """
+    red green yellow blue brown white black pink purple silver golden colorful happy little small big large huge
+    very old-fashioned old modern new ripe sweet lit full crescent closed open sliced singing sitting sleeping
+    poisonous baby male female floppy-eared eared floppy toy electric folded round square
+"""
 
 
 @dataclass(frozen=True)
@@ -187,17 +188,18 @@ class Collection:
 
 def read_stamps(archive: Path) -> Collection:
     """The stamps of the Debian package ``archive``. Raises PrepareError."""
-    files = dict(members(archive, "usr/share", (".png", ".txt", COPYRIGHT)))
+    wanted = members(archive, "usr/share", (".png", ".txt", COPYRIGHT))
+    files = dict(tqdm(wanted, "unpacking stamps", unit=" files", disable=None))
     names = {}
     for path in sorted(path.removeprefix(ROOT) for path in files if path.startswith(ROOT) and path.endswith(".png")):
         caption = files.get(ROOT + path.removesuffix(".png") + ".txt")  # mirrored copies have none
         if caption and path.split("/")[0] in CATEGORIES and not path.startswith(LEFT_OUT):
-            names[path] = name_of(path, caption.decode("utf-8", "replace").splitlines()[0])
+            names[path] = name_of(path, caption.decode("utf-8", "replace").partition("\n")[0])
     if not names:
         raise PrepareError(f"{str(archive)!r} holds no captioned stamps: give the package tuxpaint-stamps-default")
     kinds = kinds_of(names.values())
     stamps = [
-        Stamp(path, name, kinds[name], category_of(path), "cartoon" in path.split("/"), cut_out(path, files[ROOT + path]))
+        Stamp(path, name, kinds[name], category_of(path), "/cartoon/" in path, cut_out(path, files[ROOT + path]))
         for path, name in names.items()
     ]
     return Collection(stamps, files.get(COPYRIGHT, b"").decode("utf-8", "replace"))
@@ -208,7 +210,7 @@ def name_of(path: str, caption: str) -> str:
     known = NAMED.get(Path(path).stem)
     if known:
         return known
-    text = re.sub("[“”\"]", "", caption.lower()).replace("’", "'")
+    text = re.sub('[“”"]', "", caption.lower()).replace("’", "'")
     text = TRAILING.split(text.strip(" –"))[0].strip(" –'")
     return LEADING.sub("", text) or Path(path).stem
 
@@ -230,7 +232,7 @@ def kinds_of(names: Iterable[str]) -> dict[str, str]:
 
 def unqualified(name: str) -> str:
     words = name.split()
-    while len(words) > 1 and words[0] in QUALIFIERS:
+    while len(words) > 1 and words[0] in QUALIFIERS.split():
         words = words[1:]
     return " ".join([*words[:-1], singular(words[-1])])
 
@@ -250,9 +252,11 @@ def shortest_known_tail(kind: str, known: set[str]) -> str:
 def cut_out(path: str, content: bytes) -> Image.Image:
     """The picture as RGBA, cropped to what can be seen, at most LONGEST pixels long."""
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            image = Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError, Warning) as error:
+        image = Image.open(io.BytesIO(content), formats=["PNG"])
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        image = image.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PrepareError(f"the stamp {path} is no readable PNG ({error}): get the original package") from None
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha >= VISIBLE)).getbbox()
     image = image.crop(box or (0, 0, *image.size))

@@ -51,7 +51,7 @@ def build(archives: Sequence[Path], target: Path, seed: int) -> None:
     for split in SHARES:
         stamps = [stamp for stamp in collection.stamps if splits[stamp.kind] == split]
         questions = ask(stamps, Random(f"questions {seed} {split}"))
-        write_atomic(target / f"{split}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in questions))
+        write_atomic(target / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in questions))
         for stamp in stamps:
             path = target / image_path(stamp)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,9 @@ def outputs_and_gradients(function, inputs, **options):
     output = function(**inputs, **options)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=output.dtype)
     gradients = torch.autograd.grad(output, list(inputs.values()), upstream, allow_unused=True)
-    return output, {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(inputs.items(), gradients)}
+    return output, {
+        n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(inputs.items(), gradients, strict=True)
+    }
 
 
 def largest(x):
@@ -99,7 +101,9 @@ def written_out(i, gate, base, valid, window):
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("base", [0, 1])
-@pytest.mark.parametrize(("padding", "window", "tq"), [(None, None, 7), ("left", 3, 7), ("all", None, 7), ("right", 3, 2)])
+@pytest.mark.parametrize(
+    ("padding", "window", "tq"), [(None, None, 7), ("left", 3, 7), ("all", None, 7), ("right", 3, 2)]
+)
 def test_the_reference_is_the_definition(gate, base, padding, window, tq):
     inputs, valid = make(modalities=2, tq=tq), pad(7, padding)
     result = infused_attention_reference(**inputs, gate=gate, base=base, key_padding=valid, window=window)
@@ -148,8 +152,10 @@ def test_a_missing_modality_is_as_if_it_were_not_there(gate, base):
         some = function(**inputs, gate=gate, base=base, present=present)
         for row in range(B):
             there = present[:, row]
-            alone = {n: x[row : row + 1] if n in "qkv" else x[there] if n == "head_logit" else x[there][:, row : row + 1]
-                     for n, x in inputs.items()}  # fmt: skip
+            alone = {
+                n: x[row : row + 1] if n in "qkv" else x[there] if n == "head_logit" else x[there][:, row : row + 1]
+                for n, x in inputs.items()
+            }
             assert largest(some[row] - function(**alone, gate=gate, base=base)[0]) < EXACT
     assert_same(inputs, gate=gate, base=base, present=present)
 
@@ -217,8 +223,14 @@ def test_keep_dead_leaves_the_output_and_its_gradient_alone():
 def test_padding_and_batch_mates_change_nothing(gate, side, function):
     whole = make(2, seed=4)
     for row in range(B):
-        alone = {n: x.detach() if n == "head_logit" else x.detach()[row : row + 1] if n in "qkv" else x.detach()[:, row : row + 1]
-                 for n, x in whole.items()}  # fmt: skip
+        alone = {
+            n: x.detach()
+            if n == "head_logit"
+            else x.detach()[row : row + 1]
+            if n in "qkv"
+            else x.detach()[:, row : row + 1]
+            for n, x in whole.items()
+        }
         expected = function(**alone, gate=gate)
         assert largest(function(**whole, gate=gate)[row] - expected[0]) < 1e-12
         amount = (0, 0, 2, 0) if side == "left" else (0, 0, 0, 2)
@@ -323,7 +335,9 @@ def test_folding_loses_no_more_than_the_plain_attention_of_the_same_precision(ga
     lost = largest(infused_attention_folded(**rough, gate=gate) - truth)
     q, k, v = (rough[n] for n in "qkv")
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    plain_truth = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=True, enable_gqa=True)
+    plain_truth = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double() for x in (q, k, v)), is_causal=True, enable_gqa=True
+    )
     growth = 1 + largest(truth) / largest(plain_truth)
     # q ⊙ α widens the scores by |α|, the affine map the output; each adds roundings of its own
     widest = 1 + largest(exact["k_mul"]) + largest(exact["v_mul"])

@@ -50,9 +50,11 @@ def test_more_layers_than_there_are(spec):
 
 @pytest.mark.parametrize(
     "spec",
-    [[], [1, 1], [-1], "1,1", "", "third", "last", "last word", "last 0", "last 0.0", "last 1.5", "last -1", "first 1e-1"]
-    + ["every 0", "every", "5-3", "0-99999999", "middle 3", "1-", "last third half"],
-)  # fmt: skip
+    [
+        *([], [1, 1], [-1], "1,1", "", "third", "last", "last word", "last 0", "last 0.0", "last 1.5", "last -1"),
+        *("first 1e-1", "every 0", "every", "5-3", "0-99999999", "middle 3", "1-", "last third half"),
+    ],
+)
 def test_a_malformed_spec_is_refused_before_any_model_is_known(spec):
     with pytest.raises(ConfigError, match="layers="):
         parse_layers(spec)

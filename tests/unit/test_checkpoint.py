@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_line_and_leaves_everything_as_it_was(tmp_path, monke
 
 def test_what_does_not_read_back_is_not_published(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", lambda self, content: Path.open(self, "wb").close())
-    with pytest.raises(CheckpointError, match="checksum"):
+    with pytest.raises(CheckpointError, match="does not read back as written, check the disk"):
         save(tmp_path, 1)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [".lock"]
 

@@ -139,6 +139,13 @@ def test_objects_that_no_expression_targets_count_as_well():
     assert all(SCENES[pairing.index[i]] != "s0" for i in (0, 1))
 
 
+def test_names_are_found_as_whole_words_in_any_case():
+    texts, names = ["the left frog", "the cap of the Teddy-Bear", "a cupboard"], ["frog", "cap", "cupboard"]
+    for seed in range(20):
+        pairing = other_expressions(texts, names, ["a", "b", "c"], {"a": ["teddy bear", "cup"]}, seed=seed)
+        assert pairing.index[0] == 2 and pairing.clashes == {"named": 0}
+
+
 def test_targets_without_a_name_are_a_last_resort():
     texts, names, scenes = ["left one", "the cat", "the dog"], ["", "cat", "dog"], ["a", "b", "c"]
     for seed in range(20):

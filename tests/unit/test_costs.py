@@ -14,6 +14,7 @@ from transformers import (
     LlamaModel,
 )
 
+import mitrain
 from mitrain.costs import (
     LlmShape,
     Memory,
@@ -236,6 +237,23 @@ def test_infused_attention_activations_equal_what_autograd_saves():
     with_mit, without = (activation_bytes(llm, tokens, above=1, infused=n) for n in (1, 0))
     assert folded - plain == 3 * 4 * tokens * heads * width
     assert with_mit - without == (folded - plain) + 4 * tokens * llm.ffn
+
+
+@pytest.mark.parametrize("gate", ["prefix", "sequence"])
+def test_infused_model_activations_are_estimated_within_a_tenth(gate):
+    """What is left out (the gate's scalars; with ``sequence`` the scales have no rows) is small at common shapes."""
+    batch, tokens, shape = 2, 40, TINY | {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
+    model = LlamaModel(LlamaConfig(**shape))
+    mit = mitrain.attach(model, mitrain.MiTConfig(modalities={"image": 16}, layers=[1, 3], gate=gate))
+    ids, feature = torch.randint(50, (batch, tokens)), torch.randn(batch, 16)
+
+    def run() -> torch.Tensor:
+        with mit.bind({"image": feature}):
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+
+    actual = saved_bytes(run, [*model.parameters(), *model.buffers(), *mit.parameters(), feature])
+    estimate = batch * activation_bytes(LlmShape.from_config(shape), tokens, above=3, infused=2)
+    assert abs(estimate / actual - 1) < 0.1
 
 
 def test_activations_add_over_layers_and_checkpoints_keep_inputs():

@@ -55,7 +55,7 @@ def test_a_resolved_configuration_reads_back_as_itself():
         ({"modalities": {"keys": 4}}, "'keys' cannot name a modality"),
         ({"layers": "lst third"}, "layers='lst third' is not understood"),
         ({"layers": [1, 1]}, "stands twice"),
-        ({"layer": 3}, "unknown key 'adapter.layer' .did you mean 'layers'"),
+        ({"layer": 3}, r"unknown key 'adapter.layer' .did you mean 'layers'"),
         ({"preset": ["default"]}, "adapter.preset"),
     ],
 )
@@ -72,7 +72,7 @@ def test_build():
     assert adapters.build(choose(modalities={"image": 6}), {"image": 6}).feature_widths == {"image": 6}
     with pytest.raises(ConfigError, match="the encoders give {'image': 7}"):
         adapters.build(choose(modalities={"image": 6}), {"image": 7})
-    with pytest.raises(ConfigError, match="adapter.modalities is empty"):
+    with pytest.raises(ConfigError, match=r"adapter.modalities is empty"):
         adapters.build(section)
     with pytest.raises(ConfigError, match="describes no adapter"):
         adapters.build(config.Section())

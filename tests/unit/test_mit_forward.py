@@ -109,8 +109,12 @@ def test_the_release_init_almost_switches_the_feed_forward_off_and_the_identity_
 def test_a_new_adapter_leaves_the_model_exactly_as_it_is(name, padding):
     model, inputs = tiny(name), text(padding=padding)
     frozen = model(**inputs).logits
-    mit = mitrain.attach(model, MiTConfig(modalities={"image": 6, "audio": 3}, layers="last half", k_add=True) if name != "gemma2"
-                         else MiTConfig(modalities={"image": 6, "audio": 3}, layers="last half"))  # fmt: skip
+    mit = mitrain.attach(
+        model,
+        MiTConfig(modalities={"image": 6, "audio": 3}, layers="last half", k_add=True)
+        if name != "gemma2"
+        else MiTConfig(modalities={"image": 6, "audio": 3}, layers="last half"),
+    )
     assert torch.equal(model(**inputs).logits, frozen)
     with mit.bind({"image": features(), "audio": features(width=3)}):
         assert torch.equal(model(**inputs).logits, frozen)
@@ -123,7 +127,9 @@ def test_a_new_adapter_leaves_the_model_exactly_as_it_is(name, padding):
     assert torch.equal(model(**inputs).logits, frozen)
 
 
-@pytest.mark.parametrize("settings", [{"gate": "token"}, {"gate": "sequence"}, {"gate": "none"}, {"cosine": False}, {"rank": 2}])
+@pytest.mark.parametrize(
+    "settings", [{"gate": "token"}, {"gate": "sequence"}, {"gate": "none"}, {"cosine": False}, {"rank": 2}]
+)
 def test_every_gate_starts_as_the_identity(settings):
     model, inputs = tiny(), text(padding="left")
     frozen = model(**inputs).logits
@@ -204,10 +210,16 @@ def test_eager_and_sdpa_agree(name):
 def test_ablations_change_the_result():
     results = {}
     for name, settings in {
-        "default": {}, "no ffn": {"ffn": False}, "no gate": {"gate": "none"}, "no cosine": {"cosine": False},
-        "base 0": {"base": 0}, "sequence": {"gate": "sequence"}, "token": {"gate": "token"}, "rank": {"rank": 2},
+        "default": {},
+        "no ffn": {"ffn": False},
+        "no gate": {"gate": "none"},
+        "no cosine": {"cosine": False},
+        "base 0": {"base": 0},
+        "sequence": {"gate": "sequence"},
+        "token": {"gate": "token"},
+        "rank": {"rank": 2},
         "token with k_add": {"gate": "token", "k_add": True},
-    }.items():  # fmt: skip
+    }.items():
         model, mit = attached(init="released", spread=0.0, **settings)
         scramble(mit, seed=3)
         results[name] = run(model, mit, text())

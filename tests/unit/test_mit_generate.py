@@ -71,7 +71,9 @@ def test_generation_with_a_cache_equals_generation_without(name, beams):
 def test_every_gate_generates_the_same_with_a_cache(name, settings):
     model, mit = attached(name, **settings)
     with mit.bind({"image": features()}, copies=2):
-        results = [model.generate(**text(padding="left"), **GREEDY, num_beams=2, use_cache=use) for use in (True, False)]
+        results = [
+            model.generate(**text(padding="left"), **GREEDY, num_beams=2, use_cache=use) for use in (True, False)
+        ]
     assert torch.equal(results[0].sequences, results[1].sequences)
 
 
@@ -135,8 +137,12 @@ def test_whatever_is_done_to_the_cache_is_done_to_the_gate(name):
         whole = steps(model, picked, [9])
         position = (picked["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, 5:]
         with torch.no_grad():
-            rest = model(input_ids=picked["input_ids"][:, 5:], attention_mask=picked["attention_mask"],
-                         position_ids=position, past_key_values=cache).logits  # fmt: skip
+            rest = model(
+                input_ids=picked["input_ids"][:, 5:],
+                attention_mask=picked["attention_mask"],
+                position_ids=position,
+                past_key_values=cache,
+            ).logits
     assert (rest - whole[:, 5:]).abs().max() < ROUNDED
 
 
@@ -176,7 +182,9 @@ def test_a_cache_filled_without_features_is_summed_from_its_values():
     model, mit = attached()
     inputs, cache = text(padding="left"), DynamicCache(config=tiny().config)
     with torch.no_grad():
-        model(input_ids=inputs["input_ids"][:, :6], attention_mask=inputs["attention_mask"][:, :6], past_key_values=cache)
+        model(
+            input_ids=inputs["input_ids"][:, :6], attention_mask=inputs["attention_mask"][:, :6], past_key_values=cache
+        )
         values = cache.layers[1].values
         with mit.bind({"image": features()}):
             model(input_ids=inputs["input_ids"][:, 6:], attention_mask=inputs["attention_mask"], past_key_values=cache)
@@ -207,7 +215,10 @@ def test_maps_are_computed_once_per_generation_and_again_when_the_weights_change
 @pytest.mark.parametrize("beams", [1, 2])
 def test_the_sequence_gate_refuses_to_generate(use_cache, beams):
     model, mit = attached(gate="sequence")
-    with mit.bind({"image": features()}, copies=beams), pytest.raises(ModelError, match="cannot generate: set adapter.gate"):
+    with (
+        mit.bind({"image": features()}, copies=beams),
+        pytest.raises(ModelError, match=r"cannot generate: set adapter.gate"),
+    ):
         model.generate(**text(), **GREEDY, use_cache=use_cache, num_beams=beams)
     model.generate(**text(), **GREEDY, use_cache=use_cache)  # without features it is the frozen model
 
@@ -224,5 +235,8 @@ def test_a_cache_of_fixed_size_is_refused(settings):
 
 def test_forgotten_copies_are_named():
     model, mit = attached()
-    with mit.bind({"image": features()}), pytest.raises(ModelError, match="3 samples, but the batch has 6 rows.*num_beams"):
+    with (
+        mit.bind({"image": features()}),
+        pytest.raises(ModelError, match=r"3 samples, but the batch has 6 rows.*num_beams"),
+    ):
         model.generate(**text(), **GREEDY, num_beams=2)

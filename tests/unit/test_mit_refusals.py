@@ -56,27 +56,42 @@ def test_attention_sinks():
 
 def test_latent_attention():
     config = transformers.DeepseekV3Config(
-        **{**SMALL, "num_key_value_heads": 4}, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
-        v_head_dim=16, n_routed_experts=2, n_group=1, topk_group=1, num_experts_per_tok=1, first_k_dense_replace=2,
-    )  # fmt: skip
+        **{**SMALL, "num_key_value_heads": 4},
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=16,
+        n_routed_experts=2,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=1,
+        first_k_dense_replace=2,
+    )
     refused(build(config), "different widths .latent attention.")
 
 
 def test_score_caps_need_eager_attention_and_no_k_add():
-    refused(tiny("gemma2", attn_implementation="sdpa"), "caps its attention scores: load it with attn_implementation='eager'")
+    capped = tiny("gemma3", attn_logit_softcapping=5.0)
+    refused(capped, "caps its attention scores: load it with attn_implementation='eager'")
     refused(tiny("gemma2"), "caps its attention scores, where k_add does not fold", k_add=True)
     mitrain.attach(tiny("gemma2"), MiTConfig(modalities={"image": 6}, gate="token", k_add=True))
 
 
 def test_other_attention_backends():
-    refused(tiny("llama", attn_implementation="flex_attention"), "runs on the attention 'flex_attention': .*sdpa, eager")
+    refused(
+        tiny("llama", attn_implementation="flex_attention"), "runs on the attention 'flex_attention': .*sdpa, eager"
+    )
 
 
 def test_encoder_decoders_and_other_things():
     small = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 1, "vocab_size": 32}
     refused(transformers.T5ForConditionalGeneration(transformers.T5Config(**small)), "is an encoder-decoder")
     refused(nn.Linear(2, 2), "cannot attach to Linear")
-    refused(transformers.ResNetModel(transformers.ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8)), "no list of")
+    refused(
+        transformers.ResNetModel(transformers.ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8)),
+        "no list of",
+    )
 
 
 def test_layers_without_softmax_attention():
@@ -132,8 +147,10 @@ def test_two_adapters_on_one_model_and_one_on_two():
 def test_transformers_own_checkpointing():
     model = tiny()
     mitrain.attach(model, MiTConfig(modalities={"image": 6}))
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ModelError, match="gradient_checkpointing_enable undoes the frozen trunk: use .*set_checkpointing"):
+    model.activation_checkpointing_enable()
+    with pytest.raises(
+        ModelError, match=r"own activation checkpointing undoes the frozen trunk: use mit.set_checkpointing"
+    ):
         model(**text(), infused={"image": features()})
 
 
@@ -182,8 +199,12 @@ def test_the_mask_may_be_positional(infused):
     with mit.bind({"image": features()}):
         named = model(**inputs).logits
         assert torch.equal(model(inputs["input_ids"], inputs["attention_mask"]).logits, named)
-        assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]),
-                                 attention_mask=inputs["attention_mask"]).logits, named)  # fmt: skip
+        assert torch.equal(
+            model(
+                inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]), attention_mask=inputs["attention_mask"]
+            ).logits,
+            named,
+        )
         assert not torch.equal(model(inputs["input_ids"]).logits, named)
 
 
@@ -201,7 +222,7 @@ def test_heads_of_another_shape_than_announced(infused):
     model, mit = infused
     mit.infused["3"].shape = type(mit.infused["3"].shape)(heads=2, head_dim=16, ffn=48)
     mit.infused["3"].head_logit = nn.Parameter(torch.ones(1, 2))
-    with pytest.raises(ModelError, match="layer 3 attends with .* but was announced as"):
+    with pytest.raises(ModelError, match=r"layer 3 attends with .* but was announced as"):
         model(**text(), infused={"image": features()})
 
 
@@ -212,11 +233,15 @@ def test_heads_of_another_shape_than_announced(infused):
 def test_other_decoders(family):
     config = {
         "gpt2": lambda: transformers.GPT2Config(**{k: v for k, v in COMMON.items() if k != "intermediate_size"}),
-        "opt": lambda: transformers.OPTConfig(**{k: v for k, v in COMMON.items() if k != "intermediate_size"}, ffn_dim=48,
-                                              word_embed_proj_dim=32, do_layer_norm_before=True),
+        "opt": lambda: transformers.OPTConfig(
+            **{k: v for k, v in COMMON.items() if k != "intermediate_size"},
+            ffn_dim=48,
+            word_embed_proj_dim=32,
+            do_layer_norm_before=True,
+        ),
         "phi3": lambda: transformers.Phi3Config(**GROUPED),
         "falcon": lambda: transformers.FalconConfig(**{k: v for k, v in COMMON.items() if k != "intermediate_size"}),
-    }[family]()  # fmt: skip
+    }[family]()
     model, inputs = build(config), text(padding="left")
     if family == "falcon":
         return refused(model, "attention interface")

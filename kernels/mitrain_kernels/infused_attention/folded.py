@@ -55,9 +55,7 @@ def token_sums(v: Tensor, v_add: Tensor, valid: Tensor | None) -> GateSums:
     square = v.square().sum(-1)
     if valid is None:
         return GateSums(dot, square, torch.ones(B, T, dtype=wide, device=v.device))
-    return GateSums(
-        dot.masked_fill(~valid[:, None], 0), square.masked_fill(~valid[:, None], 0), valid.to(wide)
-    )
+    return GateSums(dot.masked_fill(~valid[:, None], 0), square.masked_fill(~valid[:, None], 0), valid.to(wide))
 
 
 def prefix_sums(v: Tensor, v_add: Tensor, valid: Tensor | None = None, before: GateSums | None = None) -> GateSums:
@@ -94,7 +92,7 @@ def coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""α = base + Σ_m g_m k_mul_m,  γ = base + Σ_m g_m v_mul_m,  δ = Σ_m g_m v_add_m, each (B, H, T, d).
 
-    where: gate (M, B, H, T), T = 1 for a gate that is the same for all queries; the maps (M, B, H, d); base 0, 1 or (B,).
+    where: gate (M, B, H, T), with T = 1 if it is the same for all queries; the maps (M, B, H, d); base 0, 1 or (B,).
     """
     with full_precision(gate):
         base = base.to(gate.dtype).view(-1, 1, 1, 1) if isinstance(base, Tensor) else base
@@ -177,9 +175,7 @@ def keep_dead(output: Tensor, dead: Tensor | None) -> Tensor:
     return output if dead is None else _KeepDead.apply(output, dead)
 
 
-def visible_keys(
-    q: Tensor, k: Tensor, key_padding: Tensor | None, causal: bool, window: int | None
-) -> Tensor | None:
+def visible_keys(q: Tensor, k: Tensor, key_padding: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
     """Which keys each query sees, (B or 1, 1, Tq, Tk) bool; None when all queries see all keys."""
     tq, tk = q.shape[2], k.shape[2]
     seen = torch.ones(1, 1, tq, tk, dtype=torch.bool, device=q.device)
@@ -198,9 +194,7 @@ def plain_attention(
 ) -> Tensor:
     """Attention by torch's SDPA, or written out where a softcap asks for it; rows that see nothing return 0."""
     if softcap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     k, v = per_query_head(k, q.shape[1]), per_query_head(v, q.shape[1])
     scores = softcap * torch.tanh(q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) / softcap)
     if seen is None:

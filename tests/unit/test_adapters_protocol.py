@@ -1,0 +1,187 @@
+"""The adapter protocol, shown on two toy methods beside MiT: one that updates weights, one that runs two encoders."""
+
+import contextlib
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny import GROUPED, features, text, tiny
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from mitrain.adapters.base import Adapter
+from mitrain.errors import ModelError
+
+
+class SharedUpdate(Adapter):
+    """After Aurora: W_n + U diag(p_n) Vᵀ with U and V shared by every backbone; needs no features; can be merged."""
+
+    method = "shared"
+    feature_widths: ClassVar[dict] = {}
+
+    def __init__(self, width: int, rank: int = 2):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
+        self.scales = nn.ParameterList()
+        self.tuned: list[nn.Linear] = []
+        nn.init.zeros_(self.up.weight)
+
+    def install(self, backbones):
+        self.tuned = [
+            m
+            for b in backbones.values()
+            for n, m in b.named_modules()
+            if n.endswith(("o_proj", "output.dense")) and m.in_features == m.out_features
+        ]
+        self.scales.extend(nn.Parameter(torch.ones(self.down.out_features)) for _ in self.tuned)
+        for scale, linear in zip(self.scales, self.tuned, strict=True):
+            hook = linear.register_forward_hook(lambda _, args, out, s=scale: out + self.up(self.down(args[0]) * s))
+            self.undo(hook.remove)
+
+    def first_layer(self, name):
+        return 0
+
+    @torch.no_grad()
+    def merge(self):
+        for scale, linear in zip(self.scales, self.tuned, strict=True):
+            linear.weight += self.up.weight @ (scale[:, None] * self.down.weight)
+        self.detach()
+
+
+class TwoEncoders(Adapter):
+    """After PMF: the last layers of two encoders take turns, each reading a summary of the other's tokens."""
+
+    method = "two"
+    feature_widths: ClassVar[dict] = {}
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.across = nn.ModuleDict({name: nn.Linear(width, width) for name in ("text", "image")})
+        self.balance: Tensor | None = None
+
+    def install(self, backbones):
+        self.depths = {name: len(b.encoder.layer) for name, b in backbones.items()}
+
+    def first_layer(self, name):
+        return self.depths[name] - 1
+
+    def read(self, backbones, inputs, features):
+        states = {"text": inputs["inputs_embeds"], "image": features["image"]}
+        for name, backbone in backbones.items():
+            with torch.no_grad():
+                for layer in backbone.encoder.layer[: self.first_layer(name)]:
+                    states[name] = output(layer(states[name]))
+        summaries = {
+            "text": self.across["text"](states["image"].mean(1)),
+            "image": self.across["image"](states["text"].mean(1)),
+        }
+        for name, backbone in backbones.items():
+            fused = torch.cat([states[name], summaries[name][:, None]], dim=1)
+            states[name] = output(backbone.encoder.layer[-1](fused))[:, :-1]
+        self.balance = summaries["text"].square().sum(), torch.tensor(summaries["text"].numel())
+        return {name: state.mean(1) for name, state in states.items()}
+
+    def extra_loss(self):
+        return self.balance
+
+
+def output(value):
+    return value[0] if isinstance(value, tuple) else value
+
+
+def encoder(seed):
+    torch.manual_seed(seed)
+    small = {
+        k: v
+        for k, v in GROUPED.items()
+        if k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
+    return BertModel(BertConfig(**small, vocab_size=32, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5))
+
+
+def test_a_weight_update_shared_by_two_models_attaches_trains_and_merges():
+    one, two, inputs = tiny("llama"), tiny("qwen2"), text()
+    frozen = [m(**inputs).logits for m in (one, two)]
+    adapter = SharedUpdate(32)
+    adapter.attach({"text": one, "other": two})
+    assert [torch.equal(m(**inputs).logits, f) for m, f in zip((one, two), frozen, strict=True)] == [True, True]
+    (one(**inputs).logits.square().mean() + two(**inputs).logits.square().mean()).backward()
+    assert adapter.up.weight.grad.abs().max() > 0 and len(adapter.scales) == 8
+    with torch.no_grad():
+        adapter.up.weight.copy_(torch.randn_like(adapter.up.weight))
+    adapted = [m(**inputs).logits for m in (one, two)]
+    adapter.merge()
+    for model, with_hooks, before in zip((one, two), adapted, frozen, strict=True):
+        assert not hasattr(model, "shared")
+        assert torch.allclose(model(**inputs).logits, with_hooks, atol=1e-4)
+        assert not torch.allclose(with_hooks, before, atol=1e-2)
+
+
+def test_a_method_that_interleaves_two_encoders_overrides_read():
+    backbones = {"text": encoder(0), "image": encoder(1)}
+    assert all(b.training for b in backbones.values())
+    adapter = TwoEncoders(32)
+    adapter.attach(backbones)
+    words, patches = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    results = adapter.read(backbones, {"inputs_embeds": words}, {"image": patches})
+    again = adapter.read(backbones, {"inputs_embeds": words}, {"image": patches})
+    assert torch.equal(results["text"], again["text"])  # dropout of the frozen encoders is off
+    total, count = adapter.extra_loss()
+    (results["text"].sum() + results["image"].sum() + total / count).backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    for backbone in backbones.values():
+        backbone.train()
+        own = set(adapter.modules())
+        assert not any(m.training for m in backbone.modules() if m not in own)
+        assert all(p.grad is None for n, p in backbone.named_parameters() if not n.startswith("two."))
+    adapter.detach()
+    assert all(b.training and all(m.training for m in b.modules()) for b in backbones.values())
+    assert all(p.requires_grad for b in backbones.values() for p in b.parameters())
+    with pytest.raises(ModelError, match="two has no activation checkpointing"):
+        adapter.set_checkpointing(True)
+
+
+class Failing(SharedUpdate):
+    method = "failing"
+
+    def install(self, backbones):
+        super().install(backbones)
+        raise ModelError("this model will not do")
+
+
+def test_an_attach_that_fails_leaves_no_trace():
+    model = tiny()
+    model.train()
+    model.lm_head.eval()
+    next(model.parameters()).requires_grad_(False)
+    before = (
+        [(n, p.requires_grad) for n, p in model.named_parameters()],
+        [(n, m.training) for n, m in model.named_modules()],
+    )
+    with pytest.raises(ModelError, match="will not do"):
+        Failing(32).attach({"text": model})
+    after = (
+        [(n, p.requires_grad) for n, p in model.named_parameters()],
+        [(n, m.training) for n, m in model.named_modules()],
+    )
+    assert before == after and not any(m._forward_hooks for m in model.modules())
+
+
+def test_bind_nests_and_ends_with_an_exception():
+    class Hearing(SharedUpdate):
+        method, feature_widths = "hearing", {"image": 6}
+
+    adapter = Hearing(32)
+    outer, inner = features(), features(seed=5)
+    assert adapter.condition is None
+    with adapter.bind({"image": outer}):
+        with contextlib.suppress(KeyError), adapter.bind({"image": inner}, copies=2):
+            assert torch.equal(adapter.condition.features["image"], inner) and adapter.condition.copies == 2
+            raise KeyError
+        assert torch.equal(adapter.condition.features["image"], outer)
+        with adapter.bind({}):
+            assert adapter.condition is None
+    assert adapter.condition is None
+    with pytest.raises(ModelError, match="cannot be merged"):
+        Adapter.merge(adapter)
+    assert Adapter.extra_loss(adapter) is None
