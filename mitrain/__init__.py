@@ -1,11 +1,22 @@
-"""mitrain: parameter-efficient multimodal fusion. Frozen language models learn to see.
+"""mitrain: frozen language models that see and hear, by training one or two percent of their weights.
 
-mit = mitrain.attach(model, mitrain.MiTConfig(modalities={"image": 768}))
-model(input_ids=ids, infused={"image": features}, labels=ids).loss.backward()
-mit.detach()
+    import mitrain
+    mit = mitrain.attach(model, mitrain.MiTConfig(modalities={"image": 768}, layers="last third"))
+
+The command line and the packaging must not pay for torch and transformers: they are imported on first use.
 """
 
-from mitrain.adapters.mit import MiTConfig, attach
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["MiTConfig", "attach"]
+if TYPE_CHECKING:
+    from mitrain.adapters.mit import MiT, MiTConfig, attach
+
 __version__ = "0.1.0"
+__all__ = ["MiT", "MiTConfig", "__version__", "attach"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("MiT", "MiTConfig", "attach"):
+        return getattr(import_module("mitrain.adapters.mit"), name)
+    raise AttributeError(f"module 'mitrain' has no attribute {name!r}")

@@ -159,7 +159,7 @@ class Trainer:
             for _ in range(self.config.train.accumulate):
                 batch = self.model.training_batch(self.loader.next(), self.images)
                 self.engine.backward(*self.model.task.loss(batch))
-                self.tokens += sum(map(len, self.model.task.texts(batch.samples, False)))
+                self.tokens += self.model.task.tokens(batch.samples)
             result = self.engine.step()
         return result, time.perf_counter() - start
 

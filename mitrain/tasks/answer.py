@@ -61,6 +61,9 @@ class AnswerTask(Task):
             rows |= {(s.prompt, c) for s in samples for c in s.candidates}
         return [self.row(*pair) for pair in sorted(rows)]
 
+    def tokens(self, samples: Sequence[Any]) -> int:
+        return sum(len(self.row(s.prompt, s.answer)) for s in samples)
+
     def _log_likelihood(self, pairs: Sequence[tuple[str, str]], features: Tensor | None) -> list[Tensor]:
         """log p of each answer's tokens (its end included) for each (prompt, answer); features (R, e)."""
         text, states = self.parts.text, self.parts.states

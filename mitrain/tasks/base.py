@@ -87,6 +87,10 @@ class Task(nn.Module):
         """The rows of token ids whose trunk states will be needed."""
         raise NotImplementedError
 
+    def tokens(self, samples: Sequence[Any]) -> int:
+        """How many tokens of text a batch of ``samples`` holds."""
+        raise NotImplementedError
+
     def fit(self, samples: Sequence[Any]) -> None:
         """Take statistics from the training samples before the first step."""
 

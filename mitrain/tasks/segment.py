@@ -65,7 +65,6 @@ class SegmentTask(Task):
             chosen = config.model_dump(include={"dim", "heads", "ffn", "film", "coords"})
             self.decoder = decoders.FilmDecoder(patch=patch, **chosen, **shape)
         self._ids = cache(lambda text: parts.text.tokens(self._filled(text)))
-        self._target = cache(self._target_of)
 
     def _filled(self, expression: str) -> str:
         try:
@@ -79,6 +78,9 @@ class SegmentTask(Task):
         if self.config.readout == ("embeddings",):
             return []
         return [self._ids(expression) for expression in sorted({s.expression for s in samples})]
+
+    def tokens(self, samples: Sequence[Any]) -> int:
+        return sum(len(self._ids(s.expression)) for s in samples)
 
     def condition(self, expressions: Sequence[str], features: Tensor | None) -> Tensor:
         """(B, D · read-outs): what the text says, standardised per dimension."""
@@ -118,7 +120,7 @@ class SegmentTask(Task):
         targets = torch.stack([self._target(s) for s in batch.samples]).to(logits.device)
         return masks.mask_loss(self.config.loss, logits, targets)
 
-    def _target_of(self, sample: Any) -> Tensor:
+    def _target(self, sample: Any) -> Tensor:
         """(size, size) bool: the pixels of which at least half are covered."""
         mask = torch.from_numpy(np.ascontiguousarray(sample.mask())).float()
         return F.adaptive_avg_pool2d(mask[None, None], self.config.loss_size)[0, 0] >= 0.5

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mitrain.errors import DataError
 from mitrain.tasks.controls import majority_answers, other_expressions, other_images
 
-reproducible = settings(derandomize=True, deadline=None, max_examples=150)
+reproducible = settings(derandomize=True, deadline=None, max_examples=60)
 
 
 @st.composite

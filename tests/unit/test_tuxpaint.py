@@ -153,7 +153,7 @@ def test_the_summary_counts_what_is_there(built):
 
 
 def test_light_things_are_put_on_slate():
-    light, dark = Image.new("RGBA", (9, 9), (250, 250, 250, 255)), Image.new("RGBA", (9, 4), (20, 20, 20, 255))
+    light, dark = (Image.new("RGBA", (40, 20), (shade,) * 3) for shade in (250, 20))
     assert tuxpaint.on_plain_ground(light).getpixel((0, 0)) == tuxpaint.SLATE
     assert tuxpaint.on_plain_ground(dark).getpixel((0, 0)) == tuxpaint.WHITE
 

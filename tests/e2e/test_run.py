@@ -1,0 +1,212 @@
+"""A run from end to end through the command line, on folders as users have them: both tasks, resume, eval, predict."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from folders import colour_records, llm_folder, vision_folder
+
+from mitrain import checkpoint, runs
+from mitrain.cli import main
+from mitrain.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with models, data, a configuration, and a cache of its own."""
+    path = tmp_path_factory.mktemp("e2e")
+    llm_folder(path / "llm", width=48)
+    vision_folder(path / "vision")
+    colour_records(path / "data")
+    config = {
+        "name": "colours",
+        "model": {
+            "llm": str(path / "llm"),
+            "vision": [{"name": str(path / "vision"), "layer": 2, "pool": "cls+mean"}],
+        },
+        "adapter": {"name": "mit", "layers": [1, 2]},
+        "features": {"views": 2, "noise": 0.05},
+        "task": {"name": "answer"},
+        "data": {"name": "records", "root": str(path / "data")},
+        "train": {
+            "steps": 60, "batch": 12, "accumulate": 2, "lr": 1e-2, "eval_every": 20, "save_every": 10, "keep": 9,
+            "schedule": {"name": "cosine", "warmup": 5},
+        },
+    }  # fmt: skip
+    (path / "colours.yaml").write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
+
+
+def command(capsys, *arguments) -> tuple[int, str, str]:
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def as_json(capsys, *arguments):
+    code, out, err = command(capsys, *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def picture_size(path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    config = runs.schema.load(world / "colours.yaml")
+    folder = runs.create(config, world / "runs")
+    Trainer(config, folder, quiet=True).fit()
+    return folder
+
+
+def test_it_learns_and_the_controls_lose(world, trained, capsys):
+    found = {c: as_json(capsys, "eval", trained, "--split", "test", "--control", c) for c in ("none", "no-image", "shuffle", "frozen")}
+    assert found["none"]["samples"] == 16 and found["none"]["accuracy"] >= 0.9
+    assert found["no-image"]["accuracy"] <= 0.5 and found["frozen"]["accuracy"] <= 0.5
+    spoken = as_json(capsys, "eval", trained, "--split", "test", "--generate")
+    assert spoken["exact_match"] >= 0.9
+
+
+def test_the_run_folder_is_complete(trained):
+    assert runs.read_config(trained).hash in (trained / "config.yaml").read_text()
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if r["kind"] == "train"] == list(range(1, 61))
+    assert [r["step"] for r in lines if r["kind"] == "val"] == [20, 40, 60]
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["steps"] == 60 and summary["seconds"]["train"] > 0
+    saved = checkpoint.load(checkpoint.latest(trained))
+    assert set(saved.tensors) == {"adapter", "head", "features", "optimizer"}
+    names = set(saved.tensors["adapter"])
+    assert names and all(name.startswith("infused.") for name in names)
+
+
+def test_resuming_continues_bit_for_bit(world, trained):
+    config = runs.read_config(trained)
+    folder = runs.create(config, world / "runs")
+    first = Trainer(config, folder, quiet=True)
+    step, calls = first._step, []
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == 26:
+            raise KeyboardInterrupt
+        return step()
+
+    first._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    assert checkpoint.load(checkpoint.latest(folder)).step == 20
+    torch.manual_seed(99)
+    Trainer(config, folder, quiet=True).fit()
+    one, two = (checkpoint.load(checkpoint.latest(f)).tensors for f in (trained, folder))
+    for group in one:
+        assert one[group].keys() == two[group].keys()
+        for name in one[group]:
+            assert torch.equal(one[group][name], two[group][name]), (group, name)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if r["kind"] == "train"] == list(range(1, 61))
+
+
+def test_the_cache_changes_nothing(world, trained, capsys):
+    plain = as_json(capsys, "train", world / "colours.yaml", "cache=false", "train.steps=6", "--runs", world / "plain")
+    cached = as_json(capsys, "train", world / "colours.yaml", "train.steps=6", "--runs", world / "cached")
+    one, two = (checkpoint.load(checkpoint.latest(r["run"])).tensors["adapter"] for r in (plain, cached))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_activation_checkpointing_changes_nothing(world, capsys):
+    results = []
+    for value in ("true", "false"):
+        made = as_json(
+            capsys, "train", world / "colours.yaml", f"train.checkpoint_activations={value}", "train.steps=4", "--runs", world / "ac"
+        )
+        results.append(checkpoint.load(checkpoint.latest(made["run"])).tensors["adapter"])
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_predict_answers_with_probabilities(world, trained, capsys):
+    image = next((world / "data" / "images").glob("*.png"))
+    prompt = "the colour of this picture is"
+    found = as_json(capsys, "predict", trained, "--image", image, "--text", prompt)
+    assert found["answer"] in found["probabilities"] and sum(found["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    code, out, _ = command(capsys, "predict", trained, "--image", image, "--text", prompt, "--candidates", "red,blue")
+    assert code == 0 and out.startswith("answer: ") and "red" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "{world}/none.yaml"], "no configuration file"),
+        (["train", "{world}/colours.yaml", "train.stepz=3"], "did you mean 'steps'"),
+        (["train", "{world}/colours.yaml", "adapter.layers=[7]"], "7"),
+        (["train", "{world}/colours.yaml", "model.llm={world}/nowhere"], "cannot load the language model"),
+        (["train", "{world}/colours.yaml", "data.root={world}/nowhere"], "nowhere"),
+        (["eval", "{world}"], "is no run folder"),
+        (["eval", "{run}", "--split", "nosuch"], "nosuch"),
+        (["predict", "{run}", "--image", "{world}/none.png", "--text", "x"], "none.png"),
+        (["predict", "{run}", "--image", "{world}/colours.yaml", "--text", "x"], "colours.yaml"),
+        (["train", "--resume", "{world}"], "is no run folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(world, trained, capsys, arguments, words):
+    filled = [a.format(world=world, run=trained) for a in arguments]
+    code, out, err = command(capsys, *filled, *(["--runs", str(world / "mistakes")] if "train" in filled else []))
+    lines = [line for line in err.splitlines() if line.startswith("mitrain: ")]
+    assert code == 2 and out == "" and len(lines) == 1 and words in lines[0] and "Traceback" not in err
+
+
+def test_dry_run_counts_without_weights(world, capsys):
+    found = as_json(capsys, "train", world / "colours.yaml", "--dry-run")
+    assert found["infused_layers"] == [1, 2]
+    assert found["infusion_parameters_per_layer"] == (48 + 1) * (3 * 48 + 96) + 4
+    assert found["trainable_parameters"] == 2 * found["infusion_parameters_per_layer"]
+
+
+def test_segmentation_from_digit_scenes(world, capsys):
+    """The second task through the same commands, its data prepared on first use."""
+    config = yaml.safe_load((world / "colours.yaml").read_text())
+    config |= {
+        "name": "scenes",
+        "model": {**config["model"], "vision": [{"name": str(world / "vision"), "size": 112, "levels": [3, 2], "pool": "cls", "layer": 3}]},
+        "task": {"name": "segment", "readout": ["mean", "embeddings"], "dim": 16, "heads": 2, "ffn": 32, "loss": "bce+dice", "loss_size": 32},
+        "data": {"name": "refcoco", "source": "digit-scenes"},
+        "features": {},
+    }  # fmt: skip
+    config["train"] |= {"steps": 8, "batch": 8, "accumulate": 1, "eval_every": 4, "save_every": 4, "eval_samples": 16, "lr": 1e-3}
+    (world / "scenes.yaml").write_text(yaml.safe_dump(config))
+    made = as_json(capsys, "train", world / "scenes.yaml", "--runs", world / "runs")
+    for control in ("none", "shuffle", "no-image"):
+        found = as_json(capsys, "eval", made["run"], "--control", control, "--samples", 12)
+        assert {"oiou", "miou", "precision", "samples"} <= set(found) and found["samples"] == 12
+    Image.fromarray(np.full((60, 90, 3), 200, np.uint8)).save(world / "new.png")
+    out = world / "prediction"
+    found = as_json(capsys, "predict", made["run"], "--image", world / "new.png", "--text", "the seven", "--out", out)
+    assert sorted(p.name for p in out.iterdir()) == ["expression.txt", "image.png", "mask.png", "overlay.png"]
+    assert picture_size(out / "mask.png") == (90, 60) and 0 <= found["mask_share"] <= 1
+
+
+def test_report_makes_table_and_figure(world, trained, capsys):
+    out = world / "report"
+    found = as_json(capsys, "report", trained, "--out", out)
+    labels = [r["label"] for r in found["rows"]]
+    assert labels == [
+        "colours", "colours, another sample's image", "colours, infusion left out", "majority answer",
+        "linear probe on the same features",
+    ]  # fmt: skip
+    assert (out / "table.md").read_text() == found["markdown"] and "| test | colours |" in found["markdown"]
+    assert picture_size(out / "colours-test.png")[0] > 400
+    assert found["rows"][4]["mean"]["accuracy"] >= 0.9

@@ -1,0 +1,121 @@
+"""The answer task: its loss and scores against a computation by hand."""
+
+import pytest
+import torch
+from folders import COLOURS, llm_folder
+
+from mitrain import adapters
+from mitrain.adapters.mit import MiTConfig
+from mitrain.backbones import TextBackbone
+from mitrain.data.records import AnswerSample
+from mitrain.errors import DataError
+from mitrain.features import TextStates
+from mitrain.tasks.answer import AnswerConfig, AnswerTask
+from mitrain.tasks.base import Batch, Parts
+from tiny import scramble
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return llm_folder(tmp_path_factory.mktemp("answer") / "llm")
+
+
+def make(folder, cache=None, **config):
+    text = TextBackbone.load(folder, torch.float32)
+    adapter = adapters.build(MiTConfig(layers=[1, 2]), {"image": 6})
+    adapter.attach({"text": text.model})
+    scramble(adapter)
+    return AnswerTask(AnswerConfig(**config), Parts(text, adapter, TextStates(text, 1, cache)))
+
+
+def samples(candidates=True):
+    prompts = ["the colour of this picture is", "this thing is a", "is this red"]
+    answers = ["red", "blue square", "yes"]
+    offered = [tuple(COLOURS), ("blue square", "red", "green square"), ("yes", "no")] if candidates else [()] * 3
+    return [
+        AnswerSample(str(i), f"{i}.png", p, a, c, f"kind{i % 2}", "o")
+        for i, (p, a, c) in enumerate(zip(prompts, answers, offered, strict=True))
+    ]
+
+
+FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+
+
+def by_hand(task, prompt, answer, feature):
+    """log p of the answer's tokens and its end, one sample at a time, from the model's bottom."""
+    text = task.parts.text
+    ids = text.tokens(prompt) + text.tokens(answer, start=False) + [text.tokenizer.eos_token_id]
+    start = len(text.tokens(prompt))
+    with task.parts.adapter.bind({"image": feature}):
+        logits = text.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(logits[t - 1, ids[t]] for t in range(start, len(ids))), len(ids) - start
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_loss_is_the_answers_negative_log_likelihood(folder, tmp_path, cached):
+    task = make(folder, tmp_path if cached else None)
+    task.parts.states.prepare(task.texts(samples(), False))
+    total, count = task.loss(Batch(samples(), FEATURES))
+    found = [by_hand(task, s.prompt, s.answer, FEATURES[i : i + 1]) for i, s in enumerate(samples())]
+    torch.testing.assert_close(total, -sum(value for value, _ in found), rtol=1e-5, atol=1e-5)
+    assert float(count) == sum(n for _, n in found)
+    total.backward()
+    assert task.parts.adapter.infusions[0].head_logit.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_candidates_are_ranked_by_likelihood(folder, normalize):
+    task = make(folder, normalize=normalize)
+    predictions = task.predict(Batch(samples(), FEATURES))
+    for i, (sample, prediction) in enumerate(zip(samples(), predictions, strict=True)):
+        with torch.no_grad():
+            found = [by_hand(task, sample.prompt, c, FEATURES[i : i + 1]) for c in sample.candidates]
+        scores = torch.stack([value / (count if normalize else 1) for value, count in found])
+        expected = dict(zip(sample.candidates, scores.softmax(0).tolist(), strict=True))
+        assert prediction.values["probabilities"] == pytest.approx(expected, abs=1e-5)
+        assert prediction.values["predicted"] == max(expected, key=expected.get)
+
+
+def test_generation_equals_greedy_steps_without_a_cache(folder):
+    task = make(folder, max_new_tokens=5)
+    text = task.parts.text
+    said = task.generate(Batch(samples(), FEATURES))
+    for i, sample in enumerate(samples()):
+        ids = text.tokens(sample.prompt)
+        start = len(ids)
+        with torch.no_grad(), task.parts.adapter.bind({"image": FEATURES[i : i + 1]}):
+            while len(ids) < start + 5 and (len(ids) == start or ids[-1] != text.tokenizer.eos_token_id):
+                ids.append(int(text.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert said[i] == text.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+def test_scores_count_by_kind_and_name_the_majority(folder):
+    task = make(folder)
+    predictions = task.predict(Batch(samples(), FEATURES), generate=True)
+    for prediction, correct in zip(predictions, (True, False, True), strict=True):
+        prediction.values["correct"] = correct
+    metrics = task.score(samples(), predictions)
+    assert metrics["accuracy"] == pytest.approx(2 / 3) and metrics["samples"] == 3
+    assert metrics["accuracy/kind0"] == 1.0 and metrics["accuracy/kind1"] == 0.0
+    assert metrics["majority"] == pytest.approx(1 / 3) and "exact_match" in metrics
+
+
+def test_the_image_matters_and_a_missing_one_is_the_frozen_model(folder):
+    task = make(folder)
+    with torch.no_grad():
+        with_image, _ = task.loss(Batch(samples(), FEATURES))
+        other, _ = task.loss(Batch(samples(), FEATURES.flip(0)))
+        blind, _ = task.loss(Batch(samples(), None))
+        task.parts.adapter.detach()
+        ids, mask = task.parts.text.pad([task.row(s.prompt, s.answer) for s in samples()])
+        frozen = task.parts.text.model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+    assert not torch.isclose(with_image, other) and not torch.isclose(with_image, blind)
+    ends = [[*task.row(s.prompt, s.answer), task.parts.text.tokenizer.eos_token_id] for s in samples()]
+    starts = [len(task.parts.text.tokens(s.prompt)) for s in samples()]
+    picked = [frozen[i, t - 1, row[t]] for i, row in enumerate(ends) for t in range(starts[i], len(row))]
+    torch.testing.assert_close(blind, -sum(picked), rtol=1e-5, atol=1e-5)
+
+
+def test_a_template_without_the_prompt_is_refused(folder):
+    with pytest.raises(DataError, match=r"must contain \{prompt\}"):
+        make(folder, template="{question}").texts(samples(), False)

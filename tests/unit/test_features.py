@@ -1,0 +1,101 @@
+"""Cached features equal uncached ones; statistics; bad images are skipped within a budget."""
+
+import pytest
+import torch
+from folders import colour_records, llm_folder, vision_folder
+
+from mitrain.backbones import TextBackbone, VisionConfig, VisionEncoder
+from mitrain.data.images import BadSamples
+from mitrain.errors import DataError
+from mitrain.features import FeatureConfig, FeatureNorm, ImageFeatures, TextStates
+
+IMAGES = [f"images/{i}.png" for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("features")
+    folder = vision_folder(path / "vision")
+    encoders = [
+        VisionEncoder(VisionConfig(name=str(folder), levels=[3, 1], layer=3, pool="cls+mean"), folder),
+        VisionEncoder(VisionConfig(name=str(folder), resize="pad"), folder),
+    ]
+    text = TextBackbone.load(llm_folder(path / "llm"), torch.float32)
+    return encoders, text, colour_records(path / "data", train=8, val=4)
+
+
+def features(world, cache, bad=None):
+    return ImageFeatures(world[0], world[2], cache, 10**6, bad)
+
+
+def test_cached_equals_uncached(world, tmp_path):
+    plain, cached = features(world, None), features(world, tmp_path)
+    assert plain.prepare(IMAGES, 2) == 0
+    assert cached.prepare(IMAGES, 2) == 2 * 2 * len(IMAGES)
+    views = [0, 1, 0, 1, 1, 0]
+    torch.testing.assert_close(cached.pooled(IMAGES, views), plain.pooled(IMAGES, views))
+    for one, two in zip(cached.levels(IMAGES), plain.levels(IMAGES), strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-3, atol=2e-3)  # kept in 16 bits
+        assert one.shape == (6, 5, 24)
+    assert cached.pooled(IMAGES).shape == (6, cached.width) and cached.width == 48 + 24
+
+
+def test_each_image_is_encoded_once(world, tmp_path, monkeypatch):
+    features(world, tmp_path).prepare(IMAGES)
+    again = features(world, tmp_path)
+    monkeypatch.setattr(VisionEncoder, "encode", lambda *_: pytest.fail("encoded again"))
+    assert again.prepare(IMAGES) == 0
+    again.pooled(IMAGES)
+
+
+def test_averaging_views(world, tmp_path):
+    found = features(world, tmp_path)
+    mean = (found.pooled(IMAGES, [0] * 6) + found.pooled(IMAGES, [1] * 6)) / 2
+    torch.testing.assert_close(found.averaged(IMAGES, 2), mean)
+
+
+def test_a_bad_image_is_named_and_counted_then_stops(world, caplog):
+    (world[2] / "images" / "broken.png").write_bytes(b"not a picture")
+    found = features(world, None, BadSamples(1))
+    assert found.usable(["images/0.png", "images/broken.png"]) == [True, False]
+    assert "broken.png" in caplog.text
+    with pytest.raises(DataError, match=r"gone\.png"):
+        found.usable(["images/gone.png"])
+
+
+def test_text_states_equal_the_trunk(world, tmp_path):
+    text = world[1]
+    rows = [text.tokens(t) for t in ("the picture shows a square", "red", "the colour of this picture is red")]
+    cached, plain = TextStates(text, 2, tmp_path), TextStates(text, 2, None)
+    assert cached.prepare(rows) == 3 and TextStates(text, 2, tmp_path).prepare(rows) == 0
+    assert plain.prepare(rows) == 0 and plain.batch(rows) is None
+    ids, mask = text.pad(rows)
+    with torch.no_grad():
+        whole = text.hidden(ids, mask)
+        part = text.hidden(ids, mask, cached.batch(rows), 2)
+    shown = mask.bool()
+    torch.testing.assert_close(part[shown], whole[shown], rtol=1e-4, atol=1e-5)
+
+
+def test_standardised_features_have_the_asked_norm():
+    x = torch.randn(500, 64) * torch.rand(64) * 9 + 3
+    norm = FeatureNorm(64, FeatureConfig(norm=4.0))
+    norm.fit(x)
+    out = norm(x)
+    torch.testing.assert_close(out.mean(0), torch.zeros(64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.square().sum(1).mean(), torch.tensor(16.0), rtol=1e-3, atol=0)
+    assert set(norm.state_dict()) == {"mean", "scale"}
+
+
+def test_l2_and_none():
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(FeatureNorm(8, FeatureConfig(normalize="l2", norm=2.0))(x).norm(dim=1), torch.full((5,), 2.0))
+    assert torch.equal(FeatureNorm(8, FeatureConfig(normalize="none"))(x), x)
+
+
+def test_noise_follows_its_generator():
+    norm, x = FeatureNorm(8, FeatureConfig(noise=0.5, dropout=0.25)), torch.ones(4, 8)
+    one = norm.disturb(x, torch.Generator().manual_seed(1))
+    assert torch.equal(one, norm.disturb(x, torch.Generator().manual_seed(1)))
+    assert not torch.equal(one, norm.disturb(x, torch.Generator().manual_seed(2)))
+    assert (one == 0).any() and torch.equal(FeatureNorm(8, FeatureConfig()).disturb(x, torch.Generator()), x)

@@ -1,0 +1,116 @@
+"""The segment task: read-outs, standardisation, loss and predictions."""
+
+import numpy as np
+import pytest
+import torch
+from folders import llm_folder
+from tiny import scramble
+
+from mitrain import adapters
+from mitrain.adapters.mit import MiTConfig
+from mitrain.backbones import TextBackbone
+from mitrain.data.refcoco import ReferSample
+from mitrain.errors import ConfigError
+from mitrain.features import TextStates
+from mitrain.tasks.base import Batch, Parts
+from mitrain.tasks.segment import SegmentConfig, SegmentTask
+
+GRID, PATCH, WIDTHS = 2, 14, [8, 8]
+SETTINGS = {"dim": 8, "heads": 2, "ffn": 16, "loss_size": 16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return llm_folder(tmp_path_factory.mktemp("segment") / "llm")
+
+
+def make(folder, method=None, **config):
+    torch.manual_seed(0)
+    text = TextBackbone.load(folder, torch.float32)
+    adapter = adapters.build(method or MiTConfig(layers=[1, 2]), {"image": 6})
+    adapter.attach({"text": text.model})
+    parts = Parts(text, adapter, TextStates(text, adapter.first_layer("text"), None))
+    return SegmentTask(SegmentConfig(**{**SETTINGS, **config}), parts, WIDTHS, GRID, PATCH, 1)
+
+
+def samples():
+    polygons = [[[0, 0, 10, 0, 10, 8, 0, 8]], [[4, 4, 20, 4, 20, 18, 4, 18]], [[0, 10, 24, 10, 24, 20, 0, 20]]]
+    texts = ["the red square", "the blue thing on the left", "a square"]
+    return [ReferSample(str(i), f"{i}.png", t, (20, 24), p, "o") for i, (t, p) in enumerate(zip(texts, polygons, strict=True))]
+
+
+def batch(features=True):
+    generator = torch.Generator().manual_seed(3)
+    levels = [torch.randn(3, 1 + GRID**2, w, generator=generator) for w in WIDTHS]
+    return Batch(samples(), torch.randn(3, 6, generator=generator) if features else None, levels)
+
+
+@pytest.mark.parametrize("readout", [["last"], ["mean"], ["embeddings"], ["last", "mean", "embeddings"]])
+def test_read_outs_ignore_padding_and_are_what_they_say(folder, readout):
+    task = make(folder, readout=readout)
+    found = task.condition([s.expression for s in samples()], None)
+    text = task.parts.text
+    for i, sample in enumerate(samples()):
+        ids = torch.tensor([text.tokens(sample.expression)])
+        with torch.no_grad():
+            hidden = text.model.model(input_ids=ids).last_hidden_state[0]
+        parts = {"last": hidden[-1], "mean": hidden.mean(0), "embeddings": text.embeddings(ids)[0].mean(0)}
+        torch.testing.assert_close(found[i], torch.cat([parts[name] for name in readout]), rtol=1e-4, atol=1e-5)
+
+
+def test_fit_standardises_the_frozen_read_outs(folder):
+    task = make(folder, readout=["last", "mean"])
+    task.fit(samples())
+    found = task.condition([s.expression for s in samples()], None)
+    torch.testing.assert_close(found.mean(0), torch.zeros(64), atol=1e-4, rtol=0)
+    assert {"mean", "scale"} <= set(task.state_dict())
+
+
+@pytest.mark.parametrize(("decoder", "loss"), [("film", "ce"), ("film", "bce+dice"), ("unet", "focal")])
+def test_loss_trains_decoder_and_infusion(folder, decoder, loss):
+    task = make(folder, decoder=decoder, loss=loss, unet_width=8)
+    scramble(task.parts.adapter, spread=0.1)
+    total, count = task.loss(batch())
+    (total / count).backward()
+    assert torch.isfinite(total) and float(count) > 0
+    trained = [*task.parameters(), *task.parts.adapter.parameters()]
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained)
+    assert sum(float(p.grad.abs().sum()) for p in task.parts.adapter.parameters()) > 0
+
+
+def test_a_few_steps_fit_three_masks(folder):
+    task = make(folder, loss="bce+dice", film="every", dim=16, coords=True)
+    task.fit(samples())
+    optimizer = torch.optim.AdamW([*task.parameters(), *task.parts.adapter.parameters()], lr=1e-2)
+    task.train()
+    for _ in range(60):
+        optimizer.zero_grad()
+        total, count = task.loss(batch())
+        (total / count).backward()
+        optimizer.step()
+    task.eval()
+    predictions = task.predict(batch())
+    metrics = task.score(samples(), predictions)
+    assert metrics["samples"] == 3 and metrics["oiou"] > 0.6
+    assert predictions[0].mask.shape == (20, 24) and predictions[0].mask.dtype == np.bool_
+
+
+def test_levels_are_needed_and_read_outs(folder):
+    text = TextBackbone.load(folder, torch.float32)
+    with pytest.raises(ConfigError, match="levels"):
+        SegmentTask(SegmentConfig(), Parts(text, None, None), [], GRID, PATCH, 1)
+    with pytest.raises(ConfigError, match=r"readout is empty"):
+        make(folder, readout=[])
+
+
+def test_a_bag_of_embeddings_needs_no_language_model(folder, monkeypatch):
+    task = make(folder, adapters_none(), readout=["embeddings"])
+    monkeypatch.setattr(TextBackbone, "hidden", lambda *_: pytest.fail("the language model ran"))
+    assert task.texts(samples(), True) == []
+    assert task.condition(["the red square"], None).shape == (1, 32)
+
+
+def adapters_none():
+    from mitrain.adapters.none import NoneConfig
+
+    return NoneConfig()

@@ -1,0 +1,130 @@
+"""Frozen image encoders: preprocessing, pooled features, levels, refusals."""
+
+import numpy as np
+import pytest
+import torch
+from folders import vision_folder
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
+
+from mitrain.backbones import VisionConfig, VisionEncoder
+from mitrain.backbones.vision import VIEWS, augment, frozen_digest, pad_square
+from mitrain.errors import ConfigError, ModelError
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    return vision_folder(tmp_path_factory.mktemp("vision") / "dinov2")
+
+
+def images(count: int = 3) -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 255, (30, 40, 3), np.uint8)) for _ in range(count)]
+
+
+def encoder(folder, **settings) -> VisionEncoder:
+    return VisionEncoder(VisionConfig(name=str(folder), **settings), folder)
+
+
+def test_dinov2_gives_its_cls_by_default(dinov2):
+    found = encoder(dinov2)
+    out = found.encode(images())
+    pixels = torch.stack([found.preprocess(i) for i in images()])
+    with torch.no_grad():
+        expected = Dinov2Model.from_pretrained(dinov2)(pixel_values=pixels).pooler_output
+    assert found.width == 24
+    torch.testing.assert_close(out["pooled"], expected)
+
+
+@pytest.mark.parametrize(("pool", "width"), [("cls", 24), ("mean", 24), ("cls+mean", 48)])
+def test_an_inner_layer_is_read_before_the_last_norm(dinov2, pool, width):
+    found = encoder(dinov2, layer=2, pool=pool)
+    pixels = torch.stack([found.preprocess(i) for i in images()])
+    with torch.no_grad():
+        states = Dinov2Model.from_pretrained(dinov2)(pixel_values=pixels, output_hidden_states=True).hidden_states[2]
+    parts = {"cls": states[:, 0], "mean": states[:, 1:].mean(1)}
+    expected = torch.cat([parts[p] for p in pool.split("+")], -1)
+    out = found.encode(images())["pooled"]
+    assert out.shape == (3, width) and found.width == width
+    torch.testing.assert_close(out, expected)
+    assert len(found.model.encoder.layer) == 2  # what is not read does not run
+
+
+def test_levels_are_hidden_states_with_their_prefix(dinov2):
+    found = encoder(dinov2, levels=[3, 1], pool="cls", layer=3)
+    out = found.encode(images())["levels"]
+    pixels = torch.stack([found.preprocess(i) for i in images()])
+    with torch.no_grad():
+        hidden = Dinov2Model.from_pretrained(dinov2)(pixel_values=pixels, output_hidden_states=True).hidden_states
+    assert out.shape == (3, 2, found.prefix_tokens + found.grid**2, found.level_width)
+    torch.testing.assert_close(out[:, 0], hidden[3])
+    torch.testing.assert_close(out[:, 1], hidden[1])
+
+
+def test_clip_gives_its_projected_feature(tmp_path):
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        projection_dim=10,
+    )  # fmt: skip
+    model = CLIPVisionModelWithProjection(config).eval()
+    model.save_pretrained(tmp_path / "clip")
+    found = encoder(tmp_path / "clip")
+    pixels = torch.stack([found.preprocess(i) for i in images()])
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).image_embeds
+    assert found.width == 10
+    torch.testing.assert_close(found.encode(images())["pooled"], expected)
+    assert found.preprocess.mean[0] == pytest.approx(0.4815, abs=1e-4)
+
+
+def test_frozen_and_without_gradients(dinov2):
+    found = encoder(dinov2)
+    assert not found.model.training and not any(p.requires_grad for p in found.model.parameters())
+    assert not found.encode(images())["pooled"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"levels": [9]}, "has 3 layers, not a layer 9"),
+        ({"size": 30}, "no multiple of its patch 14: give 28"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(dinov2, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        encoder(dinov2, **settings)
+
+
+def test_a_folder_that_is_no_model_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2", "auto_map": {"AutoModel": "evil.Model"}}')
+    (tmp_path / "evil.py").write_text("raise SystemExit('remote code ran')")
+    with pytest.raises(ModelError, match="cannot load the image encoder") as error:
+        encoder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_views_are_deterministic_and_differ():
+    image = images(1)[0]
+    views = [np.asarray(augment(image, view).resize((28, 28))) for view in range(VIEWS)]
+    again = [np.asarray(augment(image, view).resize((28, 28))) for view in range(VIEWS)]
+    for i in range(VIEWS):
+        np.testing.assert_array_equal(views[i], again[i])
+        assert all((views[i] != views[j]).any() for j in range(i))
+    np.testing.assert_array_equal(np.asarray(augment(image, 1)), np.asarray(image)[:, ::-1])
+
+
+def test_padding_keeps_the_picture_and_its_shape():
+    image = images(1)[0]
+    padded = np.asarray(pad_square(image))
+    assert padded.shape == (40, 40, 3) and (padded[:5] == 255).all()
+    np.testing.assert_array_equal(padded[5:35], np.asarray(image))
+
+
+def test_the_digest_names_the_weights(dinov2):
+    one, two = encoder(dinov2), encoder(dinov2)
+    assert frozen_digest(one.model) == frozen_digest(two.model)
+    with torch.no_grad():
+        next(two.model.parameters()).view(-1)[0] += 1e-3
+    assert frozen_digest(one.model) != frozen_digest(two.model)
+    assert encoder(dinov2, size=42).address() != one.address()
