@@ -50,4 +50,6 @@ fi
 mitrain train "$config" ${overrides[@]+"${overrides[@]}"}
 # shellcheck disable=SC2012  # run folders have plain names, and their age is what counts
 run=$(ls -td runs/*/ | head -n 1)
-mitrain eval "${run%/}" --split test
+run=${run%/}
+mitrain report "$run" --splits test --out "$run/report"
+echo "predictions on held-out objects: $(echo "$run"/report/*.png)"

@@ -70,7 +70,7 @@ def test_build():
     adapter = adapters.build(section, {"image": 6})
     assert isinstance(adapter, MiT) and adapter.feature_widths == {"image": 6}
     assert adapters.build(choose(modalities={"image": 6}), {"image": 6}).feature_widths == {"image": 6}
-    with pytest.raises(ConfigError, match="the encoders give {'image': 7}"):
+    with pytest.raises(ConfigError, match=r"the encoders give \{'image': 7\}"):
         adapters.build(choose(modalities={"image": 6}), {"image": 7})
     with pytest.raises(ConfigError, match=r"adapter.modalities is empty"):
         adapters.build(section)
