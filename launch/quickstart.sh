@@ -49,7 +49,7 @@ fi
 
 mitrain train "$config" ${overrides[@]+"${overrides[@]}"}
 # shellcheck disable=SC2012  # run folders have plain names, and their age is what counts
-run=$(ls -td runs/*/ | head -n 1)
+run=$(ls -td runs/"$(basename "$config" .yaml)"-*/ | head -n 1)
 run=${run%/}
 mitrain report "$run" --splits test --out "$run/report"
 echo "predictions on held-out objects: $(echo "$run"/report/*.png)"

@@ -131,6 +131,8 @@ class Adapter(nn.Module, ABC):
         modality. copies: rows per sample, for ``generate`` its num_beams or num_return_sequences; None: as many as
         the batch asks for. Raises ModelError where they don't fit the adapter or, inside, the batch.
         """
+        if not self._backbones:
+            raise ModelError(f"this {self.method} adapter is not attached, so features have no effect: call attach()")
         self._conditions.append(make_condition(features, self.feature_widths, copies))
         try:
             yield self

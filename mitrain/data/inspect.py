@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -32,6 +33,15 @@ RED = np.array([230, 30, 30])
 Samples = Sequence[AnswerSample] | Sequence[ReferSample]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """``digest`` of its pixels and ``size`` (height, width), or the ``error`` that stopped us from reading it."""
+
+    digest: str = ""
+    size: tuple[int, int] = (0, 0)
+    error: str = ""
+
+
 def inspect(
     splits: Mapping[str, Samples], root: Path, sheet: Path | None = None, max_pixels: int = MAX_PIXELS, seed: int = 0
 ) -> tuple[dict[str, Any], str]:
@@ -50,30 +60,36 @@ def inspect(
     return report, as_text(report)
 
 
-def read_pictures(samples: Samples, root: Path, max_pixels: int) -> dict[str, str | DataError]:
-    """path → a digest of the pixels, or what is wrong with the file."""
-    found: dict[str, str | DataError] = {}
+def read_pictures(samples: Samples, root: Path, max_pixels: int) -> dict[str, Picture]:
+    """path → what is there."""
+    found: dict[str, Picture] = {}
     for path in dict.fromkeys(sample.image for sample in samples):
         try:
             image = open_image(root, path, max_pixels)
-            found[path] = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+            digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+            found[path] = Picture(digest, (image.height, image.width))
         except DataError as error:
-            found[path] = error
+            found[path] = Picture(error=str(error))
     return found
 
 
 # one split
 
 
-def describe(samples: Samples, pictures: Mapping[str, str | DataError]) -> dict[str, Any]:
-    broken = {path: str(error) for path, error in pictures.items() if isinstance(error, DataError)}
-    details = describe_masks if isinstance(samples[0], ReferSample) else describe_answers
+def describe(samples: Samples, pictures: Mapping[str, Picture]) -> dict[str, Any]:
+    broken = {path: picture.error for path, picture in pictures.items() if picture.error}
+    if isinstance(samples[0], ReferSample):
+        details = describe_masks(samples)
+        whole = {sample.image: sample.size for sample in samples if not pictures[sample.image].error}
+        details["wrong_sizes"] = sum(pictures[path].size != size for path, size in whole.items())
+    else:
+        details = describe_answers(samples)
     return {
         "samples": len(samples),
         "pictures": len(pictures),
         "broken_pictures": len(broken),
         "broken_examples": dict(list(broken.items())[:EXAMPLES]),
-        **details(samples),
+        **details,
     }
 
 
@@ -122,13 +138,13 @@ def describe_masks(samples: Sequence[ReferSample]) -> dict[str, Any]:
 
 
 def compare(
-    one: str, other: str, splits: Mapping[str, Samples], pictures: Mapping[str, Mapping[str, str | DataError]]
+    one: str, other: str, splits: Mapping[str, Samples], pictures: Mapping[str, Mapping[str, Picture]]
 ) -> list[dict[str, Any]]:
     """What two splits have in common, of what they had better not."""
     checks: dict[str, Callable[[str], set]] = {
         "id": lambda split: {sample.id for sample in splits[split]},
         "picture": lambda split: set(pictures[split]),
-        "pixels": lambda split: {value for value in pictures[split].values() if isinstance(value, str)},
+        "pixels": lambda split: {picture.digest for picture in pictures[split].values()} - {""},
         "object": lambda split: {sample.object for sample in splits[split]} - {""},
     }
     if isinstance(splits[one][0], ReferSample):
@@ -144,9 +160,9 @@ def compare(
     return found
 
 
-def examples(what: str, both: Sequence[str], pictures: Mapping[str, str | DataError]) -> list[str]:
+def examples(what: str, both: Sequence[str], pictures: Mapping[str, Picture]) -> list[str]:
     if what == "pixels":
-        return [path for path, digest in pictures.items() if digest in set(both)][:EXAMPLES]
+        return [path for path, picture in pictures.items() if picture.digest in set(both)][:EXAMPLES]
     return list(both[:EXAMPLES])
 
 

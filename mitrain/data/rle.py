@@ -30,7 +30,7 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
 
 def decode_runs(part: dict, size: tuple[int, int]) -> np.ndarray:
     """(h, w) bool from ``{"size": [h, w], "counts": …}``: runs of zeros and ones in turn, down the columns."""
-    if list(part.get("size") or ()) != list(size):
+    if part.get("size") != list(size):
         raise ValueError(f"run lengths of size {str(part.get('size'))[:40]}, the picture has {list(size)}")
     counts = part.get("counts")
     if isinstance(counts, str | bytes):

@@ -1,8 +1,6 @@
 """A run from end to end through the command line, on folders as users have them: both tasks, resume, eval, predict."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import torch
 import yaml
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from folders import colour_records, llm_folder, vision_folder
 
 from mitrain import checkpoint, runs

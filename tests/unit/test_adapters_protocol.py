@@ -172,6 +172,9 @@ def test_bind_nests_and_ends_with_an_exception():
         method, feature_widths = "hearing", {"image": 6}
 
     adapter = Hearing(32)
+    with pytest.raises(ModelError, match="hearing adapter is not attached"), adapter.bind({}):
+        pass
+    adapter.attach({"text": tiny()})
     outer, inner = features(), features(seed=5)
     assert adapter.condition is None
     with adapter.bind({"image": outer}):

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiny_deb
 from PIL import Image
 
 from mitrain.data.images import open_image
@@ -13,7 +14,6 @@ from mitrain.data.records import read_records
 from mitrain.errors import PrepareError
 from mitrain.files import cache_home
 from mitrain.prepare import stamps, tuxpaint
-from tests.unit import tiny_deb
 
 SPLITS = list(tuxpaint.SHARES)
 PREPARED = cache_home() / "data" / "tuxpaint-1-seed0"
@@ -63,7 +63,12 @@ def test_variants_of_one_thing_are_of_one_kind():
     kinds = stamps.kinds_of(names)
     assert kinds["red apple"] == kinds["apples"] == "apple"
     assert kinds["little penguin"] == "penguin"
-    assert (kinds["cherries"], kinds["top hat"], kinds["glass"], kinds["iris"]) == ("cherry", "top hat", "glass", "iris")
+    assert (kinds["cherries"], kinds["top hat"], kinds["glass"], kinds["iris"]) == (
+        "cherry",
+        "top hat",
+        "glass",
+        "iris",
+    )
 
 
 def test_only_captioned_things_are_read(archive):

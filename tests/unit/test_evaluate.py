@@ -1,0 +1,103 @@
+"""Controls, the linear probe, figures: what an evaluation shows a model, and what it draws."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mitrain import figures
+from mitrain.data.records import AnswerSample
+from mitrain.data.refcoco import ReferSample
+from mitrain.evaluate import controlled, evaluate
+from mitrain.probe import probe_accuracy
+from mitrain.tasks.base import Batch, Prediction
+
+
+def answers(count=12):
+    return [AnswerSample(str(i), f"{i}.png", "p", "ab"[i % 2], ("a", "b"), "k", f"o{i // 2}") for i in range(count)]
+
+
+def expressions():
+    names = ["frog", "boat", "rose", "drum"]
+    return [
+        ReferSample(f"{i}", f"scene{i // 2}.png", f"the {names[i % 4]}", (8, 8), None, names[i % 4]) for i in range(8)
+    ]
+
+
+class Echo:
+    """A model that predicts what it was shown."""
+
+    def __init__(self, metric):
+        self.metric, self.task, self.blind = metric, self, []
+
+    def evaluation_batch(self, samples, paths, images, blind=False):
+        self.blind.append(blind)
+        return Batch(list(zip(samples, paths, strict=True)), None)
+
+    def predict(self, batch):
+        return [Prediction(s.id, path, {"text": getattr(s, "expression", s.id)}) for s, path in batch.samples]
+
+    def score(self, samples, predictions):
+        own = [p.image == s.image for s, p in zip(samples, predictions, strict=True)]
+        return {"own image": sum(own), "samples": len(samples)}
+
+
+@pytest.mark.parametrize(("control", "own"), [("none", 12), ("frozen", 12), ("no-image", 0), ("shuffle", 0)])
+def test_controls_replace_the_image(control, own):
+    model = Echo("accuracy")
+    found = evaluate(model, None, answers(), control=control, batch=5)
+    assert found.metrics["own image"] == own and found.metrics["control"] == control
+    assert set(model.blind) == {control == "frozen"}
+    assert sorted(p.image for p in found.predictions) == sorted(s.image for s in answers())
+
+
+def test_the_other_image_is_of_another_object():
+    samples, paths, extra = controlled(answers(), "accuracy", "no-image", 0)
+    objects = {s.image: s.object for s in answers()}
+    assert all(objects[path] != s.object for s, path in zip(samples, paths, strict=True))
+    assert extra["control_clashes"]["object"] == 0
+
+
+def test_shuffled_expressions_name_nothing_of_the_scene():
+    shown, paths, extra = controlled(expressions(), "oiou", "shuffle", 0)
+    inside = {"scene0.png": {"frog", "boat"}, "scene2.png": {"frog", "boat"}}
+    for original, changed, path in zip(expressions(), shown, paths, strict=True):
+        assert path == original.image and changed == replace(original, expression=changed.expression)
+        own = inside.get(path, {"rose", "drum"})
+        assert not any(name in changed.expression for name in own)
+    assert extra["control_clashes"]["named"] == 0
+
+
+def test_the_probe_learns_separable_features_and_falls_back():
+    generator = torch.Generator().manual_seed(0)
+    train, val, test = ([replace(s, id=f"{part}{s.id}") for s in answers(40)] for part in "abc")
+    centres = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])}
+    table = {s.id: centres[s.answer] + 0.1 * torch.randn(2, generator=generator) for s in train + val + test}
+
+    def features(samples):
+        return torch.stack([table[s.id] for s in samples])
+
+    assert probe_accuracy(features, train, val, test)["accuracy"] == 1.0
+    single = [replace(s, answer="a") for s in train]
+    assert probe_accuracy(features, single, val, test)["accuracy"] == 0.5
+    assert probe_accuracy(features, [], [], test)["accuracy"] == 0.0
+
+
+def test_overlay_marks_the_mask_alone():
+    picture = Image.new("RGB", (6, 4), (100, 100, 100))
+    mask = np.zeros((4, 6), bool)
+    mask[1:3, 2:5] = True
+    pixels = np.asarray(figures.overlay(picture, mask)).astype(int)
+    assert ((pixels[..., 0] - pixels[..., 1] > 50) == mask).all()
+    edge = (np.asarray(figures.outlined(picture, mask)) == figures.OUTLINE).all(-1)
+    assert (edge <= mask).all() and edge.sum() == 6
+
+
+def test_a_sheet_holds_every_panel_and_shortens_text():
+    panels = [figures.Panel(Image.new("RGB", (50, 30), (i * 20, 0, 0)), ["word " * 40, "b"], i % 2 == 0) for i in range(5)]
+    sheet = figures.sheet(panels, columns=2, side=60)
+    assert sheet.width == 2 * 68 + 8 and sheet.height == 3 * (60 + 2 * figures.LINE + 8 + 8) + 8
+    corner = np.asarray(sheet)[8 + 30, 8 + 30]
+    assert tuple(corner) == (0, 0, 0)

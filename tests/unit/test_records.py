@@ -1,0 +1,131 @@
+"""Records in JSONL and CSV, with a user's own columns; every fault named by file and line."""
+
+import csv
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refusals import read_or_refused
+
+from mitrain.data.records import AnswerSample, read_records
+from mitrain.errors import DataError
+
+ROW = {"id": "a", "image": "a.png", "prompt": "What is it?", "answer": "cat", "candidates": ["cat", "dog"]}
+
+
+def write(path, *rows):
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_jsonl(tmp_path):
+    full = ROW | {"kind": "category", "object": "tabby", "unknown": [1]}
+    short = {"image": "b.png", "prompt": "And this?", "answer": 7}
+    samples = read_records(write(tmp_path / "a.jsonl", full, "", short))
+    assert samples == [
+        AnswerSample("a", "a.png", "What is it?", "cat", ("cat", "dog"), "category", "tabby"),
+        AnswerSample("a.jsonl:3", "b.png", "And this?", "7"),
+    ]
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t"), (".CSV", ",")])
+def test_csv_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path, suffix, delimiter):
+    path = tmp_path / f"a{suffix}"
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(["image", "prompt", "answer", "candidates", "note"])
+        writer.writerow(["a.png", 'One,\ttwo "or"\nthree?', "zwölf", "zwölf | drei", "x"])
+        writer.writerow([])
+        writer.writerow(["b.png", "What?", "no", "", ""])
+    first, second = read_records(path)
+    assert (first.prompt, first.answer, first.candidates) == ('One,\ttwo "or"\nthree?', "zwölf", ("zwölf", "drei"))
+    assert (second.image, second.candidates) == ("b.png", ())
+    assert first.id != second.id
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_columns_of_ones_own(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".csv":
+        path.write_text("file,question,label,answer\na.png,What?,cat,ignored\n")
+    else:
+        write(path, {"file": "a.png", "question": "What?", "label": "cat", "answer": "ignored"})
+    (sample,) = read_records(path, {"image": "file", "prompt": "question", "answer": "label"})
+    assert (sample.image, sample.prompt, sample.answer) == ("a.png", "What?", "cat")
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        ([ROW, "{broken"], r"a\.jsonl:2: not valid JSON"),
+        ([ROW, "[1, 2]"], r"a\.jsonl:2: a list instead of an object"),
+        (["[" * 100_000], r"a\.jsonl:1: not valid JSON"),
+        ([ROW | {"image": ""}], r"a\.jsonl:1: no 'image'"),
+        ([{"image": "a.png", "prompt": "What?"}], r"a\.jsonl:1: no 'answer'"),
+        ([ROW | {"prompt": "  "}], r"a\.jsonl:1: no 'prompt'"),
+        ([ROW | {"answer": ["cat"]}], r"a\.jsonl:1: 'answer' is a list"),
+        ([ROW | {"answer": True}], r"a\.jsonl:1: 'answer' is a bool"),
+        ([ROW | {"answer": 10**30}], r"a\.jsonl:1: 'answer' is a int"),
+        (['{"image": "a", "prompt": "b", "answer": NaN}'], r"a\.jsonl:1: 'answer' is a float"),
+        ([ROW | {"candidates": "cat"}], r"a\.jsonl:1: 'candidates' is no list"),
+        ([ROW | {"candidates": [["cat"]]}], r"a\.jsonl:1: 'candidates' is a list"),
+        ([ROW | {"answer": "cow"}], r"a\.jsonl:1: the answer 'cow' is not among the candidates"),
+        ([ROW, ROW], r"a\.jsonl:2: the id 'a' stands twice"),
+        ([], "holds no records"),
+        (["", "   "], "holds no records"),
+    ],
+)
+def test_faults_of_jsonl(tmp_path, rows, match):
+    with pytest.raises(DataError, match=match) as caught:
+        read_records(write(tmp_path / "a.jsonl", *rows))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("image,promt,answer\na,b,c\n", r"a\.csv:1: no column 'prompt' for prompt \(did you mean 'promt'\?\)"),
+        ("image,prompt,answer,answer\na,b,c,d\n", r"a\.csv:1: two columns 'answer'"),
+        ("image,prompt,answer\na,b\n", r"a\.csv:2: no 'answer'"),
+        ("image,prompt,answer\na,b,c\na,b,c,d\n", r"a\.csv:3: 4 cells under 3 columns"),
+        ('image,prompt,answer\na,b,"c', r"a\.csv:2: not valid CSV"),
+        ('image,prompt,answer\na,"b"x,c\n', r"a\.csv:2: not valid CSV"),
+        ("image,prompt,answer\na," + "b" * 200_000 + ",c\n", r"a\.csv:2: not valid CSV"),
+        ("image,prompt,answer\n", "holds no records"),
+        ("", "holds no records"),
+    ],
+)
+def test_faults_of_csv(tmp_path, text, match):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DataError, match=match) as caught:
+        read_records(tmp_path / "a.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_faults(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        read_records(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match="cannot read"):
+        read_records(tmp_path)
+    with pytest.raises(DataError, match=r"columns\.promt is not a field \(did you mean 'prompt'\?\)"):
+        read_records(write(tmp_path / "a.jsonl", ROW), {"promt": "question"})
+    (tmp_path / "latin.jsonl").write_bytes(b'{"image": "\xe4.png"}\n')
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_records(tmp_path / "latin.jsonl")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), st.lists, max_leaves=4
+)
+ROWS = st.dictionaries(st.sampled_from([*ROW, "kind", "other"]), VALUES)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=st.lists(ROWS | VALUES, max_size=4), noise=st.binary(max_size=12), suffix=st.sampled_from(["jsonl", "csv"]))
+def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, rows, noise, suffix):
+    path = tmp_path_factory.mktemp("fuzz") / f"a.{suffix}"
+    start = b"image,prompt,answer,candidates\n" if suffix == "csv" else b""
+    path.write_bytes(start + "\n".join(map(json.dumps, rows)).encode() + noise)
+    samples = read_or_refused(lambda: read_records(path), DataError)
+    assert samples is None or all(isinstance(sample, AnswerSample) for sample in samples)
