@@ -151,6 +151,13 @@ def test_large_runs_and_negative_changes_are_decompressed():
     assert np.array_equal(decode_mask(packed, (300, 400)), mask)
 
 
+def test_a_string_that_ends_within_a_number_is_refused():
+    packed = coco.encode(np.asfortranarray(masks(0).astype(np.uint8)))
+    assert decode_mask(packed, SIZE).any()
+    with pytest.raises(ValueError, match="end within a number"):  # pycocotools reads on past its end
+        decode_mask(packed | {"counts": packed["counts"] + b"P"}, SIZE)
+
+
 def test_polygons_agree_with_run_lengths_and_parts_are_united():
     square = np.zeros(SIZE, bool)
     square[1:5, 2:8] = True
