@@ -36,7 +36,7 @@ cd "$launch/.."
 mitrain() { .venv/bin/mitrain "$@"; }
 
 config=configs/quickstart.yaml
-mitrain models prepare smollm2-135m-instruct dinov2-vits14 efficientnet-lite0
+mitrain models prepare smollm2-135m-instruct efficientnet-lite0
 code=0
 mitrain data prepare tuxpaint ${archive[@]+"${archive[@]}"} || code=$?
 if [ "$code" = 2 ] && [ ${#archive[@]} = 0 ]; then

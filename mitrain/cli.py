@@ -61,7 +61,9 @@ def say(arguments: argparse.Namespace, text: str) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="mitrain", description="Make a frozen language model see: train one or two percent of its weights.")
+    top = argparse.ArgumentParser(
+        prog="mitrain", description="Make a frozen language model see: train one or two percent of its weights."
+    )
     top.add_argument("--version", action="version", version=f"mitrain {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands)
@@ -86,8 +88,12 @@ def add_train(commands: Any) -> None:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100 model.dtype=bf16")
     sub.add_argument("--resume", metavar="RUN_DIR", help="continue this run from its newest complete checkpoint")
     sub.add_argument("--runs", default="runs", metavar="DIR", help="where new run folders are made (default: runs)")
-    sub.add_argument("--dry-run", action="store_true", help="count parameters and bytes without weights or data, and stop")
-    sub.add_argument("--memory", type=float, default=24.0, metavar="GB", help="per-rank memory for --dry-run's largest batch")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="count parameters and bytes without weights or data, and stop"
+    )
+    sub.add_argument(
+        "--memory", type=float, default=24.0, metavar="GB", help="per-rank memory for --dry-run's largest batch"
+    )
     sub.add_argument("--ranks", type=int, default=1, help="number of ranks for --dry-run (default: 1)")
 
 
@@ -116,18 +122,34 @@ def run_train(arguments: argparse.Namespace) -> Any:
     if outcome.stopped:
         say(arguments, f"stopped by {outcome.stopped} after step {outcome.step}: mitrain train --resume {folder}")
     else:
-        say(arguments, f"best val {outcome.best:.4f} at step {outcome.best_step}; next: mitrain eval {folder} --split test")
-    return {"run": str(folder), "step": outcome.step, "best": outcome.best, "best_step": outcome.best_step, "stopped": outcome.stopped}
+        say(
+            arguments,
+            f"best val {outcome.best:.4f} at step {outcome.best_step}; next: mitrain eval {folder} --split test",
+        )
+    return {
+        "run": str(folder),
+        "step": outcome.step,
+        "best": outcome.best,
+        "best_step": outcome.best_step,
+        "stopped": outcome.stopped,
+    }
 
 
 def add_eval(commands: Any) -> None:
     sub = command(commands, "eval", run_eval, "score a run's best checkpoint on a split")
     sub.add_argument("run_dir", metavar="RUN_DIR")
     sub.add_argument("--split", default="val")
-    sub.add_argument("--control", default="none", choices=["none", "shuffle", "no-image", "frozen"], help="controls must lose: another expression, another image, no infusion")
+    sub.add_argument(
+        "--control",
+        default="none",
+        choices=["none", "shuffle", "no-image", "frozen"],
+        help="controls must lose: another expression, another image, no infusion",
+    )
     sub.add_argument("--checkpoint", default="best", choices=["best", "latest"])
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over the split")
-    sub.add_argument("--generate", action="store_true", help="also let the model speak and count exact matches (answer)")
+    sub.add_argument(
+        "--generate", action="store_true", help="also let the model speak and count exact matches (answer)"
+    )
     sub.add_argument("--seed", type=int, default=0, help="of the control's pairing")
 
 
@@ -153,7 +175,9 @@ def add_predict(commands: Any) -> None:
     sub.add_argument("run_dir", metavar="RUN_DIR")
     sub.add_argument("--image", required=True, metavar="FILE")
     sub.add_argument("--text", required=True, help="the prompt, or the expression to segment")
-    sub.add_argument("--candidates", metavar="A,B,…", help="answers to choose among (answer; default: the training answers)")
+    sub.add_argument(
+        "--candidates", metavar="A,B,…", help="answers to choose among (answer; default: the training answers)"
+    )
     sub.add_argument("--out", metavar="DIR", help="where image, overlay, expression and mask are written (segment)")
     sub.add_argument("--checkpoint", default="best", choices=["best", "latest"])
 
@@ -163,7 +187,12 @@ def run_predict(arguments: argparse.Namespace) -> Any:
 
     candidates = [c.strip() for c in arguments.candidates.split(",") if c.strip()] if arguments.candidates else None
     result = predict_one(
-        arguments.run_dir, arguments.image, arguments.text, candidates=candidates, out=arguments.out, which=arguments.checkpoint
+        arguments.run_dir,
+        arguments.image,
+        arguments.text,
+        candidates=candidates,
+        out=arguments.out,
+        which=arguments.checkpoint,
     )
     for line in result.lines:
         say(arguments, line)
@@ -177,10 +206,14 @@ def add_catalogue(commands: Any, what: str, text: str) -> None:
     sub = command(verbs, "prepare", run_prepare, f"bring {what} onto this machine, once")
     sub.set_defaults(what=what)
     sub.add_argument("names", nargs="+", metavar="NAME")
-    sub.add_argument("--archive", metavar="FILE", help="a wheel or Debian package you already have, instead of the download")
+    sub.add_argument(
+        "--archive", metavar="FILE", help="a wheel or Debian package you already have, instead of the download"
+    )
     if what == "data":
         sub.add_argument("--seed", type=int, default=0, help="of the data set's splits and scenes")
-        inspect = command(verbs, "inspect", run_inspect, "sizes, missing images, distributions, leakage; a contact sheet")
+        inspect = command(
+            verbs, "inspect", run_inspect, "sizes, missing images, distributions, leakage; a contact sheet"
+        )
         inspect.add_argument("config", metavar="CONFIG")
         inspect.add_argument("overrides", nargs="*", metavar="key=value")
         inspect.add_argument("--out", default="inspect", metavar="DIR", help="where the contact sheet is written")
@@ -193,8 +226,19 @@ def run_list(arguments: argparse.Namespace) -> Any:
     rows = []
     for recipe in recipes.values():
         done = prepare.prepared(arguments.what, recipe.name)
-        rows.append({"name": recipe.name, "summary": recipe.summary, "licence": recipe.licence, "package": recipe.package, "prepared": done})
-        say(arguments, f"{recipe.name:24s} {'prepared' if done else f'{recipe.size_mb} MB':>9s}  {recipe.summary} [{recipe.licence}]")
+        rows.append(
+            {
+                "name": recipe.name,
+                "summary": recipe.summary,
+                "licence": recipe.licence,
+                "package": recipe.package,
+                "prepared": done,
+            }
+        )
+        say(
+            arguments,
+            f"{recipe.name:24s} {'prepared' if done else f'{recipe.size_mb} MB':>9s}  {recipe.summary} [{recipe.licence}]",
+        )
     return rows
 
 
@@ -225,7 +269,9 @@ def run_inspect(arguments: argparse.Namespace) -> Any:
 
 def add_report(commands: Any) -> None:
     sub = command(commands, "report", run_report, "make the tables and figures of finished runs")
-    sub.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="runs of one task; the same name with other seeds is averaged")
+    sub.add_argument(
+        "run_dirs", nargs="+", metavar="RUN_DIR", help="runs of one task; the same name with other seeds is averaged"
+    )
     sub.add_argument("--out", required=True, metavar="DIR", help="where the Markdown, JSON and PNG files are written")
     sub.add_argument("--splits", default="test", help="comma-separated splits to score (default: test)")
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over each split")
@@ -234,6 +280,8 @@ def add_report(commands: Any) -> None:
 def run_report(arguments: argparse.Namespace) -> Any:
     from mitrain.report import report
 
-    result = report(arguments.run_dirs, Path(arguments.out), arguments.splits.split(","), arguments.samples, quiet=arguments.json)
+    result = report(
+        arguments.run_dirs, Path(arguments.out), arguments.splits.split(","), arguments.samples, quiet=arguments.json
+    )
     say(arguments, result["markdown"])
     return result

@@ -43,10 +43,14 @@ def choose(kind: str, value: Any) -> "Section":
     if isinstance(value, Section):
         return value
     if not isinstance(value, dict):
-        raise ConfigError(f"{kind} must be a mapping with a 'name' key, not {value!r}: choose one of {sorted(KINDS[kind])}")
+        raise ConfigError(
+            f"{kind} must be a mapping with a 'name' key, not {value!r}: choose one of {sorted(KINDS[kind])}"
+        )
     name = value.get("name")
     if name not in KINDS[kind]:
-        raise ConfigError(f"{kind}.name={name!r} is not known{nearest(str(name), KINDS[kind])}: choose one of {sorted(KINDS[kind])}")
+        raise ConfigError(
+            f"{kind}.name={name!r} is not known{nearest(str(name), KINDS[kind])}: choose one of {sorted(KINDS[kind])}"
+        )
     return parse(KINDS[kind][name], {k: v for k, v in value.items() if k != "name"}, where=kind)
 
 
@@ -58,7 +62,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def parse(schema: type[Section], values: Any, where: str = "") -> Any:
     """Build ``schema`` from plain values; raise ConfigError with one line for the first thing that is wrong."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'the configuration'} must be a mapping, not {type(values).__name__}: write 'key: value' lines")
+        raise ConfigError(
+            f"{where or 'the configuration'} must be a mapping, not {type(values).__name__}: write 'key: value' lines"
+        )
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -111,7 +117,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 def read_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:

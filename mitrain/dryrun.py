@@ -43,16 +43,21 @@ class Plan:
 
         lines = [
             f"trainable parameters      {count(self.trainable_parameters)}  ({100 * self.share:.2f} % of the frozen ones)",
-            f"  infusion                {count(self.infusion_parameters)}  ({count(self.infusion_parameters_per_layer)} in each infused layer)",
+            f"  infusion                {count(self.infusion_parameters)}",
+            f"    in each layer         {count(self.infusion_parameters_per_layer)}",
             f"  task head               {count(self.head_parameters)}",
             f"frozen parameters         {count(self.frozen_parameters)}",
             f"infused layers            {', '.join(map(str, self.infused_layers)) or 'none'}",
             f"bytes per rank, {self.ranks} rank(s), weights + gradients + optimizer:",
         ]
-        lines += [f"  ZeRO {stage}                  {size / 2**30:8.2f} GiB" for stage, size in self.bytes_per_rank.items()]
         lines += [
-            f"activations per sample    {self.activation_bytes_per_sample / 2**20:8.1f} MiB  (estimate, {self.tokens_assumed} tokens)",
-            f"largest batch             {self.largest_batch}  (estimate, {self.memory_bytes / 2**30:.0f} GiB per rank, ZeRO 0)",
+            f"  ZeRO {stage}                  {size / 2**30:8.2f} GiB" for stage, size in self.bytes_per_rank.items()
+        ]
+        lines += [
+            f"activations per sample    {self.activation_bytes_per_sample / 2**20:8.1f} MiB"
+            f"  (estimate, {self.tokens_assumed} tokens)",
+            f"largest batch             {self.largest_batch}"
+            f"  (estimate, {self.memory_bytes / 2**30:.0f} GiB per rank, ZeRO 0)",
         ]
         return "\n".join(lines)
 
@@ -66,7 +71,10 @@ def dry_run(config: RunConfig, *, memory_gb: float, ranks: int, tokens: int = TO
     frozen = hf.count_parameters(model.text.model) - adapter + sum(hf.count_parameters(e.model) for e in model.encoders)
     layers = list(getattr(model.adapter, "layers", ()))
     size = costs.float_bytes(config.model.dtype)
-    stages = {str(s): costs.training_memory(adapter + head, frozen_size(frozen * size, s, ranks), "fp32", s, ranks).total for s in range(4)}
+    stages = {
+        str(s): costs.training_memory(adapter + head, frozen_size(frozen * size, s, ranks), "fp32", s, ranks).total
+        for s in range(4)
+    }
     per_sample = activations(config, model, tokens)
     budget = int(memory_gb * 2**30)
     return Plan(
@@ -103,12 +111,15 @@ def activations(config: RunConfig, model: Model, tokens: int) -> int:
     infused = len(getattr(model.adapter, "layers", ()))
     above = shape.layers - model.adapter.first_layer("text")
     logits = 0 if isinstance(model.task, SegmentTask) else max(1, tokens // 8)
-    return max(1, costs.activation_bytes(
-        shape,
-        tokens,
-        above,
-        infused,
-        precision=config.model.dtype,
-        checkpointed=config.train.checkpoint_activations,
-        logit_tokens=logits,
-    ))
+    return max(
+        1,
+        costs.activation_bytes(
+            shape,
+            tokens,
+            above,
+            infused,
+            precision=config.model.dtype,
+            checkpointed=config.train.checkpoint_activations,
+            logit_tokens=logits,
+        ),
+    )

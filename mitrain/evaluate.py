@@ -15,7 +15,9 @@ class Scorable(Protocol):
 
     task: Task
 
-    def evaluation_batch(self, samples: Sequence[Any], paths: Sequence[str], images: Any, blind: bool = False) -> Batch: ...
+    def evaluation_batch(
+        self, samples: Sequence[Any], paths: Sequence[str], images: Any, blind: bool = False
+    ) -> Batch: ...
 
 
 @dataclass
@@ -55,14 +57,18 @@ def evaluate(
     return Evaluation(metrics, predictions)
 
 
-def controlled(samples: Sequence[Any], metric: str, control: str, seed: int) -> tuple[list[Any], list[str], dict[str, Any]]:
+def controlled(
+    samples: Sequence[Any], metric: str, control: str, seed: int
+) -> tuple[list[Any], list[str], dict[str, Any]]:
     """The samples and image paths to show, and what the control could not fulfil."""
     own = [s.image for s in samples]
     objects = [s.object or s.id for s in samples]
     if control in ("none", "frozen"):
         return list(samples), own, {}
     if control == "shuffle" and metric != "accuracy":
-        pairing = controls.other_expressions([s.expression for s in samples], [s.object for s in samples], own, seed=seed)
+        pairing = controls.other_expressions(
+            [s.expression for s in samples], [s.object for s in samples], own, seed=seed
+        )
         swapped = [replace(s, expression=samples[i].expression) for s, i in zip(samples, pairing.index, strict=True)]
         return swapped, own, {"control_clashes": pairing.clashes}
     labels = own if control == "shuffle" else objects

@@ -76,7 +76,9 @@ class FeatureNorm(nn.Module):
         """Training noise on normalised features (B, e)."""
         if self.config.noise:
             unit = self.config.norm / features.shape[-1] ** 0.5
-            features = features + self.config.noise * unit * torch.randn(features.shape, generator=generator).to(features)
+            features = features + self.config.noise * unit * torch.randn(features.shape, generator=generator).to(
+                features
+            )
         if self.config.dropout:
             keep = torch.rand(features.shape, generator=generator).to(features) >= self.config.dropout
             features = features * keep / (1 - self.config.dropout)
@@ -87,7 +89,12 @@ class ImageFeatures:
     """The frozen encoders' view of image files under ``root``."""
 
     def __init__(
-        self, encoders: Sequence[VisionEncoder], root: Path, cache: Path | None, max_pixels: int, bad: BadSamples | None = None
+        self,
+        encoders: Sequence[VisionEncoder],
+        root: Path,
+        cache: Path | None,
+        max_pixels: int,
+        bad: BadSamples | None = None,
     ):
         self.encoders, self.root, self.max_pixels, self.bad = encoders, root, max_pixels, bad
         self._keys: dict[str, str | None] = {}
@@ -95,7 +102,8 @@ class ImageFeatures:
         self.cached = cache is not None
         places = [cache / "images" if cache else None for _ in encoders]
         self.stores = [
-            FeatureCache(place, e.identity() if cache else {}, dtypes) for place, e in zip(places, encoders, strict=True)
+            FeatureCache(place, e.identity() if cache else {}, dtypes)
+            for place, e in zip(places, encoders, strict=True)
         ]
 
     @property
@@ -129,10 +137,14 @@ class ImageFeatures:
             computed += store.fill(by_key, partial(self._encode_keys, encoder, by_key), ENCODE_BATCH, progress)
         return computed
 
-    def _encode_keys(self, encoder: VisionEncoder, by_key: dict[str, tuple[str, int]], keys: Sequence[str]) -> dict[str, Item]:
+    def _encode_keys(
+        self, encoder: VisionEncoder, by_key: dict[str, tuple[str, int]], keys: Sequence[str]
+    ) -> dict[str, Item]:
         return self._encode(encoder, [by_key[key] for key in keys], keys)
 
-    def _encode(self, encoder: VisionEncoder, wanted: Sequence[tuple[str, int]], keys: Sequence[str]) -> dict[str, Item]:
+    def _encode(
+        self, encoder: VisionEncoder, wanted: Sequence[tuple[str, int]], keys: Sequence[str]
+    ) -> dict[str, Item]:
         items: dict[str, Item] = {}
         for view in sorted({view for _, view in wanted}):
             rows = [i for i, (_, v) in enumerate(wanted) if v == view]
@@ -155,7 +167,10 @@ class ImageFeatures:
     def pooled(self, images: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
         """(B, e) float32: all encoders' global features side by side."""
         views = views or [0] * len(images)
-        rows = [np.concatenate([item["pooled"] for item in self._items(i, images, views)]) for i in range(len(self.encoders))]
+        rows = [
+            np.concatenate([item["pooled"] for item in self._items(i, images, views)])
+            for i in range(len(self.encoders))
+        ]
         return torch.from_numpy(np.concatenate(rows, axis=1))
 
     def averaged(self, images: Sequence[str], views: int) -> Tensor:

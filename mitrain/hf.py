@@ -91,7 +91,9 @@ def config_from_shape(shape: Mapping[str, Any], what: str) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except Exception as error:  # the config classes raise their own kinds
-        raise ConfigError(f"{what} describes no model ({' '.join(str(error).split())[:160]}): give model_type and its sizes") from None
+        raise ConfigError(
+            f"{what} describes no model ({' '.join(str(error).split())[:160]}): give model_type and its sizes"
+        ) from None
 
 
 def empty_model(factory: Any, config: PretrainedConfig) -> PreTrainedModel:

@@ -70,7 +70,9 @@ class Model:
         features = self.norm.disturb(features, noise)
         return Batch([draw.sample for draw in draws], self._placed(features), self._levels(images, paths))
 
-    def evaluation_batch(self, samples: Sequence[Any], paths: Sequence[str], images: ImageFeatures, blind: bool = False) -> Batch:
+    def evaluation_batch(
+        self, samples: Sequence[Any], paths: Sequence[str], images: ImageFeatures, blind: bool = False
+    ) -> Batch:
         """Samples with the images ``paths`` (their own, or a control's); ``blind`` leaves the infusion out."""
         features = None if blind else self._placed(self.norm(images.averaged(paths, self.config.features.eval_views)))
         return Batch(samples, features, self._levels(images, paths))
@@ -87,7 +89,9 @@ def cache_root(config: RunConfig) -> Path | None:
 
 
 def encoders_of(config: ModelConfig) -> list[VisionEncoder]:
-    return [VisionEncoder(v, None if v.shape else resolve_model(v.name), hf.DTYPES[config.dtype]) for v in config.vision]
+    return [
+        VisionEncoder(v, None if v.shape else resolve_model(v.name), hf.DTYPES[config.dtype]) for v in config.vision
+    ]
 
 
 def build(config: RunConfig, *, empty: bool = False) -> Model:
@@ -98,7 +102,11 @@ def build(config: RunConfig, *, empty: bool = False) -> Model:
     """
     if empty:
         shape = config.model.llm_shape
-        described = hf.config_from_shape(shape, "model.llm_shape") if shape else TextBackbone.read_config(resolve_model(config.model.llm))
+        described = (
+            hf.config_from_shape(shape, "model.llm_shape")
+            if shape
+            else TextBackbone.read_config(resolve_model(config.model.llm))
+        )
         text = TextBackbone.empty(described)
     elif config.model.llm_shape:
         raise ConfigError(
@@ -129,11 +137,18 @@ def build_task(config: RunConfig, parts: Parts, encoders: Sequence[VisionEncoder
         return AnswerTask(config.task, parts)
     seeing = [encoder for encoder in encoders if encoder.config.levels]
     if len({(e.grid, e.prefix_tokens) for e in seeing}) > 1:
-        raise ConfigError("the encoders with levels have different patch grids: give levels to one of them, or equal sizes")
+        raise ConfigError(
+            "the encoders with levels have different patch grids: give levels to one of them, or equal sizes"
+        )
     widths = [encoder.level_width for encoder in seeing for _ in encoder.config.levels]
     first = seeing[0] if seeing else None
     return SegmentTask(
-        config.task, parts, widths, first.grid if first else 1, first.patch if first else 1, first.prefix_tokens if first else 0
+        config.task,
+        parts,
+        widths,
+        first.grid if first else 1,
+        first.patch if first else 1,
+        first.prefix_tokens if first else 0,
     )
 
 

@@ -34,7 +34,9 @@ def probe_accuracy(
     return {"accuracy": hits / len(samples), "samples": len(samples), "inverse_regularisation": chosen}
 
 
-def answers_for_prompt(features: Any, train: Sequence[Any], val: Sequence[Any], samples: Sequence[Any]) -> tuple[list[str], float]:
+def answers_for_prompt(
+    features: Any, train: Sequence[Any], val: Sequence[Any], samples: Sequence[Any]
+) -> tuple[list[str], float]:
     labels = [s.answer for s in train]
     if len(set(labels)) < 2:
         usual = Counter(labels).most_common(1)[0][0] if labels else ""

@@ -35,7 +35,9 @@ LABELS = {
 PANELS = 16
 
 
-def report(folders: Sequence[str], out: Path, splits: Sequence[str], samples: int | None = None, quiet: bool = False) -> dict[str, Any]:
+def report(
+    folders: Sequence[str], out: Path, splits: Sequence[str], samples: int | None = None, quiet: bool = False
+) -> dict[str, Any]:
     """Score every run on every split under its controls; write results.json, table.md and a figure per split to ``out``."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     metric = None
@@ -51,7 +53,11 @@ def report(folders: Sequence[str], out: Path, splits: Sequence[str], samples: in
             own.pop("figure", None)
             for label, values in own.items():
                 rows[split, label].append({**values, "run": Path(folder).name, "seed": run.config.seed})
-    results = {"metric": metric, "made": provenance(folders, splits), "rows": [row(s, label, found) for (s, label), found in rows.items()]}
+    results = {
+        "metric": metric,
+        "made": provenance(folders, splits),
+        "rows": [row(s, label, found) for (s, label), found in rows.items()],
+    }
     results["markdown"] = table(results)
     write_json(out / "results.json", {k: v for k, v in results.items() if k != "markdown"})
     write_atomic(out / "table.md", results["markdown"])
@@ -68,7 +74,9 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
     controls = ["no-image", "frozen"] if run.model.task.metric == "accuracy" else ["shuffle", "no-image"]
     for control in controls:
         if not (blind and control == "frozen"):
-            found[LABELS[control].format(name=name)] = score_split(run, chosen, images, control, seed=run.config.seed).metrics
+            found[LABELS[control].format(name=name)] = score_split(
+                run, chosen, images, control, seed=run.config.seed
+            ).metrics
     floors = answer_floors if run.model.task.metric == "accuracy" else mask_floors
     return found | floors(run, chosen, images)
 
@@ -93,7 +101,12 @@ def mask_floors(run: Run, chosen: list[Any], images: Any) -> dict[str, dict[str,
     for s in chosen:
         for kind, mask in masks.floor_masks(list(scenes[s.image].values()), run.config.seed, s.id).items():
             metrics[kind].update([mask], [s.mask()])
-    names = {"union": "all objects", "largest": "largest object", "central": "most central object", "random": "random object"}
+    names = {
+        "union": "all objects",
+        "largest": "largest object",
+        "central": "most central object",
+        "random": "random object",
+    }
     return {f"{names[kind]} (true masks)": m.compute() for kind, m in metrics.items()}
 
 
@@ -102,7 +115,14 @@ def row(split: str, label: str, found: Sequence[dict[str, Any]]) -> dict[str, An
     flat = [flatten(values) for values in found]
     means = {k: statistics.fmean(f[k] for f in flat) for k in flat[0] if all(k in f for f in flat)}
     spread = {k: statistics.stdev(f[k] for f in flat) if len(flat) > 1 else 0.0 for k in means}
-    return {"split": split, "label": label, "seeds": len(found), "mean": means, "spread": spread, "runs": [f["run"] for f in found]}
+    return {
+        "split": split,
+        "label": label,
+        "seeds": len(found),
+        "mean": means,
+        "spread": spread,
+        "runs": [f["run"] for f in found],
+    }
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -124,10 +144,15 @@ COLUMNS = {
 def table(results: dict[str, Any]) -> str:
     """The Markdown table: one row per label and split."""
     columns = COLUMNS[results["metric"]]
-    lines = ["| split | | " + " | ".join(title for title, _ in columns) + " | samples | seeds |", "|---" * (len(columns) + 4) + "|"]
+    lines = [
+        "| split | | " + " | ".join(title for title, _ in columns) + " | samples | seeds |",
+        "|---" * (len(columns) + 4) + "|",
+    ]
     for r in results["rows"]:
         cells = [cell(r, key) for _, key in columns]
-        lines.append(f"| {r['split']} | {r['label']} | {' | '.join(cells)} | {r['mean']['samples']:.0f} | {r['seeds']} |")
+        lines.append(
+            f"| {r['split']} | {r['label']} | {' | '.join(cells)} | {r['mean']['samples']:.0f} | {r['seeds']} |"
+        )
     made = results["made"]
     lines += ["", f"Made by `{made['command']}` on {made['date']}, commit {made['commit']}, {made['versions']}."]
     return "\n".join(lines) + "\n"
@@ -155,7 +180,9 @@ def commit() -> str:
     """The checkout's commit, marked when files differ from it; "unknown" outside a checkout."""
     here = Path(__file__).parent
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()
@@ -188,5 +215,3 @@ def mask_panels(pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -
         iou = np.count_nonzero(truth & prediction.mask) / union if union else 0.0
         picture = figures.outlined(figures.overlay(open_image(root, sample.image, max_pixels), prediction.mask), truth)
         yield figures.Panel(picture, [sample.expression, f"IoU {iou:.2f}"], iou >= 0.5)
-
-

@@ -1,10 +1,10 @@
 """A run's folder: what is in it, how it is made, and how its model is opened again.
 
-    runs/NAME-TIME/
-        config.yaml          the resolved configuration with its hash
-        metrics.jsonl        one JSON object per logged step
-        checkpoints/         see `mitrain.checkpoint`
-        summary.json         written when the run has finished
+runs/NAME-TIME/
+    config.yaml          the resolved configuration with its hash
+    metrics.jsonl        one JSON object per logged step
+    checkpoints/         see `mitrain.checkpoint`
+    summary.json         written when the run has finished
 """
 
 import time
@@ -33,7 +33,9 @@ def create(run_config: RunConfig, parent: str | Path) -> Path:
             attempt += 1
             folder = Path(parent) / f"{run_config.name}-{stamp}-{attempt}"
         except OSError as error:
-            raise ConfigError(f"cannot make the run folder {folder} ({error.strerror}): give another with --runs") from None
+            raise ConfigError(
+                f"cannot make the run folder {folder} ({error.strerror}): give another with --runs"
+            ) from None
     text = yaml.safe_dump(run_config.to_dict(), sort_keys=False, allow_unicode=True)
     write_atomic(folder / "config.yaml", f"# resolved configuration, hash {run_config.hash}\n{text}")
     return folder
@@ -43,7 +45,9 @@ def read_config(folder: str | Path) -> RunConfig:
     """The resolved configuration of a run folder."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
-        raise CheckpointError(f"{str(folder)!r} is no run folder (it has no config.yaml): give one that mitrain train made")
+        raise CheckpointError(
+            f"{str(folder)!r} is no run folder (it has no config.yaml): give one that mitrain train made"
+        )
     return schema.from_dict(config.read_file(path))
 
 
@@ -64,7 +68,9 @@ def open_run(folder: str | Path, which: str = "best") -> Run:
     found = checkpoint.best(folder) if which == "best" else None
     found = found or checkpoint.latest(folder)
     if found is None:
-        raise CheckpointError(f"{str(folder)!r} has no complete checkpoint yet: train it first (mitrain train --resume {folder})")
+        raise CheckpointError(
+            f"{str(folder)!r} has no complete checkpoint yet: train it first (mitrain train --resume {folder})"
+        )
     saved = checkpoint.load(found)
     model = build(run_config)
     restore(model, saved)

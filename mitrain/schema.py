@@ -69,7 +69,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fitting(self) -> "RunConfig":
         if self.data.task != self.task.section_name:
-            raise ValueError(f"data.name={self.data.section_name!r} serves the task {self.data.task!r}, not {self.task.section_name!r}")
+            raise ValueError(
+                f"data.name={self.data.section_name!r} serves the task {self.data.task!r}, not {self.task.section_name!r}"
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:

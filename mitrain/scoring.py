@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from mitrain import figures, runs, schema
-from mitrain.data import inspect
 from mitrain.data.images import BadSamples, open_image
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
 from mitrain.data.sources import limit
+from mitrain.data.survey import survey
 from mitrain.errors import ConfigError, DataError
 from mitrain.evaluate import Evaluation, evaluate
 from mitrain.features import ImageFeatures
@@ -37,7 +37,9 @@ def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any
     return chosen, images
 
 
-def score_split(run: Run, samples: list[Any], images: ImageFeatures, control: str, generate: bool = False, seed: int = 0) -> Evaluation:
+def score_split(
+    run: Run, samples: list[Any], images: ImageFeatures, control: str, generate: bool = False, seed: int = 0
+) -> Evaluation:
     """Metrics and predictions of prepared ``samples``."""
     if generate and run.model.task.metric != "accuracy":
         raise ConfigError("--generate lets the model speak, which only the task 'answer' does: leave it out")
@@ -151,11 +153,7 @@ def write_mask(out: Path, picture: Image.Image, text: str, mask: np.ndarray) -> 
 def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[dict[str, Any], str]:
     """Report on every split of a configuration's data, and write its contact sheet to ``out``."""
     run_config = schema.load(config, list(assignments))
-    root = resolve_data(run_config.data)
-    splits: dict[str, list[Any]] = {}
-    for split in run_config.data.split_names(root):
-        splits[split] = run_config.data.read(root, split)
-    out.mkdir(parents=True, exist_ok=True)
-    return inspect.inspect(splits, run_config.data.image_root(root), out / f"{run_config.name}.png", run_config.data.max_pixels)
-
-
+    data = run_config.data
+    root = resolve_data(data)
+    splits = {split: data.read(root, split) for split in data.split_names(root)}
+    return survey(splits, data.image_root(root), out / f"{run_config.name}.png", data.max_pixels)

@@ -62,7 +62,7 @@ class Metrics:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         truncate_after(self.path, resumed_step)
-        self._file = open(self.path, "ab", buffering=0)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
     def step(
         self,

@@ -1,10 +1,10 @@
 """Training, as the algorithm box of a paper:
 
-    encode every image and every text once with what is frozen
-    for step = 1 … steps:
-        for each micro-batch:  (sum, count) ← task.loss(batch);  accumulate the gradient of the sum
-        divide by the total count, clip, update the adapter and the head — or say why not
-        now and then: score val, keep the best; save
+encode every image and every text once with what is frozen
+for step = 1 … steps:
+    for each micro-batch:  (sum, count) ← task.loss(batch);  accumulate the gradient of the sum
+    divide by the total count, clip, update the adapter and the head — or say why not
+    now and then: score val, keep the best; save
 """
 
 import math
@@ -58,7 +58,9 @@ class Trainer:
             self.val = limit(config.data.read(self.root, "val"), config.train.eval_samples)
             self.model: Model = build(config)
         self._encode()
-        self.engine = LocalEngine(self._groups(), config.train.schedule.over(config.train.steps), config.train.optimizer)
+        self.engine = LocalEngine(
+            self._groups(), config.train.schedule.over(config.train.steps), config.train.optimizer
+        )
         self.loader: Loader[Any] = Loader(self.train, config.train.batch, config.seed)
         self.skips = SkipBudget(total=config.train.max_skipped)
 
@@ -110,7 +112,9 @@ class Trainer:
             self.best, self.best_step = float(saved.state["best"]), int(saved.state["best_step"])
             checkpoint.set_rng_state(saved.state["rng"])
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} does not fit this run ({error}): its data or configuration changed; start a new run") from None
+            raise CheckpointError(
+                f"{path} does not fit this run ({error}): its data or configuration changed; start a new run"
+            ) from None
         return saved.step
 
     def fit(self) -> Outcome:
@@ -128,7 +132,14 @@ class Trainer:
                 if improved or last or step % train.save_every == 0 or stop.requested:
                     with stop.shield(), self.watch.phase("save"):
                         self._save(step, improved)
-            outcome = Outcome(self.folder, step, self.best, self.best_step, stop.requested if step < train.steps else None, self.watch.report())
+            outcome = Outcome(
+                self.folder,
+                step,
+                self.best,
+                self.best_step,
+                stop.requested if step < train.steps else None,
+                self.watch.report(),
+            )
         if outcome.stopped is None:
             self._finish(outcome)
         return outcome
@@ -171,7 +182,9 @@ class Trainer:
         metrics.event("val", step, found)
         value = float(found[self.model.task.metric])
         if not math.isfinite(value):
-            raise UserError(f"val {self.model.task.metric} is {value} at step {step}: the weights have diverged; lower train.lr")
+            raise UserError(
+                f"val {self.model.task.metric} is {value} at step {step}: the weights have diverged; lower train.lr"
+            )
         if value <= self.best:
             return False
         self.best, self.best_step = value, step

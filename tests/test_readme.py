@@ -5,9 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from source_tree import ROOT
-
 from folders import llm_folder
+from source_tree import ROOT
 
 from mitrain.cli import parser
 from mitrain.config import read_yaml

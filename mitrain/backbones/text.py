@@ -28,13 +28,20 @@ class TextBackbone:
     @classmethod
     def load(cls, source: str | Path, dtype: torch.dtype, attention: str = "sdpa") -> "TextBackbone":
         model = hf.load(
-            AutoModelForCausalLM, source, "language model", dtype=dtype, use_safetensors=True, attn_implementation=attention
+            AutoModelForCausalLM,
+            source,
+            "language model",
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=attention,
         )
         tokenizer = hf.load(AutoTokenizer, source, "tokenizer")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"the tokenizer of {str(source)!r} has no end-of-text token: answers could not end; use another")
+            raise ModelError(
+                f"the tokenizer of {str(source)!r} has no end-of-text token: answers could not end; use another"
+            )
         return cls(model, tokenizer)
 
     @classmethod
@@ -85,7 +92,9 @@ class TextBackbone:
         """(B, T, D): the hidden states after the final norm."""
         return self._run(self.model.base_model, ids, mask, states, depth).last_hidden_state
 
-    def _run(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, states: Tensor | None, depth: int, **kwargs: Any) -> Any:
+    def _run(
+        self, model: PreTrainedModel, ids: Tensor, mask: Tensor, states: Tensor | None, depth: int, **kwargs: Any
+    ) -> Any:
         if states is None:
             return model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
         with trunk.replay(self.model, depth, states):

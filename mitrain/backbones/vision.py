@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
 from mitrain import hf
 from mitrain.backbones import efficientnet_lite
-from mitrain.config import Section, digest, read_file
+from mitrain.config import Section, read_file
 from mitrain.errors import ConfigError, ModelError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -123,7 +123,9 @@ class VisionEncoder(nn.Module):
             raise ConfigError(f"the encoder {self.config.name!r} has no transformer layers: leave out layer and levels")
         for level in wanted:
             if not 1 <= level <= depth:
-                raise ConfigError(f"the encoder {self.config.name!r} has {depth} layers, not a layer {level}: give one of 1..{depth}")
+                raise ConfigError(
+                    f"the encoder {self.config.name!r} has {depth} layers, not a layer {level}: give one of 1..{depth}"
+                )
         if self.config.pool != "auto" and depth == 0:
             raise ConfigError(f"the encoder {self.config.name!r} has no CLS token: leave out pool")
         if wanted and max(wanted) < depth and self.config.pool != "auto":
@@ -173,9 +175,6 @@ class VisionEncoder(nn.Module):
             "dtype": str(next(self.model.parameters()).dtype),
         }
 
-    def address(self) -> str:
-        return digest(self.identity())
-
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], view: View = 0) -> dict[str, Tensor]:
         """``pooled`` (B, e) float32 and, where levels are asked for, ``levels`` (B, levels, prefix + N, c) float32."""
@@ -185,7 +184,9 @@ class VisionEncoder(nn.Module):
         output = self.model(pixel_values=pixels, **wanted)
         features = {"pooled": self._pooled(output).float()}
         if self.config.levels:
-            features["levels"] = torch.stack([output.hidden_states[level] for level in self.config.levels], dim=1).float()
+            features["levels"] = torch.stack(
+                [output.hidden_states[level] for level in self.config.levels], dim=1
+            ).float()
         return features
 
     def _pooled(self, output: Any) -> Tensor:
@@ -194,7 +195,7 @@ class VisionEncoder(nn.Module):
                 if self.config.layer is None and getattr(output, name, None) is not None:
                     return getattr(output, name).flatten(1)
         states = output.hidden_states[self.config.layer] if self.config.layer else output.last_hidden_state
-        patches = states[:, -self.grid**2 :].mean(1)
+        patches = states[:, -(self.grid**2) :].mean(1)
         parts = {"mean": [patches], "cls+mean": [states[:, 0], patches]}.get(self.config.pool, [states[:, 0]])
         return torch.cat(parts, dim=-1)
 
@@ -222,5 +223,7 @@ def preprocessing(config: VisionConfig, settings: Any, folder: str | Path | None
         raise ModelError(f"{path} is malformed: image_mean and image_std must be three numbers each, std above 0")
     patch = getattr(settings, "patch_size", None)
     if isinstance(patch, int) and size % patch:
-        raise ConfigError(f"model.vision {config.name!r} size={size} is no multiple of its patch {patch}: give {size // patch * patch}")
+        raise ConfigError(
+            f"model.vision {config.name!r} size={size} is no multiple of its patch {patch}: give {size // patch * patch}"
+        )
     return Preprocess(size, mean, std, config.resize)

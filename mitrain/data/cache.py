@@ -123,5 +123,7 @@ class FeatureCache:
                     np.save(work / f"{name}.npy", array, allow_pickle=False)
                 write_json(work / "index.json", index)
         except OSError as error:
-            raise DataError(f"cannot write the cache {self.folder} ({error}): free space there, set MITRAIN_CACHE, or give cache=false") from None
+            raise DataError(
+                f"cannot write the cache {self.folder} ({error}): free space there, set MITRAIN_CACHE, or give cache=false"
+            ) from None
         self._open(segment, index)

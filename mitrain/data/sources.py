@@ -50,7 +50,9 @@ class RecordsConfig(DataSection, kind="data", name="records"):
         kept = [s for s in samples if not self.kinds or s.kind in self.kinds]
         if not kept:
             kinds = sorted({s.kind for s in samples})
-            raise DataError(f"{root / self.splits[split]} holds no sample of kind {', '.join(self.kinds)}: it has {', '.join(kinds)}")
+            raise DataError(
+                f"{root / self.splits[split]} holds no sample of kind {', '.join(self.kinds)}: it has {', '.join(kinds)}"
+            )
         return kept
 
     def split_names(self, root: Path) -> list[str]:

@@ -25,13 +25,12 @@ SCORE_ROWS = 112
 
 
 class AnswerConfig(Section, kind="task", name="answer"):
-    """``template``: how the prompt is put to the model. ``normalize``: candidates' log-likelihood per token instead of its
-    sum. ``max_new_tokens``: bound of generated answers. ``generate``: also score by generation at the final evaluation."""
+    """``template``: how the prompt is put to the model. ``normalize``: candidates' log-likelihood per token instead of
+    its sum. ``max_new_tokens``: bound of generated answers."""
 
     template: str = "{prompt}"
     normalize: bool = False
     max_new_tokens: int = Field(8, ge=1, le=512)
-    generate: bool = True
 
 
 class AnswerTask(Task):
@@ -43,13 +42,17 @@ class AnswerTask(Task):
         super().__init__(parts)
         self.config = config
         self._prompt_ids = cache(lambda prompt: parts.text.tokens(self._filled(prompt)))
-        self._answer_ids = cache(lambda answer: [*parts.text.tokens(" " + answer, start=False), parts.text.tokenizer.eos_token_id])
+        self._answer_ids = cache(
+            lambda answer: [*parts.text.tokens(" " + answer, start=False), parts.text.tokenizer.eos_token_id]
+        )
 
     def _filled(self, prompt: str) -> str:
         try:
             return self.config.template.format(prompt=prompt)
         except (KeyError, IndexError, ValueError):
-            raise DataError(f"task.template={self.config.template!r} must contain {{prompt}} and no other field") from None
+            raise DataError(
+                f"task.template={self.config.template!r} must contain {{prompt}} and no other field"
+            ) from None
 
     def row(self, prompt: str, answer: str) -> list[int]:
         """Token ids of a prompt with an answer. The last one (the end) predicts nothing and is left out."""
@@ -117,7 +120,9 @@ class AnswerTask(Task):
                 eos_token_id=text.tokenizer.eos_token_id,
                 pad_token_id=text.tokenizer.pad_token_id,
             )
-        return [answer.strip() for answer in text.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
+        return [
+            answer.strip() for answer in text.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        ]
 
     def predict(self, batch: Batch, generate: bool = False) -> list[Prediction]:
         samples = [s if s.candidates else replace(s, candidates=(s.answer,)) for s in batch.samples]

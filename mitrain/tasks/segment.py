@@ -47,10 +47,14 @@ class SegmentTask(Task):
     metric = "oiou"
     decodes = True
 
-    def __init__(self, config: SegmentConfig, parts: Parts, level_widths: Sequence[int], grid: int, patch: int, prefix: int):
+    def __init__(
+        self, config: SegmentConfig, parts: Parts, level_widths: Sequence[int], grid: int, patch: int, prefix: int
+    ):
         super().__init__(parts)
         if not level_widths:
-            raise ConfigError("the task 'segment' reads patch tokens: give model.vision levels, for example levels=[10,7,4]")
+            raise ConfigError(
+                "the task 'segment' reads patch tokens: give model.vision levels, for example levels=[10,7,4]"
+            )
         if not config.readout:
             raise ConfigError("task.readout is empty: give last, mean or embeddings")
         self.config, self.grid = config, (grid, grid)
@@ -58,7 +62,12 @@ class SegmentTask(Task):
         width = parts.text.width * len(config.readout)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
-        shape = {"level_widths": level_widths, "condition_width": width, "classes": self.classes, "prefix_tokens": prefix}
+        shape = {
+            "level_widths": level_widths,
+            "condition_width": width,
+            "classes": self.classes,
+            "prefix_tokens": prefix,
+        }
         if config.decoder == "unet":
             self.decoder: nn.Module = decoders.UnetDecoder(width=config.unet_width, **shape)
         else:
@@ -128,7 +137,10 @@ class SegmentTask(Task):
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
         found = masks.predict_masks(self.logits(batch), [sample.size for sample in batch.samples])
-        return [Prediction(s.id, s.image, {"expression": s.expression}, mask) for s, mask in zip(batch.samples, found, strict=True)]
+        return [
+            Prediction(s.id, s.image, {"expression": s.expression}, mask)
+            for s, mask in zip(batch.samples, found, strict=True)
+        ]
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
         metrics = masks.MaskMetrics()

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
-
 from folders import colour_records, llm_folder, vision_folder
+from PIL import Image
 
 from mitrain import checkpoint, runs
 from mitrain.cli import main
@@ -69,7 +68,10 @@ def trained(world):
 
 
 def test_it_learns_and_the_controls_lose(world, trained, capsys):
-    found = {c: as_json(capsys, "eval", trained, "--split", "test", "--control", c) for c in ("none", "no-image", "shuffle", "frozen")}
+    found = {
+        c: as_json(capsys, "eval", trained, "--split", "test", "--control", c)
+        for c in ("none", "no-image", "shuffle", "frozen")
+    }
     assert found["none"]["samples"] == 16 and found["none"]["accuracy"] >= 0.9
     assert found["no-image"]["accuracy"] <= 0.5 and found["frozen"]["accuracy"] <= 0.5
     spoken = as_json(capsys, "eval", trained, "--split", "test", "--generate")
@@ -128,7 +130,13 @@ def test_activation_checkpointing_changes_nothing(world, capsys):
     results = []
     for value in ("true", "false"):
         made = as_json(
-            capsys, "train", world / "colours.yaml", f"train.checkpoint_activations={value}", "train.steps=4", "--runs", world / "ac"
+            capsys,
+            "train",
+            world / "colours.yaml",
+            f"train.checkpoint_activations={value}",
+            "train.steps=4",
+            "--runs",
+            world / "ac",
         )
         results.append(checkpoint.load(checkpoint.latest(made["run"])).tensors["adapter"])
     for name in results[0]:
@@ -139,7 +147,9 @@ def test_predict_answers_with_probabilities(world, trained, capsys):
     image = next((world / "data" / "images").glob("*.png"))
     prompt = "the colour of this picture is"
     found = as_json(capsys, "predict", trained, "--image", image, "--text", prompt)
-    assert found["answer"] in found["probabilities"] and sum(found["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    assert found["answer"] in found["probabilities"] and sum(found["probabilities"].values()) == pytest.approx(
+        1, abs=1e-4
+    )
     code, out, _ = command(capsys, "predict", trained, "--image", image, "--text", prompt, "--candidates", "red,blue")
     assert code == 0 and out.startswith("answer: ") and "red" in out
 
@@ -176,14 +186,24 @@ def test_dry_run_counts_without_weights(world, capsys):
 def test_segmentation_from_digit_scenes(world, capsys):
     """The second task through the same commands, its data prepared on first use."""
     config = yaml.safe_load((world / "colours.yaml").read_text())
+    vision = {"name": str(world / "vision"), "size": 112, "levels": [3, 2], "pool": "cls", "layer": 3}
+    decoder = {"dim": 16, "heads": 2, "ffn": 32, "loss": "bce+dice", "loss_size": 32}
     config |= {
         "name": "scenes",
-        "model": {**config["model"], "vision": [{"name": str(world / "vision"), "size": 112, "levels": [3, 2], "pool": "cls", "layer": 3}]},
-        "task": {"name": "segment", "readout": ["mean", "embeddings"], "dim": 16, "heads": 2, "ffn": 32, "loss": "bce+dice", "loss_size": 32},
+        "model": {**config["model"], "vision": [vision]},
+        "task": {"name": "segment", "readout": ["mean", "embeddings"], **decoder},
         "data": {"name": "refcoco", "source": "digit-scenes"},
         "features": {},
     }  # fmt: skip
-    config["train"] |= {"steps": 8, "batch": 8, "accumulate": 1, "eval_every": 4, "save_every": 4, "eval_samples": 16, "lr": 1e-3}
+    config["train"] |= {
+        "steps": 8,
+        "batch": 8,
+        "accumulate": 1,
+        "eval_every": 4,
+        "save_every": 4,
+        "eval_samples": 16,
+        "lr": 1e-3,
+    }
     (world / "scenes.yaml").write_text(yaml.safe_dump(config))
     made = as_json(capsys, "train", world / "scenes.yaml", "--runs", world / "runs")
     for control in ("none", "shuffle", "no-image"):

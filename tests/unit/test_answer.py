@@ -3,6 +3,7 @@
 import pytest
 import torch
 from folders import COLOURS, llm_folder
+from tiny import scramble
 
 from mitrain import adapters
 from mitrain.adapters.mit import MiTConfig
@@ -12,7 +13,6 @@ from mitrain.errors import DataError
 from mitrain.features import TextStates
 from mitrain.tasks.answer import AnswerConfig, AnswerTask
 from mitrain.tasks.base import Batch, Parts
-from tiny import scramble
 
 
 @pytest.fixture(scope="module")

@@ -301,7 +301,7 @@ def signed(path: Path, name: str, content: bytes) -> None:
     edit_manifest(path, files=listed)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_bytes_end_in_a_checkpoint_error_or_the_same_content(pristine, tmp_path, data):
     path = tmp_path / "copy"
@@ -327,7 +327,7 @@ def test_fuzzed_bytes_end_in_a_checkpoint_error_or_the_same_content(pristine, tm
         assert forged or name == "manifest.json" or same
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     value=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

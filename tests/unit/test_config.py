@@ -51,7 +51,13 @@ def test_errors_are_one_line_that_says_where(values, words):
 
 
 def test_yaml_floats_and_duplicate_keys():
-    assert config.read_yaml("a: 1e-5\nb: 2.\nc: .5\nd: 7\ne: 1.2.3", "x") == {"a": 1e-5, "b": 2.0, "c": 0.5, "d": 7, "e": "1.2.3"}
+    assert config.read_yaml("a: 1e-5\nb: 2.\nc: .5\nd: 7\ne: 1.2.3", "x") == {
+        "a": 1e-5,
+        "b": 2.0,
+        "c": 0.5,
+        "d": 7,
+        "e": "1.2.3",
+    }
     with pytest.raises(ConfigError, match=r"'a' stands twice \(line 2\)"):
         config.read_yaml("a: 1\na: 2", "x")
 

@@ -70,6 +70,16 @@ def test_counts_may_be_tensors_and_fractions():
     assert engine.step().count == 7.5
 
 
+def test_an_empty_micro_batch_counts_for_nothing_whatever_its_loss():
+    module, (x, y) = net(), samples(0)
+    engine = engine_for(module)
+    engine.backward(torch.tensor(math.nan), 0)  # the mean over no tokens: NaN, and no graph behind it
+    feed(engine, module, x, y, [12])
+    engine.backward(module(x[:0]).mean(), 0)
+    result = engine.step()
+    assert result.applied and result.count == 12
+
+
 @pytest.mark.parametrize("count", [-1, math.nan, math.inf])
 def test_an_impossible_count_is_refused(count):
     module, (x, _) = net(), samples(0)

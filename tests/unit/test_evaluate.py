@@ -96,7 +96,9 @@ def test_overlay_marks_the_mask_alone():
 
 
 def test_a_sheet_holds_every_panel_and_shortens_text():
-    panels = [figures.Panel(Image.new("RGB", (50, 30), (i * 20, 0, 0)), ["word " * 40, "b"], i % 2 == 0) for i in range(5)]
+    panels = [
+        figures.Panel(Image.new("RGB", (50, 30), (i * 20, 0, 0)), ["word " * 40, "b"], i % 2 == 0) for i in range(5)
+    ]
     sheet = figures.sheet(panels, columns=2, side=60)
     assert sheet.width == 2 * 68 + 8 and sheet.height == 3 * (60 + 2 * figures.LINE + 8 + 8) + 8
     corner = np.asarray(sheet)[8 + 30, 8 + 30]

@@ -89,7 +89,9 @@ def test_standardised_features_have_the_asked_norm():
 
 def test_l2_and_none():
     x = torch.randn(5, 8)
-    torch.testing.assert_close(FeatureNorm(8, FeatureConfig(normalize="l2", norm=2.0))(x).norm(dim=1), torch.full((5,), 2.0))
+    torch.testing.assert_close(
+        FeatureNorm(8, FeatureConfig(normalize="l2", norm=2.0))(x).norm(dim=1), torch.full((5,), 2.0)
+    )
     assert torch.equal(FeatureNorm(8, FeatureConfig(normalize="none"))(x), x)
 
 

@@ -36,7 +36,10 @@ def make(folder, method=None, **config):
 def samples():
     polygons = [[[0, 0, 10, 0, 10, 8, 0, 8]], [[4, 4, 20, 4, 20, 18, 4, 18]], [[0, 10, 24, 10, 24, 20, 0, 20]]]
     texts = ["the red square", "the blue thing on the left", "a square"]
-    return [ReferSample(str(i), f"{i}.png", t, (20, 24), p, "o") for i, (t, p) in enumerate(zip(texts, polygons, strict=True))]
+    return [
+        ReferSample(str(i), f"{i}.png", t, (20, 24), p, "o")
+        for i, (t, p) in enumerate(zip(texts, polygons, strict=True))
+    ]
 
 
 def batch(features=True):

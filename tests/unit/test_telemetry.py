@@ -58,7 +58,10 @@ def test_a_resumed_run_goes_on_behind_its_checkpoint(tmp_path):
     assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 4, 5]
 
 
-@pytest.mark.parametrize("junk", [b"\x00\xff\n", b"[1]\n", b"3\n", b'{"step": "1"}\n', b'{"step": true}\n', b"\n", b'{"step": 1}'])
+JUNK = [b"\x00\xff\n", b"[1]\n", b"3\n", b'{"step": "1"}\n', b'{"step": true}\n', b"\n", b'{"step": 1}']
+
+
+@pytest.mark.parametrize("junk", JUNK)
 def test_lines_that_are_none_are_dropped_on_resume(tmp_path, junk):
     path = tmp_path / "metrics.jsonl"
     good = b'{"step": 1, "kind": "train"}\n'
@@ -69,7 +72,7 @@ def test_lines_that_are_none_are_dropped_on_resume(tmp_path, junk):
 
 def test_a_failing_disk_is_one_line(tmp_path, monkeypatch):
     metrics = Metrics(tmp_path / "metrics.jsonl", total_steps=9)
-    full = open("/dev/full", "wb", buffering=0)
+    full = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - the metrics close it
     metrics._file.close()
     monkeypatch.setattr(metrics, "_file", full)
     with pytest.raises(UserError, match="metrics.jsonl.*No space left.*resume"):

@@ -127,4 +127,4 @@ def test_the_digest_names_the_weights(dinov2):
     with torch.no_grad():
         next(two.model.parameters()).view(-1)[0] += 1e-3
     assert frozen_digest(one.model) != frozen_digest(two.model)
-    assert encoder(dinov2, size=42).address() != one.address()
+    assert encoder(dinov2, size=42).identity() != one.identity()

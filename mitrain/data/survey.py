@@ -42,7 +42,7 @@ class Picture:
     error: str = ""
 
 
-def inspect(
+def survey(
     splits: Mapping[str, Samples], root: Path, sheet: Path | None = None, max_pixels: int = MAX_PIXELS, seed: int = 0
 ) -> tuple[dict[str, Any], str]:
     """A report as JSON values and as text to print; ``sheet`` is where the PNG with samples is written.

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mitrain.data.inspect import inspect
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
+from mitrain.data.survey import survey
 
 FULL = {"size": [6, 8], "counts": [0, 48]}
 HALF = {"size": [6, 8], "counts": [24, 24]}
@@ -56,7 +56,7 @@ def shared(report) -> dict[str, int]:
 
 def test_a_clean_data_set(tmp_path):
     splits = {"train": answers(tmp_path, "train", 4, 0), "test": answers(tmp_path, "test", 2, 10)}
-    report, text = inspect(splits, tmp_path)
+    report, text = survey(splits, tmp_path)
     train = report["splits"]["train"]
     assert (train["samples"], train["pictures"], train["broken_pictures"], train["objects"]) == (4, 4, 0, 4)
     assert train["kinds"]["category"] == {
@@ -75,7 +75,7 @@ def test_everything_that_two_splits_share_is_found(tmp_path, make):
     (tmp_path / "test1.png").write_bytes((tmp_path / "train0.png").read_bytes())  # the same pixels, another name
     test[0] = replace(test[0], id="train1")
     test[2] = replace(test[2], object="thing 2", image="train2.png")
-    report, text = inspect({"train": train, "test": test}, tmp_path)
+    report, text = survey({"train": train, "test": test}, tmp_path)
     assert shared(report) == {"id": 1, "picture": 1, "pixels": 2, "object": 1}
     found = {entry["what"]: entry for entry in report["shared"]}
     assert found["id"]["examples"] == ["train1"] and found["object"]["examples"] == ["thing 2"]
@@ -89,7 +89,7 @@ def test_missing_and_broken_pictures_are_counted_and_named(tmp_path):
     (tmp_path / "train1.png").unlink()
     (tmp_path / "train2.png").write_bytes(b"torn")
     samples.append(replace(samples[0], id="same picture again"))
-    report, text = inspect({"train": samples}, tmp_path, sheet=tmp_path / "sheet.png")
+    report, text = survey({"train": samples}, tmp_path, sheet=tmp_path / "sheet.png")
     train = report["splits"]["train"]
     assert (train["samples"], train["pictures"], train["broken_pictures"]) == (5, 4, 2)
     assert list(train["broken_examples"]) == ["train1.png", "train2.png"]
@@ -101,7 +101,7 @@ def test_masks_are_measured(tmp_path):
     train[1] = replace(train[1], segmentation=FULL)
     train[2] = replace(train[2], segmentation={"size": [6, 8], "counts": [48]})
     train[3] = replace(train[3], segmentation={"size": [6, 8], "counts": [7]}, expression=train[0].expression)
-    report, text = inspect({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
+    report, text = survey({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
     facts = report["splits"]["train"]
     assert (facts["expressions"], facts["broken_masks"], facts["empty_masks"]) == (4, 1, 1)
     assert facts["mean_area"] == 0.5 and "train3" in facts["broken_mask_examples"]
@@ -114,7 +114,7 @@ def test_the_sheet_shows_pictures_and_masks(tmp_path):
     train = expressions(tmp_path, "train", 2, 0)
     Image.new("RGB", (8, 6), (0, 0, 240)).save(tmp_path / "train0.png")
     Image.new("RGB", (8, 6), (0, 0, 240)).save(tmp_path / "train1.png")
-    inspect({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
+    survey({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     blue = (np.abs(sheet - (0, 0, 240)).sum(2) < 12).sum()
     tinted = (np.abs(sheet - (115, 15, 135)).sum(2) < 12).sum()
@@ -125,7 +125,7 @@ def test_the_sheet_shows_pictures_and_masks(tmp_path):
 def test_the_sheet_is_drawn_from_the_seed(tmp_path):
     splits = {"train": answers(tmp_path, "train", 30, 0)}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        inspect(splits, tmp_path, sheet=tmp_path / f"{name}.png", seed=seed)
+        survey(splits, tmp_path, sheet=tmp_path / f"{name}.png", seed=seed)
     first, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert first == again != other
 
@@ -133,6 +133,6 @@ def test_the_sheet_is_drawn_from_the_seed(tmp_path):
 def test_a_picture_of_another_size_than_its_annotation_is_reported_on_the_sheet(tmp_path):
     train = expressions(tmp_path, "train", 1, 0)
     Image.new("RGB", (80, 60)).save(tmp_path / "train0.png")
-    report, text = inspect({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
+    report, text = survey({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
     assert report["splits"]["train"]["wrong_sizes"] == 1
     assert "wrong_sizes: 1" in text
