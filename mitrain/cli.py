@@ -34,12 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mitrain: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        place = f" {error.filename!r}" if error.filename else ""
+        print(f"mitrain: cannot read or write{place} ({error.strerror or error}): check room and access", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("mitrain: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
 
 
 def keep_freed_memory() -> None:

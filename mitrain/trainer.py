@@ -27,7 +27,7 @@ from mitrain.errors import CheckpointError, DataError, UserError
 from mitrain.evaluate import evaluate
 from mitrain.features import ImageFeatures
 from mitrain.files import write_json
-from mitrain.guard import SkipBudget, StopRequest
+from mitrain.guard import Heartbeat, SkipBudget, StopRequest
 from mitrain.model import Model, build, resolve_data
 from mitrain.schema import RunConfig
 from mitrain.telemetry import Metrics, Stopwatch, Wandb
@@ -121,10 +121,12 @@ class Trainer:
         """Train to the last step, or until asked to stop."""
         train = self.config.train
         step = self.resume()
-        with closing(self._metrics(step)) as metrics, StopRequest() as stop:
+        heart = Heartbeat(train.hang_minutes)
+        with closing(self._metrics(step)) as metrics, StopRequest() as stop, heart:
             while step < train.steps and not stop.requested:
                 result, seconds = self._step()
                 step += 1
+                heart.beat()
                 self.skips.record(step, result.reason)
                 self._log(metrics, step, result, seconds)
                 last = step == train.steps
