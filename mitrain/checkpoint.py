@@ -268,7 +268,7 @@ def read_regular(path: Path, limit: int) -> bytes:
     if regular_size(path) > limit:
         raise CheckpointError(f"{path} is longer than the {limit} bytes expected: {OTHER}")
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             return file.read()
     except OSError as error:
         raise CheckpointError(f"cannot read {path} ({error.strerror}): {OTHER}") from None

@@ -102,6 +102,13 @@ def empty_model(factory: Any, config: PretrainedConfig) -> PreTrainedModel:
         return factory.from_config(config)
 
 
+def place(device: str) -> torch.device:
+    """The device that ``auto``, ``cpu`` or ``cuda`` means here; ConfigError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device=cuda, but torch sees no GPU: set model.device=cpu or install a CUDA build of torch")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def count_parameters(module: nn.Module) -> int:
     """Distinct parameters, tied ones once."""
     return sum(p.numel() for p in {id(p): p for p in module.parameters()}.values())

@@ -88,10 +88,11 @@ def cache_root(config: RunConfig) -> Path | None:
     return cache_home() / "features" if config.cache else None
 
 
-def encoders_of(config: ModelConfig) -> list[VisionEncoder]:
-    return [
-        VisionEncoder(v, None if v.shape else resolve_model(v.name), hf.DTYPES[config.dtype]) for v in config.vision
-    ]
+def encoders_of(config: ModelConfig, device: torch.device | None) -> list[VisionEncoder]:
+    """The frozen image encoders, on ``device`` (None: where they are made, for counting)."""
+    dtype = hf.DTYPES[config.dtype]
+    made = [VisionEncoder(v, None if v.shape else resolve_model(v.name), dtype) for v in config.vision]
+    return [encoder.to(device) for encoder in made] if device is not None else made
 
 
 def build(config: RunConfig, *, empty: bool = False) -> Model:
@@ -114,8 +115,11 @@ def build(config: RunConfig, *, empty: bool = False) -> Model:
             " set model.llm to a folder with the weights and model.llm_shape=null to train"
         )
     else:
-        text = TextBackbone.load(resolve_model(config.model.llm), hf.DTYPES[config.model.dtype], config.model.attention)
-    encoders = encoders_of(config.model)
+        device = hf.place(config.model.device)
+        text = TextBackbone.load(
+            resolve_model(config.model.llm), hf.DTYPES[config.model.dtype], config.model.attention, device
+        )
+    encoders = encoders_of(config.model, None if empty else text.device)
     return assemble(config, text, encoders, empty=empty)
 
 

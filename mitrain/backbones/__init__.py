@@ -15,7 +15,7 @@ class ModelConfig(Section):
     """The frozen parts. ``llm_shape`` gives a configuration in place of weights, for ``--dry-run`` alone.
 
     ``vision`` is one encoder or a list; a bare name stands for its defaults. Several feed one infusion: their global
-    features are concatenated.
+    features are concatenated. ``device``: auto takes a GPU if there is one.
     """
 
     llm: str
@@ -23,6 +23,7 @@ class ModelConfig(Section):
     vision: tuple[VisionConfig, ...]
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     attention: Literal["sdpa", "eager"] = "sdpa"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @field_validator("vision", mode="before")
     @classmethod

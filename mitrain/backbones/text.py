@@ -26,7 +26,13 @@ class TextBackbone:
         hf.freeze(model)
 
     @classmethod
-    def load(cls, source: str | Path, dtype: torch.dtype, attention: str = "sdpa") -> "TextBackbone":
+    def load(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype,
+        attention: str = "sdpa",
+        device: torch.device | str = "cpu",
+    ) -> "TextBackbone":
         model = hf.load(
             AutoModelForCausalLM,
             source,
@@ -42,7 +48,7 @@ class TextBackbone:
             raise ModelError(
                 f"the tokenizer of {str(source)!r} has no end-of-text token: answers could not end; use another"
             )
-        return cls(model, tokenizer)
+        return cls(model.to(device), tokenizer)
 
     @classmethod
     def empty(cls, config: PretrainedConfig) -> "TextBackbone":

@@ -182,11 +182,10 @@ class VisionEncoder(nn.Module):
         pixels = torch.stack([self.preprocess(image, view) for image in images]).to(weight.device, weight.dtype)
         wanted = {"output_hidden_states": True} if self.depth else {}
         output = self.model(pixel_values=pixels, **wanted)
-        features = {"pooled": self._pooled(output).float()}
+        features = {"pooled": self._pooled(output).float().cpu()}
         if self.config.levels:
-            features["levels"] = torch.stack(
-                [output.hidden_states[level] for level in self.config.levels], dim=1
-            ).float()
+            levels = [output.hidden_states[level] for level in self.config.levels]
+            features["levels"] = torch.stack(levels, dim=1).float().cpu()
         return features
 
     def _pooled(self, output: Any) -> Tensor:

@@ -97,7 +97,7 @@ class AnswerTask(Task):
         scores: list[Tensor] = []
         for start in range(0, len(pairs), SCORE_ROWS):
             part = slice(start, start + SCORE_ROWS)
-            features = batch.features[owner[part]] if batch.features is not None else None
+            features = batch.features[owner[part].to(batch.features.device)] if batch.features is not None else None
             for token_scores in self._log_likelihood(pairs[part], features):
                 scores.append(token_scores.double().mean() if self.config.normalize else token_scores.double().sum())
         return list(torch.stack(scores).split([len(s.candidates) for s in batch.samples]))

@@ -1,6 +1,7 @@
 """A run from end to end through the command line, on folders as users have them: both tasks, resume, eval, predict."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,3 +250,32 @@ def test_lists_name_licences_and_prepare_is_once(world, capsys):
     assert {d["name"] for d in as_json(capsys, "data", "list") if d["prepared"]} >= {"digits"}
     code, _, err = command(capsys, "data", "prepare", "digitz")
     assert code == 2 and "'digits'" in err
+
+
+@pytest.mark.parametrize("override", ["model.dtype=bf16", "adapter.preset=released", "adapter.gate=token", "adapter.rank=4"])
+def test_variants_train(world, capsys, override):
+    layers = ["adapter.layers=[1, 2]", "train.steps=3", "--runs", world / "variants"]
+    made = as_json(capsys, "train", world / "colours.yaml", override, *layers)
+    lines = [json.loads(line) for line in (Path(made["run"]) / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in lines if r["kind"] == "train"]
+    assert len(losses) == 3 and all(np.isfinite(losses)) and len(set(losses)) == 3
+    assert as_json(capsys, "eval", made["run"], "--split", "test")["samples"] == 16
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives(world, capsys):
+    results = []
+    for device in ("cpu", "cuda"):
+        arguments = [f"model.device={device}", "features.noise=0", "train.steps=4", "--runs", world / device]
+        made = as_json(capsys, "train", world / "colours.yaml", *arguments)
+        results.append([json.loads(line) for line in (Path(made["run"]) / "metrics.jsonl").read_text().splitlines()])
+    for one, two in zip(*results, strict=True):
+        if one["kind"] == "train":
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+
+
+def test_a_missing_gpu_is_one_line(world, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    code, _, err = command(capsys, "train", world / "colours.yaml", "model.device=cuda", "--runs", world / "none")
+    assert code == 2 and "torch sees no GPU" in err

@@ -10,14 +10,16 @@ from mitrain.backbones.trunk import replay, trunk_states
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("depth", [1, 2, DEPTH])
 def test_replaying_equals_the_whole_model(name, depth):
-    model, inputs = tiny(name, torch.float64), text(padding="right")
+    # transformers' eager softmax runs in float32, where float64's mask value is -inf: a fully masked row is NaN
+    dtype, tolerance = (torch.float32, 1e-5) if name == "gemma2" else (torch.float64, 1e-12)
+    model, inputs = tiny(name, dtype), text(padding="right")
     with torch.no_grad():
         whole = model(**inputs, use_cache=False).logits
         states = trunk_states(model, depth, **inputs)
         with replay(model, depth, states):
             part = model(inputs_embeds=states, attention_mask=inputs["attention_mask"], use_cache=False).logits
     shown = inputs["attention_mask"].bool()
-    torch.testing.assert_close(part[shown], whole[shown], rtol=0, atol=1e-12)
+    torch.testing.assert_close(part[shown], whole[shown], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", NAMES)
