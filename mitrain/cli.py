@@ -220,7 +220,7 @@ def add_catalogue(commands: Any, what: str, text: str) -> None:
         )
         inspect.add_argument("config", metavar="CONFIG")
         inspect.add_argument("overrides", nargs="*", metavar="key=value")
-        inspect.add_argument("--out", default="inspect", metavar="DIR", help="where the contact sheet is written")
+        inspect.add_argument("--out", default="runs/inspect", metavar="DIR", help="where the contact sheet is written")
 
 
 def run_list(arguments: argparse.Namespace) -> Any:

@@ -129,7 +129,10 @@ def test_our_reader_reads_what_was_written(built):
 def test_held_out_objects_and_cartoons_are_never_trained_on(built, archive):
     objects = {split: {s.object for s in read_refer(built, "refcoco", None, split)} for split in FEW}
     stamps = scenes.read_stamps(archive).stamps
-    things = scenes.share_things(stamps, 0)
+    things, splits = scenes.share_things(stamps, 0), scenes.split_kinds(stamps, 0)
+    split_of = {stamp.name: splits[stamp.kind] for stamp in stamps}
+    assert {split_of[t.name] for t in things["train"]} == {"train"}
+    assert {split_of[t.name] for t in things["testA"]} == {"val", "test"}  # of tuxpaint, with the same seed
     assert not {t.name for t in things["train"]} & {t.name for t in things["testA"]}
     assert objects["train"] <= {t.name for t in things["train"]} and objects["testA"] <= {
         t.name for t in things["testA"]
