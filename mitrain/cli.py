@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         place = f" {error.filename!r}" if error.filename else ""
-        print(f"mitrain: cannot read or write{place} ({error.strerror or error}): check room and access", file=sys.stderr)
+        print(
+            f"mitrain: cannot read or write{place} ({error.strerror or error}): check room and access", file=sys.stderr
+        )
         return UserError.exit_code
     except KeyboardInterrupt:
         print("mitrain: interrupted", file=sys.stderr)

@@ -55,7 +55,7 @@ def report(
                 rows[split, label].append({**values, "run": Path(folder).name, "seed": run.config.seed})
     results = {
         "metric": metric,
-        "made": provenance(folders, splits),
+        "made": provenance(folders, splits, samples),
         "rows": [row(s, label, found) for (s, label), found in rows.items()],
     }
     results["markdown"] = table(results)
@@ -165,11 +165,12 @@ def cell(r: dict[str, Any], key: str) -> str:
     return f"{r['mean'][key]:.3f}{spread}"
 
 
-def provenance(folders: Sequence[str], splits: Sequence[str]) -> dict[str, str]:
+def provenance(folders: Sequence[str], splits: Sequence[str], samples: int | None) -> dict[str, str]:
     """Command, date, commit and versions: what a committed table needs to be made again."""
+    limited = f" --samples {samples}" if samples else ""
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers"))
     return {
-        "command": f"mitrain report {' '.join(Path(f).name for f in folders)} --splits {','.join(splits)}",
+        "command": f"mitrain report {' '.join(Path(f).name for f in folders)} --splits {','.join(splits)}{limited}",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
         "versions": versions,

@@ -252,7 +252,9 @@ def test_lists_name_licences_and_prepare_is_once(world, capsys):
     assert code == 2 and "'digits'" in err
 
 
-@pytest.mark.parametrize("override", ["model.dtype=bf16", "adapter.preset=released", "adapter.gate=token", "adapter.rank=4"])
+@pytest.mark.parametrize(
+    "override", ["model.dtype=bf16", "adapter.preset=released", "adapter.gate=token", "adapter.rank=4"]
+)
 def test_variants_train(world, capsys, override):
     layers = ["adapter.layers=[1, 2]", "train.steps=3", "--runs", world / "variants"]
     made = as_json(capsys, "train", world / "colours.yaml", override, *layers)
