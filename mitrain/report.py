@@ -56,7 +56,7 @@ def report(
     results = {
         "metric": metric,
         "made": provenance(folders, splits, samples),
-        "rows": [row(s, label, found) for (s, label), found in rows.items()],
+        "rows": [row(s, label, found) for name in splits for (s, label), found in rows.items() if s == name],
     }
     results["markdown"] = table(results)
     write_json(out / "results.json", {k: v for k, v in results.items() if k != "markdown"})
@@ -78,10 +78,10 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
                 run, chosen, images, control, seed=run.config.seed
             ).metrics
     floors = answer_floors if run.model.task.metric == "accuracy" else mask_floors
-    return found | floors(run, chosen, images)
+    return found | floors(run, split, chosen, images)
 
 
-def answer_floors(run: Run, chosen: list[Any], images: Any) -> dict[str, dict[str, Any]]:
+def answer_floors(run: Run, _split: str, chosen: list[Any], images: Any) -> dict[str, dict[str, Any]]:
     """The majority answer, and a linear probe on the features that are infused."""
     train, val = (run.config.data.read(resolve_data(run.config.data), split) for split in ("train", "val"))
     images.prepare(sorted({s.image for s in train + val}), 1)
@@ -91,12 +91,14 @@ def answer_floors(run: Run, chosen: list[Any], images: Any) -> dict[str, dict[st
     return {"majority answer": {"accuracy": most, "samples": len(chosen)}, "linear probe on the same features": found}
 
 
-def mask_floors(run: Run, chosen: list[Any], images: Any) -> dict[str, dict[str, Any]]:
+def mask_floors(run: Run, split: str, chosen: list[Any], _images: Any) -> dict[str, dict[str, Any]]:
     """What masks chosen without language reach, given the true masks of all objects that the split names."""
     scenes: dict[str, dict[bytes, np.ndarray]] = defaultdict(dict)
-    for s in chosen:
-        mask = s.mask()
-        scenes[s.image][mask.tobytes()] = mask
+    shown = {s.image for s in chosen}
+    for s in run.config.data.read(resolve_data(run.config.data), split):
+        if s.image in shown:
+            mask = s.mask()
+            scenes[s.image][mask.tobytes()] = mask
     metrics = {kind: masks.MaskMetrics() for kind in ("union", "largest", "central", "random")}
     for s in chosen:
         for kind, mask in masks.floor_masks(list(scenes[s.image].values()), run.config.seed, s.id).items():
