@@ -67,7 +67,11 @@ def controlled(
         return list(samples), own, {}
     if control == "shuffle" and metric != "accuracy":
         pairing = controls.other_expressions(
-            [s.expression for s in samples], [s.object for s in samples], own, seed=seed
+            [s.expression for s in samples],
+            [s.object for s in samples],
+            own,
+            {s.image: s.present for s in samples},
+            seed,
         )
         swapped = [replace(s, expression=samples[i].expression) for s, i in zip(samples, pairing.index, strict=True)]
         return swapped, own, {"control_clashes": pairing.clashes}

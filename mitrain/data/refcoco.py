@@ -11,10 +11,10 @@ import logging
 import pickle
 import pickletools
 import struct
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ log = logging.getLogger(__name__)
 class ReferSample:
     """One expression. ``image`` is below :func:`image_folder`; ``size`` is the picture's (height, width).
 
-    ``object`` is the name of the target's category; ``kind`` is what an expression of a composed scene needs (name,
-    horizontal, vertical, size) and empty elsewhere.
+    ``object`` is the name of the target's category, ``present`` the names of all objects annotated in the picture, the
+    target's among them; ``kind`` is what an expression of a composed scene needs (name, horizontal, vertical, size) and
+    empty elsewhere.
     """
 
     id: str
@@ -53,6 +54,7 @@ class ReferSample:
     segmentation: Any = None
     object: str = ""
     kind: str = ""
+    present: tuple[str, ...] = ()
 
     @classmethod
     def unlabelled(cls, id: str, image: str, expression: str, size: tuple[int, int]) -> "ReferSample":
@@ -256,6 +258,16 @@ class Instances:
         row = self.categories.get(number, {}) if isinstance(number, int | str) else {}
         return row["name"] if isinstance(row.get("name"), str) else ""
 
+    @cached_property
+    def present(self) -> dict[int | str, tuple[str, ...]]:
+        """The category names of every image's annotations, whether or not an expression refers to them."""
+        names: dict[int | str, set[str]] = defaultdict(set)
+        for annotation in self.annotations.values():
+            image = annotation.get("image_id")
+            if isinstance(image, int | str):
+                names[image].add(self.category(annotation))
+        return {image: tuple(sorted(found - {""})) for image, found in names.items()}
+
 
 read_instances = once(Instances)
 
@@ -277,7 +289,7 @@ def samples_of(ref: Mapping[str, Any], tables: Instances, dataset: str) -> list[
         annotation, "segmentation", list | dict, f"{tables.where!r}: annotation {brief(ref['ann_id'])}"
     )
     kind = ref.get("kind", "") if isinstance(ref.get("kind", ""), str) else ""
-    shared = (size, segmentation, tables.category(annotation), kind)
+    shared = (size, segmentation, tables.category(annotation), kind, tables.present.get(ref["image_id"], ()))
     file_name = field(image, "file_name", str, here)
     return [
         ReferSample(f"{dataset}/{ref['ref_id']}/{sentence['sent_id']}"[:200], file_name, words(sentence), *shared)

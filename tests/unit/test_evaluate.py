@@ -70,6 +70,15 @@ def test_shuffled_expressions_name_nothing_of_the_scene():
     assert extra["control_clashes"]["named"] == 0
 
 
+def test_shuffled_expressions_name_nothing_that_no_sample_asks_about():
+    """The scene of sample 0 also holds a rose: of the other scenes' expressions only the drum is left for it."""
+    samples = [replace(s, present=("boat", "frog", "rose")) if s.image == "scene0.png" else s for s in expressions()]
+    for seed in range(10):
+        shown, _, extra = controlled(samples, "oiou", "shuffle", seed)
+        assert {s.expression for s in shown if s.image == "scene0.png"} == {"the drum"}
+        assert extra["control_clashes"]["named"] == 0
+
+
 def test_the_probe_learns_separable_features_and_falls_back():
     generator = torch.Generator().manual_seed(0)
     train, val, test = ([replace(s, id=f"{part}{s.id}") for s in answers(40)] for part in "abc")

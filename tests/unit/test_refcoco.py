@@ -58,6 +58,22 @@ def test_python_3_files_of_every_protocol(tmp_path, protocol):
     assert [sample.expression for sample in read_refer(root, "refcoco", None, "train")] == ["the naïve 男"]
 
 
+def test_a_sample_knows_all_objects_of_its_picture(tmp_path):
+    """Also those of other splits and those that no expression refers to; one without a category has no name."""
+    other = annotation(3, SQUARE, image=2) | {"category_id": 9}
+    annotations = [annotation(1, SQUARE), annotation(2, SQUARE) | {"category_id": 8}, other]
+    annotations += [annotation(4, SQUARE) | {"category_id": 99}, annotation(5, SQUARE)]
+    root = refer_folder(tmp_path, [ref(1, "val", "x"), ref(3, "val", "y", image=2)], annotations)
+    path = root / "refcoco" / "instances.json"
+    tables = json.loads(path.read_text())
+    tables["categories"] = [{"id": number, "name": name} for number, name in ((7, "person"), (8, "dog"), (9, "cup"))]
+    tables["annotations"][-1]["image_id"] = None
+    path.write_text(json.dumps(tables))
+    first, second = read_refer(root, "refcoco", None, "val")
+    assert (first.object, first.present) == ("person", ("dog", "person"))
+    assert (second.object, second.present) == ("cup", ("cup",))
+
+
 def test_every_split_is_selected_as_refer_py_does(tmp_path):
     splits = ["train", "val", "test", "testA", "testB", "testC", "testAB", "testBC", "trainA"]
     refs = [ref(number, split, split) for number, split in enumerate(splits)]
