@@ -12,7 +12,7 @@ e width of an infused feature, n infused layers.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, Protocol
 
 from mitrain.errors import ConfigError
 
@@ -169,9 +169,18 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
     return value
 
 
-def mit_layer_parameters(
-    features: Sequence[int], llm: LlmShape, *, key_add: bool = False, ffn: bool = True, gate: bool = True
-) -> int:
+class LayerWidths(Protocol):
+    """The widths of one layer that MiT's maps follow; `LlmShape` has them."""
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def ffn(self) -> int: ...
+
+
+def mit_layer_parameters(features: Sequence[int], llm: LayerWidths, *, key_add: bool = False, ffn: bool = True) -> int:
     """Parameters that MiT adds to one infused layer, summed over modalities of the given feature widths e.
 
         Σ_m [ a (e_m · H d + H d) + (e_m f + f) + H ]        a = 3 affine maps, or 4 with the release's additive key map
@@ -180,7 +189,7 @@ def mit_layer_parameters(
     """
     width = llm.heads * llm.head_dim
     maps = (4 if key_add else 3) * width + (llm.ffn if ffn else 0)
-    return sum((e + 1) * maps + (llm.heads if gate else 0) for e in features)
+    return sum((e + 1) * maps + llm.heads for e in features)
 
 
 def mit_layer_macs(features: Sequence[int], llm: LlmShape, *, key_add: bool = False, ffn: bool = True) -> int:

@@ -7,9 +7,9 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from mitrain.adapters.decoder import LayerShape
-from mitrain.adapters.maps import attention_maps
 from mitrain.adapters.selection import parse_layers
 from mitrain.config import Section
+from mitrain.costs import mit_layer_parameters
 
 RELEASED_LAYERS = [13, 17, 21, 25, 29]
 PRESETS: dict[str, dict[str, Any]] = {
@@ -79,15 +79,10 @@ class ParameterCount:
 def parameter_count(config: MiTConfig, shape: LayerShape, layers: int) -> ParameterCount:
     """Count without building anything; ``layers`` infused layers of equal ``shape``.
 
-    Per layer and modality of width e (or ``rank``): n (e Hd + Hd) + (e d_ff + d_ff) + H with n attention maps. The
-    released form of LLaMA-2-7B with e = 768 has 21,064,480.
+    A ``rank`` takes the place of every feature's width in the layers' maps (`mitrain.costs.mit_layer_parameters`); the
+    layers share the projections to it.
     """
-    attention_width, heads = shape.heads * shape.head_dim, shape.heads
-    per_layer = shared = 0
-    for width in config.modalities.values():
-        if config.rank:
-            shared += width * config.rank
-            width = config.rank
-        per_layer += len(attention_maps(config.k_add)) * (width + 1) * attention_width + heads
-        per_layer += (width + 1) * shape.ffn if config.ffn else 0
-    return ParameterCount(per_layer, shared, layers)
+    widths = list(config.modalities.values())
+    read = [config.rank or width for width in widths]
+    per_layer = mit_layer_parameters(read, shape, key_add=config.k_add, ffn=config.ffn)
+    return ParameterCount(per_layer, sum(widths) * (config.rank or 0), layers)

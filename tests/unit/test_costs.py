@@ -154,7 +154,7 @@ def test_mit_layer_with_grouped_heads_and_two_modalities():
     """Every map has the width of the query heads, 6 · 12 = 72, though hidden is 48 and keys are 36 wide."""
     llm = LlmShape.from_config(TINY | {"head_dim": 12})
     assert mit_layer_parameters([5, 7], llm) == (6 + 8) * (3 * 72 + 80) + 2 * 6
-    assert mit_layer_parameters([5], llm, key_add=True, ffn=False, gate=False) == 6 * 4 * 72
+    assert mit_layer_parameters([5], llm, key_add=True, ffn=False) == 6 * 4 * 72 + 6
     assert mit_layer_macs([5, 7], llm) == 12 * (3 * 72 + 80)
     assert mit_layer_macs([5], llm, key_add=True, ffn=False) == 5 * 4 * 72
 
