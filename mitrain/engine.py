@@ -30,6 +30,7 @@ OTHER = "take another checkpoint"
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Sums = tuple[Tensor, Tensor | float]  # a loss as (sum, count)
 
 
 class OptimizerConfig(Section):
@@ -61,8 +62,8 @@ class Group:
 class StepResult:
     """What one call of ``step()`` did.
 
-    ``loss`` is the mean over ``count``; ``grad_norm`` the norm of the mean gradient before clipping (NaN when the
-    step was skipped before it was known); ``lr`` the rate of the first group at this step.
+    ``loss`` is the mean over ``count``, a regulariser included; ``grad_norm`` the norm of the mean gradient before
+    clipping (NaN when the step was skipped before it was known); ``lr`` the rate of the first group at this step.
     """
 
     applied: bool
@@ -219,6 +220,17 @@ class LocalEngine:
             if set(slots) != expected:
                 raise CheckpointError(f"the saved state of {name!r} lacks {sorted(expected - set(slots))}: {OTHER}")
         return found
+
+
+def regularised(loss: Sums, extra: Sums | None) -> Sums:
+    """A loss whose mean is larger by the mean of ``extra``, both as (sum, count): (s + c s'/c', c) = c (s/c + s'/c').
+
+    A regulariser thus keeps its weight whatever the size of a batch and however many are accumulated; of several
+    micro-batches it counts each as much as the loss does. Nothing is added by None or a count of 0.
+    """
+    if extra is None or float(extra[1]) == 0:
+        return loss
+    return loss[0] + extra[0] * (float(loss[1]) / float(extra[1])), loss[1]
 
 
 def collect(groups: list[Group]) -> dict[str, nn.Parameter]:

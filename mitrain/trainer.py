@@ -2,7 +2,7 @@
 
 encode every image and every text once with what is frozen
 for step = 1 … steps:
-    for each micro-batch:  (sum, count) ← task.loss(batch);  accumulate the gradient of the sum
+    for each micro-batch:  (sum, count) ← task.loss(batch) + adapter.extra_loss();  accumulate the gradient of the sum
     divide by the total count, clip, update the adapter and the head — or say why not
     now and then: score val, keep the best; save
 """
@@ -22,7 +22,7 @@ from mitrain import checkpoint, runs
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Loader
 from mitrain.data.sources import limit
-from mitrain.engine import Group, LocalEngine, StepResult
+from mitrain.engine import Group, LocalEngine, StepResult, regularised
 from mitrain.errors import CheckpointError, DataError, UserError
 from mitrain.evaluate import evaluate
 from mitrain.features import ImageFeatures
@@ -171,7 +171,8 @@ class Trainer:
             self.tokens = 0
             for _ in range(self.config.train.accumulate):
                 batch = self.model.training_batch(self.loader.next(), self.images)
-                self.engine.backward(*self.model.task.loss(batch))
+                loss = self.model.task.loss(batch)
+                self.engine.backward(*regularised(loss, self.model.adapter.extra_loss()))
                 self.tokens += self.model.task.tokens(batch.samples)
             result = self.engine.step()
         return result, time.perf_counter() - start

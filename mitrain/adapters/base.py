@@ -74,7 +74,7 @@ class Adapter(nn.Module, ABC):
             raise ModelError(f"{self.method} has no activation checkpointing: switch it off")
 
     def extra_loss(self) -> tuple[Tensor, Tensor] | None:
-        """A regulariser of the last forward pass as (sum, count), or None."""
+        """A regulariser of the last forward pass as (sum, count), or None; training adds its mean to the loss's mean."""
         return None
 
     def merge(self) -> None:

@@ -1,0 +1,95 @@
+"""The training loop: what an adapter's regulariser does to a step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from folders import colour_records, llm_folder, vision_folder
+
+from mitrain import adapters, checkpoint, runs, schema
+from mitrain.adapters.mit import MiT
+from mitrain.trainer import Trainer
+
+LR = 0.5
+TRAIN = {"steps": 1, "lr": LR, "optimizer": {"name": "sgd", "clip": None}, "schedule": {"name": "constant"}}
+
+
+class Pulled(MiT):
+    """MiT whose parameters are pulled to zero: the mean of the regulariser is ``strength`` · Σ p² / 2."""
+
+    strength, count = 0.25, 3.0
+
+    def extra_loss(self):
+        squares = sum((p**2).sum() for p in self.parameters())
+        return self.count * self.strength / 2 * squares, torch.tensor(self.count, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trainer")
+    llm_folder(path / "llm")
+    vision_folder(path / "vision")
+    colour_records(path / "data", train=12, val=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
+
+
+def trained(world: Path, method: type[MiT], monkeypatch, **train) -> tuple[dict, dict]:
+    """The adapter's tensors before and after training."""
+    monkeypatch.setitem(adapters.METHODS, "mit", method)
+    config = schema.from_dict(
+        {
+            "model": {"llm": str(world / "llm"), "vision": [{"name": str(world / "vision")}]},
+            "adapter": {"name": "mit", "layers": [1]},
+            "task": {"name": "answer"},
+            "data": {"name": "records", "root": str(world / "data")},
+            "train": TRAIN | train,
+        }
+    )
+    trainer = Trainer(config, runs.create(config, world / "runs"), quiet=True)
+    before = {name: p.detach().clone() for name, p in trainer.model.adapter.named_parameters()}
+    trainer.fit()
+    return before, checkpoint.load(checkpoint.latest(trainer.folder)).tensors["adapter"]
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "count"), [(12, 1, 3.0), (4, 3, 3.0), (3, 2, 1000.0), (12, 1, 0.5)])
+def test_a_regulariser_weighs_the_same_whatever_the_batch(world, monkeypatch, batch, accumulate, count):
+    monkeypatch.setattr(Pulled, "count", count)
+    before, pulled = trained(world, Pulled, monkeypatch, batch=batch, accumulate=accumulate)
+    _, plain = trained(world, MiT, monkeypatch, batch=batch, accumulate=accumulate)
+    for name, start in before.items():
+        torch.testing.assert_close(pulled[name] - plain[name], -LR * Pulled.strength * start, rtol=1e-4, atol=1e-5)
+    assert any(start.abs().max() > 0.5 for start in before.values())
+
+
+def test_a_regulariser_of_nothing_adds_nothing(world, monkeypatch):
+    monkeypatch.setattr(Pulled, "extra_loss", lambda self: (torch.tensor(float("nan")), torch.tensor(0.0)))
+    _, empty = trained(world, Pulled, monkeypatch, batch=6)
+    _, plain = trained(world, MiT, monkeypatch, batch=6)
+    assert all(torch.equal(empty[name], plain[name]) for name in plain)
+
+
+def test_a_regularised_run_is_resumed_bit_for_bit(world, monkeypatch):
+    options = {"steps": 4, "batch": 4, "accumulate": 2, "optimizer": {"name": "adamw"}, "save_every": 2}
+    _, whole = trained(world, Pulled, monkeypatch, **options)
+    fit, steps = Trainer.fit, []
+
+    def stopped_after_two(self):
+        step = self._step
+
+        def counted():
+            steps.append(1)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
+            return step()
+
+        self._step = counted
+        with pytest.raises(KeyboardInterrupt):
+            fit(self)
+        assert checkpoint.load(checkpoint.latest(self.folder)).step == 2
+        fit(Trainer(self.config, self.folder, quiet=True))
+
+    monkeypatch.setattr(Trainer, "fit", stopped_after_two)
+    _, resumed = trained(world, Pulled, monkeypatch, **options)
+    assert len(steps) == 3 and all(torch.equal(resumed[name], whole[name]) for name in whole)
