@@ -19,6 +19,7 @@ from mitrain.errors import ConfigError
 FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SCALE_BYTES = 4  # one fp32 scale per row (int8) or per block (nf4)
 NF4_BLOCK = 64
+LOSS_MAPS = {"ce": 3, "bce": 2, "focal": 7, "dice": 2}
 UNGATED = {"gpt_neox"}  # model types whose feed-forward has two matrices instead of three
 
 
@@ -216,6 +217,51 @@ def film_decoder_parameters(
     area, half = max(1, patch // 4) ** 2, dim // 2
     enlarge = 9 * dim * dim + dim + dim * half * area + half + half * classes * area + classes
     return reduce + films + len(levels) * layer + enlarge + (2 * dim if coords else 0)
+
+
+def film_decoder_activations(
+    levels: Sequence[int],
+    condition: int,
+    *,
+    grid: tuple[int, int],
+    prefix_tokens: int = 1,
+    dim: int = 64,
+    heads: int = 4,
+    ffn: int = 2048,
+    film: str = "first",
+    patch: int = 14,
+    coords: bool = False,
+) -> int:
+    """Bytes per sample that autograd keeps of `mitrain.tasks.decoders.FilmDecoder` in fp32 under fused attention.
+
+    Per token and level: the level itself; the input of q, k, v, these three, the attention's output and log-sums; the
+    input, mean and root of both norms, the first one's output; the feed-forward's activation; a modulated level's
+    tokens. Then the map, and both activations on the way to the logits.
+    """
+    area, half = max(1, patch // 4) ** 2, dim // 2
+    patches = grid[0] * grid[1]
+    tokens = prefix_tokens + patches
+    films = len(levels) if film == "every" else 1
+    per_token = sum(levels) + len(levels) * (8 * dim + heads + 4 + ffn) + films * dim + dim + (2 if coords else 0)
+    return 4 * (tokens * per_token + films * dim + condition + patches * (dim + half * area))
+
+
+def unet_decoder_activations(
+    levels: Sequence[int], condition: int, *, sizes: Sequence[tuple[int, int]], width: int = 512
+) -> int:
+    """Bytes per sample that autograd keeps of `mitrain.tasks.decoders.UnetDecoder` in fp32, whose maps have ``sizes``.
+
+    Per pixel of each map: what is concatenated, and both convolutions' outputs before and after their ReLU.
+    """
+    before = [condition] + [width] * (len(levels) - 1)
+    channels = [b + level + 4 * width for b, level in zip(before, levels, strict=True)]
+    return 4 * sum(h * w * c for (h, w), c in zip(sizes, channels, strict=True))
+
+
+def mask_loss_activations(kind: str, pixels: int) -> int:
+    """Bytes per sample that autograd keeps of `mitrain.tasks.masks.mask_loss` over ``pixels``: so many fp32 maps."""
+    first, _, second = kind.partition("+")
+    return 4 * pixels * (LOSS_MAPS[first] + (1 if second else 0))
 
 
 @dataclass(frozen=True)

@@ -106,20 +106,18 @@ def per_layer(model: Model) -> int:
 
 
 def activations(config: RunConfig, model: Model, tokens: int) -> int:
-    """Estimated bytes that one sample's backward pass needs of the language model."""
+    """Estimated bytes that one sample's backward pass needs of the language model and of the task's head."""
     shape = costs.LlmShape.from_config(model.text.model.config.get_text_config().to_dict())
     infused = len(getattr(model.adapter, "layers", ()))
     above = shape.layers - model.adapter.first_layer("text")
     logits = 0 if isinstance(model.task, SegmentTask) else max(1, tokens // 8)
-    return max(
-        1,
-        costs.activation_bytes(
-            shape,
-            tokens,
-            above,
-            infused,
-            precision=config.model.dtype,
-            checkpointed=config.train.checkpoint_activations,
-            logit_tokens=logits,
-        ),
+    text = costs.activation_bytes(
+        shape,
+        tokens,
+        above,
+        infused,
+        precision=config.model.dtype,
+        checkpointed=config.train.checkpoint_activations,
+        logit_tokens=logits,
     )
+    return max(1, text + model.task.activation_bytes())

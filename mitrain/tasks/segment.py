@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mitrain import costs
 from mitrain.config import Section
 from mitrain.errors import ConfigError, DataError
 from mitrain.tasks import decoders, masks
@@ -128,6 +129,10 @@ class SegmentTask(Task):
         logits = decoders.resize(self.logits(batch), (size, size))
         targets = torch.stack([self._target(s) for s in batch.samples]).to(logits.device)
         return masks.mask_loss(self.config.loss, logits, targets)
+
+    def activation_bytes(self) -> int:
+        loss = costs.mask_loss_activations(self.config.loss, self.config.loss_size**2)
+        return self.decoder.activation_bytes(self.grid) + loss
 
     def _target(self, sample: Any) -> Tensor:
         """(size, size) bool: the pixels of which at least half are covered."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from saved import saved_bytes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
@@ -191,21 +192,6 @@ def test_optimizer_bytes_equal_torchs_adamw():
     optimizer.step()
     moments = [s for s in optimizer.state[weight].values() if s.numel() > 1]
     assert training_memory(1000).optimizer == sum(s.nbytes for s in moments)
-
-
-def saved_bytes(run, own: list[torch.Tensor]) -> int:
-    """Bytes of distinct storages that autograd keeps during ``run()``, those of ``own`` left out."""
-    storages: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        keep = run()
-    assert keep.requires_grad
-    own_storages = {tensor.untyped_storage().data_ptr() for tensor in own}
-    return sum(t.untyped_storage().nbytes() for at, t in storages.items() if at not in own_storages)
 
 
 def llama_saved_bytes(layers: int, dtype: torch.dtype, batch: int, tokens: int) -> int:
