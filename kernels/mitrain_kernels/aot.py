@@ -92,7 +92,7 @@ def check_compiler(targets: Sequence[str]) -> None:
     if importlib.util.find_spec("triton") is None:
         raise UsageError("triton is not installed: install it (Linux only)")
     knobs = importlib.import_module("triton").knobs
-    for tool in ("ptxas", "cuobjdump") if any(name.startswith("sm_") for name in targets) else ():
+    for tool in ("ptxas", "ptxas_blackwell", "cuobjdump") if any(name.startswith("sm_") for name in targets) else ():
         try:
             _ = getattr(knobs.nvidia, tool).path
         except RuntimeError:
