@@ -34,9 +34,9 @@ fi
 if [ "$what" = segment ] || [ "$what" = all ]; then
     runs=()
     for seed in 0 1 2; do
-        train mit-segment "$seed" configs/segment.yaml train.steps=900
-        train no-infusion "$seed" configs/segment.yaml train.steps=900 'adapter={name: none}'
-        train no-llm "$seed" configs/segment.yaml train.steps=900 'adapter={name: none}' 'task.readout=[embeddings]'
+        train mit-segment "$seed" configs/segment.yaml
+        train no-infusion "$seed" configs/segment.yaml 'adapter={name: none}'
+        train no-llm "$seed" configs/segment.yaml 'adapter={name: none}' 'task.readout=[embeddings]'
     done
     mitrain report "${runs[@]}" --splits val,testA,testB --samples 120 --out docs/results/segment
 fi

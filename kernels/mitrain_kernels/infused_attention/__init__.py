@@ -1,15 +1,14 @@
-"""Infused attention (MiT, arXiv 2403.05060): the definition and the form that leaves keys and values alone."""
+"""Infused attention (MiT, arXiv 2403.05060): one function, and the definition that every form of it is tested against."""
 
 from mitrain_kernels.infused_attention.folded import (
-    GateSums,
     coefficients,
     folded_coefficients,
-    gate_values,
     infused_attention_folded,
     infused_keys_values,
     keep_dead,
-    prefix_sums,
 )
+from mitrain_kernels.infused_attention.gate import GateSums, gate_values, prefix_sums
+from mitrain_kernels.infused_attention.op import infused_attention
 from mitrain_kernels.infused_attention.reference import GATES, infused_attention_reference
 
 __all__ = [
@@ -18,6 +17,7 @@ __all__ = [
     "coefficients",
     "folded_coefficients",
     "gate_values",
+    "infused_attention",
     "infused_attention_folded",
     "infused_attention_reference",
     "infused_keys_values",

@@ -8,83 +8,25 @@ Shapes: B batch, H query heads, G key/value heads, T tokens (Tq queries, Tk keys
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mitrain_kernels.infused_attention.gate import (
+    GateSums,
+    constant_gate,
+    full_precision,
+    gate_values,
+    per_query_head,
+    prefix_sums,
+    token_sums,
+    whole_sums,
+)
 from mitrain_kernels.infused_attention.reference import EPSILON, GATES
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-TEXT_GATES = ("sequence", "prefix")
-
-
-class GateSums(NamedTuple):
-    """What a gate needs to know of the values up to a token; with T = 1 it is the state that decoding carries on.
-
-    where: ``dot`` (M, B, H, T) = Σ V·v_add, ``square`` (B, G, T) = Σ ‖V‖², ``count`` (B, T) = number of valid tokens;
-    each at least float32.
-    """
-
-    dot: Tensor
-    square: Tensor
-    count: Tensor
-
-    def last(self) -> "GateSums":
-        return GateSums(*(x[..., -1:] for x in self))
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """A region in which autocast leaves the gate's arithmetic alone (bfloat16 sums err by 6e-4 at 8192 tokens)."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
-
-
-def per_query_head(x: Tensor, heads: int) -> Tensor:
-    """(B, G, ...) to (B, H, ...): each key/value head serves H / G consecutive query heads."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def token_sums(v: Tensor, v_add: Tensor, valid: Tensor | None) -> GateSums:
-    """Each token's own contribution to the sums: v (B, G, T, d), v_add (M, B, H, d), valid (B, T) bool or None."""
-    (B, G, T, d), (M, _, H, _) = v.shape, v_add.shape
-    wide = torch.promote_types(v.dtype, torch.float32)
-    v, v_add = v.to(wide), v_add.to(wide)
-    heads = v_add.reshape(M, B, G, H // G, d).permute(1, 2, 4, 0, 3).reshape(B, G, d, M * (H // G))
-    dot = (v @ heads).reshape(B, G, T, M, H // G).permute(3, 0, 1, 4, 2).reshape(M, B, H, T)
-    square = v.square().sum(-1)
-    if valid is None:
-        return GateSums(dot, square, torch.ones(B, T, dtype=wide, device=v.device))
-    return GateSums(dot.masked_fill(~valid[:, None], 0), square.masked_fill(~valid[:, None], 0), valid.to(wide))
-
-
-def prefix_sums(v: Tensor, v_add: Tensor, valid: Tensor | None = None, before: GateSums | None = None) -> GateSums:
-    """The sums up to and including each token of ``v`` (B, G, T, d); ``before`` (T = 1) are those of earlier tokens."""
-    with full_precision(v):
-        sums = GateSums(*(x.cumsum(-1) for x in token_sums(v, v_add, valid)))
-        return sums if before is None else GateSums(*(x + y for x, y in zip(sums, before, strict=True)))
-
-
-def gate_values(
-    head_logit: Tensor, v_add: Tensor, sums: GateSums | None, present: Tensor | None = None, eps: float = EPSILON
-) -> Tensor:
-    r"""g = σ(L + Σ V·v_add / √(Σ‖V‖² · n · ‖v_add‖² + eps²)) for every entry of ``sums``; without sums, σ(L).
-
-    The eps inside the root makes v_add = 0 give σ(L) with a finite gradient. Returns (M, B, H, T), at least float32;
-    present (M, B) bool: False gives 0.
-    """
-    with full_precision(v_add):
-        (_, B, H, _), wide = v_add.shape, torch.promote_types(v_add.dtype, torch.float32)
-        logit = head_logit.to(wide)[:, None, :, None].expand(-1, B, -1, -1)
-        if sums is not None:
-            norm = v_add.to(wide).square().sum(-1, keepdim=True)
-            root = per_query_head(sums.square, H) * sums.count[:, None] * norm + eps**2
-            logit = logit + sums.dot * root.rsqrt()
-        return hide_missing(torch.sigmoid(logit), present)
-
-
-def hide_missing(gate: Tensor, present: Tensor | None) -> Tensor:
-    return gate if present is None else gate.masked_fill(~present[:, :, None, None], 0)
 
 
 def coefficients(
@@ -120,15 +62,10 @@ def folded_coefficients(
     Gate 'prefix' gives one row per token of ``v``; the other gates one row for all. Arguments as in the reference.
     """
     sums = None
-    if gate == "none":
-        shape = (*head_logit.shape[:1], *v_add.shape[1:3], 1)
-        values = hide_missing(head_logit.new_ones(shape), present)
+    if gate in ("head", "none"):
+        values = constant_gate(head_logit, v_add.shape[1], present, cosine=gate == "head")
     else:
-        if gate == "prefix":
-            sums = prefix_sums(v, v_add, key_padding, before)
-        elif gate == "sequence":
-            with full_precision(v):
-                sums = GateSums(*(x.sum(-1, keepdim=True) for x in token_sums(v, v_add, key_padding)))
+        sums = prefix_sums(v, v_add, key_padding, before) if gate == "prefix" else whole_sums(v, v_add, key_padding)
         values = gate_values(head_logit, v_add, sums, present, eps)
     alpha, gamma, delta = coefficients(values, k_mul, v_mul, v_add, base)
     return (alpha.to(v.dtype), gamma.to(v.dtype), delta.to(v.dtype)), sums
