@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.autograd.profiler import profile, record_function
 
 from bench.cases import Case, make_inputs
 from bench.providers import Provider
@@ -134,12 +134,12 @@ def peaks_on_cuda(subject: Subject) -> dict[str, int]:
 
 def peaks_on_cpu(subject: Subject) -> dict[str, int]:
     """From the allocator's own events, so that an operator's inner buffers count too."""
-    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with quiet(), profile(profile_memory=True) as recorded:
         output = subject.forward()
         with record_function(MIDDLE):
             kept = subject.backward(output) if subject.trained else ()
     del kept
-    events = list(recorded.profiler.kineto_results.events())
+    events = list(recorded.kineto_results.events())
     middle = next(e.start_ns() for e in events if e.name() == MIDDLE)
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     before, after = ([n for t, n in changes if (t < middle) == early] for early in (True, False))
@@ -163,5 +163,5 @@ def quiet() -> Iterator[None]:
 def rehearse() -> None:
     """Load what torch loads late, so that no case pays for it."""
     x = torch.ones(2, requires_grad=True)
-    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True):
+    with quiet(), profile(profile_memory=True):
         torch.autograd.grad(x * x, x, torch.ones(2))

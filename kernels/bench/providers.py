@@ -11,7 +11,6 @@
 A provider of one's own is ``file.py:function``; it is called like the op itself, without ``backend``.
 """
 
-import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable
@@ -21,7 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mitrain_kernels import infused_attention as attention_room
+from mitrain_kernels.infused_attention import infused_attention, infused_attention_reference, prefix_sums
+from mitrain_kernels.infused_attention.op import BACKENDS
+from mitrain_kernels.infused_swiglu import infused_swiglu
 from torch import Tensor
 
 from bench.cases import Case, key_padding
@@ -58,7 +59,7 @@ def why_absent(name: str, op: str, device: str, quick: bool) -> str | None:
         return "left out by --quick"
     if name == "compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "needs a C++ compiler"
-    if op == "infused_swiglu" and name in ("torch", "triton") and swiglu_op() is None:
+    if op == "infused_attention" and name in (*CUDA_ONLY, "sdpa") and name not in BACKENDS:
         return "not built yet"
     return None
 
@@ -86,22 +87,23 @@ def make_provider(name: str, case: Case, device: str) -> Provider:
         run = partial(eager_attention, seen=visible(case, padding, device), valid=padding)
         return Provider(compiled(run) if name == "compile" else run, inputs, "sequence")
     if name == "reference":
-        return Provider(partial(attention_room.infused_attention_reference, **options), inputs, case.gate)
+        return Provider(partial(infused_attention_reference, **options), inputs, case.gate)
     if ":" in name:
         return Provider(partial(load_function(name), **options), inputs, case.gate)
-    return Provider(partial(attention_op(), backend=name, **options), inputs, case.gate)
+    run = partial(infused_attention, backend=name, **options)
+    return Provider(decoding(run) if case.queries == 1 else run, inputs, case.gate)
 
 
-def attention_op() -> Callable[..., Tensor]:
-    """The op; until it is there, the folded form over torch's attention."""
-    op = getattr(attention_room, "infused_attention", None)
-    return op or (lambda *given, backend, **named: attention_room.infused_attention_folded(*given, **named))
+def decoding(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op as a decoder calls it: the gate's sums of the earlier tokens are carried along, made on the first call."""
+    earlier: list[Any] = []
 
+    def run(v: Tensor, v_add: Tensor, **rest: Tensor) -> Tensor:
+        if not earlier:
+            earlier.append(prefix_sums(v[:, :, :-1], v_add).last())
+        return op(v=v, v_add=v_add, state_in=earlier[0], **rest)
 
-def swiglu_op() -> Callable[..., Tensor] | None:
-    if importlib.util.find_spec("mitrain_kernels.infused_swiglu") is None:
-        return None
-    return importlib.import_module("mitrain_kernels.infused_swiglu").infused_swiglu
+    return run
 
 
 def make_swiglu(name: str) -> Provider:
@@ -110,7 +112,7 @@ def make_swiglu(name: str) -> Provider:
         return Provider(plain_swiglu, inputs[:2], "off")
     if name in ("eager", "compile"):
         return Provider(compiled(eager_swiglu) if name == "compile" else eager_swiglu, inputs, "none")
-    run = load_function(name) if ":" in name else partial(swiglu_op(), backend=name)
+    run = load_function(name) if ":" in name else partial(infused_swiglu, backend=name)
     return Provider(run, inputs, "none")
 
 

@@ -49,7 +49,7 @@ def rows(found: Measurement, device: str) -> list[dict[str, Any]]:
     made, result = provenance(device), []
     for (i, name), record in found.records.items():
         case, plain = found.cases[i], found.records[i, "plain"]
-        if not record.faults:
+        if not record.faults and not record.refused:
             result += [row(case, name, mode, record, plain) | made for mode in case.modes]
     return result
 

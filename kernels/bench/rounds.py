@@ -29,6 +29,7 @@ class Record:
     samples: dict[str, list[list[float]]] = field(default_factory=lambda: defaultdict(list))
     memory: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    refused: str = ""
 
 
 @dataclass
@@ -58,8 +59,8 @@ class Plan:
     def takes(self, name: str, case: Case, quick: bool) -> bool:
         absent = providers.why_absent(name, case.op, self.device, quick)
         why = absent or providers.why_too_large(name, case, self.device)
-        note = {"op": case.op, "provider": name, "case": "every case" if absent else str(case), "why": why or ""}
-        if why and note not in self.left_out:
+        note = left_out(case, name, why, every=absent is not None) if why else None
+        if note and note not in self.left_out:
             self.left_out.append(note)
         return why is None
 
@@ -75,7 +76,14 @@ def measure(plan: Plan, rounds: int, passes: int) -> Measurement:
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
             one_round(plan, found, passes, Path(bytecode), first=number == 0)
+    for (i, name), record in found.records.items():
+        if record.refused:
+            found.left_out.append(left_out(plan.cases[i], name, record.refused))
     return found
+
+
+def left_out(case: Case, name: str, why: str, every: bool = False) -> dict[str, str]:
+    return {"op": case.op, "provider": name, "case": "every case" if every else str(case), "why": why}
 
 
 def one_round(plan: Plan, found: Measurement, passes: int, bytecode: Path, first: bool) -> None:
@@ -93,7 +101,11 @@ def one_case(case: Case, asked: dict[str, tuple[Worker, Record]], passes: int, f
     """One round of one case: open it in every worker that is not red yet, sample in turn, close it."""
     timed = []
     for name, (worker, record) in asked.items():
-        if not record.faults and opened(worker, record, do="open", provider=name, case=case.to_json(), check=first):
+        if (
+            not record.faults
+            and not record.refused
+            and opened(worker, record, do="open", provider=name, case=case.to_json(), check=first)
+        ):
             timed.append((worker, record))
             for mode in case.modes:
                 record.samples[mode].append([])
@@ -112,9 +124,11 @@ def one_case(case: Case, asked: dict[str, tuple[Worker, Record]], passes: int, f
 def opened(worker: Worker, record: Record, **request: Any) -> bool:
     answer = worker.ask(**request)
     note(record, answer)
-    if not record.faults:
-        record.memory = {key: answer[key] for key in ("saved_bytes", "peak_bytes")}
-    return not record.faults
+    record.refused = answer.get("refused", "")
+    if record.faults or record.refused:
+        return False
+    record.memory = {key: answer[key] for key in ("saved_bytes", "peak_bytes")}
+    return True
 
 
 def note(record: Record, answer: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+REFUSAL = "cannot do this"
 KERNELS = Path(__file__).resolve().parents[1]
 
 
@@ -71,12 +72,20 @@ class Desk:
         return {}
 
     def open(self, provider: str, case: dict[str, Any], check: bool) -> dict[str, Any]:
-        """``faults`` of the gate (asked for with ``check``); only without any is the provider warmed up and weighed."""
+        """``faults`` of the gate (asked for with ``check``); only without any is the provider warmed up and weighed.
+
+        ``refused``: a backend said that it does not do such cases, which is no fault.
+        """
         from bench import cases, gate, measure, providers
 
         case = cases.Case(**case)
         chosen = providers.make_provider(provider, case, self.device)
-        faults = gate.check(chosen, case, self.device) if check else []
+        try:
+            faults = gate.check(chosen, case, self.device) if check else []
+        except ValueError as error:
+            if REFUSAL not in str(error):
+                raise
+            return {"refused": str(error)}
         release()
         if faults:
             return {"faults": faults}
@@ -108,6 +117,8 @@ def serve(device: str) -> None:
     from bench import measure
 
     measure.rehearse()  # before the first answer, while the other workers load too
+    gc.collect()
+    gc.freeze()
     desk = Desk(device)
     for line in sys.stdin:
         request = json.loads(line)
