@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
-from mitrain.adapters import attention
+from mitrain.adapters import attention, ffn
 from mitrain.adapters.base import Adapter
 from mitrain.adapters.checkpointing import CheckpointedLayer
 from mitrain.adapters.condition import Condition
@@ -96,7 +96,8 @@ class MiT(Adapter):
             self.undo(point.attention.register_forward_pre_hook(announce, with_kwargs=True).remove)
             self.undo(point.attention.register_forward_hook(check_used, with_kwargs=True).remove)
             if point.projection is not None:
-                self.undo(point.projection.register_forward_pre_hook(partial(self._infuse_ffn, point.index)).remove)
+                layer, factor = decoder.layers[point.index], partial(self._ffn_factor, point.index)
+                self.undo(ffn.infuse(layer, point.projection, factor, decoder.model.dtype))
         self._decoder = decoder
         self.undo(self.set_checkpointing, False)
 
@@ -219,13 +220,8 @@ class MiT(Adapter):
         )
         return args, {**kwargs, "infusion": infusion}
 
-    def _infuse_ffn(self, index: int, projection: nn.Module, args: tuple) -> tuple | None:
-        if self._call is None:
-            return None
-        hidden, *rest = args
-        factor = self._recall(self._call, index, "ffn").to(hidden.dtype)
-        infused = hidden.reshape(len(factor), -1, hidden.shape[-1]) * factor[:, None]
-        return infused.reshape(hidden.shape), *rest
+    def _ffn_factor(self, index: int) -> Tensor | None:
+        return None if self._call is None else self._recall(self._call, index, "ffn")
 
 
 def version(parameter: nn.Parameter) -> int:
