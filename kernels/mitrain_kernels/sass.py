@@ -84,10 +84,13 @@ class Graph:
 
     @cached_property
     def dominators(self) -> list[set[int]]:
-        """For every block, the blocks that each way to it from an entry passes, itself included."""
+        """For every block, the blocks that each way to it from the entry passes, itself included.
+
+        A block that no way leads to has all of them, and so takes none from the blocks that it jumps to.
+        """
         before = predecessors(self.successors)
         everything = set(range(len(self.blocks)))
-        found = [everything if before[i] and i else {i} for i in everything]
+        found = [everything if i else {i} for i in everything]
         changed = True
         while changed:
             changed = False
