@@ -4,6 +4,7 @@ Requests: ``open`` (a provider on a case: gate, warm-up, memory), ``sample`` (on
 The parent asks one worker at a time, so that only one computes.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -50,7 +51,8 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
 
 
@@ -67,6 +69,13 @@ class Desk:
 
     def __init__(self, device: str):
         self.device, self.subject = device, None
+
+    def answer(self, do: str, **request: Any) -> dict[str, Any]:
+        """An exception is an answer too."""
+        try:
+            return getattr(self, do)(**request)
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
     def ready(self) -> dict[str, Any]:
         return {}
@@ -111,7 +120,7 @@ def release() -> None:
 
 
 def serve(device: str) -> None:
-    """Answer until stdin ends. What anything else prints goes to stderr; an exception is an answer too."""
+    """Answer until stdin ends. What anything else prints goes to stderr."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     from bench import measure
@@ -121,12 +130,7 @@ def serve(device: str) -> None:
     gc.freeze()
     desk = Desk(device)
     for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = getattr(desk, request.pop("do"))(**request)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-        print(json.dumps(answer), file=out)
+        print(json.dumps(desk.answer(**json.loads(line))), file=out)
 
 
 if __name__ == "__main__":

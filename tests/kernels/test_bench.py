@@ -1,7 +1,6 @@
 """The benchmarks: nothing wrong is timed, rows say what they must, tables come from CSV files alone."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import cases, command, gate, measure, providers, report, results, rounds
+from bench import cases, command, gate, measure, providers, report, results, rounds, worker
 from bench.rounds import Measurement, Record
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +53,10 @@ def nan(**given):
 
 def raises(**given):
     raise RuntimeError("out of order")
+
+
+def refuses(**given):
+    raise ValueError("this backend cannot do this: too odd")
 '''
 
 
@@ -62,11 +65,6 @@ def own(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(OWN, encoding="utf-8")
     return lambda function: f"{path}:{function}"
-
-
-def run_bench(*arguments, cwd=ROOT):
-    command = [sys.executable, ROOT / "kernels" / "bench", "--device", "cpu", *arguments]
-    return subprocess.run(command, cwd=cwd, env={**os.environ}, capture_output=True, text=True, check=False)
 
 
 def faults(name, case=TINY):
@@ -222,7 +220,10 @@ def test_cases_and_providers_that_do_not_fit_are_said():
 
 def test_a_measurement_from_end_to_end(tmp_path):
     shape = ["--op", "infused_attention", "--shape", "B=1,H=2,G=1,T=16,d=8", "--rounds", "1", "--samples", "2"]
-    done = run_bench(*shape, "--providers", "sdpa", "--quick", "--json", "--out", tmp_path)
+    command = [sys.executable, ROOT / "kernels" / "bench", "--device", "cpu", *shape, "--providers", "sdpa"]
+    done = subprocess.run(
+        [*command, "--quick", "--json", "--out", tmp_path], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     rows = {(row["provider"], row["mode"]): row for row in printed["rows"]}
@@ -234,13 +235,40 @@ def test_a_measurement_from_end_to_end(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["infused_attention-cpu.csv"]
 
 
-def test_a_red_gate_ends_in_exit_code_1_without_a_time(own, tmp_path):
-    names = f"{own('wrong_output')},{own('raises')}"
-    shape = ["--op", "infused_attention", "--shape", "B=1,H=2,G=1,T=16,d=8", "--rounds", "1", "--samples", "2"]
-    done = run_bench(*shape, "--providers", names, "--json", "--out", tmp_path / "out")
-    assert done.returncode == 1, done.stderr
-    printed = json.loads(done.stdout)
-    assert {row["provider"] for row in printed["rows"]} == {"plain"}
-    said = {one["provider"]: one["faults"][0] for one in printed["red"]}
-    assert "output is off by" in said[own("wrong_output")] and "out of order" in said[own("raises")]
-    assert "no time is reported" in done.stderr and not (tmp_path / "out").exists()
+class LocalWorker(worker.Desk):
+    """A worker without a process."""
+
+    def __init__(self, device, bytecode):
+        super().__init__(device)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def ask(self, **request):
+        return self.answer(**json.loads(json.dumps(request)))
+
+
+def test_a_red_gate_ends_in_exit_code_1_without_a_time(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rounds, "Worker", LocalWorker)
+    names = ["sdpa", own("wrong_output"), own("raises"), own("refuses")]
+    shape = ["--op", "infused_attention", "--shape", "B=1,H=2,G=1,T=16,d=8", "--rounds", "2", "--samples", "2"]
+    call = ["--device", "cpu", *shape, "--providers", ",".join(names), "--json", "--out", str(tmp_path / "out")]
+    assert command.main(call) == 1
+    printed, said = capsys.readouterr()
+    printed = json.loads(printed)
+    assert {row["provider"] for row in printed["rows"]} == {"plain", "sdpa"}
+    red = {one["provider"]: one["faults"] for one in printed["red"]}
+    assert set(red) == set(names[1:3])
+    assert "output is off by" in red[names[1]][0] and "out of order" in red[names[2]][0]
+    assert any(note["provider"] == names[3] and "cannot do this" in note["why"] for note in printed["left_out"])
+    assert said.count("no time is reported") == 2 and not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_died_is_a_fault(tmp_path):
+    with worker.Worker("cpu", tmp_path) as dead:
+        dead.process.kill()
+        assert "ended with code -9" in dead.ask(do="ready")["error"]
+        assert "ended with code -9" in dead.ask(do="ready")["error"]
