@@ -4,6 +4,9 @@ A program takes COLUMNS of the width and one share of one sample's tokens, ROWS 
 and its share of df stays in registers until the end. Loads and stores are all that costs: 6 bytes per element forward
 and 10 backward in bfloat16.
 
+Not run on a GPU yet: interpreted on the CPU, compiled and audited for the targets below. SiLU uses the GPU's fast e^x,
+so that at f = 1 a result may be an ulp beside the frozen activation, which the backend 'torch' meets exactly.
+
 Shapes: R tokens in all, S samples (packed, or padded with R = S · tokens), F width.
 """
 
