@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mitrain_kernels.infused_attention import sdpa
+from mitrain_kernels.infused_attention import sdpa, triton_launch
 from mitrain_kernels.infused_attention.call import Setting
 from mitrain_kernels.infused_attention.gate import GateSums
 
-BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa}
-INPUTS = 7  # q, k, v, k_mul, v_mul, v_add, head_logit
+BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "triton": triton_launch}
+INPUTS = 8  # q, k, v, k_mul, v_mul, v_add, head_logit, k_add (where it is alive)
 EXTRA = slice(INPUTS, INPUTS + 6)  # base, valid, mask, sees, present, cu_seqlens; then dot, square, count
-KIND = EXTRA.stop + 3  # kind, numbers, backend, wide
+KIND = EXTRA.stop + 3  # kind, numbers, backend, trains
 KEPT = INPUTS + 6  # among what is saved: attended, logsumexp, cosine, root, square, count; then the extra tensors
 NAME = "mitrain_kernels::infused_attention"
 
@@ -31,6 +31,7 @@ def forward_now(
     v_mul: Tensor,
     v_add: Tensor,
     head_logit: Tensor,
+    k_add: Tensor | None,
     base: Tensor | None,
     valid: Tensor | None,
     mask: Tensor | None,
@@ -43,7 +44,7 @@ def forward_now(
     kind: str,
     numbers: list[float],
     backend: str,
-    wide: bool,
+    trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output; plain attention's output and log-sum-exp; the gate's cosine and root; its sums for the new tokens.
 
@@ -52,8 +53,8 @@ def forward_now(
     setting = unpack(kind, (base, valid, mask, sees, present, cu_seqlens), numbers)
     before = None if dot is None else GateSums(dot, square, count)
     with torch.autocast(q.device.type, enabled=False):
-        inputs = (q, k, v, k_mul, v_mul, v_add, head_logit)
-        return BACKENDS[backend].forward(inputs, setting, before, wide)
+        inputs = (q, k, v, k_mul, v_mul, v_add, head_logit, k_add)
+        return BACKENDS[backend].forward(inputs, setting, before, trains)
 
 
 forward_op = torch.library.custom_op(NAME, forward_now, mutates_args=())
@@ -61,20 +62,23 @@ forward_op = torch.library.custom_op(NAME, forward_now, mutates_args=())
 
 @forward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    q, k, head_logit = (arguments[i] for i in (0, 1, INPUTS - 1))
-    continued, kind = arguments[EXTRA.stop] is not None, arguments[KIND]
+    q, k, v_mul, head_logit = (arguments[i] for i in (0, 1, 4, 6))
+    continued, (kind, _, _, trains) = arguments[EXTRA.stop] is not None, arguments[KIND:]
     (B, H, Tq, d), (_, G, Tk, _), M = q.shape, k.shape, len(head_logit)
     exact = torch.promote_types(q.dtype, torch.float32)
-    tokens = {"sequence": 1, "prefix": Tq if continued else Tk}.get(kind)
-    gates = (M, B, H, min(tokens or 0, Tq))
-    sums = [(0,)] * 5 if tokens is None else [gates, gates, (M, B, H, tokens), (B, G, tokens), (B, tokens)]
-    outputs = (q.new_empty(B, Tq, H, d).transpose(1, 2) for _ in range(2))
-    return *outputs, q.new_empty(B, H, Tq, dtype=exact), *(q.new_empty(s, dtype=exact) for s in sums)
+    tokens = {"sequence": 1, "prefix": Tq if continued else Tk, "token": Tk}.get(kind)
+    batch = v_mul.shape[1] if kind == "sequence" else B
+    gates = (M, batch, H, Tq if kind == "prefix" else tokens)
+    sums = [gates, gates, (M, batch, H, tokens), (batch, G, tokens), (batch, tokens)]
+    sums = [(0,)] * 5 if tokens is None else sums
+    kept = [q.new_empty(B, Tq, H, d).transpose(1, 2), q.new_empty(B, H, Tq, dtype=exact)]
+    kept = kept if trains else [q.new_empty(0), q.new_empty(0, dtype=exact)]
+    return q.new_empty(B, Tq, H, d).transpose(1, 2), *kept, *(q.new_empty(s, dtype=exact) for s in sums)
 
 
 def backward_now(
     upstream: Tensor,
-    inputs: list[Tensor],
+    inputs: list[Tensor | None],
     attended: Tensor,
     logsumexp: Tensor,
     kept: list[Tensor],
@@ -85,11 +89,11 @@ def backward_now(
     continued: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients of the seven inputs, in their types; an empty tensor for one that is not needed."""
+    """The gradients of the inputs, in their types; an empty tensor for one that is not needed."""
     setting = unpack(kind, extra, numbers)
     with torch.autocast(upstream.device.type, enabled=False):
         found = BACKENDS[backend].backward(upstream, inputs, setting, attended, logsumexp, kept, continued, needs)
-    return [g.to(x.dtype) if n else x.new_empty(0) for g, x, n in zip(found, inputs, needs, strict=True)]
+    return [g.to(x.dtype) if n else upstream.new_empty(0) for g, x, n in zip(found, inputs, needs, strict=True)]
 
 
 backward_op = torch.library.custom_op(NAME + "_backward", backward_now, mutates_args=())
@@ -97,7 +101,7 @@ backward_op = torch.library.custom_op(NAME + "_backward", backward_now, mutates_
 
 @backward_op.register_fake
 def _(upstream, inputs, attended, logsumexp, kept, extra, kind, numbers, backend, continued, needs) -> list[Tensor]:
-    return [torch.empty_like(x) if n else x.new_empty(0) for x, n in zip(inputs, needs, strict=True)]
+    return [torch.empty_like(x) if n else upstream.new_empty(0) for x, n in zip(inputs, needs, strict=True)]
 
 
 def pack(setting: Setting) -> tuple[list[Tensor | None], list[float]]:

@@ -145,7 +145,8 @@ def run_operator(call: Call, backend: str, mask: Tensor | None, causal: bool, se
     )  # fmt: skip
     extra, numbers = library.pack(setting)
     state = call.state_in or (None, None, None)
-    tensors = (call.q, call.k, call.v, *call.maps.values(), *extra, *state)
+    k_add = None if call.k_add_is_dead else call.k_add
+    tensors = (call.q, call.k, call.v, *call.maps.values(), k_add, *extra, *state)
     output, *_, dot, square, count = library.apply(
         *tensors, call.gate, numbers, backend, call.trains, trains=call.trains
     )
@@ -186,5 +187,9 @@ def run_folded(call: Call, attend: Callable | None) -> Result:
     ), None
 
 
-BACKENDS: dict[str, Callable[[Call], Result]] = {"reference": run_reference, "sdpa": run_sdpa}
-LIMITS: dict[str, Callable[[Call], str | None]] = {"reference": reference_limit, "sdpa": no_limit}
+def run_triton(call: Call) -> Result:
+    return run_operator(call, "triton", None, call.causal, None)
+
+
+BACKENDS: dict[str, Callable[[Call], Result]] = {"reference": run_reference, "sdpa": run_sdpa, "triton": run_triton}
+LIMITS: dict[str, Callable[[Call], str | None]] = {"reference": reference_limit, "sdpa": no_limit, "triton": no_limit}

@@ -110,12 +110,13 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def forward(inputs: Sequence[Tensor], setting: Setting, before: GateSums | None, wide: bool) -> tuple[Tensor, ...]:
+def forward(inputs: Sequence[Tensor], setting: Setting, before: GateSums | None, trains: bool) -> tuple[Tensor, ...]:
     """The output, plain attention's A and log-sum-exp, the gate's cosine and root, its sums (empty without a cosine).
 
-    inputs: q, k, v, k_mul, v_mul, v_add, head_logit. wide: compute low precision in float32.
+    inputs: q, k, v, k_mul, v_mul, v_add, head_logit, and a k_add that is dead here. trains: low precision is computed
+    in float32, and what a backward pass needs is returned (else A and the log-sum-exp are empty).
     """
-    q, k, v, maps = prepared(inputs, wide)
+    q, k, v, maps = prepared(inputs, wide=trains)
     sums = gate_sums(maps, v, q.shape[2], setting, before)
     gate = make_gate(maps, sums, setting, q.shape[2])
     g = visible(gate.value, setting)
@@ -129,12 +130,13 @@ def forward(inputs: Sequence[Tensor], setting: Setting, before: GateSums | None,
     output = infuse_output(attended, g, maps, setting.base)
     kept = [q.new_empty(0) for _ in range(3)] if sums is None else sums
     dtype = inputs[0].dtype
-    return output.to(dtype), attended.to(dtype), logsumexp, gate.cosine, gate.root, *kept
+    attended = attended.to(dtype) if trains else q.new_empty(0, dtype=dtype)
+    return output.to(dtype), attended, logsumexp if trains else logsumexp.new_empty(0), gate.cosine, gate.root, *kept
 
 
 def prepared(inputs: Sequence[Tensor], wide: bool) -> tuple[Tensor, Tensor, Tensor, Maps]:
     """q, k, v in the precision of the computation; the maps in at least float32."""
-    q, k, v, *maps = inputs
+    q, k, v, *maps, _ = inputs
     dtype = torch.promote_types(q.dtype, torch.float32)
     if wide and dtype != q.dtype:
         q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -159,8 +161,8 @@ def backward(
     kept: Sequence[Tensor],
     continued: bool,
     needs: Sequence[bool],
-) -> list[Tensor]:
-    """The gradients of q, k, v, k_mul, v_mul, v_add, head_logit, always computed in at least float32.
+) -> list[Tensor | None]:
+    """The gradients of the inputs, always computed in at least float32.
 
     kept: the gate's cosine and root, and its sums' square and count. continued: the sums went on from a state, so that
     only the queries' own values are in them. torch's operator has no use for ``needs``: it makes dK and dV in any case.
@@ -207,7 +209,7 @@ def backward(
     else:
         slope = torch.ops.aten.sigmoid_backward(dg, gate.value) if setting.kind == "head" else torch.zeros_like(dg)
         dlogit = slope.sum((1, 3))
-    return [dq, dk, dv, *dmaps, dlogit]
+    return [dq, dk, dv, *dmaps, dlogit, None]
 
 
 def map_gradients(
