@@ -158,7 +158,10 @@ def test_a_second_run_reads_the_same_rows_from_the_cache(tmp_path, monkeypatch):
 def test_a_row_is_kept_under_all_that_it_depends_on():
     case, target = CASES["good"]
     changed = [replace(case, num_warps=8), replace(case, aligned=()), replace(case, options={"maxnreg": 64})]
-    changed += [replace(case, constants={**case.constants, "DEPTH": 64}), elementwise()]
+    changed += [
+        replace(case, constants={**case.constants, "DEPTH": 64}),
+        replace(case, kernel=bad_kernels.elementwise_product),
+    ]
     keys = {audit_runs.key_of(*item) for item in [(case, target), (case, "sm_90"), *((x, target) for x in changed)]}
     assert len(keys) == 7
 
