@@ -207,6 +207,13 @@ def addresses(loops):
     return sorted([hex(x.address) for x in loop] for loop in loops)
 
 
+def test_what_may_follow_an_instruction():
+    ends = ["BRA 0x10", "EXIT", "RET.REL.NODEC R2 0x0"]
+    continues = ["@P0 BRA 0x10", "BRA.U UP0, 0x10", "BRA.DIV UR4, 0x10", "@!P1 EXIT", "CALL.REL.NOINC 0x10", "NOP"]
+    assert [text for text in (*ends, *continues) if sass.parse("0", text).falls_through] == continues
+    assert sass.parse("0", "BRA.U !UP0, 0x1a0").goal == 0x1A0 and sass.parse("0", "IADD3 R4, R4, 0x1").goal is None
+
+
 def test_loops_of_a_listing_by_hand():
     """Two nested loops around a dot; its wait lies out of line, behind the end: its way back is no loop."""
     inner = ["0x40", "0x50", "0x60", "0x70", "0xe0", "0xf0", "0x100", "0x110"]
