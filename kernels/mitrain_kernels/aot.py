@@ -7,6 +7,7 @@ rules are those of ``audit.py``; ``--roofline`` prints instead, without compilin
 import argparse
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from mitrain_kernels import roofline
 OPS = {
     "infused_swiglu": "mitrain_kernels.infused_swiglu.triton_kernel",
 }
-# Target → how many cases --quick takes: of every kernel the one nearest to a head width of 128, dots first.
+# Target → how many cases --quick takes.
 QUICK = {"sm_80": 5, "sm_90": 5, "sm_100": 1, "gfx942": 1}
 QUICK_HEAD = 128
 COLUMNS = (
@@ -100,14 +101,20 @@ def check_compiler(targets: Sequence[str]) -> None:
 
 
 def cases(modules: Sequence[Any], target: str, quick: bool) -> list[Any]:
-    """The cases of all ops for one target; ``quick``: only as many as ``QUICK`` says."""
-    everything = [case for module in modules for case in module.audit_cases(target)]
+    """The cases of all ops for one target; ``quick``: as many as ``QUICK`` says, of the ops in turn."""
+    listed = [module.audit_cases(target) for module in modules]
     if not quick:
-        return everything
+        return [case for op in listed for case in op]
+    in_turn = itertools.zip_longest(*(one_per_kernel(op) for op in listed))
+    return [case for turn in in_turn for case in turn if case is not None][: QUICK[target]]
+
+
+def one_per_kernel(listed: Sequence[Any]) -> list[Any]:
+    """Of every kernel of an op the case nearest to a head width of 128, dots first."""
     chosen: dict[str, Any] = {}
-    for case in sorted(everything, key=lambda case: (not case.dots, abs(case.head_dim - QUICK_HEAD))):
+    for case in sorted(listed, key=lambda case: (not case.dots, abs(case.head_dim - QUICK_HEAD))):
         chosen.setdefault(case.name, case)
-    return list(chosen.values())[: QUICK[target]]
+    return list(chosen.values())
 
 
 def show_progress(left: int, row: dict[str, Any]) -> None:

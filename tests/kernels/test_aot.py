@@ -246,13 +246,15 @@ def test_several_ways_back_are_one_loop_and_functions_are_apart():
     assert audit.spills_in(sass.tensor_core_loops(listing)) == 4
 
 
-def test_quick_takes_every_kernel_once_dots_first_and_near_width_128():
+def test_quick_takes_every_kernel_once_ops_in_turn_dots_first_and_near_width_128():
     case = product(64, 64, 32)
     listed = [replace(case, name="plain", dots=False), *(replace(case, head_dim=d) for d in (32, 256, 128, 64))]
     listed += [replace(case, name=f"k{i}", head_dim=64) for i in range(9)]
     module = type("Op", (), {"audit_cases": staticmethod(lambda target: listed)})
-    chosen = aot.cases([module], "sm_80", quick=True)
-    assert [(x.name, x.head_dim) for x in chosen[:2]] == [("product", 128), ("k0", 64)]
+    other = type("Op", (), {"audit_cases": staticmethod(lambda target: [replace(case, name="other")])})
+    chosen = aot.cases([module, other], "sm_80", quick=True)
+    names = [(x.name, x.head_dim) for x in chosen]
+    assert names == [("product", 128), ("other", 0), ("k0", 64), ("k1", 64), ("k2", 64)]
     assert len(chosen) == aot.QUICK["sm_80"] and sum(aot.QUICK.values()) <= 16
     assert len(aot.cases([module], "sm_100", quick=True)) == 1 and len(aot.cases([module], "sm_80", quick=False)) == 14
 
