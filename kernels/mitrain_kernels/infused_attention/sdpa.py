@@ -140,7 +140,13 @@ def prepared(inputs: Sequence[Tensor], wide: bool) -> tuple[Tensor, Tensor, Tens
     dtype = torch.promote_types(q.dtype, torch.float32)
     if wide and dtype != q.dtype:
         q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = rows(q), rows(k), rows(v)
     return q, k, v, Maps(*(x if x.dtype == dtype else x.to(dtype) for x in maps))
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with adjacent columns, which torch's flash operators take for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def infuse_output(attended: Tensor, gate: Tensor, maps: Maps, base: Tensor | float) -> Tensor:
@@ -183,7 +189,7 @@ def backward(
     inward = scaled(upstream, outer_factor, setting.base, out=torch.empty_like(attended))
     inner_factor = weighted(g, maps.k_mul)
     dinner, dk, dv = getattr(torch.ops.aten, FLASH[1])(
-        inward,
+        rows(inward),
         scaled(q, inner_factor, setting.base, out=scratch),
         k,
         v,
