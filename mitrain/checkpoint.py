@@ -334,7 +334,7 @@ def only_trainable(module: nn.Module) -> dict[str, Tensor]:
 
 
 def restore(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Load saved ``tensors`` into ``module``; CheckpointError lists the names and shapes that do not agree."""
+    """Load saved ``tensors`` into ``module``; CheckpointError lists what is not finite, and names and shapes that differ."""
     own = module.state_dict()
     wrong = [f"{name} is missing" for name in own.keys() - tensors.keys()]
     wrong += [f"{name} is unknown" for name in tensors.keys() - own.keys()]
@@ -343,11 +343,20 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None
         for name in own.keys() & tensors.keys()
         if own[name].shape != tensors[name].shape
     ]
+    wrong += [
+        f"{name} holds no plain numbers"
+        for name in own.keys() & tensors.keys()
+        if own[name].is_floating_point() and not is_finite(tensors[name])
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         shown = "; ".join(sorted(wrong)[:3])
         raise CheckpointError(f"the saved {what} does not fit: {shown}{more}: use the configuration it was saved with")
     module.load_state_dict(dict(tensors))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.float().isfinite().all())
 
 
 def rng_state() -> dict[str, Any]:

@@ -47,7 +47,7 @@ def choose(kind: str, value: Any) -> "Section":
             f"{kind} must be a mapping with a 'name' key, not {value!r}: choose one of {sorted(KINDS[kind])}"
         )
     name = value.get("name")
-    if name not in KINDS[kind]:
+    if not isinstance(name, str) or name not in KINDS[kind]:
         raise ConfigError(
             f"{kind}.name={name!r} is not known{nearest(str(name), KINDS[kind])}: choose one of {sorted(KINDS[kind])}"
         )

@@ -25,6 +25,7 @@ SLOTS = {
     "adam": {"exp_avg", "exp_avg_sq", "step"},
     "sgd": {"momentum_buffer"},
 }
+MOST_STEPS = 1 << 53
 SAME = "resume with the same model and configuration"
 OTHER = "take another checkpoint"
 
@@ -189,13 +190,15 @@ class LocalEngine:
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         own = self.state_dict()[1]
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"the saved engine state is a {type(state).__name__}: {OTHER}")
         for key in ("optimizer", "groups"):
             if state.get(key) != own[key]:
                 found = difference(state.get(key), own[key])
                 raise CheckpointError(f"the saved {key} {found}: {SAME}")
         for key in ("steps", "applied"):
-            if type(state.get(key)) is not int or state[key] < 0:
-                raise CheckpointError(f"the saved engine state has {key}={state.get(key)!r}: {OTHER}")
+            if type(state.get(key)) is not int or not 0 <= state[key] < MOST_STEPS:
+                raise CheckpointError(f"the saved engine state has {key}={repr(state.get(key))[:40]}: {OTHER}")
         slots = self._sort_slots(tensors)
         packed = self.optimizer.state_dict()
         packed["state"] = {i: slots[name] for i, name in enumerate(self.params) if name in slots}
@@ -211,6 +214,8 @@ class LocalEngine:
             slot, _, name = key.partition(".")
             if slot not in expected or name not in self.params:
                 raise CheckpointError(f"the saved optimizer state {key!r} belongs to no parameter here: {SAME}")
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"the saved optimizer state {key!r} is of {tensor.dtype}: {OTHER}")
             shape = torch.Size() if slot == "step" else self.params[name].shape
             if tensor.shape != shape:
                 found = f"shape {list(tensor.shape)}, here {list(shape)}"

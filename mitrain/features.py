@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -126,6 +126,17 @@ class ImageFeatures:
     def usable(self, images: Sequence[str]) -> list[bool]:
         """Which of ``images`` can be read."""
         return [self.key(image) is not None for image in images]
+
+    def readable(self, samples: Sequence[Any]) -> list[Any]:
+        """The samples whose picture and mask can be read; the budget counts and names the others."""
+        kept = []
+        for sample, usable in zip(samples, self.usable([s.image for s in samples]), strict=True):
+            fault = sample.fault()
+            if fault and self.bad is not None:
+                self.bad.skip(sample.id, fault)
+            elif usable:
+                kept.append(sample)
+        return kept
 
     def prepare(self, images: Sequence[str], views: int = 1, progress: Progress = no_progress) -> int:
         """Encode what is not in the cache yet; returns how many encodings that were."""

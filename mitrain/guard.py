@@ -63,8 +63,11 @@ class SkipBudget:
         return {"in_a_row": self.in_a_row, "reasons": dict(self.reasons)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.in_a_row = state["in_a_row"]
-        self.reasons = Counter(state["reasons"])
+        """Raises ValueError where these are no counts."""
+        counts = [state["in_a_row"], *dict(state["reasons"]).values()]
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"no numbers of skipped steps: {str(counts)[:40]}")
+        self.in_a_row, self.reasons = state["in_a_row"], Counter(state["reasons"])
 
 
 class StopRequest:

@@ -133,6 +133,8 @@ def truncate_after(path: Path, step: int) -> None:
     """Drop the lines of a JSONL file that are torn or belong to a later step than ``step``."""
     if not path.exists():
         return
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} is not a plain file: remove it or give another run folder")
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if is_up_to(line, step)]
     if kept != lines:
@@ -142,7 +144,7 @@ def truncate_after(path: Path, step: int) -> None:
 def is_up_to(line: bytes, step: int) -> bool:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return line.endswith(b"\n") and isinstance(value, dict) and type(value.get("step")) is int and value["step"] <= step
 

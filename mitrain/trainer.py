@@ -10,7 +10,7 @@ for step = 1 … steps:
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +87,9 @@ class Trainer:
         return tqdm(total=total, desc=text, disable=self.quiet or None, file=sys.stderr, leave=False)
 
     def _usable(self, samples: Sequence[Any], split: str) -> list[Any]:
-        kept = [s for s, ok in zip(samples, self.images.usable([s.image for s in samples]), strict=True) if ok]
+        kept = self.images.readable(samples)
         if not kept:
-            raise DataError(f"no sample of the split {split!r} has a readable image: check data.root and data.images")
+            raise DataError(f"no sample of the split {split!r} can be read: check data.root and data.images")
         return kept
 
     def _groups(self) -> list[Group]:
@@ -109,9 +109,9 @@ class Trainer:
             self.engine.load_state_dict(saved.tensors["optimizer"], saved.state["engine"])
             self.loader.load_state(saved.state["loader"])
             self.skips.load_state_dict(saved.state["skips"])
-            self.best, self.best_step = float(saved.state["best"]), int(saved.state["best_step"])
+            self.best, self.best_step = checked_best(saved.state)
             checkpoint.set_rng_state(saved.state["rng"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"{path} does not fit this run ({error}): its data or configuration changed; start a new run"
             ) from None
@@ -218,3 +218,11 @@ class Trainer:
             "config_hash": self.config.hash,
         }
         write_json(self.folder / "summary.json", summary)
+
+
+def checked_best(state: Mapping[str, Any]) -> tuple[float, int]:
+    """The best score and its step in a checkpoint's state; ValueError where they are none."""
+    best, step = state["best"], state["best_step"]
+    if type(best) not in (int, float) or not math.isfinite(best) or type(step) is not int or step < 0:
+        raise ValueError(f"no score has best={str(best)[:20]} and best_step={str(step)[:20]}")
+    return float(best), step

@@ -53,8 +53,11 @@ class Loader(Generic[T]):
         return {"epoch": self.epoch, "position": self.position, "samples": len(self.samples)}
 
     def load_state(self, state: dict[str, int]) -> None:
-        """Raises ValueError if the cursor belongs to another number of samples."""
+        """Raises ValueError if the cursor belongs to another number of samples, or is none."""
         if state["samples"] != len(self.samples):
-            raise ValueError(f"the cursor is for {state['samples']} samples, here are {len(self.samples)}")
-        self.epoch, self.position = state["epoch"], state["position"]
+            raise ValueError(f"the cursor is for {str(state['samples'])[:20]} samples, here are {len(self.samples)}")
+        epoch, position = state["epoch"], state["position"]
+        if any(type(value) is not int or value < 0 for value in (epoch, position)) or position > len(self.samples):
+            raise ValueError(f"no cursor has epoch={str(epoch)[:20]} and position={str(position)[:20]}")
+        self.epoch, self.position = epoch, position
         self._order = self._shuffled(self.epoch)

@@ -35,6 +35,10 @@ class AnswerSample:
     kind: str = ""
     object: str = ""
 
+    def fault(self) -> str:
+        """What is wrong with the sample beside its picture: nothing, or it would not have been read."""
+        return ""
+
 
 def read_records(path: Path, columns: Mapping[str, str] | None = None) -> list[AnswerSample]:
     """Every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mitrain.data.rle import decode_mask
+from mitrain.data.rle import check_segmentation, decode_mask
 from mitrain.errors import DataError
 
 MAX_BYTES = 4 << 30  # of an annotation file
@@ -59,6 +59,14 @@ class ReferSample:
     @classmethod
     def unlabelled(cls, id: str, image: str, expression: str, size: tuple[int, int]) -> "ReferSample":
         return cls(id, image, expression, size)
+
+    def fault(self) -> str:
+        """What is wrong with the segmentation, or ""."""
+        try:
+            check_segmentation(self.segmentation, self.size)
+        except ValueError as error:
+            return f"its segmentation is broken: {error}"
+        return ""
 
     def mask(self) -> np.ndarray:
         """(h, w) bool. Raises DataError, naming the sample, where the segmentation makes no sense."""
@@ -181,13 +189,20 @@ class PlainUnpickler(pickle._Unpickler):
         }
     )
 
+    def _decode_string(self, value: bytes) -> str:
+        """Python 2's byte strings, most of them ASCII."""
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value.decode("latin1")
+
 
 @once
 def read_refs(path: Path) -> list[dict[str, Any]]:
     """The references, each with the fields that we use."""
     content = read_bytes(path)
     try:
-        refs = PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
+        refs = PlainUnpickler(io.BytesIO(content)).load()
     except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{str(path)!r} is not a pickle of plain values ({str(error)[:80]}): get the original file"

@@ -19,17 +19,34 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
 
     Raises ValueError where it is malformed or of another size.
     """
-    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-    if not isinstance(parts, list) or not parts:
-        raise ValueError("no polygons and no run lengths")
     mask = np.zeros(size, bool)
-    for part in parts:
+    for part in parts_of(segmentation):
         mask |= decode_runs(part, size) if isinstance(part, dict) else fill_polygon(part, size)
     return mask
 
 
+def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
+    """Raises ValueError where `decode_mask` would, without filling anything."""
+    for part in parts_of(segmentation):
+        (run_lengths if isinstance(part, dict) else check_polygon)(part, size)
+
+
+def parts_of(segmentation: Any) -> list:
+    """Polygons and run lengths. COCO has polygons of one or two corners beside whole ones: they cover nothing."""
+    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+    if not isinstance(parts, list) or not parts:
+        raise ValueError("no polygons and no run lengths")
+    return [part for part in parts if not isinstance(part, list) or len(part) not in (2, 4)] or parts
+
+
 def decode_runs(part: dict, size: tuple[int, int]) -> np.ndarray:
     """(h, w) bool from ``{"size": [h, w], "counts": …}``: runs of zeros and ones in turn, down the columns."""
+    counts = run_lengths(part, size)
+    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return np.ascontiguousarray(flat.reshape(size[::-1]).T)
+
+
+def run_lengths(part: dict, size: tuple[int, int]) -> list[int]:
     if part.get("size") != list(size):
         raise ValueError(f"run lengths of size {str(part.get('size'))[:40]}, the picture has {list(size)}")
     counts = part.get("counts")
@@ -40,8 +57,7 @@ def decode_runs(part: dict, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     if sum(counts) != height * width:
         raise ValueError(f"the run lengths do not add up to {height} x {width} pixels")
-    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-    return np.ascontiguousarray(flat.reshape(width, height).T)
+    return counts
 
 
 def decompress(text: bytes) -> list[int]:

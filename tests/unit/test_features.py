@@ -1,11 +1,14 @@
 """Cached features equal uncached ones; statistics; bad images are skipped within a budget."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from folders import colour_records, llm_folder, vision_folder
 
 from mitrain.backbones import TextBackbone, VisionConfig, VisionEncoder
 from mitrain.data.images import BadSamples
+from mitrain.data.refcoco import ReferSample
 from mitrain.errors import DataError
 from mitrain.features import FeatureConfig, FeatureNorm, ImageFeatures, TextStates
 
@@ -61,6 +64,16 @@ def test_a_bad_image_is_named_and_counted_then_stops(world, caplog):
     assert "broken.png" in caplog.text
     with pytest.raises(DataError, match=r"gone\.png"):
         found.usable(["images/gone.png"])
+
+
+def test_a_broken_mask_is_named_and_counted_then_stops(world, caplog):
+    found = features(world, None, BadSamples(1))
+    whole, torn = ([[2, 1, 8, 1, 8, 5]], {"size": [20, 24], "counts": [3]})
+    samples = [ReferSample(f"s{i}", IMAGES[i], "x", (20, 24), mask) for i, mask in enumerate((whole, torn, whole))]
+    assert found.readable(samples) == [samples[0], samples[2]]
+    assert "skipped s1 (1 of at most 1): its segmentation is broken" in caplog.text
+    with pytest.raises(DataError, match="more than data.bad_samples=1: s1 .*; s3 "):
+        found.readable([replace(samples[1], id="s3")])
 
 
 def test_text_states_equal_the_trunk(world, tmp_path):

@@ -74,6 +74,14 @@ def test_a_sample_knows_all_objects_of_its_picture(tmp_path):
     assert (second.object, second.present) == ("cup", ("cup",))
 
 
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_python_2_strings_may_be_utf_8(tmp_path, protocol):
+    written = "the caf\xe9 on the left"
+    refs = [ref(1, "train", written.encode().decode("latin1"), written)]
+    root = refer_folder(tmp_path, refs, [annotation(1, SQUARE)], protocol=protocol)
+    assert [sample.expression for sample in read_refer(root, "refcoco", "unc", "train")] == [written] * 2
+
+
 def test_every_split_is_selected_as_refer_py_does(tmp_path):
     splits = ["train", "val", "test", "testA", "testB", "testC", "testAB", "testBC", "trainA"]
     refs = [ref(number, split, split) for number, split in enumerate(splits)]
@@ -186,6 +194,13 @@ def test_polygons_agree_with_run_lengths_and_parts_are_united():
     assert np.array_equal(overlapping, square)  # a union, not a sum and not even-odd
 
 
+@pytest.mark.parametrize("sliver", [[3, 2, 6, 2], [3, 2]])
+def test_slivers_beside_a_polygon_cover_nothing(sliver):
+    """As in COCO's own annotations."""
+    for parts in ([*SQUARE, sliver], [sliver, *SQUARE]):
+        assert np.array_equal(decode_mask(parts, SIZE), decode_mask(SQUARE, SIZE))
+
+
 def test_a_polygon_that_reaches_outside_is_cut():
     assert decode_mask([[-5, -5, 30, -5, 30, 30, -5, 30]], SIZE).all()
 
@@ -223,6 +238,7 @@ def test_a_polygon_that_reaches_outside_is_cut():
 def test_broken_segmentations_are_refused(segmentation):
     with pytest.raises(DataError, match="the segmentation of s is broken"):
         ReferSample("s", "a.jpg", "x", SIZE, segmentation).mask()
+    assert ReferSample("s", "a.jpg", "x", SIZE, segmentation).fault().startswith("its segmentation is broken: ")
 
 
 # hostile and broken files
@@ -428,6 +444,7 @@ def test_any_run_lengths_are_decoded_or_refused(text, runs):
     for counts in (text, runs):
         mask = read_or_refused(lambda counts=counts: decode_mask({"size": [9, 12], "counts": counts}, SIZE), ValueError)
         assert mask is None or mask.shape == SIZE
+        assert (mask is None) == bool(ReferSample("s", "a.jpg", "x", SIZE, {"size": [9, 12], "counts": counts}).fault())
 
 
 def test_the_written_pickles_are_what_python_2_would_write():
