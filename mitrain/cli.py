@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = arguments.run(arguments)
         if arguments.json and result is not None:
-            print(json.dumps(result, indent=2, sort_keys=True))
+            print(as_json(result))
         sys.stdout.flush()
         return 0
     except UserError as error:
@@ -46,6 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mitrain: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def as_json(value: Any) -> str:
+    """Valid JSON: a number that is not finite (the best score before the first evaluation) is null."""
+    try:
+        return json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
+    except ValueError:
+        from mitrain.telemetry import plain
+
+        return json.dumps(plain(value), indent=2, sort_keys=True, allow_nan=False)
 
 
 def keep_freed_memory() -> None:
@@ -143,20 +153,32 @@ def run_train(arguments: argparse.Namespace) -> Any:
 
 def add_eval(commands: Any) -> None:
     sub = command(commands, "eval", run_eval, "score a run's best checkpoint on a split")
-    sub.add_argument("run_dir", metavar="RUN_DIR")
-    sub.add_argument("--split", default="val")
+    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME")
+    sub.add_argument("--split", default="val", help="a split of the run's data (default: val)")
     sub.add_argument(
         "--control",
         default="none",
         choices=["none", "shuffle", "no-image", "frozen"],
-        help="controls must lose: another expression, another image, no infusion",
+        help="what must lose: shuffle, another scene's expression (segment) or any other image (answer); no-image, the"
+        " image of another object; frozen, no infusion (default: none)",
     )
-    sub.add_argument("--checkpoint", default="best", choices=["best", "latest"])
+    add_checkpoint(sub)
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over the split")
     sub.add_argument(
         "--generate", action="store_true", help="also let the model speak and count exact matches (answer)"
     )
     sub.add_argument("--seed", type=int, default=0, help="of the control's pairing")
+    sub.add_argument(
+        "--floors",
+        action="store_true",
+        help="also score what needs no model: majority answer and linear probe (answer), masks that no text chose (segment)",
+    )
+
+
+def add_checkpoint(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--checkpoint", default="best", choices=["best", "latest"], help="which one of the run (default: best)"
+    )
 
 
 def run_eval(arguments: argparse.Namespace) -> Any:
@@ -170,22 +192,33 @@ def run_eval(arguments: argparse.Namespace) -> Any:
         samples=arguments.samples,
         generate=arguments.generate,
         seed=arguments.seed,
+        floors=arguments.floors,
     )
-    for name, value in metrics.items():
-        say(arguments, f"{name:24s} {value:.4f}" if isinstance(value, float) else f"{name:24s} {value}")
+    for line in metric_lines(metrics):
+        say(arguments, line)
     return metrics
+
+
+def metric_lines(metrics: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """A name and a number a line; what holds several numbers is a heading with indented lines."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}"
+            yield from metric_lines(value, indent + "  ")
+        else:
+            yield f"{indent + name:24s} {value:.4f}" if isinstance(value, float) else f"{indent + name:24s} {value}"
 
 
 def add_predict(commands: Any) -> None:
     sub = command(commands, "predict", run_predict, "ask a run about one image")
-    sub.add_argument("run_dir", metavar="RUN_DIR")
-    sub.add_argument("--image", required=True, metavar="FILE")
+    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME")
+    sub.add_argument("--image", required=True, metavar="FILE", help="a picture, of any size")
     sub.add_argument("--text", required=True, help="the prompt, or the expression to segment")
     sub.add_argument(
         "--candidates", metavar="A,B,…", help="answers to choose among (answer; default: the training answers)"
     )
     sub.add_argument("--out", metavar="DIR", help="where image, overlay, expression and mask are written (segment)")
-    sub.add_argument("--checkpoint", default="best", choices=["best", "latest"])
+    add_checkpoint(sub)
 
 
 def run_predict(arguments: argparse.Namespace) -> Any:

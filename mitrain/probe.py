@@ -7,12 +7,13 @@ chosen on val, as everything else is.
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 STRENGTHS = tuple(10.0**power for power in (-3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 
@@ -51,7 +52,10 @@ def answers_for_prompt(
     return list(fitted[strength].predict(asked)), strength
 
 
-def fit(x: np.ndarray, labels: Sequence[str], strength: float) -> LogisticRegression:
+def fit(x: np.ndarray, labels: Sequence[str], strength: float) -> "LogisticRegression":
+    from sklearn.exceptions import ConvergenceWarning  # a second to import, for floors alone
+    from sklearn.linear_model import LogisticRegression
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=strength, max_iter=500).fit(x, labels)

@@ -20,11 +20,10 @@ from mitrain.data.images import open_image
 from mitrain.errors import ConfigError
 from mitrain.evaluate import Evaluation
 from mitrain.files import write_atomic, write_json
+from mitrain.floors import floors_of
 from mitrain.model import resolve_data
-from mitrain.probe import probe_accuracy
 from mitrain.runs import Run
 from mitrain.scoring import score_split, split_of
-from mitrain.tasks import masks
 
 LABELS = {
     "none": "{name}",
@@ -77,39 +76,7 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
             found[LABELS[control].format(name=name)] = score_split(
                 run, chosen, images, control, seed=run.config.seed
             ).metrics
-    floors = answer_floors if run.model.task.metric == "accuracy" else mask_floors
-    return found | floors(run, split, chosen, images)
-
-
-def answer_floors(run: Run, _split: str, chosen: list[Any], images: Any) -> dict[str, dict[str, Any]]:
-    """The majority answer, and a linear probe on the features that are infused."""
-    train, val = (run.config.data.read(resolve_data(run.config.data), split) for split in ("train", "val"))
-    images.prepare(sorted({s.image for s in train + val}), 1)
-    found = probe_accuracy(lambda part: run.model.norm(images.pooled([s.image for s in part])), train, val, chosen)
-    answers = [s.answer for s in chosen]
-    most = max(answers.count(a) for a in set(answers)) / len(answers)
-    return {"majority answer": {"accuracy": most, "samples": len(chosen)}, "linear probe on the same features": found}
-
-
-def mask_floors(run: Run, split: str, chosen: list[Any], _images: Any) -> dict[str, dict[str, Any]]:
-    """What masks chosen without language reach, given the true masks of all objects that the split names."""
-    scenes: dict[str, dict[bytes, np.ndarray]] = defaultdict(dict)
-    shown = {s.image for s in chosen}
-    for s in run.config.data.read(resolve_data(run.config.data), split):
-        if s.image in shown:
-            mask = s.mask()
-            scenes[s.image][mask.tobytes()] = mask
-    metrics = {kind: masks.MaskMetrics() for kind in ("union", "largest", "central", "random")}
-    for s in chosen:
-        for kind, mask in masks.floor_masks(list(scenes[s.image].values()), run.config.seed, s.id).items():
-            metrics[kind].update([mask], [s.mask()])
-    names = {
-        "union": "all objects",
-        "largest": "largest object",
-        "central": "most central object",
-        "random": "random object",
-    }
-    return {f"{names[kind]} (true masks)": m.compute() for kind, m in metrics.items()}
+    return found | floors_of(run, split, chosen, images)
 
 
 def row(split: str, label: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:

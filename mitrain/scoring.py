@@ -18,20 +18,20 @@ from mitrain.errors import ConfigError, DataError
 from mitrain.evaluate import Evaluation, evaluate
 from mitrain.features import ImageFeatures
 from mitrain.files import atomic_folder, write_atomic
+from mitrain.floors import floors_of
 from mitrain.model import resolve_data
 from mitrain.runs import Run
 from mitrain.tasks.base import Batch
 
 
 def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any], ImageFeatures]:
-    """A split's samples (at most ``samples``, evenly spread) that have a readable image, and their images' features."""
+    """A split's samples (at most ``samples``, evenly spread) that can be read, and their images' features."""
     data = run.config.data
     root = resolve_data(data)
     images = run.model.images(data.image_root(root), BadSamples(data.bad_samples))
-    chosen = limit(data.read(root, split), samples)
-    chosen = [s for s, ok in zip(chosen, images.usable([s.image for s in chosen]), strict=True) if ok]
+    chosen = images.readable(limit(data.read(root, split), samples))
     if not chosen:
-        raise DataError(f"no sample of the split {split!r} has a readable image: check the data folder {root}")
+        raise DataError(f"no sample of the split {split!r} can be read: check the data folder {root}")
     images.prepare(sorted({s.image for s in chosen}), run.config.features.eval_views)
     run.model.states.prepare(run.model.task.texts(chosen, True))
     return chosen, images
@@ -56,14 +56,16 @@ def score_run(
     samples: int | None = None,
     generate: bool = False,
     seed: int = 0,
+    floors: bool = False,
 ) -> dict[str, Any]:
-    """The metrics of a run's checkpoint on a split under a control."""
+    """The metrics of a run's checkpoint on a split under a control, and those of the ``floors`` if asked for."""
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples {samples} scores nothing: give at least 1")
     run = runs.open_run(folder, which)
     chosen, images = split_of(run, split, samples)
     found = score_split(run, chosen, images, control, generate, seed)
-    return {**found.metrics, "split": split, "step": run.saved.step, "run": str(folder)}
+    beside = {"floors": floors_of(run, split, chosen, images)} if floors else {}
+    return {**found.metrics, "split": split, "step": run.saved.step, "run": str(folder), **beside}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schema",),  # the configuration of all of them
     ("model",),  # backbones + adapter + task
     ("runs", "dryrun"),
+    ("floors",),
     ("trainer", "scoring"),  # L3
     ("report",),
     ("cli",),  # L4

@@ -79,6 +79,16 @@ def test_it_learns_and_the_controls_lose(world, trained, capsys):
     assert spoken["exact_match"] >= 0.9
 
 
+def test_floors_stand_beside_the_score(world, trained, capsys):
+    found = as_json(capsys, "eval", trained, "--split", "test", "--floors")
+    assert set(found["floors"]) == {"majority answer", "linear probe on the same features"}
+    assert found["floors"]["majority answer"] == {"accuracy": 0.25, "samples": 16}
+    assert found["floors"]["linear probe on the same features"]["accuracy"] >= 0.9
+    code, out, _ = command(capsys, "eval", trained, "--split", "test", "--floors")
+    assert code == 0 and "  majority answer\n    accuracy             0.2500\n" in out
+    assert "floors" not in as_json(capsys, "eval", trained, "--split", "test")
+
+
 def test_the_run_folder_is_complete(trained):
     assert runs.read_config(trained).hash in (trained / "config.yaml").read_text()
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -210,6 +220,8 @@ def test_segmentation_from_digit_scenes(world, capsys):
     for control in ("none", "shuffle", "no-image"):
         found = as_json(capsys, "eval", made["run"], "--control", control, "--samples", 12)
         assert {"oiou", "miou", "precision", "samples"} <= set(found) and found["samples"] == 12
+    floors = as_json(capsys, "eval", made["run"], "--floors", "--samples", 12)["floors"]
+    assert "all objects (true masks)" in floors and all(floor["samples"] == 12 for floor in floors.values())
     Image.fromarray(np.full((60, 90, 3), 200, np.uint8)).save(world / "new.png")
     out = world / "prediction"
     found = as_json(capsys, "predict", made["run"], "--image", world / "new.png", "--text", "the seven", "--out", out)

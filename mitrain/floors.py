@@ -1,0 +1,54 @@
+"""Floors: what is reached on a split without the model, from the same samples and features.
+
+A score says something only beside them: what always giving the commonest answer scores, what a linear probe makes of the
+infused features, what a mask chosen without reading the expression covers.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from mitrain.features import ImageFeatures
+from mitrain.model import resolve_data
+from mitrain.probe import probe_accuracy
+from mitrain.runs import Run
+from mitrain.tasks import masks
+
+
+def floors_of(run: Run, split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
+    """Metrics of each floor by its name, on the samples ``chosen`` from a split."""
+    floors = answer_floors if run.model.task.metric == "accuracy" else mask_floors
+    return floors(run, split, chosen, images)
+
+
+def answer_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
+    """The majority answer, and a linear probe on the features that are infused."""
+    data, root = run.config.data, resolve_data(run.config.data)
+    train, val = (images.readable(data.read(root, part)) for part in ("train", "val"))
+    images.prepare(sorted({s.image for s in train + val}), 1)
+    found = probe_accuracy(lambda part: run.model.norm(images.pooled([s.image for s in part])), train, val, chosen)
+    answers = [s.answer for s in chosen]
+    most = max(answers.count(a) for a in set(answers)) / len(answers)
+    return {"majority answer": {"accuracy": most, "samples": len(chosen)}, "linear probe on the same features": found}
+
+
+def mask_floors(run: Run, split: str, chosen: list[Any], _images: ImageFeatures) -> dict[str, dict[str, Any]]:
+    """What masks chosen without language reach, given the true masks of all objects that the split names."""
+    scenes: dict[str, dict[bytes, np.ndarray]] = defaultdict(dict)
+    shown = {s.image for s in chosen}
+    for s in run.config.data.read(resolve_data(run.config.data), split):
+        if s.image in shown and not s.fault():
+            mask = s.mask()
+            scenes[s.image][mask.tobytes()] = mask
+    metrics = {kind: masks.MaskMetrics() for kind in ("union", "largest", "central", "random")}
+    for s in chosen:
+        for kind, mask in masks.floor_masks(list(scenes[s.image].values()), run.config.seed, s.id).items():
+            metrics[kind].update([mask], [s.mask()])
+    names = {
+        "union": "all objects",
+        "largest": "largest object",
+        "central": "most central object",
+        "random": "random object",
+    }
+    return {f"{names[kind]} (true masks)": m.compute() for kind, m in metrics.items()}
