@@ -18,6 +18,7 @@ from mitrain_kernels import roofline
 
 # Op → the module that lists its cases.
 OPS = {
+    "infused_attention": "mitrain_kernels.infused_attention.triton_kernel",
     "infused_swiglu": "mitrain_kernels.infused_swiglu.triton_kernel",
 }
 # Target → how many cases --quick takes.

@@ -199,8 +199,8 @@ def test_k_add_under_the_token_gate_folded_equals_reference():
 
 def test_k_add_that_would_be_lost_is_refused():
     inputs = make(1)
-    with pytest.raises(ValueError, match="k_add does not fold under a softcap"):
-        infused_attention_folded(**inputs, softcap=5.0, k_add=make_k_add(inputs))
+    with pytest.raises(ValueError, match="k_add is alive under a softcap"):
+        infused_attention_folded(**inputs, softcap=5.0, k_add=make_k_add(inputs), attend=lambda q, k, v: v)
     with pytest.raises(ValueError, match="gate 'prefx' is unknown"):
         infused_attention_folded(**inputs, gate="prefx")
 

@@ -61,14 +61,26 @@ def folded_coefficients(
 
     Gate 'prefix' gives one row per token of ``v``; the other gates one row for all. Arguments as in the reference.
     """
-    sums = None
-    if gate in ("head", "none"):
-        values = constant_gate(head_logit, v_add.shape[1], present, cosine=gate == "head")
-    else:
-        sums = prefix_sums(v, v_add, key_padding, before) if gate == "prefix" else whole_sums(v, v_add, key_padding)
-        values = gate_values(head_logit, v_add, sums, present, eps)
+    values, sums = folded_gate(v, v_add, head_logit, present, gate, key_padding, before, eps)
     alpha, gamma, delta = coefficients(values, k_mul, v_mul, v_add, base)
     return (alpha.to(v.dtype), gamma.to(v.dtype), delta.to(v.dtype)), sums
+
+
+def folded_gate(
+    v: Tensor,
+    v_add: Tensor,
+    head_logit: Tensor,
+    present: Tensor | None,
+    gate: str,
+    key_padding: Tensor | None,
+    before: GateSums | None,
+    eps: float,
+) -> tuple[Tensor, GateSums | None]:
+    """The gate (M, B, H, T') of the tokens of ``v``, T' = 1 where it is the same for all, and its sums."""
+    if gate in ("head", "none"):
+        return constant_gate(head_logit, v_add.shape[1], present, cosine=gate == "head"), None
+    sums = prefix_sums(v, v_add, key_padding, before) if gate == "prefix" else whole_sums(v, v_add, key_padding)
+    return gate_values(head_logit, v_add, sums, present, eps), sums
 
 
 def infused_keys_values(
@@ -126,14 +138,41 @@ def visible_keys(q: Tensor, k: Tensor, key_padding: Tensor | None, causal: bool,
     return seen if causal or window is not None else None
 
 
+def rows_that_see(tq: int, tk: int, valid: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
+    """(B, 1, Tq) bool: the queries that see any key; None when all do. valid (B, Tk) bool."""
+    if valid is None:
+        return None
+    so_far = F.pad(valid.long().cumsum(-1), (1, 0))  # (B, Tk + 1): tokens before a position
+    position = torch.arange(tk - tq, tk, device=valid.device)
+    first = (position + 1 - window).clamp(min=0) if window else torch.zeros_like(position)
+    last = (
+        position
+        if causal
+        else (position + window - 1).clamp(max=tk - 1)
+        if window
+        else torch.full_like(position, tk - 1)
+    )
+    return (so_far[:, last + 1] > so_far[:, first])[:, None]
+
+
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention by torch's SDPA, or written out where a softcap asks for it; rows that see nothing return 0."""
+    """Attention by torch's SDPA, or written out where a softcap asks for it; rows that see nothing return 0.
+
+    ``bias`` (B, H, Tq or 1, 1) joins the scores of a query before the softcap; without one it would not matter.
+    """
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     k, v = per_query_head(k, q.shape[1]), per_query_head(v, q.shape[1])
-    scores = softcap * torch.tanh(q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) / softcap)
+    scores = q @ k.mT if bias is None else q @ k.mT + bias
+    scores = softcap * torch.tanh(scores * (q.shape[-1] ** -0.5 if scale is None else scale) / softcap)
     if seen is None:
         return torch.softmax(scores, dim=-1) @ v
     weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
@@ -159,6 +198,7 @@ def infused_attention_folded(
     scale: float | None = None,
     softcap: float | None = None,
     eps: float = EPSILON,
+    before: GateSums | None = None,
     attend: Attend | None = None,
 ) -> Tensor:
     r"""``infused_attention_reference`` over any attention; same arguments, same result, K and V untouched.
@@ -168,26 +208,31 @@ def infused_attention_folded(
         q_t·K'_j = (q_t ⊙ α_t)·K_j + β_t          β_t = Σ_m g_mt q_t·k_add_m is the same for all j: softmax drops it
         Σ_j p_tj V'_j = (Σ_j p_tj V_j) ⊙ γ_t + δ_t, because Σ_j p_tj = 1
 
-    where α, γ, δ are given at ``coefficients``. Hence k_add is dead: its gradient is explicit zeros.
+    where α, γ, δ are given at ``coefficients``. Hence k_add is dead: its gradient is explicit zeros. A softcap bends
+    q·K' before the softmax, and β is alive.
     ``attend(q, k, v)`` returns softmax attention (B, H, Tq, d) and has the mask, scale and softcap built in; by default
     torch's scaled_dot_product_attention. It must not drop probabilities. A query that sees no key returns 0.
+    ``before``: the gate's sums before the queries, so that only the queries' values are summed.
 
-    Raises ValueError for an unknown gate and for k_add under a softcap, where k_add is alive.
+    Raises ValueError for an unknown gate, and for k_add under a softcap (where it is alive) with ``attend``.
     """
     if gate not in GATES:
         raise ValueError(f"gate {gate!r} is unknown: choose one of {', '.join(GATES)}")
-    seen = visible_keys(q, k, key_padding, causal, window)
-    attend = attend or (lambda q, k, v: plain_attention(q, k, v, seen, scale, softcap))
-    maps = {"k_mul": k_mul, "v_mul": v_mul, "v_add": v_add, "head_logit": head_logit}
+    if attend is not None and softcap is not None and k_add is not None and gate != "token":
+        raise ValueError("k_add is alive under a softcap, and attend(q, k, v) does not take it: leave attend out")
+    seen = visible_keys(q, k, key_padding, causal, window) if attend is None else None
+    plain = attend or (lambda q, k, v: plain_attention(q, k, v, seen, scale, softcap))
     if gate == "token":
-        return attend(q, *infused_keys_values(k, v, **maps, k_add=k_add, present=present, base=base, eps=eps))
+        maps = {"k_mul": k_mul, "v_mul": v_mul, "v_add": v_add, "head_logit": head_logit}
+        return plain(q, *infused_keys_values(k, v, **maps, k_add=k_add, present=present, base=base, eps=eps))
+    summed = slice(0 if before is None else -q.shape[2], None)
+    valid = None if key_padding is None else key_padding[:, summed]
+    values, _ = folded_gate(v[:, :, summed], v_add, head_logit, present, gate, valid, before, eps)
+    values = values[..., -q.shape[2] :]
+    alpha, gamma, delta = (x.to(q.dtype) for x in coefficients(values, k_mul, v_mul, v_add, base))
+    sees = rows_that_see(q.shape[2], k.shape[2], key_padding, causal, window)
+    delta = delta if sees is None else delta * sees[..., None]
     if softcap is not None and k_add is not None:
-        raise ValueError("k_add does not fold under a softcap, where it changes the scores: leave it out")
-    (alpha, gamma, delta), _ = folded_coefficients(
-        v, **maps, present=present, gate=gate, base=base, key_padding=key_padding, eps=eps
-    )
-    rows = slice(-q.shape[2], None)
-    alpha, gamma, delta = (x[:, :, rows] for x in (alpha, gamma, delta))
-    if seen is not None:
-        delta = delta * seen.any(-1, keepdim=True)
-    return keep_dead(torch.addcmul(delta, attend(q * alpha, k, v), gamma), k_add)
+        moved = (q * coefficients(values, k_mul, v_mul, k_add)[2].to(q.dtype)).sum(-1, keepdim=True)
+        return torch.addcmul(delta, plain_attention(q * alpha, k, v, seen, scale, softcap, moved), gamma)
+    return keep_dead(torch.addcmul(delta, plain(q * alpha, k, v), gamma), k_add)

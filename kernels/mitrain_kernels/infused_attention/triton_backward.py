@@ -21,8 +21,8 @@ from mitrain_kernels.infused_attention.triton_tile import (
     sample_span,
     seen_by,
     shift,
-    slope,
     store_tile,
+    unbend,
 )
 
 
@@ -60,7 +60,7 @@ def query_kernel(
     scalars = wide * lse_b + head * lse_h + first + start
     GATE += wide * gate_b + head * gate_h + first * gate_t
     place = (wide * heads + head) * D
-    map_m = batch.to(tl.int64) * heads * D
+    map_m = tl.cast(batch, tl.int64) * heads * D
     part = PARTS + block.to(tl.int64) * 3 * M * map_m + place
     KM += place
     VM += place
@@ -118,7 +118,7 @@ def query_kernel(
         seen = seen_by(position[:, None], key[None, :], there[None, :], window, CAUSAL, WINDOW)
         weights = tl.where(seen, tl.exp2(bent * LOG2E - lse[:, None]), 0.0)
         dweights = tl.dot(inward, tl.trans(v), input_precision="ieee")
-        dscores = weights * (dweights - delta[:, None]) * slope(bent, softcap, SOFTCAP)
+        dscores = unbend(weights * (dweights - delta[:, None]), bent, softcap, SOFTCAP)
         dinner = tl.dot(dscores.to(k.dtype), k, dinner, input_precision="ieee")
     dinner *= scale
     if not TOKEN:
@@ -166,7 +166,7 @@ def key_kernel(
         shared = lane // group
     K += wide * k_b + shared * k_h + first * k_t
     V += wide * v_b + shared * v_h + first * v_t
-    map_m = batch.to(tl.int64) * heads * D
+    map_m = tl.cast(batch, tl.int64) * heads * D
     base = tl.load(BASE + sample)
     k = load_tile(K, start, k_t, columns, keep, D, BD)
     v = load_tile(V, start, v_t, columns, keep, D, BD)
@@ -213,7 +213,7 @@ def key_kernel(
             weights = tl.where(seen, tl.exp2(bent * LOG2E - lse[None, :]), 0.0)
             dv = tl.dot(weights.to(q.dtype), inward.to(q.dtype), dv, input_precision="ieee")
             dweights = tl.dot(v, tl.trans(inward.to(v.dtype)), input_precision="ieee")
-            dscores = weights * (dweights - delta[None, :]) * slope(bent, softcap, SOFTCAP)
+            dscores = unbend(weights * (dweights - delta[None, :]), bent, softcap, SOFTCAP)
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
     dk *= scale
     values = load_tile(V, start, v_t, columns, keep, D, BD).to(tl.float32)
@@ -228,7 +228,7 @@ def key_kernel(
             gate = tl.load(GATE + m * gate_m + offset, mask=keep, other=0.0)
             cosine = tl.load(COSINE + m * gate_m + offset, mask=keep, other=0.0)
             root = tl.load(ROOT + m * gate_m + offset, mask=keep, other=0.0)
-            norm = tl.load(NORM + (m * batch.to(tl.int64) + wide) * heads + lane)
+            norm = tl.load(NORM + (m * tl.cast(batch, tl.int64) + wide) * heads + lane)
             v_add = load_vector(VA + place + m * map_m, D, BD)
             dgate = tl.sum(dk * raw * load_vector(KM + place + m * map_m, D, BD)[None, :], 1)
             dgate += tl.sum(dv * (values * load_vector(VM + place + m * map_m, D, BD)[None, :] + v_add[None, :]), 1)

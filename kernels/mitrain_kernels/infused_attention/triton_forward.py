@@ -87,7 +87,7 @@ def forward_kernel(
     out = wide * o_b + head * o_h + first * o_t
     GATE += wide * gate_b + head * gate_h + first * gate_t
     place = (wide * heads + head) * D
-    map_m = batch.to(tl.int64) * heads * D
+    map_m = tl.cast(batch, tl.int64) * heads * D
     KM += place
     VM += place
     VA += place

@@ -35,7 +35,7 @@ def sums_kernel(
         head = shared * group + member
         place = (wide * heads + head) * D
         for m in tl.static_range(M):
-            v_add = load_vector(VA + m * batch.to(tl.int64) * heads * D + place, D, BD)
+            v_add = load_vector(VA + m * tl.cast(batch, tl.int64) * heads * D + place, D, BD)
             dot = tl.sum(v * v_add[None, :], 1)
             tl.store(DOT + m * dot_m + wide * dot_b + head * dot_h + at, dot, mask=inside)
 
@@ -71,7 +71,7 @@ def gate_kernel(
     wholes = SUM_SQUARE + wide * whole_b + shared * whole_h + place
     counts = COUNT + wide * count_b + place
     for m in tl.static_range(M):
-        row = (m * batch.to(tl.int64) + wide) * heads + head
+        row = (m * tl.cast(batch, tl.int64) + wide) * heads + head
         norm, logit = tl.load(NORM + row), tl.load(LOGIT + m * heads + head)
         there = 1.0
         if PRESENT is not None:
@@ -127,7 +127,8 @@ def gate_kernel(
 def gate_backward_kernel(
     DGATE, COSINE, ROOT, SUM_SQUARE, COUNT, VALID, BOUNDS, NORM, LOGIT, PRESENT,
     OUT_DOT, OUT_SQUARE, OUT_NORM, DLOGIT,
-    valid_b, dgate_m, dgate_b, dgate_h, gate_m, gate_b, gate_h, whole_b, whole_h, count_b, out_m, out_b, out_h, pair_b, pair_h,
+    valid_b, dgate_m, dgate_b, dgate_h, gate_m, gate_b, gate_h, whole_b, whole_h, count_b,
+    out_m, out_b, out_h, pair_b, pair_h,
     batch, heads, group, tokens, queries, offset,
     M: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +156,7 @@ def gate_backward_kernel(
     pairs = wide * pair_b + head * pair_h + first
     blocks = tl.cdiv(tokens, BT)
     for m in tl.static_range(M):
-        row = (m * batch.to(tl.int64) + wide) * heads + head
+        row = (m * tl.cast(batch, tl.int64) + wide) * heads + head
         norm, logit = tl.load(NORM + row), tl.load(LOGIT + m * heads + head)
         there = 1.0
         if PRESENT is not None:

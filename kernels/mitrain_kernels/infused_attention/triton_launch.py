@@ -16,9 +16,19 @@ from torch import Tensor
 from mitrain_kernels.infused_attention.call import Setting
 from mitrain_kernels.infused_attention.gate import GateSums, constant_gate, hide_missing
 from mitrain_kernels.infused_attention.triton_backward import key_kernel, query_kernel
+from mitrain_kernels.infused_attention.triton_decode import merge_kernel, split_kernel
 from mitrain_kernels.infused_attention.triton_forward import forward_kernel
 from mitrain_kernels.infused_attention.triton_gate import gate_backward_kernel, gate_kernel, sums_kernel, values_kernel
-from mitrain_kernels.infused_attention.triton_tiles import SCAN, Tile, padded, target_of, tile_for
+from mitrain_kernels.infused_attention.triton_tiles import (
+    DECODE,
+    MOST_SPLITS,
+    PROGRAMS,
+    SCAN,
+    Tile,
+    padded,
+    target_of,
+    tile_for,
+)
 
 COSINE = ("sequence", "prefix", "token")
 
@@ -126,6 +136,7 @@ def gates_of(p: Problem, before: GateSums | None) -> Gates:
     sum_square, count = torch.empty(gated, G, length, **new), torch.empty(gated, length, **new)
     blocks = triton.cdiv(p.longest_keys if before is None else tokens, 64)
     common = (p.B, p.H, p.group, tokens, p.keys - tokens)
+    earlier = (None, None, None) if before is None else [x.contiguous() for x in before]
     width = {"M": p.M, "D": p.width, "BD": padded(p.width), "BN": 64}
     with on(v.device):
         sums_kernel[(blocks, G, p.B)](
@@ -133,7 +144,7 @@ def gates_of(p: Problem, before: GateSums | None) -> Gates:
             *p.scalars(dot)[:3], *p.scalars(square)[:2], *common, **width,
         )  # fmt: skip
         gate_kernel[(p.H, p.B)](
-            dot, square, p.valid, p.setting.cu_seqlens, *(before or (None, None, None)), p.norm, p.logit, p.present,
+            dot, square, p.valid, p.setting.cu_seqlens, *earlier, p.norm, p.logit, p.present,
             value, cosine, root, sum_dot, sum_square, count,
             p.valid_stride, *p.scalars(dot)[:3], *p.scalars(square)[:2],
             *p.scalars(value)[:3], *p.scalars(sum_dot)[:3], *p.scalars(sum_square)[:2],
@@ -156,6 +167,18 @@ def forward(
     gates = gates_of(p, before)
     q = p.q
     output = like_output(q)
+    if q.shape[2] == 1 and not (trains or p.packed or p.token) and output.numel():
+        decode(p, gates.value, output)
+        return (
+            output,
+            q.new_empty(0),
+            p.base.new_empty(0),
+            gates.cosine,
+            gates.root,
+            gates.dot,
+            gates.square,
+            gates.count,
+        )
     attended = like_output(q) if trains else q.new_empty(0)
     lse = q.new_empty((*q.shape[:3],) if trains else (0,), dtype=torch.float32)
     tile = p.tile("forward")
@@ -168,6 +191,30 @@ def forward(
                 *p.sizes, *p.numbers, **p.options(tile, own="BM", step="BN"),
             )  # fmt: skip
     return output, attended, lse, gates.cosine, gates.root, gates.dot, gates.square, gates.count
+
+
+def decode(p: Problem, gate: Tensor, output: Tensor) -> None:
+    """One query per head: the keys in as many shares as fill the device, then merged into ``output``."""
+    G, step, s = p.k.shape[1], DECODE.step, p.setting
+    splits = min(triton.cdiv(p.keys, step), max(1, PROGRAMS // (p.B * G)), MOST_SPLITS)
+    share = triton.cdiv(triton.cdiv(p.keys, splits), step) * step
+    splits = triton.cdiv(p.keys, share)
+    parts = torch.empty(splits, p.B, p.H, p.width, dtype=torch.float32, device=p.q.device)
+    tops, totals = (torch.empty(splits, p.B, p.H, dtype=torch.float32, device=p.q.device) for _ in range(2))
+    width = {"M": p.M, "D": p.width, "BD": padded(p.width)}
+    with on(p.q.device):
+        split_kernel[(splits, G, p.B)](
+            p.q, p.k, p.v, parts, tops, totals, gate, p.maps[0], p.base, p.valid,
+            p.q.stride(0), p.q.stride(1), *p.spans(p.k, p.v), *p.scalars(gate)[:3], p.valid_stride,
+            p.B, p.H, p.group, p.keys, *p.numbers, share, **width,
+            BM=max(16, triton.next_power_of_2(p.group)), BN=step,
+            WINDOW=s.window is not None, SOFTCAP=s.softcap is not None,
+            num_warps=DECODE.warps, num_stages=DECODE.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+        merge_kernel[(p.H, p.B)](
+            parts, tops, totals, output, gate, *p.maps[1:], p.base, output.stride(0), output.stride(1),
+            *p.scalars(gate)[:3], p.B, p.H, splits, **width, BS=triton.next_power_of_2(splits),
+        )  # fmt: skip
 
 
 def backward(

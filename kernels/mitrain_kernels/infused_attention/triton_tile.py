@@ -13,10 +13,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def sample_span(BOUNDS, sample, queries, keys):
     """First token of a sample among the packed ones, its number of queries and of keys; BOUNDS None: not packed."""
     if BOUNDS is None:
-        return sample.to(tl.int64) * 0, queries, keys
-    first = tl.load(BOUNDS + sample).to(tl.int64)
-    length = (tl.load(BOUNDS + sample + 1).to(tl.int64) - first).to(tl.int32)
-    return first, length, length
+        first = sample.to(tl.int64) * 0
+    else:
+        first = tl.load(BOUNDS + sample).to(tl.int64)
+        queries = (tl.load(BOUNDS + sample + 1).to(tl.int64) - first).to(tl.int32)
+        keys = queries
+    return first, queries, keys
 
 
 @triton.jit
@@ -25,8 +27,10 @@ def load_tile(base, start, stride, rows, keep, D: tl.constexpr, BD: tl.constexpr
     columns = tl.arange(0, BD)
     pointers = base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if D == BD:
-        return tl.load(pointers, mask=keep[:, None], other=0.0)
-    return tl.load(pointers, mask=keep[:, None] & (columns < D)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=keep[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=keep[:, None] & (columns < D)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -43,8 +47,6 @@ def store_tile(base, start, stride, rows, keep, x, D: tl.constexpr, BD: tl.const
 def load_vector(base, D: tl.constexpr, BD: tl.constexpr):
     """A map's row (BD,) in float32."""
     columns = tl.arange(0, BD)
-    if D == BD:
-        return tl.load(base + columns).to(tl.float32)
     return tl.load(base + columns, mask=columns < D, other=0.0).to(tl.float32)
 
 
@@ -113,14 +115,14 @@ def query_range(first, last, queries, past, window, BM: tl.constexpr, CAUSAL: tl
 def bend(scores, softcap, SOFTCAP: tl.constexpr):
     """softcap · tanh(scores / softcap) where there is a softcap."""
     if SOFTCAP:
-        return softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
+        scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
     return scores
 
 
 @triton.jit
-def slope(bent, softcap, SOFTCAP: tl.constexpr):
-    """The derivative of ``bend`` from its result."""
+def unbend(gradient, bent, softcap, SOFTCAP: tl.constexpr):
+    """The gradient before ``bend`` from that of its result."""
     if SOFTCAP:
         ratio = bent / softcap
-        return 1.0 - ratio * ratio
-    return 1.0
+        gradient *= 1.0 - ratio * ratio
+    return gradient

@@ -21,25 +21,40 @@ class Tile(NamedTuple):
     stages: int
 
 
-# {kernel: {padded head width: tile}} for 16-bit types; float32 tensors take the tiles of ``WIDE``.
+# {kernel: {padded head width: tile}} for 16-bit types; narrower heads take the tile of 64.
 SM_80 = {
-    "forward": {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
-    "query": {32: Tile(128, 64, 8, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 8, 1)},
-    "key": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
+    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
+    "query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+    "key": {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
 }
 SM_90 = {
-    "forward": {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
-    "query": {32: Tile(128, 64, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
-    "key": {32: Tile(64, 64, 4, 2), 64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "query": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
+    "key": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(16, 32, 8, 2)},
 }
 GFX942 = {
-    "forward": {32: Tile(128, 64, 4, 1), 64: Tile(128, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
-    "query": {32: Tile(64, 64, 4, 1), 64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
-    "key": {32: Tile(64, 32, 4, 1), 64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "forward": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
+    "query": {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
+    "key": {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
 TILES = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_90, "gfx942": GFX942}
-WIDE = {32: Tile(64, 32, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 8, 1)}
-TOKEN = {32: Tile(64, 32, 4, 1), 64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)}
+# Under the gate 'token', and of float32 tensors (without tensor cores): one tile up to a head width of 128.
+TOKEN = {
+    "sm_80": Tile(64, 32, 8, 2),
+    "sm_90": Tile(64, 32, 8, 2),
+    "sm_100": Tile(64, 32, 8, 2),
+    "gfx942": Tile(32, 32, 4, 1),
+}
+WIDE = {
+    "sm_80": Tile(16, 16, 8, 2),
+    "sm_90": Tile(16, 16, 8, 2),
+    "sm_100": Tile(16, 16, 8, 2),
+    "gfx942": Tile(16, 16, 4, 1),
+}
+DECODE = Tile(16, 64, 4, 2)
+"""Of the decode kernel: its own rows are the heads of a group, at least 16."""
+PROGRAMS, MOST_SPLITS = 264, 64
+"""Decoding splits the keys until there are so many programs (two per SM of an H100), at most so often."""
 SCAN = 256
 """Tokens that a scan takes at a time."""
 
@@ -52,10 +67,9 @@ def tile_for(target: str, kernel: str, width: int, dtype: torch.dtype, token: bo
     """``width`` is the padded head width."""
     if target == "interpreter":
         return Tile(16, 16, 4, 1)
-    entry = max(width, 32)
     if dtype == torch.float32:
-        return WIDE[entry]
-    return TOKEN[entry] if token else TILES[target][kernel][entry]
+        return WIDE[target]
+    return TOKEN[target] if token else TILES[target][kernel][max(width, 64)]
 
 
 def target_of(device: torch.device) -> str:
