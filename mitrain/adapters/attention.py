@@ -1,8 +1,9 @@
 """Infused attention behind Hugging Face's attention interface.
 
 ``register`` offers every base implementation (``sdpa``, ``eager``) once more as ``infused_sdpa``, ``infused_eager``.
-Such a function is the base itself, except in a layer whose call carries an ``Infusion`` (put there by a hook): then
-it is the base on ``q ⊙ α``, followed by ``o ⊙ γ + δ``. Keys, values, masks and the KV cache stay the model's own.
+Such a function is the base itself, except in a layer whose call carries an ``Infusion`` (put there by a hook). There
+``infused_sdpa`` is the operator ``infused_attention``, and ``infused_eager`` is the model's own function on ``q ⊙ α``,
+followed by ``o ⊙ γ + δ``. Keys, values, masks and the KV cache stay the model's own.
 
 Shapes: B batch, H query heads, G key/value heads, T tokens (Tq queries, Tk keys), d head width, M modalities.
 """
@@ -14,12 +15,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from mitrain_kernels.infused_attention import folded_coefficients, infused_keys_values, keep_dead
+from mitrain_kernels.infused_attention import (
+    GateSums,
+    folded_coefficients,
+    infused_attention,
+    infused_keys_values,
+    keep_dead,
+)
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from mitrain.adapters.condition import Condition
-from mitrain.adapters.gate_cache import continued_sums, history
+from mitrain.adapters.gate_cache import GateHistory, continued_sums, history
 from mitrain.errors import ModelError
 
 BASES = ("sdpa", "eager")
@@ -55,16 +62,25 @@ class Infusion:
     cache: Cache | None
     layer_idx: int
     depth: int
+    backend: str = "auto"
     used: bool = False
+
+    def history(self, v: Tensor, new: int) -> tuple[GateHistory | None, GateSums | None]:
+        """The cache's entry for the gate, if there is one, and the sums before the ``new`` last tokens of v."""
+        if self.gate != "prefix" or self.cache is None:
+            return None, None
+        entry = history(self.cache, self.layer_idx, self.depth)
+        before = continued_sums(entry, self.cache, v, new, self.maps.v_add, self.padding, self.condition)
+        return entry, before
+
+    def valid(self, v: Tensor, tokens: int) -> Tensor | None:
+        """(B, tokens) bool for the last ``tokens`` of all tokens seen so far."""
+        return None if self.padding is None else self.padding[:, -tokens:].to(v.device)
 
     def coefficients(self, v: Tensor, new: int) -> tuple[Tensor, Tensor, Tensor]:
         """α, γ, δ (B, H, new or 1, d) for the ``new`` last tokens of v (B, G, T, d); the cache's sums move on."""
         maps = self.maps
-        padding = None if self.padding is None else self.padding[:, -new:].to(v.device)
-        entry = before = None
-        if self.gate == "prefix" and self.cache is not None:
-            entry = history(self.cache, self.layer_idx, self.depth)
-            before = continued_sums(entry, self.cache, v, new, maps.v_add, self.padding, self.condition)
+        entry, before = self.history(v, new)
         factors, sums = folded_coefficients(
             v[:, :, -new:],
             maps.k_mul,
@@ -74,7 +90,7 @@ class Infusion:
             present=maps.present,
             gate=self.gate,
             base=maps.base,
-            key_padding=padding,
+            key_padding=self.valid(v, new),
             before=before,
         )
         if entry is not None:
@@ -109,6 +125,8 @@ def infused_forward(
         return attend(module, query, key, value, attention_mask, **kwargs)
     check_call(infusion, query, value, kwargs)
     infusion.used = True
+    if base == "sdpa":
+        return by_operator(infusion, module, query, key, value, attention_mask, kwargs), None
     maps = infusion.maps
     if infusion.gate == "token":
         key, value = infused_keys_values(
@@ -130,6 +148,38 @@ def infused_forward(
     gamma, delta = (x.transpose(1, 2).to(output.dtype) for x in (gamma, delta))
     output = torch.addcmul(delta, output, gamma)
     return keep_dead(output, maps.k_add), weights
+
+
+def by_operator(
+    infusion: Infusion,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """The operator's output (B, Tq, H, d); ``mask`` is what transformers makes for SDPA, bool or None."""
+    entry, before = infusion.history(value, query.shape[2])
+    output = infused_attention(
+        query,
+        key,
+        value,
+        **infusion.maps._asdict(),
+        gate=infusion.gate,
+        key_padding=infusion.valid(value, value.shape[2]),
+        mask=mask,
+        causal=options.get("is_causal") if options.get("is_causal") is not None else module.is_causal,
+        window=options.get("sliding_window"),
+        scale=options.get("scaling"),
+        state_in=before,
+        return_state=entry is not None,
+        backend=infusion.backend,
+    )
+    if entry is not None:
+        output, sums = output
+        entry.append(sums, infusion.condition)
+    return output.transpose(1, 2).contiguous()
 
 
 def base_function(base: str, module: nn.Module) -> Callable:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from mitrain_kernels.infused_attention.backends import (
@@ -73,6 +74,7 @@ def infused_attention(
     Source: MiT, arXiv 2403.05060, Eq. 1-5; the folding is proved at ``infused_attention_folded``.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = autocast(q, k, v)
     maps = (k_mul, v_mul, v_add, head_logit)
     call = Call(
         q, k, v, *maps, k_add, present, gate, base, key_padding, mask, cu_seqlens, causal, window, softcap, scale,
@@ -82,6 +84,15 @@ def infused_attention(
     output, state = BACKENDS[choose(call, backend)](call)
     output = keep_dead(output, k_add) if call.k_add_is_dead else output
     return (output, state) if return_state else output
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast hands them to torch's own attention; the gate's arithmetic stays in float32."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in tensors)
 
 
 def choose(call: Call, backend: str) -> str:

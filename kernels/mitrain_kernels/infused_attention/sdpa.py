@@ -113,35 +113,32 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def forward(inputs: Sequence[Tensor], setting: Setting, before: GateSums | None, trains: bool) -> tuple[Tensor, ...]:
     """The output, plain attention's A and log-sum-exp, the gate's cosine and root, its sums (empty without a cosine).
 
-    inputs: q, k, v, k_mul, v_mul, v_add, head_logit, and a k_add that is dead here. trains: low precision is computed
-    in float32, and what a backward pass needs is returned (else A and the log-sum-exp are empty).
+    inputs: q, k, v, k_mul, v_mul, v_add, head_logit, and a k_add that is dead here. Attention itself runs in q's type,
+    everything around it in at least float32. trains: a backward pass needs A and the log-sum-exp (else they are empty).
     """
-    q, k, v, maps = prepared(inputs, wide=trains)
+    q, k, v, maps = prepared(inputs)
+    dtype, exact = k.dtype, maps.v_add.dtype
     sums = gate_sums(maps, v, q.shape[2], setting, before)
     gate = make_gate(maps, sums, setting, q.shape[2])
     g = visible(gate.value, setting)
-    if q.dtype != g.dtype:
-        g, maps = g.to(q.dtype), Maps(*(x.to(q.dtype) for x in maps))
     factor = weighted(g, maps.k_mul)
-    inner = scaled(q, factor, setting.base, out=factor if same_shape(factor, q) else None)
+    inner = scaled(q.to(exact), factor, setting.base, out=factor if same_shape(factor, q) else None)
     attended, logsumexp = getattr(torch.ops.aten, FLASH[0])(
-        inner, k, v, 0.0, setting.causal, attn_mask=additive(setting.mask, q.dtype), scale=setting.scale
+        inner.to(dtype), k, v, 0.0, setting.causal, attn_mask=additive(setting.mask, dtype), scale=setting.scale
     )
-    output = infuse_output(attended, g, maps, setting.base)
-    kept = [q.new_empty(0) for _ in range(3)] if sums is None else sums
-    dtype = inputs[0].dtype
-    attended = attended.to(dtype) if trains else q.new_empty(0, dtype=dtype)
-    return output.to(dtype), attended, logsumexp if trains else logsumexp.new_empty(0), gate.cosine, gate.root, *kept
+    output = infuse_output(attended.to(exact), g, maps, setting.base).to(dtype)
+    kept = [g.new_empty(0) for _ in range(3)] if sums is None else sums
+    attended = attended if trains else attended.new_empty(0)
+    return output, attended, logsumexp if trains else logsumexp.new_empty(0), gate.cosine, gate.root, *kept
 
 
-def prepared(inputs: Sequence[Tensor], wide: bool) -> tuple[Tensor, Tensor, Tensor, Maps]:
-    """q, k, v in the precision of the computation; the maps in at least float32."""
+def prepared(inputs: Sequence[Tensor], wide: bool = False) -> tuple[Tensor, Tensor, Tensor, Maps]:
+    """q, k, v, where ``wide`` in the precision of the maps, which is at least float32."""
     q, k, v, *maps, _ = inputs
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    if wide and dtype != q.dtype:
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-    q, k, v = rows(q), rows(k), rows(v)
-    return q, k, v, Maps(*(x if x.dtype == dtype else x.to(dtype) for x in maps))
+    exact = torch.promote_types(q.dtype, torch.float32)
+    if wide:
+        q, k, v = (x.to(exact) for x in (q, k, v))
+    return rows(q), rows(k), rows(v), Maps(*(x.to(exact) for x in maps))
 
 
 def rows(x: Tensor) -> Tensor:
@@ -168,11 +165,12 @@ def backward(
     continued: bool,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of the inputs, always computed in at least float32.
+    """The gradients of the inputs, computed in at least float32: torch's CPU operator is slow in bfloat16 (4.5 ×).
 
     kept: the gate's cosine and root, and its sums' square and count. continued: the sums went on from a state, so that
     only the queries' own values are in them. torch's operator has no use for ``needs``: it makes dK and dV in any case.
     """
+    dtype = inputs[0].dtype
     q, k, v, maps = prepared(inputs, wide=True)
     if upstream.dtype != q.dtype:
         upstream, attended, logsumexp = (x.to(q.dtype) for x in (upstream, attended, logsumexp))
@@ -188,9 +186,10 @@ def backward(
     outer_factor = weighted(g, maps.v_mul, out=scratch if g.shape[-1] == q.shape[2] and len(g) else None)
     inward = scaled(upstream, outer_factor, setting.base, out=torch.empty_like(attended))
     inner_factor = weighted(g, maps.k_mul)
+    inner = scaled(q, inner_factor, setting.base, out=scratch)
     dinner, dk, dv = getattr(torch.ops.aten, FLASH[1])(
         rows(inward),
-        scaled(q, inner_factor, setting.base, out=scratch),
+        inner if dtype == q.dtype else inner.to(dtype).to(q.dtype),  # as the forward pass rounded it
         k,
         v,
         attended,
