@@ -130,7 +130,8 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
     device = torch.device("meta") if empty else text.device
     with torch.device(device):
         adapter = adapters.build(config.adapter, {"image": width})
-        adapter.attach({"text": text.model}, checkpoint=config.train.checkpoint_activations)
+        backend = config.kernels.backend
+        adapter.attach({"text": text.model}, checkpoint=config.train.checkpoint_activations, backend=backend)
         states = TextStates(text, adapter.first_layer("text"), None if empty else cache_root(config))
         task = build_task(config, Parts(text, adapter, states), encoders)
     return Model(config, text, encoders, adapter, FeatureNorm(width, config.features), task, states)

@@ -10,6 +10,7 @@ import mitrain.data.sources
 import mitrain.tasks.answer
 import mitrain.tasks.segment  # noqa: F401 - importing a section's module makes its name known
 from mitrain import config
+from mitrain.adapters.kernels import KernelConfig
 from mitrain.backbones import ModelConfig
 from mitrain.config import Section
 from mitrain.engine import OptimizerConfig
@@ -57,6 +58,7 @@ class RunConfig(Section):
     task: SerializeAsAny[Section]
     data: SerializeAsAny[Section]
     train: TrainConfig = TrainConfig()
+    kernels: KernelConfig = KernelConfig()
     cache: bool = True
     wandb: WandbConfig = WandbConfig()
 

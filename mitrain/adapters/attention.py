@@ -161,21 +161,25 @@ def by_operator(
 ) -> Tensor:
     """The operator's output (B, Tq, H, d); ``mask`` is what transformers makes for SDPA, bool or None."""
     entry, before = infusion.history(value, query.shape[2])
-    output = infused_attention(
-        query,
-        key,
-        value,
-        **infusion.maps._asdict(),
-        gate=infusion.gate,
-        key_padding=infusion.valid(value, value.shape[2]),
-        mask=mask,
-        causal=options.get("is_causal") if options.get("is_causal") is not None else module.is_causal,
-        window=options.get("sliding_window"),
-        scale=options.get("scaling"),
-        state_in=before,
-        return_state=entry is not None,
-        backend=infusion.backend,
-    )
+    causal = options.get("is_causal")
+    try:
+        output = infused_attention(
+            query,
+            key,
+            value,
+            **infusion.maps._asdict(),
+            gate=infusion.gate,
+            key_padding=infusion.valid(value, value.shape[2]),
+            mask=mask,
+            causal=module.is_causal if causal is None else causal,
+            window=options.get("sliding_window"),
+            scale=options.get("scaling"),
+            state_in=before,
+            return_state=entry is not None,
+            backend=infusion.backend,
+        )
+    except ValueError as error:
+        raise ModelError(f"layer {infusion.layer_idx}: {error} (in a configuration: kernels.backend=auto)") from None
     if entry is not None:
         output, sums = output
         entry.append(sums, infusion.condition)

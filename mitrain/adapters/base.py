@@ -42,6 +42,7 @@ class Adapter(nn.Module, ABC):
         self._undo = contextlib.ExitStack()
         self._conditions: list[Condition | None] = []
         self._keyword: Any = _NOT_GIVEN
+        self.backend = "auto"
 
     # What a method implements
 
@@ -83,10 +84,12 @@ class Adapter(nn.Module, ABC):
 
     # What every method inherits
 
-    def attach(self, backbones: Mapping[str, PreTrainedModel], checkpoint: bool = False) -> "Adapter":
+    def attach(
+        self, backbones: Mapping[str, PreTrainedModel], checkpoint: bool = False, backend: str = "auto"
+    ) -> "Adapter":
         """Freeze ``backbones`` and install the adapter in them; on an error they are left as they were.
 
-        checkpoint: activation checkpointing of the layers that the adapter changes.
+        checkpoint: activation checkpointing of the layers that the adapter changes. backend: see ``KernelConfig``.
         """
         if self._backbones:
             raise ModelError(f"this {self.method} adapter is attached already: call detach() first")
@@ -95,6 +98,7 @@ class Adapter(nn.Module, ABC):
                 raise ModelError(
                     f"the {name} model has a {self.method} adapter (or attribute) already: detach it first"
                 )
+        self.backend = backend
         try:
             for backbone in backbones.values():
                 self._freeze(backbone)

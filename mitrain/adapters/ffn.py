@@ -14,6 +14,7 @@ from mitrain_kernels.infused_swiglu import infused_swiglu
 from torch import Tensor, nn
 
 from mitrain.adapters.decoder import FEED_FORWARDS
+from mitrain.adapters.kernels import feed_forward_backend
 
 Factor = Callable[[], Tensor | None]
 """f of the running forward pass, (B, d_ff); None where nothing is bound."""
@@ -23,10 +24,10 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 class InfusedFeedForward(nn.Module):
     """Stands in a layer for its SiLU-gated ``block``, whose projections, hooks and attributes it shares by name."""
 
-    def __init__(self, block: nn.Module, factor: Factor):
+    def __init__(self, block: nn.Module, factor: Factor, backend: str = "auto"):
         super().__init__()
         self.__dict__.update(block.__dict__)  # the block's own dictionaries of submodules and hooks, not copies
-        self.__dict__.update(_block=block, _factor=factor)
+        self.__dict__.update(_block=block, _factor=factor, _backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
         factor = self._factor()
@@ -34,19 +35,21 @@ class InfusedFeedForward(nn.Module):
             return self._block.forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         shape = (len(factor), -1, gate.shape[-1])
-        hidden = infused_swiglu(gate.reshape(shape), up.reshape(shape), factor.to(gate.device))
+        hidden = infused_swiglu(gate.reshape(shape), up.reshape(shape), factor.to(gate.device), backend=self._backend)
         return self.down_proj(hidden.reshape(gate.shape))
 
 
-def infuse(layer: nn.Module, projection: nn.Module, factor: Factor, dtype: torch.dtype) -> Callable[[], None]:
+def infuse(
+    layer: nn.Module, projection: nn.Module, factor: Factor, dtype: torch.dtype, backend: str = "auto"
+) -> Callable[[], None]:
     """Multiply what enters ``projection``, the last of ``layer``'s feed-forward, by ``factor()``; returns the undoing.
 
-    dtype: of the model's activations.
+    dtype: of the model's activations. backend: of infused attention; the feed-forward's follows.
     """
     for name in FEED_FORWARDS:
         block = getattr(layer, name, None) if name else None
         if block is not None and getattr(block, "down_proj", None) is projection and is_swiglu(block, dtype):
-            setattr(layer, name, InfusedFeedForward(block, factor))
+            setattr(layer, name, InfusedFeedForward(block, factor, feed_forward_backend(backend)))
             return lambda: setattr(layer, name, block)
 
     def multiply(module: nn.Module, args: tuple) -> tuple | None:

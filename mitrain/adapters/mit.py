@@ -97,7 +97,7 @@ class MiT(Adapter):
             self.undo(point.attention.register_forward_hook(check_used, with_kwargs=True).remove)
             if point.projection is not None:
                 layer, factor = decoder.layers[point.index], partial(self._ffn_factor, point.index)
-                self.undo(ffn.infuse(layer, point.projection, factor, decoder.model.dtype))
+                self.undo(ffn.infuse(layer, point.projection, factor, decoder.model.dtype, self.backend))
         self._decoder = decoder
         self.undo(self.set_checkpointing, False)
 
@@ -217,6 +217,7 @@ class MiT(Adapter):
             cache=cache,
             layer_idx=index,
             depth=len(self._decoder.layers),
+            backend=self.backend,
         )
         return args, {**kwargs, "infusion": infusion}
 
@@ -260,12 +261,12 @@ def check_attention_base(decoder: Decoder, config: MiTConfig) -> None:
             )
 
 
-def attach(model: PreTrainedModel, config: MiTConfig) -> MiT:
+def attach(model: PreTrainedModel, config: MiTConfig, backend: str = "auto") -> MiT:
     """Freeze ``model`` and attach a new MiT to it; undo with the returned adapter's ``detach()``.
 
     The features of a pass come by ``mit.bind({"image": x})`` or as the keyword ``model(..., infused={"image": x})``.
     Raises ModelError, in one line, for what cannot be infused.
     """
     adapter = MiT(config)
-    adapter.attach({"text": model})
+    adapter.attach({"text": model}, backend=backend)
     return adapter
