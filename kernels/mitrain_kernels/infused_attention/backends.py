@@ -62,7 +62,7 @@ def run_sdpa(call: Call) -> Result:
     if mask is None and (call.key_padding is not None or call.window is not None or (call.causal and 1 < tq < tk)):
         mask = visible_keys(call.q, call.k, call.key_padding, call.causal, call.window)
     sees = rows_that_see(tq, tk, call.key_padding, call.causal, call.window)
-    return run_operator(call, "sdpa", mask, call.causal and mask is None and tq > 1, sees)
+    return run_operator(call, "sdpa", mask, call.causal and mask is None and bool(tq > 1), sees)
 
 
 def new_sums(call: Call) -> GateSums:

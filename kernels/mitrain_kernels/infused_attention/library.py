@@ -63,7 +63,7 @@ forward_op = torch.library.custom_op(NAME, forward_now, mutates_args=())
 @forward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     q, k, v_mul, head_logit = (arguments[i] for i in (0, 1, 4, 6))
-    continued, (kind, _, _, trains) = arguments[EXTRA.stop] is not None, arguments[KIND:]
+    continued, (kind, _, backend, trains) = arguments[EXTRA.stop] is not None, arguments[KIND:]
     (B, H, Tq, d), (_, G, Tk, _), M = q.shape, k.shape, len(head_logit)
     exact = torch.promote_types(q.dtype, torch.float32)
     tokens = {"sequence": 1, "prefix": Tq if continued else Tk, "token": Tk}.get(kind)
@@ -71,9 +71,12 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     gates = (M, batch, H, Tq if kind == "prefix" else tokens)
     sums = [gates, gates, (M, batch, H, tokens), (batch, G, tokens), (batch, tokens)]
     sums = [(0,)] * 5 if tokens is None else sums
-    kept = [q.new_empty(B, Tq, H, d).transpose(1, 2), q.new_empty(B, H, Tq, dtype=exact)]
-    kept = kept if trains else [q.new_empty(0), q.new_empty(0, dtype=exact)]
-    return q.new_empty(B, Tq, H, d).transpose(1, 2), *kept, *(q.new_empty(s, dtype=exact) for s in sums)
+    if backend == "triton":
+        output, logsumexp = q.new_empty(B, Tq, H, d).transpose(1, 2), q.new_empty(B, H, Tq, dtype=exact)
+    else:
+        output, logsumexp = sdpa.like_results(q, M, kind)
+    kept = [torch.empty_like(output), logsumexp] if trains else [q.new_empty(0), q.new_empty(0, dtype=exact)]
+    return output, *kept, *(q.new_empty(s, dtype=exact) for s in sums)
 
 
 def backward_now(
@@ -93,6 +96,7 @@ def backward_now(
     setting = unpack(kind, extra, numbers)
     with torch.autocast(upstream.device.type, enabled=False):
         found = BACKENDS[backend].backward(upstream, inputs, setting, attended, logsumexp, kept, continued, needs)
+    found = [*found[:3], *(g if g is None else g.contiguous() for g in found[3:])]
     return [g.to(x.dtype) if n else upstream.new_empty(0) for g, x, n in zip(found, inputs, needs, strict=True)]
 
 
@@ -101,7 +105,10 @@ backward_op = torch.library.custom_op(NAME + "_backward", backward_now, mutates_
 
 @backward_op.register_fake
 def _(upstream, inputs, attended, logsumexp, kept, extra, kind, numbers, backend, continued, needs) -> list[Tensor]:
-    return [torch.empty_like(x) if n else upstream.new_empty(0) for x, n in zip(inputs, needs, strict=True)]
+    tokens_first = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in inputs[:3]]
+    maps = [x if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[3:]]
+    found = [x.transpose(1, 2) for x in tokens_first] + maps
+    return [g if n else upstream.new_empty(0) for g, n in zip(found, needs, strict=True)]
 
 
 def pack(setting: Setting) -> tuple[list[Tensor | None], list[float]]:
@@ -137,7 +144,21 @@ def differentiate(ctx: Any, upstream: Tensor | None, *_: Any, backward: Callable
     inputs, (attended, logsumexp, *kept) = list(saved[:INPUTS]), saved[INPUTS:KEPT]
     rest = (list(saved[KEPT:]), ctx.kind, ctx.numbers, ctx.backend, ctx.continued, needs)
     found = backward(upstream, inputs, attended, logsumexp, kept, *rest)
+    if torch.is_grad_enabled():
+        found = Final.apply(upstream.new_empty(0).requires_grad_(), *found)
     return *(g if n else None for g, n in zip(found, needs, strict=True)), *ctx.nothing
+
+
+class Final(torch.autograd.Function):
+    """Gradients that cannot be differentiated again. Without it a second derivative would be missing in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        refuse(ctx)
 
 
 class Recorded(torch.autograd.Function):

@@ -99,7 +99,8 @@ def choose(call: Call, backend: str) -> str:
     """The backend's name; ValueError where the one asked for cannot do it."""
     if backend == "auto":
         name, reason = automatic(call)
-        say_once(name, reason)
+        if not torch.compiler.is_compiling():
+            say_once(name, reason)
         return name
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: choose one of auto, {', '.join(BACKENDS)}")

@@ -132,6 +132,14 @@ def forward(inputs: Sequence[Tensor], setting: Setting, before: GateSums | None,
     return output, attended, logsumexp if trains else logsumexp.new_empty(0), gate.cosine, gate.root, *kept
 
 
+def like_results(q: Tensor, modalities: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Empty tensors in the layouts of the output, which is that of q ⊙ α, and of the log-sum-exp."""
+    (B, H, T, _), exact = q.shape, torch.promote_types(q.dtype, torch.float32)
+    own = modalities > 0 and (kind == "prefix" or T == 1)
+    output = q.new_empty(q.shape) if own else torch.empty_like(rows(q))
+    return output, q.new_empty(B, T, H, dtype=exact).transpose(1, 2)
+
+
 def prepared(inputs: Sequence[Tensor], wide: bool = False) -> tuple[Tensor, Tensor, Tensor, Maps]:
     """q, k, v, where ``wide`` in the precision of the maps, which is at least float32."""
     q, k, v, *maps, _ = inputs

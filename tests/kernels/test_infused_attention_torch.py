@@ -1,0 +1,243 @@
+"""``infused_attention`` among torch's own machinery: autocast, checkpointing, compile, export, and what is saved."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import GATES, NAMES, Case, assert_right, frozen, largest, make, run, some, upstream_of
+from mitrain_kernels.infused_attention import backends, infused_attention, library
+from mitrain_kernels.infused_attention.call import Setting
+from torch.utils.checkpoint import checkpoint
+
+FOLDING = tuple(gate for gate in GATES if gate != "token")
+OPS = torch.ops.mitrain_kernels
+SOME = [Case(gate) for gate in GATES] + [
+    Case(tq=4, padding="all", present=True, base="mixed"),
+    Case("sequence", M=0),
+    Case("token", k_add=True, padding="left"),
+    Case(window=3, G=4),
+]
+
+
+# What is kept for backward
+
+
+def saved_bytes(function, inputs):
+    """Bytes of the storages that backward will read, the inputs' included."""
+    sizes = {}
+
+    def keep(x):
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        output = function(**inputs)
+    assert output.grad_fn is not None
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [128, 512])
+@pytest.mark.parametrize("gate", FOLDING)
+def test_little_more_is_saved_than_by_plain_attention(gate, tokens, dtype):
+    inputs, options = make(Case(gate, M=1, B=4, H=9, G=3, d=64, tk=tokens), dtype)
+    plain = saved_bytes(
+        lambda q, k, v, **_: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), inputs
+    )
+    for backend in ("sdpa", "auto"):
+        assert saved_bytes(lambda **i: infused_attention(**i, **options, backend=backend), inputs) <= 1.05 * plain
+
+
+@pytest.mark.parametrize("gate", FOLDING)
+def test_the_masks_of_a_padded_batch_are_all_that_is_added(gate):
+    inputs, options = make(Case(gate, M=1, B=2, H=8, G=2, d=64, tk=64), torch.float32)
+    valid = torch.ones(2, 64, dtype=torch.bool)
+    plain = saved_bytes(lambda **i: infused_attention(**i, **options, backend="sdpa"), inputs)
+    padded = saved_bytes(lambda **i: infused_attention(**i, **options, key_padding=valid, backend="sdpa"), inputs)
+    assert padded <= plain + 2 * 64 * 64 + 2 * (2 * 64) + 8 * 64
+
+
+# The gradient's ways
+
+
+@some(SOME)
+def test_under_activation_checkpointing(case):
+    inputs, options = make(case)
+
+    def layer(*tensors):
+        return infused_attention(**dict(zip(inputs, tensors, strict=True)), **options, backend="sdpa")
+
+    straight = run(infused_attention, inputs, upstream_of(inputs), **options, backend="sdpa")
+    again = run(lambda **i: checkpoint(layer, *i.values(), use_reentrant=False), inputs, upstream_of(inputs))
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+@pytest.mark.parametrize("gate", FOLDING)
+def test_a_second_derivative_is_refused(gate):
+    inputs, options = make(Case(gate))
+    output = infused_attention(**inputs, **options, backend="sdpa")
+    (gradient,) = torch.autograd.grad(output.sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="use backend='reference' for second derivatives") as caught:
+        gradient.sum().backward()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_reference_has_a_second_derivative():
+    inputs, options = make(Case(B=1, H=2, G=1, tk=3, d=2))
+    names = [n for n in inputs if n != "head_logit"]
+
+    def attend(*tensors):
+        own = inputs | dict(zip(names, tensors, strict=True))
+        return infused_attention(**own, **options, backend="reference")
+
+    assert torch.autograd.gradgradcheck(attend, [inputs[n] for n in names])
+
+
+@pytest.mark.parametrize("asked", [NAMES[:1], NAMES[2:3], NAMES[3:], NAMES[3:4], NAMES[6:], NAMES[::2]])
+def test_only_the_gradients_asked_for_leave_the_operator(asked, monkeypatch):
+    inputs, options = make(Case())
+    inputs = frozen(inputs, *set(NAMES) - set(asked))
+    returned, backward = [], library.backward_now
+    monkeypatch.setattr(library, "backward_now", lambda *a: returned.append(backward(*a)) or returned[-1])
+    got = run(infused_attention, inputs, upstream_of(inputs), **options, backend="sdpa")
+    assert set(got) == {"output", *asked}
+    assert [x.numel() > 0 for x in returned[0]] == [name in asked for name in (*NAMES, "k_add")]
+    assert_right(got, inputs, upstream_of(inputs), **options)
+
+
+def test_nothing_happens_without_an_upstream_gradient():
+    inputs, options = make(Case())
+    output, state = infused_attention(**inputs, **options, return_state=True, backend="sdpa")
+    assert output.requires_grad and not any(x.requires_grad for x in state)
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "auto"])
+@some([case for case in SOME if case.gate != "token"])
+def test_autocast_leaves_the_arithmetic_alone(case, backend):
+    inputs, options = make(case, torch.float32)
+    straight = run(infused_attention, inputs, upstream_of(inputs), **options, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(infused_attention, inputs, upstream_of(inputs), **options, backend=backend)
+    assert all(torch.equal(straight[name], cast[name]) for name in straight)
+
+
+@some(SOME)
+def test_autocast_activations_meet_maps_in_float32(case):
+    inputs, options = make(case, torch.float32)
+    low = {n: x.detach().bfloat16().requires_grad_() if n in "qkv" else x for n, x in inputs.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        output = infused_attention(**low, **options)
+    assert output.dtype == torch.bfloat16
+    got = {"output": output.detach()}
+    asked = torch.autograd.grad(output, list(low.values()), upstream_of(low), allow_unused=True)
+    got |= {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(low.items(), asked, strict=True)}
+    assert_right(got, low, upstream_of(low), **options)
+
+
+# One operator for torch
+
+
+def arguments(case, trains=True, state=None, dtype=torch.float64):
+    """Those of the operator for the CPU's own path."""
+    found = []
+    inputs, options = make(case, dtype)
+    patched = pytest.MonkeyPatch()
+    apply = library.apply
+    patched.setattr(library, "apply", lambda *a, trains: found.append(a) or apply(*a, trains=trains))
+    infused_attention(**inputs, **options, backend="sdpa", state_in=state)
+    patched.undo()
+    return found[0]
+
+
+@some(
+    [case for case in SOME if case.gate != "token"]
+    + [Case("head", M=0, padding="left"), Case("none", layout="tokens first"), Case("prefix", layout="tokens first")]
+    + [Case("sequence", layout="columns", base=0), Case("sequence", tq=1)]
+)
+def test_the_operators_keep_torchs_rules(case):
+    given = arguments(case)
+    torch.library.opcheck(OPS.infused_attention.default, given)
+    still = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
+    torch.library.opcheck(OPS.infused_attention.default, (*still[:-1], False))
+    output, *saved, dot, square, count = OPS.infused_attention.default(*still)
+    attended, logsumexp, cosine, root = saved
+    kept = [cosine, root, square, count]
+    for needs in ([True] * 7 + [False], [False, False, False, True, False, True, True, False]):
+        rest = (still[: library.INPUTS], attended, logsumexp, kept, still[library.EXTRA], *still[library.KIND :][:3])
+        torch.library.opcheck(OPS.infused_attention_backward.default, (torch.ones_like(output), *rest, False, needs))
+
+
+def test_the_operators_keep_torchs_rules_with_a_state():
+    inputs, _ = make(Case(tq=3))
+    with torch.no_grad():
+        _, state = infused_attention(**{n: x[:, :, :6] if n in "kv" else x for n, x in inputs.items()},
+                                     return_state=True, backend="sdpa")  # fmt: skip
+    torch.library.opcheck(OPS.infused_attention.default, arguments(Case(tq=3), state=state.last()))
+
+
+def names_of(graph):
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "auto"])
+@some([case for case in SOME if case.gate != "token"])
+def test_compiled_it_is_one_node(case, backend):
+    seen = []
+
+    def look(graph, _):
+        seen.append(names_of(graph.graph))
+        return graph.forward
+
+    torch.compiler.reset()
+    inputs, options = make(case)
+    for compiler in (look, "aot_eager"):
+        compiled = torch.compile(infused_attention, backend=compiler, fullgraph=True)
+        got = run(compiled, inputs, upstream_of(inputs), **options, backend=backend)
+        assert_right(got, inputs, upstream_of(inputs), **options)
+    assert [name for name in seen[0] if "infused" in name] == ["mitrain_kernels.infused_attention.default"]
+    assert not [name for name in seen[0] if "matmul" in name or "softmax" in name]
+    torch.compiler.reset()
+
+
+def test_compiled_for_any_number_of_tokens():
+    torch.compiler.reset()
+    compiled = torch.compile(infused_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (9, 12, 17):
+        inputs, options = make(Case(tk=tokens, padding="left"))
+        got = run(compiled, inputs, upstream_of(inputs), **options, backend="sdpa")
+        assert_right(got, inputs, upstream_of(inputs), **options)
+    torch.compiler.reset()
+
+
+def test_exported_it_is_one_node():
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v, k_mul, v_mul, v_add, head_logit):
+            return infused_attention(q, k, v, k_mul, v_mul, v_add, head_logit, backend="sdpa")
+
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    shapes = {name: {2: tokens} if name in "qkv" else None for name in NAMES}
+    given = tuple(x.detach() for x in make(Case())[0].values())
+    program = torch.export.export(Module(), given, dynamic_shapes=shapes)
+    longer = tuple(x.detach() for x in make(Case(tk=13))[0].values())
+    assert largest(program.module()(*longer) - infused_attention(*longer, backend="sdpa")) == 0.0
+    assert sum("infused_attention" in name for name in names_of(program.graph)) == 1
+
+
+def test_a_setting_survives_packing():
+    valid, base = torch.ones(2, 9, dtype=torch.bool), torch.tensor([0, 1])
+    for own in (base, 0.0, 1.0):
+        setting = Setting("prefix", own, valid, None, None, None, None, True, 3, None, 0.5, 1e-6)
+        assert library.unpack("prefix", *library.pack(setting)) == setting
+
+
+def test_an_unknown_torch_is_noticed(monkeypatch):
+    from mitrain_kernels.infused_attention import sdpa
+
+    assert backends.FLASH_IS_KNOWN and sdpa.flash_is_known()
+    monkeypatch.setitem(sdpa.FLASH_SCHEMAS, sdpa.FLASH[1], "grad_out query key value")
+    assert not sdpa.flash_is_known()
+    monkeypatch.undo()
+    monkeypatch.setitem(sdpa.FLASH_SCHEMAS, "_no_such_operator", "query")
+    assert not sdpa.flash_is_known()
