@@ -77,7 +77,7 @@ def token_sums(v: Tensor, v_add: Tensor, valid: Tensor | None) -> GateSums:
     (B, G, T, _), (M, _, H, _) = v.shape, v_add.shape
     v, v_add = wide(v), wide(v_add)
     dot = by_modality(by_group(v_add, G) @ v.mT, M, H)
-    square = torch.linalg.vecdot(v, v)
+    square = torch.linalg.vector_norm(v, dim=-1).square()
     if valid is None:
         return GateSums(dot, square, square.new_ones(B, T))
     hidden = ~valid[:, None]

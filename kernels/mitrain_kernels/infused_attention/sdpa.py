@@ -33,6 +33,7 @@ from mitrain_kernels.infused_attention.gate import (
     same_gate,
     whole_sums,
 )
+from mitrain_kernels.infused_attention.workspace import workspace
 
 FLASH = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
 FLASH_SCHEMAS = {
@@ -121,7 +122,7 @@ def forward(inputs: Sequence[Tensor], setting: Setting, before: GateSums | None,
     sums = gate_sums(maps, v, q.shape[2], setting, before)
     gate = make_gate(maps, sums, setting, q.shape[2])
     g = visible(gate.value, setting)
-    factor = weighted(g, maps.k_mul)
+    factor = weighted(g, maps.k_mul, out=workspace.take("factor", g, q.shape) if g.shape[-1] == q.shape[2] else None)
     inner = scaled(q.to(exact), factor, setting.base, out=factor if same_shape(factor, q) else None)
     attended, logsumexp = getattr(torch.ops.aten, FLASH[0])(
         inner.to(dtype), k, v, 0.0, setting.causal, attn_mask=additive(setting.mask, dtype), scale=setting.scale
@@ -152,6 +153,12 @@ def prepared(inputs: Sequence[Tensor], wide: bool = False) -> tuple[Tensor, Tens
 def rows(x: Tensor) -> Tensor:
     """x with adjacent columns, which torch's flash operators take for granted."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def token_major(x: Tensor) -> Tensor:
+    """Scratch (B, H, T, d) that lies in memory as (B, T, H, d): torch's operator copies any other upstream gradient."""
+    B, H, T, d = x.shape
+    return workspace.take("upstream", x, (B, T, H, d)).transpose(1, 2)
 
 
 def infuse_output(attended: Tensor, gate: Tensor, maps: Maps, base: Tensor | float) -> Tensor:
@@ -190,13 +197,14 @@ def backward(
         else make_gate(maps, None, setting, q.shape[2])
     )
     g = visible(gate.value, setting)
-    scratch = q.new_empty(q.shape)  # serves γ, then q', then the products that are reduced
-    outer_factor = weighted(g, maps.v_mul, out=scratch if g.shape[-1] == q.shape[2] and len(g) else None)
-    inward = scaled(upstream, outer_factor, setting.base, out=torch.empty_like(attended))
-    inner_factor = weighted(g, maps.k_mul)
+    scratch = workspace.take("product", q, q.shape)  # serves γ, then q', then the products that are reduced
+    each = g.shape[-1] == q.shape[2]
+    outer_factor = weighted(g, maps.v_mul, out=scratch if each else None)
+    inward = scaled(upstream, outer_factor, setting.base, out=token_major(q))
+    inner_factor = weighted(g, maps.k_mul, out=workspace.take("factor", q, q.shape) if each else None)
     inner = scaled(q, inner_factor, setting.base, out=scratch)
     dinner, dk, dv = getattr(torch.ops.aten, FLASH[1])(
-        rows(inward),
+        inward,
         inner if dtype == q.dtype else inner.to(dtype).to(q.dtype),  # as the forward pass rounded it
         k,
         v,
