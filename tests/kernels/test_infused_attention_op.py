@@ -222,7 +222,7 @@ def test_a_state_remembers_values_that_are_gone(flash, monkeypatch):
 def test_gradients_of_a_continued_pass(padding, flash, monkeypatch):
     monkeypatch.setattr(backends, "FLASH_IS_KNOWN", flash)
     inputs, options = make(Case(tq=3, padding=padding))
-    valid, M = options.get("key_padding"), 2
+    valid = options.get("key_padding")
     with torch.no_grad():
         _, state = infused_attention(
             **{n: x[:, :, :6] if n in ("k", "v") else x for n, x in inputs.items()},
@@ -231,7 +231,6 @@ def test_gradients_of_a_continued_pass(padding, flash, monkeypatch):
     upstream = upstream_of(inputs)
     got = run(infused_attention, inputs, upstream, state_in=state.last(), backend="sdpa", **options)
     expected = run(continued, inputs, upstream, state=state.last(), **options)
-    assert M == len(inputs["v_add"])
     for name in expected:
         assert largest(got[name] - expected[name]) < 1e-11 * max(1, largest(expected[name])), name
 
