@@ -291,18 +291,17 @@ class Memory:
 def frozen_bytes(split: Split, precision: str, other: str = "bf16", stage: int = 0, world: int = 1) -> int:
     """Bytes per rank of frozen weights: whole on every rank up to ZeRO stage 2, 1/world at stage 3.
 
-    Low-bit formats hold the projections only, the rest stays in the float format ``other``. int8 has a scale per row;
-    nf4 one per block of 64 weights, which quantisers keep outside the parameters: it is not sharded.
+    Low-bit formats (`mitrain.quant`) hold the matrices, the rest stays in the float format ``other``. int8 has a step
+    per row, nf4 one per block of 64 weights; the steps are sharded like the payload.
     """
-    replicated = 0
     if precision == "int8":
-        sharded = split.linear + SCALE_BYTES * split.rows + float_bytes(other) * split.other
+        size = split.linear + SCALE_BYTES * split.rows + float_bytes(other) * split.other
     elif precision == "nf4":
-        sharded = ceil(split.linear / 2) + float_bytes(other) * split.other
-        replicated = SCALE_BYTES * ceil(split.linear / NF4_BLOCK)
+        steps = SCALE_BYTES * ceil(split.linear / NF4_BLOCK)
+        size = ceil(split.linear / 2) + steps + float_bytes(other) * split.other
     else:
-        sharded = float_bytes(precision) * (split.linear + split.other)
-    return share(sharded, check_stage(stage) == 3, world) + replicated
+        size = float_bytes(precision) * (split.linear + split.other)
+    return share(size, check_stage(stage) == 3, world)
 
 
 def training_memory(trainable: int, frozen: int = 0, precision: str = "fp32", stage: int = 0, world: int = 1) -> Memory:

@@ -6,18 +6,22 @@ Everything is built on torch's meta device, so counts come from the very modules
 
 from dataclasses import asdict, dataclass
 
-from mitrain import costs, hf
+from mitrain import costs, hf, quant
 from mitrain.errors import ConfigError
 from mitrain.model import Model, build
 from mitrain.schema import RunConfig
 from mitrain.tasks.segment import SegmentTask
 
 TOKENS = 64
+ORDER = ("fp32", "bf16", "fp16", "int8", "nf4")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts of parameters, and estimated bytes per rank by ZeRO stage."""
+    """Counts of parameters, and estimated bytes per rank by ZeRO stage.
+
+    ``bytes_per_rank`` is the configured precision's; ``bytes_by_precision`` has the others beside it.
+    """
 
     trainable_parameters: int
     frozen_parameters: int
@@ -26,7 +30,9 @@ class Plan:
     infused_layers: list[int]
     head_parameters: int
     share: float
+    precision: str
     bytes_per_rank: dict[str, int]
+    bytes_by_precision: dict[str, dict[str, int]]
     activation_bytes_per_sample: int
     largest_batch: int
     tokens_assumed: int
@@ -48,10 +54,13 @@ class Plan:
             f"  task head               {count(self.head_parameters)}",
             f"frozen parameters         {count(self.frozen_parameters)}",
             f"infused layers            {', '.join(map(str, self.infused_layers)) or 'none'}",
-            f"bytes per rank, {self.ranks} rank(s), weights + gradients + optimizer:",
+            f"GiB per rank, {self.ranks} rank(s), weights + gradients + optimizer; * is configured:",
+            "    frozen in " + "".join(f"{f'ZeRO {stage}':>11}" for stage in self.bytes_per_rank),
         ]
         lines += [
-            f"  ZeRO {stage}                  {size / 2**30:8.2f} GiB" for stage, size in self.bytes_per_rank.items()
+            f"  {'*' if name == self.precision else ' '} {name:9} "
+            + "".join(f"{size / 2**30:11.2f}" for size in sizes.values())
+            for name, sizes in self.bytes_by_precision.items()
         ]
         lines += [
             f"activations per sample    {self.activation_bytes_per_sample / 2**20:8.1f} MiB"
@@ -70,10 +79,10 @@ def dry_run(config: RunConfig, *, memory_gb: float, ranks: int, tokens: int = TO
     adapter, head = hf.count_parameters(model.adapter), hf.count_parameters(model.task)
     frozen = hf.count_parameters(model.text.model) - adapter + sum(hf.count_parameters(e.model) for e in model.encoders)
     layers = list(getattr(model.adapter, "layers", ()))
-    size = costs.float_bytes(config.model.dtype)
-    stages = {
-        str(s): costs.training_memory(adapter + head, frozen_size(frozen * size, s, ranks), "fp32", s, ranks).total
-        for s in range(4)
+    precision = config.model.dtype if config.model.quantize == "none" else quant.storage(config.model.quantize)
+    sizes = {
+        name: stage_bytes(adapter + head, frozen_bytes(config, model, frozen, name), ranks)
+        for name in sorted({"fp32", "bf16", "int8", "nf4", precision}, key=ORDER.index)
     }
     per_sample = activations(config, model, tokens)
     budget = int(memory_gb * 2**30)
@@ -85,9 +94,11 @@ def dry_run(config: RunConfig, *, memory_gb: float, ranks: int, tokens: int = TO
         infused_layers=layers,
         head_parameters=head,
         share=(adapter + head) / frozen,
-        bytes_per_rank=stages,
+        precision=precision,
+        bytes_per_rank=sizes[precision],
+        bytes_by_precision=sizes,
         activation_bytes_per_sample=per_sample,
-        largest_batch=costs.largest_batch(budget, stages["0"], per_sample),
+        largest_batch=costs.largest_batch(budget, sizes[precision]["0"], per_sample),
         tokens_assumed=tokens,
         memory_bytes=budget,
         ranks=ranks,
@@ -95,8 +106,19 @@ def dry_run(config: RunConfig, *, memory_gb: float, ranks: int, tokens: int = TO
     )
 
 
-def frozen_size(size: int, stage: int, ranks: int) -> int:
-    return costs.share(size, stage == 3, ranks)
+def stage_bytes(trainable: int, frozen: int, ranks: int) -> dict[str, int]:
+    """Bytes per rank by ZeRO stage, of ``trainable`` parameters and ``frozen`` bytes, which stage 3 shards."""
+    shares = {str(stage): costs.share(frozen, stage == 3, ranks) for stage in range(4)}
+    return {s: costs.training_memory(trainable, size, "fp32", int(s), ranks).total for s, size in shares.items()}
+
+
+def frozen_bytes(config: RunConfig, model: Model, frozen: int, precision: str) -> int:
+    """Bytes of the ``frozen`` parameters, unsharded; low-bit formats hold those of the language model's layers."""
+    if precision in costs.FLOAT_BYTES:
+        return costs.float_bytes(precision) * frozen
+    layers, table = quant.split_of(model.text.model, config.model.quantize_embedding)
+    rest = costs.float_bytes(config.model.dtype) * (frozen - layers.linear - table.linear)
+    return costs.frozen_bytes(layers, precision) + costs.frozen_bytes(table, "int8") + rest
 
 
 def per_layer(model: Model) -> int:

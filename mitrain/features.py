@@ -230,7 +230,7 @@ class TextStates:
         if not self.cached:
             return None
         items = [self.store[key]["states"] if (key := self.key(row)) in self.store else self._now(row) for row in rows]
-        out = torch.zeros(len(rows), max(map(len, rows)), self.text.width, dtype=self.text.model.dtype)
+        out = torch.zeros(len(rows), max(map(len, rows)), self.text.width, dtype=self.text.dtype)
         for i, item in enumerate(items):
             out[i, : len(item)] = torch.from_numpy(np.array(item))
         return out.to(self.text.device)

@@ -96,10 +96,10 @@ def config_from_shape(shape: Mapping[str, Any], what: str) -> PretrainedConfig:
         ) from None
 
 
-def empty_model(factory: Any, config: PretrainedConfig) -> PreTrainedModel:
+def empty_model(factory: Any, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
     """A model without storage (meta device): names, shapes and counts only."""
     with torch.device("meta"), quiet():
-        return factory.from_config(config)
+        return factory.from_config(config, **kwargs)
 
 
 def place(device: str) -> torch.device:

@@ -81,7 +81,7 @@ class Model:
         return [level.to(self.text.device) for level in images.levels(paths)] if self.task.decodes else []
 
     def _placed(self, features: Tensor) -> Tensor:
-        return features.to(self.text.device, self.text.model.dtype)
+        return features.to(self.text.device, self.text.dtype)
 
 
 def cache_root(config: RunConfig) -> Path | None:
@@ -117,7 +117,12 @@ def build(config: RunConfig, *, empty: bool = False) -> Model:
     else:
         device = hf.place(config.model.device)
         text = TextBackbone.load(
-            resolve_model(config.model.llm), hf.DTYPES[config.model.dtype], config.model.attention, device
+            resolve_model(config.model.llm),
+            hf.DTYPES[config.model.dtype],
+            config.model.attention,
+            device,
+            config.model.quantize,
+            config.model.quantize_embedding,
         )
     encoders = encoders_of(config.model, None if empty else text.device)
     return assemble(config, text, encoders, empty=empty)

@@ -7,6 +7,7 @@ from pydantic import field_validator
 from mitrain.backbones.text import TextBackbone
 from mitrain.backbones.vision import VisionConfig, VisionEncoder
 from mitrain.config import Section
+from mitrain.quant import Precision
 
 __all__ = ["ModelConfig", "TextBackbone", "VisionConfig", "VisionEncoder"]
 
@@ -15,13 +16,17 @@ class ModelConfig(Section):
     """The frozen parts. ``llm_shape`` gives a configuration in place of weights, for ``--dry-run`` alone.
 
     ``vision`` is one encoder or a list; a bare name stands for its defaults. Several feed one infusion: their global
-    features are concatenated. ``device``: auto takes a GPU if there is one.
+    features are concatenated. ``device``: auto takes a GPU if there is one. ``dtype`` is what is computed in;
+    ``quantize`` holds the matrices of the language model's layers in 8 or 4 bits (``int8-activations`` rounds their
+    inputs too), ``quantize_embedding`` also the embedding, and a head tied to it, in int8.
     """
 
     llm: str
     llm_shape: dict[str, Any] | None = None
     vision: tuple[VisionConfig, ...]
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    quantize: Precision = "none"
+    quantize_embedding: bool = False
     attention: Literal["sdpa", "eager"] = "sdpa"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

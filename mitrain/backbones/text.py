@@ -8,21 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from mitrain import hf
-from mitrain.backbones import trunk
+from mitrain import hf, quant
+from mitrain.backbones import stream, trunk
+from mitrain.backbones.chunked_loss import chunked_cross_entropy
 from mitrain.backbones.vision import frozen_digest
-from mitrain.errors import DataError, ModelError
+from mitrain.errors import ConfigError, DataError, ModelError
+
+LARGE_LOGITS = 2**28
+"""Bytes of fp32 logits from which on the loss runs over parts of the vocabulary."""
 
 
 class TextBackbone:
-    """A frozen causal language model; an adapter attaches to ``.model``."""
+    """A frozen causal language model; an adapter attaches to ``.model``.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any):
+    ``dtype``: of its activations. ``quantize``: how its layers' matrices are held, none for floats.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype | None = None, quantize: str = "none"
+    ):
         self.model = model
         self.tokenizer = tokenizer
+        self.dtype = dtype or model.dtype
+        self.quantize = quantize
         hf.freeze(model)
 
     @classmethod
@@ -32,15 +44,29 @@ class TextBackbone:
         dtype: torch.dtype,
         attention: str = "sdpa",
         device: torch.device | str = "cpu",
+        quantize: str = "none",
+        quantize_embedding: bool = False,
     ) -> "TextBackbone":
-        model = hf.load(
-            AutoModelForCausalLM,
-            source,
-            "language model",
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation=attention,
-        )
+        quantize = checked_precision(quantize, quantize_embedding, cls.read_config(source), source)
+        if quantize == "none":
+            model = hf.load(
+                AutoModelForCausalLM,
+                source,
+                "language model",
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=attention,
+            )
+        else:
+            model = stream.load(
+                AutoModelForCausalLM,
+                source,
+                dtype,
+                quantize,
+                embedding=quantize_embedding,
+                device=device,
+                attn_implementation=attention,
+            )
         tokenizer = hf.load(AutoTokenizer, source, "tokenizer")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -48,7 +74,7 @@ class TextBackbone:
             raise ModelError(
                 f"the tokenizer of {str(source)!r} has no end-of-text token: answers could not end; use another"
             )
-        return cls(model.to(device), tokenizer)
+        return cls(model.to(device), tokenizer, dtype, quantize)
 
     @classmethod
     def empty(cls, config: PretrainedConfig) -> "TextBackbone":
@@ -94,6 +120,28 @@ class TextBackbone:
         """(B, len(keep), V): what the frozen head says at the positions ``keep`` (a 1-D index tensor)."""
         return self._run(self.model, ids, mask, states, depth, logits_to_keep=keep).logits
 
+    def log_likelihood(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        states: Tensor | None = None,
+        depth: int = 0,
+    ) -> Tensor:
+        """(n,) float: log p of the tokens ``targets`` at ``positions`` of the texts ``rows``, all (n,).
+
+        Logits of more than `LARGE_LOGITS` bytes are never held whole; smaller ones cost one product, not two.
+        """
+        keep, columns = positions.unique(return_inverse=True)
+        head = self.model.get_output_embeddings()
+        if 4 * len(ids) * len(keep) * head.out_features > LARGE_LOGITS and is_plain_head(self.model):
+            hidden = self.hidden(ids, mask, states, depth)[rows, positions]
+            return -chunked_cross_entropy(hidden, head, targets)
+        logits = self.logits(ids, mask, keep, states, depth)[rows, columns]
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
+
     def hidden(self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor:
         """(B, T, D): the hidden states after the final norm."""
         return self._run(self.model.base_model, ids, mask, states, depth).last_hidden_state
@@ -123,7 +171,27 @@ class TextBackbone:
         return {
             "embeddings": frozen_digest(self.model.get_input_embeddings()),
             "layers": [frozen_digest(layer) for layer in layers],
-            "dtype": str(self.model.dtype),
+            "dtype": str(self.dtype),
             "type": self.model.config.model_type,
             "depth": depth,
+            **({} if self.quantize == "none" else {"quantize": self.quantize}),
         }
+
+
+def checked_precision(quantize: str, embedding: bool, config: PretrainedConfig, source: str | Path) -> str:
+    """``model.quantize``, or what a quantised checkpoint brings; ConfigError where the two contradict."""
+    stored = stream.stored_precision(config, source)
+    if quantize == "none" and stored is None and embedding:
+        raise ConfigError("model.quantize_embedding=true needs low-bit layers too: set model.quantize=int8 or nf4")
+    if quantize != "none" and stored not in (None, quant.storage(quantize)):
+        raise ConfigError(
+            f"{str(source)!r} holds {stored} weights, not {quantize}: set model.quantize={stored}, or give float weights"
+        )
+    return stored if stored and quantize == "none" else quantize
+
+
+def is_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the logits are the linear head's output as it is: no cap and no factor in the configuration."""
+    settings = model.config.get_text_config().to_dict()
+    changes = [value for name, value in settings.items() if "logit" in name and value not in (None, False, 1)]
+    return not changes and isinstance(model.get_output_embeddings(), nn.Linear | quant.FrozenLinear)

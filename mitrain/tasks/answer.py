@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from mitrain.config import Section
 from mitrain.errors import DataError
@@ -74,15 +73,12 @@ class AnswerTask(Task):
         answers = [self._answer_ids(answer) for _, answer in pairs]
         ids, mask = text.pad(rows)
         spans = [range(len(row) - len(answer), len(row)) for row, answer in zip(rows, answers, strict=True)]
-        keep = sorted({position for span in spans for position in span})
-        column = {position: i for i, position in enumerate(keep)}
+        row_index = torch.tensor([r for r, span in enumerate(spans) for _ in span], device=ids.device)
+        positions = torch.tensor([p for span in spans for p in span], device=ids.device)
+        targets = torch.tensor([token for answer in answers for token in answer], device=ids.device)
         below = states.batch(rows)
         with self.parts.adapter.bind({"image": features}):
-            logits = text.logits(ids, mask, torch.tensor(keep, device=ids.device), below, states.depth)
-        row_index = torch.tensor([r for r, span in enumerate(spans) for _ in span], device=ids.device)
-        columns = torch.tensor([column[p] for span in spans for p in span], device=ids.device)
-        targets = torch.tensor([token for answer in answers for token in answer], device=ids.device)
-        picked = -F.cross_entropy(logits[row_index, columns].float(), targets, reduction="none")
+            picked = text.log_likelihood(ids, mask, row_index, positions, targets, below, states.depth)
         return list(picked.split([len(answer) for answer in answers]))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

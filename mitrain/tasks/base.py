@@ -23,8 +23,15 @@ class TextModel(Protocol):
 
     def tokens(self, text: str, *, start: bool = True) -> list[int]: ...
     def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]: ...
-    def logits(
-        self, ids: Tensor, mask: Tensor, keep: Tensor, states: Tensor | None = None, depth: int = 0
+    def log_likelihood(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        states: Tensor | None = None,
+        depth: int = 0,
     ) -> Tensor: ...
     def hidden(self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor: ...
     def embeddings(self, ids: Tensor) -> Tensor: ...

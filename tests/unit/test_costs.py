@@ -168,7 +168,7 @@ def test_frozen_bytes_by_hand():
     assert frozen_bytes(split, "int8") == 6400 + 400 + 2000
     assert frozen_bytes(split, "int8", other="fp32", world=2, stage=3) == (6400 + 400 + 4000) // 2
     assert frozen_bytes(split, "nf4") == 3200 + 2000 + 400
-    assert frozen_bytes(split, "nf4", world=2, stage=3) == (3200 + 2000) // 2 + 400
+    assert frozen_bytes(split, "nf4", world=2, stage=3) == (3200 + 2000 + 400) // 2
 
 
 @pytest.mark.parametrize(

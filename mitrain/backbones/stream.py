@@ -1,0 +1,264 @@
+"""Loading a model's safetensors layer by layer into an empty one, low-bit layers included.
+
+The model is made on the meta device, its linear layers are exchanged for empty low-bit ones, and then each layer is
+read, quantised and handed to ``after`` (which may shard it) before the next is read: what exists in full precision is
+one layer at most. The embedding, the head and the last norm are layers in this sense.
+
+Checkpoints in which bitsandbytes' int8 or nf4 stands beside the names are taken over without it.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from mitrain import hf
+from mitrain.errors import ModelError
+from mitrain.quant import FrozenInt8Linear, FrozenLinear
+from mitrain.quant.convert import INT8_PARTS, NF4_PARTS, fill_int8, fill_nf4, stored_as
+from mitrain.quant.replace import linear_places, quantise, quantise_embedding, quantised
+
+log = logging.getLogger(__name__)
+After = Callable[[str, nn.Module], object]
+FILES = ("model.safetensors.index.json", "model.safetensors")
+
+
+def keep(name: str, module: nn.Module) -> None:
+    """Leave a loaded layer as it is."""
+
+
+class Weights:
+    """The tensors of a safetensors checkpoint by name, each read when it is asked for."""
+
+    def __init__(self, files: dict[str, Path]):
+        self.files = files
+        self._open: dict[Path, Any] = {}
+
+    @classmethod
+    def of(cls, source: str | Path) -> "Weights | None":
+        """Those of a folder or of a Hugging Face id in the local cache; None where there are no safetensors."""
+        for name in FILES:
+            path = find(str(source), name)
+            if path is not None and path.suffix == ".json":
+                table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+                found = {file: find(str(source), file) for file in set(table.values())}
+                return cls({tensor: found[file] for tensor, file in table.items()}) if all(found.values()) else None
+            if path is not None:
+                with safe_open(path, "pt") as file:
+                    return cls(dict.fromkeys(file.keys(), path))
+        return None
+
+    @property
+    def names(self) -> set[str]:
+        return set(self.files)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, in the memory map of its file: copy what is to stay."""
+        path = self.files[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt")
+        return self._open[path].get_tensor(name)
+
+
+def find(source: str, name: str) -> Path | None:
+    local = Path(source).expanduser()
+    if local.is_dir():
+        return local / name if (local / name).is_file() else None
+    try:
+        found = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
+def stored_precision(config: PretrainedConfig, source: str | Path) -> str | None:
+    """``int8`` or ``nf4`` for a checkpoint quantised by bitsandbytes, None for floats; ModelError for other methods."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    values = found if isinstance(found, dict) else found.to_dict()
+    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
+    if method == "bitsandbytes" and values.get("load_in_8bit"):
+        return "int8"
+    if method == "bitsandbytes" and values.get("load_in_4bit") and values.get("bnb_4bit_quant_type") == "nf4":
+        return "nf4"
+    raise ModelError(
+        f"{str(source)!r} is quantised by {method}, which mitrain does not read: give its weights in floats, or in"
+        " bitsandbytes' int8 or nf4"
+    )
+
+
+def load(
+    factory: Any,
+    source: str | Path,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    embedding: bool = False,
+    device: torch.device | str = "cpu",
+    after: After = keep,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A frozen model in ``precision`` on ``device``; everything that is not low-bit is in ``dtype``.
+
+    A checkpoint whose names are not the model's own is loaded whole by transformers and quantised then. ``kwargs`` go
+    to the model's constructor.
+    """
+    config = hf.load(AutoConfig, source, "language model's configuration")
+    stored, weights = stored_precision(config, source), Weights.of(source)
+    if weights is not None:
+        model = empty(factory, config, weights, precision, embedding, dtype=dtype, **kwargs)
+        if fits(model, weights):
+            fill(model, weights, device, after)
+            return with_generation(model, source)
+    if stored:
+        raise ModelError(
+            f"the {stored} checkpoint {str(source)!r} has names that its model has not: give float weights"
+        )
+    log.info("%s is loaded whole before it is quantised", source)
+    kwargs |= {"dtype": "auto", "use_safetensors": True}
+    model = hf.load(factory, source, "language model", **kwargs)
+    hf.freeze(model)
+    model = quantise(model, precision, embedding=embedding).to(device, dtype)
+    for name, unit in units(model):
+        after(name, unit)
+    return model
+
+
+def with_generation(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
+    """With the generation settings that stand beside the weights, if any do."""
+    if find(str(source), "generation_config.json"):
+        model.generation_config = hf.load(GenerationConfig, source, "generation settings")
+    return model
+
+
+def empty(
+    factory: Any, config: PretrainedConfig, weights: Weights, precision: str, embedding: bool, **kwargs: Any
+) -> PreTrainedModel:
+    """The model on the meta device with empty low-bit layers where ``precision``, or the checkpoint, has them."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = hf.empty_model(factory, config, **kwargs)
+    hf.freeze(model)
+    stored = {name: kind for name, _ in model.named_modules() if (kind := stored_as(weights.names, name))}
+    if not stored:
+        return quantise(model, precision, embedding=embedding)
+    places = {place.name: place for place in linear_places(model)}
+    if set(stored) - set(places):
+        outside = sorted(set(stored) - set(places))[0]
+        raise ModelError(f"{outside} is quantised, which is read inside the decoder's layers alone: leave it in floats")
+    for name in stored:
+        places[name].put(quantised(places[name].module, precision))
+    if embedding:
+        quantise_embedding(model)
+    return model
+
+
+def fits(model: PreTrainedModel, weights: Weights) -> bool:
+    """Whether every tensor of the empty ``model`` is in the checkpoint under its own name, or can be computed.
+
+    Fills the buffers that are computed.
+    """
+    return set(map(source_of, tensors(model))) <= weights.names | tied_names(model) and fill_buffers(model)
+
+
+def tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(module's name, module, tensor's name) of what a checkpoint must hold; of low-bit layers the weight alone."""
+    for name, module in model.named_modules():
+        kept = {n for n in module._buffers if n not in module._non_persistent_buffers_set}
+        for own in [*module._parameters, *kept]:
+            if getattr(module, own) is not None and not (isinstance(module, FrozenLinear) and own != "qweight"):
+                yield name, module, own
+        if isinstance(module, FrozenLinear) and module.bias is not None:
+            yield name, module, "bias"
+
+
+def source_of(place: tuple[str, nn.Module, str]) -> str:
+    name, module, own = place
+    own = "weight" if isinstance(module, FrozenLinear) and own == "qweight" else own
+    return f"{name}.{own}" if name else own
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """The names under which a tensor stands a second time."""
+    seen: set[int] = set()
+    again = set()
+    for place in tensors(model):
+        tensor = getattr(place[1], place[2])
+        again |= {source_of(place)} if id(tensor) in seen else set()
+        seen.add(id(tensor))
+    return again
+
+
+def fill_buffers(model: PreTrainedModel) -> bool:
+    """Compute the buffers that no checkpoint holds (rotary frequencies), by transformers' own initialisation."""
+    for module in model.modules():
+        computed = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
+        if computed and any(True for _ in module.parameters(recurse=False)):
+            return False
+        for name in computed:
+            buffer = module._buffers[name]
+            if not buffer.is_floating_point():
+                return False
+            module._buffers[name] = torch.full_like(buffer, torch.nan, device="cpu")
+        if computed:
+            model._init_weights(module)
+        if any(bool(module._buffers[name].isnan().any()) for name in computed):
+            return False
+    return True
+
+
+def fill(model: PreTrainedModel, weights: Weights, device: torch.device | str = "cpu", after: After = keep) -> None:
+    """Read every tensor of the empty ``model`` that `fits`, layer by layer; ``after(name, layer)`` once each is whole."""
+    done: dict[int, nn.Parameter] = {}
+    for name, unit in units(model):
+        inside = unit.named_modules(prefix=name) if unit in list(hf.decoder_layers(model)) else [(name, unit)]
+        for path, module in inside:
+            fill_module(path, module, weights, torch.device(device), done)
+        after(name, unit)
+
+
+def units(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Each decoder layer, and each module outside of them with tensors of its own."""
+    layers = list(hf.decoder_layers(model))
+    inside = {module for layer in layers for module in layer.modules()}
+    for name, module in list(model.named_modules()):
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if module in layers or (own and module not in inside):
+            yield name, module
+
+
+def fill_module(
+    path: str, module: nn.Module, weights: Weights, device: torch.device, done: dict[int, nn.Parameter]
+) -> None:
+    """One module's own tensors. ``done``: empty parameter → filled one, so that tied ones stay one."""
+    before = dict(module._parameters)
+    if isinstance(module, FrozenLinear) and id(module.qweight) not in done:
+        fill_low_bit(path, module, weights, device)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.is_meta and id(parameter) not in done:
+            value = weights.read(f"{path}.{name}").to(device, parameter.dtype, copy=True)
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    for name, parameter in before.items():
+        if parameter is not None:
+            module._parameters[name] = done.setdefault(id(parameter), module._parameters[name])
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            found = weights.read(f"{path}.{name}").to(buffer.dtype, copy=True) if buffer.is_meta else buffer
+            module._buffers[name] = found.to(device)
+
+
+def fill_low_bit(path: str, layer: FrozenLinear, weights: Weights, device: torch.device) -> None:
+    """The payload: taken over from bitsandbytes' format, or quantised from floats."""
+    if stored_as(weights.names, path) is None:
+        return layer.fill(weights.read(f"{path}.weight").to(device))
+    parts, take = (INT8_PARTS, fill_int8) if isinstance(layer, FrozenInt8Linear) else (NF4_PARTS, fill_nf4)
+    held = {p: weights.read(f"{path}.{p}").to(device, copy=True) for p in parts if f"{path}.{p}" in weights.names}
+    return take(layer, held, path)

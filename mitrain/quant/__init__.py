@@ -1,0 +1,19 @@
+"""Frozen weights in 8 and 4 bits: the only room that imports bitsandbytes, and it runs without."""
+
+from mitrain.quant.embedding import FrozenInt8Embedding
+from mitrain.quant.linear import FrozenInt8Linear, FrozenLinear, FrozenNF4Linear
+from mitrain.quant.replace import PRECISIONS, Precision, dequantised, linear_places, quantise, split_of, storage
+
+__all__ = [
+    "PRECISIONS",
+    "FrozenInt8Embedding",
+    "FrozenInt8Linear",
+    "FrozenLinear",
+    "FrozenNF4Linear",
+    "Precision",
+    "dequantised",
+    "linear_places",
+    "quantise",
+    "split_of",
+    "storage",
+]
