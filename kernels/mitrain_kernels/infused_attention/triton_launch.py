@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from mitrain_kernels.infused_attention.call import Setting
-from mitrain_kernels.infused_attention.gate import GateSums, constant_gate, hide_missing
+from mitrain_kernels.infused_attention.gate import GateSums, constant_gate, hide_missing, prefix_sums
 from mitrain_kernels.infused_attention.triton_backward import key_kernel, query_kernel
 from mitrain_kernels.infused_attention.triton_decode import merge_kernel, split_kernel
 from mitrain_kernels.infused_attention.triton_forward import forward_kernel
@@ -134,6 +134,11 @@ def gates_of(p: Problem, before: GateSums | None) -> Gates:
     length, gated = (1, p.B) if whole else (tokens, batch)
     value, cosine, root, sum_dot = (torch.empty(p.M, gated, p.H, length, **new) for _ in range(4))
     sum_square, count = torch.empty(gated, G, length, **new), torch.empty(gated, length, **new)
+    if not p.M:
+        if kind == "prefix" and not p.packed:
+            valid = None if p.setting.valid is None else p.setting.valid[:, -tokens:]
+            _, sum_square, count = prefix_sums(v[:, :, -tokens:], p.maps[2], valid, before)
+        return Gates(*(x[..., -p.queries :] for x in (value, cosine, root)), sum_dot, sum_square, count)
     blocks = triton.cdiv(p.longest_keys if before is None else tokens, 64)
     common = (p.B, p.H, p.group, tokens, p.keys - tokens)
     earlier = (None, None, None) if before is None else [x.contiguous() for x in before]
