@@ -158,7 +158,7 @@ def arguments(case, trains=True, state=None, dtype=torch.float64):
 
 
 @some(
-    [case for case in SOME if case.gate != "token"]
+    [Case("prefix"), Case("sequence"), Case(tq=4, padding="all", present=True, base="mixed")]
     + [Case("head", M=0, padding="left"), Case("none", layout="tokens first"), Case("prefix", layout="tokens first")]
     + [Case("sequence", layout="columns", base=0), Case("sequence", tq=1)]
 )
