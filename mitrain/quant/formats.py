@@ -27,10 +27,10 @@ PIECE = 2**20
 """Weights that are held in full precision at a time."""
 
 
-def piece_rows(columns: int, block: int = 1, piece: int = PIECE) -> int:
+def piece_rows(columns: int, block: int = 1, piece: int | None = None) -> int:
     """Rows of a matrix with ``columns`` columns in a piece of about ``piece`` weights that ends where a block does."""
     step = math.lcm(columns, block) // columns
-    return max(1, piece // columns // step) * step
+    return max(1, (piece or PIECE) // columns // step) * step
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,11 +93,11 @@ def dequantise_nf4(packed: Tensor, absmax: Tensor, block: int, count: int, dtype
 
 
 def int8_product(x: Tensor, payload: Tensor) -> Tensor:
-    """x (N, in) int8, payload (out, in) int8 → exact x payloadᵀ (N, out): int32, or fp32 sums of exact parts."""
-    kind, functional = x.device.type, wanted()
-    if kind == "cuda" and functional is not None:
+    """x (N, in) int8, payload (out, in) int8 → x payloadᵀ (N, out) int32, exact."""
+    kind = x.device.type
+    if kind == "cuda" and wanted() is not None:
         tell("int8 x int8", "bitsandbytes", kind)
-        return functional.int8_linear_matmul(x, payload)
+        return wanted().int8_linear_matmul(x, payload)
     if has_int_mm(x, payload):
         tell("int8 x int8", "torch._int_mm", kind)
         return torch._int_mm(x, payload.t())

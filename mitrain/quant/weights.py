@@ -67,7 +67,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def pieces(weight: Weight, device: torch.device) -> Iterator[slice]:
     """The rows of W in parts that end where blocks do."""
     out, columns = weight.shape
-    step = formats.piece_rows(columns, weight.block, formats.PIECE if device.type == "cpu" else GPU_PIECE)
+    step = formats.piece_rows(columns, weight.block, None if device.type == "cpu" else GPU_PIECE)
     return (slice(start, min(start + step, out)) for start in range(0, out, step))
 
 

@@ -1,0 +1,92 @@
+"""The loss over parts of the vocabulary is the loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny
+from torch import nn
+from tracked import Tracked
+
+from mitrain import quant
+from mitrain.backbones import text
+from mitrain.backbones.chunked_loss import chunked_cross_entropy
+from mitrain.errors import ModelError
+from mitrain.quant import FrozenInt8Linear, FrozenNF4Linear
+
+
+def setting(n: int = 7, width: int = 12, vocabulary: int = 101, kind: type | None = None, bias: bool = True):
+    """Hidden states (n, width) in float64, a head, labels of which two do not count."""
+    torch.manual_seed(0)
+    head = nn.Linear(width, vocabulary, bias).requires_grad_(False)
+    head = (head if kind is None else kind.of(head)).double()
+    labels = torch.randint(0, vocabulary, (n,))
+    labels[0], labels[1], labels[2], labels[3] = -100, vocabulary - 1, 0, -100
+    return 3 * torch.randn(n, width, dtype=torch.float64), head, labels
+
+
+@pytest.mark.parametrize("kind", [None, FrozenInt8Linear, FrozenNF4Linear])
+@pytest.mark.parametrize("chunk", [1, 10, 101, 8192])
+def test_loss_and_gradient_are_the_whole_ones(kind, chunk):
+    """In float64: sums of 101 terms in another order."""
+    hidden, head, labels = setting(kind=kind)
+    one, two = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    ours = chunked_cross_entropy(one, head, labels, chunk)
+    plain = F.cross_entropy(head(two), labels, reduction="none")
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    weights = torch.linspace(-1, 2, len(labels), dtype=torch.float64)
+    (ours * weights).sum().backward()
+    (plain * weights).sum().backward()
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-11, atol=1e-13)
+    assert ours[0] == 0 and not one.grad[0].any()
+
+
+def test_large_logits_do_not_overflow():
+    hidden, head, labels = setting()
+    hidden = (1e4 * hidden).requires_grad_()
+    loss = chunked_cross_entropy(hidden, head, labels, 10)
+    torch.testing.assert_close(loss, F.cross_entropy(head(hidden), labels, reduction="none"), rtol=1e-12, atol=1e-9)
+
+
+def test_all_logits_are_never_held():
+    hidden, head, labels = setting(64, 16, 10_000)
+    hidden, head = hidden.float().requires_grad_(), head.float()
+    with Tracked() as found:
+        chunked_cross_entropy(hidden, head, labels, 100).sum().backward()
+    assert found.peak < 4 * 64 * 10_000 / 5
+
+
+def test_the_heads_hooks_run_and_its_forward_comes_back():
+    hidden, head, labels = setting()
+    seen = []
+    head.register_forward_pre_hook(lambda *_: seen.append("before"))
+    head.register_forward_hook(lambda *_: seen.append("after"))
+    chunked_cross_entropy(hidden, head, labels)
+    assert seen == ["before", "after"] and "forward" not in vars(head)
+    assert head(hidden).shape == (7, 101)
+
+
+def test_a_trainable_head_is_refused():
+    hidden, head, labels = setting()
+    with pytest.raises(ModelError, match="needs a frozen linear head"):
+        chunked_cross_entropy(hidden, head.requires_grad_(True), labels)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("llama", True), ("qwen3", True), ("gemma2", False)])
+def test_capped_logits_keep_the_models_own_way(name, plain):
+    assert text.is_plain_head(tiny(name)) is plain
+
+
+@pytest.mark.parametrize("precision", ["none", "int8"])
+def test_the_answers_likelihood_is_the_same_either_way(precision, monkeypatch):
+    model = tiny(dtype=torch.float64)
+    backbone = text.TextBackbone(model, None)
+    if precision != "none":
+        quant.quantise(model, precision, embedding=True)
+    ids = torch.randint(3, 60, (3, 8), generator=torch.Generator().manual_seed(0))
+    rows, positions, targets = torch.tensor([0, 0, 1, 2]), torch.tensor([5, 6, 3, 6]), torch.tensor([4, 9, 66, 0])
+    found = []
+    for limit in (text.LARGE_LOGITS, 0):
+        monkeypatch.setattr(text, "LARGE_LOGITS", limit)
+        with torch.no_grad():
+            found.append(backbone.log_likelihood(ids, torch.ones_like(ids), rows, positions, targets))
+    torch.testing.assert_close(found[1].double(), found[0].double(), rtol=1e-5, atol=1e-5)
