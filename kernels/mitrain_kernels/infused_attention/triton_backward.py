@@ -14,13 +14,13 @@ from mitrain_kernels.infused_attention.triton_tile import (
     LOG2E,
     bend,
     factor,
+    infused_pair,
     key_range,
     load_tile,
     load_vector,
     query_range,
     sample_span,
     seen_by,
-    shift,
     store_tile,
     unbend,
 )
@@ -107,13 +107,9 @@ def query_kernel(
         v = load_tile(V, key_start, v_t, columns, there, D, BD)
         if TOKEN:
             own = GATE + key_start * gate_t
-            k32 = k.to(tl.float32) * factor(own, gate_m, gate_t, columns, there, KM, map_m, base, M, D, BD)
-            if KA is not None:
-                k32 += shift(own, gate_m, gate_t, columns, there, KA, map_m, M, D, BD)
-            v32 = v.to(tl.float32) * factor(own, gate_m, gate_t, columns, there, VM, map_m, base, M, D, BD)
-            v32 += shift(own, gate_m, gate_t, columns, there, VA, map_m, M, D, BD)
-            k = k32.to(q.dtype)
-            v = v32.to(q.dtype)
+            k, v = infused_pair(
+                k, v, own, gate_m, gate_t, columns, there, KM, VM, KA, VA, map_m, base, M, D, BD
+            )  # fmt: skip
         bent = bend(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, SOFTCAP)
         seen = seen_by(position[:, None], key[None, :], there[None, :], window, CAUSAL, WINDOW)
         weights = tl.where(seen, tl.exp2(bent * LOG2E - lse[:, None]), 0.0)
@@ -172,14 +168,15 @@ def key_kernel(
     v = load_tile(V, start, v_t, columns, keep, D, BD)
     if TOKEN:
         place = (wide * heads + lane) * D
-        own = GATE + wide * gate_b + lane * gate_h + first * gate_t + start.to(tl.int64) * gate_t
-        k32 = k.to(tl.float32) * factor(own, gate_m, gate_t, columns, keep, KM + place, map_m, base, M, D, BD)
+        KM += place
+        VM += place
+        VA += place
         if KA is not None:
-            k32 += shift(own, gate_m, gate_t, columns, keep, KA + place, map_m, M, D, BD)
-        v32 = v.to(tl.float32) * factor(own, gate_m, gate_t, columns, keep, VM + place, map_m, base, M, D, BD)
-        v32 += shift(own, gate_m, gate_t, columns, keep, VA + place, map_m, M, D, BD)
-        k = k32.to(k.dtype)
-        v = v32.to(v.dtype)
+            KA += place
+        own = GATE + wide * gate_b + lane * gate_h + first * gate_t + start.to(tl.int64) * gate_t
+        k, v = infused_pair(
+            k, v, own, gate_m, gate_t, columns, keep, KM, VM, KA, VA, map_m, base, M, D, BD
+        )  # fmt: skip
     dk = tl.zeros((BN, BD), dtype=tl.float32)
     dv = tl.zeros((BN, BD), dtype=tl.float32)
     low, high = query_range(start, start + BN - 1, queries, past, window, BM, CAUSAL, WINDOW)
@@ -229,11 +226,11 @@ def key_kernel(
             cosine = tl.load(COSINE + m * gate_m + offset, mask=keep, other=0.0)
             root = tl.load(ROOT + m * gate_m + offset, mask=keep, other=0.0)
             norm = tl.load(NORM + (m * tl.cast(batch, tl.int64) + wide) * heads + lane)
-            v_add = load_vector(VA + place + m * map_m, D, BD)
-            dgate = tl.sum(dk * raw * load_vector(KM + place + m * map_m, D, BD)[None, :], 1)
-            dgate += tl.sum(dv * (values * load_vector(VM + place + m * map_m, D, BD)[None, :] + v_add[None, :]), 1)
+            v_add = load_vector(VA + m * map_m, D, BD)
+            dgate = tl.sum(dk * raw * load_vector(KM + m * map_m, D, BD)[None, :], 1)
+            dgate += tl.sum(dv * (values * load_vector(VM + m * map_m, D, BD)[None, :] + v_add[None, :]), 1)
             if KA is not None:
-                dgate += tl.sum(dk * load_vector(KA + place + m * map_m, D, BD)[None, :], 1)
+                dgate += tl.sum(dk * load_vector(KA + m * map_m, D, BD)[None, :], 1)
                 store_vector(part + (3 * M + m) * map_m, tl.sum(gate[:, None] * dk, 0), D, BD)
             e = dgate * gate * (1.0 - gate)
             dot = e * root
@@ -246,8 +243,8 @@ def key_kernel(
             store_vector(part + (2 * M + m) * map_m, dv_add, D, BD)
             logit = DLOGIT + ((block.to(tl.int64) * M + m) * batch + wide) * heads + lane
             tl.store(logit, tl.sum(e, 0))
-        dk *= factor(own, gate_m, gate_t, columns, keep, KM + place, map_m, base, M, D, BD)
-        dv = dv * factor(own, gate_m, gate_t, columns, keep, VM + place, map_m, base, M, D, BD) + through
+        dk *= factor(own, gate_m, gate_t, columns, keep, KM, map_m, base, M, D, BD)
+        dv = dv * factor(own, gate_m, gate_t, columns, keep, VM, map_m, base, M, D, BD) + through
     elif SUMS_DOT is not None:
         for member in range(0, members):
             head = lane * members + member

@@ -6,7 +6,15 @@ The query heads that share a key/value head are the rows of one tile, so that ea
 import triton
 import triton.language as tl
 
-from mitrain_kernels.infused_attention.triton_tile import LOG2E, bend, load_tile, load_vector, seen_by, store_tile
+from mitrain_kernels.infused_attention.triton_tile import (
+    LOG2E,
+    bend,
+    load_tile,
+    load_vector,
+    seen_by,
+    softmax_step,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["keys", "window", "share"])
@@ -56,13 +64,7 @@ def split_kernel(
         scores = bend(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, SOFTCAP) * LOG2E
         seen = seen_by(keys - 1, key[None, :], there[None, :], window, True, WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
-        highest = tl.maximum(top, tl.max(scores, 1))
-        safe = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(scores - safe[:, None])
-        shrink = tl.exp2(top - safe)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = highest
+        acc, top, total = softmax_step(scores, v, acc, top, total)
     row = (split.to(tl.int64) * batch + wide) * heads + first
     store_tile(PARTS + row * D, first * 0, D, member, keep, acc, D, BD)
     tl.store(TOPS + row + member, top, mask=keep)

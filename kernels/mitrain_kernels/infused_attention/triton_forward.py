@@ -11,11 +11,13 @@ from mitrain_kernels.infused_attention.triton_tile import (
     LOG2E,
     bend,
     factor,
+    infused_pair,
     key_range,
     load_tile,
     sample_span,
     seen_by,
     shift,
+    softmax_step,
     store_tile,
 )
 
@@ -38,24 +40,14 @@ def attend_keys(
         v = load_tile(V, start, stride_v, columns, keep, D, BD)
         if TOKEN:
             gates = GATE + start * gate_t
-            k32 = k.to(tl.float32) * factor(gates, gate_m, gate_t, columns, keep, KM, map_m, base, M, D, BD)
-            if KA is not None:
-                k32 += shift(gates, gate_m, gate_t, columns, keep, KA, map_m, M, D, BD)
-            v32 = v.to(tl.float32) * factor(gates, gate_m, gate_t, columns, keep, VM, map_m, base, M, D, BD)
-            v32 += shift(gates, gate_m, gate_t, columns, keep, VA, map_m, M, D, BD)
-            k = k32.to(q.dtype)
-            v = v32.to(q.dtype)
+            k, v = infused_pair(
+                k, v, gates, gate_m, gate_t, columns, keep, KM, VM, KA, VA, map_m, base, M, D, BD
+            )  # fmt: skip
         scores = bend(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, SOFTCAP) * LOG2E
         if MASKED:
             seen = seen_by(position[:, None], key[None, :], keep[None, :], window, CAUSAL, WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
-        highest = tl.maximum(top, tl.max(scores, 1))
-        safe = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(scores - safe[:, None])
-        shrink = tl.exp2(top - safe)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = highest
+        acc, top, total = softmax_step(scores, v, acc, top, total)
     return acc, top, total
 
 

@@ -71,6 +71,32 @@ def shift(GATE, stride_m, stride_t, rows, keep, ADD, map_m, M: tl.constexpr, D: 
 
 
 @triton.jit
+def infused_pair(
+    k, v, GATE, stride_m, stride_t, rows, keep, KM, VM, KA, VA, map_m, base,
+    M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys and values under the gate 'token', in their own type; arguments as of ``factor``."""
+    k32 = k.to(tl.float32) * factor(GATE, stride_m, stride_t, rows, keep, KM, map_m, base, M, D, BD)
+    if KA is not None:
+        k32 += shift(GATE, stride_m, stride_t, rows, keep, KA, map_m, M, D, BD)
+    v32 = v.to(tl.float32) * factor(GATE, stride_m, stride_t, rows, keep, VM, map_m, base, M, D, BD)
+    v32 += shift(GATE, stride_m, stride_t, rows, keep, VA, map_m, M, D, BD)
+    return k32.to(k.dtype), v32.to(v.dtype)
+
+
+@triton.jit
+def softmax_step(scores, v, acc, top, total):
+    """One tile of the online softmax: scores in units of log2, -inf where hidden."""
+    highest = tl.maximum(top, tl.max(scores, 1))
+    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp2(scores - safe[:, None])
+    shrink = tl.exp2(top - safe)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, highest, total
+
+
+@triton.jit
 def seen_by(position, key, keep, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Which keys are visible from which query positions; position and key broadcast against each other."""
     seen = keep
