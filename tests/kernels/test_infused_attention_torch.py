@@ -158,9 +158,15 @@ def arguments(case, trains=True, state=None, dtype=torch.float64):
 
 
 @some(
-    [Case("prefix"), Case("sequence"), Case(tq=4, padding="all", present=True, base="mixed")]
-    + [Case("head", M=0, padding="left"), Case("none", layout="tokens first"), Case("prefix", layout="tokens first")]
-    + [Case("sequence", layout="columns", base=0), Case("sequence", tq=1)]
+    [
+        Case("prefix"),
+        Case("prefix", layout="tokens first"),
+        Case(tq=4, padding="all", present=True, base="mixed"),
+        Case("sequence", layout="columns", base=0),
+        Case("sequence", tq=1),
+        Case("head", M=0, padding="left"),
+        Case("none", layout="tokens first"),
+    ]
 )
 def test_the_operators_keep_torchs_rules(case):
     given = arguments(case)

@@ -74,6 +74,12 @@ def test_output_and_gradients(case, poisoned):
     assert_kernel_right(case)
 
 
+@some([small(gate, tk=37, H=1, B=1, M=2) for gate in ("prefix", "sequence", "token")])
+def test_scans_go_on_from_block_to_block(case, poisoned, monkeypatch):
+    monkeypatch.setattr(triton_launch, "SCAN", 16)
+    assert_kernel_right(case)
+
+
 @some([small(gate, B=1, padding=side) for gate, side in zip(GATES[:3], ("right", "left", "right"), strict=True)])
 def test_padded_keys_and_values_may_hold_anything(case, poisoned):
     got = assert_kernel_right(case, hidden=("k", "v"))
