@@ -24,3 +24,41 @@ def test_the_decoders_activations_are_counted(decoder, expected):
     assert plan.activation_bytes_per_sample == expected + costs.mask_loss_activations("ce", 352**2)
     more = dry_run(config, memory_gb=24, ranks=1, tokens=64)
     assert more.activation_bytes_per_sample > plan.activation_bytes_per_sample
+
+
+LLAMA_70B = {
+    "model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "intermediate_size": 28672, "vocab_size": 128_256, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def plan_of_70b(ranks=8, **model):
+    values = schema.load(CONFIG).to_dict()
+    shape = {"llm_shape": LLAMA_70B, "dtype": "bf16", "quantize": "none", "quantize_embedding": False, **model}
+    return dry_run(schema.from_dict({**values, "model": {**values["model"], **shape}}), memory_gb=80, ranks=ranks)
+
+
+def test_bytes_by_precision_of_a_model_of_70b():
+    """By hand: 80 layers of (q, o) 8192², (k, v) 8192 · 1024 and three of 8192 · 28672 weights, the rest in bf16."""
+    linear = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    rows = 80 * (2 * 8192 + 2 * 1024 + 2 * 28672 + 8192)
+    plan = plan_of_70b()
+    rest, trained = 2 * (plan.frozen_parameters - linear), plan.trainable_parameters
+    frozen = {
+        "fp32": 4 * plan.frozen_parameters,
+        "bf16": 2 * linear + rest,
+        "int8": linear + 4 * rows + rest,
+        "nf4": linear // 2 + 4 * linear // 64 + rest,
+    }
+    assert list(plan.bytes_by_precision) == list(frozen) and plan.precision == "bf16"
+    for name, size in frozen.items():
+        assert plan.bytes_by_precision[name]["0"] == size + 16 * trained
+        assert plan.bytes_by_precision[name]["3"] == pytest.approx((size + 16 * trained) / 8, abs=4)
+    assert plan.bytes_per_rank == plan.bytes_by_precision["bf16"]
+    assert "* bf16" in plan.text() and "  nf4" in plan.text()
+
+
+def test_a_quantised_embedding_is_counted_in_int8():
+    table = LLAMA_70B["vocab_size"] * LLAMA_70B["hidden_size"]
+    plain, small = (plan_of_70b(quantize="nf4", quantize_embedding=q).bytes_per_rank["0"] for q in (False, True))
+    assert plain - small == table - 4 * LLAMA_70B["vocab_size"]  # 2 bytes a weight become 1, and a step per row
