@@ -47,6 +47,8 @@ def test_nf4_takes_the_nearest_code_of_the_paper(shape):
     count = weight.numel()
     assert packed.shape == (-(-count // 2),) and absmax.shape == (-(-count // 64),)
     found = formats.dequantise_blocks(packed, absmax, 64, count, torch.float64)
+    blocks = weight.view(-1).split(64)
+    assert torch.equal(absmax, torch.stack([part.abs().max() for part in blocks]))
     steps = absmax.double().repeat_interleave(64)[:count]
     levels = torch.tensor(formats.NF4, dtype=torch.float64) * steps[:, None]
     best = (levels - weight.double().view(-1, 1)).abs().amin(1)
