@@ -38,5 +38,5 @@ if [ "$what" = segment ] || [ "$what" = all ]; then
         train no-infusion "$seed" configs/segment.yaml 'adapter={name: none}'
         train no-llm "$seed" configs/segment.yaml 'adapter={name: none}' 'task.readout=[embeddings]'
     done
-    mitrain report "${runs[@]}" --splits val,testA,testB --samples 120 --out docs/results/segment
+    mitrain report "${runs[@]}" --splits val,testA,testB --out docs/results/segment
 fi

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mitrain_kernels.infused_attention import infused_attention
 from saved import saved_bytes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -209,25 +210,24 @@ def test_plain_layer_activations_equal_what_autograd_saves(dtype, precision):
     assert one_layer == batch * activation_bytes(llm, tokens, above=1, infused=0, precision=precision)
 
 
-def test_infused_attention_activations_equal_what_autograd_saves():
-    """The folded form over SDPA with a gate per query keeps q and two scales more than plain attention."""
-    tokens, heads, width = 24, 6, 8
-    q, k, v, gate = (torch.randn(1, h, tokens, d).requires_grad_() for h, d in ((6, 8), (3, 8), (3, 8), (6, 1)))
-    k_mul, v_mul, v_add = (torch.randn(1, heads, 1, width).requires_grad_() for _ in range(3))
-    attend = lambda q: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
-    plain = saved_bytes(lambda: attend(q * 1.0), [gate, k_mul, v_mul, v_add])
-    folded = saved_bytes(
-        lambda: attend(q * (1 + gate * k_mul)) * (1 + gate * v_mul) + gate * v_add, [gate, k_mul, v_mul, v_add]
-    )
+def test_infused_activations_equal_what_the_operators_save():
+    """Beside plain attention: two scalars per token and head, one per key/value head, and a count per token; the fused
+    feed-forward keeps two activations where the plain one keeps three."""
+    tokens, shapes = 24, ((6, 8), (3, 8), (3, 8))
+    q, k, v = (torch.randn(1, heads, tokens, width).requires_grad_() for heads, width in shapes)
+    maps = [torch.randn(1, 1, 6, 8).requires_grad_() for _ in range(3)] + [torch.randn(1, 6).requires_grad_()]
+    plain = saved_bytes(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), [])
+    infused = saved_bytes(lambda: infused_attention(q, k, v, *maps), maps)
     llm = LlmShape.from_config(TINY)
+    gates = 4 * tokens * (2 * 6 + 3)
+    assert infused - plain == gates + 4 * tokens
     with_mit, without = (activation_bytes(llm, tokens, above=1, infused=n) for n in (1, 0))
-    assert folded - plain == 3 * 4 * tokens * heads * width
-    assert with_mit - without == (folded - plain) + 4 * tokens * llm.ffn
+    assert with_mit - without == gates - 4 * tokens * llm.ffn
 
 
 @pytest.mark.parametrize("gate", ["prefix", "sequence"])
 def test_infused_model_activations_are_estimated_within_a_tenth(gate):
-    """What is left out (the gate's scalars; with ``sequence`` the scales have no rows) is small at common shapes."""
+    """What is left out (a count per token; with ``sequence`` the gates have no rows) is small at common shapes."""
     batch, tokens, shape = 2, 40, TINY | {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
     model = LlamaModel(LlamaConfig(**shape))
     mit = mitrain.attach(model, mitrain.MiTConfig(modalities={"image": 16}, layers=[1, 3], gate=gate))
