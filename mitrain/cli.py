@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +23,49 @@ from mitrain.errors import ConfigError, UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = parser().parse_args(argv)
+    arguments.rank = 0
     keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="mitrain: %(message)s", stream=sys.stderr)
     try:
         result = arguments.run(arguments)
-        if arguments.json and result is not None:
+        if arguments.json and result is not None and not arguments.rank:
             print(as_json(result))
         sys.stdout.flush()
         return 0
     except UserError as error:
-        print(f"mitrain: {error}", file=sys.stderr)
+        complain(arguments, error, str(error))
         return error.exit_code
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         place = f" {error.filename!r}" if error.filename else ""
-        print(
-            f"mitrain: cannot read or write{place} ({error.strerror or error}): check room and access", file=sys.stderr
-        )
+        complain(arguments, error, f"cannot read or write{place} ({error.strerror or error}): check room and access")
         return UserError.exit_code
     except KeyboardInterrupt:
         print("mitrain: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def complain(arguments: argparse.Namespace, error: Exception, text: str) -> None:
+    """An error's line; of several ranks each names itself, and one that passes on rank 0's error is silent."""
+    if not getattr(error, "told", False):
+        print(f"mitrain{f', rank {arguments.rank}' if arguments.rank else ''}: {text}", file=sys.stderr)
+
+
+def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Namespace], Any]:
+    """A command that all ranks run together, where there are several; rank 0 speaks."""
+
+    def joined(arguments: argparse.Namespace) -> Any:
+        from mitrain import dist
+
+        arguments.rank = dist.place().rank
+        if arguments.rank:
+            logging.getLogger().setLevel(logging.ERROR)
+        with dist.started():
+            return run(arguments)
+
+    return joined
 
 
 def as_json(value: Any) -> str:
@@ -72,7 +92,7 @@ def keep_freed_memory() -> None:
 
 def say(arguments: argparse.Namespace, text: str) -> None:
     """A line for people: on stdout, or nowhere when the output is JSON."""
-    if not arguments.json:
+    if not arguments.json and not arguments.rank:
         print(text)
 
 
@@ -80,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="mitrain", description="Make a frozen language model see: train one or two percent of its weights."
     )
+    top.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK counts
     top.add_argument("--version", action="version", version=f"mitrain {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands)
@@ -99,7 +120,7 @@ def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentP
 
 
 def add_train(commands: Any) -> None:
-    sub = command(commands, "train", run_train, "train from a configuration, or resume a run")
+    sub = command(commands, "train", on_ranks(run_train), "train from a configuration, or resume a run")
     sub.add_argument("config", nargs="?", help="a YAML file; the shipped ones are in configs/")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100 model.dtype=bf16")
     sub.add_argument("--resume", metavar="RUN_DIR", help="continue this run from its newest complete checkpoint")
@@ -114,24 +135,13 @@ def add_train(commands: Any) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> Any:
-    from mitrain import runs, schema
-    from mitrain.dryrun import dry_run
+    from mitrain import dist
     from mitrain.trainer import Trainer
 
-    if arguments.resume:
-        if arguments.config or arguments.dry_run:
-            raise ConfigError("--resume takes the run folder's own configuration: leave out CONFIG and --dry-run")
-        folder, config = Path(arguments.resume), runs.read_config(arguments.resume)
-    elif not arguments.config:
-        raise ConfigError("give a configuration file (configs/quickstart.yaml is one) or --resume RUN_DIR")
-    else:
-        config = schema.load(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            report = dry_run(config, memory_gb=arguments.memory, ranks=arguments.ranks)
-            say(arguments, report.text())
-            return report.to_dict()
-        folder = runs.create(config, arguments.runs)
-    print(f"run folder: {folder}", file=sys.stderr)
+    if arguments.dry_run and not arguments.resume and arguments.config:
+        return run_dry(arguments)
+    folder, config = dist.from_main(lambda: begun(arguments))
+    dist.say(f"run folder: {folder}", file=sys.stderr)
     trainer = Trainer(config, folder, quiet=arguments.json)
     outcome = trainer.fit()
     say(arguments, trainer.watch.table())
@@ -151,8 +161,32 @@ def run_train(arguments: argparse.Namespace) -> Any:
     }
 
 
+def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
+    """The run folder, new or the one to resume, and its configuration."""
+    from mitrain import runs, schema
+
+    if arguments.resume:
+        if arguments.config or arguments.dry_run:
+            raise ConfigError("--resume takes the run folder's own configuration: leave out CONFIG and --dry-run")
+        return Path(arguments.resume), runs.read_config(arguments.resume)
+    if not arguments.config:
+        raise ConfigError("give a configuration file (configs/quickstart.yaml is one) or --resume RUN_DIR")
+    config = schema.load(arguments.config, arguments.overrides)
+    return runs.create(config, arguments.runs), config
+
+
+def run_dry(arguments: argparse.Namespace) -> Any:
+    from mitrain import schema
+    from mitrain.dryrun import dry_run
+
+    config = schema.load(arguments.config, arguments.overrides)
+    report = dry_run(config, memory_gb=arguments.memory, ranks=arguments.ranks)
+    say(arguments, report.text())
+    return report.to_dict()
+
+
 def add_eval(commands: Any) -> None:
-    sub = command(commands, "eval", run_eval, "score a run's best checkpoint on a split")
+    sub = command(commands, "eval", on_ranks(run_eval), "score a run's best checkpoint on a split")
     sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME")
     sub.add_argument("--split", default="val", help="a split of the run's data (default: val)")
     sub.add_argument(

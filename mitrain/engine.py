@@ -4,12 +4,14 @@ A loss is always handed in as ``(sum, count)``: the gradient of the sum is accum
 number of samples (or tokens, or pixels) that the whole step really saw. How a batch is cut into micro-batches, and
 how full each of them is, therefore changes nothing. ``step()`` never applies a non-finite update; it says so.
 
-``Engine`` is the interface that the trainer knows; ``LocalEngine`` is one process with plain torch.
+``Engine`` is the interface that the trainer knows; ``LocalEngine`` is plain torch, alone or on several ranks that
+each hold all trainable weights.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -17,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
+from mitrain import dist
 from mitrain.config import Section
 from mitrain.errors import CheckpointError, ModelError
 
@@ -95,7 +98,10 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """``Engine`` in one process.
+    """``Engine`` in plain torch.
+
+    On several ranks each gives ``backward`` its own part of the step; ``step`` sums losses, counts and gradients over
+    all of them, so that every rank applies the same update, or none does. A rank may have no samples.
 
     ``schedule`` maps the step number (from 0, skipped steps included, so that the rate follows the data) to the
     multiplier of every group's ``lr``. Frozen, repeated or missing parameters raise ModelError.
@@ -134,19 +140,20 @@ class LocalEngine:
 
     def step(self) -> StepResult:
         self._set_rates()
-        loss = sum(map(float, self._losses)) / self._count if self._count else math.nan
+        total, count, reached = self._totals()
+        loss = total / count if count else math.nan
         norm, reason = math.nan, None
-        if self._count == 0:
+        if count == 0:
             reason = "no samples"
         elif not math.isfinite(loss):
             reason = "non-finite loss"
         else:
-            norm = self._mean_and_clip()
-            reason = None if math.isfinite(norm) else "non-finite gradient"
+            norm = self._mean_and_clip(count, reached)
+            reason = "non-finite gradient" if dist.agree(not math.isfinite(norm)) else None
         if reason is None:
             self.optimizer.step()
             self.applied += 1
-        result = StepResult(reason is None, reason, loss, norm, self.optimizer.param_groups[0]["lr"], self._count)
+        result = StepResult(reason is None, reason, loss, norm, self.optimizer.param_groups[0]["lr"], count)
         self._clear()
         self.steps += 1
         return result
@@ -156,13 +163,18 @@ class LocalEngine:
         for options, group in zip(self.optimizer.param_groups, self.groups, strict=True):
             options["lr"] = group.lr * multiplier
 
-    def _mean_and_clip(self) -> float:
+    def _totals(self) -> tuple[float, float, list[nn.Parameter]]:
+        """The summed loss and the count of the step, and the parameters it has gradients for, over all ranks."""
+        own = [sum(map(float, self._losses)), self._count, *(p.grad is not None for p in self.params.values())]
+        loss, count, *reached = dist.sum_across(torch.tensor(own, dtype=torch.float64)).tolist()
+        return loss, count, [p for p, ranks in zip(self.params.values(), reached, strict=True) if ranks]
+
+    def _mean_and_clip(self, count: float, params: list[nn.Parameter]) -> float:
         """Turn summed gradients into clipped means, in place; the norm of the means before clipping."""
-        params = [p for p in self.params.values() if p.grad is not None]
-        grads = [p.grad for p in params]
-        if not grads:
+        if not params:
             return 0.0
-        torch._foreach_div_(grads, self._count)
+        grads = sum_gradients(params)
+        torch._foreach_div_(grads, count)
         norm = get_total_norm(grads)
         if self.config.clip is None:
             pass
@@ -253,6 +265,20 @@ def collect(groups: list[Group]) -> dict[str, nn.Parameter]:
     if not params:
         raise ModelError("there is nothing to train: every parameter is frozen or the groups are empty")
     return params
+
+
+def sum_gradients(params: list[nn.Parameter]) -> list[Tensor]:
+    """The gradients of ``params``, summed over all ranks in one flat buffer; none at all counts as zero."""
+    if dist.world() == 1:
+        return [p.grad for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    grads = [p.grad for p in params]
+    dtype = reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
+    flat = dist.sum_across(torch.cat([g.to(dtype).flatten() for g in grads]))
+    for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(part.view_as(g))
+    return grads
 
 
 def make_optimizer(config: OptimizerConfig, groups: list[Group]) -> torch.optim.Optimizer:

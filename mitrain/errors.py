@@ -37,6 +37,10 @@ class PrepareError(UserError):
     """A model or data set that could not be brought onto this machine."""
 
 
+class RankError(UserError):
+    """Processes of one run that cannot find, or have lost, one another."""
+
+
 class MissingExtraError(UserError):
     """An optional dependency that is needed here and not installed."""
 

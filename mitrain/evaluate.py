@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from mitrain import dist
 from mitrain.tasks import controls
 from mitrain.tasks.base import Batch, Prediction, Task
 
@@ -43,16 +44,19 @@ def evaluate(
 
     ``control``: ``none``; ``no-image``: every sample sees another sample's image (of another object where possible), in
     every path; ``shuffle``: for `segment` the expression is another scene's, naming no object of this one; for `answer`
-    the images are permuted without regard to objects; ``frozen``: the model without infusion.
+    the images are permuted without regard to objects; ``frozen``: the model without infusion. Ranks take the batches in
+    turn, the same batches that one process would make, and every rank gets all predictions.
     """
     shown, paths, clashes = controlled(samples, model.task.metric, control, seed)
-    predictions: list[Prediction] = []
-    for start in range(0, len(samples), batch):
+    done: dict[int, list[Prediction]] = {}
+    for start in range(0, len(samples), batch)[dist.rank() :: dist.world()]:
         part = slice(start, start + batch)
         prepared = model.evaluation_batch(shown[part], paths[part], images, blind=control == "frozen")
         kwargs = {"generate": True} if generate else {}
-        predictions += model.task.predict(prepared, **kwargs)
+        done[start] = model.task.predict(prepared, **kwargs)
         progress(len(prepared.samples))
+    parts = {start: part for ranks in dist.gather(done) for start, part in ranks.items()}
+    predictions = [prediction for start in sorted(parts) for prediction in parts[start]]
     metrics = {**model.task.score(samples, predictions), "control": control, **clashes}
     return Evaluation(metrics, predictions)
 

@@ -60,15 +60,21 @@ class Model:
         """The encoders' view of the image files under ``root``."""
         return ImageFeatures(self.encoders, root, cache_root(self.config), self.config.data.max_pixels, bad)
 
-    def training_batch(self, draws: Sequence[Draw], images: ImageFeatures) -> Batch:
-        """Drawn samples, each with one of its image's views; noise comes from the draws' own generators."""
+    def training_batch(self, draws: Sequence[Draw], images: ImageFeatures, share: slice = slice(None)) -> Batch:
+        """Drawn samples, each with one of its image's views; noise comes from the draws' own generators.
+
+        ``share``: the part of them that the batch holds, with the choices it would have in the whole.
+        """
         config = self.config.features
         paths = [draw.sample.image for draw in draws]
         views = [draw.random.randrange(config.views) for draw in draws]
-        features = self.norm(images.pooled(paths, views))
+        features = self.norm(images.pooled(paths[share], views[share]))
         noise = torch.Generator().manual_seed(draws[0].random.getrandbits(62))
-        features = self.norm.disturb(features, noise)
-        return Batch([draw.sample for draw in draws], self._placed(features), self._levels(images, paths))
+        whole = features.new_zeros(len(draws), features.shape[1])
+        whole[share] = features
+        features = self.norm.disturb(whole, noise)[share]
+        samples = [draw.sample for draw in draws[share]]
+        return Batch(samples, self._placed(features), self._levels(images, paths[share]))
 
     def evaluation_batch(
         self, samples: Sequence[Any], paths: Sequence[str], images: ImageFeatures, blind: bool = False

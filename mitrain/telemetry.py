@@ -129,6 +129,16 @@ class Metrics:
             print(f"step {step:>{width}}/{self.total_steps}  {text}", file=self.console, flush=True)
 
 
+class NoMetrics:
+    """Takes what ``Metrics`` takes and keeps nothing: what every rank but the first reports to."""
+
+    def step(self, step: int, **values: Any) -> None: ...
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def truncate_after(path: Path, step: int) -> None:
     """Drop the lines of a JSONL file that are torn or belong to a later step than ``step``."""
     if not path.exists():

@@ -5,6 +5,9 @@ for step = 1 … steps:
     for each micro-batch:  (sum, count) ← task.loss(batch) + adapter.extra_loss();  accumulate the gradient of the sum
     divide by the total count, clip, update the adapter and the head — or say why not
     now and then: score val, keep the best; save
+
+On several ranks each computes its share of every micro-batch and of every evaluation; sums and counts are added up over
+the ranks, so the run is the same as that of one process. Rank 0 alone reads and writes the run folder.
 """
 
 import math
@@ -18,9 +21,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mitrain import checkpoint, runs
+from mitrain import checkpoint, dist, runs
+from mitrain.checkpoint import Checkpoint
+from mitrain.config import digest
 from mitrain.data.images import BadSamples
-from mitrain.data.loader import Loader
+from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit
 from mitrain.engine import Group, LocalEngine, StepResult, regularised
 from mitrain.errors import CheckpointError, DataError, UserError
@@ -30,7 +35,7 @@ from mitrain.files import write_json
 from mitrain.guard import Heartbeat, SkipBudget, StopRequest
 from mitrain.model import Model, build, resolve_data
 from mitrain.schema import RunConfig
-from mitrain.telemetry import Metrics, Stopwatch, Wandb
+from mitrain.telemetry import Metrics, NoMetrics, Stopwatch, Wandb
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Trainer:
     """One run, from its configuration to its best checkpoint."""
 
     def __init__(self, config: RunConfig, folder: Path, *, quiet: bool = False):
-        self.config, self.folder, self.quiet = config, folder, quiet
+        self.config, self.folder, self.quiet = config, folder, quiet or not dist.is_main()
         self.watch = Stopwatch()
         self.best, self.best_step = -math.inf, 0
         with self.watch.phase("load models and data"):
@@ -82,12 +87,16 @@ class Trainer:
                 self.model.states.prepare(rows, bar.update)
             self.model.norm.fit(self.images.pooled(paths["train"]))
             self.model.task.fit(self.train)
+        for module in self.model.trainable.values():
+            dist.copy_from_main(module.state_dict().values())
 
     def _bar(self, total: int, text: str) -> tqdm:
         return tqdm(total=total, desc=text, disable=self.quiet or None, file=sys.stderr, leave=False)
 
     def _usable(self, samples: Sequence[Any], split: str) -> list[Any]:
         kept = self.images.readable(samples)
+        if len(set(dist.gather(digest([sample.id for sample in kept])))) > 1:
+            raise DataError(f"the ranks read different samples of the split {split!r}: give all the same data folder")
         if not kept:
             raise DataError(f"no sample of the split {split!r} can be read: check data.root and data.images")
         return kept
@@ -100,10 +109,9 @@ class Trainer:
 
     def resume(self) -> int:
         """Continue from the newest complete checkpoint; returns its step (0: from the start)."""
-        path = checkpoint.latest(self.folder)
-        if path is None:
+        saved = dist.from_main(self._newest)
+        if saved is None:
             return 0
-        saved = checkpoint.load(path)
         runs.restore(self.model, saved)
         try:
             self.engine.load_state_dict(saved.tensors["optimizer"], saved.state["engine"])
@@ -113,9 +121,13 @@ class Trainer:
             checkpoint.set_rng_state(saved.state["rng"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
-                f"{path} does not fit this run ({error}): its data or configuration changed; start a new run"
+                f"{saved.path} does not fit this run ({error}): its data or configuration changed; start a new run"
             ) from None
         return saved.step
+
+    def _newest(self) -> Checkpoint | None:
+        path = checkpoint.latest(self.folder)
+        return checkpoint.load(path) if path else None
 
     def fit(self) -> Outcome:
         """Train to the last step, or until asked to stop."""
@@ -123,7 +135,8 @@ class Trainer:
         step = self.resume()
         heart = Heartbeat(train.hang_minutes)
         with closing(self._metrics(step)) as metrics, StopRequest() as stop, heart:
-            while step < train.steps and not stop.requested:
+            stopped = dist.first(stop.requested)
+            while step < train.steps and not stopped:
                 result, seconds = self._step()
                 step += 1
                 heart.beat()
@@ -131,28 +144,31 @@ class Trainer:
                 self._log(metrics, step, result, seconds)
                 last = step == train.steps
                 improved = self._evaluate(step, metrics) if step % train.eval_every == 0 or last else False
-                if improved or last or step % train.save_every == 0 or stop.requested:
+                stopped = dist.first(stop.requested)
+                if improved or last or step % train.save_every == 0 or stopped:
                     with stop.shield(), self.watch.phase("save"):
-                        self._save(step, improved)
+                        dist.from_main(lambda: self._save(step, improved))  # noqa: B023 - called at once
             outcome = Outcome(
                 self.folder,
                 step,
                 self.best,
                 self.best_step,
-                stop.requested if step < train.steps else None,
+                stopped if step < train.steps else None,
                 self.watch.report(),
             )
         if outcome.stopped is None:
-            self._finish(outcome)
+            dist.from_main(lambda: self._finish(outcome))
         return outcome
 
-    def _metrics(self, step: int) -> Metrics:
+    def _metrics(self, step: int) -> Metrics | NoMetrics:
+        if not dist.is_main():
+            return NoMetrics()
         train = self.config.train
         console = None if self.quiet else sys.stderr
         board = Wandb(self.config.wandb, self.folder, self.config.to_dict())
         return Metrics(self.folder / "metrics.jsonl", train.steps, console, train.log_every, step, board)
 
-    def _log(self, metrics: Metrics, step: int, result: StepResult, seconds: float) -> None:
+    def _log(self, metrics: Metrics | NoMetrics, step: int, result: StepResult, seconds: float) -> None:
         metrics.step(
             step,
             loss=result.loss,
@@ -170,14 +186,19 @@ class Trainer:
             self.model.task.train()
             self.tokens = 0
             for _ in range(self.config.train.accumulate):
-                batch = self.model.training_batch(self.loader.next(), self.images)
-                loss = self.model.task.loss(batch)
-                self.engine.backward(*regularised(loss, self.model.adapter.extra_loss()))
-                self.tokens += self.model.task.tokens(batch.samples)
+                draws = self.loader.next()
+                self._accumulate(draws, dist.share(len(draws)))
+                self.tokens += self.model.task.tokens([draw.sample for draw in draws])
             result = self.engine.step()
         return result, time.perf_counter() - start
 
-    def _evaluate(self, step: int, metrics: Metrics) -> bool:
+    def _accumulate(self, draws: list[Draw[Any]], share: slice) -> None:
+        """The gradients of this rank's share of a micro-batch; of fewer samples than ranks some get none."""
+        if draws[share]:
+            loss = self.model.task.loss(self.model.training_batch(draws, self.images, share))
+            self.engine.backward(*regularised(loss, self.model.adapter.extra_loss()))
+
+    def _evaluate(self, step: int, metrics: Metrics | NoMetrics) -> bool:
         """Score val; whether this is the best so far."""
         self.model.task.eval()
         with self.watch.phase("evaluate"):

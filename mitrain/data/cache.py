@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mitrain import dist
 from mitrain.config import digest
 from mitrain.errors import DataError
 from mitrain.files import atomic_folder, write_json
@@ -76,11 +77,26 @@ class FeatureCache:
         batch: int = 32,
         progress: Callable[[int], object] = lambda done: None,
     ) -> int:
-        """Compute the items of ``keys`` that are missing, ``batch`` at a time; returns how many were computed.
+        """Compute the items of ``keys`` that are missing, ``batch`` at a time; returns how many this process computed.
 
-        ``compute`` may leave items out (samples that cannot be read).
+        ``compute`` may leave items out (samples that cannot be read). Ranks that share a folder share the work: each
+        takes every n-th, and what then is still missing (their folders were not the same one).
         """
         missing = [key for key in dict.fromkeys(keys) if key not in self]
+        if self.folder is None or dist.world() == 1:
+            return self._compute(missing, compute, batch, progress)
+        computed = self._compute(missing[dist.rank() :: dist.world()], compute, batch, progress)
+        dist.barrier()
+        self.refresh()
+        return computed + self._compute([key for key in missing if key not in self], compute, batch, progress)
+
+    def _compute(
+        self,
+        missing: Sequence[str],
+        compute: Callable[[Sequence[str]], dict[str, Item]],
+        batch: int,
+        progress: Callable[[int], object],
+    ) -> int:
         done: dict[str, Item] = {}
         computed = 0
         try:

@@ -1,7 +1,8 @@
 """Which sample comes next: a seeded order that can be saved as two integers.
 
 Every random choice about a sample is drawn from (seed, epoch, position), never from a running generator, so that a
-resumed run continues with exactly the choices the uninterrupted one would have made.
+resumed run continues with exactly the choices the uninterrupted one would have made. On several ranks every rank draws
+the whole batch and computes its share of it: the order does not know how many ranks there are.
 """
 
 import random

@@ -2,7 +2,9 @@
 
 import pytest
 
+from mitrain import dist
 from mitrain.data.loader import Loader
+from mitrain.dist import Place
 
 
 def draws(loader, batches):
@@ -37,3 +39,22 @@ def test_the_seed_decides():
 def test_a_cursor_of_other_data_is_refused():
     with pytest.raises(ValueError, match="9 samples, here are 8"):
         Loader(list(range(8)), 2, 0).load_state({"epoch": 0, "position": 0, "samples": 9})
+
+
+def test_every_sample_comes_once_an_epoch_whatever_the_ranks_and_through_a_change_of_them():
+    """Ranks 2, then 3, then 1, each with loaders of their own that continue from the cursor that was saved."""
+    samples, batch, seed = list(range(31)), 7, 3
+    alone, state, seen = Loader(samples, batch, seed), Loader(samples, batch, seed).state(), []
+    for world, batches in ((2, 5), (3, 4), (1, 4), (8, 3)):
+        loaders = [Loader(samples, batch, seed) for _ in range(world)]
+        for loader in loaders:
+            loader.load_state(state)
+        for _ in range(batches):
+            whole = [(d.sample, d.epoch, d.random.random()) for d in alone.next()]
+            drawn = [loader.next()[dist.share(batch, Place(rank, world))] for rank, loader in enumerate(loaders)]
+            assert [(d.sample, d.epoch, d.random.random()) for part in drawn for d in part] == whole
+            seen += [sample for sample, _, _ in whole]
+        state = loaders[-1].state()
+        assert all(loader.state() == state for loader in loaders)
+    epochs = [seen[start : start + 31] for start in range(0, len(seen) - 30, 31)]
+    assert len(epochs) == 3 and all(sorted(epoch) == samples for epoch in epochs)

@@ -1,0 +1,104 @@
+"""Ranks: who is who by the environment of each launcher, and how a half-set one is refused."""
+
+import socket
+
+import pytest
+import torch
+
+from mitrain import dist
+from mitrain.dist import Place, place
+from mitrain.errors import RankError
+
+MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **MEET}
+SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("env", "found"),
+    [
+        ({}, Place(0, 1, 0)),
+        (TORCHRUN, Place(3, 4, 1)),
+        ({**SRUN, **TORCHRUN}, Place(3, 4, 1)),  # srun torchrun
+        ({**SRUN, **MEET, "SLURM_STEP_ID": "0"}, Place(1, 2, 0)),
+        ({**SRUN, **MEET}, Place(1, 2, 0)),
+        (SRUN, Place(0, 1, 0)),  # plain python in a batch script: no step, nowhere to meet
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Place(0, 1, 0)),
+    ],
+)
+def test_every_launcher_is_understood(env, found):
+    assert place(env) == found
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"RANK": "0"}, "sets RANK but not WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "sets WORLD_SIZE but not RANK"),
+        ({**TORCHRUN, "LOCAL_RANK": ""}, "not LOCAL_RANK"),
+        ({k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"}, "not MASTER_PORT"),
+        ({**SRUN, "SLURM_STEP_ID": "0"}, "not MASTER_ADDR"),
+        ({**TORCHRUN, "RANK": "4"}, "no rank has RANK=4 WORLD_SIZE=4"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK=-1 is not a number"),
+        ({**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
+        ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT=http is not a number"),
+    ],
+)
+def test_half_an_environment_is_refused_in_one_line(env, says):
+    with pytest.raises(RankError, match=says) as refused:
+        place(env)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "nan", ""])
+def test_the_timeout_is_a_number_of_seconds(monkeypatch, text):
+    monkeypatch.setenv("MITRAIN_TIMEOUT", text)
+    with pytest.raises(RankError, match="MITRAIN_TIMEOUT"):
+        dist.timeout()
+
+
+def test_alone_everything_is_the_identity(capsys):
+    value = torch.arange(3.0)
+    with dist.started() as here:
+        assert here == Place() and dist.is_main() and not dist.together()
+        assert dist.sum_across(value) is value
+        assert dist.agree(True) and not dist.agree(False)
+        assert dist.gather("a") == ["a"] and dist.from_main(lambda: "b") == "b"
+        assert dist.first("c") == "c" and dist.first(None) is None
+        dist.barrier()
+        dist.copy_from_main([value])
+    dist.say("heard")
+    assert capsys.readouterr().out == "heard\n" and value.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 32])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_shares_are_everything_once_and_even(count, world):
+    parts = [list(range(count))[dist.share(count, Place(rank, world))] for rank in range(world)]
+    assert [i for part in parts for i in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.fixture
+def first_of_two(monkeypatch):
+    """The environment of rank 0 of 2, whose partner never comes; the socket holds its port until it is closed."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+        env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in {**env, "MITRAIN_TIMEOUT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def test_a_port_in_use_is_named(first_of_two):
+    first_of_two.listen()
+    with pytest.raises(RankError, match=r"port of 127.0.0.1:\d+ is in use: set MASTER_PORT"), dist.started():
+        pass
+
+
+def test_a_rank_that_never_comes_is_given_up(first_of_two):
+    first_of_two.close()
+    with pytest.raises(RankError, match=r"rank 0 waited 1 s at 127.0.0.1:\d+ and not all 2 ranks came"), dist.started():
+        pass
+    assert not dist.together()
