@@ -125,6 +125,10 @@ def check_packing(call: Call) -> None:
         raise ValueError("cu_seqlens excludes key_padding, mask and state: packed sequences have no padding")
     if lengths.ndim != 1 or len(lengths) < 2 or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be (sequences + 1,) integers, but is {tuple(lengths.shape)} {lengths.dtype}")
+    if lengths.device.type == "cpu":
+        bounds, tokens = lengths.tolist(), call.q.shape[2]
+        if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the number of tokens, but is {bounds}")
 
 
 def check_maps(call: Call) -> None:

@@ -29,6 +29,11 @@ def bent_k_add(call: Call) -> str | None:
     return "k_add is alive under a softcap" if alive else None
 
 
+def packed_token(call: Call) -> str | None:
+    packed = call.cu_seqlens is not None and call.gate == "token"
+    return "the gate 'token' does not fold, and packed sequences would have to be taken apart" if packed else None
+
+
 def flash_limit(call: Call) -> str | None:
     if call.q.device.type != "cuda":
         return f"tensors are on {call.q.device}, not on a GPU"
@@ -38,7 +43,7 @@ def flash_limit(call: Call) -> str | None:
         return f"FlashAttention takes float16 or bfloat16 and heads up to 256 wide, not {call.q.dtype}"
     if call.key_padding is not None and call.window is not None:
         return "FlashAttention counts a window over the tokens that are left without padding"
-    return stateful(call) or bent_k_add(call)
+    return stateful(call) or bent_k_add(call) or packed_token(call)
 
 
 def run_flash(call: Call) -> Result:
@@ -105,8 +110,6 @@ def packed_flash(call: Call) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def run_packed(call: Call, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """The folded form of packed sequences, attended to in one go; the coefficients are each sequence's own."""
-    if call.gate == "token":
-        raise ValueError("the gate 'token' on packed sequences needs backend='triton', 'sdpa' or 'reference'")
     rows: list[tuple[Tensor, ...]] = []
     for one in call.sequences():
         found, _ = folded_coefficients(
@@ -120,9 +123,7 @@ def run_packed(call: Call, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -
 def flex_limit(call: Call) -> str | None:
     if call.q.device.type == "cpu" and call.trains:
         return "FlexAttention has no backward pass on a CPU"
-    if call.q.device.type == "cpu" and call.q.dtype == torch.float64:
-        return None
-    return stateful(call) or bent_k_add(call)
+    return stateful(call) or bent_k_add(call) or packed_token(call)
 
 
 def run_flex(call: Call) -> Result:

@@ -123,16 +123,16 @@ def gate_kernel(
                 tl.store(counts, count_before)
 
 
-@triton.jit(do_not_specialize=["tokens", "queries", "offset"])
+@triton.jit(do_not_specialize=["tokens", "queries"])
 def gate_backward_kernel(
-    DGATE, COSINE, ROOT, SUM_SQUARE, COUNT, VALID, BOUNDS, NORM, LOGIT, PRESENT,
+    DGATE, COSINE, ROOT, SUM_SQUARE, COUNT, BOUNDS, NORM, LOGIT, PRESENT,
     OUT_DOT, OUT_SQUARE, OUT_NORM, DLOGIT,
-    valid_b, dgate_m, dgate_b, dgate_h, gate_m, gate_b, gate_h, whole_b, whole_h, count_b,
+    dgate_m, dgate_b, dgate_h, gate_m, gate_b, gate_h, whole_b, whole_h, count_b,
     out_m, out_b, out_h, pair_b, pair_h,
-    batch, heads, group, tokens, queries, offset,
+    batch, heads, group, tokens, queries,
     M: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """What DGATE (M, B, H, Tq) sends to every summed token, from the last to the first. Grid: (heads, samples).
+    """What DGATE (M, B, H, Tq) sends to every summed token, last to first, padding included. Grid: (heads, samples).
 
     Written: OUT_DOT (M, B, H, T), OUT_SQUARE (B, H, T), so that dL/dV_j = Σ OUT_DOT_j v_add − OUT_SQUARE_j V_j;
     OUT_NORM (M, B, H): dL/d v_add has − OUT_NORM v_add; DLOGIT (M, B, H).
@@ -179,10 +179,6 @@ def gate_backward_kernel(
         for i in range(0, blocks):
             start = (blocks - 1 - i) * BT
             inside = start + columns < tokens
-            counted = inside
-            if VALID is not None:
-                valid = tl.load(VALID + wide * valid_b + offset + start + columns, mask=inside, other=0)
-                counted = inside & (valid != 0)
             dot = tl.zeros((BT,), dtype=tl.float32) + dot_after
             square = tl.zeros((BT,), dtype=tl.float32) + square_after
             if not WHOLE:
@@ -203,8 +199,6 @@ def gate_backward_kernel(
                 square += own_square + (tl.sum(own_square, 0) - tl.cumsum(own_square, 0))
                 dot_after += tl.sum(own_dot, 0)
                 square_after += tl.sum(own_square, 0)
-            dot = tl.where(counted, dot, 0.0)
-            square = tl.where(counted, square, 0.0)
             tl.store(OUT_DOT + m * out_m + outs + start + columns, dot, mask=inside)
             if m > 0:
                 square += tl.load(OUT_SQUARE + pairs + start + columns, mask=inside, other=0.0)

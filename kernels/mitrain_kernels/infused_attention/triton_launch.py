@@ -311,12 +311,12 @@ def gate_side(p: Problem, dgate: Tensor, gates: Gates, continued: bool) -> tuple
     if not whole and not p.packed:
         sums = [x[..., -p.queries :].contiguous() for x in sums]
     gate_backward_kernel[(p.H, p.B)](
-        dgate, gates.cosine, gates.root, *sums, p.valid, s.cu_seqlens, p.norm, p.logit, p.present,
+        dgate, gates.cosine, gates.root, *sums, s.cu_seqlens, p.norm, p.logit, p.present,
         own_dot, own_square, of_norm, dlogit,
-        p.valid_stride, *p.scalars(dgate)[:3], *p.scalars(gates.cosine)[:3],
+        *p.scalars(dgate)[:3], *p.scalars(gates.cosine)[:3],
         *p.scalars(sums[0])[:2], 0 if p.packed and not whole else sums[1].stride(0),
         *p.scalars(dot)[:3], *p.scalars(square)[:2],
-        p.B, p.H, p.group, tokens, p.queries, offset, M=p.M, BT=SCAN, WHOLE=whole,
+        p.B, p.H, p.group, tokens, p.queries, M=p.M, BT=SCAN, WHOLE=whole,
     )  # fmt: skip
     blocks = triton.cdiv(p.longest_keys, 64)
     parts = torch.empty(blocks, p.M, p.B, p.H, p.width, **new)
