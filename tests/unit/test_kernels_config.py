@@ -1,14 +1,14 @@
 """kernels.backend reaches the operators, and what a backend cannot do is one clear line."""
 
-import mitrain
 import pytest
 import torch
+from tiny import features, text, tiny
+
+import mitrain
 from mitrain.adapters import attention, ffn
 from mitrain.adapters.kernels import KernelConfig, feed_forward_backend
 from mitrain.adapters.mit_config import MiTConfig
 from mitrain.errors import ModelError
-
-from tiny import features, text, tiny
 
 
 def logits(backend, **settings):
