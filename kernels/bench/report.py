@@ -60,7 +60,16 @@ def document(found: Rows) -> str:
     one = found[0]
     made = f"on {one['date']}, commit {one['commit']}, {one['versions']}, {one['device']}, {one['dtype']}"
     quantity = f"median of {one['samples']} samples from {one['rounds']} fresh processes"
-    return f"{table(found)}\n\nMade by `python kernels/bench --op {one['op']}` {made}; {quantity}.\n"
+    return f"{table(found)}\n\nMade by `{command(found)}` {made}; {quantity}.\n"
+
+
+def command(found: Rows) -> str:
+    """The command that measures these rows again."""
+    one, providers = found[0], dict.fromkeys(row["provider"] for row in found)
+    rounds = int(one["rounds"])
+    each = int(one["samples"]) // rounds
+    options = f"--providers {','.join(providers)} --rounds {rounds} --samples {each}"
+    return f"python kernels/bench --op {one['op']} {options}"
 
 
 def table(found: Rows) -> str:

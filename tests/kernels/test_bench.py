@@ -272,3 +272,11 @@ def test_a_worker_that_died_is_a_fault(tmp_path):
         dead.process.kill()
         assert "ended with code -9" in dead.ask(do="ready")["error"]
         assert "ended with code -9" in dead.ask(do="ready")["error"]
+
+
+def test_the_table_names_the_command_that_measures_it_again():
+    rows = [
+        {"op": "infused_swiglu", "provider": p, "rounds": "3", "samples": "18"} for p in ("plain", "torch", "plain")
+    ]
+    options = "--op infused_swiglu --providers plain,torch --rounds 3 --samples 6"
+    assert report.command(rows) == f"python kernels/bench {options}"
