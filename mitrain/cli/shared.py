@@ -1,0 +1,34 @@
+"""What every command needs: its parser, its ranks, and a way to speak."""
+
+import argparse
+import logging
+from collections.abc import Callable
+from typing import Any
+
+
+def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    sub.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
+    sub.set_defaults(run=run)
+    return sub
+
+
+def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Namespace], Any]:
+    """A command that all ranks run together, where there are several; rank 0 speaks."""
+
+    def joined(arguments: argparse.Namespace) -> Any:
+        from mitrain import dist
+
+        arguments.rank = dist.place().rank
+        if arguments.rank:
+            logging.getLogger().setLevel(logging.ERROR)
+        with dist.started():
+            return run(arguments)
+
+    return joined
+
+
+def say(arguments: argparse.Namespace, text: str) -> None:
+    """A line for people: on stdout, or nowhere when the output is JSON."""
+    if not arguments.json and not arguments.rank:
+        print(text)

@@ -1,0 +1,75 @@
+"""``mitrain train``: a new run, a resumed one, or the count of what one would take."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from mitrain.cli.shared import command, on_ranks, say
+from mitrain.errors import ConfigError
+
+
+def add_train(commands: Any) -> None:
+    sub = command(commands, "train", on_ranks(run_train), "train from a configuration, or resume a run")
+    sub.add_argument("config", nargs="?", help="a YAML file; the shipped ones are in configs/")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100 model.dtype=bf16")
+    sub.add_argument("--resume", metavar="RUN_DIR", help="continue this run from its newest complete checkpoint")
+    sub.add_argument("--runs", default="runs", metavar="DIR", help="where new run folders are made (default: runs)")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="count parameters and bytes without weights or data, and stop"
+    )
+    sub.add_argument(
+        "--memory", type=float, default=24.0, metavar="GB", help="per-rank memory for --dry-run's largest batch"
+    )
+    sub.add_argument("--ranks", type=int, default=1, help="number of ranks for --dry-run (default: 1)")
+
+
+def run_train(arguments: argparse.Namespace) -> Any:
+    from mitrain import dist
+    from mitrain.trainer import Trainer
+
+    if arguments.dry_run and not arguments.resume and arguments.config:
+        return run_dry(arguments)
+    folder, config = dist.from_main(lambda: begun(arguments))
+    dist.say(f"run folder: {folder}", file=sys.stderr)
+    trainer = Trainer(config, folder, quiet=arguments.json)
+    outcome = trainer.fit()
+    say(arguments, trainer.watch.table())
+    if outcome.stopped:
+        say(arguments, f"stopped by {outcome.stopped} after step {outcome.step}: mitrain train --resume {folder}")
+    else:
+        say(
+            arguments,
+            f"best val {outcome.best:.4f} at step {outcome.best_step}; next: mitrain eval {folder} --split test",
+        )
+    return {
+        "run": str(folder),
+        "step": outcome.step,
+        "best": outcome.best,
+        "best_step": outcome.best_step,
+        "stopped": outcome.stopped,
+    }
+
+
+def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
+    """The run folder, new or the one to resume, and its configuration."""
+    from mitrain import runs, schema
+
+    if arguments.resume:
+        if arguments.config or arguments.dry_run:
+            raise ConfigError("--resume takes the run folder's own configuration: leave out CONFIG and --dry-run")
+        return Path(arguments.resume), runs.read_config(arguments.resume)
+    if not arguments.config:
+        raise ConfigError("give a configuration file (configs/quickstart.yaml is one) or --resume RUN_DIR")
+    config = schema.load(arguments.config, arguments.overrides)
+    return runs.create(config, arguments.runs), config
+
+
+def run_dry(arguments: argparse.Namespace) -> Any:
+    from mitrain import schema
+    from mitrain.dryrun import dry_run
+
+    config = schema.load(arguments.config, arguments.overrides)
+    report = dry_run(config, memory_gb=arguments.memory, ranks=arguments.ranks)
+    say(arguments, report.text())
+    return report.to_dict()
