@@ -1,0 +1,123 @@
+"""Rows of a user's own JSONL, CSV or TSV file, with the columns under the user's own names.
+
+One record a line; every fault is a DataError that names file and line.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from mitrain.config import nearest
+from mitrain.errors import DataError
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+Row = tuple[int, dict[str, Any]]  # line number, cells by column
+
+
+def read_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Row]:
+    """Line number and cells of every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
+
+    ``columns`` maps our fields to the file's names; those ``required`` must stand in a CSV file's header.
+    """
+    path = Path(path)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() in DELIMITERS:
+                yield from rows_of_csv(file, path, columns, required)
+            else:
+                yield from rows_of_jsonl(file, path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(path)!r} is not UTF-8 text ({error}): save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {str(path)!r} ({error}): give a JSONL or CSV file") from None
+
+
+def is_table(path: Path) -> bool:
+    """Whether the file's cells are plain text (CSV, TSV), so that lists in them need a separator."""
+    return Path(path).suffix.lower() in DELIMITERS
+
+
+def check_columns(columns: Mapping[str, str], fields: Sequence[str]) -> dict[str, str]:
+    """Every field with the file's name for it."""
+    for field in columns:
+        if field not in fields:
+            raise DataError(f"columns.{field} is not a field{nearest(field, fields)}: map {', '.join(fields)}")
+    return {field: columns.get(field, field) for field in fields}
+
+
+def rows_of_jsonl(file: TextIO, path: Path) -> Iterator[Row]:
+    for line, text in enumerate(file, start=1):
+        if text.strip():
+            yield line, json_object(text, f"{path}:{line}")
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error}): write one object a line") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__} instead of an object: write {{...}} a line")
+    return row
+
+
+def rows_of_csv(file: TextIO, path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Row]:
+    header: list[str] | None = None
+    for line, cells in cells_of_csv(file, path):
+        if header is None:
+            header = check_header(cells, path, columns, required)
+        elif len(cells) > len(header):
+            raise DataError(f"{path}:{line}: {len(cells)} cells under {len(header)} columns: quote commas")
+        elif cells:
+            yield line, dict(zip(header, cells, strict=False))
+
+
+def cells_of_csv(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of every row, blank ones among them."""
+    reader = csv.reader(file, delimiter=DELIMITERS.get(path.suffix.lower(), ","), strict=True)
+    try:
+        for cells in reader:
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}): quote the cell") from None
+
+
+def check_header(header: list[str], path: Path, columns: Mapping[str, str], required: Sequence[str]) -> list[str]:
+    for field in required:
+        name = columns[field]
+        if header.count(name) != 1:
+            problem = "two columns" if name in header else "no column"
+            raise DataError(
+                f"{path}:1: {problem} {name!r} for {field}{nearest(name, header)}: "
+                f"the header has {', '.join(header)[:200]}; map it with columns.{field}=NAME"
+            )
+    return header
+
+
+def as_text(value: Any, name: str, where: str) -> str:
+    """Strings as they are, numbers as text, nothing as nothing; ``name`` is the column's."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
+        return str(value)
+    raise DataError(f"{where}: {name!r} is a {type(value).__name__}: give text")
+
+
+def split_cell(value: Any, separator: str) -> Any:
+    """A cell of several values as their list; what is no text stays as it is."""
+    return [part.strip() for part in value.split(separator) if part.strip()] if isinstance(value, str) else value
+
+
+def unique(samples: Iterator[tuple[str, Any]]) -> list[Any]:
+    """The samples of (place, sample) pairs; DataError where two have one id."""
+    kept: dict[str, Any] = {}
+    for where, sample in samples:
+        if sample.id in kept:
+            raise DataError(f"{where}: the id {sample.id[:80]!r} stands twice: make ids unique")
+        kept[sample.id] = sample
+    return list(kept.values())
