@@ -1,26 +1,16 @@
-"""The training step: accumulate gradients of a *sum*, divide by the true count, clip, apply or say why not.
-
-A loss is always handed in as ``(sum, count)``: the gradient of the sum is accumulated and divided once, by the
-number of samples (or tokens, or pixels) that the whole step really saw. How a batch is cut into micro-batches, and
-how full each of them is, therefore changes nothing. ``step()`` never applies a non-finite update; it says so.
-
-``Engine`` is the interface that the trainer knows; ``LocalEngine`` is plain torch, alone or on several ranks that
-each hold all trainable weights.
-"""
+"""The engine in plain torch: one process, or several that each hold all weights."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import reduce
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from mitrain import dist
-from mitrain.config import Section
+from mitrain.engine.base import Group, OptimizerConfig, StepResult, T
 from mitrain.errors import CheckpointError, ModelError
 
 SLOTS = {
@@ -33,70 +23,6 @@ SAME = "resume with the same model and configuration"
 OTHER = "take another checkpoint"
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Sums = tuple[Tensor, Tensor | float]  # a loss as (sum, count)
-
-
-class OptimizerConfig(Section):
-    """Optimizer and gradient clipping; rates and weight decay belong to the parameter groups.
-
-    ``clip`` bounds the norm of all gradients together, or with ``clip_by: value`` each element (the MiT release
-    clips values at 1.0); None does not clip.
-    """
-
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    momentum: float = Field(0.0, ge=0, lt=1)
-    clip: float | None = Field(1.0, gt=0)
-    clip_by: Literal["norm", "value"] = "norm"
-
-
-@dataclass(frozen=True)
-class Group:
-    """Named trainable parameters that share a peak learning rate and a weight decay."""
-
-    name: str
-    params: Mapping[str, nn.Parameter]
-    lr: float
-    weight_decay: float = 0.0
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one call of ``step()`` did.
-
-    ``loss`` is the mean over ``count``, a regulariser included; ``grad_norm`` the norm of the mean gradient before
-    clipping (NaN when the step was skipped before it was known); ``lr`` the rate of the first group at this step.
-    """
-
-    applied: bool
-    reason: str | None
-    loss: float
-    grad_norm: float
-    lr: float
-    count: float
-
-
-class Engine(Protocol):
-    """What the trainer needs. ``steps`` counts calls of ``step()``, ``applied`` those that changed the weights."""
-
-    steps: int
-    applied: int
-
-    def backward(self, loss_sum: Tensor, count: float | Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's summed loss."""
-
-    def step(self) -> StepResult:
-        """Finish the step and clear the gradients, whether or not the update was applied."""
-
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Optimizer state as flat named tensors (views) and a JSON-able dict, free of ranks and indices."""
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` gave; CheckpointError when it belongs to other parameters."""
-
-
 class LocalEngine:
     """``Engine`` in plain torch.
 
@@ -106,6 +32,8 @@ class LocalEngine:
     ``schedule`` maps the step number (from 0, skipped steps included, so that the rate follows the data) to the
     multiplier of every group's ``lr``. Frozen, repeated or missing parameters raise ModelError.
     """
+
+    lockstep = False
 
     def __init__(
         self,
@@ -127,11 +55,15 @@ class LocalEngine:
         self._losses: list[Tensor] = []
         self._count = 0.0
 
+    def forward(self, compute: Callable[[], T]) -> T:
+        return compute()
+
+    def refresh(self) -> None:
+        """Nothing to do: the parameters are the optimizer's own."""
+
     def backward(self, loss_sum: Tensor, count: float | Tensor) -> None:
         """Accumulate the gradients of ``loss_sum`` (a scalar) over ``count`` samples; an empty one is ignored."""
-        count = float(count)
-        if not 0 <= count < math.inf:
-            raise ValueError(f"the count of a loss must be finite and not negative, not {count}")
+        count = checked_count(count)
         if count == 0:
             return
         loss_sum.backward()
@@ -148,15 +80,26 @@ class LocalEngine:
         elif not math.isfinite(loss):
             reason = "non-finite loss"
         else:
-            norm = self._mean_and_clip(count, reached)
-            reason = "non-finite gradient" if dist.agree(not math.isfinite(norm)) else None
-        if reason is None:
-            self.optimizer.step()
-            self.applied += 1
+            norm = self._update(count, reached)
+            reason = None if math.isfinite(norm) else "non-finite gradient"
+        if reason is not None:
+            self._discard()
+        self.applied += reason is None
         result = StepResult(reason is None, reason, loss, norm, self.optimizer.param_groups[0]["lr"], count)
         self._clear()
         self.steps += 1
         return result
+
+    def _update(self, count: float, reached: list[nn.Parameter]) -> float:
+        """Change the weights by the mean gradient unless it is not finite; its norm, not finite on every rank then."""
+        norm = self._mean_and_clip(count, reached)
+        if dist.agree(not math.isfinite(norm)):
+            return norm if not math.isfinite(norm) else math.nan
+        self.optimizer.step()
+        return norm
+
+    def _discard(self) -> None:
+        """Forget the gradients of a step that is not applied; ``_clear`` does."""
 
     def _set_rates(self) -> None:
         multiplier = self.schedule(self.steps)
@@ -239,15 +182,11 @@ class LocalEngine:
         return found
 
 
-def regularised(loss: Sums, extra: Sums | None) -> Sums:
-    """A loss whose mean is larger by the mean of ``extra``, both as (sum, count): (s + c s'/c', c) = c (s/c + s'/c').
-
-    A regulariser thus keeps its weight whatever the size of a batch and however many are accumulated; of several
-    micro-batches it counts each as much as the loss does. Nothing is added by None or a count of 0.
-    """
-    if extra is None or float(extra[1]) == 0:
-        return loss
-    return loss[0] + extra[0] * (float(loss[1]) / float(extra[1])), loss[1]
+def checked_count(count: float | Tensor) -> float:
+    count = float(count)
+    if not 0 <= count < math.inf:
+        raise ValueError(f"the count of a loss must be finite and not negative, not {count}")
+    return count
 
 
 def collect(groups: list[Group]) -> dict[str, nn.Parameter]:
