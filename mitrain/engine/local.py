@@ -132,19 +132,25 @@ class LocalEngine:
         tensors = {
             f"{slot}.{name}": value.detach()
             for name, param in self.params.items()
-            for slot, value in self.optimizer.state.get(param, {}).items()
+            for slot, value in self._slots(param).items()
             if isinstance(value, Tensor)
         }
-        state = {
+        return tensors, self._counters()
+
+    def _counters(self) -> dict[str, Any]:
+        return {
             "optimizer": self.config.name,
             "steps": self.steps,
             "applied": self.applied,
             "groups": {group.name: sorted(group.params) for group in self.groups},
         }
-        return tensors, state
+
+    def _slots(self, param: nn.Parameter) -> Mapping[str, Any]:
+        """The optimizer's state of one parameter, whole."""
+        return self.optimizer.state.get(param, {})
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        own = self.state_dict()[1]
+        own = self._counters()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"the saved engine state is a {type(state).__name__}: {OTHER}")
         for key in ("optimizer", "groups"):
@@ -154,12 +160,14 @@ class LocalEngine:
         for key in ("steps", "applied"):
             if type(state.get(key)) is not int or not 0 <= state[key] < MOST_STEPS:
                 raise CheckpointError(f"the saved engine state has {key}={repr(state.get(key))[:40]}: {OTHER}")
-        slots = self._sort_slots(tensors)
+        self._take_slots(self._sort_slots(tensors))
+        self.steps, self.applied = state["steps"], state["applied"]
+        self._clear()
+
+    def _take_slots(self, slots: Mapping[str, dict[str, Tensor]]) -> None:
         packed = self.optimizer.state_dict()
         packed["state"] = {i: slots[name] for i, name in enumerate(self.params) if name in slots}
         self.optimizer.load_state_dict(packed)
-        self.steps, self.applied = state["steps"], state["applied"]
-        self._clear()
 
     def _sort_slots(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """{parameter: {slot: tensor}}, complete and of the right shapes, or CheckpointError."""

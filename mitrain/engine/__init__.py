@@ -1,0 +1,10 @@
+"""What updates the trainable weights: ``Engine`` is the interface that the trainer knows.
+
+``LocalEngine`` is plain torch, alone or on several ranks that each hold all weights; ``mitrain.engine.zero`` is
+DeepSpeed, the only file that imports it.
+"""
+
+from mitrain.engine.base import Engine, Group, OptimizerConfig, StepResult, regularised
+from mitrain.engine.local import LocalEngine
+
+__all__ = ["Engine", "Group", "LocalEngine", "OptimizerConfig", "StepResult", "regularised"]
