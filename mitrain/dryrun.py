@@ -10,7 +10,6 @@ from mitrain import costs, hf, quant
 from mitrain.errors import ConfigError
 from mitrain.model import Model, build
 from mitrain.schema import RunConfig
-from mitrain.tasks.segment import SegmentTask
 
 TOKENS = 64
 ORDER = ("fp32", "bf16", "fp16", "int8", "nf4")
@@ -132,7 +131,7 @@ def activations(config: RunConfig, model: Model, tokens: int) -> int:
     shape = costs.LlmShape.from_config(model.text.model.config.get_text_config().to_dict())
     infused = len(getattr(model.adapter, "layers", ()))
     above = shape.layers - model.adapter.first_layer("text")
-    logits = 0 if isinstance(model.task, SegmentTask) else max(1, tokens // 8)
+    logits = max(1, tokens // 8) if model.task.speaks else 0
     text = costs.activation_bytes(
         shape,
         tokens,

@@ -43,11 +43,11 @@ def evaluate(
     """Score ``samples``.
 
     ``control``: ``none``; ``no-image``: every sample sees another sample's image (of another object where possible), in
-    every path; ``shuffle``: for `segment` the expression is another scene's, naming no object of this one; for `answer`
+    every path; ``shuffle``: for `segment` the expression is another scene's, naming no object of this one; for the others
     the images are permuted without regard to objects; ``frozen``: the model without infusion. Ranks take the batches in
     turn, the same batches that one process would make, and every rank gets all predictions.
     """
-    shown, paths, clashes = controlled(samples, model.task.metric, control, seed)
+    shown, paths, clashes = controlled(samples, model.task.shuffles, control, seed)
     done: dict[int, list[Prediction]] = {}
     for start in range(0, len(samples), batch)[dist.rank() :: dist.world()]:
         part = slice(start, start + batch)
@@ -62,14 +62,17 @@ def evaluate(
 
 
 def controlled(
-    samples: Sequence[Any], metric: str, control: str, seed: int
+    samples: Sequence[Any], shuffles: str, control: str, seed: int
 ) -> tuple[list[Any], list[str], dict[str, Any]]:
-    """The samples and image paths to show, and what the control could not fulfil."""
+    """The samples and image paths to show, and what the control could not fulfil.
+
+    ``shuffles``: see `Task`; with ``images`` all samples of an image are given the same other one.
+    """
     own = [s.image for s in samples]
     objects = [s.object or s.id for s in samples]
     if control in ("none", "frozen"):
         return list(samples), own, {}
-    if control == "shuffle" and metric != "accuracy":
+    if control == "shuffle" and shuffles == "expressions":
         pairing = controls.other_expressions(
             [s.expression for s in samples],
             [s.object for s in samples],
@@ -79,6 +82,12 @@ def controlled(
         )
         swapped = [replace(s, expression=samples[i].expression) for s, i in zip(samples, pairing.index, strict=True)]
         return swapped, own, {"control_clashes": pairing.clashes}
-    labels = own if control == "shuffle" else objects
-    pairing = controls.other_images(own, labels, seed=seed)
-    return list(samples), [own[i] for i in pairing.index], {"control_clashes": pairing.clashes}
+    if shuffles == "images":
+        named = dict(zip(own, objects, strict=True))
+        images, objects = list(named), list(named.values())
+    else:
+        images = own
+    pairing = controls.other_images(images, images if control == "shuffle" else objects, seed=seed)
+    shown = {image: images[i] for image, i in zip(images, pairing.index, strict=True)}
+    paths = [shown[image] for image in own] if shuffles == "images" else [own[i] for i in pairing.index]
+    return list(samples), paths, {"control_clashes": pairing.clashes}

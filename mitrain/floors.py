@@ -11,15 +11,15 @@ import numpy as np
 
 from mitrain.features import ImageFeatures
 from mitrain.model import resolve_data
-from mitrain.probe import probe_accuracy
+from mitrain.probe import probe_accuracy, probe_labels
 from mitrain.runs import Run
 from mitrain.tasks import masks
+from mitrain.tasks.label_metrics import label_metrics
 
 
 def floors_of(run: Run, split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
     """Metrics of each floor by its name, on the samples ``chosen`` from a split."""
-    floors = answer_floors if run.model.task.metric == "accuracy" else mask_floors
-    return floors(run, split, chosen, images)
+    return FLOORS[run.config.task.section_name](run, split, chosen, images)
 
 
 def answer_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
@@ -31,6 +31,24 @@ def answer_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeature
     answers = [s.answer for s in chosen]
     most = max(answers.count(a) for a in set(answers)) / len(answers)
     return {"majority answer": {"accuracy": most, "samples": len(chosen)}, "linear probe on the same features": found}
+
+
+def label_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
+    """The training split's commonest label, and a linear probe on the features that are infused."""
+    data, root, task = run.config.data, resolve_data(run.config.data), run.model.task
+    train, val = (images.readable(data.read(root, part)) for part in ("train", "val"))
+    images.prepare(sorted({s.image for s in train + val}), 1)
+    truths = [task.targets(part).cpu().numpy() > 0 for part in (train, val, chosen)]
+    features = [run.model.norm(images.pooled([s.image for s in part])).numpy() for part in (train, val, chosen)]
+    shares = truths[0].mean(0)
+    commonest = np.tile(np.eye(len(shares))[shares.argmax()], (len(chosen), 1))
+    found = {
+        "majority label": commonest,
+        "linear probe on the same features": probe_labels(features, truths[:2], task.multilabel),
+    }
+    if task.multilabel:
+        found["training shares"] = np.tile(shares, (len(chosen), 1))
+    return {n: label_metrics(truths[2], c, task.multilabel, task.config.threshold) for n, c in found.items()}
 
 
 def mask_floors(run: Run, split: str, chosen: list[Any], _images: ImageFeatures) -> dict[str, dict[str, Any]]:
@@ -52,3 +70,6 @@ def mask_floors(run: Run, split: str, chosen: list[Any], _images: ImageFeatures)
         "random": "random object",
     }
     return {f"{names[kind]} (true masks)": m.compute() for kind, m in metrics.items()}
+
+
+FLOORS = {"answer": answer_floors, "classify": label_floors, "segment": mask_floors}

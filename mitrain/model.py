@@ -23,6 +23,7 @@ from mitrain.files import cache_home
 from mitrain.schema import RunConfig
 from mitrain.tasks.answer import AnswerTask
 from mitrain.tasks.base import Batch, Parts, Task
+from mitrain.tasks.classify import ClassifyTask
 from mitrain.tasks.segment import SegmentTask
 
 
@@ -38,6 +39,14 @@ def resolve_data(data: Any) -> Path:
     if data.source is not None:
         return prepare.ensure_data(data.source, seed=data.source_seed)
     return Path(data.root).expanduser()
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The configuration with what follows from its data written out: the classes of a classification."""
+    data = config.data
+    if config.task.section_name != "classify" or data.classes:
+        return config
+    return config.model_copy(update={"data": data.model_copy(update={"classes": data.class_names(resolve_data(data))})})
 
 
 @dataclass
@@ -74,14 +83,15 @@ class Model:
         whole[share] = features
         features = self.norm.disturb(whole, noise)[share]
         samples = [draw.sample for draw in draws[share]]
-        return Batch(samples, self._placed(features), self._levels(images, paths[share]))
+        placed = self._placed(features)
+        return Batch(samples, placed, self._levels(images, paths[share]), placed)
 
     def evaluation_batch(
         self, samples: Sequence[Any], paths: Sequence[str], images: ImageFeatures, blind: bool = False
     ) -> Batch:
         """Samples with the images ``paths`` (their own, or a control's); ``blind`` leaves the infusion out."""
-        features = None if blind else self._placed(self.norm(images.averaged(paths, self.config.features.eval_views)))
-        return Batch(samples, features, self._levels(images, paths))
+        features = self._placed(self.norm(images.averaged(paths, self.config.features.eval_views)))
+        return Batch(samples, None if blind else features, self._levels(images, paths), features)
 
     def _levels(self, images: ImageFeatures, paths: Sequence[str]) -> list[Tensor]:
         return [level.to(self.text.device) for level in images.levels(paths)] if self.task.decodes else []
@@ -151,6 +161,9 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
 def build_task(config: RunConfig, parts: Parts, encoders: Sequence[VisionEncoder]) -> Task:
     if config.task.section_name == "answer":
         return AnswerTask(config.task, parts)
+    if config.task.section_name == "classify":
+        data = settled(config).data
+        return ClassifyTask(config.task, parts, data.classes, data.multilabel, sum(e.width for e in encoders))
     seeing = [encoder for encoder in encoders if encoder.config.levels]
     if len({(e.grid, e.prefix_tokens) for e in seeing}) > 1:
         raise ConfigError(

@@ -59,3 +59,46 @@ def fit(x: np.ndarray, labels: Sequence[str], strength: float) -> "LogisticRegre
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=strength, max_iter=500).fit(x, labels)
+
+
+def probe_labels(features: Sequence[np.ndarray], truths: Sequence[np.ndarray], multilabel: bool) -> np.ndarray:
+    """(samples, C) probabilities of a multinomial logistic regression, or of one for each class where labels are several.
+
+    Args:
+        features: of the training, validation and asked samples, each (n, e).
+        truths: (n, C) bool of the training and validation samples. The regularisation with the least cross-entropy
+            over the classes on validation is taken. A class that all or no training samples have keeps its share.
+    """
+    train, val, asked = features
+    chances = chances_of_each if multilabel else chances_of_one
+    found = {strength: chances(train, truths[0], strength, (val, asked)) for strength in STRENGTHS}
+    if not len(val):
+        return found[1.0][1]
+    return found[min(STRENGTHS, key=lambda strength: (cross_entropy(found[strength][0], truths[1]), strength))][1]
+
+
+def cross_entropy(chances: np.ndarray, truth: np.ndarray) -> float:
+    seen = np.clip(chances, 1e-7, 1 - 1e-7)
+    return float(-np.where(truth, np.log(seen), np.log1p(-seen)).mean())
+
+
+def chances_of_one(x: np.ndarray, truth: np.ndarray, strength: float, asked: Sequence[np.ndarray]) -> list[np.ndarray]:
+    labels = truth.argmax(1)
+    if len(set(labels)) < 2:
+        return [np.tile(truth[:1].astype(float), (len(rows), 1)) for rows in asked]
+    model = fit(x, labels, strength)
+    found = [np.zeros((len(rows), truth.shape[1])) for rows in asked]
+    for chances, rows in zip(found, asked, strict=True):
+        if len(rows):
+            chances[:, model.classes_] = model.predict_proba(rows)
+    return found
+
+
+def chances_of_each(x: np.ndarray, truth: np.ndarray, strength: float, asked: Sequence[np.ndarray]) -> list[np.ndarray]:
+    found = [np.tile(truth.mean(0), (len(rows), 1)) for rows in asked]
+    for c in np.flatnonzero(truth.any(0) & ~truth.all(0)):
+        model = fit(x, truth[:, c], strength)
+        for chances, rows in zip(found, asked, strict=True):
+            if len(rows):
+                chances[:, c] = model.predict_proba(rows)[:, 1]
+    return found

@@ -24,6 +24,7 @@ from mitrain.floors import floors_of
 from mitrain.model import resolve_data
 from mitrain.runs import Run
 from mitrain.scoring import score_split, split_of
+from mitrain.tasks.base import Task
 
 LABELS = {
     "none": "{name}",
@@ -39,12 +40,13 @@ def report(
 ) -> dict[str, Any]:
     """Score every run on every split under its controls; write results.json, table.md and a figure per split to ``out``."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    metric = None
+    task: tuple[Any, str] | None = None
     for position, folder in enumerate(folders):
         run = runs.open_run(folder)
-        if metric not in (None, run.model.task.metric):
+        own_task = (run.model.task.columns, run.model.task.metric)
+        if task not in (None, own_task):
             raise ConfigError(f"{folder} is a run of another task than {folders[0]}: report them separately")
-        metric = run.model.task.metric
+        task = own_task
         for split in splits:
             own = score_with_controls(run, split, samples)
             if position == 0:
@@ -53,7 +55,8 @@ def report(
             for label, values in own.items():
                 rows[split, label].append({**values, "run": Path(folder).name, "seed": run.config.seed})
     results = {
-        "metric": metric,
+        "columns": task[0],
+        "metric": task[1],
         "made": provenance(folders, splits, samples),
         "rows": [row(s, label, found) for name in splits for (s, label), found in rows.items() if s == name],
     }
@@ -67,11 +70,10 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
     """Metrics by row label; the plain evaluation with its samples under "figure"."""
     chosen, images = split_of(run, split, samples)
     name = run.config.name
-    plain = score_split(run, chosen, images, "none", generate=run.model.task.metric == "accuracy", seed=run.config.seed)
+    plain = score_split(run, chosen, images, "none", generate=run.model.task.speaks, seed=run.config.seed)
     found: dict[str, Any] = {name: plain.metrics, "figure": (chosen, plain)}
     blind = run.config.adapter.section_name == "none"
-    controls = ["no-image", "frozen"] if run.model.task.metric == "accuracy" else ["shuffle", "no-image"]
-    for control in controls:
+    for control in run.model.task.controls:
         if not (blind and control == "frozen"):
             found[LABELS[control].format(name=name)] = score_split(
                 run, chosen, images, control, seed=run.config.seed
@@ -104,15 +106,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return out
 
 
-COLUMNS = {
-    "accuracy": [("accuracy", "accuracy"), ("exact match", "exact_match")],
-    "oiou": [("oIoU", "oiou"), ("mIoU", "miou"), ("P@0.5", "precision@0.5")],
-}
-
-
 def table(results: dict[str, Any]) -> str:
     """The Markdown table: one row per label and split."""
-    columns = COLUMNS[results["metric"]]
+    columns = results["columns"]
     lines = [
         "| split | | " + " | ".join(title for title, _ in columns) + " | samples | seeds |",
         "|---" * (len(columns) + 4) + "|",
@@ -164,18 +160,16 @@ def write_figure(run: Run, split: str, drawn: tuple[list[Any], Evaluation], out:
     step = max(1, len(samples) // PANELS)
     pairs = list(zip(samples, found.predictions, strict=True))[::step][:PANELS]
     root = run.config.data.image_root(resolve_data(run.config.data))
-    draw = mask_panels if run.model.task.decodes else answer_panels
-    picture = figures.sheet(list(draw(pairs, root, run.config.data.max_pixels)))
+    task, max_pixels = run.model.task, run.config.data.max_pixels
+    panels = mask_panels(pairs, root, max_pixels) if task.decodes else text_panels(task, pairs, root, max_pixels)
+    picture = figures.sheet(list(panels))
     out.mkdir(parents=True, exist_ok=True)
     picture.save(out / f"{run.config.name}-{split}.png")
 
 
-def answer_panels(pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:
+def text_panels(task: Task, pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:
     for sample, prediction in pairs:
-        values = prediction.values
-        chance = values["probabilities"][values["predicted"]]
-        lines = [f"{values['predicted']} ({chance:.2f})", f"truth: {sample.answer} [{sample.object}]", sample.prompt]
-        yield figures.Panel(open_image(root, sample.image, max_pixels), lines, values["correct"])
+        yield figures.Panel(open_image(root, sample.image, max_pixels), *task.lines(sample, prediction))
 
 
 def mask_panels(pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:

@@ -8,6 +8,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 import mitrain.adapters
 import mitrain.data.sources
 import mitrain.tasks.answer
+import mitrain.tasks.classify
 import mitrain.tasks.segment  # noqa: F401 - importing a section's module makes its name known
 from mitrain import config
 from mitrain.adapters.kernels import KernelConfig

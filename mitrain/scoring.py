@@ -10,6 +10,7 @@ from PIL import Image
 
 from mitrain import figures, runs, schema
 from mitrain.data.images import BadSamples, open_image
+from mitrain.data.labels import LabelSample
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
 from mitrain.data.sources import limit
@@ -41,7 +42,7 @@ def score_split(
     run: Run, samples: list[Any], images: ImageFeatures, control: str, generate: bool = False, seed: int = 0
 ) -> Evaluation:
     """Metrics and predictions of prepared ``samples``."""
-    if generate and run.model.task.metric != "accuracy":
+    if generate and not run.model.task.speaks:
         raise ConfigError("--generate lets the model speak, which only the task 'answer' does: leave it out")
     batch = run.config.train.eval_batch
     return evaluate(run.model, images, samples, control=control, seed=seed, batch=batch, generate=generate)
@@ -96,6 +97,8 @@ def predict_one(
         return predict_mask(run, images, path, text, Path(out) if out else None)
     if out:
         raise ConfigError("--out writes a mask, which only the task 'segment' has: leave it out")
+    if not run.model.task.speaks:
+        return predict_labels(run, images, path, text, candidates)
     return predict_answer(run, images, path, text, candidates)
 
 
@@ -115,6 +118,15 @@ def predict_answer(run: Run, images: ImageFeatures, path: Path, text: str, candi
         values |= {"answer": found["predicted"], "probabilities": found["probabilities"]}
         lines += [f"{p:7.3f}  {candidate}" for candidate, p in found["probabilities"].items()]
     return Answer(values, [f"answer: {values['answer']}", *lines])
+
+
+def predict_labels(run: Run, images: ImageFeatures, path: Path, text: str, candidates: Sequence[str] | None) -> Answer:
+    if candidates:
+        raise ConfigError("--candidates are for the task 'answer'; the classes of 'classify' are trained: leave it out")
+    found = run.model.task.predict(one(run, images, LabelSample(path.name, path.name, text, ())))[0].values
+    values = {"image": str(path), "text": text, "labels": found["predicted"], "probabilities": found["probabilities"]}
+    lines = [f"{p:7.3f}  {label}" for label, p in found["probabilities"].items()]
+    return Answer(values, [f"labels: {', '.join(found['predicted']) or '(none)'}", *lines])
 
 
 def training_answers(run: Run, prompt: str) -> tuple[str, ...]:

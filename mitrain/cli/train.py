@@ -54,6 +54,7 @@ def run_train(arguments: argparse.Namespace) -> Any:
 def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
     """The run folder, new or the one to resume, and its configuration."""
     from mitrain import runs, schema
+    from mitrain.model import settled
 
     if arguments.resume:
         if arguments.config or arguments.dry_run:
@@ -61,7 +62,7 @@ def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
         return Path(arguments.resume), runs.read_config(arguments.resume)
     if not arguments.config:
         raise ConfigError("give a configuration file (configs/quickstart.yaml is one) or --resume RUN_DIR")
-    config = schema.load(arguments.config, arguments.overrides)
+    config = settled(schema.load(arguments.config, arguments.overrides))
     return runs.create(config, arguments.runs), config
 
 

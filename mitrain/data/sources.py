@@ -1,12 +1,13 @@
 """From a ``data:`` section to lists of samples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from mitrain.config import Section
+from mitrain.data import labels
 from mitrain.data.records import read_records
 from mitrain.data.refcoco import image_folder, read_refer, split_names
 from mitrain.errors import ConfigError, DataError
@@ -44,20 +45,53 @@ class RecordsConfig(DataSection, kind="data", name="records"):
     kinds: tuple[str, ...] = ()
 
     def read(self, root: Path, split: str) -> list[Any]:
-        if split not in self.splits:
-            raise ConfigError(f"data.splits has no {split!r}: choose one of {', '.join(self.splits)}")
-        samples = read_records(root / self.splits[split], self.columns or None)
+        path = root / split_file(self.splits, split)
+        samples = read_records(path, self.columns or None)
         kept = [s for s in samples if not self.kinds or s.kind in self.kinds]
         if not kept:
             kinds = sorted({s.kind for s in samples})
-            raise DataError(
-                f"{root / self.splits[split]} holds no sample of kind {', '.join(self.kinds)}: it has {', '.join(kinds)}"
-            )
+            raise DataError(f"{path} holds no sample of kind {', '.join(self.kinds)}: it has {', '.join(kinds)}")
         return kept
 
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""
-        return [split for split, name in self.splits.items() if (root / name).exists()] or list(self.splits)
+        return there(self.splits, root)
+
+    def image_root(self, root: Path) -> Path:
+        return root
+
+
+class ClassSection(DataSection):
+    """Data of a classification. ``classes`` are all labels there are, in the head's order; left out, they are those of the
+    training split. ``multilabel``: whether samples have several."""
+
+    task: Literal["classify"] = "classify"
+    classes: tuple[str, ...] = ()
+    multilabel: bool = False
+
+    def class_names(self, root: Path) -> tuple[str, ...]:
+        """``classes``, or the labels of the training split in alphabetical order."""
+        return self.classes or labels.class_names(self.read(root, "train"), f"the training split in {str(root)!r}")
+
+
+class LabelledConfig(ClassSection, kind="data", name="labelled"):
+    """Labelled pictures and texts in JSONL or CSV files, one per split, with columns image, text, label.
+
+    ``columns`` maps those names to the file's own; ``separator`` parts several labels in a CSV cell.
+    """
+
+    splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
+    columns: dict[str, str] = {}
+    separator: str = Field("|", min_length=1)
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        known = self.classes if self.classes or split == "train" else self.class_names(root)
+        path = root / split_file(self.splits, split)
+        return labels.read_labels(path, self.columns or None, self.multilabel, self.separator, known)
+
+    def split_names(self, root: Path) -> list[str]:
+        """The splits whose files are there."""
+        return there(self.splits, root)
 
     def image_root(self, root: Path) -> Path:
         return root
@@ -80,6 +114,18 @@ class RefcocoConfig(DataSection, kind="data", name="refcoco"):
 
     def image_root(self, root: Path) -> Path:
         return image_folder(root, self.dataset, self.images)
+
+
+def split_file(splits: Mapping[str, str], split: str) -> str:
+    """The file of a split."""
+    if split not in splits:
+        raise ConfigError(f"data.splits has no {split!r}: choose one of {', '.join(splits)}")
+    return splits[split]
+
+
+def there(splits: Mapping[str, str], root: Path) -> list[str]:
+    """The splits whose files are there; all of them where none is."""
+    return [split for split, name in splits.items() if (root / name).exists()] or list(splits)
 
 
 def limit(samples: Sequence[Any], count: int | None) -> list[Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from mitrain.data.images import MAX_PIXELS, open_image
+from mitrain.data.labels import LabelSample
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
 from mitrain.errors import DataError
@@ -30,7 +31,8 @@ AREAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # edges of the histogram, as shares o
 THUMBNAIL, COLUMNS, LINES = 176, 6, 4  # of the sheet: pixels, samples of a split, lines of text under each
 RED = np.array([230, 30, 30])
 
-Samples = Sequence[AnswerSample] | Sequence[ReferSample]
+Sample = AnswerSample | LabelSample | ReferSample
+Samples = Sequence[AnswerSample] | Sequence[LabelSample] | Sequence[ReferSample]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def describe(samples: Samples, pictures: Mapping[str, Picture]) -> dict[str, Any
         details = describe_masks(samples)
         whole = {sample.image: sample.size for sample in samples if not pictures[sample.image].error}
         details["wrong_sizes"] = sum(pictures[path].size != size for path, size in whole.items())
+    elif isinstance(samples[0], LabelSample):
+        details = describe_labels(samples)
     else:
         details = describe_answers(samples)
     return {
@@ -108,6 +112,19 @@ def describe_answers(samples: Sequence[AnswerSample]) -> dict[str, Any]:
             }
             for kind, answers in kinds.items()
         },
+    }
+
+
+def describe_labels(samples: Sequence[LabelSample]) -> dict[str, Any]:
+    counts = Counter(label for sample in samples for label in sample.labels)
+    return {
+        "objects": len({sample.object for sample in samples if sample.object}),
+        "texts": len({sample.text for sample in samples}),
+        "without_text": sum(not sample.text.strip() for sample in samples),
+        "different": len(counts),
+        "majority": round(max(counts.values(), default=0) / len(samples), 4),
+        "labels_per_sample": round(counts.total() / len(samples), 4),
+        "labels": dict(counts.most_common(FREQUENT)),
     }
 
 
@@ -149,6 +166,8 @@ def compare(
     }
     if isinstance(splits[one][0], ReferSample):
         checks["expression"] = lambda split: {sample.expression for sample in splits[split]}
+    if isinstance(splits[one][0], LabelSample):
+        checks["text"] = lambda split: {sample.text for sample in splits[split]} - {""}
     found = []
     for what, values in checks.items():
         mine, yours = values(one), values(other)
@@ -214,11 +233,15 @@ def row_of(split: str, samples: Samples, root: Path, max_pixels: int, seed: int)
     return row
 
 
-def caption(sample: AnswerSample | ReferSample) -> str:
-    return sample.expression if isinstance(sample, ReferSample) else f"{sample.prompt} -> {sample.answer}"
+def caption(sample: Sample) -> str:
+    if isinstance(sample, ReferSample):
+        return sample.expression
+    if isinstance(sample, LabelSample):
+        return f"{sample.text} -> {', '.join(sample.labels)}"
+    return f"{sample.prompt} -> {sample.answer}"
 
 
-def overlaid(picture: Image.Image, sample: AnswerSample | ReferSample) -> Image.Image:
+def overlaid(picture: Image.Image, sample: Sample) -> Image.Image:
     """The picture with the target's mask in red."""
     if not isinstance(sample, ReferSample):
         return picture

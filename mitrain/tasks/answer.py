@@ -36,6 +36,8 @@ class AnswerTask(Task):
     """loss = − Σ_t log p(answer_t | prompt, answer_<t, image) over the answer's tokens and its end."""
 
     metric = "accuracy"
+    speaks = True
+    columns = (("accuracy", "accuracy"), ("exact match", "exact_match"))
 
     def __init__(self, config: AnswerConfig, parts: Parts):
         super().__init__(parts)
@@ -152,6 +154,12 @@ class AnswerTask(Task):
         if all("exact_match" in v for v in values):
             result["exact_match"] = mean(v["exact_match"] for v in values)
         return result
+
+    def lines(self, sample: Any, prediction: Prediction) -> tuple[list[str], bool | None]:
+        values = prediction.values
+        chance = values["probabilities"][values["predicted"]]
+        said = f"{values['predicted']} ({chance:.2f})"
+        return [said, f"truth: {sample.answer} [{sample.object}]", sample.prompt], values["correct"]
 
 
 def mean(hits: Any) -> float:

@@ -7,7 +7,7 @@ scores. It is handed the frozen language model, the adapter and the sources of f
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +62,15 @@ class Parts:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples with their infused feature (B, e), and the patch tokens where the task has a decoder."""
+    """Samples with their infused feature (B, e), and the patch tokens where the task has a decoder.
+
+    ``images``: the same features (B, e) for a task's own use, there also where the infusion is left out.
+    """
 
     samples: Sequence[Any]
     features: Tensor | None
     levels: list[Tensor] = field(default_factory=list)
+    images: Tensor | None = None
 
     def bound(self) -> dict[str, Tensor | None]:
         return {"image": self.features}
@@ -74,19 +78,29 @@ class Batch:
 
 @dataclass
 class Prediction:
-    """One sample's outcome: what is written to predictions.jsonl and drawn in the figures."""
+    """One sample's outcome: plain ``values``, and the mask or ``vector`` that a score is computed from."""
 
     id: str
     image: str
     values: dict[str, Any]
     mask: Any = None
+    vector: Any = None
 
 
 class Task(nn.Module):
-    """Base of the tasks; its parameters are the task's trainable head."""
+    """Base of the tasks; its parameters are the task's trainable head.
+
+    ``metric``: what the best step is chosen by. ``decodes``: reads patch tokens. ``speaks``: can generate text.
+    ``shuffles``: what the control of that name exchanges (`mitrain.evaluate`). ``columns``: title and metric of a table's
+    columns; ``controls``: which controls it has rows for.
+    """
 
     metric: str
     decodes: bool = False
+    speaks: bool = False
+    shuffles: Literal["samples", "images", "expressions"] = "samples"
+    columns: tuple[tuple[str, str], ...] = ()
+    controls: tuple[str, ...] = ("no-image", "frozen")
 
     def __init__(self, parts: Parts):
         super().__init__()
@@ -116,4 +130,8 @@ class Task(nn.Module):
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         """The metrics of a split, ``metric`` and ``samples`` among them."""
+        raise NotImplementedError
+
+    def lines(self, sample: Any, prediction: Prediction) -> tuple[list[str], bool | None]:
+        """What a figure says below a sample's picture, and whether it went right."""
         raise NotImplementedError

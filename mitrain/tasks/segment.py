@@ -20,6 +20,7 @@ from mitrain.config import Section
 from mitrain.errors import ConfigError, DataError
 from mitrain.tasks import decoders, masks
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
+from mitrain.tasks.readout import read_out
 
 Readout = Literal["last", "mean", "embeddings"]
 
@@ -47,6 +48,9 @@ class SegmentTask(Task):
 
     metric = "oiou"
     decodes = True
+    shuffles = "expressions"
+    columns = (("oIoU", "oiou"), ("mIoU", "miou"), ("P@0.5", "precision@0.5"))
+    controls = ("shuffle", "no-image")
 
     def __init__(
         self, config: SegmentConfig, parts: Parts, level_widths: Sequence[int], grid: int, patch: int, prefix: int
@@ -94,18 +98,8 @@ class SegmentTask(Task):
 
     def condition(self, expressions: Sequence[str], features: Tensor | None) -> Tensor:
         """(B, D · read-outs): what the text says, standardised per dimension."""
-        text, states = self.parts.text, self.parts.states
         rows = [self._ids(expression) for expression in expressions]
-        ids, mask = text.pad(rows)
-        parts: dict[str, Tensor] = {}
-        if set(self.config.readout) & {"last", "mean"}:
-            below = states.batch(rows)
-            with self.parts.adapter.bind({"image": features}):
-                hidden = text.hidden(ids, mask, below, states.depth).float()
-            parts["last"] = hidden[torch.arange(len(rows)), mask.sum(1) - 1]
-            parts["mean"] = mean_over(hidden, mask)
-        if "embeddings" in self.config.readout:
-            parts["embeddings"] = mean_over(text.embeddings(ids).float(), mask)
+        parts = read_out(self.parts, rows, self.config.readout, features)
         return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
 
     @torch.no_grad()
@@ -151,9 +145,3 @@ class SegmentTask(Task):
         metrics = masks.MaskMetrics()
         metrics.update((p.mask for p in predictions), (s.mask() for s in samples))
         return metrics.compute()
-
-
-def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of (B, T, D) over the tokens that ``mask`` (B, T) admits."""
-    weight = mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weight).sum(1) / weight.sum(1)

@@ -29,8 +29,8 @@ def expressions():
 class Echo:
     """A model that predicts what it was shown."""
 
-    def __init__(self, metric):
-        self.metric, self.task, self.blind = metric, self, []
+    def __init__(self, shuffles):
+        self.shuffles, self.task, self.blind = shuffles, self, []
 
     def evaluation_batch(self, samples, paths, images, blind=False):
         self.blind.append(blind)
@@ -46,7 +46,7 @@ class Echo:
 
 @pytest.mark.parametrize(("control", "own"), [("none", 12), ("frozen", 12), ("no-image", 0), ("shuffle", 0)])
 def test_controls_replace_the_image(control, own):
-    model = Echo("accuracy")
+    model = Echo("samples")
     found = evaluate(model, None, answers(), control=control, batch=5)
     assert found.metrics["own image"] == own and found.metrics["control"] == control
     assert set(model.blind) == {control == "frozen"}
@@ -54,14 +54,14 @@ def test_controls_replace_the_image(control, own):
 
 
 def test_the_other_image_is_of_another_object():
-    samples, paths, extra = controlled(answers(), "accuracy", "no-image", 0)
+    samples, paths, extra = controlled(answers(), "samples", "no-image", 0)
     objects = {s.image: s.object for s in answers()}
     assert all(objects[path] != s.object for s, path in zip(samples, paths, strict=True))
     assert extra["control_clashes"]["object"] == 0
 
 
 def test_shuffled_expressions_name_nothing_of_the_scene():
-    shown, paths, extra = controlled(expressions(), "oiou", "shuffle", 0)
+    shown, paths, extra = controlled(expressions(), "expressions", "shuffle", 0)
     inside = {"scene0.png": {"frog", "boat"}, "scene2.png": {"frog", "boat"}}
     for original, changed, path in zip(expressions(), shown, paths, strict=True):
         assert path == original.image and changed == replace(original, expression=changed.expression)
@@ -74,7 +74,7 @@ def test_shuffled_expressions_name_nothing_that_no_sample_asks_about():
     """The scene of sample 0 also holds a rose: of the other scenes' expressions only the drum is left for it."""
     samples = [replace(s, present=("boat", "frog", "rose")) if s.image == "scene0.png" else s for s in expressions()]
     for seed in range(10):
-        shown, _, extra = controlled(samples, "oiou", "shuffle", seed)
+        shown, _, extra = controlled(samples, "expressions", "shuffle", seed)
         assert {s.expression for s in shown if s.image == "scene0.png"} == {"the drum"}
         assert extra["control_clashes"]["named"] == 0
 

@@ -1,0 +1,186 @@
+"""Classifying a picture and a text together, one label or several, with a linear head on the frozen language model.
+
+The text runs through the language model, the picture reaches it through the infusion; a head reads the final state.
+
+Shapes: B samples, D hidden width, C classes, e width of the infused feature.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mitrain.config import Section
+from mitrain.errors import ConfigError, DataError
+from mitrain.tasks.base import Batch, Parts, Prediction, Task
+from mitrain.tasks.label_metrics import label_metrics
+from mitrain.tasks.readout import STATES, read_out
+
+FIT_SAMPLES = 512  # whose states the statistics are taken from
+SHOWN = 5  # classes whose probability a prediction names
+
+Readout = Literal["last", "mean", "embeddings", "image"]
+
+
+class ClassifyConfig(Section, kind="task", name="classify"):
+    """``template``: how a sample's text is put to the model; one without {text} leaves the text out. ``readout``: what the
+    head reads, concatenated: the last token's state, the mean over tokens, the mean of the input embeddings, the picture's
+    feature itself (late fusion). ``max_tokens``: longer texts lose their end. ``balance``: rare classes weigh more, by the
+    training split's counts. ``threshold``: the probability from which one of several labels is predicted. ``dropout``:
+    of what the head reads."""
+
+    template: str = "{text}"
+    readout: tuple[Readout, ...] = Field(("last",), min_length=1)
+    max_tokens: int = Field(128, ge=1)
+    balance: bool = False
+    threshold: float = Field(0.5, gt=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class ClassifyTask(Task):
+    """p = softmax or σ of W x + b, x the standardised read-outs; cross-entropy, or its binary form for every class."""
+
+    columns = (("accuracy", "accuracy"), ("macro F1", "f1_macro"), ("AUROC", "auroc"))
+    several = (
+        *(("micro F1", "f1_micro"), ("macro F1", "f1_macro"), ("weighted F1", "f1_weighted")),
+        *(("samples F1", "f1_samples"), ("AUROC", "auroc")),
+    )
+
+    def __init__(
+        self, config: ClassifyConfig, parts: Parts, classes: Sequence[str], multilabel: bool, image_width: int
+    ):
+        super().__init__(parts)
+        if len(set(classes)) != len(classes) or len(classes) < 2:
+            raise ConfigError(f"data.classes must be two or more different names, not {str(list(classes))[:80]}")
+        self.config, self.classes, self.multilabel = config, tuple(classes), multilabel
+        self.metric = "f1_micro" if multilabel else "accuracy"
+        self.columns = self.several if multilabel else self.columns
+        self.number = {name: i for i, name in enumerate(classes)}
+        width = sum(image_width if name == "image" else parts.text.width for name in config.readout)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.register_buffer("weight", torch.ones(len(classes)))
+        self.head = nn.Linear(width, len(classes))
+        self.dropout = nn.Dropout(config.dropout)
+        self._ids = cache(self._row)
+
+    def _row(self, text: str) -> list[int]:
+        """Token ids of a filled template; a text that is too long loses its end, the template nothing."""
+        tokens, tokenizer = self.parts.text.tokens, self.parts.text.tokenizer
+        room = self.config.max_tokens - len(tokens(self._filled("")))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > max(room, 1):
+            text = tokenizer.decode(ids[: max(room, 1)], skip_special_tokens=True)
+        row = tokens(self._filled(text))
+        return row or [tokenizer.eos_token_id]  # the head needs a token to read
+
+    def _filled(self, text: str) -> str:
+        try:
+            return self.config.template.format(text=text).strip()
+        except (KeyError, IndexError, ValueError):
+            raise DataError(f"task.template={self.config.template!r} may contain {{text}} and no other field") from None
+
+    def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
+        if not set(self.config.readout) & set(STATES):
+            return []
+        return [self._ids(text) for text in sorted({s.text for s in samples})]
+
+    def tokens(self, samples: Sequence[Any]) -> int:
+        return sum(len(self._ids(s.text)) for s in samples)
+
+    def states(self, texts: Sequence[str], features: Tensor | None, images: Tensor) -> Tensor:
+        """(B, D · read-outs): what the head reads, standardised per dimension."""
+        parts = {"image": images.float()}
+        if set(self.config.readout) != {"image"}:
+            parts |= read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, features)
+        return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
+
+    @torch.no_grad()
+    def fit(self, samples: Sequence[Any]) -> None:
+        """Mean and spread of the frozen text read-outs, and the classes' weights, over the training samples."""
+        targets = self.targets(samples)
+        if self.config.balance:
+            self.weight.copy_(class_weights(targets, self.multilabel))
+        texts = sorted({s.text for s in samples})
+        texts = texts[:: -(-len(texts) // FIT_SAMPLES)]
+        self.mean.zero_()
+        self.scale.fill_(1.0)
+        image_width = self.mean.numel() - sum(self.parts.text.width for n in self.config.readout if n != "image")
+        blank = torch.zeros(1, image_width, device=self.mean.device)  # normalised already, unlike the texts' states
+        parts = [texts[i : i + 32] for i in range(0, len(texts), 32)]
+        states = torch.cat([self.states(part, None, blank.expand(len(part), -1)) for part in parts]).double()
+        self.mean.copy_(states.mean(0))
+        spread = states.std(0, correction=0)
+        self.scale.copy_(torch.where(spread > 1e-6, 1 / spread.clamp_min(1e-3), 1.0))
+
+    def targets(self, samples: Sequence[Any]) -> Tensor:
+        """(B, C) float: 1 where a sample has the class."""
+        targets = torch.zeros(len(samples), len(self.classes))
+        for i, sample in enumerate(samples):
+            for label in sample.labels:
+                if label not in self.number:
+                    raise DataError(f"{sample.id[:80]!r} has the label {label[:80]!r}, which training did not know")
+                targets[i, self.number[label]] = 1
+        return targets.to(self.mean.device)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, C)."""
+        return self.head(self.dropout(self.states([s.text for s in batch.samples], batch.features, batch.images)))
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits, targets = self.logits(batch), self.targets(batch.samples)
+        if self.multilabel:
+            values = F.binary_cross_entropy_with_logits(logits, targets, reduction="none", pos_weight=self.weight)
+            return values.sum(), torch.tensor(float(values.numel()), dtype=torch.float64)
+        truth = targets.argmax(1)
+        total = F.cross_entropy(logits, truth, self.weight, reduction="sum")
+        return total, self.weight[truth].sum().double()
+
+    def activation_bytes(self) -> int:
+        return 4 * (2 * self.head.in_features + 2 * self.head.out_features)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Prediction]:
+        logits = self.logits(batch)
+        chances = (logits.sigmoid() if self.multilabel else logits.softmax(-1)).double().cpu().numpy()
+        return [self._prediction(s, row) for s, row in zip(batch.samples, chances, strict=True)]
+
+    def _prediction(self, sample: Any, chances: np.ndarray) -> Prediction:
+        order = np.argsort(-chances, kind="stable")
+        if self.multilabel:
+            predicted = [self.classes[c] for c in order if chances[c] >= self.config.threshold]
+        else:
+            predicted = [self.classes[order[0]]]
+        values = {
+            "text": sample.text,
+            "labels": list(sample.labels),
+            "predicted": predicted,
+            "correct": set(predicted) == set(sample.labels),
+            "probabilities": {self.classes[c]: round(float(chances[c]), 6) for c in order[:SHOWN]},
+        }
+        return Prediction(sample.id, sample.image, values, vector=chances)
+
+    def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
+        truth = self.targets(samples).cpu().numpy() > 0
+        chances = np.stack([p.vector for p in predictions])
+        return label_metrics(truth, chances, self.multilabel, self.config.threshold)
+
+    def lines(self, sample: Any, prediction: Prediction) -> tuple[list[str], bool | None]:
+        values = prediction.values
+        said = ", ".join(f"{name} ({values['probabilities'].get(name, 0):.2f})" for name in values["predicted"][:3])
+        return [said or "(none)", f"truth: {', '.join(sample.labels)}", sample.text], values["correct"]
+
+
+def class_weights(targets: Tensor, multilabel: bool) -> Tensor:
+    """(C,) from targets (N, C): for several labels absent ÷ present; for one, weights of mean 1 over the samples.
+
+    A class without samples weighs 1.
+    """
+    present = targets.sum(0)
+    weights = (len(targets) - present) / present if multilabel else len(targets) / ((present > 0).sum() * present)
+    return torch.where(present > 0, weights.clamp_min(1e-3), 1.0)
