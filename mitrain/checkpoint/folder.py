@@ -1,0 +1,180 @@
+"""A run's folder of checkpoints: publishing one, finding the newest complete one, removing old ones."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from mitrain.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    Manifest,
+    check_sizes,
+    checksum,
+    read_manifest,
+    verify,
+)
+from mitrain.errors import CheckpointError
+from mitrain.files import atomic_folder, file_lock
+
+FOLDER_NAME = re.compile(r"step-(\d{8,12})(?:\.(\d{1,6}))?", re.ASCII)
+GROUP_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}", re.ASCII)
+
+log = logging.getLogger(__name__)
+
+
+def save(
+    run_dir: str | Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int = 3,
+    best: bool = False,
+) -> Path:
+    """Publish a checkpoint and then remove the good ones that are neither among the newest ``keep`` nor the best.
+
+    ``best`` says that this is the best so far. The folder gets a suffix when one of the same step exists (a run that
+    was resumed at an earlier step): a published folder is never touched. A full or failing disk raises
+    CheckpointError and leaves everything as it was.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    try:
+        with file_lock(folder / ".lock"):
+            clear_leftovers(folder)
+            known = survey(folder)
+            sequence = 1 + max((manifest.sequence for _, manifest in known), default=0)
+            target = free_name(folder, step)
+            with atomic_folder(target) as work:
+                write(work, step, sequence, best, tensors, state)
+                read_back(work)
+            rotate([*known, (target, read_manifest(target))], keep)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint of step {step} to {folder} ({error.strerror or error}): "
+            "make room there or give another run folder; earlier checkpoints are untouched"
+        ) from None
+    return target
+
+
+def write(
+    work: Path,
+    step: int,
+    sequence: int,
+    best: bool,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+) -> None:
+    files = {}
+    for group, named in tensors.items():
+        if not GROUP_NAME.fullmatch(group):
+            raise ValueError(f"{group!r} cannot name a group of tensors: use small letters, digits and underscores")
+        content = safetensors.save({name: portable(tensor) for name, tensor in named.items()}, {"format": "pt"})
+        files[f"{group}.safetensors"] = put(work / f"{group}.safetensors", content)
+    files[STATE] = put(work / STATE, json.dumps(state, sort_keys=True).encode())
+    manifest = {
+        "format": FORMAT,
+        "mitrain": mitrain_version(),
+        "step": step,
+        "sequence": sequence,
+        "best": best,
+        "files": files,
+    }
+    manifest["checksum"] = checksum(manifest)
+    put(work / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
+
+
+def read_back(work: Path) -> None:
+    try:
+        verify(work)
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint does not read back as written, check the disk: {error}") from None
+
+
+def portable(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU that shares memory with nothing."""
+    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+
+
+def put(path: Path, content: bytes) -> dict[str, Any]:
+    path.write_bytes(content)
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def mitrain_version() -> str:
+    try:
+        return importlib.metadata.version("mitrain")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+def free_name(folder: Path, step: int) -> Path:
+    target, attempt = folder / f"step-{step:08d}", 0
+    while os.path.lexists(target):
+        attempt += 1
+        target = folder / f"step-{step:08d}.{attempt}"
+    return target
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the hidden folders of writers that were killed. The caller holds the lock, so no writer is alive."""
+    for path in folder.glob(".step-*"):
+        log.warning("removing %s: what a writer left that was interrupted", path)
+        shutil.rmtree(path)
+
+
+def rotate(known: list[tuple[Path, Manifest]], keep: int) -> None:
+    """Remove the oldest of ``known``, all of them whole by size; the newest ``keep`` (at least 1) and the best stay."""
+    known = sorted(known, key=lambda item: item[1].sequence)
+    bests = [path for path, manifest in known if manifest.best]
+    for path, _ in known[: -max(1, keep)]:
+        if path not in bests[-1:]:
+            hidden = path.with_name(f".{path.name}.removed")
+            os.replace(path, hidden)
+            shutil.rmtree(hidden)
+
+
+def survey(folder: Path) -> list[tuple[Path, Manifest]]:
+    """All checkpoints whose manifest reads and whose files have their sizes; each other one is named in a warning."""
+    found = []
+    for path in sorted(folder.glob("step-*")):
+        if FOLDER_NAME.fullmatch(path.name):
+            try:
+                found.append((path, check_sizes(path)))
+            except CheckpointError as error:
+                log.warning("skipping a checkpoint that is not whole: %s", error)
+    return found
+
+
+def newest_complete(run_dir: str | Path, best_only: bool) -> Path | None:
+    known = survey(Path(run_dir) / "checkpoints")
+    for path, manifest in sorted(known, key=lambda item: item[1].sequence, reverse=True):
+        if best_only and not manifest.best:
+            continue
+        try:
+            verify(path)
+        except CheckpointError as error:
+            log.warning("skipping a checkpoint that is not whole: %s", error)
+        else:
+            return path
+    return None
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint that is complete and whose checksums agree, or None."""
+    return newest_complete(run_dir, best_only=False)
+
+
+def best(run_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint that was saved as the best so far, or None."""
+    return newest_complete(run_dir, best_only=True)

@@ -1,0 +1,84 @@
+"""Reading files that a stranger may have made or a crash may have torn: plain files, JSON objects, safetensors.
+
+Never a pickle, never through a link, never more than the size expected. Every fault is a CheckpointError of one line;
+``mend`` is how the line ends: what the user should do.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from mitrain.errors import CheckpointError
+
+
+def regular_size(path: Path, mend: str) -> int:
+    """The size of a plain file; links and devices are refused, for what mitrain writes never holds any."""
+    try:
+        info = os.lstat(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path} ({getattr(error, 'strerror', error)}): {mend}") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise CheckpointError(f"{path} is not a plain file: {mend}")
+    return info.st_size
+
+
+def read_regular(path: Path, limit: int, mend: str) -> bytes:
+    """A plain file's content, without following a link; one longer than ``limit`` bytes is refused unread."""
+    if regular_size(path, mend) > limit:
+        raise CheckpointError(f"{path} is longer than the {limit} bytes expected: {mend}")
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path} ({error.strerror}): {mend}") from None
+
+
+def parse_json(content: bytes, path: Path, mend: str, finite: bool = False) -> dict[str, Any]:
+    """The JSON object in ``content``; ``finite`` refuses NaN and infinities, which Python's parser takes for numbers."""
+    try:
+        value = json.loads(content, parse_constant=refuse_constant if finite else None)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not JSON: {mend}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object: {mend}")
+    return value
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def parse_tensors(content: bytes, path: Path, mend: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({str(error)[:100]}): {mend}") from None
+
+
+def misfits(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``saved`` from taking the place of ``own``: names and shapes that differ, and what is not finite."""
+    wrong = [f"{name} is missing" for name in own.keys() - saved.keys()]
+    wrong += [f"{name} is unknown" for name in saved.keys() - own.keys()]
+    shared = own.keys() & saved.keys()
+    wrong += [
+        f"{name} has shape {list(saved[name].shape)}, here {list(own[name].shape)}"
+        for name in shared
+        if own[name].shape != saved[name].shape
+    ]
+    wrong += [
+        f"{name} holds no plain numbers"
+        for name in shared
+        if own[name].is_floating_point() and not is_finite(saved[name])
+    ]
+    return sorted(wrong)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.float().isfinite().all())

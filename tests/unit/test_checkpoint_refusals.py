@@ -1,0 +1,158 @@
+"""Damaged and forged checkpoints are refused in one line, whatever was done to them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import (
+    dangling,
+    edit_manifest,
+    folder,
+    grown,
+    linked,
+    missing,
+    pipe,
+    save,
+    signed,
+    torn,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mitrain import checkpoint
+from mitrain.errors import CheckpointError
+
+
+def entry(**changes) -> dict:
+    return {"sha256": "0" * 64, "bytes": 3} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format": 3, "files": "moved"}, "format 3.*upgrade mitrain"),
+        ({"format": 0}, "no checkpoint manifest"),
+        ({"format": True}, "no checkpoint manifest"),
+        ({"format": None}, "no checkpoint manifest"),
+        ({"step": -1}, "no checkpoint manifest"),
+        ({"step": 1.5}, "no checkpoint manifest"),
+        ({"sequence": "1"}, "no checkpoint manifest"),
+        ({"best": 1}, "no checkpoint manifest"),
+        ({"files": [1]}, "no checkpoint manifest"),
+        ({"format": 1}, "not the keys of format 1"),
+        ({"note": "x"}, "not the keys of format 2"),
+        ({"mitrain": None}, "not the keys of format 2"),
+        ({"files": {}}, "lists no state.json"),
+        ({"files": {"state.json": entry(), "../../secret.safetensors": entry()}}, "which no checkpoint has"),
+        ({"files": {"state.json": entry(), "/etc/passwd": entry()}}, "which no checkpoint has"),
+        ({"files": {"state.json": entry(), "weights.pt": entry()}}, "which no checkpoint has"),
+        ({"files": {"state.json": entry(), "a.safetensors\n": entry()}}, "which no checkpoint has"),
+        ({"files": {"state.json": entry(bytes="3")}}, "no checksum and size"),
+        ({"files": {"state.json": entry(bytes=-3)}}, "no checksum and size"),
+        ({"files": {"state.json": entry(sha256=None)}}, "no checksum and size"),
+        ({"files": {"state.json": "x"}}, "no checksum and size"),
+        ({"files": {"state.json": entry()}}, "state.json is (longer|torn)"),
+    ],
+)
+def test_a_forged_manifest_is_refused_in_one_line(tmp_path, changes, says):
+    path = save(tmp_path, 1)
+    edit_manifest(path, **changes)
+    for read in (checkpoint.load, checkpoint.verify):
+        with pytest.raises(CheckpointError, match=says) as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+    assert checkpoint.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "adapter.safetensors"])
+def test_files_that_are_missing_torn_links_or_folders_are_refused(tmp_path, name):
+    for number, damage in enumerate((missing, torn, grown, linked, dangling, folder, pipe)):
+        path = save(tmp_path / str(number), 1)
+        damage(path / name)
+        with pytest.raises(CheckpointError, match=name):
+            checkpoint.load(path)
+        assert checkpoint.latest(tmp_path / str(number)) is None
+
+
+def test_a_checkpoint_folder_that_is_a_link_is_not_taken_for_one(tmp_path, caplog):
+    real = save(tmp_path, 1)
+    other = save(tmp_path / "other", 2)
+    (real.parent / "step-00000002").symlink_to(other)
+    assert checkpoint.latest(tmp_path) == real
+    assert "is a link" in caplog.text
+
+
+def test_a_path_without_a_checkpoint_is_one_line(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+            checkpoint.load(path)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory) -> Path:
+    return save(tmp_path_factory.mktemp("run"), 5)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzzed_bytes_end_in_a_checkpoint_error_or_the_same_content(pristine, tmp_path, data):
+    path = tmp_path / "copy"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(pristine, path)
+    name = data.draw(st.sampled_from(sorted(file.name for file in path.iterdir())))
+    content = bytearray((path / name).read_bytes())
+    start = data.draw(st.integers(0, len(content)))
+    content[start : start + data.draw(st.integers(0, 12))] = data.draw(st.binary(max_size=12))
+    if name == "manifest.json" or data.draw(st.booleans()):
+        (path / name).write_bytes(content)
+        forged = False
+    else:
+        signed(path, name, bytes(content))
+        forged = True
+    try:
+        loaded = checkpoint.load(path)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        original = checkpoint.load(pristine)
+        same = loaded.state == original.state and loaded.tensors.keys() == original.tensors.keys()
+        assert forged or name == "manifest.json" or same
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=8,
+    ),
+    key=st.sampled_from([None, "format", "step", "sequence", "best", "files"]),
+)
+def test_a_manifest_of_any_json_is_refused_or_read(pristine, tmp_path, value, key):
+    path = tmp_path / "copy"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(pristine, path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(value if key is None else manifest | {key: value}))
+    try:
+        checkpoint.load(path)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' + b"1" * 5000 + b"}", b"\xff\xfe", b"[]", b"", b"null"])
+def test_hostile_json_is_one_line(tmp_path, content):
+    path = save(tmp_path, 1)
+    signed(path, "state.json", content)
+    with pytest.raises(CheckpointError, match="state.json"):
+        checkpoint.load(path)
+
+
+def test_a_pickle_in_disguise_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    torch.save({"w": torch.ones(1)}, tmp_path / "pickle")
+    signed(path, "adapter.safetensors", (tmp_path / "pickle").read_bytes())
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        checkpoint.load(path)
