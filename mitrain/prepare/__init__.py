@@ -114,6 +114,12 @@ DATASETS = catalogue(
         **from_stamps(),
     ),
     Recipe(
+        name="tuxpaint-captions",
+        summary="photographs and drawings with human captions and categories, split by object",
+        build="mitrain.prepare.captions:build",
+        **from_stamps(),
+    ),
+    Recipe(
         name="tuxpaint-scenes",
         summary="composed scenes with exact masks and referring expressions in RefCOCO's own files",
         build="mitrain.prepare.scenes:build",

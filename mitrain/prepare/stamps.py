@@ -168,7 +168,8 @@ QUALIFIERS = """
 
 @dataclass(frozen=True)
 class Stamp:
-    """One cut-out. ``path`` is below the stamps' folder; ``kind`` is what pictures of the same object share."""
+    """One cut-out. ``path`` is below the stamps' folder; ``kind`` is what pictures of the same object share; ``caption`` is
+    the human's, as written."""
 
     path: str
     name: str
@@ -176,6 +177,7 @@ class Stamp:
     category: str
     cartoon: bool
     image: Image.Image  # RGBA, cropped to what can be seen
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -190,17 +192,18 @@ def read_stamps(archive: Path) -> Collection:
     """The stamps of the Debian package ``archive``. Raises PrepareError."""
     wanted = members(archive, "usr/share", (".png", ".txt", COPYRIGHT))
     files = dict(tqdm(wanted, "unpacking stamps", unit=" files", disable=None))
-    names = {}
+    names, captions = {}, {}
     for path in sorted(path.removeprefix(ROOT) for path in files if path.startswith(ROOT) and path.endswith(".png")):
         caption = files.get(ROOT + path.removesuffix(".png") + ".txt")  # mirrored copies have none
         if caption and path.split("/")[0] in CATEGORIES and not path.startswith(LEFT_OUT):
-            names[path] = name_of(path, caption.decode("utf-8", "replace").partition("\n")[0])
+            captions[path] = caption.decode("utf-8", "replace").partition("\n")[0].strip()
+            names[path] = name_of(path, captions[path])
     if not names:
         raise PrepareError(f"{str(archive)!r} holds no captioned stamps: give the package tuxpaint-stamps-default")
     kinds = kinds_of(names.values())
     stamps = [
-        Stamp(path, name, kinds[name], category_of(path), "/cartoon/" in path, cut_out(path, files[ROOT + path]))
-        for path, name in names.items()
+        Stamp(path, name, kinds[name], category_of(path), "/cartoon/" in path, cut_out(path, files[ROOT + path]), text)
+        for (path, name), text in zip(names.items(), captions.values(), strict=True)
     ]
     return Collection(stamps, files.get(COPYRIGHT, b"").decode("utf-8", "replace"))
 

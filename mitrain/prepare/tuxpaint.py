@@ -46,7 +46,7 @@ def build(archives: Sequence[Path], target: Path, seed: int) -> None:
     """Fill the empty folder ``target`` from the Debian package ``archives[0]``. Raises PrepareError."""
     collection = read_stamps(archives[0])
     splits = split_kinds(collection.stamps, seed)
-    write_texts(collection, target)
+    write_texts(collection, target, README)
     summary = {}
     for split in SHARES:
         stamps = [stamp for stamp in collection.stamps if splits[stamp.kind] == split]
@@ -60,8 +60,8 @@ def build(archives: Sequence[Path], target: Path, seed: int) -> None:
     write_json(target / "summary.json", summary)
 
 
-def write_texts(collection: Collection, target: Path) -> None:
-    write_atomic(target / "README.txt", README)
+def write_texts(collection: Collection, target: Path, readme: str) -> None:
+    write_atomic(target / "README.txt", readme)
     write_atomic(target / "COPYRIGHT", collection.copyright)
 
 
