@@ -35,6 +35,17 @@ def read_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -
         raise DataError(f"cannot read {str(path)!r} ({error}): give a JSONL or CSV file") from None
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """The one JSON object that a file holds."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {str(path)!r} ({str(error)[:120]}): get the original file") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{str(path)!r} holds a {type(value).__name__} instead of an object: get the original file")
+    return value
+
+
 def is_table(path: Path) -> bool:
     """Whether the file's cells are plain text (CSV, TSV), so that lists in them need a separator."""
     return Path(path).suffix.lower() in DELIMITERS

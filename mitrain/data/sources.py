@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from mitrain.config import Section
-from mitrain.data import labels
+from mitrain.data import food101, labels, mmimdb, snli_ve
 from mitrain.data.records import read_records
 from mitrain.data.refcoco import image_folder, read_refer, split_names
 from mitrain.errors import ConfigError, DataError
@@ -92,6 +92,54 @@ class LabelledConfig(ClassSection, kind="data", name="labelled"):
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""
         return there(self.splits, root)
+
+    def image_root(self, root: Path) -> Path:
+        return root
+
+
+class Food101Config(ClassSection, kind="data", name="food101"):
+    """UPMC-Food101 in its own files. ``val_share``: of the training images that become validation, where the files have
+    none."""
+
+    val_share: float = Field(0.07, gt=0, lt=1)
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        return food101.read_food101(root, split, self.val_share)
+
+    def split_names(self, root: Path) -> list[str]:
+        return list(food101.SPLITS)
+
+    def image_root(self, root: Path) -> Path:
+        return root
+
+
+class MmimdbConfig(ClassSection, kind="data", name="mmimdb"):
+    """MM-IMDB in its own files, with its 23 genres."""
+
+    classes: tuple[str, ...] = mmimdb.GENRES
+    multilabel: bool = True
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        return mmimdb.read_mmimdb(root, split)
+
+    def split_names(self, root: Path) -> list[str]:
+        return ["train", "val", "test"]
+
+    def image_root(self, root: Path) -> Path:
+        return root
+
+
+class SnliVeConfig(ClassSection, kind="data", name="snli-ve"):
+    """SNLI-VE in its own files. ``images``: the folder of Flickr30k's pictures, where it is not a usual one."""
+
+    classes: tuple[str, ...] = snli_ve.CLASSES
+    images: str | None = None
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        return snli_ve.read_snli_ve(root, split, self.images)
+
+    def split_names(self, root: Path) -> list[str]:
+        return ["train", "val", "test"]
 
     def image_root(self, root: Path) -> Path:
         return root

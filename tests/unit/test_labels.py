@@ -1,0 +1,116 @@
+"""Labelled pictures in JSONL and CSV; every fault named by file and line."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refusals import read_or_refused
+
+from mitrain import config
+from mitrain.data.labels import LabelSample, read_labels
+from mitrain.data.sources import LabelledConfig
+from mitrain.errors import DataError
+
+ROW = {"id": "a", "image": "a.png", "text": "a red apple", "label": "food"}
+
+
+def write(path, *rows):
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_jsonl_and_csv_say_the_same(tmp_path):
+    rows = [ROW | {"object": "apple", "kind": "k", "other": [1]}, {"image": "b.png", "label": 7}]
+    found = read_labels(write(tmp_path / "a.jsonl", *rows))
+    assert found == [
+        LabelSample("a", "a.png", "a red apple", ("food",), "apple", "k"),
+        LabelSample("a.jsonl:2", "b.png", "", ("7",)),
+    ]
+    (tmp_path / "a.csv").write_text("id,image,text,label,object,kind\na,a.png,a red apple,food,apple,k\n,b.png,,7\n")
+    assert [s.labels for s in read_labels(tmp_path / "a.csv")] == [("food",), ("7",)]
+    assert read_labels(tmp_path / "a.csv")[0] == found[0]
+
+
+@pytest.mark.parametrize(("cell", "labels"), [("a|b", ("a", "b")), (" a | b |a", ("a", "b")), ("", ()), ("a", ("a",))])
+def test_several_labels(tmp_path, cell, labels):
+    (tmp_path / "a.csv").write_text(f"image,text,label\nx.png,t,{cell}\n")
+    assert read_labels(tmp_path / "a.csv", multilabel=True)[0].labels == labels
+    assert read_labels(write(tmp_path / "a.jsonl", ROW | {"label": list(labels)}), multilabel=True)[0].labels == labels
+    (tmp_path / "b.csv").write_text(f"image,text,label\nx.png,t,{cell.replace('|', ';')}\n")
+    assert read_labels(tmp_path / "b.csv", multilabel=True, separator=";")[0].labels == labels
+
+
+def test_a_users_own_columns(tmp_path):
+    (tmp_path / "a.tsv").write_text("file\ttitle\tclass\na.png\ta, b\tfood\n")
+    found = read_labels(tmp_path / "a.tsv", {"image": "file", "text": "title", "label": "class"})
+    assert (found[0].image, found[0].text, found[0].labels) == ("a.png", "a, b", ("food",))
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        ([ROW, "{broken"], r"a\.jsonl:2: not valid JSON"),
+        ([ROW | {"image": " "}], r"a\.jsonl:1: no 'image'"),
+        ([{"image": "a.png"}], r"a\.jsonl:1: no 'label'"),
+        ([ROW | {"label": ""}], r"a\.jsonl:1: 'label' is empty"),
+        ([ROW | {"label": None}], r"a\.jsonl:1: 'label' is empty"),
+        ([ROW | {"label": ["a", "b"]}], r"a\.jsonl:1: 'label' is a list: .*multilabel"),
+        ([ROW | {"label": {"a": 1}}], r"a\.jsonl:1: 'label' is a dict"),
+        ([ROW | {"text": ["x"]}], r"a\.jsonl:1: 'text' is a list"),
+        ([ROW, ROW], r"a\.jsonl:2: the id 'a' stands twice"),
+        ([ROW, ROW | {"id": "b", "label": "fod"}], r"a\.jsonl:2: the label 'fod' is no class \(did you mean 'food'"),
+        ([], "holds no records"),
+    ],
+)
+def test_faults(tmp_path, rows, match):
+    with pytest.raises(DataError, match=match) as caught:
+        read_labels(write(tmp_path / "a.jsonl", *rows), known=("food", "toy"))
+    assert "\n" not in str(caught.value)
+
+
+def test_faults_of_several_labels_and_of_headers(tmp_path):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: 'label' holds an empty label"):
+        read_labels(write(tmp_path / "a.jsonl", ROW | {"label": ["a", " "]}), multilabel=True)
+    (tmp_path / "a.csv").write_text("image,text,lable\na.png,x,food\n")
+    with pytest.raises(DataError, match=r"a\.csv:1: no column 'label' for label \(did you mean 'lable'"):
+        read_labels(tmp_path / "a.csv")
+
+
+def section(**values) -> LabelledConfig:
+    return config.choose("data", {"name": "labelled", "root": "x", **values})
+
+
+def test_the_classes_are_those_of_training(tmp_path):
+    write(tmp_path / "train.jsonl", ROW, ROW | {"id": "b", "label": "toy"})
+    write(tmp_path / "val.jsonl", ROW | {"label": "animal"})
+    assert section().class_names(tmp_path) == ("food", "toy")
+    assert section().split_names(tmp_path) == ["train", "val"]
+    with pytest.raises(DataError, match=r"val\.jsonl:1: the label 'animal' is no class"):
+        section().read(tmp_path, "val")
+    assert section(classes=["animal", "food", "toy"]).read(tmp_path, "val")[0].labels == ("animal",)
+    write(tmp_path / "train.jsonl", ROW)
+    with pytest.raises(DataError, match="1 different label"):
+        section().class_names(tmp_path)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), st.lists, max_leaves=4
+)
+ROWS = st.dictionaries(st.sampled_from([*ROW, "kind", "other"]), VALUES)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(ROWS | VALUES, max_size=4),
+    noise=st.binary(max_size=12),
+    suffix=st.sampled_from(["jsonl", "csv"]),
+    multilabel=st.booleans(),
+)
+def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, rows, noise, suffix, multilabel):
+    path = tmp_path_factory.mktemp("fuzz") / f"a.{suffix}"
+    start = b"image,text,label\n" if suffix == "csv" else b""
+    path.write_bytes(start + "\n".join(map(json.dumps, rows)).encode() + noise)
+    samples = read_or_refused(lambda: read_labels(path, multilabel=multilabel), DataError)
+    for sample in samples or ():
+        assert sample.image.strip() and (multilabel or len(sample.labels) == 1) and all(sample.labels)
