@@ -10,6 +10,7 @@ runs/NAME-TIME/
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -36,9 +37,47 @@ def create(run_config: RunConfig, parent: str | Path) -> Path:
             raise ConfigError(
                 f"cannot make the run folder {folder} ({error.strerror}): give another with --runs"
             ) from None
+    write_config(run_config, folder)
+    return folder
+
+
+def create_or_find(run_config: RunConfig, folder: str | Path) -> Path:
+    """``folder`` as the run folder of this configuration: made, or the one that an earlier start of the run left.
+
+    ConfigError where it holds a run of another configuration, or anything else.
+    """
+    folder = Path(folder)
+    if (folder / "config.yaml").exists():
+        differing = difference(read_config(folder).to_dict(), run_config.to_dict())
+        if differing:
+            raise ConfigError(
+                f"{folder} is a run of another configuration ({differing}): give another folder with --run"
+            )
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise ConfigError(f"cannot make the run folder {folder} ({error.strerror}): give another with --run") from None
+    if strange:
+        raise ConfigError(f"{folder} is no run folder and holds {strange[0]!r}: give another with --run")
+    write_config(run_config, folder)
+    return folder
+
+
+def write_config(run_config: RunConfig, folder: Path) -> None:
     text = yaml.safe_dump(run_config.to_dict(), sort_keys=False, allow_unicode=True)
     write_atomic(folder / "config.yaml", f"# resolved configuration, hash {run_config.hash}\n{text}")
-    return folder
+
+
+def difference(saved: Any, own: Any, key: str = "") -> str:
+    """The first place where two configurations differ, as 'train.steps=5 there, 6 here', or ""."""
+    if saved == own:
+        return ""
+    if isinstance(saved, dict) and isinstance(own, dict):
+        keys = sorted(saved.keys() | own.keys())
+        return next(found for k in keys if (found := difference(saved.get(k), own.get(k), f"{key}.{k}".lstrip("."))))
+    return f"{key}={str(saved)[:60]} there, {str(own)[:60]} here"
 
 
 def read_config(folder: str | Path) -> RunConfig:

@@ -16,6 +16,12 @@ def add_train(commands: Any) -> None:
     sub.add_argument("--resume", metavar="RUN_DIR", help="continue this run from its newest complete checkpoint")
     sub.add_argument("--runs", default="runs", metavar="DIR", help="where new run folders are made (default: runs)")
     sub.add_argument(
+        "--run",
+        dest="at",
+        metavar="RUN_DIR",
+        help="the run itself, for job scripts: made if it is not there, else resumed",
+    )
+    sub.add_argument(
         "--dry-run", action="store_true", help="count parameters and bytes without weights or data, and stop"
     )
     sub.add_argument(
@@ -57,12 +63,16 @@ def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
     from mitrain.model import settled
 
     if arguments.resume:
-        if arguments.config or arguments.dry_run:
-            raise ConfigError("--resume takes the run folder's own configuration: leave out CONFIG and --dry-run")
+        if arguments.config or arguments.at or arguments.dry_run:
+            raise ConfigError(
+                "--resume takes the run folder's own configuration: leave out CONFIG, --run and --dry-run"
+            )
         return Path(arguments.resume), runs.read_config(arguments.resume)
     if not arguments.config:
         raise ConfigError("give a configuration file (configs/quickstart.yaml is one) or --resume RUN_DIR")
     config = settled(schema.load(arguments.config, arguments.overrides))
+    if arguments.at:
+        return runs.create_or_find(config, arguments.at), config
     return runs.create(config, arguments.runs), config
 
 

@@ -3,42 +3,25 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from folders import colour_records, llm_folder, vision_folder
-from source_tree import ROOT
+from ranks import PATH, ROOT, SAMPLES, STEPS, losses, make_world, run_folder
 from worker import CLIPPED, trained
 
 from mitrain import checkpoint
+from mitrain.checkpoint.folder import survey
 from mitrain.cli import main
 
 RANKS = 2
-TRAIN = {"steps": 6, "batch": 7, "accumulate": 2, "lr": 1e-2, "eval_every": 3, "save_every": 3, "keep": 9,
-         "eval_batch": 5, "schedule": {"name": "constant"}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Models, data and a configuration; beside them a run of one process, whole and as interrupted after step 3."""
-    path = tmp_path_factory.mktemp("ranks")
-    llm_folder(path / "llm", width=48)
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=24, val=13)
-    config = {
-        "model": {"llm": str(path / "llm"), "vision": [{"name": str(path / "vision"), "layer": 2}]},
-        "adapter": {"name": "mit", "layers": [1, 2]},
-        "features": {"views": 2, "noise": 0.05, "dropout": 0.1},
-        "task": {"name": "answer"},
-        "data": {"name": "records", "root": str(path / "data")},
-        "train": TRAIN,
-    }
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    path = make_world(tmp_path_factory.mktemp("ranks"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MITRAIN_CACHE", str(path / "cache"))
         assert main(["train", str(path / "config.yaml"), "name=one", "--runs", str(path), "--json"]) == 0
@@ -48,51 +31,18 @@ def world(tmp_path_factory):
         yield path
 
 
-def run_folder(parent: Path, name: str) -> Path:
-    (folder,) = parent.glob(f"{name}-2*")
-    return folder
-
-
-def environment(world: Path, **more: str) -> dict[str, str]:
-    paths = [str(ROOT / p) for p in (".", "kernels", "tests", "tests/unit", "tests/dist")]
-    ours = {"PYTHONPATH": os.pathsep.join(paths), "MITRAIN_CACHE": str(world / "two-cache"), "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **ours, "MITRAIN_TIMEOUT": "120", **more}
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def environment(world) -> dict[str, str]:
+    return {"MITRAIN_CACHE": str(world / "two-cache"), "MITRAIN_TIMEOUT": "120"}
 
 
 @pytest.fixture(scope="module")
-def ranks(world, tmp_path_factory):
+def ranks(world, forge, tmp_path_factory):
     """What every check of worker.py found on each rank."""
     out = tmp_path_factory.mktemp("found")
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS)}
-    command = [sys.executable, "-W", "error", str(Path(__file__).with_name("worker.py")), str(world), str(out)]
-    started = [
-        subprocess.Popen(
-            command,
-            env=environment(world, RANK=str(rank), LOCAL_RANK=str(rank), **meet),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    said = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0] * RANKS, said[0][1] + said[1][1]
+    ended = forge.start(RANKS, "worker:run", world, out, **environment(world)).wait()
+    assert [rank.code for rank in ended] == [0] * RANKS, "".join(rank.err for rank in ended)
     found = [json.loads((out / f"{rank}.json").read_text()) for rank in range(RANKS)]
-    return [{**f, "stdout": text[0]} for f, text in zip(found, said, strict=True)]
-
-
-def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "train"]
-    assert [line["step"] for line in steps] == list(range(1, 7))
-    assert {line["samples"] for line in steps} == {14} and not any("skipped" in line for line in steps)
-    return [line["loss"] for line in steps]
+    return [{**f, "stdout": rank.out} for f, rank in zip(found, ended, strict=True)]
 
 
 def test_what_ranks_tell_one_another(ranks):
@@ -157,7 +107,7 @@ def test_a_run_of_one_process_is_resumed_on_two(world, ranks):
 def test_a_signal_on_one_rank_stops_the_run_and_it_goes_on_bit_for_bit(world, ranks):
     assert [found["interrupted"] for found in ranks] == [[4, 0, 0]] * RANKS
     folder = run_folder(world / "two", "stopped")
-    assert [m.step for _, m in checkpoint.survey(folder / "checkpoints")] == [3, 4, 6]
+    assert [m.step for _, m in survey(folder / "checkpoints")] == [3, 4, 6]
     assert losses(folder) == losses(run_folder(world / "two", "fresh"))
 
 
@@ -180,11 +130,55 @@ def test_evaluation_and_generation_are_split_and_gathered(world, ranks, capsys):
     assert two["samples"] == 13 and "exact_match" in two
 
 
+def recorded(out, world: int, name: str) -> list[list[str]]:
+    """The samples of every micro-batch of a run's part on ``world`` ranks, whose shares are put together."""
+    shares = [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in range(world)]
+    return [[sample for share in parts for sample in share] for parts in zip(*shares, strict=True)]
+
+
+def test_a_run_goes_through_two_three_and_one_rank_and_sees_every_sample_once_an_epoch(world, forge, tmp_path):
+    """Micro-batches of 7 are uneven shares on 2 and on 3 ranks; 84 samples are three epochs and a half of 24."""
+    folder, batches = tmp_path / "elastic", []
+    for size, stop in ((2, 2), (3, 4), (1, STEPS)):
+        arguments = ("worker:train_until", tmp_path, stop, world / "config.yaml", "--run", folder, "--json")
+        ended = forge.start(size, *arguments, **environment(world)).wait()
+        assert [rank.code for rank in ended] == [0] * size, "".join(rank.err for rank in ended)
+        assert json.loads(ended[0].out)["step"] == stop and not any(rank.out for rank in ended[1:])
+        batches += recorded(tmp_path, size, f"until-{stop}")
+    assert losses(folder) == pytest.approx(losses(run_folder(world, "one")), rel=1e-5)
+    assert [len(batch) for batch in batches] == [7] * 2 * STEPS
+    seen = [sample for batch in batches for sample in batch]
+    epochs = [seen[start : start + SAMPLES] for start in range(0, len(seen), SAMPLES)]
+    assert [len(set(epoch)) for epoch in epochs] == [SAMPLES, SAMPLES, SAMPLES, SAMPLES // 2]
+
+
+def test_ranks_without_samples_and_without_batches_of_an_evaluation_take_part(world, forge, tmp_path):
+    """Four ranks: two samples a micro-batch, three batches of val, of which one has three samples."""
+    few = ("train.batch=2", "train.eval_every=2", "--json")
+    arguments = ("worker:train_until", tmp_path, STEPS, world / "config.yaml", *few, "--run", tmp_path / "four")
+    ended = forge.start(4, *arguments, **environment(world)).wait()
+    assert [rank.code for rank in ended] == [0] * 4, "".join(rank.err for rank in ended)
+    shares = [json.loads((tmp_path / f"until-6-{rank}.json").read_text()) for rank in range(4)]
+    assert sorted({len(part) for share in shares for part in share}) == [0, 1]
+    assert main(["train", str(world / "config.yaml"), *few, "--run", str(tmp_path / "alone")]) == 0
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    four, alone = (
+        [checkpoint.load(path).state["best"] for path, _ in survey(tmp_path / name / "checkpoints")]
+        for name in ("four", "alone")
+    )
+    assert four == alone and len(four) > 1
+    scored = forge.start(
+        4, "worker:command", "eval", tmp_path / "four", "--split", "test", "--generate", "--json", **environment(world)
+    ).wait()
+    assert [rank.code for rank in scored] == [0] * 4 and not any(rank.out for rank in scored[1:])
+    assert json.loads(scored[0].out)["samples"] == 13
+
+
 def test_the_launcher_script_trains_on_two_ranks(world):
     command = ["bash", str(ROOT / "launch/local.sh"), "2", "train", str(world / "config.yaml"), "name=launched"]
     done = subprocess.run(
         [*command, "--runs", str(world / "two"), "--json"],
-        env=environment(world, PYTHON=sys.executable),
+        env={**os.environ, **environment(world), "PYTHONPATH": PATH, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,6 +1,4 @@
-"""One rank of the tests in test_ranks.py: runs every check below and writes what each found to OUT/RANK.json.
-
-    python worker.py WORLD_FOLDER OUT
+"""What the ranks of test_ranks.py do: ``run`` makes every check below and writes what each found to OUT/RANK.json.
 
 A check is a function of the world's folder; all ranks call them in the same order, in one process group.
 """
@@ -9,7 +7,6 @@ import json
 import math
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -154,12 +151,34 @@ def scored(world: Path) -> int:
 CHECKS = (collectives, engine, skips, cache, stop, fresh, resumed, interrupted, scored)
 
 
-def run(world: Path, out: Path) -> None:
+def run(world: str, out: str) -> None:
     torch.set_num_threads(1)
     with dist.started() as here:
-        found = {check.__name__: check(world) for check in CHECKS}
-    (out / f"{here.rank}.json").write_text(json.dumps(found))
+        found = {check.__name__: check(Path(world)) for check in CHECKS}
+    (Path(out) / f"{here.rank}.json").write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
-    run(Path(sys.argv[1]), Path(sys.argv[2]))
+def command(*arguments: str) -> int:
+    torch.set_num_threads(1)
+    return main(arguments)
+
+
+def train_until(out: str, stop: str, *arguments: str) -> int:
+    """Train, rank 0 asking to stop in step ``stop``; OUT/until-STOP-RANK.json lists this rank's samples by micro-batch."""
+    shares: list[list[str]] = []
+    accumulate, step, last = Trainer._accumulate, Trainer._step, int(stop)
+
+    def recorded(self, draws, share):
+        shares.append([draw.sample.id for draw in draws[share]])
+        return accumulate(self, draws, share)
+
+    def stopped(self):
+        if dist.is_main() and self.engine.steps == last - 1 and last < self.config.train.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    Trainer._accumulate, Trainer._step = recorded, stopped
+    code = command("train", *arguments)
+    rank = os.environ["RANK"]
+    (Path(out) / f"until-{stop}-{rank}.json").write_text(json.dumps(shares))
+    return code
