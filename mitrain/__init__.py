@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mitrain.adapters.mit import MiT, MiTConfig, attach
+    from mitrain.export import from_pretrained, load_adapter
 
 __version__ = "0.1.0"
-__all__ = ["MiT", "MiTConfig", "__version__", "attach"]
+__all__ = ["MiT", "MiTConfig", "__version__", "attach", "from_pretrained", "load_adapter"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("MiT", "MiTConfig", "attach"):
         return getattr(import_module("mitrain.adapters.mit"), name)
+    if name in ("from_pretrained", "load_adapter"):
+        return getattr(import_module("mitrain.export"), name)
     raise AttributeError(f"module 'mitrain' has no attribute {name!r}")

@@ -8,17 +8,21 @@ runs/NAME-TIME/
 """
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mitrain import checkpoint, config, schema
+from mitrain import checkpoint, config, pretrained, schema
+from mitrain.backbones import ModelConfig, TextBackbone, VisionEncoder
+from mitrain.backbones.vision import Preprocess
 from mitrain.checkpoint import Checkpoint
 from mitrain.errors import CheckpointError, ConfigError
 from mitrain.files import write_atomic
-from mitrain.model import Model, build
+from mitrain.model import Model, build, resolve_model
+from mitrain.pretrained import EncoderShape, Published
 from mitrain.schema import RunConfig
 
 
@@ -92,28 +96,117 @@ def read_config(folder: str | Path) -> RunConfig:
 
 @dataclass
 class Run:
-    """An opened run: its configuration, its model with the trained tensors in place, and where they came from."""
+    """An opened run: its configuration, its model with the trained tensors in place, and where they came from.
+
+    ``answers``: of an exported run, the answers that training samples had, by prompt; otherwise None: ask the data.
+    """
 
     folder: Path
     config: RunConfig
     model: Model
     saved: Checkpoint
+    answers: Mapping[str, Sequence[str]] | None = None
 
 
 def open_run(folder: str | Path, which: str = "best") -> Run:
-    """Rebuild a run's model and load its ``best`` or ``latest`` checkpoint."""
+    """Rebuild a run's model and load its ``best`` or ``latest`` checkpoint, or what was exported of it."""
     folder = Path(folder)
-    run_config = read_config(folder)
+    if pretrained.is_published(folder):
+        if which != "best":
+            raise CheckpointError(
+                f"{str(folder)!r} is an export and holds one checkpoint: leave out --checkpoint {which}"
+            )
+        return open_published(folder)
+    run_config, saved = read_config(folder), newest(folder, which)
+    model = build(run_config)
+    restore(model, saved)
+    return Run(folder, run_config, model, saved)
+
+
+def newest(folder: str | Path, which: str) -> Checkpoint:
+    """A run's newest complete checkpoint, or with ``which="best"`` the best where there is one."""
     found = checkpoint.best(folder) if which == "best" else None
     found = found or checkpoint.latest(folder)
     if found is None:
         raise CheckpointError(
             f"{str(folder)!r} has no complete checkpoint yet: train it first (mitrain train --resume {folder})"
         )
-    saved = checkpoint.load(found)
+    return checkpoint.load(found)
+
+
+def open_published(
+    folder: str | Path, base: str | Path | None = None, encoders: Sequence[str | Path] | None = None, **changes: Any
+) -> Run:
+    """Rebuild an exported run's model on its frozen weights.
+
+    ``base`` and ``encoders``: other places of the same language model and image encoders; ``changes``: other values of
+    `ModelConfig`, as quantize="int8". ModelError where the base or an encoder is of another shape.
+    """
+    published = pretrained.read(folder)
+    part = published.contents.run
+    if part is None:
+        raise CheckpointError(
+            f"{str(folder)!r} holds an adapter without encoders and task: mitrain.load_adapter(model, folder) attaches it"
+        )
+    run_config = published_config(published, base, encoders, changes)
+    llm = resolve_model(run_config.model.llm)
+    here = pretrained.base_shape(TextBackbone.read_config(llm))
+    pretrained.require_same(
+        published.contents.base, here, f"the language model {str(llm)!r}", "give another with base="
+    )
     model = build(run_config)
-    restore(model, saved)
-    return Run(folder, run_config, model, saved)
+    for encoder, saved in zip(model.encoders, part.encoders, strict=True):
+        what = f"the image encoder {encoder.config.name!r}"
+        pretrained.require_same(saved.shape, encoder_shape(encoder), what, "give another with encoders=")
+        values = saved.preprocess
+        encoder.preprocess = Preprocess(values.size, tuple(values.mean), tuple(values.std), values.resize)
+    saved_run = Checkpoint(Path(folder), part.step, part.best, published.tensors, {})
+    restore(model, saved_run)
+    return Run(Path(folder), run_config, model, saved_run, part.answers or {})
+
+
+def published_config(
+    published: Published, base: str | Path | None, encoders: Sequence[str | Path] | None, changes: Mapping[str, Any]
+) -> RunConfig:
+    """The configuration of an exported run, its frozen models replaced as asked."""
+    contents, part = published.contents, published.contents.run
+    try:
+        saved = schema.from_dict(with_base(part.config, contents.base_model_name_or_path))
+    except ConfigError as error:
+        raise CheckpointError(f"{published.path}: the exported configuration is not understood ({error})") from None
+    model = saved.model.to_dict() | dict(changes)
+    if base is not None:
+        model["llm"] = str(base)
+    vision = model["vision"]
+    if len(part.encoders) != len(vision):
+        raise CheckpointError(
+            f"{published.path} describes {len(part.encoders)} of {len(vision)} encoders: export it again"
+        )
+    names = [v["name"] for v in vision] if encoders is None else [str(e) for e in encoders]
+    if len(names) != len(vision):
+        raise ConfigError(
+            f"{len(names)} encoders were given, the adapter has {len(vision)}: give one for each, in order"
+        )
+    sizes = [encoder.preprocess.size for encoder in part.encoders]
+    model["vision"] = [{**v, "name": n, "size": size} for v, n, size in zip(vision, names, sizes, strict=True)]
+    return saved.model_copy(update={"model": config.parse(ModelConfig, model, "model")})
+
+
+def with_base(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    model = values.get("model")
+    return {**values, "model": {**model, "llm": name} if isinstance(model, dict) else model}
+
+
+def encoder_shape(encoder: VisionEncoder) -> EncoderShape:
+    """The fingerprint of an image encoder."""
+    channels, patch = (getattr(encoder.settings, name, None) for name in ("hidden_size", "patch_size"))
+    return EncoderShape(
+        model_type=encoder.kind,
+        width=encoder.width,
+        layers=encoder.depth,
+        channels=channels if isinstance(channels, int) else None,
+        patch=patch if isinstance(patch, int) else None,
+    )
 
 
 def restore(model: Model, saved: Checkpoint) -> None:

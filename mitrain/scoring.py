@@ -71,10 +71,11 @@ def score_run(
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction for one picture, as JSON values and as lines to print."""
+    """A prediction for one picture, as JSON values and as lines to print; ``mask``: (H, W) bool, of `segment`."""
 
     values: dict[str, Any]
     lines: list[str]
+    mask: np.ndarray | None = None
 
 
 def predict_one(
@@ -89,7 +90,13 @@ def predict_one(
     """Answer a prompt about a picture, or segment an expression in it."""
     if not text.strip():
         raise ConfigError("--text is empty: give the prompt, or the expression to segment")
-    run = runs.open_run(folder, which)
+    return ask(runs.open_run(folder, which), image, text, candidates=candidates, out=out)
+
+
+def ask(
+    run: Run, image: str | Path, text: str, *, candidates: Sequence[str] | None = None, out: str | None = None
+) -> Answer:
+    """What an opened run says of one picture."""
     path = Path(image).expanduser()
     images = ImageFeatures(run.model.encoders, path.parent, None, run.config.data.max_pixels)
     images.key(path.name)
@@ -131,6 +138,8 @@ def predict_labels(run: Run, images: ImageFeatures, path: Path, text: str, candi
 
 def training_answers(run: Run, prompt: str) -> tuple[str, ...]:
     """The candidates that training samples with this prompt had; none for a prompt never seen."""
+    if run.answers is not None:
+        return tuple(run.answers.get(prompt, ()))
     try:
         samples = run.config.data.read(resolve_data(run.config.data), "train")
     except DataError:
@@ -148,7 +157,7 @@ def predict_mask(run: Run, images: ImageFeatures, path: Path, text: str, out: Pa
     if out:
         values["files"] = write_mask(out, picture, text, mask)
         lines += [f"wrote {name}" for name in values["files"]]
-    return Answer(values, lines)
+    return Answer(values, lines, mask)
 
 
 def write_mask(out: Path, picture: Image.Image, text: str, mask: np.ndarray) -> list[str]:

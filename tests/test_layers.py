@@ -14,7 +14,7 @@ from source_tree import ROOT, dotted, imports, our_files
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config", "dist", "files", "costs", "hf", "untrusted"),  # L0: plain arithmetic, files, what a Hugging Face model looks like
-    ("schedule", "quant"),
+    ("schedule", "quant", "pretrained"),
     ("adapters", "backbones", "prepare", "tasks", "data"),  # L1: one paper, format or task per file
     # L2: machinery, handed its objects
     ("engine", "checkpoint", "guard", "telemetry", "features", "evaluate", "figures", "probe"),
@@ -23,15 +23,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runs", "dryrun"),
     ("floors",),
     ("trainer", "scoring"),  # L3
-    ("report",),
+    ("report", "export"),
     ("cli",),  # L4
     ("__main__",),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
-# The package's front: shows what adapters/ offers, and nobody inside goes through it except for the version.
+# The package's front: shows what adapters/ and export offer, and nobody inside goes through it except for the version.
 FRONT = "__init__"
-FRONT_SHOWS = ("adapters",)
+FRONT_SHOWS = ("adapters", "export")
 
 # Optional or heavy packages, each behind one door; a folder ends with a slash.
 DOORS: dict[str, tuple[str, ...]] = {

@@ -15,12 +15,15 @@ modules and the attention interface, and takes itself off again without a trace.
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mitrain import pretrained
 from mitrain.adapters.condition import Condition, Feature, make_condition
+from mitrain.config import Section
 from mitrain.errors import ModelError
 
 _NOT_GIVEN = object()
@@ -35,6 +38,7 @@ class Adapter(nn.Module, ABC):
     """
 
     method: ClassVar[str]
+    config: Section
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,6 +126,19 @@ class Adapter(nn.Module, ABC):
         self._undo.close()
         self._backbones = {}
         self._keyword = _NOT_GIVEN
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the attached adapter to a new ``folder`` in PEFT's layout, whole or not at all.
+
+        `mitrain.load_adapter` attaches it to another model of the same shape. A run is exported with its head and
+        encoders by ``mitrain export``.
+        """
+        if "text" not in self._backbones:
+            raise ModelError(f"this {self.method} adapter is not attached to a language model: call attach() first")
+        model = self._backbones["text"]
+        settings = {"name": self.method, **self.config.to_dict()}
+        fields = pretrained.method_fields(settings, model.config, model.name_or_path, pretrained.count([self], model))
+        return pretrained.publish(folder, fields, {"adapter": self.state_dict()}, pretrained.model_card)
 
     def undo(self, function: Any, *args: Any) -> None:
         """Call ``function(*args)`` on ``detach``, the latest first."""

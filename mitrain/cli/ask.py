@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mitrain.cli.shared import command, on_ranks, say
+from mitrain.cli.shared import add_checkpoint, command, on_ranks, say
 
 
 def add_eval(commands: Any) -> None:
     sub = command(commands, "eval", on_ranks(run_eval), "score a run's best checkpoint on a split")
-    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME")
+    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, or what was exported of one")
     sub.add_argument("--split", default="val", help="a split of the run's data (default: val)")
     sub.add_argument(
         "--control",
@@ -28,12 +28,6 @@ def add_eval(commands: Any) -> None:
         "--floors",
         action="store_true",
         help="also score what needs no model: majority answer and linear probe (answer), masks that no text chose (segment)",
-    )
-
-
-def add_checkpoint(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--checkpoint", default="best", choices=["best", "latest"], help="which one of the run (default: best)"
     )
 
 
@@ -67,7 +61,7 @@ def metric_lines(metrics: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 def add_predict(commands: Any) -> None:
     sub = command(commands, "predict", run_predict, "ask a run about one image")
-    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME")
+    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, or what was exported of one")
     sub.add_argument("--image", required=True, metavar="FILE", help="a picture, of any size")
     sub.add_argument("--text", required=True, help="the prompt, or the expression to segment")
     sub.add_argument(

@@ -1,10 +1,10 @@
-"""``mitrain report``: what finished runs are shown as."""
+"""``mitrain report`` and ``mitrain export``: what finished runs are shown as, and what is given away of one."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.shared import command, say
+from mitrain.cli.shared import add_checkpoint, command, say
 
 
 def add_report(commands: Any) -> None:
@@ -25,3 +25,24 @@ def run_report(arguments: argparse.Namespace) -> Any:
     )
     say(arguments, result["markdown"])
     return result
+
+
+def add_export(commands: Any) -> None:
+    sub = command(commands, "export", run_export, "write a run's adapter to a folder that others can load")
+    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME")
+    sub.add_argument("--out", required=True, metavar="DIR", help="a new folder; nothing is ever replaced")
+    add_checkpoint(sub)
+    sub.add_argument(
+        "--splits", default="", metavar="A,B,…", help="splits to score now for the model card (val's score is known)"
+    )
+    sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over each split")
+
+
+def run_export(arguments: argparse.Namespace) -> Any:
+    from mitrain.export import export
+
+    splits = [split.strip() for split in arguments.splits.split(",") if split.strip()]
+    made = export(arguments.run_dir, arguments.out, arguments.checkpoint, splits, arguments.samples)
+    say(arguments, f"exported step {made['step']} to {made['folder']}: {', '.join(made['files'])}")
+    say(arguments, f'in Python: mitrain.from_pretrained("{made["folder"]}").predict(image, text)')
+    return made

@@ -32,3 +32,9 @@ def say(arguments: argparse.Namespace, text: str) -> None:
     """A line for people: on stdout, or nowhere when the output is JSON."""
     if not arguments.json and not arguments.rank:
         print(text)
+
+
+def add_checkpoint(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--checkpoint", default="best", choices=["best", "latest"], help="which one of the run (default: best)"
+    )

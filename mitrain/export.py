@@ -1,0 +1,205 @@
+"""Publishing a run's adapter, and loading it again with or without the rest of mitrain around it."""
+
+import json
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import PreTrainedModel
+
+from mitrain import adapters, checkpoint, config, prepare, pretrained, runs, schema, scoring
+from mitrain.adapters.base import Adapter
+from mitrain.backbones import VisionEncoder
+from mitrain.checkpoint import Checkpoint
+from mitrain.errors import CheckpointError, ConfigError, DataError, UserError
+from mitrain.features import FeatureNorm
+from mitrain.model import Model, build, resolve_data
+from mitrain.pretrained import EncoderPart, PreprocessPart, RunPart
+from mitrain.schema import RunConfig
+
+PROMPTS_KEPT = 256
+"""Of how many different training prompts the answers are exported; of more, none."""
+
+
+def export(
+    run_dir: str | Path, out: str | Path, which: str = "best", splits: Sequence[str] = (), samples: int | None = None
+) -> dict[str, Any]:
+    """Write a run's ``best`` or ``latest`` checkpoint to the new folder ``out``; returns what was written.
+
+    Without the frozen weights: they are neither loaded nor exported. ``splits`` are scored first, which does load them,
+    and join the val metrics of the checkpoint's step in the model card. Nothing is written where anything fails.
+    """
+    pretrained.check_target(out)
+    run_config, saved = runs.read_config(run_dir), runs.newest(run_dir, which)
+    model = build(run_config, empty=True)
+    for name, module in model.trainable.items():
+        checkpoint.check_fit(module, saved.tensors.get(name, {}), f"{name} in {saved.path}")
+    metrics = recorded(Path(run_dir) / "metrics.jsonl", saved.step)
+    for split in splits:
+        found = scoring.score_run(run_dir, split=split, control="none", which=which, samples=samples)
+        metrics[split] = {key: value for key, value in found.items() if key not in ("split", "step", "run", "control")}
+    counts = pretrained.count(model.trainable.values(), model.text.model)
+    settings = {"name": run_config.adapter.section_name, **model.adapter.config.to_dict()}
+    fields = pretrained.method_fields(settings, model.text.model.config, run_config.model.llm, counts)
+    fields["run"] = run_part(run_config, model, saved, metrics).to_dict()
+    tensors = {name: saved.tensors[name] for name in model.trainable}
+    licences = known_licences()
+    folder = pretrained.publish(out, fields, tensors, lambda contents: pretrained.model_card(contents, licences))
+    return {
+        "folder": str(folder),
+        "files": sorted(path.name for path in folder.iterdir()),
+        "step": saved.step,
+        "parameters": counts.to_dict(),
+        "metrics": metrics,
+    }
+
+
+def run_part(run_config: RunConfig, model: Model, saved: Checkpoint, metrics: dict[str, dict[str, Any]]) -> RunPart:
+    values = run_config.to_dict()
+    del values["wandb"], values["model"]["llm"]
+    return RunPart(
+        config=values,
+        encoders=[encoder_part(encoder) for encoder in model.encoders],
+        answers=training_answers(run_config),
+        step=saved.step,
+        best=saved.best,
+        metrics=metrics,
+    )
+
+
+def encoder_part(encoder: VisionEncoder) -> EncoderPart:
+    used = encoder.preprocess
+    preprocess = PreprocessPart(size=used.size, mean=list(used.mean), std=list(used.std), resize=used.resize)
+    return EncoderPart(shape=runs.encoder_shape(encoder), preprocess=preprocess)
+
+
+def training_answers(run_config: RunConfig) -> dict[str, list[str]] | None:
+    """The answers that training samples had, by prompt; None for other tasks, missing data or too many prompts."""
+    if run_config.task.section_name != "answer":
+        return None
+    try:
+        samples = run_config.data.read(resolve_data(run_config.data), "train")
+    except DataError:
+        return None
+    answers: dict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        answers[sample.prompt] |= {*sample.candidates, sample.answer}
+    return {prompt: sorted(found) for prompt, found in answers.items()} if len(answers) <= PROMPTS_KEPT else None
+
+
+def recorded(path: Path, step: int) -> dict[str, dict[str, Any]]:
+    """The metrics of ``val`` that a run's metrics.jsonl has of a step; none where the file is missing or damaged."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, UnicodeDecodeError):
+        return found
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict) and values.get("kind") == "val" and values.get("step") == step:
+            found["val"] = {k: v for k, v in values.items() if k not in ("kind", "step", "time", "control") and sane(v)}
+    return found
+
+
+def sane(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def known_licences() -> dict[str, str]:
+    return {name: recipe.licence for table in (prepare.MODELS, prepare.DATASETS) for name, recipe in table.items()}
+
+
+class Pretrained:
+    """An exported run on its frozen weights, ready to predict; made by `from_pretrained`."""
+
+    def __init__(self, run: runs.Run):
+        self.run = run
+
+    @property
+    def model(self) -> Model:
+        """The assembled parts: ``text.model`` (transformers), ``encoders``, ``adapter``, ``norm``, ``task``."""
+        return self.run.model
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.run.model.adapter
+
+    def predict(
+        self, image: str | Path | Image.Image, text: str, candidates: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """What ``mitrain predict --json`` prints for one picture (a file or a PIL image) and a prompt or expression.
+
+        Of the task `segment` also ``mask``, (H, W) bool. Raises a `mitrain.errors.UserError` for what cannot be read.
+        """
+        if not text.strip():
+            raise ConfigError("the text is empty: give the prompt, or the expression to segment")
+        if not isinstance(image, Image.Image):
+            return self._ask(image, text, candidates)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "image.png"
+            image.convert("RGBA" if image.has_transparency_data else "RGB").save(path)
+            return {**self._ask(path, text, candidates), "image": None}
+
+    def _ask(self, image: str | Path, text: str, candidates: Sequence[str] | None) -> dict[str, Any]:
+        found = scoring.ask(self.run, image, text, candidates=candidates)
+        return found.values if found.mask is None else {**found.values, "mask": found.mask}
+
+
+def from_pretrained(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    encoders: Sequence[str | Path] | None = None,
+    **model: Any,
+) -> Pretrained:
+    """Load what ``mitrain export`` wrote, on the frozen models that it names.
+
+    ``base`` and ``encoders``: their folders or names here, where they differ. Further keywords are keys of the
+    configuration's section ``model``, as quantize="int8", dtype="bf16", device="cpu". Raises ModelError where the base
+    is of another shape, with every difference, and CheckpointError for a damaged folder.
+    """
+    return Pretrained(runs.open_published(folder, base, encoders, **model))
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, FeatureNorm | None]:
+    """Attach a published adapter to a transformers model that is in memory already.
+
+    Returns the adapter (``detach()`` takes it off) and, of an exported run, the module that turns encoders' features
+    (B, e) into what is infused. Raises ModelError where the model is of another shape; it is then left as it was.
+    """
+    published = pretrained.read(folder)
+    contents = published.contents
+    here = pretrained.base_shape(model.config)
+    pretrained.require_same(contents.base, here, "this language model", "load the one that the adapter names")
+    try:
+        section = config.choose("adapter", contents.adapter)
+        adapter = adapters.build(section)
+        norm = feature_norm(published)
+    except UserError as error:
+        raise CheckpointError(f"{published.path}: {error}") from None
+    adapter.attach({"text": model})
+    try:
+        checkpoint.restore(adapter, published.tensors["adapter"], f"adapter in {published.path}")
+    except BaseException:
+        adapter.detach()
+        raise
+    adapter.eval()
+    return adapter, norm
+
+
+def feature_norm(published: pretrained.Published) -> FeatureNorm | None:
+    """The saved feature statistics, or None for an adapter that was exported without a run."""
+    part, saved = published.contents.run, published.tensors["features"]
+    if part is None:
+        return None
+    values = runs.with_base(part.config, published.contents.base_model_name_or_path)
+    norm = FeatureNorm(len(saved.get("mean", ())), schema.from_dict(values).features)
+    checkpoint.restore(norm, saved, f"features in {published.path}")
+    return norm.requires_grad_(False)

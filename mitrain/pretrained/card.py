@@ -1,0 +1,144 @@
+"""The model card: what a published adapter is, what it was made of, how it scores, and how it is loaded."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mitrain.pretrained.contents import Contents, RunPart
+
+UNKNOWN = "not known to mitrain"
+LEFT_OUT = ("model", "adapter", "data", "wandb")
+
+
+def model_card(contents: Contents, licences: Mapping[str, str] | None = None) -> str:
+    """Markdown; ``licences`` of models and data by the names that the configuration gives them."""
+    licences = licences or {}
+    run = contents.run
+    blocks = [
+        front_matter(contents),
+        f"# {title(contents)}",
+        f"A {contents.adapter['name']} adapter trained with mitrain {contents.mitrain_version}. The frozen weights are"
+        " not in this folder.",
+        "\n".join(["## Base", "", *base_lines(contents, licences)]),
+        "\n".join(["## Method", "", *settings_lines(contents.adapter), "", parameter_line(contents)]),
+    ]
+    if run:
+        blocks += [
+            "\n".join(["## Image encoders", "", *encoder_lines(run, licences)]),
+            "\n".join(["## Data", "", *data_lines(run, licences)]),
+            "\n".join(["## Metrics", "", metric_line(run), "", *metric_table(run)]),
+            "\n".join(["## Training", "", "```json", training(run), "```"]),
+        ]
+    blocks.append("\n".join(["## Loading", "", *loading_lines(contents)]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def shown(name: str) -> str:
+    """A model's or data set's name; of a folder its last part alone."""
+    return Path(name).name if Path(name).is_absolute() or name.startswith(("~", ".")) else name
+
+
+def title(contents: Contents) -> str:
+    name = contents.run.config.get("name", "adapter") if contents.run else f"{contents.adapter['name']} adapter"
+    return f"{name} on {shown(contents.base_model_name_or_path)}"
+
+
+def front_matter(contents: Contents) -> str:
+    lines = ["---", "library_name: mitrain", f"tags: [mitrain, adapter, {contents.adapter['name']}]"]
+    name = contents.base_model_name_or_path
+    if name.count("/") == 1 and shown(name) == name and not Path(name).exists():
+        lines.append(f"base_model: {name}")
+    return "\n".join([*lines, "---"])
+
+
+def base_lines(contents: Contents, licences: Mapping[str, str]) -> list[str]:
+    base, name = contents.base, contents.base_model_name_or_path
+    return [
+        f"Language model: `{shown(name)}`, licence: {licences.get(name, UNKNOWN)}.",
+        "",
+        *table(["", ""], [[key.replace("_", " "), str(value)] for key, value in base.to_dict().items()]),
+    ]
+
+
+def settings_lines(settings: Mapping[str, Any]) -> list[str]:
+    return table(["setting", "value"], [[key, f"`{json.dumps(value)}`"] for key, value in settings.items()])
+
+
+def parameter_line(contents: Contents) -> str:
+    count = contents.parameters
+    share = 100 * count.trainable / count.frozen
+    return (
+        f"Trainable parameters: {count.trainable:,}, {share:.3g} % of the {count.frozen:,} frozen ones of the language"
+        " model."
+    )
+
+
+def encoder_lines(run: RunPart, licences: Mapping[str, str]) -> list[str]:
+    settings = run.config["model"]["vision"]
+    rows = []
+    for setting, part in zip(settings, run.encoders, strict=True):
+        own = {key: value for key, value in setting.items() if key != "name" and value not in (None, [], "auto")}
+        size, resize = part.preprocess.size, part.preprocess.resize
+        name, licence = shown(setting["name"]), licences.get(setting["name"], UNKNOWN)
+        rows.append([f"`{name}`", str(part.shape.width), f"{size} px, {resize}", f"`{json.dumps(own)}`", licence])
+    return table(["encoder", "feature width", "images", "settings", "licence"], rows)
+
+
+def data_lines(run: RunPart, licences: Mapping[str, str]) -> list[str]:
+    data = run.config["data"]
+    name = data.get("source")
+    what = f"`{name}`, prepared by mitrain" if name else data.get("dataset") or "A data set of the user's own"
+    line = f"{what}. Licence: {licences.get(name, UNKNOWN)}."
+    answers = (
+        f"Training prompts whose answers are in `adapter_config.json`: {len(run.answers)}; for others give candidates."
+        if run.answers
+        else ""
+    )
+    return [line, *(["", answers] if answers else [])]
+
+
+def metric_line(run: RunPart) -> str:
+    chosen = "the best on val" if run.best else "not the best on val"
+    return f"Of the checkpoint at step {run.step} ({chosen}), which is the one in this folder."
+
+
+def metric_table(run: RunPart) -> list[str]:
+    rows = [
+        [split, str(run.step), name, f"{value:.4f}" if isinstance(value, float) else str(value)]
+        for split, metrics in run.metrics.items()
+        for name, value in flattened(metrics)
+    ]
+    return table(["split", "step", "metric", "value"], rows) if rows else ["None were recorded at this step."]
+
+
+def flattened(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def training(run: RunPart) -> str:
+    kept = {key: value for key, value in run.config.items() if key not in LEFT_OUT}
+    return json.dumps(kept, indent=2, ensure_ascii=False)
+
+
+def loading_lines(contents: Contents) -> list[str]:
+    name = shown(contents.base_model_name_or_path)
+    whole = [
+        'predictor = mitrain.from_pretrained("THIS_FOLDER")  # or base="path/to/the/language/model", quantize="int8"',
+        'predictor.predict("photo.jpg", "the prompt or the expression")',
+    ]
+    alone = [
+        'adapter, normalize = mitrain.load_adapter(model, "THIS_FOLDER")  # model: a transformers model in memory',
+        *(['model(input_ids=ids, infused={"image": normalize(features)})'] if contents.run else []),
+    ]
+    code = ["import mitrain", *(whole if contents.run else []), *alone]
+    return [f"The frozen language model (`{name}`) must have the shape above.", "", "```python", *code, "```"]
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]

@@ -1,0 +1,71 @@
+"""adapter_config.json, field by field; whatever is missing, unknown or of another type is refused."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mitrain.pretrained.shapes import BaseShape, EncoderShape, Strict
+
+
+class FileSum(Strict):
+    """A file's SHA-256 and its length in bytes."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class Parameters(Strict):
+    """How many numbers are trained, and how many are frozen in the language model beside them."""
+
+    trainable: int = Field(ge=0)
+    frozen: int = Field(ge=1)
+
+
+class PreprocessPart(Strict):
+    """How an image becomes an encoder's input: ``size`` in pixels, mean and standard deviation of each channel."""
+
+    size: int = Field(ge=14, le=4096)
+    mean: list[float] = Field(min_length=3, max_length=3)
+    std: list[float] = Field(min_length=3, max_length=3)
+    resize: Literal["squash", "pad"]
+
+
+class EncoderPart(Strict):
+    """One image encoder; its name and settings are in the run's configuration, in the same order."""
+
+    shape: EncoderShape
+    preprocess: PreprocessPart
+
+
+class RunPart(Strict):
+    """What a run adds to its adapter.
+
+    ``config``: its configuration without the language model's name. ``answers``: the answers that training samples had,
+    by prompt (none: not kept). ``step``: of the checkpoint, ``best`` whether it was the best on val. ``metrics``: by
+    split, of that step.
+    """
+
+    config: dict[str, Any]
+    encoders: list[EncoderPart]
+    answers: dict[str, list[str]] | None
+    step: int = Field(ge=0)
+    best: bool
+    metrics: dict[str, dict[str, Any]]
+
+
+class Contents(Strict):
+    """adapter_config.json. ``adapter``: the method's name and settings. ``tensors``: adapter_model.safetensors.
+
+    ``checksum`` covers everything but itself and ``base_model_name_or_path``, which may be edited.
+    """
+
+    format: int
+    mitrain_version: str
+    peft_type: str
+    base_model_name_or_path: str
+    base: BaseShape
+    adapter: dict[str, Any]
+    parameters: Parameters
+    tensors: FileSum
+    run: RunPart | None
+    checksum: str

@@ -1,0 +1,157 @@
+"""Writing and reading the folder of a published adapter."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from mitrain import __version__, config, hf
+from mitrain.errors import CheckpointError, ConfigError
+from mitrain.files import atomic_folder
+from mitrain.pretrained.contents import Contents, FileSum, Parameters
+from mitrain.pretrained.shapes import base_shape
+from mitrain.untrusted import is_finite, parse_json, parse_tensors, read_regular
+
+FORMAT = 1
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CONFIG_LIMIT = 1 << 24
+GROUPS = ("adapter", "head", "features")
+EDITABLE = ("checksum", "base_model_name_or_path")
+MEND = "export it again or take another copy"
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A folder that was read: its configuration, and ``tensors[group][name]`` on the CPU."""
+
+    path: Path
+    contents: Contents
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def is_published(folder: str | Path) -> bool:
+    return os.path.lexists(Path(folder) / CONFIG)
+
+
+def check_target(folder: str | Path) -> Path:
+    """``folder``, if nothing is there that writing would replace."""
+    folder = Path(folder)
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{str(folder)!r} exists and is not an empty folder: give a new one, nothing is replaced")
+    return folder
+
+
+def publish(folder: str | Path, values: Mapping[str, Any], tensors: Tensors, card: Callable[[Contents], str]) -> Path:
+    """Write ``tensors`` (by group) and the fields ``values`` of `Contents`, all but what follows from the tensors.
+
+    The folder appears whole, after it has been read back, or not at all.
+    """
+    folder = check_target(folder)
+    weights = safetensors.save(flat(tensors), {"format": "pt"})
+    summed = FileSum(sha256=hashlib.sha256(weights).hexdigest(), bytes=len(weights))
+    fields = {**values, "format": FORMAT, "mitrain_version": __version__, "tensors": summed.to_dict(), "checksum": ""}
+    contents = parse_contents(fields, folder / CONFIG)
+    contents = contents.model_copy(update={"checksum": checksum(contents.to_dict())})
+    try:
+        with atomic_folder(folder) as work:
+            (work / WEIGHTS).write_bytes(weights)
+            (work / CARD).write_text(card(contents), encoding="utf-8")
+            (work / CONFIG).write_text(json.dumps(contents.to_dict(), indent=2, sort_keys=True, allow_nan=False))
+            read(work)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {str(folder)!r} ({error.strerror or error}): make room there or give another folder"
+        ) from None
+    return folder
+
+
+def count(trained: Iterable[nn.Module], base: nn.Module) -> Parameters:
+    """Parameters of the ``trained`` modules, and of the model that an adapter among them may be attached to."""
+    modules = list(trained)
+    added = {id(p) for module in modules for p in module.parameters()}
+    own = {id(p): p.numel() for p in base.parameters() if id(p) not in added}
+    return Parameters(trainable=sum(map(hf.count_parameters, modules)), frozen=sum(own.values()))
+
+
+def method_fields(adapter: Mapping[str, Any], base: PretrainedConfig, name: str, counts: Parameters) -> dict[str, Any]:
+    """The fields of `Contents` that every adapter has; ``adapter``: its settings with the method's ``name``."""
+    return {
+        "peft_type": adapter["name"].upper(),
+        "base_model_name_or_path": name,
+        "base": base_shape(base).to_dict(),
+        "adapter": dict(adapter),
+        "parameters": counts.to_dict(),
+        "run": None,
+    }
+
+
+def flat(tensors: Tensors) -> dict[str, Tensor]:
+    """group.name → a contiguous copy on the CPU that shares memory with nothing."""
+    return {
+        f"{group}.{name}": tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        for group, named in tensors.items()
+        for name, tensor in named.items()
+    }
+
+
+def checksum(fields: Mapping[str, Any]) -> str:
+    """sha256 of the fields but `EDITABLE`, as JSON with sorted keys and no spaces."""
+    kept = {key: value for key, value in fields.items() if key not in EDITABLE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read(folder: str | Path) -> Published:
+    """Read a published adapter; CheckpointError, in one line, for whatever is torn, forged or of a later format."""
+    folder = Path(folder)
+    if not is_published(folder):
+        raise CheckpointError(
+            f"{str(folder)!r} is no exported adapter (it has no {CONFIG}): give one from mitrain export"
+        )
+    path = folder / CONFIG
+    values = parse_json(read_regular(path, CONFIG_LIMIT, MEND), path, MEND, finite=True)
+    version = values.get("format")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path} was not written by mitrain (it names no format): give one from mitrain export")
+    if version > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {version}, written by mitrain {str(values.get('mitrain_version'))[:20]}; this version"
+            f" reads up to {FORMAT}: upgrade mitrain"
+        )
+    contents = parse_contents(values, path)
+    if contents.checksum != checksum(values):
+        raise CheckpointError(
+            f"{path} is corrupted or was edited (its checksum differs; only base_model_name_or_path may change): {MEND}"
+        )
+    return Published(folder, contents, read_tensors(folder / WEIGHTS, contents.tensors))
+
+
+def parse_contents(values: Mapping[str, Any], path: Path) -> Contents:
+    try:
+        return config.parse(Contents, dict(values))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_tensors(path: Path, expected: FileSum) -> dict[str, dict[str, Tensor]]:
+    content = read_regular(path, expected.bytes, MEND)
+    if len(content) != expected.bytes or hashlib.sha256(content).hexdigest() != expected.sha256:
+        raise CheckpointError(f"{path} is torn or corrupted (its checksum differs from {CONFIG}'s): {MEND}")
+    groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
+    for key, tensor in parse_tensors(content, path, MEND).items():
+        group, _, name = key.partition(".")
+        if group not in groups or not name:
+            raise CheckpointError(f"{path} holds {key[:60]!r}, which is of no part of an adapter: {MEND}")
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise CheckpointError(f"{path}: {key[:60]!r} holds what is not finite: train it again or {MEND}")
+        groups[group][name] = tensor
+    return groups

@@ -1,0 +1,68 @@
+"""A run folder made by hand (tiny models, random trained tensors, two checkpoints) and what is exported of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from folders import colour_records, llm_folder, vision_folder
+from tiny import scramble
+
+from mitrain import checkpoint, pretrained, runs, schema
+from mitrain.model import build
+from mitrain.schema import RunConfig
+
+BEST, LAST = 4, 6
+PROMPT = "the colour of this picture is"
+TASKS: dict[str, dict[str, Any]] = {
+    "answer": {"task": {"name": "answer"}},
+    "segment": {
+        "task": {"name": "segment", "readout": ["mean"], "dim": 8, "heads": 2, "ffn": 16},
+        "data": {"name": "refcoco", "root": "no/such/folder"},
+    },
+}
+
+
+def make_world(path: Path) -> Path:
+    llm_folder(path / "llm", layers=2)
+    vision_folder(path / "vision", layers=2)
+    colour_records(path / "data", train=8, val=4)
+    return path
+
+
+def make_config(world: Path, task: str = "answer") -> RunConfig:
+    vision = {"name": str(world / "vision"), "size": 56, "layer": 2, "pool": "cls+mean", "resize": "pad"}
+    return schema.from_dict(
+        {
+            "name": "colours",
+            "model": {"llm": str(world / "llm"), "vision": [vision | ({"levels": [2]} if task == "segment" else {})]},
+            "adapter": {"name": "mit", "layers": [1], "rank": 3},
+            "data": {"name": "records", "root": str(world / "data")},
+            "wandb": {"project": "secret"},
+            **TASKS[task],
+        }
+    )
+
+
+def make_run(world: Path, task: str = "answer") -> Path:
+    """A run of ``task`` whose trained tensors are random, with its best checkpoint at step 4 and its last at step 6."""
+    config = make_config(world, task)
+    folder = runs.create(config, world / "runs")
+    model = build(config)
+    lines = []
+    for step in (BEST, LAST):
+        for module in model.trainable.values():
+            scramble(module, seed=step, spread=0.5)
+            for buffer in module.buffers():
+                buffer.add_(torch.rand(buffer.shape, generator=torch.Generator().manual_seed(step)))
+        tensors = {name: checkpoint.only_trainable(module) for name, module in model.trainable.items()}
+        checkpoint.save(folder, step, tensors, {}, best=step == BEST)
+        values = {"accuracy": step / 10, "samples": 4, "control": "none", "broken": float("nan")}
+        lines += [{"kind": "train", "step": step, "loss": 1.0}, {"kind": "val", "step": step, "time": 1.0, **values}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "val", "st')
+    return folder
+
+
+def resigned(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` of adapter_config.json with a checksum that vouches for them: what a forger would do."""
+    return {**values, "checksum": pretrained.folder.checksum(values)}
