@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mitrain import adapters, hf, prepare
+from mitrain import adapters, dist, hf, prepare
 from mitrain.adapters.base import Adapter
 from mitrain.backbones import ModelConfig, TextBackbone, VisionEncoder
 from mitrain.data.images import BadSamples
@@ -24,6 +24,7 @@ from mitrain.schema import RunConfig
 from mitrain.tasks.answer import AnswerTask
 from mitrain.tasks.base import Batch, Parts, Task
 from mitrain.tasks.classify import ClassifyTask
+from mitrain.tasks.retrieve import RetrieveTask
 from mitrain.tasks.segment import SegmentTask
 
 
@@ -164,6 +165,12 @@ def build_task(config: RunConfig, parts: Parts, encoders: Sequence[VisionEncoder
     if config.task.section_name == "classify":
         data = settled(config).data
         return ClassifyTask(config.task, parts, data.classes, data.multilabel, sum(e.width for e in encoders))
+    if config.task.section_name == "retrieve":
+        if config.train.batch < dist.world():
+            raise ConfigError(
+                f"train.batch={config.train.batch} is less than a sample for each of {dist.world()} ranks: raise it"
+            )
+        return RetrieveTask(config.task, parts, sum(e.width for e in encoders))
     seeing = [encoder for encoder in encoders if encoder.config.levels]
     if len({(e.grid, e.prefix_tokens) for e in seeing}) > 1:
         raise ConfigError(

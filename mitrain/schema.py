@@ -9,6 +9,7 @@ import mitrain.adapters
 import mitrain.data.sources
 import mitrain.tasks.answer
 import mitrain.tasks.classify
+import mitrain.tasks.retrieve
 import mitrain.tasks.segment  # noqa: F401 - importing a section's module makes its name known
 from mitrain import config
 from mitrain.adapters.kernels import KernelConfig

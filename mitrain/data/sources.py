@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from mitrain.config import Section
-from mitrain.data import food101, labels, mmimdb, snli_ve
+from mitrain.data import captions, food101, labels, mmimdb, snli_ve
 from mitrain.data.records import read_records
 from mitrain.data.refcoco import image_folder, read_refer, split_names
 from mitrain.errors import ConfigError, DataError
@@ -140,6 +140,45 @@ class SnliVeConfig(ClassSection, kind="data", name="snli-ve"):
 
     def split_names(self, root: Path) -> list[str]:
         return ["train", "val", "test"]
+
+    def image_root(self, root: Path) -> Path:
+        return root
+
+
+class CaptionsConfig(DataSection, kind="data", name="captions"):
+    """Pictures with captions in JSONL or CSV files, one per split, with columns image and text.
+
+    ``columns`` maps those names to the file's own.
+    """
+
+    task: Literal["retrieve"] = "retrieve"
+    splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
+    columns: dict[str, str] = {}
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        return captions.read_captions(root / split_file(self.splits, split), self.columns or None)
+
+    def split_names(self, root: Path) -> list[str]:
+        """The splits whose files are there."""
+        return there(self.splits, root)
+
+    def image_root(self, root: Path) -> Path:
+        return root
+
+
+class KarpathyConfig(DataSection, kind="data", name="karpathy"):
+    """COCO or Flickr30k in Karpathy's ``dataset_*.json``. ``file`` is its name; ``images`` the pictures' folder below the
+    data's, where it is not a usual one."""
+
+    task: Literal["retrieve"] = "retrieve"
+    file: str | None = None
+    images: str | None = None
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        return captions.read_karpathy(root, self.file, split, self.images)
+
+    def split_names(self, root: Path) -> list[str]:
+        return list(captions.SPLITS)
 
     def image_root(self, root: Path) -> Path:
         return root

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from mitrain.data.captions import CaptionSample
 from mitrain.data.images import MAX_PIXELS, open_image
 from mitrain.data.labels import LabelSample
 from mitrain.data.records import AnswerSample
@@ -31,8 +32,8 @@ AREAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # edges of the histogram, as shares o
 THUMBNAIL, COLUMNS, LINES = 176, 6, 4  # of the sheet: pixels, samples of a split, lines of text under each
 RED = np.array([230, 30, 30])
 
-Sample = AnswerSample | LabelSample | ReferSample
-Samples = Sequence[AnswerSample] | Sequence[LabelSample] | Sequence[ReferSample]
+Sample = AnswerSample | CaptionSample | LabelSample | ReferSample
+Samples = Sequence[AnswerSample] | Sequence[CaptionSample] | Sequence[LabelSample] | Sequence[ReferSample]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def describe(samples: Samples, pictures: Mapping[str, Picture]) -> dict[str, Any
         details["wrong_sizes"] = sum(pictures[path].size != size for path, size in whole.items())
     elif isinstance(samples[0], LabelSample):
         details = describe_labels(samples)
+    elif isinstance(samples[0], CaptionSample):
+        details = describe_captions(samples)
     else:
         details = describe_answers(samples)
     return {
@@ -128,6 +131,18 @@ def describe_labels(samples: Sequence[LabelSample]) -> dict[str, Any]:
     }
 
 
+def describe_captions(samples: Sequence[CaptionSample]) -> dict[str, Any]:
+    each = Counter(sample.image for sample in samples)
+    texts = Counter(sample.text for sample in samples)
+    return {
+        "objects": len({sample.object for sample in samples if sample.object}),
+        "texts": len(texts),
+        "captions_per_image": dict(sorted(Counter(each.values()).items())),
+        "texts_of_several_samples": sum(count > 1 for count in texts.values()),
+        "mean_words": round(float(np.mean([len(sample.text.split()) for sample in samples])), 2),
+    }
+
+
 def describe_masks(samples: Sequence[ReferSample]) -> dict[str, Any]:
     areas, broken = [], {}
     for sample in samples:
@@ -166,7 +181,7 @@ def compare(
     }
     if isinstance(splits[one][0], ReferSample):
         checks["expression"] = lambda split: {sample.expression for sample in splits[split]}
-    if isinstance(splits[one][0], LabelSample):
+    if isinstance(splits[one][0], LabelSample | CaptionSample):
         checks["text"] = lambda split: {sample.text for sample in splits[split]} - {""}
     found = []
     for what, values in checks.items():
@@ -236,6 +251,8 @@ def row_of(split: str, samples: Samples, root: Path, max_pixels: int, seed: int)
 def caption(sample: Sample) -> str:
     if isinstance(sample, ReferSample):
         return sample.expression
+    if isinstance(sample, CaptionSample):
+        return sample.text
     if isinstance(sample, LabelSample):
         return f"{sample.text} -> {', '.join(sample.labels)}"
     return f"{sample.prompt} -> {sample.answer}"

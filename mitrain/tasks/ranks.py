@@ -1,0 +1,108 @@
+"""Ranks in retrieval: how far down the right thing stands, both ways, and what that is worth.
+
+An image's captions are all right for it, and so is the same text of another image: relevance is equality of texts.
+Ties count against the right thing, so that a model that gives all the same score finds nothing.
+
+Shapes: M images, N texts, c rows at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+CHUNK = 256  # rows of the similarity matrix that exist at a time
+DEPTHS = (1, 5, 10)
+
+
+class Gallery:
+    """The images and texts of a split, and which belong together.
+
+    ``images``: M names in order of appearance; ``texts``: N texts, one a sample; ``first``: (M,) each image's first
+    sample; ``codes``: (N,) equal where texts are; ``owned``: each image's codes.
+    """
+
+    def __init__(self, images: Sequence[str], texts: Sequence[str]):
+        numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        self.texts = list(texts)
+        self.codes = np.array([numbers[text] for text in texts])
+        places: dict[str, list[int]] = {}
+        for sample, image in enumerate(images):
+            places.setdefault(image, []).append(sample)
+        self.images = list(places)
+        self.first = np.array([samples[0] for samples in places.values()])
+        self.owned = [sorted({int(self.codes[s]) for s in samples}) for samples in places.values()]
+
+    def relevant(self, rows: slice) -> np.ndarray:
+        """(c, N) bool: which texts are right for the images ``rows``."""
+        member = np.zeros((len(self.owned[rows]), self.codes.max() + 1), dtype=bool)
+        for row, codes in enumerate(self.owned[rows]):
+            member[row, codes] = True
+        return member[:, self.codes]
+
+
+def best_ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """(c,) the rank, from 1, of the best relevant thing of each row of ``scores`` and ``relevant`` (c, n)."""
+    best = np.where(relevant, scores, -np.inf).max(1, keepdims=True)
+    return 1 + ((scores >= best) & ~relevant).sum(1)
+
+
+def both_ways(gallery: Gallery, images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of each image's best text (M,) and of each text's best image (N,), from vectors (M, d) and (N, d)."""
+    towards_text = np.empty(len(images), dtype=np.int64)
+    best = np.full(len(texts), -np.inf)
+    for rows in chunks(len(images)):
+        scores, right = images[rows] @ texts.T, gallery.relevant(rows)
+        towards_text[rows] = best_ranks(scores, right)
+        best = np.maximum(best, np.where(right, scores, -np.inf).max(0))
+    above = np.zeros(len(texts), dtype=np.int64)
+    for rows in chunks(len(images)):
+        above += ((images[rows] @ texts.T >= best) & ~gallery.relevant(rows)).sum(0)
+    return towards_text, 1 + above
+
+
+def chunks(count: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+
+
+def reranked(ranks: np.ndarray, relevant: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(c,) ranks after each row's best k candidates are put in the order of new ``scores`` (c, k).
+
+    Rows whose right thing is not among their candidates keep their rank. ``ranks`` (c,): before; ``relevant`` (c, k)
+    bool: which candidates are right.
+    """
+    return np.where(relevant.any(1), best_ranks(scores, relevant), np.maximum(ranks, scores.shape[1] + 1))
+
+
+def rank_metrics(towards_text: np.ndarray, towards_image: np.ndarray) -> dict[str, Any]:
+    """Recall at 1, 5 and 10 (fractions of 1), median and mean rank, of image → text and of text → image."""
+    values: dict[str, Any] = {}
+    for name, ranks in (("i2t", towards_text), ("t2i", towards_image)):
+        values |= {f"{name}_r{k}": float((ranks <= k).mean()) for k in DEPTHS}
+        values |= {f"{name}_median_rank": float(np.median(ranks)), f"{name}_mean_rank": float(ranks.mean())}
+    return {"recall_mean": mean_recall(values), **values}
+
+
+def mean_recall(values: Mapping[str, float]) -> float:
+    return float(np.mean([values[f"{name}_r{k}"] for name in ("i2t", "t2i") for k in DEPTHS]))
+
+
+def chance(gallery: Gallery) -> dict[str, Any]:
+    """What a random order reaches in the mean: with r of n right, 1 - C(n-r, k) / C(n, k) and (n + 1) / (r + 1)."""
+    count, total = np.bincount(gallery.codes), len(gallery.codes)
+    right_texts = np.array([count[codes].sum() for codes in gallery.owned])
+    holders = np.bincount([code for codes in gallery.owned for code in codes], minlength=len(count))
+    right_images = holders[gallery.codes]
+    values: dict[str, Any] = {}
+    for name, right, n in (("i2t", right_texts, total), ("t2i", right_images, len(gallery.images))):
+        values |= {f"{name}_r{k}": float(np.mean([hit(int(r), n, k) for r in right])) for k in DEPTHS}
+        values[f"{name}_mean_rank"] = float(np.mean([(n + 1) / (r + 1) for r in right]))
+    return {"recall_mean": mean_recall(values), **values}
+
+
+def hit(right: int, count: int, depth: int) -> float:
+    """The chance that ``depth`` draws without return from ``count`` things hold one of the ``right`` ones."""
+    miss = 1.0
+    for i in range(min(depth, count)):
+        miss *= max(0, count - right - i) / (count - i)
+    return 1 - miss

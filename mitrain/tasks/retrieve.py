@@ -1,0 +1,278 @@
+"""Finding the picture for a text and the text for a picture.
+
+A dual encoder: linear maps of the frozen picture feature and of the language model's text state into one space, trained
+by contrast within the batch; every method that adapts the language model without the picture works in it. On top, a
+matching head reads the state of the text *infused* with the picture, trained against the hardest wrong partner in the
+batch, and orders the best candidates anew: there the picture reaches the language model.
+
+Shapes: B samples, N samples of all ranks, D hidden width, d width of the common space, e width of the picture's feature.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mitrain import dist
+from mitrain.config import Section
+from mitrain.errors import DataError
+from mitrain.tasks.base import Batch, Parts, Prediction, Task
+from mitrain.tasks.ranks import Gallery, both_ways, rank_metrics, reranked
+from mitrain.tasks.readout import STATES, read_out
+
+FIT_SAMPLES = 512  # whose states the statistics are taken from
+MATCH_ROWS = 128  # pairs that the matching head reads at a time
+SCALES = (1.0, 100.0)  # bounds of 1 / temperature
+
+Readout = Literal["last", "mean", "embeddings"]
+
+
+class RetrieveConfig(Section, kind="task", name="retrieve"):
+    """``readout``: the text's states, concatenated. ``dim``: of the common space. ``temperature``: at first; it is trained.
+    ``matching``: weight of the matching loss, 0 for a dual encoder alone. ``rerank``: how many candidates of each query the
+    matching head orders at evaluation. ``max_tokens``: longer texts lose their end. ``dropout``: of what the maps read."""
+
+    template: str = "{text}"
+    readout: tuple[Readout, ...] = Field(("last",), min_length=1)
+    dim: int = Field(128, ge=2)
+    temperature: float = Field(0.07, gt=0.01, lt=1)
+    matching: float = Field(1.0, ge=0)
+    rerank: int = Field(10, ge=0)
+    max_tokens: int = Field(64, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class RetrieveTask(Task):
+    """s(i, t) = cos(A v_i, B h_t) / τ; reranked by s + m, m the matching head's value of the infused state (0 at first)."""
+
+    metric = "recall_mean"
+    shuffles = "images"
+    columns = (
+        *(("i→t R@1", "i2t_r1"), ("R@5", "i2t_r5"), ("R@10", "i2t_r10"), ("median", "i2t_median_rank")),
+        *(("t→i R@1", "t2i_r1"), ("R@5", "t2i_r5"), ("R@10", "t2i_r10"), ("median", "t2i_median_rank")),
+    )
+
+    def __init__(self, config: RetrieveConfig, parts: Parts, image_width: int):
+        super().__init__(parts)
+        self.config = config
+        width = parts.text.width * len(config.readout)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.image_map = nn.Linear(image_width, config.dim)
+        self.text_map = nn.Linear(width, config.dim)
+        self.log_scale = nn.Parameter(torch.tensor(1 / config.temperature).log())
+        self.dropout = nn.Dropout(config.dropout)
+        if config.matching:
+            self.match = nn.Linear(width, 1)
+            nn.init.zeros_(self.match.weight)
+            nn.init.zeros_(self.match.bias)
+        self._ids = cache(self._row)
+
+    def _row(self, text: str) -> list[int]:
+        try:
+            filled = self.config.template.format(text=text)
+        except (KeyError, IndexError, ValueError):
+            raise DataError(
+                f"task.template={self.config.template!r} must contain {{text}} and no other field"
+            ) from None
+        ids = self.parts.text.tokenizer(filled)["input_ids"][: self.config.max_tokens]
+        return ids or [self.parts.text.tokenizer.eos_token_id]
+
+    def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
+        if not set(self.config.readout) & set(STATES):
+            return []
+        return [self._ids(text) for text in sorted({s.text for s in samples})]
+
+    def tokens(self, samples: Sequence[Any]) -> int:
+        return sum(len(self._ids(s.text)) for s in samples)
+
+    def states(self, texts: Sequence[str], features: Tensor | None) -> Tensor:
+        """(B, D · read-outs), standardised per dimension; infused with ``features`` (B, e), or not."""
+        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, features)
+        return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
+
+    @torch.no_grad()
+    def fit(self, samples: Sequence[Any]) -> None:
+        """Mean and spread of the frozen read-outs over the training captions."""
+        texts = sorted({s.text for s in samples})
+        texts = texts[:: -(-len(texts) // FIT_SAMPLES)]
+        self.mean.zero_()
+        self.scale.fill_(1.0)
+        states = torch.cat([self.states(texts[i : i + 32], None) for i in range(0, len(texts), 32)]).double()
+        self.mean.copy_(states.mean(0))
+        self.scale.copy_(1 / states.std(0, correction=0).clamp_min(1e-3))
+
+    def text_vectors(self, texts: Sequence[str]) -> Tensor:
+        """(B, d) of length 1."""
+        return F.normalize(self.text_map(self.dropout(self.states(texts, None))), dim=-1)
+
+    def image_vectors(self, images: Tensor) -> Tensor:
+        """(B, d) of length 1, from the pictures' features (B, e)."""
+        return F.normalize(self.image_map(self.dropout(images.float())), dim=-1)
+
+    def sharpness(self) -> Tensor:
+        """1 / τ."""
+        return self.log_scale.exp().clamp(*SCALES)
+
+    def match_values(self, texts: Sequence[str], features: Tensor | None) -> Tensor:
+        """(B,) the matching head's values for pairs of a text and a picture's infused feature."""
+        return self.match(self.dropout(self.states(texts, features))).squeeze(-1)
+
+    # training
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        texts = [s.text for s in batch.samples]
+        images, words = self.image_vectors(batch.images), self.text_vectors(texts)
+        everyone = Everyone(images, words, batch)
+        total = everyone.contrast(self.sharpness())
+        if self.config.matching:
+            total = total + self.config.matching * self._matching(batch, everyone)
+        return total, torch.tensor(float(len(texts)), dtype=torch.float64)
+
+    def _matching(self, batch: Batch, everyone: "Everyone") -> Tensor:
+        """Each sample's pair against its picture with the hardest wrong text, and against its text with the hardest
+        wrong picture: the mean of both cross-entropies over two pairs, summed over samples."""
+        own = [s.text for s in batch.samples]
+        text, image, known = everyone.hardest()
+        wrong = None if batch.features is None else everyone.features[image.cpu()].to(batch.features)
+        values = self.match_values([*own, *(everyone.texts[j] for j in text), *own], joined(batch.features, wrong))
+        near = self.sharpness().detach() * everyone.similarity.detach()
+        rows = torch.arange(len(own), device=near.device) + everyone.start
+        base = torch.cat([near[rows, rows], near[rows, text], near[image, rows]])
+        right, other_text, other_image = (values + base).chunk(3)
+        losses = F.softplus(other_text - right) + F.softplus(other_image - right)
+        return 0.5 * (losses * known).sum()
+
+    def activation_bytes(self) -> int:
+        return 4 * (self.text_map.in_features + self.image_map.in_features + 4 * self.config.dim)
+
+    # evaluation
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Prediction]:
+        images = self.image_vectors(batch.images).double().cpu().numpy()
+        words = self.text_vectors([s.text for s in batch.samples]).double().cpu().numpy()
+        features = [None] * len(images) if batch.features is None else batch.features.float().cpu().numpy()
+        return [
+            Prediction(s.id, s.image, {"text": s.text}, vector={"image": i, "text": t, "feature": f})
+            for s, i, t, f in zip(batch.samples, images, words, features, strict=True)
+        ]
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
+        gallery = Gallery([s.image for s in samples], [s.text for s in samples])
+        images = np.stack([predictions[i].vector["image"] for i in gallery.first])
+        words = np.stack([p.vector["text"] for p in predictions])
+        counts = {"samples": len(samples), "images": len(gallery.images)}
+        if not (np.isfinite(images).all() and np.isfinite(words).all()):
+            return {"recall_mean": float("nan"), **counts}
+        found = both_ways(gallery, images, words)
+        metrics = rank_metrics(*found)
+        if self.config.matching and self.config.rerank:
+            features = [predictions[i].vector["feature"] for i in gallery.first]
+            found = self._rerank(gallery, images, words, features, found)
+            metrics = rank_metrics(*found) | {"before_reranking": metrics}
+        places = {image: int(rank) for image, rank in zip(gallery.images, found[0], strict=True)}
+        for sample, prediction, rank in zip(samples, predictions, found[1].tolist(), strict=True):
+            prediction.values |= {"rank_of_text": places[sample.image], "rank_of_image": rank}
+        return metrics | counts
+
+    def _rerank(
+        self, gallery: Gallery, images: np.ndarray, words: np.ndarray, features: list[Any], ranks: tuple
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks after the best candidates of every query, both ways, are ordered by similarity + matching value."""
+        k = min(self.config.rerank, len(images), len(words))
+        near = float(self.sharpness())
+        owned = [set(codes) for codes in gallery.owned]
+        to_text = [np.argsort(-(image @ words.T), kind="stable")[:k] for image in images]
+        to_image = [np.argsort(-(word @ images.T), kind="stable")[:k] for word in words]
+        pairs = [(i, t) for i, row in enumerate(to_text) for t in row] + [
+            (i, t) for t, row in enumerate(to_image) for i in row
+        ]
+        values = self._match_pairs(sorted(set(pairs)), gallery, features)
+        scores = np.array([near * float(images[i] @ words[t]) + values[i, t] for i, t in pairs]).reshape(-1, k)
+        right = np.array([gallery.codes[t] in owned[i] for i, t in pairs]).reshape(-1, k)
+        m = len(images)
+        return reranked(ranks[0], right[:m], scores[:m]), reranked(ranks[1], right[m:], scores[m:])
+
+    def _match_pairs(
+        self, pairs: Sequence[tuple[int, int]], gallery: Gallery, features: list[Any]
+    ) -> dict[tuple[int, int], float]:
+        """The matching value of every (image, text); ranks take the pairs in turn and every rank gets all values."""
+        values: dict[tuple[int, int], float] = {}
+        for start, own in dist.in_step(range(0, len(pairs), MATCH_ROWS)[dist.rank() :: dist.world()], 0):
+            part = pairs[start : start + MATCH_ROWS]
+            infused = None
+            if features[0] is not None:
+                rows = torch.from_numpy(np.stack([features[i] for i, _ in part]))
+                infused = rows.to(self.mean.device, self.parts.text.dtype)
+            found = self.match_values([gallery.texts[t] for _, t in part], infused).double().tolist()
+            values |= dict(zip(part, found, strict=True)) if own else {}
+        return {pair: value for ranks in dist.gather(values) for pair, value in ranks.items()}
+
+    def lines(self, sample: Any, prediction: Prediction) -> tuple[list[str], bool | None]:
+        values = prediction.values
+        ranks = f"image → text rank {values['rank_of_text']}, text → image rank {values['rank_of_image']}"
+        return [sample.text, ranks], values["rank_of_image"] == 1
+
+
+class Everyone:
+    """The batch over all ranks: own vectors with their gradient, the others' without.
+
+    Each rank computes the whole batch's contrast, and back-propagates through its own vectors alone; summed over the
+    ranks that is the gradient of one process.
+    """
+
+    def __init__(self, images: Tensor, words: Tensor, batch: Batch):
+        keys = [(s.image, s.text) for s in batch.samples]
+        features = None if batch.features is None else batch.features.detach().cpu()
+        parts = dist.gather((images.detach().cpu(), words.detach().cpu(), features, keys))
+        here = dist.rank()
+        self.start = sum(len(part[3]) for part in parts[:here])
+        self.count = len(keys)
+        self.images = torch.cat([images if r == here else part[0].to(images) for r, part in enumerate(parts)])
+        self.words = torch.cat([words if r == here else part[1].to(words) for r, part in enumerate(parts)])
+        self.features = None if features is None else torch.cat([part[2] for part in parts])
+        self.texts = [text for part in parts for _, text in part[3]]
+        self.similarity = self.images @ self.words.T
+        self.right = self._right([image for part in parts for image, _ in part[3]]).to(images.device)
+
+    def _right(self, images: Sequence[str]) -> Tensor:
+        """(N, N) bool: which text is right for which image: the image's own, or the same text."""
+        a, b = (torch.from_numpy(np.unique(np.array(v), return_inverse=True)[1]) for v in (images, self.texts))
+        return (a[:, None] == a[None]) | (b[:, None] == b[None])
+
+    def contrast(self, sharpness: Tensor) -> Tensor:
+        """The mean of both ways' cross-entropies, summed over this rank's rows; of several right partners each is meant
+        equally."""
+        own = slice(self.start, self.start + self.count)
+        through_vectors = self._rows(sharpness.detach() * self.similarity)
+        through_sharpness = self._rows(sharpness * self.similarity.detach())[own].sum()
+        whole = through_vectors.sum()
+        value = through_vectors[own].sum().detach()
+        return value + (whole - whole.detach()) + (through_sharpness - through_sharpness.detach())
+
+    def _rows(self, logits: Tensor) -> Tensor:
+        """(N,) the mean of the cross-entropies of image → text and of text → image."""
+        meant = self.right.to(logits)
+        ways = [
+            -(side.log_softmax(-1) * meant).sum(-1) / meant.sum(-1) for side in (logits, logits.T)
+        ]  # ``right`` is symmetric
+        return 0.5 * (ways[0] + ways[1])
+
+    def hardest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each own sample the wrong text and the wrong image most similar to it (B,), and 1 where there is one."""
+        own = slice(self.start, self.start + self.count)
+        wrong = self.similarity.detach().masked_fill(self.right, -torch.inf)
+        known = (~self.right[own]).any(1)
+        return wrong[own].argmax(1), wrong[:, own].argmax(0), known.to(self.similarity)
+
+
+def joined(own: Tensor | None, wrong: Tensor | None) -> Tensor | None:
+    """The features of the three kinds of pairs: own image twice, then the wrong one."""
+    return None if own is None or wrong is None else torch.cat([own, own, wrong])

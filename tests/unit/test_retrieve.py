@@ -1,0 +1,214 @@
+"""Retrieval: ranks by hand, the losses of one process on several ranks, the matching head."""
+
+import numpy as np
+import pytest
+import torch
+from folders import llm_folder
+from tiny import scramble
+from torch.nn import functional as F
+
+from mitrain import adapters, dist
+from mitrain.adapters.mit import MiTConfig
+from mitrain.backbones import TextBackbone
+from mitrain.data.captions import CaptionSample
+from mitrain.errors import DataError
+from mitrain.features import TextStates
+from mitrain.tasks import ranks
+from mitrain.tasks.base import Batch, Parts
+from mitrain.tasks.ranks import Gallery, both_ways, chance, rank_metrics, reranked
+from mitrain.tasks.retrieve import Everyone, RetrieveConfig, RetrieveTask
+
+FEATURES = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+TEXTS = ["a red square", "this thing", "green on blue", "yellow", "a red square", "the bottom"]
+IMAGES = ["0", "1", "2", "2", "3", "4"]  # image 2 has two captions; images 0 and 3 share one text
+
+
+def samples():
+    return [CaptionSample(str(i), f"{a}.png", t, f"o{a}") for i, (a, t) in enumerate(zip(IMAGES, TEXTS, strict=True))]
+
+
+def features():
+    return FEATURES[[int(a) for a in IMAGES]]
+
+
+def batch(rows=slice(None), blind=False):
+    own = features()[rows]
+    return Batch(samples()[rows], None if blind else own, [], own)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return llm_folder(tmp_path_factory.mktemp("retrieve") / "llm")
+
+
+def make(folder, **config):
+    text = TextBackbone.load(folder, torch.float32)
+    adapter = adapters.build(MiTConfig(layers=[1, 2]), {"image": 5})
+    adapter.attach({"text": text.model})
+    scramble(adapter)
+    torch.manual_seed(0)
+    task = RetrieveTask(RetrieveConfig(dim=8, **config), Parts(text, adapter, TextStates(text, 1, None)), 5).eval()
+    task.fit(samples())
+    return task
+
+
+# ranks
+
+
+def by_hand(images, texts):
+    """Ranks by sorting, ties against the right thing."""
+    similarity = images @ texts.T
+    right = np.array([[any(IMAGES[s] == a and TEXTS[s] == t for s in range(6)) for t in TEXTS] for a in "01234"])
+    to_text, to_image = [], []
+    for row, ok in zip(similarity, right, strict=True):
+        to_text.append(1 + sum(s >= max(row[ok]) for s in row[~ok]))
+    for column, ok in zip(similarity.T, right.T, strict=True):
+        to_image.append(1 + sum(s >= max(column[ok]) for s in column[~ok]))
+    return to_text, to_image
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 256])
+def test_ranks_of_several_captions_and_of_shared_texts(monkeypatch, chunk):
+    monkeypatch.setattr(ranks, "CHUNK", chunk)
+    gallery = Gallery([s.image for s in samples()], [s.text for s in samples()])
+    assert gallery.images == ["0.png", "1.png", "2.png", "3.png", "4.png"] and gallery.first.tolist() == [0, 1, 2, 4, 5]
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        images, texts = random.integers(-2, 3, (5, 2)).astype(float), random.integers(-2, 3, (6, 2)).astype(float)
+        texts[4] = texts[0]  # the same text
+        found = both_ways(gallery, images, texts)
+        assert [f.tolist() for f in found] == list(by_hand(images, texts))
+
+
+def test_equal_scores_find_nothing():
+    gallery = Gallery([s.image for s in samples()], [s.text for s in samples()])
+    to_text, to_image = both_ways(gallery, np.ones((5, 2)), np.ones((6, 2)))
+    assert to_text.tolist() == [5, 6, 5, 5, 6]  # N less the image's right texts, and one
+    assert to_image.tolist() == [4, 5, 5, 5, 4, 5]
+
+
+def test_recall_median_and_mean():
+    found = rank_metrics(np.array([1, 2, 6, 11]), np.array([1, 1, 5]))
+    assert (found["i2t_r1"], found["i2t_r5"], found["i2t_r10"]) == (0.25, 0.5, 0.75)
+    assert (found["t2i_r1"], found["t2i_r5"], found["t2i_r10"]) == (pytest.approx(2 / 3), 1.0, 1.0)
+    assert (found["i2t_median_rank"], found["i2t_mean_rank"]) == (4.0, 5.0)
+    assert found["recall_mean"] == pytest.approx((0.25 + 0.5 + 0.75 + 2 / 3 + 1 + 1) / 6)
+
+
+def test_chance_is_what_random_orders_reach():
+    gallery = Gallery([s.image for s in samples()], [s.text for s in samples()])
+    expected, random = chance(gallery), np.random.default_rng(0)
+    draws = []
+    for _ in range(2000):
+        right = gallery.relevant(slice(0, 5))[:, random.permutation(6)]
+        draws.append([(1 + right.argmax(1)).mean(), right[:, 0].mean()])
+    mean, recall = np.mean(draws, 0)
+    assert mean == pytest.approx(expected["i2t_mean_rank"], abs=0.1)  # spread of the mean of 2000: about 0.01
+    assert recall == pytest.approx(expected["i2t_r1"], abs=0.02)
+    assert expected["i2t_r10"] == expected["t2i_r5"] == 1.0
+
+
+def test_reranking_orders_the_candidates_alone():
+    right = np.array([[False, True], [False, False], [True, False]])
+    scores = np.array([[0.1, 0.2], [5.0, 6.0], [1.0, 1.0]])
+    assert reranked(np.array([2, 7, 1]), right, scores).tolist() == [1, 7, 2]
+
+
+# the task
+
+
+def test_the_contrast_is_a_cross_entropy_over_right_partners(folder):
+    task = make(folder, matching=0.0)
+    total, count = task.loss(batch())
+    with torch.no_grad():
+        images, texts = task.image_vectors(features()), task.text_vectors(TEXTS)
+        logits = task.sharpness() * images @ texts.T
+    right = torch.tensor([[float(IMAGES[i] == IMAGES[j] or TEXTS[i] == TEXTS[j]) for j in range(6)] for i in range(6)])
+    right = right / right.sum(1, keepdim=True)
+    expected = 0.5 * (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) * 6
+    assert float(total.detach()) == pytest.approx(float(expected), rel=1e-5) and float(count) == 6
+
+
+def gradients(task):
+    found = {n: p.grad.clone() for n, p in task.named_parameters() if p.grad is not None}
+    found |= {f"adapter.{n}": p.grad.clone() for n, p in task.parts.adapter.named_parameters() if p.grad is not None}
+    task.zero_grad()
+    task.parts.adapter.zero_grad()
+    return found
+
+
+def test_ranks_together_have_the_loss_and_the_gradient_of_one_process(folder, monkeypatch):
+    task = make(folder)
+    torch.nn.init.normal_(task.match.weight, std=0.1)
+    total, count = task.loss(batch())
+    total.backward()
+    expected = gradients(task)
+    shares = [slice(0, 2), slice(2, 6)]
+    seen = []
+    with torch.no_grad():  # what each rank would gather
+        for share in shares:
+            part = batch(share)
+            keys = [(s.image, s.text) for s in part.samples]
+            seen.append((task.image_vectors(part.images), task.text_vectors([t for _, t in keys]), part.features, keys))
+    totals, grads = [], {}
+    for rank, share in enumerate(shares):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "gather", lambda value: seen)
+        loss, own = task.loss(batch(share))
+        loss.backward()
+        totals.append((float(loss.detach()), float(own)))
+        for name, grad in gradients(task).items():
+            grads[name] = grads.get(name, 0) + grad
+    assert sum(t for t, _ in totals) == pytest.approx(float(total.detach()), rel=1e-5)
+    assert sum(c for _, c in totals) == float(count)
+    assert grads.keys() == expected.keys() and "log_scale" in grads
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_the_hardest_partner_is_wrong_and_the_most_similar():
+    images, texts = F.normalize(FEATURES, dim=-1), F.normalize(FEATURES.roll(1, 0), dim=-1)
+    everyone = Everyone(images, texts, batch())
+    text, image, known = everyone.hardest()
+    for i in range(6):
+        wrong = [j for j in range(6) if IMAGES[i] != IMAGES[j] and TEXTS[i] != TEXTS[j]]
+        assert int(text[i]) == max(wrong, key=lambda j: float(images[i] @ texts[j]))
+        assert int(image[i]) == max(wrong, key=lambda j: float(images[j] @ texts[i]))
+    assert known.tolist() == [1.0] * 6
+    alone = Everyone(images[2:4], texts[2:4], batch(slice(2, 4)))  # two captions of one image: nothing is wrong
+    assert alone.hardest()[2].tolist() == [0.0, 0.0]
+
+
+def test_the_matching_head_reads_the_infused_text(folder):
+    task = make(folder)
+    torch.nn.init.normal_(task.match.weight)
+    with torch.no_grad():
+        own, other, blind = (task.match_values(TEXTS, f) for f in (features(), features().flip(0), None))
+    assert not torch.allclose(own, other, atol=1e-3) and not torch.allclose(own, blind, atol=1e-3)
+    loss, _ = task.loss(batch())
+    loss.backward()
+    assert task.parts.adapter.infusions[0].head_logit.grad.abs().sum() > 0
+
+
+def test_at_first_reranking_changes_nothing_and_later_it_does(folder):
+    task = make(folder, rerank=4)
+    first = task.score(samples(), task.predict(batch()))
+    assert {k: first[k] for k in first["before_reranking"]} == first["before_reranking"]
+    torch.nn.init.normal_(task.match.weight, std=5.0)
+    predictions = task.predict(batch())
+    later = task.score(samples(), predictions)
+    assert later["before_reranking"] == first["before_reranking"]
+    assert later["t2i_mean_rank"] != first["t2i_mean_rank"]
+    for sample, prediction in zip(samples(), predictions, strict=True):
+        lines, right = task.lines(sample, prediction)
+        assert lines[0] == sample.text and right == (prediction.values["rank_of_image"] == 1)
+    blind = task.score(samples(), task.predict(batch(blind=True)))
+    assert blind["before_reranking"] == first["before_reranking"] and blind["samples"] == 6 and blind["images"] == 5
+
+
+def test_weights_that_diverged_are_told(folder):
+    task = make(folder)
+    torch.nn.init.constant_(task.image_map.weight, float("nan"))
+    assert np.isnan(task.score(samples(), task.predict(batch()))["recall_mean"])
+    with pytest.raises(DataError, match=r"must contain \{text\}"):
+        make(folder, template="{prompt}")
