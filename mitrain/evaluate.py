@@ -45,16 +45,19 @@ def evaluate(
     ``control``: ``none``; ``no-image``: every sample sees another sample's image (of another object where possible), in
     every path; ``shuffle``: for `segment` the expression is another scene's, naming no object of this one; for the others
     the images are permuted without regard to objects; ``frozen``: the model without infusion. Ranks take the batches in
-    turn, the same batches that one process would make, and every rank gets all predictions.
+    turn, the same batches that one process would make (and one of them again while others still have some), and every
+    rank gets all predictions.
     """
     shown, paths, clashes = controlled(samples, model.task.shuffles, control, seed)
     done: dict[int, list[Prediction]] = {}
-    for start in range(0, len(samples), batch)[dist.rank() :: dist.world()]:
+    for start, own in dist.in_step(range(0, len(samples), batch)[dist.rank() :: dist.world()], 0):
         part = slice(start, start + batch)
         prepared = model.evaluation_batch(shown[part], paths[part], images, blind=control == "frozen")
         kwargs = {"generate": True} if generate else {}
-        done[start] = model.task.predict(prepared, **kwargs)
-        progress(len(prepared.samples))
+        found = model.task.predict(prepared, **kwargs)
+        if own:
+            done[start] = found
+            progress(len(prepared.samples))
     parts = {start: part for ranks in dist.gather(done) for start, part in ranks.items()}
     predictions = [prediction for start in sorted(parts) for prediction in parts[start]]
     metrics = {**model.task.score(samples, predictions), "control": control, **clashes}

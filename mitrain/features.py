@@ -156,14 +156,15 @@ class ImageFeatures:
     def _encode(
         self, encoder: VisionEncoder, wanted: Sequence[tuple[str, int]], keys: Sequence[str]
     ) -> dict[str, Item]:
+        images = [open_image(self.root, image, self.max_pixels) for image, _ in wanted]
+        out = encoder.encode(
+            images, [view for _, view in wanted]
+        )  # one call, on every rank: its weights may be sharded
         items: dict[str, Item] = {}
-        for view in sorted({view for _, view in wanted}):
-            rows = [i for i, (_, v) in enumerate(wanted) if v == view]
-            out = encoder.encode([open_image(self.root, wanted[i][0], self.max_pixels) for i in rows], view)
-            for j, i in enumerate(rows):
-                items[keys[i]] = {"pooled": out["pooled"][j : j + 1].numpy()}
-                if "levels" in out and view == 0:
-                    items[keys[i]]["levels"] = out["levels"][j].flatten(0, 1).numpy()
+        for i, (key, (_, view)) in enumerate(zip(keys, wanted, strict=True)):
+            items[key] = {"pooled": out["pooled"][i : i + 1].numpy()}
+            if "levels" in out and view == 0:
+                items[key]["levels"] = out["levels"][i].flatten(0, 1).numpy()
         return items
 
     def _items(self, index: int, images: Sequence[str], views: Sequence[int]) -> list[Item]:

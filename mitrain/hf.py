@@ -7,12 +7,12 @@ No architecture is named here: the decoder's layers are found as the one ``Modul
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -23,20 +23,26 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def layer_owner(model: nn.Module) -> tuple[nn.Module, str]:
     """The module that holds the stack of transformer layers, and the attribute's name."""
+    found = stacks(model)
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no list of layers that mitrain can find, as long as its configuration says:"
+            " use a decoder of the Llama kind"
+        )
+    return found[0]
+
+
+def stacks(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every list of as many modules as the model has layers: (the module that holds it, its name there)."""
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     depth = getattr(config, "num_hidden_layers", None)
-    found = [
+    return [
         (owner, name)
         for owner in model.modules()
         for name, child in owner.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == depth
     ]
-    if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no list of {depth} layers that mitrain can find: use a decoder of the Llama kind"
-        )
-    return found[0]
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -102,6 +108,29 @@ def empty_model(factory: Any, config: PretrainedConfig, **kwargs: Any) -> PreTra
         return factory.from_config(config, **kwargs)
 
 
+@contextlib.contextmanager
+def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, those of ``parameters`` that are sharded over ranks (ZeRO-3) are gathered; all ranks do it together."""
+    sharded = [p for p in {id(p): p for p in parameters}.values() if is_sharded(p) and not p.numel()]
+    if sharded:
+        sharded[0].all_gather(sharded)
+    try:
+        yield
+    finally:
+        if sharded:
+            sharded[0].partition(sharded)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether DeepSpeed holds it in shards; gathered or not."""
+    return hasattr(parameter, "ds_id")
+
+
+def elements(parameter: Tensor) -> int:
+    """How many elements the whole parameter has, also where this rank holds a shard of it."""
+    return parameter.ds_numel if is_sharded(parameter) else parameter.numel()
+
+
 def place(device: str) -> torch.device:
     """The device that ``auto``, ``cpu`` or ``cuda`` means here; ConfigError for a GPU that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -113,4 +142,4 @@ def place(device: str) -> torch.device:
 
 def count_parameters(module: nn.Module) -> int:
     """Distinct parameters, tied ones once."""
-    return sum(p.numel() for p in {id(p): p for p in module.parameters()}.values())
+    return sum(elements(p) for p in {id(p): p for p in module.parameters()}.values())

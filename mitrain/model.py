@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mitrain import adapters, dist, hf, prepare
 from mitrain.adapters.base import Adapter
-from mitrain.backbones import ModelConfig, TextBackbone, VisionEncoder
+from mitrain.backbones import ModelConfig, Shard, TextBackbone, VisionEncoder
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw
 from mitrain.errors import ConfigError
@@ -66,6 +66,11 @@ class Model:
     def trainable(self) -> dict[str, nn.Module]:
         return {"adapter": self.adapter, "head": self.task, "features": self.norm}
 
+    def parts(self, frozen: bool) -> dict[str, nn.Module]:
+        """The modules whose weights an engine holds: the trainable ones, and with ``frozen`` the backbones."""
+        backbones = {"text": self.text.model, **{f"encoder{i}": e for i, e in enumerate(self.encoders)}}
+        return {**self.trainable, **(backbones if frozen else {})}
+
     def images(self, root: Path, bad: BadSamples | None = None) -> ImageFeatures:
         """The encoders' view of the image files under ``root``."""
         return ImageFeatures(self.encoders, root, cache_root(self.config), self.config.data.max_pixels, bad)
@@ -105,18 +110,17 @@ def cache_root(config: RunConfig) -> Path | None:
     return cache_home() / "features" if config.cache else None
 
 
-def encoders_of(config: ModelConfig, device: torch.device | None) -> list[VisionEncoder]:
-    """The frozen image encoders, on ``device`` (None: where they are made, for counting)."""
+def encoders_of(config: ModelConfig, device: torch.device, shard: Shard | None = None) -> list[VisionEncoder]:
+    """The frozen image encoders, on ``device``; those that a shape describes are without weights."""
     dtype = hf.DTYPES[config.dtype]
-    made = [VisionEncoder(v, None if v.shape else resolve_model(v.name), dtype) for v in config.vision]
-    return [encoder.to(device) for encoder in made] if device is not None else made
+    return [VisionEncoder(v, None if v.shape else resolve_model(v.name), dtype, device, shard) for v in config.vision]
 
 
-def build(config: RunConfig, *, empty: bool = False) -> Model:
+def build(config: RunConfig, *, empty: bool = False, shard: Shard | None = None) -> Model:
     """Load the backbones, attach the adapter, make the head.
 
     ``empty`` builds everything without weights (meta device), for counting; models are then described by their shapes
-    or their configurations alone.
+    or their configurations alone. ``shard`` spreads the frozen weights over the ranks while they are read.
     """
     if empty:
         shape = config.model.llm_shape
@@ -140,8 +144,9 @@ def build(config: RunConfig, *, empty: bool = False) -> Model:
             device,
             config.model.quantize,
             config.model.quantize_embedding,
+            shard,
         )
-    encoders = encoders_of(config.model, None if empty else text.device)
+    encoders = encoders_of(config.model, torch.device("cpu") if empty else text.device, shard)
     return assemble(config, text, encoders, empty=empty)
 
 

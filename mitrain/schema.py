@@ -15,7 +15,7 @@ from mitrain import config
 from mitrain.adapters.kernels import KernelConfig
 from mitrain.backbones import ModelConfig
 from mitrain.config import Section
-from mitrain.engine import OptimizerConfig
+from mitrain.engine import OptimizerConfig, ZeroConfig
 from mitrain.errors import ConfigError
 from mitrain.features import FeatureConfig
 from mitrain.schedule import ScheduleConfig
@@ -60,6 +60,7 @@ class RunConfig(Section):
     task: SerializeAsAny[Section]
     data: SerializeAsAny[Section]
     train: TrainConfig = TrainConfig()
+    zero: ZeroConfig = ZeroConfig()
     kernels: KernelConfig = KernelConfig()
     cache: bool = True
     wandb: WandbConfig = WandbConfig()

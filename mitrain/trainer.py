@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from mitrain import checkpoint, dist, runs
@@ -27,7 +28,8 @@ from mitrain.config import digest
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit
-from mitrain.engine import Group, LocalEngine, StepResult, regularised
+from mitrain.engine import Engine, Group, LocalEngine, StepResult, Sums, regularised
+from mitrain.engine.zero import ZeroEngine, sharding
 from mitrain.errors import CheckpointError, DataError, UserError
 from mitrain.evaluate import evaluate
 from mitrain.features import ImageFeatures
@@ -61,13 +63,20 @@ class Trainer:
             self.root = resolve_data(config.data)
             self.train = config.data.read(self.root, "train")
             self.val = limit(config.data.read(self.root, "val"), config.train.eval_samples)
-            self.model: Model = build(config)
+            self.model: Model = build(config, shard=sharding(config.zero, config.train.optimizer))
+            self.engine = self._make_engine()
         self._encode()
-        self.engine = LocalEngine(
-            self._groups(), config.train.schedule.over(config.train.steps), config.train.optimizer
-        )
+        if dist.world() > 1:
+            checkpoint.seed_rank(config.seed, 0, dist.rank())
         self.loader: Loader[Any] = Loader(self.train, config.train.batch, config.seed)
         self.skips = SkipBudget(total=config.train.max_skipped)
+
+    def _make_engine(self) -> Engine:
+        train, zero = self.config.train, self.config.zero
+        common = (self._groups(), train.schedule.over(train.steps), train.optimizer)
+        if not zero.stage:
+            return LocalEngine(*common)
+        return ZeroEngine(self.model.parts(frozen=zero.stage == 3), *common, zero)
 
     def _encode(self) -> None:
         """Run everything frozen once, and take the statistics that follow from it."""
@@ -89,6 +98,7 @@ class Trainer:
             self.model.task.fit(self.train)
         for module in self.model.trainable.values():
             dist.copy_from_main(module.state_dict().values())
+        self.engine.refresh()
 
     def _bar(self, total: int, text: str) -> tqdm:
         return tqdm(total=total, desc=text, disable=self.quiet or None, file=sys.stderr, leave=False)
@@ -113,12 +123,13 @@ class Trainer:
         if saved is None:
             return 0
         runs.restore(self.model, saved)
+        self.engine.refresh()
         try:
             self.engine.load_state_dict(saved.tensors["optimizer"], saved.state["engine"])
             self.loader.load_state(saved.state["loader"])
             self.skips.load_state_dict(saved.state["skips"])
             self.best, self.best_step = checked_best(saved.state)
-            checkpoint.set_rng_state(saved.state["rng"])
+            checkpoint.resume_rng(saved.state["rng"], self.config.seed, saved.step)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"{saved.path} does not fit this run ({error}): its data or configuration changed; start a new run"
@@ -147,7 +158,7 @@ class Trainer:
                 stopped = dist.first(stop.requested)
                 if improved or last or step % train.save_every == 0 or stopped:
                     with stop.shield(), self.watch.phase("save"):
-                        dist.from_main(lambda: self._save(step, improved))  # noqa: B023 - called at once
+                        self._save(step, improved)
             outcome = Outcome(
                 self.folder,
                 step,
@@ -193,10 +204,20 @@ class Trainer:
         return result, time.perf_counter() - start
 
     def _accumulate(self, draws: list[Draw[Any]], share: slice) -> None:
-        """The gradients of this rank's share of a micro-batch; of fewer samples than ranks some get none."""
-        if draws[share]:
-            loss = self.model.task.loss(self.model.training_batch(draws, self.images, share))
-            self.engine.backward(*regularised(loss, self.model.adapter.extra_loss()))
+        """The gradients of this rank's share of a micro-batch; of fewer samples than ranks some get none.
+
+        Where the weights lie on all ranks, such a rank runs a sample that does not count.
+        """
+        idle = not draws[share]
+        if idle and not self.engine.lockstep:
+            return
+        batch = self.model.training_batch(draws, self.images, slice(0, 1) if idle else share)
+
+        def loss() -> Sums:
+            return regularised(self.model.task.loss(batch), self.model.adapter.extra_loss())
+
+        total, count = self.engine.forward(loss)
+        self.engine.backward(total, 0 if idle else count)
 
     def _evaluate(self, step: int, metrics: Metrics | NoMetrics) -> bool:
         """Score val; whether this is the best so far."""
@@ -215,15 +236,20 @@ class Trainer:
         return True
 
     def _save(self, step: int, improved: bool) -> None:
+        """All ranks together: each may hold a part of the optimizer's state."""
+        optimizer, engine = self.engine.state_dict()
+        random = checkpoint.rng_of_ranks()
+        dist.from_main(lambda: self._write(step, improved, optimizer, {"engine": engine, "rng": random}))
+
+    def _write(self, step: int, improved: bool, optimizer: dict[str, Tensor], more: dict[str, Any]) -> None:
         tensors = {name: checkpoint.only_trainable(module) for name, module in self.model.trainable.items()}
-        tensors["optimizer"], engine = self.engine.state_dict()
+        tensors["optimizer"] = optimizer
         state = {
-            "engine": engine,
+            **more,
             "loader": self.loader.state(),
             "skips": self.skips.state_dict(),
             "best": self.best if math.isfinite(self.best) else -1.0,
             "best_step": self.best_step,
-            "rng": checkpoint.rng_state(),
             "config": self.config.to_dict(),
             "config_hash": self.config.hash,
         }

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from mitrain_kernels.infused_swiglu import infused_swiglu
 from torch import Tensor, nn
 
+from mitrain import hf
 from mitrain.adapters.decoder import FEED_FORWARDS
 from mitrain.adapters.kernels import feed_forward_backend
 
@@ -79,5 +80,6 @@ def is_swiglu(block: nn.Module, dtype: torch.dtype) -> bool:
         return False
     x = torch.linspace(-1, 1, block.gate_proj.in_features, dtype=dtype, device=weights[0].device)
     x = torch.stack([x, 30 * x])[None]
-    plain = block.down_proj(F.silu(block.gate_proj(x)) * block.up_proj(x))
-    return torch.equal(block.forward(x), plain)
+    with hf.whole(weights):
+        plain = block.down_proj(F.silu(block.gate_proj(x)) * block.up_proj(x))
+        return torch.equal(block.forward(x), plain)

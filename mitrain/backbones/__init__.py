@@ -4,12 +4,13 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
+from mitrain.backbones.stream import Shard
 from mitrain.backbones.text import TextBackbone
 from mitrain.backbones.vision import VisionConfig, VisionEncoder
 from mitrain.config import Section
 from mitrain.quant import Precision
 
-__all__ = ["ModelConfig", "TextBackbone", "VisionConfig", "VisionEncoder"]
+__all__ = ["ModelConfig", "Shard", "TextBackbone", "VisionConfig", "VisionEncoder"]
 
 
 class ModelConfig(Section):

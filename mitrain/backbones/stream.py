@@ -2,7 +2,8 @@
 
 The model is made on the meta device, its linear layers are exchanged for empty low-bit ones, and then each layer is
 read, quantised and handed to ``after`` (which may shard it) before the next is read: what exists in full precision is
-one layer at most. The embedding, the head and the last norm are layers in this sense.
+one layer at most. The embedding, the head and the last norm are layers in this sense. Of several ranks one reads
+(``reads``); the others make room for each layer, which ``after`` fills on its way into the shards.
 
 Checkpoints in which bitsandbytes' int8 or nf4 stands beside the names are taken over without it.
 """
@@ -27,6 +28,8 @@ from mitrain.quant.replace import linear_places, quantise, quantise_embedding, q
 
 log = logging.getLogger(__name__)
 After = Callable[[str, nn.Module], object]
+Shard = Callable[[nn.Module], object]
+"""Spreads a module's weights over all ranks; those of rank 0 count."""
 FILES = ("model.safetensors.index.json", "model.safetensors")
 
 
@@ -104,6 +107,7 @@ def load(
     embedding: bool = False,
     device: torch.device | str = "cpu",
     after: After = keep,
+    reads: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A frozen model in ``precision`` on ``device``; everything that is not low-bit is in ``dtype``.
@@ -116,17 +120,17 @@ def load(
     if weights is not None:
         model = empty(factory, config, weights, precision, embedding, dtype=dtype, **kwargs)
         if fits(model, weights):
-            fill(model, weights, device, after)
+            fill(model, weights, device, after, reads)
             return with_generation(model, source)
     if stored:
         raise ModelError(
             f"the {stored} checkpoint {str(source)!r} has names that its model has not: give float weights"
         )
-    log.info("%s is loaded whole before it is quantised", source)
+    log.info("%s is loaded whole, on every rank, before it is quantised or sharded", source)
     kwargs |= {"dtype": "auto", "use_safetensors": True}
     model = hf.load(factory, source, "language model", **kwargs)
     hf.freeze(model)
-    model = quantise(model, precision, embedding=embedding).to(device, dtype)
+    model = (model if precision == "none" else quantise(model, precision, embedding=embedding)).to(device, dtype)
     for name, unit in units(model):
         after(name, unit)
     return model
@@ -149,7 +153,7 @@ def empty(
     hf.freeze(model)
     stored = {name: kind for name, _ in model.named_modules() if (kind := stored_as(weights.names, name))}
     if not stored:
-        return quantise(model, precision, embedding=embedding)
+        return model if precision == "none" else quantise(model, precision, embedding=embedding)
     places = {place.name: place for place in linear_places(model)}
     if set(stored) - set(places):
         outside = sorted(set(stored) - set(places))[0]
@@ -215,19 +219,47 @@ def fill_buffers(model: PreTrainedModel) -> bool:
     return True
 
 
-def fill(model: PreTrainedModel, weights: Weights, device: torch.device | str = "cpu", after: After = keep) -> None:
-    """Read every tensor of the empty ``model`` that `fits`, layer by layer; ``after(name, layer)`` once each is whole."""
+def fill(
+    model: PreTrainedModel,
+    weights: Weights,
+    device: torch.device | str = "cpu",
+    after: After = keep,
+    reads: bool = True,
+) -> None:
+    """Read every tensor of the empty ``model`` that `fits`, layer by layer; ``after(name, layer)`` once each is whole.
+
+    Without ``reads`` parameters get memory and no content; buffers, which are small and never sharded, are read.
+    """
     done: dict[int, nn.Parameter] = {}
+    layers = layers_of(model)
     for name, unit in units(model):
-        inside = unit.named_modules(prefix=name) if unit in list(hf.decoder_layers(model)) else [(name, unit)]
+        inside = unit.named_modules(prefix=name) if unit in layers else [(name, unit)]
         for path, module in inside:
-            fill_module(path, module, weights, torch.device(device), done)
+            if reads:
+                fill_parameters(path, module, weights, torch.device(device), done)
+            else:
+                make_room(module, torch.device(device), done)
+            fill_buffers_of(path, module, weights, torch.device(device))
         after(name, unit)
 
 
+def make_room(module: nn.Module, device: torch.device, done: dict[int, nn.Parameter]) -> None:
+    """Memory for one module's parameters, tied ones once; ``done`` as in `fill_parameters`."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.is_meta:
+            if id(parameter) not in done:
+                done[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+            module._parameters[name] = done[id(parameter)]
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer layers; none in a convolutional encoder."""
+    return list(hf.decoder_layers(model)) if hf.stacks(model) else []
+
+
 def units(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Each decoder layer, and each module outside of them with tensors of its own."""
-    layers = list(hf.decoder_layers(model))
+    """Each transformer layer, and each module outside of them with tensors of its own."""
+    layers = layers_of(model)
     inside = {module for layer in layers for module in layer.modules()}
     for name, module in list(model.named_modules()):
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -235,10 +267,10 @@ def units(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def fill_module(
+def fill_parameters(
     path: str, module: nn.Module, weights: Weights, device: torch.device, done: dict[int, nn.Parameter]
 ) -> None:
-    """One module's own tensors. ``done``: empty parameter → filled one, so that tied ones stay one."""
+    """One module's own parameters. ``done``: empty parameter → filled one, so that tied ones stay one."""
     before = dict(module._parameters)
     if isinstance(module, FrozenLinear) and id(module.qweight) not in done:
         fill_low_bit(path, module, weights, device)
@@ -249,6 +281,9 @@ def fill_module(
     for name, parameter in before.items():
         if parameter is not None:
             module._parameters[name] = done.setdefault(id(parameter), module._parameters[name])
+
+
+def fill_buffers_of(path: str, module: nn.Module, weights: Weights, device: torch.device) -> None:
     for name, buffer in module._buffers.items():
         if buffer is not None:
             found = weights.read(f"{path}.{name}").to(buffer.dtype, copy=True) if buffer.is_meta else buffer

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from mitrain import hf, quant
+from mitrain import dist, hf, quant
 from mitrain.backbones import stream, trunk
 from mitrain.backbones.chunked_loss import chunked_cross_entropy
+from mitrain.backbones.stream import Shard
 from mitrain.backbones.vision import frozen_digest
 from mitrain.errors import ConfigError, DataError, ModelError
 
@@ -25,16 +26,23 @@ LARGE_LOGITS = 2**28
 class TextBackbone:
     """A frozen causal language model; an adapter attaches to ``.model``.
 
-    ``dtype``: of its activations. ``quantize``: how its layers' matrices are held, none for floats.
+    ``dtype``: of its activations. ``quantize``: how its layers' matrices are held, none for floats. ``sharded``: its
+    weights lie on all ranks, which must therefore run it equally often.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype | None = None, quantize: str = "none"
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        dtype: torch.dtype | None = None,
+        quantize: str = "none",
+        sharded: bool = False,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.dtype = dtype or model.dtype
         self.quantize = quantize
+        self.sharded = sharded
         hf.freeze(model)
 
     @classmethod
@@ -46,9 +54,11 @@ class TextBackbone:
         device: torch.device | str = "cpu",
         quantize: str = "none",
         quantize_embedding: bool = False,
+        shard: Shard | None = None,
     ) -> "TextBackbone":
+        """``shard``: spreads the weights over the ranks, layer by layer as rank 0 reads them."""
         quantize = checked_precision(quantize, quantize_embedding, cls.read_config(source), source)
-        if quantize == "none":
+        if quantize == "none" and shard is None:
             model = hf.load(
                 AutoModelForCausalLM,
                 source,
@@ -65,6 +75,8 @@ class TextBackbone:
                 quantize,
                 embedding=quantize_embedding,
                 device=device,
+                after=stream.keep if shard is None else lambda name, unit: shard(unit),
+                reads=shard is None or dist.is_main(),
                 attn_implementation=attention,
             )
         tokenizer = hf.load(AutoTokenizer, source, "tokenizer")
@@ -74,7 +86,7 @@ class TextBackbone:
             raise ModelError(
                 f"the tokenizer of {str(source)!r} has no end-of-text token: answers could not end; use another"
             )
-        return cls(model.to(device), tokenizer, dtype, quantize)
+        return cls(model if shard else model.to(device), tokenizer, dtype, quantize, sharded=shard is not None)
 
     @classmethod
     def empty(cls, config: PretrainedConfig) -> "TextBackbone":

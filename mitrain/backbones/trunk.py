@@ -48,8 +48,17 @@ def replay(model: PreTrainedModel, depth: int, states: Tensor) -> Iterator[None]
         setattr(owner, name, layers)
 
 
-class _Reached(Exception):
-    """Raised at the trunk's end: the layers above need not run."""
+class Top(StandIn):
+    """Stands at the trunk's top, runs the layer whose place it takes where ``runs``, and keeps what leaves it."""
+
+    def __init__(self, layer: nn.Module, runs: bool):
+        super().__init__(layer, None)
+        object.__setattr__(self, "_runs", runs)
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        out = self._layer(hidden_states, *args, **kwargs) if self._runs else hidden_states
+        object.__setattr__(self, "_states", out)
+        return out
 
 
 @torch.no_grad()
@@ -60,24 +69,12 @@ def trunk_states(model: PreTrainedModel, depth: int, input_ids: Tensor, attentio
     """
     owner, name = layer_owner(model)
     layers = getattr(owner, name)
-    caught: list[Tensor] = []
-
-    def before(_layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
-
-    def after(_layer: nn.Module, _args: tuple, output: Tensor) -> None:
-        caught.append(output)
-        raise _Reached
-
-    if depth == 0:
-        handle = layers[0].register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = layers[depth - 1].register_forward_hook(after)
+    last = max(depth - 1, 0)
+    top = Top(layers[last], runs=depth > 0)
+    above = [StandIn(layer, None) for layer in layers[last + 1 :]]
+    setattr(owner, name, nn.ModuleList([*layers[:last], top, *above]))
     try:
         owner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    except _Reached:
-        return caught[0]
     finally:
-        handle.remove()
-    raise AssertionError("the forward pass did not reach the trunk's end")
+        setattr(owner, name, layers)
+    return top._states

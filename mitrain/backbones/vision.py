@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
-from mitrain import hf
-from mitrain.backbones import efficientnet_lite
+from mitrain import dist, hf
+from mitrain.backbones import efficientnet_lite, stream
 from mitrain.config import Section, read_file
 from mitrain.errors import ConfigError, ModelError
 
@@ -87,9 +87,10 @@ def augment(image: Image.Image, view: View) -> Image.Image:
 def frozen_digest(module: nn.Module) -> str:
     """sha256 over a frozen module's tensors: the name of its weights in the caches."""
     seen = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict(keep_vars=False).items()):
-        seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        seen.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
+        with hf.whole([tensor]):
+            seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            seen.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return seen.hexdigest()
 
 
@@ -99,7 +100,14 @@ class VisionEncoder(nn.Module):
     ``width``: e of the global feature. ``level_width``: c of the patch tokens. ``grid``: patches per side.
     """
 
-    def __init__(self, config: VisionConfig, folder: str | Path | None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        config: VisionConfig,
+        folder: str | Path | None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        shard: stream.Shard | None = None,
+    ):
         super().__init__()
         efficientnet_lite.register()
         self.config = config
@@ -110,7 +118,7 @@ class VisionEncoder(nn.Module):
         if shape is not None:
             self.model = empty_vision(factory, shape)
         else:
-            self.model = hf.load(factory, folder or config.name, "image encoder", dtype=dtype, use_safetensors=True)
+            self.model = load_encoder(factory, folder or config.name, dtype, torch.device(device), shard)
         hf.freeze(self.model)
         self.settings = getattr(self.model.config, "vision_config", self.model.config)
         self.preprocess = preprocessing(config, self.settings, folder, self.kind)
@@ -176,10 +184,14 @@ class VisionEncoder(nn.Module):
         }
 
     @torch.no_grad()
-    def encode(self, images: Sequence[Image.Image], view: View = 0) -> dict[str, Tensor]:
-        """``pooled`` (B, e) float32 and, where levels are asked for, ``levels`` (B, levels, prefix + N, c) float32."""
+    def encode(self, images: Sequence[Image.Image], views: Sequence[View] | None = None) -> dict[str, Tensor]:
+        """``pooled`` (B, e) float32 and, where levels are asked for, ``levels`` (B, levels, prefix + N, c) float32.
+
+        ``views``: the variant of each image (0, as it is, where none are given).
+        """
         weight = next(self.model.parameters())
-        pixels = torch.stack([self.preprocess(image, view) for image in images]).to(weight.device, weight.dtype)
+        pixels = [self.preprocess(image, view) for image, view in zip(images, views or [0] * len(images), strict=True)]
+        pixels = torch.stack(pixels).to(weight.device, weight.dtype)
         wanted = {"output_hidden_states": True} if self.depth else {}
         output = self.model(pixel_values=pixels, **wanted)
         features = {"pooled": self._pooled(output).float().cpu()}
@@ -197,6 +209,31 @@ class VisionEncoder(nn.Module):
         patches = states[:, -(self.grid**2) :].mean(1)
         parts = {"mean": [patches], "cls+mean": [states[:, 0], patches]}.get(self.config.pool, [states[:, 0]])
         return torch.cat(parts, dim=-1)
+
+
+def load_encoder(
+    factory: Any, source: str | Path, dtype: torch.dtype, device: torch.device, shard: stream.Shard | None
+) -> nn.Module:
+    """The encoder on ``device``; in shards, layer by layer as rank 0 reads them, where its names allow that."""
+    if shard is None:
+        return hf.load(factory, source, "image encoder", dtype=dtype, use_safetensors=True).to(device)
+
+    def spread(name: str, unit: nn.Module) -> None:
+        shard(unit)
+
+    weights = stream.Weights.of(source)
+    if weights is not None:
+        config = hf.load(AutoConfig, source, "image encoder's configuration")
+        model = empty_vision(factory, getattr(config, "vision_config", config)).to(dtype)
+        hf.freeze(model)
+        if stream.fits(model, weights):
+            stream.fill(model, weights, device, spread, reads=dist.is_main())
+            return model
+    model = hf.load(factory, source, "image encoder", dtype=dtype, use_safetensors=True).to(device)
+    hf.freeze(model)
+    for name, unit in stream.units(model):
+        spread(name, unit)
+    return model
 
 
 def empty_vision(factory: Any, config: Any) -> nn.Module:

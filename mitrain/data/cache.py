@@ -82,13 +82,13 @@ class FeatureCache:
         ``compute`` may leave items out (samples that cannot be read). Ranks that share a folder share the work: each
         takes every n-th, and what then is still missing (their folders were not the same one).
         """
-        missing = [key for key in dict.fromkeys(keys) if key not in self]
+        keys = list(dict.fromkeys(keys))
+        missing, spare = [key for key in keys if key not in self], keys[:1]
         if self.folder is None or dist.world() == 1:
-            return self._compute(missing, compute, batch, progress)
-        computed = self._compute(missing[dist.rank() :: dist.world()], compute, batch, progress)
-        dist.barrier()
+            return self._compute(missing, compute, batch, progress, spare)
+        computed = self._compute(missing[dist.rank() :: dist.world()], compute, batch, progress, spare)
         self.refresh()
-        return computed + self._compute([key for key in missing if key not in self], compute, batch, progress)
+        return computed + self._compute([key for key in missing if key not in self], compute, batch, progress, spare)
 
     def _compute(
         self,
@@ -96,13 +96,17 @@ class FeatureCache:
         compute: Callable[[Sequence[str]], dict[str, Item]],
         batch: int,
         progress: Callable[[int], object],
+        spare: Sequence[str],
     ) -> int:
+        """Ranks do equally many rounds, and all have published when the last is through."""
         done: dict[str, Item] = {}
         computed = 0
+        chunks = [missing[start : start + batch] for start in range(0, len(missing), batch)]
         try:
-            for start in range(0, len(missing), batch):
-                chunk = missing[start : start + batch]
+            for chunk, own in dist.in_step(chunks, spare):
                 new = compute(chunk)
+                if not own:
+                    continue
                 done.update({key: self.rounded(item) for key, item in new.items()})
                 computed += len(new)
                 progress(len(chunk))
@@ -112,6 +116,7 @@ class FeatureCache:
         finally:
             if done:
                 self._publish(done)
+        dist.barrier()
         return computed
 
     def rounded(self, item: Item) -> Item:

@@ -4,7 +4,8 @@
 DeepSpeed, the only file that imports it.
 """
 
-from mitrain.engine.base import Engine, Group, OptimizerConfig, StepResult, regularised
+from mitrain.engine.base import Engine, Group, OptimizerConfig, StepResult, Sums, regularised
+from mitrain.engine.deepspeed_config import ZeroConfig
 from mitrain.engine.local import LocalEngine
 
-__all__ = ["Engine", "Group", "LocalEngine", "OptimizerConfig", "StepResult", "regularised"]
+__all__ = ["Engine", "Group", "LocalEngine", "OptimizerConfig", "StepResult", "Sums", "ZeroConfig", "regularised"]

@@ -53,6 +53,19 @@ def join() -> ModuleType:
     return ds
 
 
+def sharding(zero: ZeroConfig, optimizer: OptimizerConfig) -> Callable[[nn.Module], None] | None:
+    """At stage 3, what spreads a module's weights (those of rank 0) over the ranks as it is loaded; else None."""
+    if zero.stage < 3:
+        return None
+    made = deepspeed_json(zero, optimizer, dist.world())
+    ds = join()
+
+    def shard(module: nn.Module) -> None:
+        ds.zero.Init(module=module, config_dict_or_path=made)
+
+    return shard
+
+
 class Root(nn.Module):
     """All modules whose weights DeepSpeed holds, under one roof; its forward pass is whatever is asked of it."""
 

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mitrain import dist
 from mitrain.config import Section
 from mitrain.errors import DataError
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
@@ -93,10 +94,11 @@ class AnswerTask(Task):
         pairs = [(s.prompt, c) for s in batch.samples for c in s.candidates]
         owner = torch.tensor([i for i, s in enumerate(batch.samples) for _ in s.candidates])
         scores: list[Tensor] = []
-        for start in range(0, len(pairs), SCORE_ROWS):
+        for start, own in dist.in_step(range(0, len(pairs), SCORE_ROWS)):
             part = slice(start, start + SCORE_ROWS)
             features = batch.features[owner[part].to(batch.features.device)] if batch.features is not None else None
-            for token_scores in self._log_likelihood(pairs[part], features):
+            found = self._log_likelihood(pairs[part], features)
+            for token_scores in found if own else ():
                 scores.append(token_scores.double().mean() if self.config.normalize else token_scores.double().sum())
         return list(torch.stack(scores).split([len(s.candidates) for s in batch.samples]))
 
@@ -110,6 +112,7 @@ class AnswerTask(Task):
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=self.config.max_new_tokens,
+                synced_gpus=text.sharded,
                 num_beams=num_beams,
                 do_sample=False,
                 temperature=None,

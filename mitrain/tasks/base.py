@@ -20,6 +20,7 @@ class TextModel(Protocol):
     tokenizer: Any
     width: int
     device: torch.device
+    sharded: bool
 
     def tokens(self, text: str, *, start: bool = True) -> list[int]: ...
     def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]: ...
