@@ -6,7 +6,8 @@ others, after at most ``$MITRAIN_TIMEOUT`` seconds (1800).
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -163,10 +164,15 @@ def answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0][:120]
         raise RankError(
-            f"rank {rank()} lost the others ({reason}): look for the first message of another rank, then resume"
+            f"rank {rank()} lost the others ({reason(error)}): look for the first message of another rank, then resume"
         ) from None
+
+
+def reason(error: RuntimeError) -> str:
+    """The first line of torch's message, without the place in the sources of gloo that it may begin with."""
+    lines = re.sub(r"^\[\S*:\d+\]\s*", "", str(error)).splitlines()
+    return lines[0][:120] if lines else "no reason given"
 
 
 def sum_across(tensor: Tensor) -> Tensor:
@@ -185,6 +191,18 @@ def agree(flag: bool) -> bool:
 def barrier() -> None:
     """Wait until every rank is here."""
     agree(False)
+
+
+def in_step(items: Sequence[T], spare: T | None = None) -> Iterator[tuple[T, bool]]:
+    """This rank's ``items``, then repetitions (marked False) until the rank with the most is through.
+
+    Every rank so does the same number of rounds, which it must where the weights lie on all of them. ``spare`` stands in
+    on a rank that has no item to repeat.
+    """
+    rounds = max(gather(len(items)))
+    for i in range(rounds):
+        own = i < len(items)
+        yield (items[i] if own else items[-1] if items else spare), own
 
 
 def gather(value: T) -> list[T]:
