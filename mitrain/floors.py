@@ -5,16 +5,18 @@ infused features, what a mask chosen without reading the expression covers.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mitrain.features import ImageFeatures
 from mitrain.model import resolve_data
-from mitrain.probe import probe_accuracy, probe_labels
+from mitrain.probe import RIDGES, probe_accuracy, probe_labels, ridge_fit
 from mitrain.runs import Run
 from mitrain.tasks import masks
 from mitrain.tasks.label_metrics import label_metrics
+from mitrain.tasks.ranks import Gallery, both_ways, chance, rank_metrics
 
 
 def floors_of(run: Run, split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
@@ -51,6 +53,44 @@ def label_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeatures
     return {n: label_metrics(truths[2], c, task.multilabel, task.config.threshold) for n, c in found.items()}
 
 
+def rank_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
+    """A random order, and a ridge regression from the infused features to the frozen language model's text states."""
+    data, root, task = run.config.data, resolve_data(run.config.data), run.model.task
+    parts = [*(images.readable(data.read(root, part)) for part in ("train", "val")), chosen]
+    images.prepare(sorted({s.image for part in parts for s in part}), 1)
+    features = [run.model.norm(images.pooled([s.image for s in part])).numpy() for part in parts]
+    states = [task.frozen_states([s.text for s in part]) for part in parts]
+    galleries = [Gallery([s.image for s in part], [s.text for s in part]) for part in parts]
+    counts = {"samples": len(chosen), "images": len(galleries[2].images)}
+    found = {
+        "random order": chance(galleries[2]),
+        "ridge regression to the text states": ridge(features, states, galleries),
+    }
+    return {name: values | counts for name, values in found.items()}
+
+
+def ridge(features: Sequence[Any], states: Sequence[Any], galleries: Sequence[Gallery]) -> dict[str, Any]:
+    """Retrieval metrics of the last part, of the regression that is best on the second.
+
+    Args:
+        features, states: of the training, validation and asked samples, (n, e) and (n, D).
+    """
+    best = None
+    for strength in RIDGES:
+        predict = ridge_fit(features[0], states[0], strength)
+        val, found = (
+            rank_metrics(*both_ways(gallery, unit(predict(x[gallery.first])), unit(y)))
+            for x, y, gallery in zip(features[1:], states[1:], galleries[1:], strict=True)
+        )
+        if best is None or val["recall_mean"] > best[0]:
+            best = (val["recall_mean"], found)
+    return best[1]
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+
+
 def mask_floors(run: Run, split: str, chosen: list[Any], _images: ImageFeatures) -> dict[str, dict[str, Any]]:
     """What masks chosen without language reach, given the true masks of all objects that the split names."""
     scenes: dict[str, dict[bytes, np.ndarray]] = defaultdict(dict)
@@ -72,4 +112,4 @@ def mask_floors(run: Run, split: str, chosen: list[Any], _images: ImageFeatures)
     return {f"{names[kind]} (true masks)": m.compute() for kind, m in metrics.items()}
 
 
-FLOORS = {"answer": answer_floors, "classify": label_floors, "segment": mask_floors}
+FLOORS = {"answer": answer_floors, "classify": label_floors, "retrieve": rank_floors, "segment": mask_floors}

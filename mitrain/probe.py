@@ -15,6 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
+RIDGES = (0.1, 1.0, 10.0, 100.0)
 STRENGTHS = tuple(10.0**power for power in (-3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 
 
@@ -59,6 +60,13 @@ def fit(x: np.ndarray, labels: Sequence[str], strength: float) -> "LogisticRegre
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=strength, max_iter=500).fit(x, labels)
+
+
+def ridge_fit(x: np.ndarray, y: np.ndarray, strength: float) -> Callable[[np.ndarray], np.ndarray]:
+    """The prediction of a ridge regression from ``x`` (n, e) to ``y`` (n, D)."""
+    from sklearn.linear_model import Ridge
+
+    return Ridge(alpha=strength).fit(x, y).predict
 
 
 def probe_labels(features: Sequence[np.ndarray], truths: Sequence[np.ndarray], multilabel: bool) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mitrain import figures, runs, schema
+from mitrain.data.captions import CaptionSample
 from mitrain.data.images import BadSamples, open_image
 from mitrain.data.labels import LabelSample
 from mitrain.data.records import AnswerSample
@@ -104,6 +105,8 @@ def ask(
         return predict_mask(run, images, path, text, Path(out) if out else None)
     if out:
         raise ConfigError("--out writes a mask, which only the task 'segment' has: leave it out")
+    if run.config.task.section_name == "retrieve":
+        return predict_ranking(run, images, path, text, candidates)
     if not run.model.task.speaks:
         return predict_labels(run, images, path, text, candidates)
     return predict_answer(run, images, path, text, candidates)
@@ -134,6 +137,15 @@ def predict_labels(run: Run, images: ImageFeatures, path: Path, text: str, candi
     values = {"image": str(path), "text": text, "labels": found["predicted"], "probabilities": found["probabilities"]}
     lines = [f"{p:7.3f}  {label}" for label, p in found["probabilities"].items()]
     return Answer(values, [f"labels: {', '.join(found['predicted']) or '(none)'}", *lines])
+
+
+def predict_ranking(run: Run, images: ImageFeatures, path: Path, text: str, candidates: Sequence[str] | None) -> Answer:
+    """How well ``text`` and the ``candidates`` fit the picture, the best first."""
+    texts = list(dict.fromkeys([text, *(candidates or ())]))
+    found = run.model.task.fits(one(run, images, CaptionSample(path.name, path.name, text)), texts)
+    ranked = dict(sorted(zip(texts, found, strict=True), key=lambda pair: -pair[1]))
+    values = {"image": str(path), "text": text, "rank": list(ranked).index(text) + 1, "scores": ranked}
+    return Answer(values, [f"{score:7.3f}  {words}" for words, score in ranked.items()])
 
 
 def training_answers(run: Run, prompt: str) -> tuple[str, ...]:

@@ -107,6 +107,12 @@ class RetrieveTask(Task):
         self.mean.copy_(states.mean(0))
         self.scale.copy_(1 / states.std(0, correction=0).clamp_min(1e-3))
 
+    @torch.no_grad()
+    def frozen_states(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, D · read-outs): the standardised states without infusion."""
+        parts = [self.states(texts[i : i + 32], None) for i in range(0, len(texts), 32)]
+        return torch.cat(parts).double().cpu().numpy()
+
     def text_vectors(self, texts: Sequence[str]) -> Tensor:
         """(B, d) of length 1."""
         return F.normalize(self.text_map(self.dropout(self.states(texts, None))), dim=-1)
@@ -181,6 +187,15 @@ class RetrieveTask(Task):
         for sample, prediction, rank in zip(samples, predictions, found[1].tolist(), strict=True):
             prediction.values |= {"rank_of_text": places[sample.image], "rank_of_image": rank}
         return metrics | counts
+
+    @torch.no_grad()
+    def fits(self, batch: Batch, texts: Sequence[str]) -> list[float]:
+        """How well each text fits the one picture of ``batch``: s, and the matching head's value where there is one."""
+        near = self.sharpness() * (self.text_vectors(texts) @ self.image_vectors(batch.images)[0])
+        if self.config.matching:
+            features = None if batch.features is None else batch.features.expand(len(texts), -1)
+            near = near + self.match_values(texts, features)
+        return [round(value, 6) for value in near.double().tolist()]
 
     def _rerank(
         self, gallery: Gallery, images: np.ndarray, words: np.ndarray, features: list[Any], ranks: tuple
