@@ -98,6 +98,20 @@ def load(path: str | Path, assignments: list[str] | tuple[str, ...] = ()) -> Run
     return from_dict(values)
 
 
+SPREAD = ("zero", "kernels", "wandb", "model.device", "train.checkpoint_activations", "train.hang_minutes")
+"""What decides where and how fast a run computes, and not what: it may change when a run is resumed."""
+
+
+def respread(run_config: RunConfig, assignments: list[str]) -> RunConfig:
+    """A run's own configuration with changes to what `SPREAD` names; ConfigError for changes to anything else."""
+    for assignment in assignments:
+        if not f"{assignment.partition('=')[0]}.".startswith(tuple(f"{key}." for key in SPREAD)):
+            raise ConfigError(
+                f"{assignment!r} would change what a resumed run computes: change {', '.join(SPREAD)} or start a new run"
+            )
+    return from_dict(config.override(run_config.to_dict(), assignments)) if assignments else run_config
+
+
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """A run's configuration from plain values (a resolved config.yaml, a checkpoint's state)."""
     return config.parse(RunConfig, values)

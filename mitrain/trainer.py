@@ -28,7 +28,7 @@ from mitrain.config import digest
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit
-from mitrain.engine import Engine, Group, LocalEngine, StepResult, Sums, regularised
+from mitrain.engine import FP16_SCALE, Engine, Group, LocalEngine, StepResult, Sums, regularised
 from mitrain.engine.zero import ZeroEngine, sharding
 from mitrain.errors import CheckpointError, DataError, UserError
 from mitrain.evaluate import evaluate
@@ -74,9 +74,10 @@ class Trainer:
     def _make_engine(self) -> Engine:
         train, zero = self.config.train, self.config.zero
         common = (self._groups(), train.schedule.over(train.steps), train.optimizer)
+        scale = FP16_SCALE if self.config.model.dtype == "fp16" else 1.0
         if not zero.stage:
-            return LocalEngine(*common)
-        return ZeroEngine(self.model.parts(frozen=zero.stage == 3), *common, zero)
+            return LocalEngine(*common, scale)
+        return ZeroEngine(self.model.parts(frozen=zero.stage == 3), *common, zero, scale)
 
     def _encode(self) -> None:
         """Run everything frozen once, and take the statistics that follow from it."""

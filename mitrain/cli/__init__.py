@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="mitrain: %(message)s", stream=sys.stderr)
     try:
-        result = arguments.run(arguments)
+        with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+            result = arguments.run(arguments)  # stdout is the document's alone; DeepSpeed logs there
         if arguments.json and result is not None and not arguments.rank:
             print(as_json(result))
         sys.stdout.flush()

@@ -13,7 +13,11 @@ def add_train(commands: Any) -> None:
     sub = command(commands, "train", on_ranks(run_train), "train from a configuration, or resume a run")
     sub.add_argument("config", nargs="?", help="a YAML file; the shipped ones are in configs/")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100 model.dtype=bf16")
-    sub.add_argument("--resume", metavar="RUN_DIR", help="continue this run from its newest complete checkpoint")
+    sub.add_argument(
+        "--resume",
+        metavar="RUN_DIR",
+        help="continue this run from its newest complete checkpoint; key=value may change how it is spread, as zero.stage=1",
+    )
     sub.add_argument("--runs", default="runs", metavar="DIR", help="where new run folders are made (default: runs)")
     sub.add_argument(
         "--run",
@@ -63,11 +67,12 @@ def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
     from mitrain.model import settled
 
     if arguments.resume:
-        if arguments.config or arguments.at or arguments.dry_run:
+        changes = [arguments.config, *arguments.overrides] if arguments.config else []
+        if arguments.at or arguments.dry_run or any("=" not in change for change in changes):
             raise ConfigError(
                 "--resume takes the run folder's own configuration: leave out CONFIG, --run and --dry-run"
             )
-        return Path(arguments.resume), runs.read_config(arguments.resume)
+        return Path(arguments.resume), schema.respread(runs.read_config(arguments.resume), changes)
     if not arguments.config:
         raise ConfigError("give a configuration file (configs/quickstart.yaml is one) or --resume RUN_DIR")
     config = settled(schema.load(arguments.config, arguments.overrides))

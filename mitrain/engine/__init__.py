@@ -4,8 +4,18 @@
 DeepSpeed, the only file that imports it.
 """
 
-from mitrain.engine.base import Engine, Group, OptimizerConfig, StepResult, Sums, regularised
+from mitrain.engine.base import FP16_SCALE, Engine, Group, OptimizerConfig, StepResult, Sums, regularised
 from mitrain.engine.deepspeed_config import ZeroConfig
 from mitrain.engine.local import LocalEngine
 
-__all__ = ["Engine", "Group", "LocalEngine", "OptimizerConfig", "StepResult", "Sums", "ZeroConfig", "regularised"]
+__all__ = [
+    "FP16_SCALE",
+    "Engine",
+    "Group",
+    "LocalEngine",
+    "OptimizerConfig",
+    "StepResult",
+    "Sums",
+    "ZeroConfig",
+    "regularised",
+]

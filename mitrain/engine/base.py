@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from mitrain.config import Section
 
 T = TypeVar("T")
+FP16_SCALE = 2.0**12
+"""The loss scale that fp16 begins with. The losses are sums over a micro-batch, larger than the usual means."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Sums = tuple[Tensor, Tensor | float]  # a loss as (sum, count)
 
@@ -42,6 +44,25 @@ class Group:
     params: Mapping[str, nn.Parameter]
     lr: float
     weight_decay: float = 0.0
+
+
+class LossScale:
+    """What losses are multiplied by before the backward pass of an fp16 model, so that small gradients don't vanish.
+
+    Halved when a gradient is not finite, doubled after ``patience`` good steps in a row. ``value`` 1 stays 1.
+    """
+
+    def __init__(self, value: float = 1.0, patience: int = 200):
+        self.value, self.patience, self.good = value, patience, 0
+
+    def update(self, finite: bool) -> None:
+        if self.value == 1:
+            return
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.value = max(self.value / 2, 2.0)
+        elif self.good == self.patience:
+            self.value, self.good = min(self.value * 2, 2.0**24), 0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from mitrain import dist
-from mitrain.engine.base import Group, OptimizerConfig, StepResult, T
+from mitrain.engine.base import Group, LossScale, OptimizerConfig, StepResult, T
 from mitrain.errors import CheckpointError, ModelError
 
 SLOTS = {
@@ -30,7 +30,8 @@ class LocalEngine:
     all of them, so that every rank applies the same update, or none does. A rank may have no samples.
 
     ``schedule`` maps the step number (from 0, skipped steps included, so that the rate follows the data) to the
-    multiplier of every group's ``lr``. Frozen, repeated or missing parameters raise ModelError.
+    multiplier of every group's ``lr``. ``scale``: the loss scale to begin with, 1 for none. Frozen, repeated or missing
+    parameters raise ModelError.
     """
 
     lockstep = False
@@ -40,12 +41,14 @@ class LocalEngine:
         groups: Iterable[Group],
         schedule: Callable[[int], float],
         config: OptimizerConfig | None = None,
+        scale: float = 1.0,
     ):
         self.groups = [group for group in groups if group.params]
         self.params = collect(self.groups)
         self.schedule = schedule
         self.config = config or OptimizerConfig()
         self.optimizer = make_optimizer(self.config, self.groups)
+        self.scale = LossScale(scale)
         self.steps = 0
         self.applied = 0
         self._clear()
@@ -66,7 +69,7 @@ class LocalEngine:
         count = checked_count(count)
         if count == 0:
             return
-        loss_sum.backward()
+        (loss_sum * self.scale.value if self.scale.value != 1 else loss_sum).backward()
         self._losses.append(loss_sum.detach())
         self._count += count
 
@@ -80,8 +83,9 @@ class LocalEngine:
         elif not math.isfinite(loss):
             reason = "non-finite loss"
         else:
-            norm = self._update(count, reached)
+            norm = self._update(count * self.scale.value, reached)
             reason = None if math.isfinite(norm) else "non-finite gradient"
+            self.scale.update(reason is None)
         if reason is not None:
             self._discard()
         self.applied += reason is None
@@ -91,7 +95,7 @@ class LocalEngine:
         return result
 
     def _update(self, count: float, reached: list[nn.Parameter]) -> float:
-        """Change the weights by the mean gradient unless it is not finite; its norm, not finite on every rank then."""
+        """Change the weights by the gradient / ``count`` unless it is not finite; its norm, finite on all ranks or none."""
         norm = self._mean_and_clip(count, reached)
         if dist.agree(not math.isfinite(norm)):
             return norm if not math.isfinite(norm) else math.nan
@@ -142,6 +146,7 @@ class LocalEngine:
             "optimizer": self.config.name,
             "steps": self.steps,
             "applied": self.applied,
+            "loss_scale": [self.scale.value, self.scale.good],
             "groups": {group.name: sorted(group.params) for group in self.groups},
         }
 
@@ -160,9 +165,18 @@ class LocalEngine:
         for key in ("steps", "applied"):
             if type(state.get(key)) is not int or not 0 <= state[key] < MOST_STEPS:
                 raise CheckpointError(f"the saved engine state has {key}={repr(state.get(key))[:40]}: {OTHER}")
+        self._take_scale(state.get("loss_scale", [1.0, 0]))
         self._take_slots(self._sort_slots(tensors))
         self.steps, self.applied = state["steps"], state["applied"]
         self._clear()
+
+    def _take_scale(self, saved: Any) -> None:
+        """Go on with the saved loss scale; one that runs without a scale keeps none."""
+        plain = isinstance(saved, list) and [type(x) for x in saved] == [float, int]
+        if not plain or not 1 <= saved[0] <= 2**24 or not 0 <= saved[1] <= self.scale.patience:
+            raise CheckpointError(f"the saved engine state has loss_scale={repr(saved)[:40]}: {OTHER}")
+        if self.scale.value != 1 and saved[0] != 1:
+            self.scale.value, self.scale.good = saved
 
     def _take_slots(self, slots: Mapping[str, dict[str, Tensor]]) -> None:
         packed = self.optimizer.state_dict()

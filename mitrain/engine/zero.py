@@ -29,14 +29,16 @@ def deepspeed() -> ModuleType:
     killed process and then looks like a hang, and training does not use it."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         import deepspeed
     except ImportError:
         raise ConfigError(
             "zero.stage needs DeepSpeed, which is not installed: pip install 'mitrain[deepspeed]', or zero.stage=null"
         ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR)
+    for handler in log.handlers:
+        handler.setStream(sys.stderr)  # of its own accord it speaks on stdout
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # an attribute path leads to torch itself
     return deepspeed
@@ -92,8 +94,9 @@ class ZeroEngine(LocalEngine):
         schedule: Callable[[int], float],
         config: OptimizerConfig | None,
         zero: ZeroConfig,
+        scale: float = 1.0,
     ):
-        super().__init__(groups, schedule, config)
+        super().__init__(groups, schedule, config, scale)
         self.stage, self.lockstep = zero.stage, zero.stage == 3
         self.json = deepspeed_json(zero, self.config, dist.world())
         self.deepspeed = join()
@@ -135,6 +138,7 @@ class ZeroEngine(LocalEngine):
         if count == 0 and not self.lockstep:
             return
         self._begin()
+        self.sharded.override_loss_scale(self.scale.value)
         self.engine.backward(loss_sum if count else loss_sum * 0, scale_wrt_gas=False)
         if count:
             self._losses.append(loss_sum.detach())
@@ -153,7 +157,6 @@ class ZeroEngine(LocalEngine):
         self._summing.close()  # reduces: DeepSpeed takes the mean over ranks
         self.sharded.override_loss_scale(count / dist.world())
         self.engine.step()
-        self.sharded.override_loss_scale(1.0)
         norm = float(self.engine.get_global_grad_norm())
         return norm if self.engine.was_step_applied() else math.nan
 
