@@ -1,54 +1,22 @@
-"""kill -9 while checkpoints are written: the newest complete one is at most one step behind, and never torn."""
+"""kill -9 at every file operation of what writes checkpoints and exports: the old or the new, and the same losses."""
 
+import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from crash_worker import LAST_STEP, WATCHED
+from crashes import Worker
 
-from mitrain import checkpoint
+from mitrain import checkpoint, pretrained
 
-HERE = Path(__file__).resolve().parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-
-
-class Worker:
-    """The process of crash_worker.py; one child at a time."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, str(HERE / "crash_worker.py")]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=ENVIRONMENT, **pipes)
-
-    def line(self) -> tuple[str, int]:
-        word, number = self.process.stdout.readline().split()
-        return word, int(number)
-
-    def start(self, *command: object) -> int:
-        self.process.stdin.write(" ".join(map(str, command)) + "\n")
-        self.process.stdin.flush()
-        word, pid = self.line()
-        while word != "pid":
-            word, pid = self.line()
-        return pid
-
-    def wait(self) -> tuple[int, int]:
-        """(the last step that was saved or 0, the exit status)"""
-        last, (word, number) = 0, self.line()
-        while word == "done":
-            last, (word, number) = number, self.line()
-        return last, number
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-        self.process.stdout.close()
+MUTATIONS = {"open", "write", "__exit__", "fsync", "chmod", "replace", "unlink", "rmdir", "mkdir", "flock"}
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +30,20 @@ def hidden(run_dir: Path) -> list[Path]:
     return list((run_dir / "checkpoints").glob(".step-*"))
 
 
+def fresh(template: Path, run: Path) -> Path:
+    shutil.rmtree(run, ignore_errors=True)
+    return shutil.copytree(template, run)
+
+
 def test_kills_at_random_moments_lose_at_most_the_step_being_written(worker, tmp_path):
     moments, saved, torn = random.Random(0), 0, 0
     for _ in range(15):
         pid = worker.start("loop", tmp_path)
         time.sleep(moments.uniform(0.01, 0.25))
         os.kill(pid, signal.SIGKILL)
-        last, status = worker.wait()
-        assert status == -signal.SIGKILL
-        saved = max(saved, last)
+        ending = worker.wait()
+        assert ending.status == -signal.SIGKILL
+        saved = max(saved, ending.step)
         newest = checkpoint.latest(tmp_path)
         step = checkpoint.load(newest).step if newest else 0
         assert saved <= step <= saved + 1
@@ -78,23 +51,126 @@ def test_kills_at_random_moments_lose_at_most_the_step_being_written(worker, tmp
     assert saved > 0 and torn > 0, "no kill fell into a write"
 
 
-def test_a_kill_before_any_file_operation_leaves_the_old_or_the_new(worker, tmp_path):
-    """Every operation of one save in turn, each on a copy of a run with old checkpoints and an unfinished one."""
-    template, run = tmp_path / "template", tmp_path / "run"
+@pytest.fixture(scope="module")
+def template(worker, tmp_path_factory):
+    """A run with three checkpoints and an unfinished one; every save names its file operations."""
+    folder = tmp_path_factory.mktemp("template")
     for step in range(1, 4):
-        worker.start("once", template, 0)
-        assert worker.wait() == (step, 0)
-    shutil.copytree(template / "checkpoints" / "step-00000003", template / "checkpoints" / ".step-00000004.abandoned")
-    operation, status, outcomes = 0, -signal.SIGKILL, []
-    while status == -signal.SIGKILL:
+        ending = worker.run("save", folder)
+        assert (ending.step, ending.status) == (step, 0)
+        assert ending.names >= MUTATIONS - {"unlink", "rmdir"} and (step < 3 or ending.names >= MUTATIONS)
+    shutil.copytree(folder / "checkpoints" / "step-00000003", folder / "checkpoints" / ".step-00000004.abandoned")
+    return folder
+
+
+def test_a_kill_before_any_file_operation_leaves_the_old_or_the_new(worker, template, tmp_path):
+    """Every operation of one save in turn, each on a copy of the run."""
+    operation, killed, outcomes = 0, True, []
+    while killed:
         operation += 1
-        shutil.rmtree(run, ignore_errors=True)
-        shutil.copytree(template, run)
-        worker.start("once", run, operation)
-        _, status = worker.wait()
+        run = fresh(template, tmp_path / "run")
+        ending = worker.run("save", run, operation)
+        killed = ending.killed
         outcomes.append(checkpoint.load(checkpoint.latest(run)).step)
         visible = list((run / "checkpoints").glob("step-*"))
         assert all(checkpoint.verify(path) for path in visible), "a half-removed checkpoint is visible"
-    assert status == 0 and operation > 20
+    assert ending.status == 0 and operation > 40
     assert outcomes == sorted(outcomes) and set(outcomes) == {3, 4}
     assert hidden(run) == []
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_old(worker, template, tmp_path):
+    """The kernel ends the process once a file grows beyond N bytes: everything up to there is on the disk."""
+    longest = 128 * 128 * 4
+    for size in (1, 16, 400, longest // 2, longest + 64):
+        run = fresh(template, tmp_path / "run")
+        shutil.rmtree(run / "checkpoints" / ".step-00000004.abandoned")
+        assert worker.run("save", run, -size).killed, size
+        assert checkpoint.load(checkpoint.latest(run)).step == 3
+        assert any(file.stat().st_size == size for folder in hidden(run) for file in folder.iterdir())
+        assert worker.run("save", run).step == 4 and hidden(run) == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(worker, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert worker.run("train", folder).step == LAST_STEP
+    return checkpoint.load(checkpoint.latest(folder))
+
+
+def test_after_a_kill_at_any_file_operation_the_losses_are_those_of_the_undisturbed_run(worker, undisturbed, tmp_path):
+    operation, killed, resumed_from = 0, True, set()
+    while killed:
+        operation += 1
+        run = tmp_path / str(operation)
+        killed = worker.run("train", run, operation).killed
+        resumed_from.add(checkpoint.load(checkpoint.latest(run)).step)
+        assert worker.run("train", run).step == LAST_STEP
+        found = checkpoint.load(checkpoint.latest(run))
+        assert found.state == undisturbed.state and len(found.state["losses"]) == LAST_STEP
+        for name, tensor in undisturbed.tensors["adapter"].items():
+            assert torch.equal(found.tensors["adapter"][name], tensor), name
+    assert operation > 40 and resumed_from == {WATCHED - 1, WATCHED, LAST_STEP}
+
+
+def test_a_kill_at_any_file_operation_of_an_export_leaves_nothing_or_all(worker, tmp_path):
+    operation, killed, outcomes = 0, True, []
+    while killed:
+        operation += 1
+        folder = tmp_path / str(operation)
+        folder.mkdir()
+        killed = worker.run("export", folder, operation).killed
+        there = (folder / "adapter").exists()
+        outcomes.append(there)
+        if there:
+            assert pretrained.read(folder / "adapter").tensors["adapter"]["weight"].shape == (128, 128)
+        else:
+            assert worker.run("export", folder).status == 0 and pretrained.read(folder / "adapter")
+    assert operation > 15 and outcomes == sorted(outcomes) and set(outcomes) == {False, True}
+    for size in (1, 500, 40_000):
+        folder = tmp_path / f"torn{size}"
+        folder.mkdir()
+        assert worker.run("export", folder, -size).killed and not (folder / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_the_trainer_itself_killed_at_any_file_operation_goes_on_with_the_same_losses(worker, tmp_path, monkeypatch):
+    """`mitrain train --resume` after a kill in its second save; losses from metrics.jsonl, bit for bit."""
+    from folders import colour_records, llm_folder, vision_folder
+
+    from mitrain import runs, schema
+
+    llm_folder(tmp_path / "llm", layers=2)
+    vision_folder(tmp_path / "vision", layers=2)
+    colour_records(tmp_path / "data", train=8, val=4)
+    config = schema.from_dict(
+        {
+            "name": "killed",
+            "model": {"llm": str(tmp_path / "llm"), "vision": [{"name": str(tmp_path / "vision")}]},
+            "adapter": {"name": "mit", "layers": [1]},
+            "task": {"name": "answer"},
+            "data": {"name": "records", "root": str(tmp_path / "data")},
+            "features": {"noise": 0.1},
+            "train": {"steps": LAST_STEP, "batch": 4, "save_every": 1, "eval_every": 9, "keep": 1},
+            "cache": False,
+        }
+    )
+    template = runs.create(config, tmp_path / "runs")
+
+    def losses(run: Path) -> list[float]:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if row["kind"] == "train"]
+
+    expected = fresh(template, tmp_path / "undisturbed")
+    assert worker.run("trainer", expected).step == LAST_STEP
+    operation, killed = 0, True
+    while killed:
+        operation += 1
+        run = fresh(template, tmp_path / "run")
+        killed = worker.run("trainer", run, operation).killed
+        assert worker.run("trainer", run).step == LAST_STEP
+        assert losses(run) == losses(expected) and len(losses(run)) == LAST_STEP
+        one, two = (checkpoint.load(checkpoint.latest(folder)) for folder in (run, expected))
+        assert all(torch.equal(t, two.tensors[g][n]) for g, named in one.tensors.items() for n, t in named.items())
+        assert one.state == two.state
+    assert operation > 40
