@@ -134,14 +134,27 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def rotate(known: list[tuple[Path, Manifest]], keep: int) -> None:
-    """Remove the oldest of ``known``, all of them whole by size; the newest ``keep`` (at least 1) and the best stay."""
+    """Remove the oldest of ``known``, all of them whole by size; the newest ``keep`` (at least 1) and the best stay.
+
+    The newest was read back just now, so a good one always stays. One that turns out corrupted is named and kept.
+    """
     known = sorted(known, key=lambda item: item[1].sequence)
     bests = [path for path, manifest in known if manifest.best]
     for path, _ in known[: -max(1, keep)]:
-        if path not in bests[-1:]:
+        if path not in bests[-1:] and is_whole(path):
             hidden = path.with_name(f".{path.name}.removed")
             os.replace(path, hidden)
             shutil.rmtree(hidden)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every byte of a checkpoint agrees with its manifest; a warning names one that does not."""
+    try:
+        verify(path)
+    except CheckpointError as error:
+        log.warning("skipping a checkpoint that is not whole: %s", error)
+        return False
+    return True
 
 
 def survey(folder: Path) -> list[tuple[Path, Manifest]]:
@@ -159,13 +172,7 @@ def survey(folder: Path) -> list[tuple[Path, Manifest]]:
 def newest_complete(run_dir: str | Path, best_only: bool) -> Path | None:
     known = survey(Path(run_dir) / "checkpoints")
     for path, manifest in sorted(known, key=lambda item: item[1].sequence, reverse=True):
-        if best_only and not manifest.best:
-            continue
-        try:
-            verify(path)
-        except CheckpointError as error:
-            log.warning("skipping a checkpoint that is not whole: %s", error)
-        else:
+        if (manifest.best or not best_only) and is_whole(path):
             return path
     return None
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import flip_a_bit, save, steps, tensors
+from tiny import tiny
 
+import mitrain
 from mitrain import checkpoint, files
 from mitrain.errors import CheckpointError
 
@@ -48,6 +50,22 @@ def test_the_folder_holds_what_the_format_says_and_nothing_else(tmp_path):
     assert sum((path / name).stat().st_size for name in names) < payload + 1024
 
 
+def test_it_holds_what_is_trained_and_little_more(tmp_path):
+    """At most 1.1 times the bytes of the trained tensors, their moments and the random states, for an adapter of MiT."""
+    model = tiny("llama")
+    mit = mitrain.attach(model, mitrain.MiTConfig(modalities={"image": 64}, layers="all"))
+    weights = checkpoint.only_trainable(mit)
+    moments = {
+        f"{slot}.{name}": torch.zeros_like(t) for name, t in weights.items() for slot in ("exp_avg", "exp_avg_sq")
+    }
+    state = {"rng": [checkpoint.rng_state()]}
+    path = checkpoint.save(tmp_path, 1, {"adapter": weights, "optimizer": moments}, state)
+    numbers = sum(p.numel() for p in mit.parameters())
+    theory = 3 * 4 * numbers + len(json.dumps(state))
+    assert theory < sum(file.stat().st_size for file in path.iterdir()) <= 1.1 * theory
+    assert numbers < sum(p.numel() for p in model.parameters()) and len(weights) == len(list(mit.parameters()))
+
+
 def test_the_newest_complete_one_wins_and_damaged_ones_are_named_and_kept(tmp_path, caplog):
     assert checkpoint.latest(tmp_path) is None
     paths = [save(tmp_path, step, keep=9) for step in (10, 20, 30, 40)]
@@ -79,6 +97,18 @@ def test_rotation_never_counts_or_removes_a_damaged_one(tmp_path):
     (tmp_path / "checkpoints" / "step-00000003" / "manifest.json").write_text("{")
     save(tmp_path, 4, keep=2)
     assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_rotation_names_a_corrupted_one_and_leaves_it(tmp_path, caplog):
+    """Of the right size, so only its checksum tells; and the good ones around it are counted as ever."""
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=9)
+    flip_a_bit(tmp_path / "checkpoints" / "step-00000002" / "adapter.safetensors")
+    save(tmp_path, 4, keep=1)
+    assert steps(tmp_path) == [2, 4] and "step-00000002" in caplog.text
+    flip_a_bit(tmp_path / "checkpoints" / "step-00000004" / "state.json")
+    save(tmp_path, 5, keep=1)
+    assert steps(tmp_path) == [2, 4, 5] and checkpoint.load(checkpoint.latest(tmp_path)).step == 5
 
 
 def test_a_run_that_went_back_does_not_overwrite_and_its_own_checkpoints_count_as_newest(tmp_path):

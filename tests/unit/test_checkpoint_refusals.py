@@ -20,6 +20,7 @@ from checkpoints import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import read_or_refused
 
 from mitrain import checkpoint
 from mitrain.errors import CheckpointError
@@ -74,6 +75,37 @@ def test_files_that_are_missing_torn_links_or_folders_are_refused(tmp_path, name
         with pytest.raises(CheckpointError, match=name):
             checkpoint.load(path)
         assert checkpoint.latest(tmp_path / str(number)) is None
+
+
+NAMES = ("manifest.json", "state.json", "adapter.safetensors", "optimizer.safetensors")
+
+
+def test_there_are_no_other_files(pristine):
+    assert {path.name for path in pristine.iterdir()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bits", [1, 4, 255])
+def test_a_changed_byte_anywhere_is_seen(pristine, tmp_path, name, bits):
+    """In the manifest all but the spaces between its words, which another blank may replace."""
+    path, original = shutil.copytree(pristine, tmp_path / "copy"), checkpoint.load(pristine)
+    content = (pristine / name).read_bytes()
+    for at in range(len(content)):
+        (path / name).write_bytes(content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :])
+        if read_or_refused(lambda: checkpoint.verify(path), CheckpointError):
+            assert name == "manifest.json" and content[at : at + 1].isspace()
+            found = checkpoint.load(path)
+            assert (found.step, found.best, found.state) == (original.step, original.best, original.state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_cut_anywhere_is_seen(pristine, tmp_path, name):
+    path = shutil.copytree(pristine, tmp_path / "copy")
+    content = (pristine / name).read_bytes()
+    for length in range(len(content)):
+        (path / name).write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=name):
+            checkpoint.load(path)
 
 
 def test_a_checkpoint_folder_that_is_a_link_is_not_taken_for_one(tmp_path, caplog):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from mitrain import checkpoint
+from mitrain import checkpoint, dist
 from mitrain.errors import CheckpointError
 
 
@@ -68,6 +68,66 @@ def test_a_broken_random_state_is_one_line(break_it):
     with pytest.raises(CheckpointError, match="random state"):
         checkpoint.set_rng_state(broken)
     checkpoint.set_rng_state(state)
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """Makes this process rank r of n, as far as the random states can tell."""
+
+    def move(rank: int, world: int) -> None:
+        monkeypatch.setattr(dist, "rank", lambda: rank)
+        monkeypatch.setattr(dist, "world", lambda: world)
+
+    return move
+
+
+def of_ranks(place, world: int) -> list:
+    """What ``rng_of_ranks`` gathers, each rank having drawn as many numbers as its own."""
+    states = []
+    for rank in range(world):
+        place(rank, world)
+        checkpoint.seed_rank(5, 0, rank)
+        for _ in range(rank + 1):
+            draw()
+        states.append(checkpoint.rng_state())
+    return json.loads(json.dumps(states))
+
+
+def test_every_rank_goes_on_with_its_own_state(place):
+    states = of_ranks(place, 3)
+    for rank, state in enumerate(states):
+        checkpoint.set_rng_state(state)
+        expected = draw()
+        place(rank, 3)
+        assert checkpoint.resume_rng(states, seed=5, step=8) is True and draw() == expected
+    assert len({str(state) for state in states}) == 3
+
+
+def test_another_number_of_ranks_starts_anew_from_seed_step_and_rank(place):
+    states, drawn = of_ranks(place, 2), []
+    for rank, world, step in ((0, 3, 8), (1, 3, 8), (2, 3, 8), (0, 1, 8), (0, 3, 9)):
+        place(rank, world)
+        for _ in range(2):
+            assert checkpoint.resume_rng(states, seed=5, step=step) is False
+            drawn.append(draw())
+    assert drawn[::2] == drawn[1::2]  # the same on every resume
+    assert drawn[0] == drawn[6] and len({str(numbers) for numbers in drawn}) == 4
+
+
+def test_one_process_takes_over_the_single_state_of_format_1(place):
+    place(0, 1)
+    state = checkpoint.rng_state()
+    expected = draw()
+    assert checkpoint.resume_rng(state, 0, 1) is True and draw() == expected
+    assert len(checkpoint.rng_of_ranks()) == 1
+
+
+@pytest.mark.parametrize("saved", [None, [], "x", 3, [None], [{"python": 1}]])
+def test_what_is_no_list_of_states_is_one_line(place, saved):
+    place(0, 1)
+    with pytest.raises(CheckpointError, match="random state") as caught:
+        checkpoint.resume_rng(saved, 0, 1)
+    assert "\n" not in str(caught.value)
 
 
 TRAIN = '''
