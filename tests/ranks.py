@@ -5,6 +5,7 @@ fork with a place, an environment and output files of its own, and ends like any
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -20,11 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (".", "kernels", "tests", "tests/unit", "tests/dist", "tests/faults")
 PATH = os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)
+IMPORTED = (
+    "mitrain.cli mitrain.trainer mitrain.scoring PIL.Image transformers.models.llama.modeling_llama"
+    " transformers.models.dinov2.modeling_dinov2 transformers.conversion_mapping"
+).split()
 STEPS = 6
 TRAIN = {"steps": STEPS, "batch": 7, "accumulate": 2, "lr": 1e-2, "eval_every": 3, "save_every": 3, "keep": 9,
          "eval_batch": 5, "schedule": {"name": "constant"}}  # fmt: skip
@@ -68,6 +74,16 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+def need(*programs: str, root: bool = True) -> None:
+    """Skip where a program is not installed, or where nobody is root."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    absent = [program for program in programs if shutil.which(program, path=path) is None]
+    if absent:
+        pytest.skip(f"not installed: {', '.join(absent)}")
+    if root and os.geteuid() != 0:
+        pytest.skip("needs root")
 
 
 @dataclass(frozen=True)
@@ -138,9 +154,12 @@ class Forge:
 
 def serve() -> None:
     """Fork ranks and wait for them, as orders come in on standard input; what they need is imported before."""
-    importlib.import_module("mitrain.cli")
-    importlib.import_module("mitrain.trainer")
-    importlib.import_module("mitrain.scoring")
+    for module in IMPORTED:
+        importlib.import_module(module)
+    sys.modules["PIL.Image"].init()
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("llama")
+    gc.collect()
+    gc.freeze()  # a fork copies no page only because its collector has looked at it
     replies = os.dup(1)
     for line in sys.stdin:
         order = json.loads(line)
@@ -169,6 +188,7 @@ def be_rank(rank: int, order: dict[str, Any]) -> None:
     except Exception:
         traceback.print_exc()
         code = 1
+    gc.unfreeze()  # so that the interpreter takes itself apart as it always does
     sys.exit(code)
 
 

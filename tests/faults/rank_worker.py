@@ -1,0 +1,65 @@
+"""What the ranks of test_rank_killed.py do: train, and at one moment one of them is killed or falls silent.
+
+The signal comes from the rank itself, at a counted call: nothing depends on time.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from crash_worker import kill_before
+
+import mitrain.trainer
+from mitrain import checkpoint
+from mitrain.cli import main
+from mitrain.trainer import Trainer
+
+
+def train(*arguments: str) -> int:
+    torch.set_num_threads(1)
+    return main(["train", *arguments])
+
+
+def train_and_fail(rank: str, moment: str, how: str, *arguments: str) -> int:
+    """Train; RANK gets the signal HOW at MOMENT: in-step, evaluate, or save-N (before the N-th file operation)."""
+    if os.environ["RANK"] == rank:
+        fail_at(moment, signal.Signals[how])
+    return train(*arguments)
+
+
+def fail_at(moment: str, how: signal.Signals) -> None:
+    if moment == "in-step":  # two micro-batches a step: between those of step 4
+        before(Trainer, "_accumulate", 8, lambda: os.kill(os.getpid(), how))
+    elif moment == "evaluate":
+        before(mitrain.trainer, "evaluate", 2, lambda: os.kill(os.getpid(), how))
+    else:
+        operation = int(moment.removeprefix("save-"))
+        before(checkpoint, "save", 2, lambda: kill_before(operation))
+
+
+def before(owner: Any, name: str, call: int, act: Callable[[], object]) -> None:
+    """Let ``act()`` come before the CALL-th call of ``owner.name``, counted from 1."""
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def train_on_hosts(first: str, second: str, *arguments: str) -> int:
+    """Train with rank 0 in one network namespace and rank 1 in another, whose network goes down within step 4."""
+    host = (first, second)[int(os.environ["RANK"])]
+    with open(f"/run/netns/{host}") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+            raise OSError(ctypes.get_errno(), "setns")
+    if host == second:
+        before(Trainer, "_accumulate", 8, lambda: subprocess.run(["ip", "link", "set", "eth0", "down"], check=True))
+    return train(*arguments)

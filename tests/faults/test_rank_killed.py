@@ -1,0 +1,86 @@
+"""A rank is killed or falls silent: the others end in one line, nothing is torn, and the run goes on as if nothing was."""
+
+import json
+import re
+
+import pytest
+from ranks import STEPS, losses, make_world, run_folder
+
+from mitrain import checkpoint
+from mitrain.checkpoint.folder import survey
+
+RANKS = 2
+SIGKILL = -9
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("killed"))
+
+
+def environment(world, seconds: int = 120) -> dict[str, str]:
+    return {"MITRAIN_CACHE": str(world / "cache"), "MITRAIN_TIMEOUT": str(seconds)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, forge) -> list[float]:
+    arguments = (world / "config.yaml", "name=undisturbed", "--runs", world, "--json")
+    ended = forge.start(RANKS, "rank_worker:train", *arguments, **environment(world)).wait()
+    assert [rank.code for rank in ended] == [0] * RANKS, "".join(rank.err for rank in ended)
+    return losses(run_folder(world, "undisturbed"))
+
+
+def complaint(ended, rank: int) -> str:
+    """The one line in which a rank ended that lost another."""
+    assert (ended.code, ended.out) == (2, "")
+    (line,) = [line for line in ended.err.splitlines() if not line.startswith("run folder: ")]
+    who = "mitrain: rank 0" if rank == 0 else f"mitrain, rank {rank}: rank {rank}"
+    assert re.fullmatch(rf"{who} lost the others \(.+\): look for the first message of another rank, then resume", line)
+    return line
+
+
+def check_and_resume(world, forge, folder, last: int, undisturbed) -> None:
+    """What the dead left is whole, its newest checkpoint is of step ``last``, and two ranks go on from there."""
+    visible = [path for path in (folder / "checkpoints").iterdir() if not path.name.startswith(".")]
+    assert sorted(path for path, _ in survey(folder / "checkpoints")) == sorted(visible)
+    assert checkpoint.load(checkpoint.latest(folder)).step == last
+    assert not (folder / "summary.json").exists()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert lines and all(json.loads(line)["step"] <= STEPS for line in lines)
+    ended = forge.start(RANKS, "rank_worker:train", "--resume", folder, "--json", **environment(world)).wait()
+    assert [rank.code for rank in ended] == [0] * RANKS, "".join(rank.err for rank in ended)
+    assert losses(folder) == undisturbed  # bit for bit
+    assert (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("victim", "moment", "last"),
+    [(1, "in-step", 3), (0, "in-step", 3), (1, "evaluate", 3), (0, "evaluate", 3), (0, "save-4", 3), (0, "save-12", 3)],
+)
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(world, forge, undisturbed, tmp_path, victim, moment, last):
+    arguments = (victim, moment, "SIGKILL", world / "config.yaml", "--run", tmp_path / "run", "--json")
+    ended = forge.start(RANKS, "rank_worker:train_and_fail", *arguments, **environment(world)).wait()
+    assert ended[victim].code == SIGKILL, ended[victim].err
+    line = complaint(ended[1 - victim], 1 - victim)
+    assert re.search(r"\((Connection closed|Read error|Write error)", line) and "/" not in line, line
+    check_and_resume(world, forge, tmp_path / "run", last, undisturbed)
+
+
+def test_of_three_ranks_every_other_one_ends(world, forge, tmp_path):
+    arguments = (1, "in-step", "SIGKILL", world / "config.yaml", "--run", tmp_path / "run", "--json")
+    ended = forge.start(3, "rank_worker:train_and_fail", *arguments, **environment(world)).wait()
+    assert ended[1].code == SIGKILL
+    for rank in (0, 2):
+        complaint(ended[rank], rank)
+
+
+def test_a_silent_rank_is_given_up_after_the_timeout(world, forge, undisturbed, tmp_path):
+    """The timeout is far longer than a step takes here, and is waited for once."""
+    arguments = (1, "in-step", "SIGSTOP", world / "config.yaml", "--run", tmp_path / "run", "--json")
+    group = forge.start(RANKS, "rank_worker:train_and_fail", *arguments, **environment(world, seconds=8))
+    (ended,) = group.wait(0)
+    assert "8000ms" in complaint(ended, 0)
+    group.kill(1)
+    (silent,) = group.wait(1)
+    assert silent.code == SIGKILL
+    check_and_resume(world, forge, tmp_path / "run", 3, undisturbed)

@@ -1,0 +1,56 @@
+"""Run folders that are made or found, as job scripts need them."""
+
+import pytest
+
+from mitrain import runs, schema
+from mitrain.errors import UserError
+
+
+def configured(**train):
+    return schema.from_dict(
+        {
+            "model": {"llm": "smollm2-135m-instruct", "vision": [{"name": "dinov2-vits14"}]},
+            "adapter": {"name": "mit"},
+            "task": {"name": "answer"},
+            "data": {"name": "records", "source": "digits"},
+            "train": train,
+        }
+    )
+
+
+def test_a_run_folder_is_made_and_then_found(tmp_path):
+    folder = tmp_path / "runs" / "mine"
+    assert runs.create_or_find(configured(steps=5), folder) == folder
+    text = (folder / "config.yaml").read_text()
+    assert runs.read_config(folder) == configured(steps=5)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    assert runs.create_or_find(configured(steps=5), folder) == folder
+    assert (folder / "config.yaml").read_text() == text and (folder / "metrics.jsonl").exists()
+
+
+def test_a_folder_whose_making_was_interrupted_is_finished(tmp_path):
+    (tmp_path / ".config.yaml.half").write_text("na")
+    runs.create_or_find(configured(), tmp_path)
+    assert runs.read_config(tmp_path) == configured()
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [
+        (
+            lambda folder: runs.create_or_find(configured(steps=7), folder),
+            r"train.steps=7 there, 5 here\): give another",
+        ),
+        (lambda folder: (folder / "notes.txt").write_text("mine"), "is no run folder and holds 'notes.txt'"),
+        (lambda folder: (folder / "config.yaml").write_text("name: ["), "config.yaml"),
+        (lambda folder: (folder.rmdir(), folder.write_text("")), "cannot make the run folder"),
+    ],
+)
+def test_what_is_another_run_or_none_is_refused_and_left_as_it_was(tmp_path, before, says):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    before(folder)
+    there = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=says):
+        runs.create_or_find(configured(steps=5), folder)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == there
