@@ -165,9 +165,28 @@ def test_predict_answers_with_probabilities(world, trained, capsys):
     assert code == 0 and out.startswith("answer: ") and "red" in out
 
 
+def test_an_export_is_asked_like_its_run(world, trained, capsys):
+    made = as_json(capsys, "export", trained, "--out", world / "adapter", "--splits", "test")
+    assert made["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    image = next((world / "data" / "images").glob("*.png"))
+    question = ["--image", image, "--text", "the colour of this picture is"]
+    one, two = (as_json(capsys, "predict", folder, *question) for folder in (trained, world / "adapter"))
+    assert one == two and one["probabilities"]
+    scores = [as_json(capsys, "eval", folder, "--split", "test") for folder in (trained, world / "adapter")]
+    assert scores[0].pop("run") != scores[1].pop("run") and scores[0] == scores[1]
+    assert made["metrics"]["test"]["accuracy"] == scores[0]["accuracy"] and made["step"] == scores[0]["step"]
+    assert (
+        f"| test | {made['step']} | accuracy | {scores[0]['accuracy']:.4f} |"
+        in (world / "adapter/README.md").read_text()
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["export", "{world}", "--out", "{world}/x"], "is no run folder"),
+        (["export", "{run}", "--out", "{world}/data"], "exists and is not an empty folder"),
+        (["export", "{run}", "--out", "{world}/x", "--splits", "nosuch"], "nosuch"),
         (["train", "{world}/none.yaml"], "no configuration file"),
         (["train", "{world}/colours.yaml", "train.stepz=3"], "did you mean 'steps'"),
         (["train", "{world}/colours.yaml", "adapter.layers=[7]"], "7"),

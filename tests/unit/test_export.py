@@ -1,6 +1,7 @@
 """An exported run predicts what the run predicts, on any copy of its base; an adapter attaches to a model in memory."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -152,6 +153,13 @@ def test_other_places_and_precisions_of_the_base(world, exported, predictor, ima
     )
     assert mitrain.from_pretrained(exported).model.config.model.llm == str(world / "copy")
     (exported / "adapter_config.json").write_text(json.dumps(values))
+
+
+def test_the_saved_preprocessing_is_used_whatever_the_encoders_folder_says(world, exported, predictor, images):
+    other = shutil.copytree(world / "vision", world / "regrained")
+    (other / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}))
+    found = mitrain.from_pretrained(exported, encoders=[other])
+    assert found.predict(images[0], PROMPT) == predictor.predict(images[0], PROMPT)
 
 
 def test_a_base_of_another_shape_is_refused_with_every_difference(world, exported):
