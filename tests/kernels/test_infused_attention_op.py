@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from attention_cases import (
     CASES,
     GATES,
+    LAYOUTS,
     MASKED,
     PACKED,
     SHAPES,
@@ -22,7 +23,7 @@ from attention_cases import (
     truth,
     upstream_of,
 )
-from mitrain_kernels.infused_attention import GateSums, backends, infused_attention, op
+from mitrain_kernels.infused_attention import GateSums, affine, backends, infused_attention, op, tiles
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 HERE = ("reference", "sdpa", "auto")
@@ -44,8 +45,8 @@ def test_low_precision_loses_no_more_than_plain_attention_does(case, dtype, pois
 
 
 @some(CASES)
-def test_without_torchs_flash_operators(case, monkeypatch):
-    monkeypatch.setattr(backends, "FLASH_IS_KNOWN", False)
+def test_recorded_by_autograd(case, monkeypatch):
+    monkeypatch.setattr(backends, "has_own_backward", lambda call: False)
     assert_backend_right(case, "sdpa")
     assert_backend_right(case, "sdpa", torch.bfloat16)
 
@@ -62,6 +63,16 @@ def test_flex_without_gradients(case):
 def test_more_tokens_than_a_block(case):
     assert_backend_right(case, "sdpa")
     assert_backend_right(case, "sdpa", torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "room"), [(4, 1), (6, 900)])
+@some([case for case in [*SHAPES, *MASKED, *LAYOUTS] if case.gate != "token" and case.softcap is None])
+def test_many_small_tiles(case, rows, room, monkeypatch, poisoned):  # noqa: F811
+    monkeypatch.setattr(tiles, "ROWS", rows)
+    monkeypatch.setattr(tiles, "TILE_BYTES", room)
+    monkeypatch.setattr(affine, "PIECE", room // 4)
+    assert_backend_right(case, "sdpa")
+    assert_backend_right(case, "sdpa", torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", [(), (8,), (9, 1), (4, 1, 1)])
@@ -184,10 +195,10 @@ def test_a_mask_is_the_same_structure_ready_made(case, kind):
 # Decoding
 
 
-@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("padding", [None, "left"])
-def test_decoding_token_by_token_is_the_whole_pass(padding, flash, monkeypatch):
-    monkeypatch.setattr(backends, "FLASH_IS_KNOWN", flash)
+def test_decoding_token_by_token_is_the_whole_pass(padding, own, monkeypatch):
+    monkeypatch.setattr(backends, "has_own_backward", backends.has_own_backward if own else lambda call: False)
     inputs, options = make(Case(padding=padding, present=True))
     valid = options.pop("key_padding", torch.ones(2, 9, dtype=torch.bool))
     inputs = {n: x.detach() for n, x in inputs.items()}
@@ -203,9 +214,9 @@ def test_decoding_token_by_token_is_the_whole_pass(padding, flash, monkeypatch):
     assert largest(torch.cat(pieces, dim=2) - whole) < 1e-12
 
 
-@pytest.mark.parametrize("flash", [True, False])
-def test_a_state_remembers_values_that_are_gone(flash, monkeypatch):
-    monkeypatch.setattr(backends, "FLASH_IS_KNOWN", flash)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_state_remembers_values_that_are_gone(own, monkeypatch):
+    monkeypatch.setattr(backends, "has_own_backward", backends.has_own_backward if own else lambda call: False)
     inputs, options = make(Case(window=3))
     inputs = {n: x.detach() for n, x in inputs.items()}
     whole = infused_attention(**inputs, **options, backend="reference")
@@ -217,10 +228,10 @@ def test_a_state_remembers_values_that_are_gone(flash, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("padding", [None, "left"])
-def test_gradients_of_a_continued_pass(padding, flash, monkeypatch):
-    monkeypatch.setattr(backends, "FLASH_IS_KNOWN", flash)
+def test_gradients_of_a_continued_pass(padding, own, monkeypatch):
+    monkeypatch.setattr(backends, "has_own_backward", backends.has_own_backward if own else lambda call: False)
     inputs, options = make(Case(tq=3, padding=padding))
     valid = options.get("key_padding")
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import GATES, NAMES, Case, assert_right, frozen, largest, make, run, some, upstream_of
-from mitrain_kernels.infused_attention import backends, infused_attention, library
+from mitrain_kernels.infused_attention import infused_attention, library
 from mitrain_kernels.infused_attention.call import Setting
 from torch.utils.checkpoint import checkpoint
 
@@ -241,14 +241,3 @@ def test_a_setting_survives_packing():
     for own in (base, 0.0, 1.0):
         setting = Setting("prefix", own, valid, None, None, None, None, True, 3, None, 0.5, 1e-6)
         assert library.unpack("prefix", *library.pack(setting)) == setting
-
-
-def test_an_unknown_torch_is_noticed(monkeypatch):
-    from mitrain_kernels.infused_attention import sdpa
-
-    assert backends.FLASH_IS_KNOWN and sdpa.flash_is_known()
-    monkeypatch.setitem(sdpa.FLASH_SCHEMAS, sdpa.FLASH[1], "grad_out query key value")
-    assert not sdpa.flash_is_known()
-    monkeypatch.undo()
-    monkeypatch.setitem(sdpa.FLASH_SCHEMAS, "_no_such_operator", "query")
-    assert not sdpa.flash_is_known()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mitrain_kernels.infused_attention import library, sdpa
+from mitrain_kernels.infused_attention import library
 from mitrain_kernels.infused_attention.call import Call, Setting
 from mitrain_kernels.infused_attention.folded import infused_attention_folded, rows_that_see, visible_keys
 from mitrain_kernels.infused_attention.gate import GateSums, prefix_sums
@@ -18,7 +18,6 @@ from mitrain_kernels.infused_attention.triton_tiles import INTERPRETED
 
 Result = tuple[Tensor, GateSums | None]
 WIDEST = 256  # head width of the Triton kernels; half of it in float32 and under the gate 'token'
-FLASH_IS_KNOWN = sdpa.flash_is_known()
 
 
 def options(call: Call) -> dict[str, Any]:
@@ -46,23 +45,23 @@ def sdpa_limit(call: Call) -> str | None:
     return None
 
 
-def cpu_flash_fits(call: Call) -> bool:
-    """Whether torch's CPU flash operators can serve; if not, its public attention does, recorded by autograd."""
-    on_cpu = call.q.device.type == "cpu" and FLASH_IS_KNOWN
+def has_own_backward(call: Call) -> bool:
+    """Whether the backward pass written for CPUs can serve; if not, autograd records the folded form."""
+    on_cpu = call.q.device.type == "cpu"
     return on_cpu and call.gate != "token" and call.softcap is None and call.q.shape[0] * call.q.shape[2] > 0
 
 
 def run_sdpa(call: Call) -> Result:
     if call.cu_seqlens is not None:
         return each_sequence(run_sdpa, call)
-    if not cpu_flash_fits(call):
+    if not has_own_backward(call):
         output = infused_attention_folded(call.q, call.k, call.v, **call.maps, **options(call), before=call.state_in)
         return output, new_sums(call) if call.return_state else None
     mask, (tq, tk) = call.mask, (call.q.shape[2], call.k.shape[2])
     if mask is None and (call.key_padding is not None or call.window is not None or (call.causal and 1 < tq < tk)):
         mask = visible_keys(call.q, call.k, call.key_padding, call.causal, call.window)
     sees = rows_that_see(tq, tk, call.key_padding, call.causal, call.window)
-    return run_operator(call, "sdpa", mask, call.causal and mask is None and bool(tq > 1), sees)
+    return run_operator(call, "sdpa", mask, call.causal, sees)
 
 
 def new_sums(call: Call) -> GateSums:

@@ -9,6 +9,7 @@ Shapes: B batch, H query heads, G key/value heads, R = H / G, T tokens, d head w
 one gate serves all queries, 1.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ class GateSums(NamedTuple):
 
     def last(self, tokens: int = 1) -> "GateSums":
         """Those of the ``tokens`` last tokens."""
+        if self.dot.shape[-1] == tokens:
+            return self
         return GateSums(*(x[..., -tokens:] for x in self))
 
 
@@ -43,14 +46,15 @@ class Gate(NamedTuple):
     root: Tensor
 
 
-def full_precision(x: Tensor) -> torch.autocast:
+def full_precision(x: Tensor) -> AbstractContextManager:
     """A region in which autocast leaves the gate's arithmetic alone (bfloat16 sums err by 6e-4 at 8192 tokens)."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(device_type=kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def wide(x: Tensor) -> Tensor:
     """``x`` in float32, or as it is where wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def per_query_head(x: Tensor, heads: int) -> Tensor:
@@ -61,6 +65,8 @@ def per_query_head(x: Tensor, heads: int) -> Tensor:
 def by_group(x: Tensor, groups: int) -> Tensor:
     """(M, B, H, ...) to (B, G, M R, ...): what meets the same key/value head stands together."""
     M, B, H, *rest = x.shape
+    if M == 1:
+        return x.view(B, groups, H // groups, *rest)
     parted = x.view(M, B, groups, H // groups, *rest)
     return parted.permute(1, 2, 0, 3, *range(4, parted.ndim)).reshape(B, groups, M * (H // groups), *rest)
 
@@ -68,15 +74,22 @@ def by_group(x: Tensor, groups: int) -> Tensor:
 def by_modality(x: Tensor, modalities: int, heads: int) -> Tensor:
     """(B, G, M R, ...) to (M, B, H, ...): the inverse of ``by_group``."""
     B, G, _, *rest = x.shape
+    if modalities == 1:
+        return x.reshape(1, B, heads, *rest)
     parted = x.view(B, G, modalities, heads // G, *rest)
     return parted.permute(2, 0, 1, 3, *range(4, parted.ndim)).reshape(modalities, B, heads, *rest)
+
+
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y of (B, G, i, j) and (B, G, j, k), by the shortest way."""
+    return torch.bmm(x.flatten(0, 1), y.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def token_sums(v: Tensor, v_add: Tensor, valid: Tensor | None) -> GateSums:
     """Each token's own contribution to the sums: v (B, G, T, d), v_add (M, B, H, d), valid (B, T) bool or None."""
     (B, G, T, _), (M, _, H, _) = v.shape, v_add.shape
     v, v_add = wide(v), wide(v_add)
-    dot = by_modality(by_group(v_add, G) @ v.mT, M, H)
+    dot = by_modality(products(by_group(v_add, G), v.mT), M, H)
     square = torch.linalg.vector_norm(v, dim=-1).square()
     if valid is None:
         return GateSums(dot, square, square.new_ones(B, T))
@@ -109,7 +122,7 @@ def cosine_gate(
     (M, B, H, _), G = v_add.shape, sums.square.shape[1]
     v_add = wide(v_add)
     energy = sums.square * sums.count[:, None]
-    norm = torch.linalg.vecdot(v_add, v_add).view(M, B, G, H // G, 1)
+    norm = v_add.square().sum(-1).view(M, B, G, H // G, 1)
     root = (norm * energy[:, :, None] + eps**2).rsqrt().view(sums.dot.shape)
     cosine = sums.dot * root
     value = torch.sigmoid(cosine + head_logit[:, None, :, None])
@@ -160,10 +173,10 @@ def gate_backward(
     (M, B, H, _), (_, G, T) = v_add.shape, square.shape
     e = torch.ops.aten.sigmoid_backward(upstream, gate.value)
     dot = e * gate.root
-    w = (dot * gate.cosine * gate.root).view(M, B, G, H // G, T)
-    norm = torch.linalg.vecdot(v_add, v_add).view(M, B, G, H // G, 1)
-    of_norm = torch.linalg.vecdot(w, (square * count[:, None])[:, :, None]).view(M, B, H)
-    of_square = (w * norm).sum((0, 3)) * count[:, None]
+    w = (dot * gate.cosine).mul_(gate.root).view(M, B, G, H // G, T)
+    norm, count = v_add.square().sum(-1).view(M, B, G, H // G, 1), count[:, None]
+    of_norm = (w * (square * count)[:, :, None]).sum(-1).view(M, B, H)
+    of_square = (w * norm).sum((0, 3)).mul_(count)
     both = spread(torch.cat([by_group(dot, G), of_square[:, :, None]], dim=2), tokens)
     if valid is not None:
         both = both * valid[:, None, None].to(both.dtype)

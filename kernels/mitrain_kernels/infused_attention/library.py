@@ -13,13 +13,15 @@ from torch import Tensor
 
 from mitrain_kernels.infused_attention import sdpa, triton_launch
 from mitrain_kernels.infused_attention.call import Setting
-from mitrain_kernels.infused_attention.gate import GateSums
+from mitrain_kernels.infused_attention.gate import GateSums, full_precision
 
 BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "triton": triton_launch}
 INPUTS = 8  # q, k, v, k_mul, v_mul, v_add, head_logit, k_add (where it is alive)
 EXTRA = slice(INPUTS, INPUTS + 6)  # base, valid, mask, sees, present, cu_seqlens; then dot, square, count
 KIND = EXTRA.stop + 3  # kind, numbers, backend, trains
-KEPT = INPUTS + 6  # among what is saved: attended, logsumexp, cosine, root, square, count; then the extra tensors
+KEPT = (
+    INPUTS + 6
+)  # among what is saved: attended, logsumexp (triton), cosine, root, square, count; then the extra tensors
 NAME = "mitrain_kernels::infused_attention"
 
 
@@ -52,7 +54,7 @@ def forward_now(
     """
     setting = unpack(kind, (base, valid, mask, sees, present, cu_seqlens), numbers)
     before = None if dot is None else GateSums(dot, square, count)
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q):
         inputs = (q, k, v, k_mul, v_mul, v_add, head_logit, k_add)
         return BACKENDS[backend].forward(inputs, setting, before, trains)
 
@@ -74,7 +76,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     if backend == "triton":
         output, logsumexp = q.new_empty(B, Tq, H, d).transpose(1, 2), q.new_empty(B, H, Tq, dtype=exact)
     else:
-        output, logsumexp = sdpa.like_results(q, M, kind)
+        output, logsumexp = sdpa.like_output(q, M, kind), q.new_empty(0, dtype=exact)
     kept = [torch.empty_like(output), logsumexp] if trains else [q.new_empty(0), q.new_empty(0, dtype=exact)]
     return output, *kept, *(q.new_empty(s, dtype=exact) for s in sums)
 
@@ -94,10 +96,11 @@ def backward_now(
 ) -> list[Tensor]:
     """The gradients of the inputs, in their types; an empty tensor for one that is not needed."""
     setting = unpack(kind, extra, numbers)
-    with torch.autocast(upstream.device.type, enabled=False):
+    with full_precision(upstream):
         found = BACKENDS[backend].backward(upstream, inputs, setting, attended, logsumexp, kept, continued, needs)
     found = [*found[:3], *(g if g is None else g.contiguous() for g in found[3:])]
-    return [g.to(x.dtype) if n else upstream.new_empty(0) for g, x, n in zip(found, inputs, needs, strict=True)]
+    found = [g if g is None or g.dtype == x.dtype else g.to(x.dtype) for g, x in zip(found, inputs, strict=True)]
+    return [g if n else upstream.new_empty(0) for g, n in zip(found, needs, strict=True)]
 
 
 backward_op = torch.library.custom_op(NAME + "_backward", backward_now, mutates_args=())
@@ -105,9 +108,12 @@ backward_op = torch.library.custom_op(NAME + "_backward", backward_now, mutates_
 
 @backward_op.register_fake
 def _(upstream, inputs, attended, logsumexp, kept, extra, kind, numbers, backend, continued, needs) -> list[Tensor]:
-    tokens_first = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in inputs[:3]]
-    maps = [x if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[3:]]
-    found = [x.transpose(1, 2) for x in tokens_first] + maps
+    plain = [x if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    if backend == "triton":
+        first = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in inputs[:3]]
+        found = [*(x.transpose(1, 2) for x in first), *plain[3:]]
+    else:
+        found = [torch.empty_like(inputs[0]), *plain[1:]]
     return [g if n else upstream.new_empty(0) for g, n in zip(found, needs, strict=True)]
 
 
