@@ -1,4 +1,4 @@
-"""``python -m mitrain`` in a job, whose rank 0 has Slurm signal it in step 3, unless the job was requeued already."""
+"""``python -m mitrain`` in a job; rank 0 has Slurm signal the job's shell in step 3, unless the job was requeued."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def arrange() -> None:
     def signalled(self):
         if self.engine.steps == STEP - 1:
             if os.environ["SLURM_PROCID"] == "0":
-                subprocess.run(["scancel", "--signal=USR1", os.environ["SLURM_JOB_ID"]], check=True)
+                subprocess.run(["scancel", "--batch", "--signal=USR1", os.environ["SLURM_JOB_ID"]], check=True)
             if not heard.wait(120):
                 raise SystemExit("no signal came")
         return step(self)

@@ -39,7 +39,7 @@ def submit(cluster, environment, tmp_path):
 
 
 def test_a_job_on_two_nodes_that_is_signalled_goes_on_where_it_stopped(submit, cluster, world, same_losses, tmp_path):
-    """Slurm's own signal reaches every rank in step 3; the job puts itself back into the queue and finishes."""
+    """Slurm signals the job's shell, the shell all ranks; the job puts itself back into the queue and finishes."""
     python = tmp_path / "python"
     stopping = Path(__file__).with_name("stopping.py")
     python.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{stopping}" "$@"\n')
