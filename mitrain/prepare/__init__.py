@@ -19,7 +19,7 @@ from mitrain import __version__
 from mitrain.config import nearest
 from mitrain.errors import PrepareError
 from mitrain.files import atomic_folder, cache_home, file_lock, sha256_file, write_json
-from mitrain.prepare.packages import STAMPS, debian_package, pypi_wheel
+from mitrain.prepare.packages import STAMPS, debian_package, npm_package, pypi_wheel
 
 
 def no_archives(folder: Path) -> list[Path]:
@@ -66,6 +66,12 @@ def from_stamps() -> dict[str, Any]:
     }
 
 
+CLIPART = ("openclipart-svg", "openclipart-png")
+EMOJI = {
+    ("emoji-datasource-google", "16.0.0"): "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    ("emoji-datasource-twitter", "16.0.0"): "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    ("cldr-annotations-full", "48.2.0"): "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
+}
 DIGITS_LICENCE = "CC-BY-4.0 (UCI optdigits), as bundled with scikit-learn (BSD-3-Clause)"
 
 
@@ -118,6 +124,30 @@ DATASETS = catalogue(
         summary="photographs and drawings with human captions and categories, split by object",
         build="mitrain.prepare.captions:build",
         **from_stamps(),
+    ),
+    Recipe(
+        name="tuxpaint-entailment",
+        summary="pictures with sentences they entail, contradict or leave open, in SNLI-VE's files; derived from captions",
+        build="mitrain.prepare.entailment:build",
+        **from_stamps(),
+    ),
+    Recipe(
+        name="openclipart",
+        summary="drawings with their authors' titles and keywords",
+        licence="public domain (Open Clip Art Library; see the packages' copyright file)",
+        package=f"Debian {CLIPART[0]} and {CLIPART[1]}",
+        size_mb=156,
+        build="mitrain.prepare.openclipart:build",
+        fetch=lambda folder: [debian_package(name, folder) for name in CLIPART],
+    ),
+    Recipe(
+        name="emoji",
+        summary="emoji of two vendors with CLDR's English names; one vendor held out",
+        licence="Apache-2.0 and OFL-1.1 (Noto), CC-BY-4.0 (Twemoji), Unicode-3.0 (CLDR); packages MIT and Unicode-3.0",
+        package="npm " + ", ".join(" ".join(key) for key in EMOJI),
+        size_mb=142,
+        build="mitrain.prepare.emoji:build",
+        fetch=lambda folder: [npm_package(*key, sha256, folder) for key, sha256 in EMOJI.items()],
     ),
     Recipe(
         name="tuxpaint-scenes",

@@ -1,4 +1,4 @@
-"""Exact archives from the package registries, through their ordinary clients: pip and apt-get.
+"""Exact archives from the package registries, through their ordinary clients: pip, apt-get and npm.
 
 Archives are kept in a folder and reused. A wheel is verified against its sha256 here, whatever the client did;
 a Debian package may move on to a newer version, so its sha256 is checked where the version is a known one
@@ -20,6 +20,8 @@ from mitrain.files import file_lock, fsync_path, sha256_file
 STAMPS = "tuxpaint-stamps-default"
 KNOWN_DEBIAN = {
     f"{STAMPS}_2022.06.04-1_all.deb": "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+    "openclipart-svg_1%3a0.18+dfsg-19_all.deb": "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
+    "openclipart-png_1%3a0.18+dfsg-19_all.deb": "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
 }
 ELSEWHERE = "or download it elsewhere and give --archive FILE"
 
@@ -52,6 +54,24 @@ def debian_package(name: str, folder: Path) -> Path:
         run_client(command, f"apt-get could not download {name}", "run 'apt-get update' as root,", work)
 
     return kept_or_brought(folder, name, f"{name}_*.deb", bring, KNOWN_DEBIAN.get)
+
+
+def npm_package(name: str, version: str, sha256: str, folder: Path) -> Path:
+    """The npm package ``name`` ``version`` as its archive in ``folder``, brought by npm unless it is there.
+
+    Nothing of it is run. Raises PrepareError.
+    """
+
+    def bring(work: Path) -> None:
+        npm = shutil.which("npm")
+        if npm is None:
+            raise PrepareError(f"no npm to download {name} with: install Node.js")
+        command = [npm, "pack", "--ignore-scripts", "--silent", f"{name}@{version}"]
+        run_client(
+            command, f"npm could not download {name} {version}", "check the network and npm's configuration,", work
+        )
+
+    return kept_or_brought(folder, name, f"{name}-{version}.tgz", bring, lambda file: sha256)
 
 
 def kept_or_brought(

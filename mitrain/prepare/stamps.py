@@ -8,6 +8,7 @@ drawing is used (Easter) rather than what it shows (a chick).
 
 import io
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,11 +256,13 @@ def shortest_known_tail(kind: str, known: set[str]) -> str:
 def cut_out(path: str, content: bytes) -> Image.Image:
     """The picture as RGBA, cropped to what can be seen, at most LONGEST pixels long."""
     try:
-        image = Image.open(io.BytesIO(content), formats=["PNG"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the next line is stricter
+            image = Image.open(io.BytesIO(content), formats=["PNG"])
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels")
         image = image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PrepareError(f"the stamp {path} is no readable PNG ({error}): get the original package") from None
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha >= VISIBLE)).getbbox()
     image = image.crop(box or (0, 0, *image.size))
