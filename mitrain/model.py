@@ -66,10 +66,9 @@ class Model:
     def trainable(self) -> dict[str, nn.Module]:
         return {"adapter": self.adapter, "head": self.task, "features": self.norm}
 
-    def parts(self, frozen: bool) -> dict[str, nn.Module]:
-        """The modules whose weights an engine holds: the trainable ones, and with ``frozen`` the backbones."""
-        backbones = {"text": self.text.model, **{f"encoder{i}": e for i, e in enumerate(self.encoders)}}
-        return {**self.trainable, **(backbones if frozen else {})}
+    @property
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"text": self.text.model, **{f"encoder{i}": e for i, e in enumerate(self.encoders)}}
 
     def images(self, root: Path, bad: BadSamples | None = None) -> ImageFeatures:
         """The encoders' view of the image files under ``root``."""

@@ -15,10 +15,12 @@ from typing import Any
 
 import yaml
 
-from mitrain import checkpoint, config, pretrained, schema
+from mitrain import checkpoint, config, dist, pretrained, schema
 from mitrain.backbones import ModelConfig, TextBackbone, VisionEncoder
 from mitrain.backbones.vision import Preprocess
 from mitrain.checkpoint import Checkpoint
+from mitrain.engine import ZeroConfig
+from mitrain.engine.zero import gather_as_needed, sharding
 from mitrain.errors import CheckpointError, ConfigError
 from mitrain.files import write_atomic
 from mitrain.model import Model, build, resolve_model
@@ -118,8 +120,11 @@ def open_run(folder: str | Path, which: str = "best") -> Run:
             )
         return open_published(folder)
     run_config, saved = read_config(folder), newest(folder, which)
-    model = build(run_config)
+    spread = run_config.zero if dist.world() > 1 else ZeroConfig()  # one process holds everything whatever the stage
+    model = build(run_config, shard=sharding(spread, run_config.train.optimizer))
     restore(model, saved)
+    if spread.stage == 3:
+        gather_as_needed(model.frozen, spread)
     return Run(folder, run_config, model, saved)
 
 

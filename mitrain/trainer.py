@@ -63,7 +63,7 @@ class Trainer:
             self.root = resolve_data(config.data)
             self.train = config.data.read(self.root, "train")
             self.val = limit(config.data.read(self.root, "val"), config.train.eval_samples)
-            self.model: Model = build(config, shard=sharding(config.zero, config.train.optimizer))
+            self.model: Model = self._build()
             self.engine = self._make_engine()
         self._encode()
         if dist.world() > 1:
@@ -71,13 +71,17 @@ class Trainer:
         self.loader: Loader[Any] = Loader(self.train, config.train.batch, config.seed)
         self.skips = SkipBudget(total=config.train.max_skipped)
 
+    def _build(self) -> Model:
+        return build(self.config, shard=sharding(self.config.zero, self.config.train.optimizer))
+
     def _make_engine(self) -> Engine:
         train, zero = self.config.train, self.config.zero
         common = (self._groups(), train.schedule.over(train.steps), train.optimizer)
         scale = FP16_SCALE if self.config.model.dtype == "fp16" else 1.0
         if not zero.stage:
             return LocalEngine(*common, scale)
-        return ZeroEngine(self.model.parts(frozen=zero.stage == 3), *common, zero, scale)
+        parts = {**self.model.trainable, **(self.model.frozen if zero.stage == 3 else {})}
+        return ZeroEngine(parts, *common, zero, scale)
 
     def _encode(self) -> None:
         """Run everything frozen once, and take the statistics that follow from it."""
@@ -96,10 +100,11 @@ class Trainer:
             with self._bar(len(rows), "encode texts") as bar:
                 self.model.states.prepare(rows, bar.update)
             self.model.norm.fit(self.images.pooled(paths["train"]))
-            self.model.task.fit(self.train)
-        for module in self.model.trainable.values():
-            dist.copy_from_main(module.state_dict().values())
-        self.engine.refresh()
+            with self.engine.whole(write=True):
+                self.model.task.fit(self.train)
+        with self.engine.whole(write=True):
+            for module in self.model.trainable.values():
+                dist.copy_from_main(module.state_dict().values())
 
     def _bar(self, total: int, text: str) -> tqdm:
         return tqdm(total=total, desc=text, disable=self.quiet or None, file=sys.stderr, leave=False)
@@ -123,8 +128,8 @@ class Trainer:
         saved = dist.from_main(self._newest)
         if saved is None:
             return 0
-        runs.restore(self.model, saved)
-        self.engine.refresh()
+        with self.engine.whole(write=True):
+            runs.restore(self.model, saved)
         try:
             self.engine.load_state_dict(saved.tensors["optimizer"], saved.state["engine"])
             self.loader.load_state(saved.state["loader"])
@@ -240,7 +245,8 @@ class Trainer:
         """All ranks together: each may hold a part of the optimizer's state."""
         optimizer, engine = self.engine.state_dict()
         random = checkpoint.rng_of_ranks()
-        dist.from_main(lambda: self._write(step, improved, optimizer, {"engine": engine, "rng": random}))
+        with self.engine.whole():
+            dist.from_main(lambda: self._write(step, improved, optimizer, {"engine": engine, "rng": random}))
 
     def _write(self, step: int, improved: bool, optimizer: dict[str, Tensor], more: dict[str, Any]) -> None:
         tensors = {name: checkpoint.only_trainable(module) for name, module in self.model.trainable.items()}

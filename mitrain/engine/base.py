@@ -6,6 +6,7 @@ how full each of them is, therefore changes nothing. ``step()`` never applies a 
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -99,8 +100,8 @@ class Engine(Protocol):
     def step(self) -> StepResult:
         """Finish the step and clear the gradients, whether or not the update was applied."""
 
-    def refresh(self) -> None:
-        """Take notice that the parameters were written to from outside, on all ranks alike."""
+    def whole(self, write: bool = False) -> AbstractContextManager:
+        """Inside, the trainable parameters can be read, and with ``write`` written to, on all ranks alike."""
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Optimizer state as flat named tensors (views) and a JSON-able dict, free of ranks and indices.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -61,8 +62,8 @@ class LocalEngine:
     def forward(self, compute: Callable[[], T]) -> T:
         return compute()
 
-    def refresh(self) -> None:
-        """Nothing to do: the parameters are the optimizer's own."""
+    def whole(self, write: bool = False) -> AbstractContextManager:
+        return nullcontext()  # the parameters are the optimizer's own
 
     def backward(self, loss_sum: Tensor, count: float | Tensor) -> None:
         """Accumulate the gradients of ``loss_sum`` (a scalar) over ``count`` samples; an empty one is ignored."""

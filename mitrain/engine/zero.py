@@ -9,17 +9,18 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from mitrain import dist
+from mitrain import dist, hf
 from mitrain.engine.base import Group, OptimizerConfig, T
-from mitrain.engine.deepspeed_config import ZeroConfig, deepspeed_json
+from mitrain.engine.deepspeed_config import Json, ZeroConfig, deepspeed_json
 from mitrain.engine.local import LocalEngine, checked_count
 from mitrain.errors import ConfigError
 
@@ -30,11 +31,14 @@ def deepspeed() -> ModuleType:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        import deepspeed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
     except ImportError:
         raise ConfigError(
             "zero.stage needs DeepSpeed, which is not installed: pip install 'mitrain[deepspeed]', or zero.stage=null"
         ) from None
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.ERROR)
     for handler in log.handlers:
@@ -66,6 +70,23 @@ def sharding(zero: ZeroConfig, optimizer: OptimizerConfig) -> Callable[[nn.Modul
         ds.zero.Init(module=module, config_dict_or_path=made)
 
     return shard
+
+
+def gather_as_needed(parts: Mapping[str, nn.Module], zero: ZeroConfig) -> None:
+    """Let modules whose weights lie in shards gather them when they are called, without an optimizer: for evaluation."""
+    made = deepspeed_json(zero, OptimizerConfig(), dist.world())
+    initialize(Root(parts), made)
+
+
+def initialize(root: "Root", made: Json, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    """DeepSpeed's engine for the modules under ``root``; ConfigError where it refuses its JSON."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it imports much of torch that is deprecated
+            return join().initialize(model=root, optimizer=optimizer, config=made, dist_init_required=False)[0]
+    except (AssertionError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"DeepSpeed refuses its configuration ({reason}): check zero.config") from None
 
 
 class Root(nn.Module):
@@ -100,23 +121,12 @@ class ZeroEngine(LocalEngine):
         self.stage, self.lockstep = zero.stage, zero.stage == 3
         self.json = deepspeed_json(zero, self.config, dist.world())
         self.deepspeed = join()
-        self.root = Root(parts)
-        self.engine = self._initialize()
+        self.engine = initialize(Root(parts), self.json, self.optimizer)
         self.sharded = self.engine.optimizer  # DeepSpeed's optimizer around ours
         self.sharded.override_loss_scale(1.0)
         self._summing = ExitStack()
         if self.stage == 3:
             self._keep_whole()
-
-    def _initialize(self) -> Any:
-        try:
-            return self.deepspeed.initialize(
-                model=self.root, optimizer=self.optimizer, config=self.json, dist_init_required=False
-            )[0]
-        except (AssertionError, ValueError, TypeError) as error:
-            raise ConfigError(
-                f"DeepSpeed refuses its configuration ({' '.join(str(error).split())[:200]}): check zero.config"
-            ) from None
 
     def _keep_whole(self) -> None:
         """Let the trainable weights stay gathered between the steps, as DeepSpeed does with small ones."""
@@ -151,8 +161,9 @@ class ZeroEngine(LocalEngine):
 
     def _update(self, count: float, reached: list[nn.Parameter]) -> float:
         self._begin()
-        for param in self.params.values():
-            if param.grad is None:
+        without = [param for param in self.params.values() if param.grad is None]
+        with hf.whole(without):
+            for param in without:
                 param.grad = torch.zeros_like(param)
         self._summing.close()  # reduces: DeepSpeed takes the mean over ranks
         self.sharded.override_loss_scale(count / dist.world())
@@ -165,7 +176,8 @@ class ZeroEngine(LocalEngine):
         if not dist.agree(self.engine.inside_no_sync_ctxt):
             return
         first = next(iter(self.params.values()))
-        first.grad = torch.full_like(first, math.nan)
+        with hf.whole([first]):
+            first.grad = torch.full_like(first, math.nan)
         self._update(1.0, [])
 
     def _clear(self) -> None:
@@ -174,13 +186,17 @@ class ZeroEngine(LocalEngine):
 
     # States that belong to no rank
 
-    def refresh(self) -> None:
+    @contextmanager
+    def whole(self, write: bool = False) -> Iterator[None]:
+        """DeepSpeed lets go of the trainable weights too whenever it has seen modules run in another order."""
         params = list(self.params.values())
-        if self.stage == 3:
-            params[0].partition(param_list=params, has_been_updated=True)
-        self.sharded.refresh_fp32_params()
-        if self.stage == 3:
-            params[0].all_gather(params)
+        with hf.whole(params):
+            yield
+            if write and self.stage == 3:
+                params[0].partition(param_list=params, has_been_updated=True)
+                params[0].all_gather(params)
+            if write:
+                self.sharded.refresh_fp32_params()
 
     def _flat(self) -> list[Tensor]:
         """This rank's parts of the trainable weights, each of several parameters."""

@@ -1,0 +1,153 @@
+"""DeepSpeed's stages on several ranks: every number of one process, weights in shards, checkpoints free of both."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from ranks import STEPS, losses, make_world, run_folder
+from zero_worker import NARROW, POISONED, SPREADS
+
+from mitrain.checkpoint.folder import survey
+from mitrain.cli import main
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+"""float32 sums in another order, amplified by Adam's division by a root."""
+
+
+@pytest.fixture(scope="module")
+def engines(forge, tmp_path_factory):
+    out = tmp_path_factory.mktemp("engines")
+    ended = forge.start(2, "zero_worker:compare", out, MITRAIN_TIMEOUT="120").wait()
+    assert [e.code for e in ended] == [0, 0], ended[0].err + ended[1].err
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def assert_same_results(found: list, plain: list) -> None:
+    for one, two in zip(found, plain, strict=True):
+        assert one[:2] == two[:2] and one[5] == two[5]
+        assert one[2:5] == pytest.approx(two[2:5], rel=1e-5, nan_ok=True)
+
+
+def assert_same_tensors(found: dict, plain: dict) -> None:
+    """``unused`` and its state are the plain engine's too, but for the state of a parameter that never was stepped."""
+    assert {n for n in found if "unused" not in n} == {n for n in plain if "unused" not in n}
+    for name, values in plain.items():
+        torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), **CLOSE)
+
+
+@pytest.mark.parametrize("spread", [json.dumps(s) for s in SPREADS])
+class TestEngine:
+    def test_it_is_the_plain_engine(self, engines, spread):
+        results, tensors = engines[0][spread]["whole"]
+        assert_same_results(results, engines[0]["plain"][0])
+        assert_same_tensors(tensors, engines[0]["plain"][1])
+
+    def test_ranks_agree_bit_for_bit(self, engines, spread):
+        for key, (results, tensors) in engines[0][spread].items():
+            assert repr(results) == repr(engines[1][spread][key][0]) and tensors == engines[1][spread][key][1]
+
+    def test_one_rank_alone_makes_all_skip_and_may_have_no_samples(self, engines, spread):
+        results, _ = engines[0][spread]["whole"]
+        assert [r[:2] for r in results[POISONED : NARROW + 1]] == [[False, "non-finite loss"], [True, None]]
+        assert [r[5] for r in results] == [1.0 if i == NARROW else 13.0 for i in range(6)]
+
+    def test_its_state_goes_on_bit_for_bit(self, engines, spread):
+        results, tensors = engines[0][spread]["resumed"]
+        whole, end = engines[0][spread]["whole"]
+        assert repr(results) == repr(whole[2:]) and tensors == end
+
+    @pytest.mark.parametrize("way", ["from plain", "to plain"])
+    def test_its_state_is_the_plain_engines(self, engines, spread, way):
+        results, tensors = engines[0][spread][way]
+        assert_same_results(results, engines[0]["plain"][0][2:])
+        assert_same_tensors(tensors, engines[0]["plain"][1])
+
+
+LOW = {
+    "fp32": [],
+    "int8": ["model.quantize=int8", "model.quantize_embedding=true"],
+    "nf4": ["model.quantize=nf4"],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A world, and the run of one process in each precision."""
+    path = make_world(tmp_path_factory.mktemp("zero"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        for name, settings in LOW.items():
+            assert main(["train", str(path / "config.yaml"), f"name={name}", *settings, "--runs", str(path)]) == 0
+        yield path
+
+
+@pytest.fixture
+def launch(forge, world, tmp_path):
+    """Start ``mitrain train`` on ranks that have no cache of the others; what each rank found."""
+
+    def start(ranks: int, *arguments: str) -> list[dict]:
+        env = {
+            "MITRAIN_CACHE": str(tmp_path / "cache"),
+            "MITRAIN_TIMEOUT": "120",
+            "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+        }
+        ended = forge.start(ranks, "zero_worker:train", world, tmp_path, *arguments, **env).wait()
+        assert [e.code for e in ended] == [0] * ranks, "\n".join(e.err for e in ended)
+        return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+    return start
+
+
+@pytest.mark.parametrize("precision", list(LOW))
+def test_a_run_in_shards_is_the_run_of_one_process(world, launch, precision, tmp_path):
+    """Nothing cached: encoders, trunk, training, evaluation run in shards. No rank holds more than its share and the
+    small parameters that stay whole (here all but the matrices), and nothing is compiled."""
+    name = f"shards-{precision}"
+    found = launch(
+        2, str(world / "config.yaml"), f"name={name}", "zero.stage=3", *LOW[precision], "--runs", str(tmp_path)
+    )
+    assert losses(run_folder(tmp_path, name)) == pytest.approx(losses(run_folder(world, precision)), rel=1e-5)
+    for rank in found:
+        assert rank["extensions"] == [] and set(rank["held"]) == {"text", "encoder0"}
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (3, 1), (4, 3)])
+def test_a_checkpoint_of_two_ranks_in_shards_goes_on_anywhere(world, launch, ranks, stage, tmp_path):
+    folder = interrupted(world, launch, tmp_path)
+    launch(ranks, "--resume", str(folder), f"zero.stage={stage}")
+    assert losses(folder) == pytest.approx(losses(run_folder(world, "fp32")), rel=1e-5)
+
+
+def test_in_the_same_shards_it_goes_on_bit_for_bit(world, launch, tmp_path):
+    folder = interrupted(world, launch, tmp_path)
+    whole = losses(run_folder(tmp_path, "whole"))
+    launch(2, "--resume", str(folder))
+    assert losses(folder) == whole
+
+
+def interrupted(world, launch, tmp_path):
+    """A run of two ranks at stage 3 whose checkpoint of the last step is gone."""
+    launch(2, str(world / "config.yaml"), "name=whole", "zero.stage=3", "--runs", str(tmp_path))
+    folder = tmp_path / "cut"
+    shutil.copytree(run_folder(tmp_path, "whole"), folder)
+    shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
+    assert [manifest.step for _, manifest in survey(folder / "checkpoints")] == [3]
+    return folder
+
+
+def test_evaluation_and_generation_in_shards(world, forge, tmp_path, capsys):
+    """13 samples in batches of 5 are two rounds on rank 0 and one on rank 1."""
+    folder = tmp_path / "sharded"
+    shutil.copytree(run_folder(world, "fp32"), folder)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("stage: 0", "stage: 3"))
+    asked = (str(folder), "--split", "test", "--generate", "--samples", "13", "--json")
+    env = {"MITRAIN_CACHE": str(tmp_path / "cache"), "MITRAIN_TIMEOUT": "120"}
+    ended = forge.start(2, "zero_worker:score", *asked, **env).wait()
+    assert [e.code for e in ended] == [0, 0], ended[0].err + ended[1].err
+    assert ended[1].out == ""
+    assert main(["eval", *asked]) == 0
+    assert json.loads(ended[0].out) == json.loads(capsys.readouterr().out)

@@ -1,0 +1,145 @@
+"""What the ranks of test_zero.py do; see worker.py."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mitrain import dist
+from mitrain.cli import main
+from mitrain.engine import Engine, Group, LocalEngine, OptimizerConfig, ZeroConfig
+from mitrain.engine.zero import ZeroEngine
+from mitrain.trainer import Trainer
+
+CLIP = OptimizerConfig(clip=0.5)
+SPREADS = (
+    {"stage": 1},
+    {"stage": 2},
+    {"stage": 3},
+    {"stage": 1, "offload_optimizer": True},
+    {"stage": 3, "offload_optimizer": True, "offload_params": True},
+)
+POISONED, NARROW = 3, 4
+
+
+def net() -> nn.Module:
+    """A trained layer, a frozen one, a trained one of a width that two ranks cannot halve, and a parameter unused."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 1))
+    module[1].requires_grad_(False)
+    module.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    return module
+
+
+def engine_for(module: nn.Module, spread: dict | None) -> Engine:
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    groups, schedule = [Group("net", named, 0.1)], lambda step: 0.9**step
+    if spread is None:
+        return LocalEngine(groups, schedule, CLIP)
+    return ZeroEngine({"net": module}, groups, schedule, CLIP, ZeroConfig(**spread))
+
+
+def step(engine: Engine, module: nn.Module, seed: int) -> list:
+    """A step of 13 samples in micro-batches of 9, 1 and 3; in step `POISONED` rank 1's loss is not finite.
+
+    In step `NARROW` there is one sample: rank 0 has none.
+    """
+    x = torch.randn(1 if seed == NARROW else 13, 5, generator=torch.Generator().manual_seed(seed))
+    for micro in x.split([1] if seed == NARROW else [9, 1, 3]):
+        mine = micro[dist.share(len(micro))]
+        count = len(mine)
+        if count or engine.lockstep:
+            mine = mine if count else micro[:1]
+            loss = engine.forward(lambda part=mine: ((module(part) - part.sum(1, keepdim=True)) ** 2).sum())
+            engine.backward(loss * (math.inf if seed == POISONED and dist.rank() else 1), count)
+    result = engine.step()
+    return [result.applied, result.reason, result.loss, result.grad_norm, result.lr, result.count]
+
+
+def run(spread: dict | None, first: int = 0, last: int = 6, saved: Any = None) -> tuple[list, Any]:
+    """Results of the steps first…last, and what a checkpoint would hold; from ``saved`` of an engine before."""
+    module = net()
+    engine = engine_for(module, spread)
+    if saved is not None:
+        with engine.whole(write=True), torch.no_grad():
+            for name, parameter in engine.params.items():
+                parameter.copy_(saved[0][name])
+        engine.load_state_dict(*saved[1])
+    results = [step(engine, module, seed) for seed in range(first, last)]
+    with engine.whole():
+        return results, ({n: p.detach().clone() for n, p in engine.params.items()}, engine.state_dict())
+
+
+def listed(saved: Any) -> dict:
+    weights, (slots, _) = saved
+    return {name: tensor.tolist() for name, tensor in {**weights, **slots}.items()}
+
+
+def engines() -> dict:
+    """Every spread beside the plain engine: whole, and from a state saved after two steps by itself and by the other."""
+    plain, after = run(None)
+    found: dict[str, Any] = {"plain": [plain, listed(after)]}
+    _, plain_half = run(None, last=2)
+    for spread in SPREADS:
+        results, whole = run(spread)
+        _, half = run(spread, last=2)
+        resumed, end = run(spread, 2, 6, half)
+        crossed, crossed_end = run(spread, 2, 6, plain_half)
+        back, back_end = run(None, 2, 6, half)
+        found[json.dumps(spread)] = {
+            "whole": [results, listed(whole)],
+            "resumed": [resumed, listed(end)],
+            "from plain": [crossed, listed(crossed_end)],
+            "to plain": [back, listed(back_end)],
+        }
+    return found
+
+
+def held(module: nn.Module) -> dict[str, int]:
+    """Bytes of frozen weights on this rank, and of all of them, counted from storages."""
+    own = whole = 0
+    for parameter in {id(p): p for p in module.parameters() if not p.requires_grad}.values():
+        own += parameter.ds_tensor.untyped_storage().nbytes() + parameter.untyped_storage().nbytes()
+        whole += parameter.ds_numel * parameter.element_size()
+    return {"own": own, "whole": whole}
+
+
+def compare(out: str) -> int:
+    torch.set_num_threads(1)
+    with dist.started() as here:
+        found = engines()
+    (Path(out) / f"{here.rank}.json").write_text(json.dumps(found))
+    return 0
+
+
+def train(world: str, out: str, *arguments: str) -> int:
+    """``mitrain train ARGUMENTS``; OUT/RANK.json has what the frozen weights took at the run's end."""
+    torch.set_num_threads(1)
+    finished, found = Trainer.fit, {}
+
+    def counted(trainer: Trainer) -> Any:
+        outcome = finished(trainer)
+        if trainer.config.zero.stage == 3:
+            found.update({name: held(module) for name, module in trainer.model.frozen.items()})
+        return outcome
+
+    Trainer.fit = counted
+    code = main(["train", *arguments])
+    rank = os.environ["RANK"]
+    (Path(out) / f"{rank}.json").write_text(json.dumps({"held": found, "extensions": extensions()}))
+    return code
+
+
+def extensions() -> list[str]:
+    """What was compiled on the spot."""
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+def score(folder: str, *arguments: str) -> int:
+    torch.set_num_threads(1)
+    return main(["eval", folder, *arguments])
