@@ -61,6 +61,7 @@ def export(
 def run_part(run_config: RunConfig, model: Model, saved: Checkpoint, metrics: dict[str, dict[str, Any]]) -> RunPart:
     values = run_config.to_dict()
     del values["wandb"], values["model"]["llm"]
+    values["model"]["device"] = "auto"  # which devices there are is the loading machine's to say
     return RunPart(
         config=values,
         encoders=[encoder_part(encoder) for encoder in model.encoders],

@@ -40,7 +40,7 @@ class EncoderPart(Strict):
 class RunPart(Strict):
     """What a run adds to its adapter.
 
-    ``config``: its configuration without the language model's name. ``answers``: the answers that training samples had,
+    ``config``: its configuration without the language model's name and device. ``answers``: the answers that training samples had,
     by prompt (none: not kept). ``step``: of the checkpoint, ``best`` whether it was the best on val. ``metrics``: by
     split, of that step.
     """

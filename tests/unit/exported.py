@@ -32,10 +32,15 @@ def make_world(path: Path) -> Path:
 
 def make_config(world: Path, task: str = "answer") -> RunConfig:
     vision = {"name": str(world / "vision"), "size": 56, "layer": 2, "pool": "cls+mean", "resize": "pad"}
+    vision |= {"levels": [2]} if task == "segment" else {}
     return schema.from_dict(
         {
             "name": "colours",
-            "model": {"llm": str(world / "llm"), "vision": [vision | ({"levels": [2]} if task == "segment" else {})]},
+            "model": {
+                "device": "cpu",
+                "llm": str(world / "llm"),
+                "vision": [vision],
+            },
             "adapter": {"name": "mit", "layers": [1], "rank": 3},
             "data": {"name": "records", "root": str(world / "data")},
             "wandb": {"project": "secret"},

@@ -11,7 +11,7 @@ from exported import BEST, LAST, PROMPT, make_config, make_run, make_world
 from folders import llm_folder, vision_folder
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import scramble
+from tiny import NAMES, scramble, tiny
 from transformers import AutoModelForCausalLM
 
 import mitrain
@@ -136,6 +136,7 @@ def test_the_card_and_the_configuration_say_what_is_inside(world, exported, run)
     assert f"| val | {BEST} | accuracy | 0.4000 |" in card and "nan" not in card
     assert "secret" not in json.dumps(values) and str(world) not in card
     assert values["run"]["encoders"][0]["preprocess"]["size"] == 56
+    assert values["run"]["config"]["model"]["device"] == "auto" and "llm" not in values["run"]["config"]["model"]
 
 
 def test_other_places_and_precisions_of_the_base(world, exported, predictor, images):
@@ -221,6 +222,21 @@ def test_an_adapter_of_ones_own_loop_is_saved_and_attached_again(world, tmp_path
     mit.detach()
     with pytest.raises(ModelError, match="not attached to a language model"):
         mit.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture_has_a_fingerprint_that_its_copy_shares(name, tmp_path):
+    model, features = tiny(name), torch.randn(2, 6)
+    mit = mitrain.attach(model, mitrain.MiTConfig(modalities={"image": 6}, layers=[1, 3]))
+    scramble(mit)
+    mit.save_pretrained(tmp_path / "mit")
+    again, _ = mitrain.load_adapter(copy := tiny(name), tmp_path / "mit")
+    assert again.layers == [1, 3]
+    logits = [m(IDS, infused={"image": features}).logits for m in (model, copy)]
+    assert torch.equal(*logits) and not torch.equal(logits[0], tiny(name)(IDS).logits)
+    other = next(n for n in NAMES if n != name)
+    with pytest.raises(ModelError, match="does not match what the adapter was trained on: model_type"):
+        mitrain.load_adapter(tiny(other), tmp_path / "mit")
 
 
 def test_deepspeed_is_not_needed(exported, images, monkeypatch):
