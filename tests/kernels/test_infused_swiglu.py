@@ -179,6 +179,16 @@ def test_the_operators_keep_torchs_rules():
             torch.library.opcheck(ops.infused_swiglu_backward.default, (torch.ones_like(values[0]), *values, needs))
 
 
+@pytest.mark.parametrize("names", [(), ("up",), ("gate", "f")])
+def test_called_directly_it_is_the_operator_of_torchs_library(names):
+    inputs, _ = make((2, 3, 4))
+    inputs, upstream = frozen(inputs, *names), upstream_of(inputs)
+    by_library = run(lambda **i: torch.ops.mitrain_kernels.infused_swiglu(*i.values(), None, "auto"), inputs, upstream)
+    directly = run(infused_swiglu, inputs, upstream)
+    assert set(directly) == set(by_library) == {"output", *NAMES} - set(names)
+    assert all(torch.equal(directly[n], by_library[n]) for n in directly)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_it_is_one_node(dynamic):
     seen = []

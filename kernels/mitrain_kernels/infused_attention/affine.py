@@ -12,8 +12,8 @@ from torch import Tensor
 from mitrain_kernels.infused_attention.call import Setting
 from mitrain_kernels.infused_attention.workspace import workspace
 
-PIECE = 1 << 18
-"""Elements that are worked on at a time outside of attention: a megabyte in float32."""
+PIECE = 1 << 20
+"""Elements that are worked on at a time outside of attention: four megabytes in float32."""
 
 
 class Maps(NamedTuple):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -34,7 +35,11 @@ def infused_swiglu(
     if backend == "reference":
         check_bounds(gate, cu_seqlens)
         return infused_swiglu_reference(gate, up, f, cu_seqlens=cu_seqlens)
-    return torch.ops.mitrain_kernels.infused_swiglu.default(gate, up, f, cu_seqlens, backend)
+    if torch.compiler.is_compiling():
+        return torch.ops.mitrain_kernels.infused_swiglu.default(gate, up, f, cu_seqlens, backend)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad or f.requires_grad):
+        return Recorded.apply(gate, up, f, cu_seqlens, backend)
+    return compute(gate, up, f, cu_seqlens, backend)
 
 
 def check(gate: Tensor, up: Tensor, f: Tensor, cu_seqlens: Tensor | None, backend: str) -> None:
@@ -102,18 +107,20 @@ torch.library.define(
 )
 
 
-@torch.library.impl(FORWARD, "default")
 def compute(gate: Tensor, up: Tensor, f: Tensor, cu_seqlens: Tensor | None, backend: str) -> Tensor:
     check_bounds(gate, cu_seqlens)
     return implementation(gate, backend).forward(gate, up, f, cu_seqlens)
 
 
-@torch.library.impl(BACKWARD, "default")
 def compute_gradients(
     grad: Tensor, gate: Tensor, up: Tensor, f: Tensor, cu_seqlens: Tensor | None, backend: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate, up and f; an empty tensor stands for one that ``needs`` does not ask for."""
     return implementation(gate, backend).backward(grad, gate, up, f, cu_seqlens, needs)
+
+
+torch.library.impl(FORWARD, "default", compute)
+torch.library.impl(BACKWARD, "default", compute_gradients)
 
 
 @torch.library.register_fake(FORWARD)
@@ -134,14 +141,29 @@ def remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(gate, up, f, cu_seqlens)
 
 
-def differentiate(ctx: Any, grad: Tensor) -> Gradients:
+def differentiate(ctx: Any, grad: Tensor, backward: Callable[..., Gradients] | None = None) -> Gradients:
     needs = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.mitrain_kernels.infused_swiglu_backward.default(grad, *ctx.saved_tensors, ctx.backend, needs)
+    backward = backward or torch.ops.mitrain_kernels.infused_swiglu_backward.default
+    gradients = backward(grad, *ctx.saved_tensors, ctx.backend, needs)
     return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), None, None
 
 
 def refuse(ctx: Any, *grads: Tensor) -> Gradients:
     raise RuntimeError("infused_swiglu has no second derivative: use backend='reference', or no create_graph=True")
+
+
+class Recorded(torch.autograd.Function):
+    """The operator without torch's library around it, whose Python costs more than small shapes."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = compute(*inputs)
+        remember(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        return differentiate(ctx, grad, None if torch.is_grad_enabled() else compute_gradients)
 
 
 torch.library.register_autograd(FORWARD, differentiate, setup_context=remember)
