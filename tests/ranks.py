@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ IMPORTED = (
     "mitrain.cli mitrain.trainer mitrain.scoring PIL.Image transformers.models.llama.modeling_llama"
     " transformers.models.dinov2.modeling_dinov2 transformers.conversion_mapping"
 ).split()
+DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer")
 STEPS = 6
 TRAIN = {"steps": STEPS, "batch": 7, "accumulate": 2, "lr": 1e-2, "eval_every": 3, "save_every": 3, "keep": 9,
          "eval_batch": 5, "schedule": {"name": "constant"}}  # fmt: skip
@@ -126,7 +128,7 @@ class Forge:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.groups = 0
-        env = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, "-W", "error", __file__], env=env, **pipes)
 
@@ -156,6 +158,10 @@ def serve() -> None:
     """Fork ranks and wait for them, as orders come in on standard input; what they need is imported before."""
     for module in IMPORTED:
         importlib.import_module(module)
+    with warnings.catch_warnings(), contextlib.suppress(ImportError):
+        warnings.simplefilter("ignore")  # of what DeepSpeed imports
+        for module in DEEPSPEED:
+            importlib.import_module(module)
     sys.modules["PIL.Image"].init()
     sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("llama")
     gc.collect()

@@ -100,12 +100,15 @@ def engines() -> dict:
 
 
 def held(module: nn.Module) -> dict[str, int]:
-    """Bytes of frozen weights on this rank, and of all of them, counted from storages."""
-    own = whole = 0
+    """Bytes of the frozen weights: on all ranks together, in this rank's shards, gathered on it beside them; and of an
+    element of every parameter."""
+    found = dict.fromkeys(("whole", "shards", "gathered", "slack"), 0)
     for parameter in {id(p): p for p in module.parameters() if not p.requires_grad}.values():
-        own += parameter.ds_tensor.untyped_storage().nbytes() + parameter.untyped_storage().nbytes()
-        whole += parameter.ds_numel * parameter.element_size()
-    return {"own": own, "whole": whole}
+        found["whole"] += parameter.ds_numel * parameter.element_size()
+        found["shards"] += parameter.ds_tensor.untyped_storage().nbytes()
+        found["gathered"] += parameter.numel() * parameter.element_size()
+        found["slack"] += parameter.element_size()
+    return found
 
 
 def compare(out: str) -> int:
