@@ -29,7 +29,7 @@ def alone(world) -> list[float]:
 @pytest.fixture(scope="session")
 def environment(world) -> dict[str, str]:
     ours = {"PYTHONPATH": PATH, "PYTHON": sys.executable, "MITRAIN_CACHE": str(world / "ranks-cache")}
-    return {**os.environ, **ours, "OMP_NUM_THREADS": "1", "MITRAIN_TIMEOUT": "300"}
+    return {**os.environ, **ours, "OMP_NUM_THREADS": "1", "MITRAIN_TIMEOUT": "900"}
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def same_losses(alone) -> Callable[[Path], None]:
 def run_script(environment) -> Callable[..., subprocess.CompletedProcess]:
     """Runs ``launch/NAME ARGUMENTS…``."""
 
-    def run(name: str, *arguments: object, timeout: float = 600, **env: str) -> subprocess.CompletedProcess:
+    def run(name: str, *arguments: object, timeout: float = 1800, **env: str) -> subprocess.CompletedProcess:
         command = ["bash", str(ROOT / "launch" / name), *map(str, arguments)]
         return subprocess.run(
             command, env={**environment, **env}, capture_output=True, text=True, timeout=timeout, cwd=ROOT

@@ -95,7 +95,7 @@ class Cluster:
         words = self.run("scontrol", "show", "job", number, "-o").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: str, seconds: float = 900) -> dict[str, str]:
+    def wait(self, number: str, seconds: float = 1800) -> dict[str, str]:
         """The job when it has ended; one that was requeued is started at once."""
 
         def ended() -> bool:

@@ -3,8 +3,11 @@
 Only the network is separate; files, the host's name and processes are shared.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -42,7 +45,22 @@ class TwoHosts:
         """Start a command on a host, gloo bound to its interface."""
         words = ["ip", "netns", "exec", self.names[host], *map(str, command)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(words, env={**env, "GLOO_SOCKET_IFNAME": INTERFACE}, **pipes, **options)
+        env = {**env, "GLOO_SOCKET_IFNAME": INTERFACE}
+        return subprocess.Popen(words, env=env, start_new_session=True, **pipes, **options)
+
+    def finish(self, *started: subprocess.Popen, seconds: float = 1800) -> None:
+        """Wait for commands, which all have to end with 0; what is left of any is killed."""
+        end, said = time.monotonic() + seconds, []
+        try:
+            for process in started:
+                said.append(process.communicate(timeout=max(1, end - time.monotonic()))[0])
+            assert not any(process.returncode for process in started), "\n".join(said)
+        finally:
+            for process in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                process.stdout.close()
 
     def stop(self) -> None:
         for name in self.names:
