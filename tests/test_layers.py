@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("floors",),
     ("trainer", "scoring"),  # L3
     ("report", "export"),
+    ("bench",),  # whole runs, beside one another
     ("cli",),  # L4
     ("__main__",),
 )
@@ -37,6 +38,7 @@ FRONT_SHOWS = ("adapters", "export")
 DOORS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("mitrain/engine/",),
     "bitsandbytes": ("mitrain/quant/",),
+    "peft": ("mitrain/bench/",),
     "wandb": ("mitrain/telemetry.py",),
     "triton": ("kernels/mitrain_kernels/",),
     "mitrain_kernels": ("mitrain/adapters/", "mitrain/backbones/", "kernels/mitrain_kernels/"),

@@ -1,0 +1,108 @@
+"""The cells of the parity matrix: which runs are made, and which of them say how far rounding alone moves a loss."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mitrain.config import digest
+
+OURS, BITSANDBYTES, PEFT = "ours", "bitsandbytes", "peft"
+STAGES = (0, 1, 2, 3)
+RANKS = (1, 2)
+PRECISIONS = {
+    "fp32": ("model.dtype=fp32", "model.quantize=none"),
+    "bf16": ("model.dtype=bf16", "model.quantize=none"),
+    "int8": ("model.dtype=fp32", "model.quantize=int8"),
+    "nf4": ("model.dtype=fp32", "model.quantize=nf4"),
+    "int8-activations": ("model.dtype=fp32", "model.quantize=int8-activations"),
+}
+MATRIX = ("fp32", "bf16", "int8", "nf4")
+NOISY = ("bf16", "int8-activations")
+"""Precisions whose rounding depends on the order of sums; the others are compared to `EXACT`."""
+EXACT = 1e-5
+SPARE = 1.25
+"""Samples read for each one that is trained on, for pictures that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. ``accumulate``: into how many micro-batches each step's samples are cut on every rank."""
+
+    who: str
+    precision: str
+    zero: int
+    ranks: int
+    accumulate: int = 1
+
+    @property
+    def name(self) -> str:
+        parts = f"accumulate{self.accumulate}" if self.accumulate > 1 else ""
+        return "-".join(filter(None, [self.who, self.precision, f"zero{self.zero}", f"ranks{self.ranks}", parts]))
+
+    @property
+    def reference(self) -> "Cell":
+        """The single-process, unsharded run of the same precision."""
+        return Cell(self.who, self.precision, 0, 1)
+
+    @property
+    def unsharded(self) -> bool:
+        return self.zero == 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all cells have in common: the configuration's file, ``steps`` updates of ``batch`` samples."""
+
+    config: str
+    steps: int = 20
+    batch: int = 4
+
+    @property
+    def samples(self) -> int:
+        """How many samples are read: those of the steps and of one more, of which the loss is reported."""
+        return round(SPARE * (self.steps + 1) * self.batch)
+
+    def overrides(self, cell: Cell) -> list[str]:
+        """The settings of a cell on top of the configuration's file."""
+        return [
+            *PRECISIONS[cell.precision],
+            f"zero.stage={cell.zero}",
+            f"train.steps={self.steps + 1}",
+            f"train.batch={self.batch // cell.accumulate}",
+            f"train.accumulate={cell.accumulate}",
+            f"train.schedule.warmup={self.steps}",
+            "train.eval_samples=4",
+            "model.device=cpu",
+        ]
+
+    def identity(self, cell: Cell) -> str:
+        """What a kept result must have been measured for to be taken over."""
+        return digest({**asdict(self), **asdict(cell)})
+
+
+def full() -> list[Cell]:
+    """The whole matrix, the runs that give the noisy precisions their tolerance, and the peers."""
+    cells = [Cell(OURS, p, zero, ranks) for p in MATRIX for ranks in RANKS for zero in STAGES]
+    cells += [Cell(OURS, "int8-activations", zero, ranks) for zero, ranks in ((0, 1), (0, 2), (3, 2))]
+    cells += [Cell(OURS, p, 0, ranks, accumulate) for p in NOISY for ranks, accumulate in ((1, 2), (1, 4), (2, 2))]
+    return ordered(cells) + peers()
+
+
+def peers() -> list[Cell]:
+    kinds = ((BITSANDBYTES, "int8-activations"), (PEFT, "fp32"), (PEFT, "int8-activations"))
+    return [Cell(who, precision, zero, ranks) for who, precision in kinds for zero, ranks in ((0, 1), (3, 2))]
+
+
+def quick() -> list[Cell]:
+    """The corners of the matrix, without peers."""
+    return ordered(Cell(OURS, p, zero, ranks) for p in ("fp32", "int8") for ranks in RANKS for zero in (0, 3))
+
+
+def ordered(cells: Iterable[Cell]) -> list[Cell]:
+    """By precision, and in it the references first: an interrupted matrix has whole rows."""
+    names = list(PRECISIONS)
+    return sorted(cells, key=lambda c: (names.index(c.precision), c.ranks, c.zero, c.accumulate))
+
+
+def from_dict(values: dict[str, Any]) -> Cell:
+    return Cell(**{key: values[key] for key in ("who", "precision", "zero", "ranks", "accumulate")})

@@ -1,0 +1,140 @@
+"""All cells of the matrix, each measured once; the table of an interrupted matrix goes on where it stopped.
+
+OUT/cells/NAME.json    a finished cell, until the matrix is whole
+OUT/results.json       all rows with their verdicts, and how they were made
+OUT/table.md           the same for people
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mitrain import schema
+from mitrain.bench import ranks
+from mitrain.bench.cells import BITSANDBYTES, OURS, PEFT, Cell, Plan
+from mitrain.bench.judge import faults, judged
+from mitrain.bench.table import table
+from mitrain.engine.zero import deepspeed
+from mitrain.errors import ConfigError, MissingExtraError, UserError
+from mitrain.files import write_atomic, write_json
+from mitrain.model import resolve_data, resolve_model
+from mitrain.report import commit
+
+Row = dict[str, Any]
+Measure = Callable[[Cell, Plan, float], Row]
+Say = Callable[[str], object]
+PACKAGES = ("torch", "transformers", "deepspeed", "bitsandbytes", "peft")
+
+
+class ParityError(UserError):
+    """Cells that are out of tolerance, hold too much or failed; everything has been written."""
+
+    exit_code = 1
+
+
+def parity(
+    plan: Plan,
+    cells: Sequence[Cell],
+    out: Path,
+    command: str,
+    say: Say = print,
+    limit_s: float = 3600,
+    measure: Measure = ranks.measured,
+) -> dict[str, Any]:
+    """Measure ``cells``, write the results to ``out`` and return them; see `check` for their verdict."""
+    rows = []
+    for number, cell in enumerate(cells, 1):
+        row = cell_row(cell, plan, out, limit_s, measure)
+        rows.append(row)
+        told = row.get("error") or f"loss {row['loss']:.6f}"
+        say(f"[{number}/{len(cells)}] {cell.name}: {told} ({row['seconds']} s)")
+    found = {"made": provenance(plan, command, rows), "rows": judged(rows)}
+    write_json(out / "results.json", found)
+    write_atomic(out / "table.md", table(found["rows"], found["made"]))
+    shutil.rmtree(out / "cells", ignore_errors=True)
+    return found
+
+
+def cell_row(cell: Cell, plan: Plan, out: Path, limit_s: float, measure: Measure) -> Row:
+    """The cell as measured now, or by an interrupted run of the same plan; one that failed is tried again."""
+    kept, identity = out / "cells" / f"{cell.name}.json", plan.identity(cell)
+    found = read_kept(kept)
+    if found.get("identity") == identity and "error" not in found:
+        return found
+    start = time.monotonic()
+    row = asdict(cell) | measure(cell, plan, limit_s)
+    row |= {"seconds": round(time.monotonic() - start), "commit": commit(), "identity": identity}
+    write_json(kept, row)
+    return row
+
+
+def read_kept(path: Path) -> Row:
+    """A kept row; nothing where there is none or the file is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def prepare(plan: Plan) -> None:
+    """What all cells need, brought here once: DeepSpeed, the models and the data. Errors are the user's, before a cell."""
+    try:
+        deepspeed()
+    except ConfigError:
+        raise MissingExtraError(
+            "mitrain bench parity measures DeepSpeed's ZeRO, and deepspeed is not installed:"
+            " install it with pip install 'mitrain[deepspeed]'"
+        ) from None
+    config = schema.load(plan.config, plan.overrides(Cell(OURS, "fp32", 0, 1)))
+    if config.task.section_name != "answer":
+        raise ConfigError(f"{plan.config} has task.name={config.task.section_name!r}: give a configuration of answer")
+    resolve_data(config.data)
+    for name in (config.model.llm, *(encoder.name for encoder in config.model.vision)):
+        resolve_model(name)
+
+
+def check(found: dict[str, Any]) -> None:
+    """ParityError where a cell of ours is not ok."""
+    out = faults(found["rows"])
+    if out:
+        raise ParityError(f"{len(out)} of {len(found['rows'])} cells are out: {'; '.join(out)}; see table.md")
+
+
+def provenance(plan: Plan, command: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Command, date, commits, versions and machine."""
+    who = {row["who"] for row in rows}
+    left_out = {"bitsandbytes": BITSANDBYTES, "peft": PEFT}
+    names = [name for name in PACKAGES if left_out.get(name, OURS) in who]
+    return {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": ", ".join(sorted({row["commit"] for row in rows})),
+        "versions": {name: version(name) for name in names},
+        "machine": machine(),
+        **asdict(plan),
+    }
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor, how many cores of it, and what the ranks talk through."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{name}, {os.cpu_count()} cores, gloo, a thread per rank"

@@ -1,0 +1,197 @@
+"""The parity matrix without its runs: its cells, what makes one red, the table, and going on after an interruption."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from mitrain.bench import cells, judge, parity, ranks
+from mitrain.bench.cells import EXACT, OURS, Cell, Plan
+from mitrain.bench.table import COLUMNS, table
+from mitrain.cli import main
+
+PLAN = Plan("x.yaml", steps=2)
+FOUND = {
+    "loss": 2.0,
+    "losses": [2.5, 2.1, 2.0],
+    "resident_frozen_bytes_per_rank": 520,
+    "whole_frozen_bytes": 1000,
+    "gathered_bytes_per_step": 1000,
+    "optimizer_bytes": 64,
+    "step_ms": 3.0,
+}
+
+
+def row(cell: Cell, **changes) -> dict:
+    return {**asdict(cell), **FOUND, **changes}
+
+
+def verdicts(*rows: dict) -> list:
+    return [r["ok"] for r in judge.judged(rows)]
+
+
+def test_the_matrix_is_whole_and_each_cell_has_its_reference():
+    full = cells.full()
+    assert len({cell.name for cell in full}) == len(full)
+    ours = {(c.zero, c.precision, c.ranks) for c in full if c.who == OURS}
+    wanted = {(z, p, r) for z in (0, 1, 2, 3) for p in ("fp32", "bf16", "int8", "nf4") for r in (1, 2)}
+    assert wanted | {(z, "int8-activations", r) for z, r in ((0, 1), (0, 2), (3, 2))} == ours
+    assert {c.who for c in full} == {"ours", "bitsandbytes", "peft"}
+    assert all(cell.reference in full[: full.index(cell) + 1] for cell in full)
+    for precision in cells.NOISY:
+        assert sum(c.zero == 0 and c.precision == precision and c.who == OURS for c in full) >= 3
+    assert len(cells.quick()) == 8 and all(c.who == OURS and c in full for c in cells.quick())
+
+
+def test_a_step_has_as_many_samples_however_it_is_cut():
+    for cell in cells.full():
+        values = dict(text.split("=") for text in Plan("x.yaml", batch=4).overrides(cell))
+        assert int(values["train.batch"]) * int(values["train.accumulate"]) == 4
+        assert int(values["train.batch"]) >= cell.ranks
+        assert values["zero.stage"] == str(cell.zero)
+
+
+def test_a_loss_off_by_more_than_the_tolerance_is_red():
+    reference, sharded = row(Cell(OURS, "int8", 0, 1)), Cell(OURS, "int8", 3, 2)
+    assert verdicts(reference, row(sharded, loss=2 * (1 + 0.9 * EXACT))) == [True, True]
+    assert verdicts(reference, row(sharded, loss=2 * (1 - 1.1 * EXACT))) == [True, False]
+
+
+def test_noisy_precisions_are_held_to_the_spread_of_unsharded_runs():
+    unsharded = [row(Cell(OURS, "bf16", 0, 1)), row(Cell(OURS, "bf16", 0, 2), loss=2.01)]
+    unsharded += [row(Cell(OURS, "bf16", 0, 1, 2), loss=1.99)]
+    within, beyond = (row(Cell(OURS, "bf16", 2, 1), loss=loss) for loss in (2.0199, 2.0201))
+    found = judge.judged([*unsharded, within, beyond])
+    assert [r["ok"] for r in found] == [True, True, True, True, False]
+    assert found[-1]["tolerance"] == pytest.approx(0.01)
+    assert verdicts(unsharded[0], within) == [False, False], "one run has no spread"
+
+
+def test_a_rank_that_holds_too_much_is_red_at_stage_3_alone():
+    reference = row(Cell(OURS, "nf4", 0, 1), resident_frozen_bytes_per_rank=1000)
+    at_limit = row(Cell(OURS, "nf4", 3, 2), resident_frozen_bytes_per_rank=525)
+    above = row(Cell(OURS, "nf4", 3, 2), resident_frozen_bytes_per_rank=526)
+    assert verdicts(reference, at_limit, row(Cell(OURS, "nf4", 2, 2))) == [True, True, True]
+    found = judge.judged([reference, above])
+    assert [r["ok"] for r in found] == [True, False]
+    assert judge.faults(found) == ["ours-nf4-zero3-ranks2: a rank holds 526 bytes, and 525 are allowed"]
+
+
+def test_a_cell_that_failed_is_red_and_a_peer_is_not_judged():
+    failed = {**asdict(Cell(OURS, "fp32", 1, 1)), "error": "no memory"}
+    peer = {**asdict(Cell("peft", "fp32", 3, 2)), "error": "cannot | do that"}
+    found = judge.judged([row(Cell(OURS, "fp32", 0, 1)), failed, peer])
+    assert [r["ok"] for r in found] == [True, False, None]
+    assert judge.faults(found) == ["ours-fp32-zero1-ranks1: no memory"]
+    lost = judge.judged([{**asdict(Cell(OURS, "fp32", 0, 1)), "error": "no memory"}, row(Cell(OURS, "fp32", 0, 2))])
+    assert judge.faults(lost)[1] == "ours-fp32-zero0-ranks2: its loss has nothing to be compared with"
+
+
+class Bench:
+    """Stands in for the ranks: counts what it is asked for; interrupts or fails at a cell."""
+
+    def __init__(self, stops: Cell | None = None, fails: Cell | None = None):
+        self.asked, self.stops, self.fails = [], stops, fails
+
+    def __call__(self, cell: Cell, plan: Plan, limit_s: float) -> dict:
+        if cell == self.stops:
+            raise KeyboardInterrupt
+        self.asked.append(cell)
+        return {"error": "rank 1 fell"} if cell == self.fails else dict(FOUND)
+
+
+def bench(out, measure, plan=PLAN, wanted=None):
+    return parity.parity(plan, wanted or cells.quick(), out, "mitrain bench parity", lambda _: None, 9, measure)
+
+
+def test_an_interrupted_matrix_goes_on_and_a_failed_cell_is_tried_again(tmp_path):
+    wanted = cells.quick()
+    with pytest.raises(KeyboardInterrupt):
+        bench(tmp_path, Bench(stops=wanted[3], fails=wanted[1]))
+    (tmp_path / "cells" / f"{wanted[2].name}.json").write_text('{"torn')
+    second = Bench()
+    found = bench(tmp_path, second)
+    assert second.asked == [*wanted[1:]]
+    assert [cells.from_dict(r) for r in found["rows"]] == wanted
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    assert not (tmp_path / "cells").exists()
+    third = Bench()
+    bench(tmp_path, third)
+    assert third.asked == wanted, "a whole matrix is measured anew"
+
+
+def test_cells_of_another_plan_are_not_taken_over(tmp_path):
+    wanted = cells.quick()
+    with pytest.raises(KeyboardInterrupt):
+        bench(tmp_path, Bench(stops=wanted[2]))
+    other = Bench()
+    bench(tmp_path, other, Plan("x.yaml", steps=3))
+    assert other.asked == wanted
+
+
+def test_everything_is_written_before_a_red_cell_ends_the_command_with_1(tmp_path):
+    failing = cells.quick()[5]
+    found = bench(tmp_path, Bench(fails=failing))
+    text = (tmp_path / "table.md").read_text()
+    assert "failed: rank 1 fell" in text and text.count("| ok |") == 7 and text.count("**out**") == 1
+    with pytest.raises(parity.ParityError, match=f"1 of 8 cells are out: {failing.name}: rank 1 fell") as caught:
+        parity.check(found)
+    assert caught.value.exit_code == 1
+    parity.check(bench(tmp_path, Bench()))
+
+
+def test_the_table_shows_every_row_and_how_it_was_made(tmp_path):
+    found = bench(tmp_path, Bench(), wanted=cells.full())
+    lines = table(found["rows"], found["made"]).splitlines()
+    body = [line for line in lines if line.startswith("| ") and "---" not in line][1:]
+    assert len(body) == len(cells.full()) and all(line.count("|") == len(COLUMNS) + 1 for line in body)
+    assert "| ours | int8 | 3 | 2 | 2.000000 | 0 | 1.0e-05 |" in "\n".join(body)
+    assert lines[-1].startswith("Made by `mitrain bench parity` on ") and "deepspeed" in lines[-1]
+
+
+def boom(cell: Cell, plan: Plan, out) -> None:
+    raise RuntimeError(f"no luck with {cell.precision}")
+
+
+def refuse(cell: Cell, plan: Plan, out) -> None:
+    from mitrain.errors import ModelError
+
+    raise ModelError("the model is gone: bring it back")
+
+
+def hang(cell: Cell, plan: Plan, out) -> None:
+    import time
+
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds", "error"),
+    [
+        (boom, 300, "RuntimeError: no luck with fp32"),
+        (refuse, 300, "the model is gone: bring it back"),
+        (hang, 0.5, "no result after 0.5 s"),
+    ],
+)
+def test_a_cell_whose_ranks_fail_says_why(work, seconds, error):
+    assert ranks.measured(Cell(OURS, "fp32", 3, 2), PLAN, seconds, work) == {"error": error}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batch", "6"], "multiple of 4 samples"),
+        (["--config", "configs/segment.yaml"], "give a configuration of answer"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_2(arguments, told, capsys):
+    assert main(["bench", "parity", *arguments]) == 2
+    said = capsys.readouterr()
+    assert told in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_without_deepspeed_it_is_refused(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
+    assert main(["bench", "parity", "--quick"]) == 2
+    assert "pip install 'mitrain[deepspeed]'" in capsys.readouterr().err
