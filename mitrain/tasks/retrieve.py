@@ -22,6 +22,7 @@ from mitrain import dist
 from mitrain.config import Section
 from mitrain.errors import DataError
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
+from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.ranks import Gallery, both_ways, rank_metrics, reranked
 from mitrain.tasks.readout import STATES, read_out
 
@@ -140,7 +141,7 @@ class RetrieveTask(Task):
             total = total + self.config.matching * self._matching(batch, everyone)
         return total, torch.tensor(float(len(texts)), dtype=torch.float64)
 
-    def _matching(self, batch: Batch, everyone: "Everyone") -> Tensor:
+    def _matching(self, batch: Batch, everyone: Everyone) -> Tensor:
         """Each sample's pair against its picture with the hardest wrong text, and against its text with the hardest
         wrong picture: the mean of both cross-entropies over two pairs, summed over samples."""
         own = [s.text for s in batch.samples]
@@ -234,58 +235,6 @@ class RetrieveTask(Task):
         values = prediction.values
         ranks = f"image → text rank {values['rank_of_text']}, text → image rank {values['rank_of_image']}"
         return [sample.text, ranks], values["rank_of_image"] == 1
-
-
-class Everyone:
-    """The batch over all ranks: own vectors with their gradient, the others' without.
-
-    Each rank computes the whole batch's contrast, and back-propagates through its own vectors alone; summed over the
-    ranks that is the gradient of one process.
-    """
-
-    def __init__(self, images: Tensor, words: Tensor, batch: Batch):
-        keys = [(s.image, s.text) for s in batch.samples]
-        features = None if batch.features is None else batch.features.detach().cpu()
-        parts = dist.gather((images.detach().cpu(), words.detach().cpu(), features, keys))
-        here = dist.rank()
-        self.start = sum(len(part[3]) for part in parts[:here])
-        self.count = len(keys)
-        self.images = torch.cat([images if r == here else part[0].to(images) for r, part in enumerate(parts)])
-        self.words = torch.cat([words if r == here else part[1].to(words) for r, part in enumerate(parts)])
-        self.features = None if features is None else torch.cat([part[2] for part in parts])
-        self.texts = [text for part in parts for _, text in part[3]]
-        self.similarity = self.images @ self.words.T
-        self.right = self._right([image for part in parts for image, _ in part[3]]).to(images.device)
-
-    def _right(self, images: Sequence[str]) -> Tensor:
-        """(N, N) bool: which text is right for which image: the image's own, or the same text."""
-        a, b = (torch.from_numpy(np.unique(np.array(v), return_inverse=True)[1]) for v in (images, self.texts))
-        return (a[:, None] == a[None]) | (b[:, None] == b[None])
-
-    def contrast(self, sharpness: Tensor) -> Tensor:
-        """The mean of both ways' cross-entropies, summed over this rank's rows; of several right partners each is meant
-        equally."""
-        own = slice(self.start, self.start + self.count)
-        through_vectors = self._rows(sharpness.detach() * self.similarity)
-        through_sharpness = self._rows(sharpness * self.similarity.detach())[own].sum()
-        whole = through_vectors.sum()
-        value = through_vectors[own].sum().detach()
-        return value + (whole - whole.detach()) + (through_sharpness - through_sharpness.detach())
-
-    def _rows(self, logits: Tensor) -> Tensor:
-        """(N,) the mean of the cross-entropies of image → text and of text → image."""
-        meant = self.right.to(logits)
-        ways = [
-            -(side.log_softmax(-1) * meant).sum(-1) / meant.sum(-1) for side in (logits, logits.T)
-        ]  # ``right`` is symmetric
-        return 0.5 * (ways[0] + ways[1])
-
-    def hardest(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For each own sample the wrong text and the wrong image most similar to it (B,), and 1 where there is one."""
-        own = slice(self.start, self.start + self.count)
-        wrong = self.similarity.detach().masked_fill(self.right, -torch.inf)
-        known = (~self.right[own]).any(1)
-        return wrong[own].argmax(1), wrong[:, own].argmax(0), known.to(self.similarity)
 
 
 def joined(own: Tensor | None, wrong: Tensor | None) -> Tensor | None:

@@ -15,8 +15,9 @@ from mitrain.errors import DataError
 from mitrain.features import TextStates
 from mitrain.tasks import ranks
 from mitrain.tasks.base import Batch, Parts
+from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.ranks import Gallery, both_ways, chance, rank_metrics, reranked
-from mitrain.tasks.retrieve import Everyone, RetrieveConfig, RetrieveTask
+from mitrain.tasks.retrieve import RetrieveConfig, RetrieveTask
 
 FEATURES = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
 TEXTS = ["a red square", "this thing", "green on blue", "yellow", "a red square", "the bottom"]
