@@ -57,16 +57,18 @@ def create_or_find(run_config: RunConfig, folder: str | Path) -> Path:
         differing = difference(read_config(folder).to_dict(), run_config.to_dict())
         if differing:
             raise ConfigError(
-                f"{folder} is a run of another configuration ({differing}): give another folder with --run"
+                f"{folder} is a run of another configuration ({differing}): give another folder with --run-dir"
             )
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         strange = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise ConfigError(f"cannot make the run folder {folder} ({error.strerror}): give another with --run") from None
+        raise ConfigError(
+            f"cannot make the run folder {folder} ({error.strerror}): give another with --run-dir"
+        ) from None
     if strange:
-        raise ConfigError(f"{folder} is no run folder and holds {strange[0]!r}: give another with --run")
+        raise ConfigError(f"{folder} is no run folder and holds {strange[0]!r}: give another with --run-dir")
     write_config(run_config, folder)
     return folder
 

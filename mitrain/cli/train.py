@@ -20,7 +20,7 @@ def add_train(commands: Any) -> None:
     )
     sub.add_argument("--runs", default="runs", metavar="DIR", help="where new run folders are made (default: runs)")
     sub.add_argument(
-        "--run",
+        "--run-dir",
         dest="at",
         metavar="RUN_DIR",
         help="the run itself, for job scripts: made if it is not there, else resumed",
@@ -70,7 +70,7 @@ def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
         changes = [arguments.config, *arguments.overrides] if arguments.config else []
         if arguments.at or arguments.dry_run or any("=" not in change for change in changes):
             raise ConfigError(
-                "--resume takes the run folder's own configuration: leave out CONFIG, --run and --dry-run"
+                "--resume takes the run folder's own configuration: leave out CONFIG, --run-dir and --dry-run"
             )
         return Path(arguments.resume), schema.respread(runs.read_config(arguments.resume), changes)
     if not arguments.config:

@@ -140,7 +140,7 @@ def test_a_run_goes_through_two_three_and_one_rank_and_sees_every_sample_once_an
     """Micro-batches of 7 are uneven shares on 2 and on 3 ranks; 84 samples are three epochs and a half of 24."""
     folder, batches = tmp_path / "elastic", []
     for size, stop in ((2, 2), (3, 4), (1, STEPS)):
-        arguments = ("worker:train_until", tmp_path, stop, world / "config.yaml", "--run", folder, "--json")
+        arguments = ("worker:train_until", tmp_path, stop, world / "config.yaml", "--run-dir", folder, "--json")
         ended = forge.start(size, *arguments, **environment(world)).wait()
         assert [rank.code for rank in ended] == [0] * size, "".join(rank.err for rank in ended)
         assert json.loads(ended[0].out)["step"] == stop and not any(rank.out for rank in ended[1:])
@@ -155,12 +155,12 @@ def test_a_run_goes_through_two_three_and_one_rank_and_sees_every_sample_once_an
 def test_ranks_without_samples_and_without_batches_of_an_evaluation_take_part(world, forge, tmp_path):
     """Four ranks: two samples a micro-batch, three batches of val, of which one has three samples."""
     few = ("train.batch=2", "train.eval_every=2", "--json")
-    arguments = ("worker:train_until", tmp_path, STEPS, world / "config.yaml", *few, "--run", tmp_path / "four")
+    arguments = ("worker:train_until", tmp_path, STEPS, world / "config.yaml", *few, "--run-dir", tmp_path / "four")
     ended = forge.start(4, *arguments, **environment(world)).wait()
     assert [rank.code for rank in ended] == [0] * 4, "".join(rank.err for rank in ended)
     shares = [json.loads((tmp_path / f"until-6-{rank}.json").read_text()) for rank in range(4)]
     assert sorted({len(part) for share in shares for part in share}) == [0, 1]
-    assert main(["train", str(world / "config.yaml"), *few, "--run", str(tmp_path / "alone")]) == 0
+    assert main(["train", str(world / "config.yaml"), *few, "--run-dir", str(tmp_path / "alone")]) == 0
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     four, alone = (
         [checkpoint.load(path).state["best"] for path, _ in survey(tmp_path / name / "checkpoints")]

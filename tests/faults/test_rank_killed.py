@@ -58,7 +58,7 @@ def check_and_resume(world, forge, folder, last: int, undisturbed) -> None:
     [(1, "in-step", 3), (0, "in-step", 3), (1, "evaluate", 3), (0, "evaluate", 3), (0, "save-4", 3), (0, "save-12", 3)],
 )
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(world, forge, undisturbed, tmp_path, victim, moment, last):
-    arguments = (victim, moment, "SIGKILL", world / "config.yaml", "--run", tmp_path / "run", "--json")
+    arguments = (victim, moment, "SIGKILL", world / "config.yaml", "--run-dir", tmp_path / "run", "--json")
     ended = forge.start(RANKS, "rank_worker:train_and_fail", *arguments, **environment(world)).wait()
     assert ended[victim].code == SIGKILL, ended[victim].err
     line = complaint(ended[1 - victim], 1 - victim)
@@ -67,7 +67,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(world, forge, undistu
 
 
 def test_of_three_ranks_every_other_one_ends(world, forge, tmp_path):
-    arguments = (1, "in-step", "SIGKILL", world / "config.yaml", "--run", tmp_path / "run", "--json")
+    arguments = (1, "in-step", "SIGKILL", world / "config.yaml", "--run-dir", tmp_path / "run", "--json")
     ended = forge.start(3, "rank_worker:train_and_fail", *arguments, **environment(world)).wait()
     assert ended[1].code == SIGKILL
     for rank in (0, 2):
@@ -76,7 +76,7 @@ def test_of_three_ranks_every_other_one_ends(world, forge, tmp_path):
 
 def test_a_silent_rank_is_given_up_after_the_timeout(world, forge, undisturbed, tmp_path):
     """The timeout is far longer than a step takes here, and is waited for once."""
-    arguments = (1, "in-step", "SIGSTOP", world / "config.yaml", "--run", tmp_path / "run", "--json")
+    arguments = (1, "in-step", "SIGSTOP", world / "config.yaml", "--run-dir", tmp_path / "run", "--json")
     group = forge.start(RANKS, "rank_worker:train_and_fail", *arguments, **environment(world, seconds=8))
     (ended,) = group.wait(0)
     assert "8000ms" in complaint(ended, 0)

@@ -22,7 +22,7 @@ def alone(world) -> list[float]:
     """The losses of plain Python, one process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MITRAIN_CACHE", str(world / "cache"))
-        assert main(["train", str(world / "config.yaml"), "--run", str(world / "alone"), "--json"]) == 0
+        assert main(["train", str(world / "config.yaml"), "--run-dir", str(world / "alone"), "--json"]) == 0
     return losses(world / "alone")
 
 

@@ -7,6 +7,9 @@ import subprocess
 
 import pytest
 from ranks import ROOT
+from torch.distributed.run import get_args_parser
+
+from mitrain.cli import parser
 
 SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), *sorted(ROOT.glob("launch/slurm/*"))]
 HOSTS = "# two\nnode-1 slots=4\n\nnode-2   slots=2\n"
@@ -101,6 +104,17 @@ def test_neither_ranks_nor_hosts(run_script):
     assert "neither a number of ranks nor a host file" in refused(
         run_script("deepspeed.sh", "hosts", "train", "x.yaml")
     )
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_torchrun_leaves_our_options_to_us(command):
+    """Its parser looks at all words, also those behind the module: no option of ours may begin one of its own."""
+    (commands,) = (action for action in parser()._actions if action.dest == "command")
+    ours = [name for name in commands.choices[command]._option_string_actions if name not in ("-h", "--help")]
+    assert len(ours) > 3
+    for name in ours:
+        found = get_args_parser().parse_args(["--nnodes=2", "-m", "mitrain", command, "x", name])
+        assert found.training_script_args == [command, "x", name]
 
 
 FAKE = """#!/usr/bin/env bash

@@ -38,7 +38,7 @@ def on_both(hosts: TwoHosts, commands: list[list[object]], env: dict[str, str]) 
 @needs_deepspeed
 @pytest.mark.slow
 def test_deepspeed_by_hand_on_each_host(hosts, hostfile, world, environment, same_losses):
-    train = ["train", world / "config.yaml", "--run", world / "by-hand"]
+    train = ["train", world / "config.yaml", "--run-dir", world / "by-hand"]
     options = ["--no_ssh", "--master_addr", ADDRESSES[0], "--master_port", PORTS["by hand"], "--node_rank"]
     script = ["bash", ROOT / "launch/deepspeed.sh", hostfile]
     on_both(hosts, [[*script, *options, rank, *train] for rank in (0, 1)], environment)
@@ -47,7 +47,7 @@ def test_deepspeed_by_hand_on_each_host(hosts, hostfile, world, environment, sam
 
 @pytest.mark.slow
 def test_torchrun_on_each_host(hosts, world, environment, same_losses):
-    train = ["-m", "mitrain", "train", world / "config.yaml", "--run", world / "torchrun"]
+    train = ["-m", "mitrain", "train", world / "config.yaml", "--run-dir", world / "torchrun"]
     options = [
         "--nnodes=2",
         "--nproc-per-node=1",
@@ -83,7 +83,7 @@ def ssh(hosts, tmp_path):
 def test_deepspeed_by_ssh_from_the_first_host(hosts, hostfile, ssh, world, environment, same_losses):
     """The interface, the cache and the interpreter's path reach the hosts with nothing but what the script passes on."""
     options = ["--no_ssh_check", "--master_addr", ADDRESSES[0], "--master_port", PORTS["by ssh"]]
-    train = ["train", world / "config.yaml", "--run", world / "by-ssh"]
+    train = ["train", world / "config.yaml", "--run-dir", world / "by-ssh"]
     command = ["bash", ROOT / "launch/deepspeed.sh", hostfile, *options, *train]
     hosts.finish(hosts.run(0, command, {**environment, "PDSH_SSH_ARGS_APPEND": ssh}, cwd=ROOT))
     same_losses(world / "by-ssh")
@@ -91,7 +91,7 @@ def test_deepspeed_by_ssh_from_the_first_host(hosts, hostfile, ssh, world, envir
 
 def test_a_network_that_is_cut_ends_both_ranks_in_one_line(hosts, forge, world, environment, tmp_path):
     run = tmp_path / "run"
-    arguments = (*hosts.names, world / "config.yaml", "--run", run, "--json")
+    arguments = (*hosts.names, world / "config.yaml", "--run-dir", run, "--json")
     env = {"MITRAIN_CACHE": environment["MITRAIN_CACHE"], "GLOO_SOCKET_IFNAME": INTERFACE, "MITRAIN_TIMEOUT": "8"}
     group = forge.start(2, "rank_worker:train_on_hosts", *arguments, MASTER_ADDR=ADDRESSES[0], **env)
     for rank, ended in enumerate(group.wait()):
