@@ -53,7 +53,9 @@ def join() -> ModuleType:
     ds = deepspeed()
     if not dist.together():
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", str(dist.place().local))
+    here = dist.place()
+    for name, value in zip(dist.LAUNCHED, (here.rank, here.world, here.local), strict=True):
+        os.environ.setdefault(name, str(value))  # DeepSpeed reads the last; one alone would be no place to us
     if not ds.comm.is_initialized():
         ds.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
     return ds
