@@ -20,13 +20,16 @@ Row = tuple[int, dict[str, Any]]  # line number, cells by column
 def read_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Row]:
     """Line number and cells of every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
 
-    ``columns`` maps our fields to the file's names; those ``required`` must stand in a CSV file's header.
+    A ``.json`` file with one list of objects, as BLIP's are, is read too; its records are numbered from 1. ``columns``
+    maps our fields to the file's names; those ``required`` must stand in a CSV file's header.
     """
     path = Path(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() in DELIMITERS:
                 yield from rows_of_csv(file, path, columns, required)
+            elif path.suffix.lower() == ".json":
+                yield from rows_of_json(file, path)
             else:
                 yield from rows_of_jsonl(file, path)
     except UnicodeDecodeError as error:
@@ -63,6 +66,21 @@ def rows_of_jsonl(file: TextIO, path: Path) -> Iterator[Row]:
     for line, text in enumerate(file, start=1):
         if text.strip():
             yield line, json_object(text, f"{path}:{line}")
+
+
+def rows_of_json(file: TextIO, path: Path) -> Iterator[Row]:
+    try:
+        rows = json.load(file)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{str(path)!r} holds a {type(rows).__name__} instead of a list: give one object a line (.jsonl)"
+        )
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: a {type(row).__name__} instead of an object: write {{...}}")
+        yield number, row
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:

@@ -117,6 +117,25 @@ def test_captions_of_ones_own(tmp_path):
     assert [(s.image, s.text) for s in found] == [("a.png", "one, two"), ("a.png", "three")]
 
 
+def test_a_list_in_one_json_file_is_read(tmp_path):
+    """As BLIP's retrieval files are: one caption a record for training, a list of them for testing."""
+    rows = [{"image": "a.jpg", "caption": "one", "image_id": "7"}, {"image": "b.jpg", "caption": ["two", "three"]}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = read_captions(tmp_path / "a.json", {"text": "caption"})
+    assert [(s.id, s.image, s.text) for s in found] == [
+        ("a.json:1", "a.jpg", "one"), ("a.json:2/0", "b.jpg", "two"), ("a.json:2/1", "b.jpg", "three"),
+    ]  # fmt: skip
+    for text, match in (
+        ("{}", "a dict instead of a list"),
+        ("[1]", r"a\.json:1: a int"),
+        ("[", "cannot read"),
+        ("[" * 100_000, "cannot read"),
+    ):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(DataError, match=match):
+            read_captions(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize(
     ("line", "match"),
     [
