@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         complain(arguments, error, str(error))
+        if arguments.json and not arguments.rank and getattr(error, "document", None) is not None:
+            print(as_json(error.document))
         return error.exit_code
     except OSError as error:
         if isinstance(error, BrokenPipeError):

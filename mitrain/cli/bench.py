@@ -1,17 +1,28 @@
-"""``mitrain bench parity``: losses and bytes of every ZeRO stage and precision beside the unsharded run."""
+"""``mitrain bench parity``: losses and bytes of every ZeRO stage and precision beside the unsharded run;
+``mitrain bench load``: what loading in shards takes."""
 
 import argparse
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mitrain.cli.shared import command, say
+from mitrain.errors import UserError
 
 
 def add_bench(commands: Any) -> None:
-    sub = command(commands, "bench", run_parity, "measure sharded training against unsharded training")
-    sub.add_argument("what", choices=["parity"], help="ZeRO stages × precisions × ranks: losses, bytes, step times")
+    text = "measure sharded training and loading"
+    group = commands.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
+    verbs = group.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add_parity(verbs)
+    sub = command(verbs, "load", run_load, "peak bytes of loading a random model of 2 GB in shards, beside their limit")
+    sub.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
+    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+
+
+def add_parity(verbs: Any) -> None:
+    sub = command(verbs, "parity", run_parity, "ZeRO stages × precisions × ranks: losses, bytes, step times")
     sub.add_argument("--quick", action="store_true", help="ZeRO 0 and 3, fp32 and int8, 5 updates, no peers")
     sub.add_argument("--config", default="configs/quickstart.yaml", help="what is trained (default: %(default)s)")
     sub.add_argument(
@@ -26,7 +37,30 @@ def add_bench(commands: Any) -> None:
     )
 
 
-def run_parity(arguments: argparse.Namespace) -> None:
+def run_load(arguments: argparse.Namespace) -> Any:
+    from mitrain.bench import load
+    from mitrain.errors import ConfigError
+
+    if arguments.ranks < 1:
+        raise ConfigError(f"--ranks {arguments.ranks} loads nothing: give at least 1")
+    found = load.load(arguments.ranks)
+    say(arguments, load.table(found))
+    if arguments.out:
+        load.write(found, Path(arguments.out), f"mitrain bench load --ranks {arguments.ranks} --out {arguments.out}")
+    return refused(load.check, found)
+
+
+def refused(check: Callable[[Any], None], found: Any) -> Any:
+    """``found``; where ``check`` refuses it, the error takes it along to be printed as JSON all the same."""
+    try:
+        check(found)
+    except UserError as error:
+        error.document = found
+        raise
+    return found
+
+
+def run_parity(arguments: argparse.Namespace) -> Any:
     from mitrain.bench import cells, parity
     from mitrain.errors import ConfigError
 
@@ -35,6 +69,7 @@ def run_parity(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--steps={steps} --batch={arguments.batch}: give a step or more, of a multiple of 4 samples")
     plan = cells.Plan(arguments.config, steps, arguments.batch)
     out = Path(arguments.out or ("runs/parity-quick" if arguments.quick else "runs/parity"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no rank is left behind
     parity.prepare(plan)
     found = parity.parity(
         plan,
@@ -45,9 +80,7 @@ def run_parity(arguments: argparse.Namespace) -> None:
         limit_s=arguments.limit,
     )
     say(arguments, (out / "table.md").read_text(encoding="utf-8"))
-    if arguments.json:
-        print(json.dumps(found, indent=2, sort_keys=True, allow_nan=False), flush=True)
-    parity.check(found)
+    return refused(parity.check, found)
 
 
 def shown(arguments: argparse.Namespace) -> str:

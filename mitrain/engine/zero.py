@@ -41,8 +41,8 @@ def deepspeed() -> ModuleType:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.ERROR)
-    for handler in log.handlers:
-        handler.setStream(sys.stderr)  # of its own accord it speaks on stdout
+    log.handlers.clear()  # its own speaks on stdout
+    log.propagate = True
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # an attribute path leads to torch itself
     return deepspeed
