@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from crash_worker import kill_before
+from crash_worker import Killer
 
 import mitrain.trainer
 from mitrain import checkpoint
@@ -38,7 +38,7 @@ def fail_at(moment: str, how: signal.Signals) -> None:
         before(mitrain.trainer, "evaluate", 2, lambda: os.kill(os.getpid(), how))
     else:
         operation = int(moment.removeprefix("save-"))
-        before(checkpoint, "save", 2, lambda: kill_before(operation))
+        before(checkpoint, "save", 2, lambda: Killer(operation).__enter__())
 
 
 def before(owner: Any, name: str, call: int, act: Callable[[], object]) -> None:
