@@ -22,8 +22,8 @@ fail() { printf 'setup: %s\n' "$*" >&8; exit 2; }
 
 for extra in "$@"; do
     case $extra in
-        gpu | deepspeed | quant | wandb | dev | all) ;;
-        *) fail "unknown extra '$extra': choose from gpu deepspeed quant wandb dev all" ;;
+        gpu | deepspeed | peft | quant | wandb | dev | all) ;;
+        *) fail "unknown extra '$extra': choose from gpu deepspeed peft quant wandb dev all" ;;
     esac
 done
 

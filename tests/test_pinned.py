@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from source_tree import ROOT, imports, our_files
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = {"deepspeed", "flash-attn", "bitsandbytes", "wandb"}
+OPTIONAL = {"deepspeed", "flash-attn", "bitsandbytes", "peft", "wandb"}
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "google": "protobuf"}
 NOT_IMPORTED = {"pip": "run as a program", "triton": "the kernels' interpreter"}
 LINES = (ROOT / "launch" / "constraints.txt").read_text().splitlines()
