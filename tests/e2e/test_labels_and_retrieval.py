@@ -1,0 +1,134 @@
+"""The tasks classify and retrieve from end to end through the command line, on folders as users have them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from folders import colour_records, llm_folder, vision_folder
+
+from mitrain.cli import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Models, pictures of a colour with labels and captions, configurations, and a cache of its own."""
+    path = tmp_path_factory.mktemp("e2e")
+    llm_folder(path / "llm", width=48)
+    vision_folder(path / "vision")
+    colour_records(path / "data", train=24, val=8)
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
+        made = [
+            {"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows
+        ]
+        several = [row | {"label": [row["label"], "picture"]} for row in made]
+        captions = [row | {"text": f"a {row['label']} square"} for row in made]
+        for name, content in (("labels", made), ("several", several), ("captions", captions)):
+            (path / "data" / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
+
+
+def configuration(world, name, task, data, files):
+    splits = {split: f"{files}-{split}.jsonl" for split in ("train", "val", "test")}
+    config = {
+        "name": name,
+        "model": {"llm": str(world / "llm"), "vision": [{"name": str(world / "vision"), "layer": 2, "pool": "cls+mean"}]},
+        "adapter": {"name": "mit", "layers": [1, 2]},
+        "task": task,
+        "data": {"root": str(world / "data"), "splits": splits, **data},
+        "train": {
+            "steps": 30, "batch": 12, "lr": 1e-2, "eval_every": 15, "save_every": 15,
+            "schedule": {"name": "cosine", "warmup": 3},
+        },
+    }  # fmt: skip
+    (world / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return world / f"{name}.yaml"
+
+
+def as_json(capsys, *arguments):
+    code = main([*(str(a) for a in arguments), "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out)
+
+
+def controls(capsys, run, *names):
+    return {c: as_json(capsys, "eval", run, "--split", "test", "--control", c) for c in names}
+
+
+def test_one_label(world, capsys):
+    config = configuration(world, "labels", {"name": "classify"}, {"name": "labelled"}, "labels")
+    assert as_json(capsys, "train", config, "--dry-run")["head_parameters"] == 4 * (48 + 1)
+    run = as_json(capsys, "train", config, "--runs", world / "runs")["run"]
+    assert yaml.safe_load((Path(run) / "config.yaml").read_text())["data"]["classes"] == [
+        "blue",
+        "green",
+        "red",
+        "yellow",
+    ]
+    found = controls(capsys, run, "none", "no-image", "frozen", "shuffle")
+    assert found["none"]["accuracy"] >= 0.8 and found["none"]["auroc"] >= 0.9 and found["none"]["samples"] == 8
+    assert max(found[c]["accuracy"] for c in ("no-image", "frozen", "shuffle")) <= 0.5
+    floors = as_json(capsys, "eval", run, "--split", "test", "--floors")["floors"]
+    assert (
+        floors["majority label"]["accuracy"] == 0.25 and floors["linear probe on the same features"]["accuracy"] >= 0.8
+    )
+    (world / "data" / "labels-train.jsonl").rename(world / "data" / "gone.jsonl")  # the classes are the run's own
+    try:
+        image = world / "data" / "images" / "32.png"
+        said = as_json(capsys, "predict", run, "--image", image, "--text", "this thing is")
+        assert set(said["probabilities"]) == {"blue", "green", "red", "yellow"} and len(said["labels"]) == 1
+    finally:
+        (world / "data" / "gone.jsonl").rename(world / "data" / "labels-train.jsonl")
+    made = as_json(capsys, "report", run, "--out", world / "report")
+    assert [r["label"] for r in made["rows"]] == [
+        "labels", "labels, another sample's image", "labels, infusion left out", "majority label",
+        "linear probe on the same features",
+    ]  # fmt: skip
+    assert "| macro F1 |" in made["markdown"] and (world / "report" / "labels-test.png").is_file()
+
+
+def test_several_labels(world, capsys):
+    data = {"name": "labelled", "multilabel": True}
+    config = configuration(world, "several", {"name": "classify", "readout": ["mean"]}, data, "several")
+    run = as_json(capsys, "train", config, "--runs", world / "runs")["run"]
+    found = as_json(capsys, "eval", run, "--split", "test", "--floors")
+    assert found["f1_micro"] > found["floors"]["majority label"]["f1_micro"] and found["auroc_classes"] == 4
+    assert set(found["floors"]) == {"majority label", "training shares", "linear probe on the same features"}
+
+
+def test_retrieval(world, capsys):
+    config = configuration(world, "captions", {"name": "retrieve", "dim": 16}, {"name": "captions"}, "captions")
+    assert as_json(capsys, "train", config, "--dry-run")["head_parameters"] > 0
+    run = as_json(capsys, "train", config, "--runs", world / "runs")["run"]
+    found = controls(capsys, run, "none", "no-image", "frozen")
+    assert found["none"]["recall_mean"] > 0.9 and found["none"]["images"] == 8
+    assert found["no-image"]["recall_mean"] < 0.7 and found["frozen"]["before_reranking"]["recall_mean"] > 0.9
+    floors = as_json(capsys, "eval", run, "--split", "test", "--floors")["floors"]
+    assert floors["random order"]["i2t_r1"] == 0.25 and "ridge regression to the text states" in floors
+    said = as_json(
+        capsys, "predict", run, "--image", world / "data" / "images" / "32.png", "--text", "a red square",
+        "--candidates", "a blue square,a green square",
+    )  # fmt: skip
+    assert len(said["scores"]) == 3 and said["rank"] == 1
+    made = as_json(capsys, "report", run, "--out", world / "report")
+    assert "| i→t R@1 |" in made["markdown"] and (world / "report" / "captions-test.png").is_file()
+
+
+def test_inspect_says_what_splits_share(world, capsys):
+    for name in ("labels", "captions"):
+        found = as_json(capsys, "data", "inspect", world / f"{name}.yaml", "--out", world / "sheet")
+        assert found["splits"]["train"]["samples"] == 24 and (world / "sheet" / f"{name}.png").is_file()
+        assert {shared["what"] for shared in found["shared"]} == {"text"}
+
+
+def test_bad_labels_are_one_line_and_leave_no_run(world, capsys):
+    config = configuration(world, "bad", {"name": "classify"}, {"name": "labelled"}, "bad")
+    (world / "data" / "bad-train.jsonl").write_text('{"image": "images/0.png"}\n')
+    assert main(["train", str(config), "--runs", str(world / "none")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "bad-train.jsonl:1: no 'label'" in captured.err
+    assert not (world / "none").exists()
