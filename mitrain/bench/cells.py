@@ -1,6 +1,6 @@
 """The cells of the parity matrix: which runs are made, and which of them say how far rounding alone moves a loss."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,12 +80,16 @@ class Plan:
         return digest({**asdict(self), **asdict(cell)})
 
 
-def full() -> list[Cell]:
-    """The whole matrix, the runs that give the noisy precisions their tolerance, and the peers."""
+def full(batch: int = 4, only: Collection[str] = ()) -> list[Cell]:
+    """The peers, the whole matrix, and the runs that give the noisy precisions their tolerance, the slowest last.
+
+    Left out are runs whose micro-batches would be less than a sample a rank. ``only``: the beginnings of names.
+    """
     cells = [Cell(OURS, p, zero, ranks) for p in MATRIX for ranks in RANKS for zero in STAGES]
     cells += [Cell(OURS, "int8-activations", zero, ranks) for zero, ranks in ((0, 1), (0, 2), (3, 2))]
     cells += [Cell(OURS, p, 0, ranks, accumulate) for p in NOISY for ranks, accumulate in ((1, 2), (1, 4), (2, 2))]
-    return ordered(cells) + peers()
+    cells = [cell for cell in [*peers(), *ordered(cells)] if batch % (cell.ranks * cell.accumulate) == 0]
+    return [cell for cell in cells if not only or cell.name.startswith(tuple(only))]
 
 
 def peers() -> list[Cell]:
@@ -100,7 +104,7 @@ def quick() -> list[Cell]:
 
 def ordered(cells: Iterable[Cell]) -> list[Cell]:
     """By precision, and in it the references first: an interrupted matrix has whole rows."""
-    names = list(PRECISIONS)
+    names = ("fp32", "int8", "nf4", "int8-activations", "bf16")
     return sorted(cells, key=lambda c: (names.index(c.precision), c.ranks, c.zero, c.accumulate))
 
 

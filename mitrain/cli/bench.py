@@ -2,6 +2,7 @@
 ``mitrain bench load``: what loading in shards takes."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,11 @@ def add_parity(verbs: Any) -> None:
         metavar="DIR",
         help="for results.json and table.md (default: runs/parity); the same DIR goes on after an interruption",
     )
+    sub.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="cells whose names begin so, as ours-int8 peft"
+    )
     sub.add_argument("--steps", type=int, metavar="N", help="updates before the loss is taken (default: 20, quick 5)")
-    sub.add_argument("--batch", type=int, default=4, metavar="N", help="samples a step, a multiple of 4 (default: 4)")
+    sub.add_argument("--batch", type=int, default=4, metavar="N", help="samples a step, an even number (default: 4)")
     sub.add_argument(
         "--limit", type=float, default=3600, metavar="S", help="seconds that a cell may take (default: 3600)"
     )
@@ -65,15 +69,20 @@ def run_parity(arguments: argparse.Namespace) -> Any:
     from mitrain.errors import ConfigError
 
     steps = arguments.steps or (5 if arguments.quick else 20)
-    if steps < 1 or arguments.batch < 4 or arguments.batch % 4:
-        raise ConfigError(f"--steps={steps} --batch={arguments.batch}: give a step or more, of a multiple of 4 samples")
+    if steps < 1 or arguments.batch < 2 or arguments.batch % 2:
+        raise ConfigError(
+            f"--steps={steps} --batch={arguments.batch}: give a step or more, of an even number of samples"
+        )
+    wanted = cells.quick() if arguments.quick else cells.full(arguments.batch, arguments.only)
+    if not wanted:
+        raise ConfigError(f"--only {' '.join(arguments.only)} names no cell: names begin as ours-int8-zero3-ranks2")
     plan = cells.Plan(arguments.config, steps, arguments.batch)
     out = Path(arguments.out or ("runs/parity-quick" if arguments.quick else "runs/parity"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no rank is left behind
     parity.prepare(plan)
     found = parity.parity(
         plan,
-        cells.quick() if arguments.quick else cells.full(),
+        wanted,
         out,
         shown(arguments),
         say=lambda text: print(text, file=sys.stderr, flush=True),
@@ -96,4 +105,5 @@ def shown(arguments: argparse.Namespace) -> str:
         for name, (key, usual) in options.items()
         if getattr(arguments, key) != usual
     ]
-    return " ".join(["mitrain bench parity", *(["--quick"] if arguments.quick else []), *given])
+    only = ["--only", *arguments.only] if arguments.only else []
+    return " ".join(["mitrain bench parity", *(["--quick"] if arguments.quick else []), *only, *given])
