@@ -6,7 +6,7 @@ from typing import Any
 
 from mitrain.config import digest
 
-OURS, BITSANDBYTES, PEFT = "ours", "bitsandbytes", "peft"
+WHO = OURS, BITSANDBYTES, PEFT = "ours", "bitsandbytes", "peft"
 STAGES = (0, 1, 2, 3)
 RANKS = (1, 2)
 PRECISIONS = {
@@ -81,15 +81,15 @@ class Plan:
 
 
 def full(batch: int = 4, only: Collection[str] = ()) -> list[Cell]:
-    """The peers, the whole matrix, and the runs that give the noisy precisions their tolerance, the slowest last.
+    """The whole matrix, the runs that give the noisy precisions their tolerance, and the peers.
 
     Left out are runs whose micro-batches would be less than a sample a rank. ``only``: the beginnings of names.
     """
     cells = [Cell(OURS, p, zero, ranks) for p in MATRIX for ranks in RANKS for zero in STAGES]
     cells += [Cell(OURS, "int8-activations", zero, ranks) for zero, ranks in ((0, 1), (0, 2), (3, 2))]
     cells += [Cell(OURS, p, 0, ranks, accumulate) for p in NOISY for ranks, accumulate in ((1, 2), (1, 4), (2, 2))]
-    cells = [cell for cell in [*peers(), *ordered(cells)] if batch % (cell.ranks * cell.accumulate) == 0]
-    return [cell for cell in cells if not only or cell.name.startswith(tuple(only))]
+    cells = [cell for cell in cells + peers() if batch % (cell.ranks * cell.accumulate) == 0]
+    return ordered(cell for cell in cells if not only or cell.name.startswith(tuple(only)))
 
 
 def peers() -> list[Cell]:
@@ -103,9 +103,14 @@ def quick() -> list[Cell]:
 
 
 def ordered(cells: Iterable[Cell]) -> list[Cell]:
-    """By precision, and in it the references first: an interrupted matrix has whole rows."""
-    names = ("fp32", "int8", "nf4", "int8-activations", "bf16")
-    return sorted(cells, key=lambda c: (names.index(c.precision), c.ranks, c.zero, c.accumulate))
+    """As the table has them: ours before the peers, by precision, the references first."""
+    names = list(PRECISIONS)
+    return sorted(cells, key=lambda c: (WHO.index(c.who), names.index(c.precision), c.ranks, c.zero, c.accumulate))
+
+
+def urgent_first(cells: Iterable[Cell]) -> list[Cell]:
+    """As they are measured: the slow bf16 last, before it the stages between 0 and 3; so an interrupted matrix tells most."""
+    return sorted(cells, key=lambda c: (c.precision == "bf16", c.zero in (1, 2), c.zero > 0))
 
 
 def from_dict(values: dict[str, Any]) -> Cell:

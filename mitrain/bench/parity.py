@@ -11,14 +11,14 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mitrain import schema
 from mitrain.bench import ranks
-from mitrain.bench.cells import BITSANDBYTES, OURS, PEFT, Cell, Plan
+from mitrain.bench.cells import BITSANDBYTES, OURS, PEFT, Cell, Plan, urgent_first
 from mitrain.bench.judge import faults, judged
 from mitrain.bench.table import table
 from mitrain.engine.zero import deepspeed
@@ -49,13 +49,12 @@ def parity(
     measure: Measure = ranks.measured,
 ) -> dict[str, Any]:
     """Measure ``cells``, write the results to ``out`` and return them; see `check` for their verdict."""
-    rows = []
-    for number, cell in enumerate(cells, 1):
-        row = cell_row(cell, plan, out, limit_s, measure)
-        rows.append(row)
+    rows: dict[Cell, Row] = {}
+    for number, cell in enumerate(urgent_first(cells), 1):
+        rows[cell] = row = cell_row(cell, plan, out, limit_s, measure)
         told = row.get("error") or f"loss {row['loss']:.6f}"
         say(f"[{number}/{len(cells)}] {cell.name}: {told} ({row['seconds']} s)")
-    found = {"made": provenance(plan, command, rows), "rows": judged(rows)}
+    found = {"made": provenance(plan, command, rows.values()), "rows": judged([rows[cell] for cell in cells])}
     write_json(out / "results.json", found)
     write_atomic(out / "table.md", table(found["rows"], found["made"]))
     shutil.rmtree(out / "cells", ignore_errors=True)
@@ -108,8 +107,9 @@ def check(found: dict[str, Any]) -> None:
         raise ParityError(f"{len(out)} of {len(found['rows'])} cells are out: {'; '.join(out)}; see table.md")
 
 
-def provenance(plan: Plan, command: str, rows: Sequence[Row]) -> dict[str, Any]:
+def provenance(plan: Plan, command: str, rows: Iterable[Row]) -> dict[str, Any]:
     """Command, date, commits, versions and machine."""
+    rows = list(rows)
     who = {row["who"] for row in rows}
     left_out = {"bitsandbytes": BITSANDBYTES, "peft": PEFT}
     names = [name for name in PACKAGES if left_out.get(name, OURS) in who]

@@ -37,7 +37,9 @@ def test_the_matrix_is_whole_and_each_cell_has_its_reference():
     wanted = {(z, p, r) for z in (0, 1, 2, 3) for p in ("fp32", "bf16", "int8", "nf4") for r in (1, 2)}
     assert wanted | {(z, "int8-activations", r) for z, r in ((0, 1), (0, 2), (3, 2))} == ours
     assert {c.who for c in full} == {"ours", "bitsandbytes", "peft"}
-    assert all(cell.reference in full[: full.index(cell) + 1] for cell in full)
+    first = cells.urgent_first(full)
+    assert all(first.index(cell.reference) <= first.index(cell) for cell in full)
+    assert [c.precision for c in first if c.precision == "bf16"] == [c.precision for c in first][-11:]
     for precision in cells.NOISY:
         assert sum(c.zero == 0 and c.precision == precision and c.who == OURS for c in full) >= 3
     assert len(cells.quick()) == 8 and all(c.who == OURS and c in full for c in cells.quick())
@@ -49,6 +51,11 @@ def test_a_step_has_as_many_samples_however_it_is_cut():
         assert int(values["train.batch"]) * int(values["train.accumulate"]) == 4
         assert int(values["train.batch"]) >= cell.ranks
         assert values["zero.stage"] == str(cell.zero)
+
+
+def test_cells_are_chosen_by_their_names_and_fit_the_batch():
+    assert {c.precision for c in cells.full(only=["ours-int8-zero", "ours-nf4"])} == {"int8", "nf4"}
+    assert {c.ranks * c.accumulate for c in cells.full(batch=2)} == {1, 2}
 
 
 def test_a_loss_off_by_more_than_the_tolerance_is_red():
@@ -105,14 +112,14 @@ def bench(out, measure, plan=PLAN, wanted=None):
 
 
 def test_an_interrupted_matrix_goes_on_and_a_failed_cell_is_tried_again(tmp_path):
-    wanted = cells.quick()
+    wanted = cells.urgent_first(cells.quick())
     with pytest.raises(KeyboardInterrupt):
         bench(tmp_path, Bench(stops=wanted[3], fails=wanted[1]))
     (tmp_path / "cells" / f"{wanted[2].name}.json").write_text('{"torn')
     second = Bench()
     found = bench(tmp_path, second)
     assert second.asked == [*wanted[1:]]
-    assert [cells.from_dict(r) for r in found["rows"]] == wanted
+    assert [cells.from_dict(r) for r in found["rows"]] == cells.quick()
     assert json.loads((tmp_path / "results.json").read_text()) == found
     assert not (tmp_path / "cells").exists()
     third = Bench()
@@ -121,7 +128,7 @@ def test_an_interrupted_matrix_goes_on_and_a_failed_cell_is_tried_again(tmp_path
 
 
 def test_cells_of_another_plan_are_not_taken_over(tmp_path):
-    wanted = cells.quick()
+    wanted = cells.urgent_first(cells.quick())
     with pytest.raises(KeyboardInterrupt):
         bench(tmp_path, Bench(stops=wanted[2]))
     other = Bench()
@@ -180,7 +187,8 @@ def test_a_cell_whose_ranks_fail_says_why(work, seconds, error):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--batch", "6"], "multiple of 4 samples"),
+        (["--batch", "3"], "an even number of samples"),
+        (["--only", "our-int8"], "names no cell"),
         (["--config", "configs/segment.yaml"], "give a configuration of answer"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
