@@ -307,18 +307,13 @@ def frozen_bytes(split: Split, precision: str, other: str = "bf16", stage: int =
 def training_memory(trainable: int, frozen: int = 0, precision: str = "fp32", stage: int = 0, world: int = 1) -> Memory:
     """Bytes per rank for ``trainable`` parameters under AdamW, beside ``frozen`` bytes from `frozen_bytes`.
 
-    AdamW keeps two fp32 moments; weights trained in bf16 or fp16 also an fp32 master copy. ZeRO shards the optimizer
-    state from stage 1, gradients from stage 2, weights from stage 3 (Rajbhandari et al., SC 2020).
+    AdamW keeps two fp32 moments; weights trained in bf16 or fp16 also an fp32 master copy, and so does DeepSpeed from
+    stage 1 on in any case. These are what ZeRO shards from stage 1 on (Rajbhandari et al., SC 2020). The trainable weights
+    stay whole on every rank, and their gradients are whole until a step's end, at every stage (`mitrain.engine.zero`).
     """
-    check_stage(stage)
     size = float_bytes(precision) * trainable
-    state = (8 if precision == "fp32" else 12) * trainable
-    return Memory(
-        frozen=frozen,
-        weights=share(size, stage >= 3, world),
-        gradients=share(size, stage >= 2, world),
-        optimizer=share(state, stage >= 1, world),
-    )
+    state = (8 if precision == "fp32" and not check_stage(stage) else 12) * trainable
+    return Memory(frozen=frozen, weights=size, gradients=size, optimizer=share(state, stage >= 1, world))
 
 
 def activation_bytes(
@@ -336,8 +331,8 @@ def activation_bytes(
     Only the ``above`` layers from the first infused one upwards keep anything, ``infused`` of them with MiT. Inputs of
     frozen projections are not kept. Per token a plain layer under fused attention keeps both norms' fp32 inputs and
     roots, q, k, v, the attention's output and fp32 log-sum, and three feed-forward activations (two if ungated). An
-    infused one, with a gate per query, also the gate's two fp32 scalars per head and one per key/value head; its gated
-    feed-forward keeps but two activations, since the product is computed again, and an ungated one a product more.
+    infused one, with a gate per query, also the gate's two fp32 scalars per head and one per key/value head, and no
+    log-sum (the operator of the CPU makes it again); its gated feed-forward keeps but two activations, since the product is computed again, and an ungated one a product more.
     With ``checkpointed`` each layer keeps its input alone, and one layer is whole while it is recomputed.
     Logits at ``logit_tokens`` positions cost their values, fp32 copy and log-probabilities.
     """
@@ -346,7 +341,7 @@ def activation_bytes(
     size, queries, keys = float_bytes(precision), llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
     halves = 2 * queries + 2 * keys + (3 if llm.gated else 2) * llm.ffn
     plain = 2 * 4 * (llm.hidden + 1) + size * halves + 4 * llm.heads
-    extra = 4 * (2 * llm.heads + llm.kv_heads) + size * (-llm.ffn if llm.gated else llm.ffn)
+    extra = 4 * (llm.heads + llm.kv_heads) + size * (-llm.ffn if llm.gated else llm.ffn)
     if checkpointed:
         per_token = above * size * llm.hidden + (plain + extra if infused else plain if above else 0)
     else:

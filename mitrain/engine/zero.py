@@ -61,11 +61,22 @@ def join() -> ModuleType:
     return ds
 
 
+def checked_json(zero: ZeroConfig, optimizer: OptimizerConfig) -> Json:
+    """DeepSpeed's JSON as DeepSpeed itself understands it; ConfigError where it does not."""
+    made, ds = deepspeed_json(zero, optimizer, dist.world()), join()
+    try:
+        ds.DeepSpeedConfig(made)
+    except Exception as error:  # pydantic's, assertions, its own: for a misspelt or impossible setting
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"DeepSpeed refuses its configuration ({reason}): check zero.config") from None
+    return made
+
+
 def sharding(zero: ZeroConfig, optimizer: OptimizerConfig) -> Callable[[nn.Module], None] | None:
     """At stage 3, what spreads a module's weights (those of rank 0) over the ranks as it is loaded; else None."""
     if zero.stage < 3:
         return None
-    made = deepspeed_json(zero, optimizer, dist.world())
+    made = checked_json(zero, optimizer)
     ds = join()
 
     def shard(module: nn.Module) -> None:
@@ -76,19 +87,15 @@ def sharding(zero: ZeroConfig, optimizer: OptimizerConfig) -> Callable[[nn.Modul
 
 def gather_as_needed(parts: Mapping[str, nn.Module], zero: ZeroConfig) -> None:
     """Let modules whose weights lie in shards gather them when they are called, without an optimizer: for evaluation."""
-    made = deepspeed_json(zero, OptimizerConfig(), dist.world())
+    made = checked_json(zero, OptimizerConfig())
     initialize(Root(parts), made)
 
 
 def initialize(root: "Root", made: Json, optimizer: torch.optim.Optimizer | None = None) -> Any:
-    """DeepSpeed's engine for the modules under ``root``; ConfigError where it refuses its JSON."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it imports much of torch that is deprecated
-            return join().initialize(model=root, optimizer=optimizer, config=made, dist_init_required=False)[0]
-    except (AssertionError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"DeepSpeed refuses its configuration ({reason}): check zero.config") from None
+    """DeepSpeed's engine for the modules under ``root``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports much of torch that is deprecated
+        return join().initialize(model=root, optimizer=optimizer, config=made, dist_init_required=False)[0]
 
 
 class Root(nn.Module):
@@ -121,7 +128,7 @@ class ZeroEngine(LocalEngine):
     ):
         super().__init__(groups, schedule, config, scale)
         self.stage, self.lockstep = zero.stage, zero.stage == 3
-        self.json = deepspeed_json(zero, self.config, dist.world())
+        self.json = checked_json(zero, self.config)
         self.deepspeed = join()
         self.engine = initialize(Root(parts), self.json, self.optimizer)
         self.sharded = self.engine.optimizer  # DeepSpeed's optimizer around ours
