@@ -328,11 +328,12 @@ def activation_bytes(
 ) -> int:
     """Estimated bytes per sample that autograd keeps of the language model (within a tenth); linear in the batch.
 
-    Only the ``above`` layers from the first infused one upwards keep anything, ``infused`` of them with MiT. Inputs of
-    frozen projections are not kept. Per token a plain layer under fused attention keeps both norms' fp32 inputs and
-    roots, q, k, v, the attention's output and fp32 log-sum, and three feed-forward activations (two if ungated). An
-    infused one, with a gate per query, also the gate's two fp32 scalars per head and one per key/value head, and no
-    log-sum (the operator of the CPU makes it again); its gated feed-forward keeps but two activations, since the product is computed again, and an ungated one a product more.
+    Only the ``above`` layers from the first infused one upwards keep anything, ``infused`` of them with MiT. Inputs
+    of frozen projections are not kept. Per token a plain layer under fused attention keeps both norms' fp32 inputs
+    and roots, q, k, v, the attention's output and fp32 log-sum, and three feed-forward activations (two if ungated).
+    An infused one, with a gate per query, also the gate's two fp32 scalars per head and one per key/value head, and
+    no log-sum (the operator of the CPU makes it again); its gated feed-forward keeps but two activations, since the
+    product is computed again, and an ungated one a product more.
     With ``checkpointed`` each layer keeps its input alone, and one layer is whole while it is recomputed.
     Logits at ``logit_tokens`` positions cost their values, fp32 copy and log-probabilities.
     """
