@@ -36,7 +36,7 @@ def deepspeed() -> ModuleType:
             import deepspeed
     except ImportError:
         raise ConfigError(
-            "zero.stage needs DeepSpeed, which is not installed: pip install 'mitrain[deepspeed]', or zero.stage=null"
+            "zero.stage needs DeepSpeed, which is not installed: pip install 'mitrain[deepspeed]', or set zero.stage=0"
         ) from None
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
     log = logging.getLogger("DeepSpeed")

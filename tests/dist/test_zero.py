@@ -66,6 +66,12 @@ class TestEngine:
         assert_same_tensors(tensors, engines[0]["plain"][1])
 
 
+def test_a_setting_that_deepspeed_does_not_know_is_one_line(engines):
+    for found in engines:
+        assert "reduce_bucket_sise" in found["refusal"] and found["refusal"].endswith("check zero.config")
+        assert "\n" not in found["refusal"]
+
+
 LOW = {
     "fp32": [],
     "int8": ["model.quantize=int8", "model.quantize_embedding=true"],

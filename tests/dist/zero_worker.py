@@ -12,7 +12,8 @@ from torch import nn
 from mitrain import dist
 from mitrain.cli import main
 from mitrain.engine import Engine, Group, LocalEngine, OptimizerConfig, ZeroConfig
-from mitrain.engine.zero import ZeroEngine
+from mitrain.engine.zero import ZeroEngine, checked_json
+from mitrain.errors import ConfigError
 from mitrain.trainer import Trainer
 
 CLIP = OptimizerConfig(clip=0.5)
@@ -111,10 +112,19 @@ def held(module: nn.Module) -> dict[str, int]:
     return found
 
 
+def refusal() -> str:
+    """What a setting is answered with that DeepSpeed does not know."""
+    try:
+        checked_json(ZeroConfig(stage=3, config={"zero_optimization": {"reduce_bucket_sise": 5}}), CLIP)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def compare(out: str) -> int:
     torch.set_num_threads(1)
     with dist.started() as here:
-        found = engines()
+        found = {**engines(), "refusal": refusal()}
     (Path(out) / f"{here.rank}.json").write_text(json.dumps(found))
     return 0
 

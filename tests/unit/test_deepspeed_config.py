@@ -1,12 +1,14 @@
 """DeepSpeed's JSON: what our settings make of it, and what a user's own may say beside them."""
 
 import json
+import sys
 
 import pytest
 
 from mitrain.config import parse
 from mitrain.engine import OptimizerConfig, ZeroConfig
 from mitrain.engine.deepspeed_config import deepspeed_json
+from mitrain.engine.zero import sharding
 from mitrain.errors import ConfigError
 
 PLAIN = OptimizerConfig(clip=0.5)
@@ -107,6 +109,13 @@ def test_a_users_json_may_say_what_our_settings_say():
 def test_a_users_json_that_contradicts_is_named(own, line):
     with pytest.raises(ConfigError, match=line):
         made(stage=3, config=own)
+
+
+def test_without_deepspeed_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mitrain\[deepspeed\]', or set zero.stage=0"):
+        sharding(ZeroConfig(stage=3), PLAIN)
+    assert sharding(ZeroConfig(stage=2), PLAIN) is None
 
 
 def test_a_json_file_that_is_not_there(tmp_path):
