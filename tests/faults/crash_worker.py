@@ -13,6 +13,7 @@ and N says when the child kills itself: right before the N-th file operation of 
 negative, in the middle of the write that makes a file longer than -N bytes (the kernel does it).
 """
 
+import importlib
 import io
 import os
 import random
@@ -174,6 +175,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         what, folder, at = line.split()
+        if what == "trainer":
+            importlib.import_module("mitrain.trainer")  # once, not in every child
         pid = os.fork()
         if pid == 0:
             commands = {"loop": loop, "save": save, "train": train, "trainer": trainer, "export": export}

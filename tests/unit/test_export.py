@@ -156,11 +156,11 @@ def test_other_places_and_precisions_of_the_base(world, exported, predictor, ima
     (exported / "adapter_config.json").write_text(json.dumps(values))
 
 
-def test_the_saved_preprocessing_is_used_whatever_the_encoders_folder_says(world, exported, predictor, images):
+def test_the_saved_preprocessing_is_used_whatever_the_encoders_folder_says(world, run, exported, images):
     other = shutil.copytree(world / "vision", world / "regrained")
     (other / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}))
     found = mitrain.from_pretrained(exported, encoders=[other])
-    assert found.predict(images[0], PROMPT) == predictor.predict(images[0], PROMPT)
+    assert found.predict(images[0], PROMPT) == scoring.predict_one(run, str(images[0]), PROMPT).values
 
 
 def test_a_base_of_another_shape_is_refused_with_every_difference(world, exported):
@@ -217,6 +217,8 @@ def test_an_adapter_of_ones_own_loop_is_saved_and_attached_again(world, tmp_path
         and torch.equal(other(IDS, infused={"image": features}).logits, expected)
     )
     assert "load_adapter" in (tmp_path / "mit" / "README.md").read_text()
+    with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
+        mit.save_pretrained(tmp_path / "mit")
     with pytest.raises(CheckpointError, match="adapter without encoders and task.*load_adapter"):
         mitrain.from_pretrained(tmp_path / "mit")
     mit.detach()
