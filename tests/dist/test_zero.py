@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from ranks import STEPS, losses, make_world, run_folder
 from zero_worker import NARROW, POISONED, SPREADS
 
+import mitrain
 from mitrain.checkpoint.folder import survey
 from mitrain.cli import main
+from mitrain.scoring import predict_one
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
@@ -152,6 +155,17 @@ def test_in_the_same_shards_it_goes_on_bit_for_bit(forge, world, shards, tmp_pat
     folder = cut_run(shards, tmp_path)
     launch(forge, world, tmp_path, 2, "--resume", str(folder))
     assert losses(folder) == losses(shards("fp32")[0])
+
+
+def test_an_adapter_of_int8_shards_loads_in_one_line_without_deepspeed(world, shards, tmp_path, monkeypatch):
+    folder, picture = shards("int8")[0], next((world / "data").rglob("*.png"))
+    assert main(["export", str(folder), "--out", str(tmp_path / "adapter")]) == 0
+    expected = predict_one(folder, str(picture), "what colour ?", candidates=["red", "blue"]).values
+    for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    found = mitrain.from_pretrained(tmp_path / "adapter").predict(picture, "what colour ?", candidates=["red", "blue"])
+    assert found == expected and set(found["probabilities"]) == {"red", "blue"}
 
 
 def test_evaluation_and_generation_in_shards(world, forge, tmp_path, capsys):
