@@ -103,7 +103,7 @@ class Group:
     def __init__(self, forge: "Forge", pids: list[int], folder: Path):
         self.forge, self.pids, self.folder = forge, pids, folder
 
-    def wait(self, *ranks: int, timeout: float = 240) -> list[Ended]:
+    def wait(self, *ranks: int, timeout: float = 900) -> list[Ended]:
         """How ``ranks`` ended, all if none is named; the whole group is killed after ``timeout`` seconds."""
         timer = threading.Timer(timeout, self.kill)
         timer.start()
