@@ -157,6 +157,7 @@ def arguments(case, trains=True, state=None, dtype=torch.float64):
     return found[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @some(
     [
         Case("prefix"),
@@ -168,8 +169,8 @@ def arguments(case, trains=True, state=None, dtype=torch.float64):
         Case("none", layout="tokens first"),
     ]
 )
-def test_the_operators_keep_torchs_rules(case):
-    given = arguments(case)
+def test_the_operators_keep_torchs_rules(case, dtype):
+    given = arguments(case, dtype=dtype)
     torch.library.opcheck(OPS.infused_attention.default, given)
     still = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
     torch.library.opcheck(OPS.infused_attention.default, (*still[:-1], False))
