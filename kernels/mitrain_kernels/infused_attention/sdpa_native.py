@@ -138,6 +138,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, maps: Maps, setting: Setting, train
     attended = F.scaled_dot_product_attention(
         inner, k, v, is_causal=ordered, attn_mask=setting.mask, scale=setting.scale, enable_gqa=k.shape[1] != H
     )
+    attended = rows(attended)
     output = torch.empty_like(attended)
     INFUSE_OUTPUT(
         sizes_of(q.shape, v.shape, M), (address(base),),
