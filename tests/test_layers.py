@@ -13,7 +13,14 @@ from source_tree import ROOT, dotted, imports, our_files
 # From the ground up. A room is a file or a folder right under mitrain/.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "dist", "files", "costs", "hf", "untrusted"),  # L0: arithmetic, files, what a Hugging Face model looks like
+    (
+        "config",
+        "dist",
+        "files",
+        "costs",
+        "hf",
+        "untrusted",
+    ),  # L0: arithmetic, files, what a Hugging Face model looks like
     ("schedule", "quant", "pretrained"),
     ("adapters", "backbones", "prepare", "tasks", "data"),  # L1: one paper, format or task per file
     # L2: machinery, handed its objects

@@ -2,7 +2,7 @@
 
 Gradients of a step are summed on each rank, reduced once, divided by the step's true count through DeepSpeed's loss
 scale, and clipped and applied by DeepSpeed. At stage 3 the frozen weights lie in shards on all ranks and are gathered
-layer by layer; the trainable ones (one or two percent) stay whole on every rank, their optimizer states do not.
+layer by layer; the trainable ones stay whole on every rank, their optimizer states do not.
 """
 
 import logging

@@ -40,9 +40,9 @@ class EncoderPart(Strict):
 class RunPart(Strict):
     """What a run adds to its adapter.
 
-    ``config``: its configuration without the language model's name and device. ``answers``: the answers that training samples had,
-    by prompt (none: not kept). ``step``: of the checkpoint, ``best`` whether it was the best on val. ``metrics``: by
-    split, of that step.
+    ``config``: its configuration without the language model's name and device. ``answers``: the answers that training
+    samples had, by prompt (none: not kept). ``step``: of the checkpoint, ``best`` whether it was the best on val.
+    ``metrics``: by split, of that step.
     """
 
     config: dict[str, Any]
