@@ -19,9 +19,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "files",
         "costs",
         "hf",
+        "reading",
         "untrusted",
     ),  # L0: arithmetic, files, what a Hugging Face model looks like
-    ("schedule", "quant", "pretrained"),
+    ("schedule", "quant", "pretrained", "trunk"),
     ("adapters", "backbones", "prepare", "tasks", "data"),  # L1: one paper, format or task per file
     # L2: machinery, handed its objects
     ("engine", "checkpoint", "guard", "telemetry", "features", "evaluate", "figures", "probe"),
@@ -45,7 +46,7 @@ FRONT_SHOWS = ("adapters", "export")
 DOORS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("mitrain/engine/",),
     "bitsandbytes": ("mitrain/quant/",),
-    "peft": ("mitrain/bench/",),
+    "peft": ("mitrain/bench/", "mitrain/adapters/peft.py"),
     "wandb": ("mitrain/telemetry.py",),
     "triton": ("kernels/mitrain_kernels/",),
     "mitrain_kernels": ("mitrain/adapters/", "mitrain/backbones/", "kernels/mitrain_kernels/"),

@@ -4,10 +4,10 @@ An adapter is a module of trainable parameters that attaches to frozen Hugging F
 modules and the attention interface, and takes itself off again without a trace. How the methods meet it:
 
     MiT     binds one vector per modality; maps in the infused layers turn it into factors of keys, values and FFN.
-    PMF     attaches to two encoders; ``read`` runs both to their first fusion layer and then layer by layer in turn,
-            each fusion layer once for its query prompts and once for the fusion; ``first_layer`` = depth - L_f.
-    MoPE    binds the complementary modality's vector; a pre-hook of every layer exchanges the prompt tokens, with
-            weights from its router; ``extra_loss`` is the importance loss; ``first_layer`` = 0.
+    PMF     attaches to two encoders and walks: ``read`` runs the fusion layers of both in turn, each once for its query
+            prompts and once for the fusion; ``first_layer`` = depth - L_f.
+    MoPE    attaches to two encoders and walks: every layer of the main one gets prompts that depend on the other's
+            vector, with weights from a router; ``extra_loss`` is the importance loss; ``first_layer`` = 0.
     Aurora  a forward hook of every tuned projection adds U diag(λ ⊙ p_n) Vᵀ x, with U and V shared by all backbones;
             needs no features; ``merge`` adds the same matrices to the frozen weights.
 """
@@ -21,10 +21,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mitrain import pretrained
+from mitrain import pretrained, trunk
 from mitrain.adapters.condition import Condition, Feature, make_condition
 from mitrain.config import Section
 from mitrain.errors import ModelError
+from mitrain.reading import Picture, Reading, Words
 
 _NOT_GIVEN = object()
 
@@ -38,6 +39,12 @@ class Adapter(nn.Module, ABC):
     """
 
     method: ClassVar[str]
+    places: ClassVar[tuple[str, ...]] = ("text",)
+    """The backbones that it attaches to; with ``image``, ``read`` is given the states that enter its changed layers."""
+    walks: ClassVar[bool] = False
+    """It runs the layers itself: ``read`` is always given the states that enter ``first_layer`` of each backbone."""
+    fuses: ClassVar[bool] = False
+    """A reading's ``text`` depends on the picture; ``picture.infused=False`` leaves it out while the rest stays."""
     config: Section
 
     def __init__(self) -> None:
@@ -63,15 +70,26 @@ class Adapter(nn.Module, ABC):
     def feature_widths(self) -> Mapping[str, int]:
         """The modalities that ``bind`` takes, each with its feature width e."""
 
-    def read(
-        self,
-        backbones: Mapping[str, PreTrainedModel],
-        inputs: Mapping[str, Any],
-        features: Mapping[str, Feature],
-    ) -> Any:
-        """One forward pass of the adapted backbones; ``inputs`` are those of the text model."""
-        with self.bind(features):
-            return backbones["text"](**inputs)
+    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+        """One pass of the adapted backbones over texts, pictures or (row by row) both.
+
+        With one of them alone it is what a dual encoder needs: that modality by itself.
+        """
+        text = None
+        if words is not None:
+            shown = picture is not None and picture.infused and "image" in self.feature_widths
+            with self.bind({"image": picture.feature} if shown else {}):
+                text = trunk.last_hidden(self._backbones["text"], words)
+        return Reading(text, words and words.mask, picture and picture.feature)
+
+    def image_width(self, feature: int) -> int:
+        """Width of a reading's ``image``; ``feature``: e of the frozen encoders' global feature."""
+        return feature
+
+    @property
+    def joint_width(self) -> int:
+        """Width of a reading's ``joint``; 0: it has none."""
+        return 0
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Keep only the inputs of the changed layers for backward and compute the rest again."""

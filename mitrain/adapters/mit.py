@@ -51,6 +51,7 @@ class MiT(Adapter):
     """
 
     method: ClassVar[str] = "mit"
+    fuses: ClassVar[bool] = True
 
     def __init__(self, config: MiTConfig):
         super().__init__()

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from mitrain import dist, hf, quant
-from mitrain.backbones import stream, trunk
+from mitrain import dist, hf, quant, trunk
+from mitrain.backbones import stream
 from mitrain.backbones.chunked_loss import chunked_cross_entropy
 from mitrain.backbones.stream import Shard
 from mitrain.backbones.vision import frozen_digest
 from mitrain.errors import ConfigError, DataError, ModelError
+from mitrain.reading import Words
 
 LARGE_LOGITS = 2**28
 """Bytes of fp32 logits from which on the loss runs over parts of the vocabulary."""
@@ -130,7 +131,11 @@ class TextBackbone:
 
     def logits(self, ids: Tensor, mask: Tensor, keep: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor:
         """(B, len(keep), V): what the frozen head says at the positions ``keep`` (a 1-D index tensor)."""
-        return self._run(self.model, ids, mask, states, depth, logits_to_keep=keep).logits
+        options = {"attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
+        if states is None:
+            return self.model(input_ids=ids, **options).logits
+        with trunk.replay(self.model, depth, states):
+            return self.model(inputs_embeds=states, **options).logits
 
     def log_likelihood(
         self,
@@ -156,20 +161,12 @@ class TextBackbone:
 
     def hidden(self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor:
         """(B, T, D): the hidden states after the final norm."""
-        return self._run(self.model.base_model, ids, mask, states, depth).last_hidden_state
-
-    def _run(
-        self, model: PreTrainedModel, ids: Tensor, mask: Tensor, states: Tensor | None, depth: int, **kwargs: Any
-    ) -> Any:
-        if states is None:
-            return model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
-        with trunk.replay(self.model, depth, states):
-            return model(inputs_embeds=states, attention_mask=mask, use_cache=False, **kwargs)
+        return trunk.last_hidden(self.model, Words(ids, mask, states, depth))
 
     def trunk(self, rows: Sequence[Sequence[int]], depth: int) -> list[Tensor]:
         """What leaves the ``depth`` bottom layers for each row of token ids: a list of (T_i, D)."""
         ids, mask = self.pad(rows)
-        states = trunk.trunk_states(self.model, depth, ids, mask)
+        states = trunk.trunk_states(self.model, depth, input_ids=ids, attention_mask=mask)
         return [states[i, : len(row)] for i, row in enumerate(rows)]
 
     @torch.no_grad()

@@ -11,6 +11,8 @@ from transformers import BertConfig, BertModel
 
 from mitrain.adapters.base import Adapter
 from mitrain.errors import ModelError
+from mitrain.reading import Picture, Reading, Words
+from mitrain.trunk import trunk_states
 
 
 class SharedUpdate(Adapter):
@@ -52,6 +54,9 @@ class TwoEncoders(Adapter):
     """After PMF: the last layers of two encoders take turns, each reading a summary of the other's tokens."""
 
     method = "two"
+    places = ("text", "image")
+    walks = True
+    fuses = True
     feature_widths: ClassVar[dict] = {}
 
     def __init__(self, width: int):
@@ -65,21 +70,17 @@ class TwoEncoders(Adapter):
     def first_layer(self, name):
         return self.depths[name] - 1
 
-    def read(self, backbones, inputs, features):
-        states = {"text": inputs["inputs_embeds"], "image": features["image"]}
-        for name, backbone in backbones.items():
-            with torch.no_grad():
-                for layer in backbone.encoder.layer[: self.first_layer(name)]:
-                    states[name] = output(layer(states[name]))
+    def read(self, words, picture):
+        states = {"text": words.states, "image": picture.states}
         summaries = {
             "text": self.across["text"](states["image"].mean(1)),
             "image": self.across["image"](states["text"].mean(1)),
         }
-        for name, backbone in backbones.items():
+        for name, backbone in self._backbones.items():
             fused = torch.cat([states[name], summaries[name][:, None]], dim=1)
             states[name] = output(backbone.encoder.layer[-1](fused))[:, :-1]
         self.balance = summaries["text"].square().sum(), torch.tensor(summaries["text"].numel())
-        return {name: state.mean(1) for name, state in states.items()}
+        return Reading(states["text"], words.mask, states["image"].mean(1))
 
     def extra_loss(self):
         return self.balance
@@ -122,12 +123,14 @@ def test_a_method_that_interleaves_two_encoders_overrides_read():
     assert all(b.training for b in backbones.values())
     adapter = TwoEncoders(32)
     adapter.attach(backbones)
-    words, patches = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
-    results = adapter.read(backbones, {"inputs_embeds": words}, {"image": patches})
-    again = adapter.read(backbones, {"inputs_embeds": words}, {"image": patches})
-    assert torch.equal(results["text"], again["text"])  # dropout of the frozen encoders is off
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    states = trunk_states(backbones["text"], adapter.first_layer("text"), input_ids=tokens)
+    words = Words(tokens, tokens, states, adapter.first_layer("text"))
+    picture = Picture(torch.randn(2, 3), torch.randn(2, 7, 32), adapter.first_layer("image"))
+    results, again = adapter.read(words, picture), adapter.read(words, picture)
+    assert torch.equal(results.text, again.text)  # dropout of the frozen encoders is off
     total, count = adapter.extra_loss()
-    (results["text"].sum() + results["image"].sum() + total / count).backward()
+    (results.text.sum() + results.image.sum() + total / count).backward()
     assert all(p.grad is not None for p in adapter.parameters())
     for backbone in backbones.values():
         backbone.train()

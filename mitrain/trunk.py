@@ -1,20 +1,22 @@
-"""The frozen trunk: every decoder layer below the first infused one.
+"""The frozen trunk: every layer of a language model or encoder below the first one that an adapter changes.
 
-Nothing trainable lies under it, so it is a frozen function of the text alone. `trunk_states` computes what leaves it,
-once per text; `replay` runs the rest of the model on that, without a copied forward pass: for the time of one call the
-trunk's layers are stood in for by modules that hand the given states on.
+Nothing trainable lies under it, so it is a frozen function of the text (or picture) alone. `trunk_states` computes what
+leaves it, once for each; `replay` runs the rest of the model on that, without a copied forward pass: for the time of one
+call the trunk's layers are stood in for by modules that hand the given states on.
 
 Shapes: B batch, T tokens, D hidden width.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mitrain.hf import layer_owner
+from mitrain.reading import Words
 
 
 class StandIn(nn.Module):
@@ -36,16 +38,19 @@ class StandIn(nn.Module):
 def replay(model: PreTrainedModel, depth: int, states: Tensor) -> Iterator[None]:
     """Inside, a forward pass of ``model`` starts at layer ``depth`` with ``states`` (B, T, D).
 
-    Call the model with ``inputs_embeds=states``, which gives it the shape and spares the embedding look-up.
+    Call a language model with ``inputs_embeds=states``, which gives it the shape and spares the embedding look-up.
     """
     owner, name = layer_owner(model)
     layers = getattr(owner, name)
     below = [StandIn(layer, states if i == 0 else None) for i, layer in enumerate(layers[:depth])]
     setattr(owner, name, nn.ModuleList([*below, *layers[depth:]]))
+    enter = None if depth else layers[0].register_forward_pre_hook(lambda _, args: (states, *args[1:]))
     try:
         yield
     finally:
         setattr(owner, name, layers)
+        if enter is not None:
+            enter.remove()
 
 
 class Top(StandIn):
@@ -62,10 +67,11 @@ class Top(StandIn):
 
 
 @torch.no_grad()
-def trunk_states(model: PreTrainedModel, depth: int, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def trunk_states(model: PreTrainedModel, depth: int, **inputs: Any) -> Tensor:
     """What leaves the ``depth`` bottom layers: (B, T, D), in the model's dtype.
 
-    ``depth == 0`` gives the embeddings, ``depth == number of layers`` what enters the final norm.
+    ``depth == 0`` gives what enters the first layer, ``depth == number of layers`` what enters the final norm.
+    ``inputs``: what ``model.base_model`` takes: input_ids and attention_mask, or pixel_values, or input_features.
     """
     owner, name = layer_owner(model)
     layers = getattr(owner, name)
@@ -73,8 +79,18 @@ def trunk_states(model: PreTrainedModel, depth: int, input_ids: Tensor, attentio
     top = Top(layers[last], runs=depth > 0)
     above = [StandIn(layer, None) for layer in layers[last + 1 :]]
     setattr(owner, name, nn.ModuleList([*layers[:last], top, *above]))
+    options = {"use_cache": False} if "input_ids" in inputs else {}
     try:
-        owner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        model.base_model(**inputs, **options)
     finally:
         setattr(owner, name, layers)
     return top._states
+
+
+def last_hidden(model: PreTrainedModel, words: Words) -> Tensor:
+    """(B, T, D): a language model's hidden states after its final norm, run from the bottom or from ``words.states``."""
+    if words.states is None:
+        return model.base_model(input_ids=words.ids, attention_mask=words.mask, use_cache=False).last_hidden_state
+    with replay(model, words.depth, words.states):
+        found = model.base_model(inputs_embeds=words.states, attention_mask=words.mask, use_cache=False)
+    return found.last_hidden_state
