@@ -1,6 +1,6 @@
-"""What the frozen parts say of images and texts, computed once (or, with the cache off, whenever it is asked for).
+"""What the frozen encoders say of images, computed once (or, with the cache off, whenever it is asked for).
 
-Shapes: B samples, e width of the infused feature (all encoders concatenated), N patches, c channels, T tokens, D width.
+Shapes: B samples, e width of the infused feature (all encoders concatenated), N patches, c channels.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mitrain.backbones import TextBackbone, VisionEncoder
+from mitrain.backbones import VisionEncoder
 from mitrain.backbones.vision import VIEWS
 from mitrain.config import Section
 from mitrain.data.cache import FeatureCache, Item
@@ -199,42 +199,3 @@ class ImageFeatures:
                 batch = torch.from_numpy(stacked.astype(np.float32)).unflatten(1, (count, tokens_each))
                 tokens += list(batch.unbind(1))
         return tokens
-
-
-class TextStates:
-    """What leaves the frozen trunk of ``depth`` layers, per text (a row of token ids)."""
-
-    def __init__(self, text: TextBackbone, depth: int, cache: Path | None):
-        self.text, self.depth = text, depth
-        self.cached = cache is not None and depth > 0
-        identity = text.identity(depth) if self.cached else {}
-        self.store = FeatureCache(cache / "texts" if self.cached else None, identity, {"states": "float32"})
-
-    @staticmethod
-    def key(row: Sequence[int]) -> str:
-        return hashlib.sha256(np.asarray(row, dtype=np.int64).tobytes()).hexdigest()
-
-    def prepare(self, rows: Sequence[Sequence[int]], progress: Progress = no_progress) -> int:
-        """Compute what is not in the cache yet, similar lengths together; returns how many texts that were."""
-        if not self.cached:
-            return 0
-        by_key = {self.key(row): row for row in sorted(rows, key=len)}
-
-        def compute(keys: Sequence[str]) -> dict[str, Item]:
-            states = self.text.trunk([by_key[key] for key in keys], self.depth)
-            return {key: {"states": s.float().cpu().numpy()} for key, s in zip(keys, states, strict=True)}
-
-        return self.store.fill(by_key, compute, progress=progress)
-
-    def batch(self, rows: Sequence[Sequence[int]]) -> Tensor | None:
-        """(B, T, D), right-padded with zeros; None when there is no cache and the model must run from its bottom."""
-        if not self.cached:
-            return None
-        items = [self.store[key]["states"] if (key := self.key(row)) in self.store else self._now(row) for row in rows]
-        out = torch.zeros(len(rows), max(map(len, rows)), self.text.width, dtype=self.text.dtype)
-        for i, item in enumerate(items):
-            out[i, : len(item)] = torch.from_numpy(np.array(item))
-        return out.to(self.text.device)
-
-    def _now(self, row: Sequence[int]) -> np.ndarray:
-        return self.text.trunk([row], self.depth)[0].float().cpu().numpy()

@@ -18,9 +18,10 @@ from mitrain.backbones import ModelConfig, Shard, TextBackbone, VisionEncoder
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw
 from mitrain.errors import ConfigError
-from mitrain.features import FeatureNorm, ImageFeatures, TextStates
+from mitrain.features import FeatureNorm, ImageFeatures, Progress, no_progress
 from mitrain.files import cache_home
 from mitrain.schema import RunConfig
+from mitrain.states import PictureStates, TextStates
 from mitrain.tasks.answer import AnswerTask
 from mitrain.tasks.base import Batch, Parts, Task
 from mitrain.tasks.classify import ClassifyTask
@@ -52,7 +53,10 @@ def settled(config: RunConfig) -> RunConfig:
 
 @dataclass
 class Model:
-    """The assembled parts. ``trainable`` holds what is trained and saved: adapter, head, feature statistics."""
+    """The assembled parts. ``trainable`` holds what is trained and saved: adapter, head, feature statistics.
+
+    ``pictures``: what enters the changed layers of the first encoder, for methods that change it.
+    """
 
     config: RunConfig
     text: TextBackbone
@@ -61,6 +65,12 @@ class Model:
     norm: FeatureNorm
     task: Task
     states: TextStates
+    pictures: PictureStates | None = None
+
+    def train(self, mode: bool = True) -> None:
+        """Adapter and head in training mode, or not; what is frozen never is."""
+        self.task.train(mode)
+        self.adapter.train(mode)
 
     @property
     def trainable(self) -> dict[str, nn.Module]:
@@ -73,6 +83,11 @@ class Model:
     def images(self, root: Path, bad: BadSamples | None = None) -> ImageFeatures:
         """The encoders' view of the image files under ``root``."""
         return ImageFeatures(self.encoders, root, cache_root(self.config), self.config.data.max_pixels, bad)
+
+    def prepare(self, images: ImageFeatures, paths: Sequence[str], views: int, progress: Progress = no_progress) -> int:
+        """Run everything frozen on pictures and their ``views`` that are not in the cache; returns how many that were."""
+        computed = images.prepare(paths, views, progress)
+        return computed + (self.pictures.prepare(images, paths, views, progress) if self.pictures else 0)
 
     def training_batch(self, draws: Sequence[Draw], images: ImageFeatures, share: slice = slice(None)) -> Batch:
         """Drawn samples, each with one of its image's views; noise comes from the draws' own generators.
@@ -89,17 +104,29 @@ class Model:
         features = self.norm.disturb(whole, noise)[share]
         samples = [draw.sample for draw in draws[share]]
         placed = self._placed(features)
-        return Batch(samples, placed, self._levels(images, paths[share]), placed)
+        levels = self._levels(images, paths[share])
+        return Batch(samples, placed, levels, placed, *self._states(images, paths[share], views[share]))
 
     def evaluation_batch(
         self, samples: Sequence[Any], paths: Sequence[str], images: ImageFeatures, blind: bool = False
     ) -> Batch:
-        """Samples with the images ``paths`` (their own, or a control's); ``blind`` leaves the infusion out."""
+        """Samples with the images ``paths`` (their own, or a control's); ``blind`` leaves the infusion out.
+
+        Features are the mean over ``features.eval_views``; states are those of the image as it is.
+        """
         features = self._placed(self.norm(images.averaged(paths, self.config.features.eval_views)))
-        return Batch(samples, None if blind else features, self._levels(images, paths), features)
+        infused = None if blind else features
+        return Batch(samples, infused, self._levels(images, paths), features, *self._states(images, paths))
 
     def _levels(self, images: ImageFeatures, paths: Sequence[str]) -> list[Tensor]:
         return [level.to(self.text.device) for level in images.levels(paths)] if self.task.decodes else []
+
+    def _states(
+        self, images: ImageFeatures, paths: Sequence[str], views: Sequence[int] | None = None
+    ) -> tuple[Tensor | None, int]:
+        if self.pictures is None:
+            return None, 0
+        return self._placed(self.pictures.batch(images, paths, views)), self.pictures.depth
 
     def _placed(self, features: Tensor) -> Tensor:
         return features.to(self.text.device, self.text.dtype)
@@ -157,14 +184,37 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
     with torch.device(device):
         adapter = adapters.build(config.adapter, {"image": width})
         backend = config.kernels.backend
-        adapter.attach({"text": text.model}, checkpoint=config.train.checkpoint_activations, backend=backend)
-        states = TextStates(text, adapter.first_layer("text"), None if empty else cache_root(config))
+        backbones = {"text": text.model}
+        if "image" in adapter.places:
+            backbones["image"] = changeable(encoders, adapter)
+        adapter.attach(backbones, checkpoint=config.train.checkpoint_activations, backend=backend)
+        cache = None if empty else cache_root(config)
+        states = TextStates(text, adapter.first_layer("text"), cache, always=adapter.walks)
+        pictures = None
+        if "image" in adapter.places:
+            pictures = PictureStates(encoders[0], adapter.first_layer("image"), cache)
         task = build_task(config, Parts(text, adapter, states), encoders)
-    return Model(config, text, encoders, adapter, FeatureNorm(width, config.features), task, states)
+    return Model(config, text, encoders, adapter, FeatureNorm(width, config.features), task, states, pictures)
+
+
+def changeable(encoders: Sequence[VisionEncoder], adapter: Adapter) -> nn.Module:
+    """The first image encoder's model, which a method changes."""
+    if not encoders[0].depth:
+        raise ConfigError(
+            f"the method {adapter.method!r} changes the image encoder's transformer layers, and"
+            f" {encoders[0].config.name!r} has none: put another encoder first in model.vision, as dinov2-vits14"
+        )
+    return encoders[0].model
 
 
 def build_task(config: RunConfig, parts: Parts, encoders: Sequence[VisionEncoder]) -> Task:
     if config.task.section_name == "answer":
+        if not parts.text.speaks:
+            raise ConfigError(f"model.llm={config.model.llm!r} has no language head to answer with: take another task")
+        if parts.adapter.walks or parts.adapter.places != ("text",):
+            raise ConfigError(
+                f"the method {parts.adapter.method!r} does not work through the language head: take another task"
+            )
         return AnswerTask(config.task, parts)
     if config.task.section_name == "classify":
         data = settled(config).data

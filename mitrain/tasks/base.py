@@ -4,13 +4,15 @@ A task owns the trainable head (if it has one), turns samples and infused featur
 scores. It is handed the frozen language model, the adapter and the sources of frozen features; it never loads anything.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from mitrain.reading import Picture, Reading, Words
 
 
 class TextModel(Protocol):
@@ -46,10 +48,18 @@ class States(Protocol):
     def batch(self, rows: Sequence[Sequence[int]]) -> Tensor | None: ...
 
 
-class Binder(Protocol):
+class Reader(Protocol):
     """The part of `mitrain.adapters.base.Adapter` that tasks use."""
 
+    method: str
+    places: tuple[str, ...]
+    fuses: bool
+
     def bind(self, features: Mapping[str, Tensor | None], copies: int = 1) -> AbstractContextManager: ...
+    def read(self, words: Words | None, picture: Picture | None) -> Reading: ...
+    def image_width(self, feature: int) -> int: ...
+    @property
+    def joint_width(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Parts:
     """The frozen model, the adapter on it, and the trunk's states."""
 
     text: TextModel
-    adapter: Binder
+    adapter: Reader
     states: States
 
 
@@ -65,13 +75,22 @@ class Parts:
 class Batch:
     """Samples with their infused feature (B, e), and the patch tokens where the task has a decoder.
 
-    ``images``: the same features (B, e) for a task's own use, there also where the infusion is left out.
+    ``images``: the same features (B, e) for a task's own use, there also where the infusion is left out. ``states``
+    (B, N, c): what enters layer ``depth`` of the image encoder, where the method asks for it.
     """
 
     samples: Sequence[Any]
     features: Tensor | None
     levels: list[Tensor] = field(default_factory=list)
     images: Tensor | None = None
+    states: Tensor | None = None
+    depth: int = 0
+
+    @property
+    def picture(self) -> Picture | None:
+        """The pictures as a method reads them."""
+        feature = self.images if self.features is None else self.features
+        return None if feature is None else Picture(feature, self.states, self.depth, self.features is not None)
 
     def bound(self) -> dict[str, Tensor | None]:
         return {"image": self.features}
@@ -115,8 +134,8 @@ class Task(nn.Module):
         """How many tokens of text a batch of ``samples`` holds."""
         raise NotImplementedError
 
-    def fit(self, samples: Sequence[Any]) -> None:
-        """Take statistics from the training samples before the first step."""
+    def fit(self, samples: Sequence[Any], see: "Callable[[Sequence[Any]], Batch] | None" = None) -> None:
+        """Take statistics from the training samples before the first step; ``see`` makes a batch of some of them."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum, count) over the batch."""

@@ -17,22 +17,22 @@ from torch.nn import functional as F
 
 from mitrain.config import Section
 from mitrain.errors import ConfigError, DataError
+from mitrain.reading import Picture
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
 from mitrain.tasks.label_metrics import label_metrics
-from mitrain.tasks.readout import STATES, read_out
+from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
 
-FIT_SAMPLES = 512  # whose states the statistics are taken from
 SHOWN = 5  # classes whose probability a prediction names
 
-Readout = Literal["last", "mean", "embeddings", "image"]
+Readout = Literal["last", "mean", "cls", "embeddings", "image", "joint"]
 
 
 class ClassifyConfig(Section, kind="task", name="classify"):
     """``template``: how a sample's text is put to the model; one without {text} leaves the text out. ``readout``: what the
-    head reads, concatenated: the last token's state, the mean over tokens, the mean of the input embeddings, the picture's
-    feature itself (late fusion). ``max_tokens``: longer texts lose their end. ``balance``: rare classes weigh more, by the
-    training split's counts. ``threshold``: the probability from which one of several labels is predicted. ``dropout``:
-    of what the head reads."""
+    head reads, concatenated: the last token's state, the mean over tokens, the first token's, the mean of the input
+    embeddings, the picture's vector itself (late fusion), the method's own joint state. ``max_tokens``: longer texts lose
+    their end. ``balance``: rare classes weigh more, by the training split's counts. ``threshold``: the probability from
+    which one of several labels is predicted. ``dropout``: of what the head reads."""
 
     template: str = "{text}"
     readout: tuple[Readout, ...] = Field(("last",), min_length=1)
@@ -61,7 +61,8 @@ class ClassifyTask(Task):
         self.metric = "f1_micro" if multilabel else "accuracy"
         self.columns = self.several if multilabel else self.columns
         self.number = {name: i for i, name in enumerate(classes)}
-        width = sum(image_width if name == "image" else parts.text.width for name in config.readout)
+        self.image_width = image_width
+        width = sum(width_of(parts, name, image_width) for name in config.readout)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
         self.register_buffer("weight", torch.ones(len(classes)))
@@ -86,37 +87,30 @@ class ClassifyTask(Task):
             raise DataError(f"task.template={self.config.template!r} may contain {{text}} and no other field") from None
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
-        if not set(self.config.readout) & set(STATES):
+        if not runs_text(self.config.readout):
             return []
         return [self._ids(text) for text in sorted({s.text for s in samples})]
 
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self._ids(s.text)) for s in samples)
 
-    def states(self, texts: Sequence[str], features: Tensor | None, images: Tensor) -> Tensor:
-        """(B, D · read-outs): what the head reads, standardised per dimension."""
-        parts = {"image": images.float()}
-        if set(self.config.readout) != {"image"}:
-            parts |= read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, features)
+    def states(self, texts: Sequence[str], picture: Picture | None) -> Tensor:
+        """(B, widths of the read-outs): what the head reads, standardised per dimension."""
+        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, picture)
         return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
 
     @torch.no_grad()
-    def fit(self, samples: Sequence[Any]) -> None:
-        """Mean and spread of the frozen text read-outs, and the classes' weights, over the training samples."""
+    def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
+        """Mean and spread of the read-outs, and the classes' weights, over the training samples."""
         targets = self.targets(samples)
         if self.config.balance:
             self.weight.copy_(class_weights(targets, self.multilabel))
-        texts = sorted({s.text for s in samples})
-        texts = texts[:: -(-len(texts) // FIT_SAMPLES)]
-        self.mean.zero_()
-        self.scale.fill_(1.0)
-        image_width = self.mean.numel() - sum(self.parts.text.width for n in self.config.readout if n != "image")
-        blank = torch.zeros(1, image_width, device=self.mean.device)  # normalised already, unlike the texts' states
-        parts = [texts[i : i + 32] for i in range(0, len(texts), 32)]
-        states = torch.cat([self.states(part, None, blank.expand(len(part), -1)) for part in parts]).double()
-        self.mean.copy_(states.mean(0))
-        spread = states.std(0, correction=0)
-        self.scale.copy_(torch.where(spread > 1e-6, 1 / spread.clamp_min(1e-3), 1.0))
+        rows = [self._ids(text) for text in sorted({s.text for s in samples})]
+        own = lambda sample: self._ids(sample.text)  # noqa: E731
+        names = self.config.readout
+        mean, scale = statistics(self.parts, names, self.image_width, evenly(rows), samples, see, own)
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
 
     def targets(self, samples: Sequence[Any]) -> Tensor:
         """(B, C) float: 1 where a sample has the class."""
@@ -130,7 +124,7 @@ class ClassifyTask(Task):
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, C)."""
-        return self.head(self.dropout(self.states([s.text for s in batch.samples], batch.features, batch.images)))
+        return self.head(self.dropout(self.states([s.text for s in batch.samples], batch.picture)))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits, targets = self.logits(batch), self.targets(batch.samples)

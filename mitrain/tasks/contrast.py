@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mitrain import dist
+from mitrain.reading import Picture
 from mitrain.tasks.base import Batch
 
 
@@ -17,19 +18,20 @@ class Everyone:
     """The batch over all ranks: own vectors with their gradient, the others' without.
 
     Each rank computes the whole batch's contrast, and back-propagates through its own vectors alone; summed over the
-    ranks that is the gradient of one process.
+    ranks that is the gradient of one process. ``matching``: the pictures themselves are wanted too.
     """
 
-    def __init__(self, images: Tensor, words: Tensor, batch: Batch):
+    def __init__(self, images: Tensor, words: Tensor, batch: Batch, matching: bool):
         keys = [(s.image, s.text) for s in batch.samples]
-        features = None if batch.features is None else batch.features.detach().cpu()
-        parts = dist.gather((images.detach().cpu(), words.detach().cpu(), features, keys))
+        cpu = torch.device("cpu")
+        picture = batch.picture.to(cpu) if matching else None
+        parts = dist.gather((images.detach().cpu(), words.detach().cpu(), picture, keys))
         here = dist.rank()
         self.start = sum(len(part[3]) for part in parts[:here])
         self.count = len(keys)
         self.images = torch.cat([images if r == here else part[0].to(images) for r, part in enumerate(parts)])
         self.words = torch.cat([words if r == here else part[1].to(words) for r, part in enumerate(parts)])
-        self.features = None if features is None else torch.cat([part[2] for part in parts])
+        self.picture = Picture.joined([part[2] for part in parts]) if matching else None
         self.texts = [text for part in parts for _, text in part[3]]
         self.similarity = self.images @ self.words.T
         self.right = self._right([image for part in parts for image, _ in part[3]]).to(images.device)

@@ -1,39 +1,98 @@
-"""What of the (infused) language model's states a head reads.
+"""What of the adapted backbones' states a head reads.
 
-Shapes: B samples, T tokens, D hidden width.
+Shapes: B samples, T tokens, D width of the text model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mitrain.tasks.base import Parts
+from mitrain.errors import ConfigError
+from mitrain.reading import STATES, Picture, Words, mean_over
+from mitrain.tasks.base import Batch, Parts
 
-STATES = ("last", "mean")  # read-outs that run the language model
+FIT_SAMPLES = 512
+"""How many training samples the statistics are taken from, evenly spread."""
+See = Callable[[Sequence[Any]], Batch]
+"""Training samples as a batch with their pictures, as an evaluation sees them."""
+
+
+def runs_text(names: Iterable[str]) -> bool:
+    """Whether these read-outs run the text model."""
+    return bool({*STATES, "joint"} & set(names))
+
+
+def width_of(parts: Parts, name: str, image_width: int) -> int:
+    """Width of the read-out ``name``; ``image_width``: of the frozen encoders' feature. ConfigError where there is none."""
+    if name == "image":
+        return parts.adapter.image_width(image_width)
+    if name == "joint" and not parts.adapter.joint_width:
+        raise ConfigError(
+            f"task.readout: the method {parts.adapter.method!r} has no joint state: read last, mean, cls or image"
+        )
+    return parts.adapter.joint_width if name == "joint" else parts.text.width
 
 
 def read_out(
-    parts: Parts, rows: Sequence[Sequence[int]], names: Sequence[str], features: Tensor | None
+    parts: Parts, rows: Sequence[Sequence[int]], names: Sequence[str], picture: Picture | None
 ) -> dict[str, Tensor]:
-    """Each read-out (B, D) of ``rows`` of token ids under infused ``features`` (B, e).
+    """Each read-out (B, its width) float32 of ``rows`` of token ids with their pictures.
 
-    ``last``: the last token's final state; ``mean``: the final states' mean; ``embeddings``: the input embeddings' mean.
+    ``last``, ``mean``, ``cls``: of the text model's final states; ``embeddings``: the mean of its input embeddings;
+    ``image``: the picture's vector; ``joint``: what the method itself predicts from.
     """
-    ids, mask = parts.text.pad(rows)
     found: dict[str, Tensor] = {}
-    if set(names) & set(STATES):
-        below = parts.states.batch(rows)
-        with parts.adapter.bind({"image": features}):
-            hidden = parts.text.hidden(ids, mask, below, parts.states.depth).float()
-        found["last"] = hidden[torch.arange(len(rows)), mask.sum(1) - 1]
-        found["mean"] = mean_over(hidden, mask)
+    asked = set(names) - {"embeddings"}
+    ids, mask = parts.text.pad(rows)
+    if asked:
+        words = Words(ids, mask, parts.states.batch(rows), parts.states.depth) if runs_text(asked) else None
+        reading = parts.adapter.read(words, picture)
+        found = {name: reading.read_out(name) for name in asked}
     if "embeddings" in names:
         found["embeddings"] = mean_over(parts.text.embeddings(ids).float(), mask)
     return found
 
 
-def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of (B, T, D) over the tokens that ``mask`` (B, T) admits."""
-    weight = mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weight).sum(1) / weight.sum(1)
+@torch.no_grad()
+def statistics(
+    parts: Parts,
+    names: Sequence[str],
+    image_width: int,
+    rows: Sequence[Sequence[int]],
+    samples: Sequence[Any] = (),
+    see: See | None = None,
+    row: Callable[[Any], Sequence[int]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / spread of the read-outs ``names``, concatenated; a constant dimension keeps its scale.
+
+    Those of the text alone are taken over ``rows`` of token ids; ``joint``, and ``image`` where the method changes the
+    encoder, over ``samples`` with their pictures; the frozen encoders' feature is normalised already.
+    """
+    alone = [name for name in names if name not in ("image", "joint")]
+    seen = [name for name in names if name == "joint" or (name == "image" and "image" in parts.adapter.places)]
+    states = [read_out(parts, chunk, alone, None) for chunk in chunks(rows)] if alone else []
+    shown = [(chunk, see(chunk).picture) for chunk in chunks(evenly(samples))] if seen else []
+    together = [read_out(parts, [row(s) for s in chunk], seen, picture) for chunk, picture in shown]
+    found = {name: moments(part[name] for part in states) for name in alone}
+    found |= {name: moments(part[name] for part in together) for name in seen}
+    blank = torch.zeros(image_width), torch.ones(image_width)
+    both = [found.get(name, blank) for name in names]
+    return torch.cat([mean.cpu() for mean, _ in both]), torch.cat([scale.cpu() for _, scale in both])
+
+
+def moments(states: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean, and 1 / spread, over the rows of ``states``, both (width,) float64."""
+    rows = torch.cat([part.double() for part in states])
+    spread = rows.std(0, correction=0)
+    return rows.mean(0), torch.where(spread > 1e-6, 1 / spread.clamp_min(1e-3), 1.0)
+
+
+def evenly(items: Sequence[Any], most: int = FIT_SAMPLES) -> Sequence[Any]:
+    """At most ``most`` of ``items``, evenly spread."""
+    return items[:: max(1, -(-len(items) // most))]
+
+
+def chunks(items: Sequence[Any], size: int = 32) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

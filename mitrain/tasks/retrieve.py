@@ -1,9 +1,9 @@
 """Finding the picture for a text and the text for a picture.
 
-A dual encoder: linear maps of the frozen picture feature and of the language model's text state into one space, trained
-by contrast within the batch; every method that adapts the language model without the picture works in it. On top, a
-matching head reads the state of the text *infused* with the picture, trained against the hardest wrong partner in the
-batch, and orders the best candidates anew: there the picture reaches the language model.
+A dual encoder: linear maps of the picture's vector and of the text model's state into one space, trained by contrast
+within the batch; every method that adapts an encoder by itself works in it. On top, a matching head reads the state that
+the method makes of the text *with* the picture (its joint state, or the infused text state), trained against the hardest
+wrong partner in the batch, and orders the best candidates anew: there picture and text meet.
 
 Shapes: B samples, N samples of all ranks, D hidden width, d width of the common space, e width of the picture's feature.
 """
@@ -20,17 +20,17 @@ from torch.nn import functional as F
 
 from mitrain import dist
 from mitrain.config import Section
-from mitrain.errors import DataError
+from mitrain.errors import ConfigError, DataError
+from mitrain.reading import Picture
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
 from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.ranks import Gallery, both_ways, rank_metrics, reranked
-from mitrain.tasks.readout import STATES, read_out
+from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
 
-FIT_SAMPLES = 512  # whose states the statistics are taken from
 MATCH_ROWS = 128  # pairs that the matching head reads at a time
 SCALES = (1.0, 100.0)  # bounds of 1 / temperature
 
-Readout = Literal["last", "mean", "embeddings"]
+Readout = Literal["last", "mean", "cls", "embeddings"]
 
 
 class RetrieveConfig(Section, kind="task", name="retrieve"):
@@ -64,12 +64,26 @@ class RetrieveTask(Task):
         width = parts.text.width * len(config.readout)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
+        image_width = width_of(parts, "image", image_width)
+        self.seen: dict[str, int] = {}
+        if "image" in parts.adapter.places:
+            self.seen["image"] = image_width
+        if config.matching and parts.adapter.joint_width:
+            self.seen["joint"] = parts.adapter.joint_width
+        for name, size in self.seen.items():
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_scale", torch.ones(size))
         self.image_map = nn.Linear(image_width, config.dim)
         self.text_map = nn.Linear(width, config.dim)
         self.log_scale = nn.Parameter(torch.tensor(1 / config.temperature).log())
         self.dropout = nn.Dropout(config.dropout)
         if config.matching:
-            self.match = nn.Linear(width, 1)
+            if not (parts.adapter.fuses or parts.adapter.joint_width):
+                raise ConfigError(
+                    f"the method {parts.adapter.method!r} makes no state of text and picture together for the matching"
+                    " head to read: set task.matching=0"
+                )
+            self.match = nn.Linear(self.seen.get("joint", width), 1)
             nn.init.zeros_(self.match.weight)
             nn.init.zeros_(self.match.bias)
         self._ids = cache(self._row)
@@ -85,28 +99,29 @@ class RetrieveTask(Task):
         return ids or [self.parts.text.tokenizer.eos_token_id]
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
-        if not set(self.config.readout) & set(STATES):
+        if not (self.config.matching or runs_text(self.config.readout)):
             return []
         return [self._ids(text) for text in sorted({s.text for s in samples})]
 
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self._ids(s.text)) for s in samples)
 
-    def states(self, texts: Sequence[str], features: Tensor | None) -> Tensor:
-        """(B, D · read-outs), standardised per dimension; infused with ``features`` (B, e), or not."""
-        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, features)
+    def states(self, texts: Sequence[str], picture: Picture | None) -> Tensor:
+        """(B, D · read-outs), standardised per dimension; with the pictures ``picture``, or not."""
+        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, picture)
         return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
 
     @torch.no_grad()
-    def fit(self, samples: Sequence[Any]) -> None:
-        """Mean and spread of the frozen read-outs over the training captions."""
-        texts = sorted({s.text for s in samples})
-        texts = texts[:: -(-len(texts) // FIT_SAMPLES)]
-        self.mean.zero_()
-        self.scale.fill_(1.0)
-        states = torch.cat([self.states(texts[i : i + 32], None) for i in range(0, len(texts), 32)]).double()
-        self.mean.copy_(states.mean(0))
-        self.scale.copy_(1 / states.std(0, correction=0).clamp_min(1e-3))
+    def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
+        """Mean and spread of the read-outs over the training pairs."""
+        rows = [self._ids(text) for text in evenly(sorted({s.text for s in samples}))]
+        mean, scale = statistics(self.parts, self.config.readout, 0, rows)
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
+        for name in self.seen:
+            mean, scale = statistics(self.parts, (name,), 0, [], samples, see, lambda s: self._ids(s.text))
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_scale").copy_(scale)
 
     @torch.no_grad()
     def frozen_states(self, texts: Sequence[str]) -> np.ndarray:
@@ -118,24 +133,36 @@ class RetrieveTask(Task):
         """(B, d) of length 1."""
         return F.normalize(self.text_map(self.dropout(self.states(texts, None))), dim=-1)
 
-    def image_vectors(self, images: Tensor) -> Tensor:
-        """(B, d) of length 1, from the pictures' features (B, e)."""
-        return F.normalize(self.image_map(self.dropout(images.float())), dim=-1)
+    def image_vectors(self, picture: Picture) -> Tensor:
+        """(B, d) of length 1."""
+        vectors = self._standard("image", self.parts.adapter.read(None, picture).read_out("image"))
+        return F.normalize(self.image_map(self.dropout(vectors)), dim=-1)
+
+    def _standard(self, name: str, values: Tensor) -> Tensor:
+        """What was read of pictures, standardised where it is not normalised already."""
+        if name not in self.seen:
+            return values
+        return (values - getattr(self, f"{name}_mean")) * getattr(self, f"{name}_scale")
 
     def sharpness(self) -> Tensor:
         """1 / τ."""
         return self.log_scale.exp().clamp(*SCALES)
 
-    def match_values(self, texts: Sequence[str], features: Tensor | None) -> Tensor:
-        """(B,) the matching head's values for pairs of a text and a picture's infused feature."""
-        return self.match(self.dropout(self.states(texts, features))).squeeze(-1)
+    def match_values(self, texts: Sequence[str], picture: Picture) -> Tensor:
+        """(B,) the matching head's values for pairs of a text and a picture."""
+        if "joint" in self.seen:
+            rows = [self._ids(text) for text in texts]
+            states = self._standard("joint", read_out(self.parts, rows, ("joint",), picture)["joint"])
+        else:
+            states = self.states(texts, picture)
+        return self.match(self.dropout(states)).squeeze(-1)
 
     # training
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         texts = [s.text for s in batch.samples]
-        images, words = self.image_vectors(batch.images), self.text_vectors(texts)
-        everyone = Everyone(images, words, batch)
+        images, words = self.image_vectors(batch.picture), self.text_vectors(texts)
+        everyone = Everyone(images, words, batch, bool(self.config.matching))
         total = everyone.contrast(self.sharpness())
         if self.config.matching:
             total = total + self.config.matching * self._matching(batch, everyone)
@@ -146,8 +173,10 @@ class RetrieveTask(Task):
         wrong picture: the mean of both cross-entropies over two pairs, summed over samples."""
         own = [s.text for s in batch.samples]
         text, image, known = everyone.hardest()
-        wrong = None if batch.features is None else everyone.features[image.cpu()].to(batch.features)
-        values = self.match_values([*own, *(everyone.texts[j] for j in text), *own], joined(batch.features, wrong))
+        picture = batch.picture
+        wrong = everyone.picture.rows(image.cpu()).to(picture.feature.device)
+        texts = [*own, *(everyone.texts[j] for j in text), *own]
+        values = self.match_values(texts, Picture.joined([picture, picture, wrong]))
         near = self.sharpness().detach() * everyone.similarity.detach()
         rows = torch.arange(len(own), device=near.device) + everyone.start
         base = torch.cat([near[rows, rows], near[rows, text], near[image, rows]])
@@ -162,12 +191,14 @@ class RetrieveTask(Task):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
-        images = self.image_vectors(batch.images).double().cpu().numpy()
+        images = self.image_vectors(batch.picture).double().cpu().numpy()
         words = self.text_vectors([s.text for s in batch.samples]).double().cpu().numpy()
-        features = [None] * len(images) if batch.features is None else batch.features.float().cpu().numpy()
+        shown = batch.picture.to(torch.device("cpu")) if self.config.matching and self.config.rerank else None
         return [
-            Prediction(s.id, s.image, {"text": s.text}, vector={"image": i, "text": t, "feature": f})
-            for s, i, t, f in zip(batch.samples, images, words, features, strict=True)
+            Prediction(
+                s.id, s.image, {"text": s.text}, vector={"image": i, "text": t, "picture": shown and shown.rows(row)}
+            )
+            for s, i, t, row in zip(batch.samples, images, words, map(one_row, range(len(images))), strict=True)
         ]
 
     @torch.no_grad()
@@ -181,8 +212,8 @@ class RetrieveTask(Task):
         found = both_ways(gallery, images, words)
         metrics = rank_metrics(*found)
         if self.config.matching and self.config.rerank:
-            features = [predictions[i].vector["feature"] for i in gallery.first]
-            found = self._rerank(gallery, images, words, features, found)
+            pictures = [predictions[i].vector["picture"] for i in gallery.first]
+            found = self._rerank(gallery, images, words, pictures, found)
             metrics = rank_metrics(*found) | {"before_reranking": metrics}
         places = {image: int(rank) for image, rank in zip(gallery.images, found[0], strict=True)}
         for sample, prediction, rank in zip(samples, predictions, found[1].tolist(), strict=True):
@@ -192,14 +223,13 @@ class RetrieveTask(Task):
     @torch.no_grad()
     def fits(self, batch: Batch, texts: Sequence[str]) -> list[float]:
         """How well each text fits the one picture of ``batch``: s, and the matching head's value where there is one."""
-        near = self.sharpness() * (self.text_vectors(texts) @ self.image_vectors(batch.images)[0])
+        near = self.sharpness() * (self.text_vectors(texts) @ self.image_vectors(batch.picture)[0])
         if self.config.matching:
-            features = None if batch.features is None else batch.features.expand(len(texts), -1)
-            near = near + self.match_values(texts, features)
+            near = near + self.match_values(texts, batch.picture.rows(torch.zeros(len(texts), dtype=torch.long)))
         return [round(value, 6) for value in near.double().tolist()]
 
     def _rerank(
-        self, gallery: Gallery, images: np.ndarray, words: np.ndarray, features: list[Any], ranks: tuple
+        self, gallery: Gallery, images: np.ndarray, words: np.ndarray, pictures: list[Picture], ranks: tuple
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ranks after the best candidates of every query, both ways, are ordered by similarity + matching value."""
         k = min(self.config.rerank, len(images), len(words))
@@ -210,24 +240,21 @@ class RetrieveTask(Task):
         pairs = [(i, t) for i, row in enumerate(to_text) for t in row] + [
             (i, t) for t, row in enumerate(to_image) for i in row
         ]
-        values = self._match_pairs(sorted(set(pairs)), gallery, features)
+        values = self._match_pairs(sorted(set(pairs)), gallery, pictures)
         scores = np.array([near * float(images[i] @ words[t]) + values[i, t] for i, t in pairs]).reshape(-1, k)
         right = np.array([gallery.codes[t] in owned[i] for i, t in pairs]).reshape(-1, k)
         m = len(images)
         return reranked(ranks[0], right[:m], scores[:m]), reranked(ranks[1], right[m:], scores[m:])
 
     def _match_pairs(
-        self, pairs: Sequence[tuple[int, int]], gallery: Gallery, features: list[Any]
+        self, pairs: Sequence[tuple[int, int]], gallery: Gallery, pictures: list[Picture]
     ) -> dict[tuple[int, int], float]:
         """The matching value of every (image, text); ranks take the pairs in turn and every rank gets all values."""
         values: dict[tuple[int, int], float] = {}
         for start, own in dist.in_step(range(0, len(pairs), MATCH_ROWS)[dist.rank() :: dist.world()], 0):
             part = pairs[start : start + MATCH_ROWS]
-            infused = None
-            if features[0] is not None:
-                rows = torch.from_numpy(np.stack([features[i] for i, _ in part]))
-                infused = rows.to(self.mean.device, self.parts.text.dtype)
-            found = self.match_values([gallery.texts[t] for _, t in part], infused).double().tolist()
+            shown = Picture.joined([pictures[i] for i, _ in part]).to(self.mean.device)
+            found = self.match_values([gallery.texts[t] for _, t in part], shown).double().tolist()
             values |= dict(zip(part, found, strict=True)) if own else {}
         return {pair: value for ranks in dist.gather(values) for pair, value in ranks.items()}
 
@@ -237,6 +264,5 @@ class RetrieveTask(Task):
         return [sample.text, ranks], values["rank_of_image"] == 1
 
 
-def joined(own: Tensor | None, wrong: Tensor | None) -> Tensor | None:
-    """The features of the three kinds of pairs: own image twice, then the wrong one."""
-    return None if own is None or wrong is None else torch.cat([own, own, wrong])
+def one_row(index: int) -> slice:
+    return slice(index, index + 1)

@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from mitrain import costs
 from mitrain.config import Section
 from mitrain.errors import ConfigError, DataError
+from mitrain.reading import Picture
 from mitrain.tasks import decoders, masks
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
-from mitrain.tasks.readout import read_out
+from mitrain.tasks.readout import See, read_out, runs_text, statistics
 
-Readout = Literal["last", "mean", "embeddings"]
+Readout = Literal["last", "mean", "cls", "embeddings"]
 
 
 class SegmentConfig(Section, kind="task", name="segment"):
@@ -89,33 +90,30 @@ class SegmentTask(Task):
             ) from None
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
-        if self.config.readout == ("embeddings",):
+        if not runs_text(self.config.readout):
             return []
         return [self._ids(expression) for expression in sorted({s.expression for s in samples})]
 
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self._ids(s.expression)) for s in samples)
 
-    def condition(self, expressions: Sequence[str], features: Tensor | None) -> Tensor:
+    def condition(self, expressions: Sequence[str], picture: Picture | None) -> Tensor:
         """(B, D · read-outs): what the text says, standardised per dimension."""
         rows = [self._ids(expression) for expression in expressions]
-        parts = read_out(self.parts, rows, self.config.readout, features)
+        parts = read_out(self.parts, rows, self.config.readout, picture)
         return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
 
     @torch.no_grad()
-    def fit(self, samples: Sequence[Any]) -> None:
+    def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
         """Mean and spread of the frozen read-outs over the training expressions."""
-        expressions = sorted({s.expression for s in samples})[:2048]
-        self.mean.zero_()
-        self.scale.fill_(1.0)
-        values = [self.condition(expressions[i : i + 32], None) for i in range(0, len(expressions), 32)]
-        states = torch.cat(values).double()
-        self.mean.copy_(states.mean(0))
-        self.scale.copy_(1 / states.std(0, correction=0).clamp_min(1e-3))
+        rows = [self._ids(expression) for expression in sorted({s.expression for s in samples})[:2048]]
+        mean, scale = statistics(self.parts, self.config.readout, 0, rows)
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, classes, h, w)."""
-        condition = self.condition([s.expression for s in batch.samples], batch.features)
+        condition = self.condition([s.expression for s in batch.samples], batch.picture)
         return self.decoder(batch.levels, condition, self.grid)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from mitrain.adapters.mit import MiTConfig
 from mitrain.backbones import TextBackbone
 from mitrain.data.records import AnswerSample
 from mitrain.errors import DataError
-from mitrain.features import TextStates
+from mitrain.states import TextStates
 from mitrain.tasks.answer import AnswerConfig, AnswerTask
 from mitrain.tasks.base import Batch, Parts
 

@@ -14,8 +14,9 @@ from mitrain.adapters.mit import MiTConfig
 from mitrain.backbones import TextBackbone
 from mitrain.data.labels import LabelSample
 from mitrain.errors import ConfigError, DataError
-from mitrain.features import TextStates
 from mitrain.probe import probe_labels
+from mitrain.reading import Picture
+from mitrain.states import TextStates
 from mitrain.tasks.base import Batch, Parts, Prediction
 from mitrain.tasks.classify import ClassifyConfig, ClassifyTask, class_weights
 from mitrain.tasks.label_metrics import label_metrics
@@ -103,7 +104,7 @@ def test_the_statistics_are_those_of_the_frozen_states(folder):
     task = make(folder, readout=("last", "image"))
     task.fit(samples())
     with torch.no_grad():
-        states = task.states([s.text for s in samples()], None, torch.zeros(3, 6))
+        states = task.states([s.text for s in samples()], Picture(torch.zeros(3, 6), infused=False))
     assert states[:, :32].mean(0).abs().max() < 1e-5
     torch.testing.assert_close(states[:, :32].std(0, correction=0), torch.ones(32), rtol=1e-4, atol=1e-4)
     assert task.scale[32:].tolist() == [1.0] * 6 and task.mean[32:].tolist() == [0.0] * 6
@@ -130,8 +131,9 @@ def test_the_image_matters_through_the_infusion_alone(folder):
     with torch.no_grad():
         own, other, blind = (task.logits(batch(features=f)) for f in (FEATURES, FEATURES.flip(0), None))
         task.parts.adapter.detach()
-        task.parts.adapter.bind = lambda features: torch.no_grad()
-        frozen = task.logits(batch())
+        rows = task.parts.text.pad([task.parts.text.tokens(s.text) for s in samples()])
+        hidden = task.parts.text.hidden(*rows)[torch.arange(3), rows[1].sum(1) - 1]
+        frozen = task.head((hidden - task.mean) * task.scale)
     assert not torch.allclose(own, other, atol=1e-4) and not torch.allclose(own, blind, atol=1e-4)
     torch.testing.assert_close(blind, frozen, rtol=1e-4, atol=1e-5)
 

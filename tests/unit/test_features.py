@@ -10,7 +10,8 @@ from mitrain.backbones import TextBackbone, VisionConfig, VisionEncoder
 from mitrain.data.images import BadSamples
 from mitrain.data.refcoco import ReferSample
 from mitrain.errors import DataError
-from mitrain.features import FeatureConfig, FeatureNorm, ImageFeatures, TextStates
+from mitrain.features import FeatureConfig, FeatureNorm, ImageFeatures
+from mitrain.states import TextStates
 
 IMAGES = [f"images/{i}.png" for i in range(6)]
 

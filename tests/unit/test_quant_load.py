@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from mitrain import hf, quant
 from mitrain.backbones import TextBackbone, stream
 from mitrain.errors import ConfigError, ModelError
-from mitrain.features import TextStates
 from mitrain.quant import convert, formats
+from mitrain.states import TextStates
 
 LOW = quant.PRECISIONS[1:]
 IDS = torch.tensor([[3, 4, 5, 6, 7]])

@@ -12,7 +12,8 @@ from mitrain.adapters.mit import MiTConfig
 from mitrain.backbones import TextBackbone
 from mitrain.data.captions import CaptionSample
 from mitrain.errors import DataError
-from mitrain.features import TextStates
+from mitrain.reading import Picture
+from mitrain.states import TextStates
 from mitrain.tasks import ranks
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.contrast import Everyone
@@ -122,7 +123,7 @@ def test_the_contrast_is_a_cross_entropy_over_right_partners(folder):
     task = make(folder, matching=0.0)
     total, count = task.loss(batch())
     with torch.no_grad():
-        images, texts = task.image_vectors(features()), task.text_vectors(TEXTS)
+        images, texts = task.image_vectors(Picture(features())), task.text_vectors(TEXTS)
         logits = task.sharpness() * images @ texts.T
     right = torch.tensor([[float(IMAGES[i] == IMAGES[j] or TEXTS[i] == TEXTS[j]) for j in range(6)] for i in range(6)])
     right = right / right.sum(1, keepdim=True)
@@ -150,7 +151,8 @@ def test_ranks_together_have_the_loss_and_the_gradient_of_one_process(folder, mo
         for share in shares:
             part = batch(share)
             keys = [(s.image, s.text) for s in part.samples]
-            seen.append((task.image_vectors(part.images), task.text_vectors([t for _, t in keys]), part.features, keys))
+            words = task.text_vectors([text for _, text in keys])
+            seen.append((task.image_vectors(part.picture), words, part.picture, keys))
     totals, grads = [], {}
     for rank, share in enumerate(shares):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
@@ -170,7 +172,7 @@ def test_ranks_together_have_the_loss_and_the_gradient_of_one_process(folder, mo
 def test_the_hardest_partner_is_wrong_and_the_most_similar():
     images, texts = F.normalize(FEATURES, dim=-1), F.normalize(FEATURES.roll(1, 0), dim=-1)
     texts[0] = texts[4] = images[0]  # one text, most similar to the first image: it is never its wrong partner
-    everyone = Everyone(images, texts, batch())
+    everyone = Everyone(images, texts, batch(), True)
     text, image, known = everyone.hardest()
     for i in range(6):
         wrong = [j for j in range(6) if IMAGES[i] != IMAGES[j] and TEXTS[i] != TEXTS[j]]
@@ -178,7 +180,7 @@ def test_the_hardest_partner_is_wrong_and_the_most_similar():
         assert float(images[i] @ texts[text[i]]) == pytest.approx(max(float(images[i] @ texts[j]) for j in wrong))
         assert float(images[image[i]] @ texts[i]) == pytest.approx(max(float(images[j] @ texts[i]) for j in wrong))
     assert known.tolist() == [1.0] * 6
-    alone = Everyone(images[2:4], texts[2:4], batch(slice(2, 4)))  # two captions of one image: nothing is wrong
+    alone = Everyone(images[2:4], texts[2:4], batch(slice(2, 4)), True)  # two captions of one image: nothing is wrong
     assert alone.hardest()[2].tolist() == [0.0, 0.0]
 
 
@@ -186,7 +188,8 @@ def test_the_matching_head_reads_the_infused_text(folder):
     task = make(folder)
     torch.nn.init.normal_(task.match.weight)
     with torch.no_grad():
-        own, other, blind = (task.match_values(TEXTS, f) for f in (features(), features().flip(0), None))
+        shown = (Picture(features()), Picture(features().flip(0)), Picture(features(), infused=False))
+        own, other, blind = (task.match_values(TEXTS, picture) for picture in shown)
     assert not torch.allclose(own, other, atol=1e-3) and not torch.allclose(own, blind, atol=1e-3)
     loss, _ = task.loss(batch())
     loss.backward()

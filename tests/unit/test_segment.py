@@ -11,7 +11,7 @@ from mitrain.adapters.mit import MiTConfig
 from mitrain.backbones import TextBackbone
 from mitrain.data.refcoco import ReferSample
 from mitrain.errors import ConfigError
-from mitrain.features import TextStates
+from mitrain.states import TextStates
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.segment import SegmentConfig, SegmentTask
 

@@ -1,0 +1,99 @@
+"""What enters the first layer that a method changes: of the text model per text, of the image encoder per picture.
+
+Everything below is frozen, so it is computed once (or, with the cache off, whenever it is asked for).
+Shapes: B samples, T tokens, D width of the text model, N picture tokens, c width of the image encoder's layers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mitrain.backbones import TextBackbone, VisionEncoder
+from mitrain.data.cache import FeatureCache, Item
+from mitrain.data.images import open_image
+from mitrain.features import ENCODE_BATCH, ImageFeatures, Progress, no_progress
+
+
+class TextStates:
+    """What leaves the frozen trunk of ``depth`` layers, per text (a row of token ids).
+
+    ``always``: also where nothing is cached, for methods that run the layers themselves.
+    """
+
+    def __init__(self, text: TextBackbone, depth: int, cache: Path | None, always: bool = False):
+        self.text, self.depth, self.always = text, depth, always
+        self.cached = cache is not None and depth > 0
+        identity = text.identity(depth) if self.cached else {}
+        self.store = FeatureCache(cache / "texts" if self.cached else None, identity, {"states": "float32"})
+
+    @staticmethod
+    def key(row: Sequence[int]) -> str:
+        return hashlib.sha256(np.asarray(row, dtype=np.int64).tobytes()).hexdigest()
+
+    def prepare(self, rows: Sequence[Sequence[int]], progress: Progress = no_progress) -> int:
+        """Compute what is not in the cache yet, similar lengths together; returns how many texts that were."""
+        if not self.cached:
+            return 0
+        by_key = {self.key(row): row for row in sorted(rows, key=len)}
+
+        def compute(keys: Sequence[str]) -> dict[str, Item]:
+            states = self.text.trunk([by_key[key] for key in keys], self.depth)
+            return {key: {"states": s.float().cpu().numpy()} for key, s in zip(keys, states, strict=True)}
+
+        return self.store.fill(by_key, compute, progress=progress)
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> Tensor | None:
+        """(B, T, D), right-padded with zeros; None when there is no cache and the model must run from its bottom."""
+        if not self.cached:
+            return self._padded(self.text.trunk(rows, self.depth)) if self.always else None
+        items = [self.store[key]["states"] if (key := self.key(row)) in self.store else self._now(row) for row in rows]
+        return self._padded([torch.from_numpy(np.array(item)) for item in items])
+
+    def _padded(self, items: Sequence[Tensor]) -> Tensor:
+        out = torch.zeros(len(items), max(map(len, items)), self.text.width, dtype=self.text.dtype)
+        for i, item in enumerate(items):
+            out[i, : len(item)] = item
+        return out.to(self.text.device)
+
+    def _now(self, row: Sequence[int]) -> np.ndarray:
+        return self.text.trunk([row], self.depth)[0].float().cpu().numpy()
+
+
+class PictureStates:
+    """What enters layer ``depth`` of an image encoder, per picture and view, kept in 16 bits."""
+
+    def __init__(self, encoder: VisionEncoder, depth: int, cache: Path | None):
+        self.encoder, self.depth, self.cached = encoder, depth, cache is not None
+        identity = {**encoder.identity(), "enters layer": depth} if cache else {}
+        self.store = FeatureCache(cache / "pictures" if cache else None, identity, {"states": "float16"})
+
+    def prepare(
+        self, images: ImageFeatures, paths: Sequence[str], views: int = 1, progress: Progress = no_progress
+    ) -> int:
+        """Compute what is not in the cache yet; returns how many pictures' views that were."""
+        if not self.cached:
+            return 0
+        by_key = {f"{images.key(path)}/{view}": (path, view) for view in range(views) for path in paths}
+
+        def compute(keys: Sequence[str]) -> dict[str, Item]:
+            return dict(zip(keys, self._compute(images, [by_key[key] for key in keys]), strict=True))
+
+        return self.store.fill(by_key, compute, ENCODE_BATCH, progress)
+
+    def _compute(self, images: ImageFeatures, wanted: Sequence[tuple[str, int]]) -> list[Item]:
+        pictures = [open_image(images.root, path, images.max_pixels) for path, _ in wanted]
+        states = self.encoder.entering(self.depth, pictures, [view for _, view in wanted])
+        return [self.store.rounded({"states": row.float().cpu().numpy()}) for row in states]
+
+    def batch(self, images: ImageFeatures, paths: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
+        """(B, N, c) float32 of the pictures' ``views`` (0, as they are, where none are given)."""
+        wanted = list(zip(paths, views or [0] * len(paths), strict=True))
+        keys = [f"{images.key(path)}/{view}" for path, view in wanted]
+        absent = [i for i, key in enumerate(keys) if key not in self.store]
+        new = dict(zip(absent, self._compute(images, [wanted[i] for i in absent]), strict=True)) if absent else {}
+        items = [new[i] if i in new else self.store[key] for i, key in enumerate(keys)]
+        return torch.from_numpy(np.stack([item["states"] for item in items]).astype(np.float32))
