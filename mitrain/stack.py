@@ -61,11 +61,14 @@ class Stack:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Stack":
         """The layers of ``model``: an encoder of ENCODERS or a decoder of the Llama kind; else ModelError."""
-        base, name = getattr(model, "base_model", model), type(model).__name__
-        if getattr(base.config, "sub_configs", None):
+        name = type(model).__name__
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(f"cannot run the layers of {name}: give a Hugging Face model (PreTrainedModel)")
+        base = model.base_model
+        if base.config.sub_configs:
             raise ModelError(f"{name} joins several models: give one of them, such as its text_model or vision_model")
         found = stacks(base)
-        if not found or not isinstance(base, PreTrainedModel):
+        if not found:
             raise ModelError(
                 f"{name} has no stack of equal transformer layers: give a transformer, such as BERT or ViT"
             )
