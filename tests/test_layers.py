@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "reading",
         "untrusted",
     ),  # L0: arithmetic, files, what a Hugging Face model looks like
-    ("schedule", "quant", "pretrained", "trunk"),
+    ("schedule", "quant", "pretrained", "trunk", "stack"),
     ("adapters", "backbones", "prepare", "tasks", "data"),  # L1: one paper, format or task per file
     # L2: machinery, handed its objects
     ("engine", "checkpoint", "guard", "telemetry", "features", "evaluate", "figures", "probe"),

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from mitrain.adapters.base import Adapter
 from mitrain.adapters.mit import MiT
 from mitrain.adapters.none import NoAdapter
+from mitrain.adapters.pmf import PMF
 from mitrain.config import Section
 from mitrain.errors import ConfigError
 
-METHODS: dict[str, type[Adapter]] = {MiT.method: MiT, NoAdapter.method: NoAdapter}
+METHODS: dict[str, type[Adapter]] = {MiT.method: MiT, NoAdapter.method: NoAdapter, PMF.method: PMF}
 
 
 def build(config: Section, widths: Mapping[str, int] | None = None) -> Adapter:

@@ -1,0 +1,79 @@
+"""Tiny random encoders of every family whose layers are run one by one, and small inputs for them."""
+
+import torch
+from tiny import COMMON, VOCABULARY
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    WhisperConfig,
+    WhisperModel,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+SIZE, PATCH, FRAMES = 8, 4, 7
+LAYERS = {name: COMMON[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+SHAPE = {**LAYERS, "intermediate_size": 48, "initializer_range": 0.3}
+TOKENS = {**SHAPE, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0}
+PIXELS = {**SHAPE, "image_size": SIZE, "patch_size": PATCH}
+TEXTS: dict[str, dict] = {
+    "bert": TOKENS,
+    "roberta": TOKENS,
+    "xlm-roberta": TOKENS,
+    "camembert": TOKENS,
+    "electra": {**TOKENS, "embedding_size": 12},
+    "distilbert": {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 48, "vocab_size": VOCABULARY},
+    "modernbert": {
+        **TOKENS,
+        "local_attention": 4,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+IMAGES: dict[str, dict] = {
+    "vit": PIXELS,
+    "deit": PIXELS,
+    "dinov2": {**PIXELS, "layerscale_value": 0.7},
+    "dinov2_with_registers": {**PIXELS, "num_register_tokens": 2},
+    "clip_vision_model": {**PIXELS, "projection_dim": 6},
+    "siglip_vision_model": PIXELS,
+}
+WHISPER = {
+    **{"d_model": 32, "encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 5},
+    **{"decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "max_source_positions": FRAMES},
+    **{"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "init_std": 0.3},
+    **{"decoder_start_token_id": 1},
+}
+
+
+def tiny_encoder(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A text, image or (whisper) sound encoder of depth 4 and width 32 with random weights, in eval mode."""
+    torch.manual_seed(seed)
+    if name == "whisper":
+        return WhisperModel(WhisperConfig(**{**WHISPER, **changes})).encoder.to(dtype).eval()
+    if name == "clip_vision_model":
+        model = CLIPVisionModel(CLIPVisionConfig(**{**IMAGES[name], **changes}))
+    elif name == "siglip_vision_model":
+        model = SiglipVisionModel(SiglipVisionConfig(**{**IMAGES[name], **changes}))
+    else:
+        model = AutoModel.from_config(CONFIG_MAPPING[name](**{**{**TEXTS, **IMAGES}[name], **changes}))
+    with torch.no_grad():  # norms that differ from the identity, so that one left out or doubled shows
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(dtype).eval()
+
+
+def pixels(rows: int = 3, seed: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values": torch.randn(rows, 3, SIZE, SIZE, generator=generator, dtype=dtype)}
+
+
+def sound(rows: int = 3, seed: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_features": torch.randn(rows, WHISPER["num_mel_bins"], 2 * FRAMES, generator=generator, dtype=dtype)}
