@@ -5,6 +5,7 @@ Shapes: B samples, e width of the infused feature (all encoders concatenated), N
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +87,7 @@ class FeatureNorm(nn.Module):
 
 
 class ImageFeatures:
-    """The frozen encoders' view of image files under ``root``."""
+    """The frozen encoders' view of image files under ``root``; ``aside`` takes off what changes an encoder meanwhile."""
 
     def __init__(
         self,
@@ -95,8 +96,9 @@ class ImageFeatures:
         cache: Path | None,
         max_pixels: int,
         bad: BadSamples | None = None,
+        aside: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
-        self.encoders, self.root, self.max_pixels, self.bad = encoders, root, max_pixels, bad
+        self.encoders, self.root, self.max_pixels, self.bad, self.aside = encoders, root, max_pixels, bad, aside
         self._keys: dict[str, str | None] = {}
         dtypes = {"pooled": "float32", "levels": "float16"}
         self.cached = cache is not None
@@ -157,9 +159,8 @@ class ImageFeatures:
         self, encoder: VisionEncoder, wanted: Sequence[tuple[str, int]], keys: Sequence[str]
     ) -> dict[str, Item]:
         images = [open_image(self.root, image, self.max_pixels) for image, _ in wanted]
-        out = encoder.encode(
-            images, [view for _, view in wanted]
-        )  # one call, on every rank: its weights may be sharded
+        with self.aside():  # one call, on every rank: its weights may be sharded
+            out = encoder.encode(images, [view for _, view in wanted])
         items: dict[str, Item] = {}
         for i, (key, (_, view)) in enumerate(zip(keys, wanted, strict=True)):
             items[key] = {"pooled": out["pooled"][i : i + 1].numpy()}

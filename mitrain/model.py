@@ -80,9 +80,10 @@ class Model:
     def frozen(self) -> dict[str, nn.Module]:
         return {"text": self.text.model, **{f"encoder{i}": e for i, e in enumerate(self.encoders)}}
 
-    def images(self, root: Path, bad: BadSamples | None = None) -> ImageFeatures:
+    def images(self, root: Path, bad: BadSamples | None = None, cached: bool = True) -> ImageFeatures:
         """The encoders' view of the image files under ``root``."""
-        return ImageFeatures(self.encoders, root, cache_root(self.config), self.config.data.max_pixels, bad)
+        cache = cache_root(self.config) if cached else None
+        return ImageFeatures(self.encoders, root, cache, self.config.data.max_pixels, bad, self.adapter.aside)
 
     def prepare(self, images: ImageFeatures, paths: Sequence[str], views: int, progress: Progress = no_progress) -> int:
         """Run everything frozen on pictures and their ``views`` that are not in the cache; returns how many that were."""
@@ -187,6 +188,8 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
         backbones = {"text": text.model}
         if "image" in adapter.places:
             backbones["image"] = changeable(encoders, adapter)
+            if not empty:
+                encoders[0].identity()  # the pretrained weights', before anything is put into them
         adapter.attach(backbones, checkpoint=config.train.checkpoint_activations, backend=backend)
         cache = None if empty else cache_root(config)
         states = TextStates(text, adapter.first_layer("text"), cache, always=adapter.walks)

@@ -99,7 +99,7 @@ def ask(
 ) -> Answer:
     """What an opened run says of one picture."""
     path = Path(image).expanduser()
-    images = ImageFeatures(run.model.encoders, path.parent, None, run.config.data.max_pixels)
+    images = run.model.images(path.parent, cached=False)
     images.key(path.name)
     if run.model.task.decodes:
         return predict_mask(run, images, path, text, Path(out) if out else None)

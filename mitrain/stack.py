@@ -22,6 +22,7 @@ from transformers.masking_utils import (
 
 from mitrain.errors import ModelError
 from mitrain.hf import stacks
+from mitrain.reading import Picture
 
 # Encoders add things between their layers that no signature shows, so only those whose layers are checked one by one
 # against the whole model are served. Decoders are told by their structure: causal attention and one rotary embedding.
@@ -143,6 +144,15 @@ class Stack:
             return self.class_norm(hidden[:, 0])
         finished = self.finish(hidden)
         return finished[:, 0] if self.has_class else finished.mean(1)
+
+    def read_picture(self, picture: Picture) -> tuple[Tensor, Tensor]:
+        """An image encoder's final tokens (B, N, D) and its `summary` (B, D), from the layer that the states enter."""
+        if picture.states is None:
+            raise ModelError("this method reads the image encoder's tokens: give the states that enter its first layer")
+        hidden = picture.states.to(self.model.device, self.model.dtype)
+        for index in range(picture.depth, self.depth):
+            hidden = self.run(index, hidden)
+        return self.finish(hidden), self.summary(hidden)
 
     def _pattern(self, index: int) -> str:
         config = self.model.config

@@ -3,13 +3,18 @@
 from collections.abc import Mapping
 
 from mitrain.adapters.base import Adapter
+from mitrain.adapters.full import Full
 from mitrain.adapters.mit import MiT
 from mitrain.adapters.none import NoAdapter
+from mitrain.adapters.peft import IA3, LoRA, Prefix, Prompt
 from mitrain.adapters.pmf import PMF
+from mitrain.adapters.visual_prefix import VisualPrefix
 from mitrain.config import Section
 from mitrain.errors import ConfigError
 
-METHODS: dict[str, type[Adapter]] = {MiT.method: MiT, NoAdapter.method: NoAdapter, PMF.method: PMF}
+METHODS: dict[str, type[Adapter]] = {
+    kind.method: kind for kind in (MiT, PMF, NoAdapter, LoRA, IA3, Prompt, Prefix, VisualPrefix, Full)
+}
 
 
 def build(config: Section, widths: Mapping[str, int] | None = None) -> Adapter:

@@ -91,6 +91,11 @@ class Adapter(nn.Module, ABC):
         """Width of a reading's ``joint``; 0: it has none."""
         return 0
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, the backbones compute what they would without the adapter: nothing to do where only `read` differs."""
+        yield
+
     def set_checkpointing(self, enabled: bool) -> None:
         """Keep only the inputs of the changed layers for backward and compute the rest again."""
         if enabled:

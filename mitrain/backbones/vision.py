@@ -7,6 +7,7 @@ token, others their pooled output. Shapes: B images, S side in pixels, N patches
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,10 +173,14 @@ class VisionEncoder(nn.Module):
                     return getattr(self.settings, name)
         return self.settings.hidden_size * (2 if self.config.pool == "cls+mean" else 1)
 
+    @cached_property
+    def _digest(self) -> str:
+        return frozen_digest(self.model)
+
     def identity(self) -> dict[str, Any]:
-        """What the features depend on: the caches' address."""
+        """What the features depend on: the caches' address. The weights are those at the first call."""
         return {
-            "weights": frozen_digest(self.model),
+            "weights": self._digest,
             "preprocess": [self.preprocess.size, self.preprocess.mean, self.preprocess.std, self.preprocess.resize],
             "layer": self.config.layer,
             "pool": self.config.pool,

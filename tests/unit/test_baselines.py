@@ -1,0 +1,246 @@
+"""What users would pick instead: LoRA, IA³, prompt and prefix tuning, visual tokens, full fine-tuning, by hand."""
+
+import pytest
+import torch
+from tiny import VOCABULARY, scramble, text, tiny
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
+
+from mitrain import adapters, config
+from mitrain.adapters.peft import within_layer
+from mitrain.errors import ConfigError, ModelError
+from mitrain.quant.replace import quantise
+from mitrain.reading import Picture, Words
+from mitrain.trunk import trunk_states
+
+ALL = [
+    ("lora", {"where": "both", "rank": 2, "alpha": 6}),
+    ("lora", {"where": "image", "layers": "last 1", "targets": ["q", "o", "mlp"]}),
+    ("ia3", {"where": "both"}),
+    ("prompt", {"tokens": 3}),
+    ("prefix", {"tokens": 3}),
+    ("visual-prefix", {"tokens": 4}),
+    ("visual-prefix", {"tokens": None, "lora_rank": 2}),
+    ("full", {}),
+    ("full", {"layers": 1}),
+]
+IDS = [f"{name}-{'-'.join(map(str, values.values()))}" for name, values in ALL]
+
+
+def bert(seed=0):
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return BertModel(BertConfig(**shape, vocab_size=VOCABULARY, max_position_embeddings=64)).double().eval()
+
+
+def dino():
+    torch.manual_seed(1)
+    shape = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+    return Dinov2Model(Dinov2Config(**shape, mlp_ratio=2)).double().eval()
+
+
+def attached(name, values, model=None, adapter=None):
+    model, image = tiny("llama", torch.float64) if model is None else model, dino()
+    adapter = adapter or adapters.build(config.choose("adapter", {"name": name, **values}))
+    adapter.attach({"text": model, "image": image} if "image" in adapter.places else {"text": model})
+    return adapter.eval(), model, image
+
+
+def inputs(adapter, model, image, padding="right", rows=slice(None)):
+    words, pixels = (
+        text(padding=padding),
+        torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(5)).double(),
+    )
+    words = {name: tensor[rows] for name, tensor in words.items()}
+    depth = adapter.first_layer("text")
+    with adapter.aside():
+        below = trunk_states(model, depth, **words) if depth else None
+        states, entering = None, 0
+        if "image" in adapter.places:
+            entering = adapter.first_layer("image")
+            states = trunk_states(image, entering, pixel_values=pixels[rows])
+    feature = torch.randn(3, 5, generator=torch.Generator().manual_seed(6)).double()[rows]
+    return Words(words["input_ids"], words["attention_mask"], below, depth), Picture(feature, states, entering)
+
+
+def whole(model, words):
+    return model.base_model(input_ids=words.ids, attention_mask=words.mask).last_hidden_state
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)  # float64: far above rounding, far below any effect
+
+
+@pytest.mark.parametrize(("name", "values"), ALL, ids=IDS)
+def test_gradients_reach_what_is_trained_and_nothing_else_and_detaching_restores(name, values):
+    model, image = tiny("llama", torch.float64), dino()
+    before = {n: p.clone() for m in (model, image) for n, p in m.state_dict().items()}
+    adapter = adapters.build(config.choose("adapter", {"name": name, **values}))
+    adapter.attach({"text": model, "image": image} if "image" in adapter.places else {"text": model})
+    scramble(adapter)
+    words, picture = inputs(adapter, model, image)
+    reading = adapter.read(words, picture)
+    (reading.text[words.mask.bool()].square().sum() + reading.image.square().sum()).backward()
+    assert [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
+    own = {id(p) for p in adapter.parameters()}
+    assert not [n for m in (model, image) for n, p in m.named_parameters() if id(p) not in own and p.grad is not None]
+    assert set(adapter.state_dict()) == {n for n, _ in adapter.named_parameters()}
+    adapter.detach()
+    after = {n: p for m in (model, image) for n, p in m.state_dict().items()}
+    assert after.keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in after.items())
+
+
+@pytest.mark.parametrize(("name", "values"), ALL, ids=IDS)
+def test_an_adapter_attached_again_or_loaded_elsewhere_reads_the_same(name, values):
+    adapter, model, image = attached(name, values)
+    scramble(adapter)
+    words, picture = inputs(adapter, model, image)
+    with torch.no_grad():
+        expected = adapter.read(words, picture)
+        state = {n: p.clone() for n, p in adapter.state_dict().items()}
+        adapter.detach()
+        again, *_ = attached(name, values, model, adapter)
+        found = again.read(words, picture)
+        other, *_ = attached(name, values)
+        other.load_state_dict(state)
+        loaded = other.read(words, picture)
+    for reading in (found, loaded):
+        close(reading.text, expected.text)
+        close(reading.image, expected.image)
+
+
+@pytest.mark.parametrize(("name", "values"), ALL, ids=IDS)
+def test_padding_and_batch_neighbours_do_not_matter_and_alone_each_reads_itself(name, values):
+    adapter, model, image = attached(name, values)
+    scramble(adapter)
+    with torch.no_grad():
+        words, picture = inputs(adapter, model, image)
+        together = adapter.read(words, picture)
+        alone = adapter.read(*inputs(adapter, model, image, rows=slice(1, 2)))
+        ids = words.ids.masked_fill(words.mask == 0, 7)
+        moved = adapter.read(Words(ids, words.mask, words.states, words.depth), picture)
+        only = adapter.read(None, picture), adapter.read(words, None)
+    shown = words.mask.bool()
+    close(alone.text[0][shown[1]], together.text[1][shown[1]])
+    close(alone.image[0], together.image[1])
+    close(moved.text[shown], together.text[shown])
+    assert only[0].text is None and only[1].image is None
+    close(only[0].image, together.image)
+    assert torch.allclose(only[1].text[shown], together.text[shown]) == (not adapter.fuses)
+
+
+def test_lora_is_a_low_rank_update_and_merges():
+    adapter, model, image = attached("lora", {"where": "both", "rank": 2, "alpha": 6})
+    words, picture = inputs(adapter, model, image)
+    with torch.no_grad():
+        close(adapter.read(words, picture).text, whole(tiny("llama", torch.float64), words))  # B = 0 at first
+        scramble(adapter)
+        found = adapter.read(words, picture)
+        by_hand = {"text": tiny("llama", torch.float64), "image": dino()}
+        for key, a in adapter.weights.items():
+            if "/lora_A/" in key:
+                side, *path = key.split("/lora_A/")[0].split("/")
+                b = adapter.weights[key.replace("/lora_A/", "/lora_B/")]
+                by_hand[side].get_submodule(".".join(path)).weight += 6 / 2 * b @ a
+        close(found.text, whole(by_hand["text"], words))
+        states = trunk_states(by_hand["image"], 3, pixel_values=pixels())
+        close(found.image, by_hand["image"].layernorm(states)[:, 0])
+        adapter.merge()
+        close(whole(model, words), found.text)
+    text_parameters, image_parameters = 4 * 2 * ((32 + 32) + (32 + 16)), 3 * 2 * 2 * (24 + 24)
+    assert sum(p.numel() for p in adapter.parameters()) == text_parameters + image_parameters
+
+
+def pixels():
+    return torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(5)).double()
+
+
+def test_ia3_multiplies_keys_values_and_what_enters_the_last_projection():
+    adapter, model, image = attached("ia3", {"where": "text"})
+    words, _ = inputs(adapter, model, image)
+    scramble(adapter)
+    with torch.no_grad():
+        by_hand = tiny("llama", torch.float64)
+        for key, factor in adapter.weights.items():
+            weight = by_hand.get_submodule(".".join(key.split("/ia3_l")[0].split("/")[1:])).weight
+            weight *= factor  # (out, 1) scales what comes out, (1, in) what enters
+        close(adapter.read(words, None).text, whole(by_hand, words))
+    kinds = {within_layer(key.replace("/", ".")).split(".")[1] for key in adapter.weights}
+    assert kinds == {"k_proj", "v_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("make", [lambda: tiny("llama", torch.float64), bert])
+def test_prompts_are_embeddings_before_the_text(make):
+    adapter, model, image = attached("prompt", {"tokens": 3}, make())
+    scramble(adapter)
+    words, picture = inputs(adapter, model, image)
+    with torch.no_grad():
+        vectors = next(adapter.parameters()).expand(3, -1, -1)
+        embedded = torch.cat([vectors, model.get_input_embeddings()(words.ids)], 1)
+        mask = torch.cat([torch.ones(3, 3, dtype=torch.long), words.mask], 1)
+        expected = make().base_model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state[:, 3:]
+        close(adapter.read(words, picture).text, expected)
+
+
+def test_a_prefix_is_keys_and_values_and_needs_a_causal_model():
+    adapter, model, image = attached("prefix", {"tokens": 3})
+    words, picture = inputs(adapter, model, image)
+    with torch.no_grad():
+        plain = whole(tiny("llama", torch.float64), words)
+        found = adapter.read(words, picture)
+    assert found.text.shape == plain.shape and not torch.allclose(found.text, plain, atol=1e-3)
+    heads = 2 * model.config.num_key_value_heads * (model.config.hidden_size // model.config.num_attention_heads)
+    assert sum(p.numel() for p in adapter.parameters()) == 3 * model.config.num_hidden_layers * heads
+    with pytest.raises(ModelError, match=r"prefix tuning needs .* take adapter.name=prompt"):
+        attached("prefix", {}, bert())
+
+
+def test_visual_tokens_are_projected_averages_of_patches_before_the_text():
+    adapter, model, image = attached("visual-prefix", {"tokens": 4})
+    scramble(adapter)
+    words, picture = inputs(adapter, model, image)
+    with torch.no_grad():
+        patches = image(pixel_values=pixels()).last_hidden_state[:, 1:].view(3, 2, 2, 2, 2, 24)  # rows of 4 as 2 × 2
+        visual = adapter.projector(patches.mean((2, 4)).flatten(1, 2))
+        embedded = torch.cat([visual, model.get_input_embeddings()(words.ids)], 1)
+        mask = torch.cat([torch.ones(3, 4, dtype=torch.long), words.mask], 1)
+        expected = (
+            tiny("llama", torch.float64).base_model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
+        )
+        close(adapter.read(words, picture).text, expected[:, 4:])
+        blind = adapter.read(words, Picture(picture.feature, picture.states, picture.depth, infused=False))
+        close(blind.text, whole(model, words))
+    assert sum(p.numel() for p in adapter.parameters()) == 24 * 32 + 32 + 32 * 32 + 32
+    with pytest.raises(ConfigError, match=r"adapter.tokens=25: give a square number of at most the 16 patches"):
+        wrong, *rest = attached("visual-prefix", {"tokens": 25})
+        wrong.read(*inputs(wrong, *rest))
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_full_fine_tuning_trains_the_models_and_can_step_aside(layers):
+    adapter, model, image = attached("full", {"layers": layers})
+    words, picture = inputs(adapter, model, image)
+    with torch.no_grad():
+        frozen = adapter.read(words, picture)
+        scramble(adapter)
+        changed = adapter.read(words, picture)
+        with adapter.aside():
+            close(adapter.read(words, picture).text, frozen.text)
+        close(adapter.read(words, picture).text, changed.text)
+    assert not torch.allclose(changed.text, frozen.text) and not torch.allclose(changed.image, frozen.image)
+    inside = [
+        n for n, _ in model.base_model.named_parameters() if layers is None or n.startswith(("layers.3.", "norm"))
+    ]
+    assert sorted(k for k in adapter.weights if k.startswith("text/")) == sorted(
+        "text/model/" + n.replace(".", "/") for n in inside if not n.startswith("full.")
+    )
+    with torch.no_grad():
+        adapter.merge()
+        close(whole(model, words), changed.text)
+
+
+def test_quantised_projections_are_refused_in_one_line():
+    model = tiny("llama").requires_grad_(False)
+    quantise(model, "int8")
+    with pytest.raises(ModelError, match=r"lora needs float projections, .* set model.quantize=none"):
+        attached("lora", {}, model)
+    assert not hasattr(model, "lora")
