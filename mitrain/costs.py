@@ -20,7 +20,13 @@ FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SCALE_BYTES = 4  # one fp32 scale per row (int8) or per block (nf4)
 NF4_BLOCK = 64
 LOSS_MAPS = {"ce": 3, "bce": 2, "focal": 7, "dice": 2}
-UNGATED = {"gpt_neox"}  # model types whose feed-forward has two matrices instead of three
+UNGATED = {
+    "gpt_neox",
+    "bert",
+    "roberta",
+    "electra",
+    "distilbert",
+}  # model types whose feed-forward has two matrices instead of three
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ class Plan:
             return f"{n:,.0f}"
 
         lines = [
-            f"trainable parameters      {count(self.trainable_parameters)}  ({100 * self.share:.2f} % of the frozen ones)",
+            f"trainable parameters      {count(self.trainable_parameters)}"
+            f"  ({100 * self.share:.2f} % of the pretrained ones)",
             f"  infusion                {count(self.infusion_parameters)}",
             f"    in each layer         {count(self.infusion_parameters_per_layer)}",
             f"  task head               {count(self.head_parameters)}",
@@ -76,7 +77,9 @@ def dry_run(config: RunConfig, *, memory_gb: float, ranks: int, tokens: int = TO
         raise ConfigError(f"--memory {memory_gb} and --ranks {ranks} must be positive")
     model = build(config, empty=True)
     adapter, head = hf.count_parameters(model.adapter), hf.count_parameters(model.task)
-    frozen = hf.count_parameters(model.text.model) - adapter + sum(hf.count_parameters(e.model) for e in model.encoders)
+    trained = {id(p) for p in model.adapter.parameters()}
+    held = {id(p): p for module in model.frozen.values() for p in module.parameters()}
+    frozen = sum(hf.elements(p) for key, p in held.items() if key not in trained)
     layers = list(getattr(model.adapter, "layers", ()))
     precision = config.model.dtype if config.model.quantize == "none" else quant.storage(config.model.quantize)
     sizes = {
@@ -92,7 +95,7 @@ def dry_run(config: RunConfig, *, memory_gb: float, ranks: int, tokens: int = TO
         infusion_parameters_per_layer=per_layer(model),
         infused_layers=layers,
         head_parameters=head,
-        share=(adapter + head) / frozen,
+        share=(adapter + head) / model.pretrained,
         precision=precision,
         bytes_per_rank=sizes[precision],
         bytes_by_precision=sizes,

@@ -55,7 +55,8 @@ def settled(config: RunConfig) -> RunConfig:
 class Model:
     """The assembled parts. ``trainable`` holds what is trained and saved: adapter, head, feature statistics.
 
-    ``pictures``: what enters the changed layers of the first encoder, for methods that change it.
+    ``pictures``: what enters the changed layers of the first encoder, for methods that change it. ``pretrained``: how many
+    parameters the backbones have by themselves.
     """
 
     config: RunConfig
@@ -66,6 +67,7 @@ class Model:
     task: Task
     states: TextStates
     pictures: PictureStates | None = None
+    pretrained: int = 0
 
     def train(self, mode: bool = True) -> None:
         """Adapter and head in training mode, or not; what is frozen never is."""
@@ -182,6 +184,7 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
     seed_everything(config.seed)
     width = sum(encoder.width for encoder in encoders)
     device = torch.device("meta") if empty else text.device
+    pretrained = hf.count_parameters(nn.ModuleList([text.model, *encoders]))
     with torch.device(device):
         adapter = adapters.build(config.adapter, {"image": width})
         backend = config.kernels.backend
@@ -197,7 +200,9 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
         if "image" in adapter.places:
             pictures = PictureStates(encoders[0], adapter.first_layer("image"), cache)
         task = build_task(config, Parts(text, adapter, states), encoders)
-    return Model(config, text, encoders, adapter, FeatureNorm(width, config.features), task, states, pictures)
+    return Model(
+        config, text, encoders, adapter, FeatureNorm(width, config.features), task, states, pictures, pretrained
+    )
 
 
 def changeable(encoders: Sequence[VisionEncoder], adapter: Adapter) -> nn.Module:
