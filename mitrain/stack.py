@@ -106,9 +106,7 @@ class Stack:
     @property
     def window(self) -> int | None:
         sliding = any(self._pattern(index) == "sliding_attention" for index in range(self.depth))
-        if not sliding:
-            return None
-        return getattr(self.model.config, "sliding_window", None) or self.model.config.local_attention // 2
+        return self.model.config.sliding_window if sliding else None
 
     def run(self, index: int, hidden: Tensor, visible: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Layer ``index`` on ``hidden`` (B, T, D): (B, T, D).
