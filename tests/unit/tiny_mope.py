@@ -81,5 +81,3 @@ def attached(text_name: str = "bert", image_name: str = "vit", rows: int = 4, **
     image = pixels(rows, dtype=torch.float64)["pixel_values"]
     image = torch.nn.functional.interpolate(image, (side, side)) if side else image
     return Pair(mope, models, *states_of(mope, models, text(rows, padding="right"), image))
-
-
