@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from mitrain.adapters.base import Adapter
 from mitrain.adapters.full import Full
 from mitrain.adapters.mit import MiT
+from mitrain.adapters.mope import MoPE
 from mitrain.adapters.none import NoAdapter
 from mitrain.adapters.peft import IA3, LoRA, Prefix, Prompt
 from mitrain.adapters.pmf import PMF
@@ -13,7 +14,7 @@ from mitrain.config import Section
 from mitrain.errors import ConfigError
 
 METHODS: dict[str, type[Adapter]] = {
-    kind.method: kind for kind in (MiT, PMF, NoAdapter, LoRA, IA3, Prompt, Prefix, VisualPrefix, Full)
+    kind.method: kind for kind in (MiT, PMF, MoPE, NoAdapter, LoRA, IA3, Prompt, Prefix, VisualPrefix, Full)
 }
 
 

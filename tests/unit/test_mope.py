@@ -1,0 +1,398 @@
+"""MoPE over two frozen encoders: what a pass gives, what it depends on, what is trained."""
+
+import math
+
+import pytest
+import torch
+from tiny_mope import SMALL, Pair, attached, model_of
+
+from mitrain.adapters.mope import MoPE
+from mitrain.adapters.mope_config import MoPEConfig
+from mitrain.errors import ModelError
+from mitrain.reading import Picture, Words
+
+EXACT = {"rtol": 0, "atol": 1e-11}
+PAIRS = {
+    "vit": {"text_name": "bert", "image_name": "vit"},
+    "bert": {"text_name": "bert", "image_name": "dinov2_with_registers", "main": "text"},
+    "llama": {"text_name": "llama", "image_name": "dinov2", "main": "text"},
+    "vit from llama": {"text_name": "llama", "image_name": "vit"},
+    "siglip": {"text_name": "modernbert", "image_name": "siglip_vision_model"},
+    "modernbert": {"text_name": "modernbert", "image_name": "clip_vision_model", "main": "text"},
+    "swin": {"text_name": "bert", "image_name": "swin"},
+    "bert from swin": {"text_name": "bert", "image_name": "swin", "main": "text"},
+}
+everywhere = pytest.mark.parametrize("pair", PAIRS)
+
+
+def record(mope: MoPE) -> list[torch.Tensor]:
+    """From now on, the prompts of each prompted layer of the main encoder, in order."""
+    found = []
+    for layer in mope.prompts:
+        layer.register_forward_hook(lambda module, args, out: found.append(out[0]))
+    return found
+
+
+# What a pass gives
+
+
+@everywhere
+def test_the_shapes_of_a_reading(pair):
+    found = attached(**PAIRS[pair])
+    with torch.no_grad():
+        reading = found.read()
+    joint = found.models[found.mope.config.main].config.hidden_size
+    assert reading.text.shape == (4, 9, 32) and torch.equal(reading.mask, found.words.mask)
+    assert reading.image.shape == (4, 32) and found.mope.image_width(5) == 32
+    assert reading.joint.shape == (4, joint) and found.mope.joint_width == joint
+    assert found.mope.routing.shape == (len(found.mope.prompts), 4, 3)
+    assert all(torch.isfinite(x).all() for x in (reading.text, reading.image, reading.joint))
+
+
+@everywhere
+def test_padding_and_batch_neighbours_do_not_matter(pair):
+    found = attached(**PAIRS[pair])
+    hidden = found.words.mask == 0
+    states = found.words.states.masked_fill(hidden[..., None], 3.0)
+    changed = Words(found.words.ids, found.words.mask, states, found.words.depth)
+    with torch.no_grad():
+        whole = found.read()
+        repadded = found.mope.read(changed, found.picture)
+        alone = [found.rows(slice(i, i + 1)).read() for i in range(4)]
+    shown = found.words.mask.bool()
+    torch.testing.assert_close(repadded.joint, whole.joint, **EXACT)
+    torch.testing.assert_close(repadded.text[shown], whole.text[shown], **EXACT)
+    torch.testing.assert_close(torch.cat([one.joint for one in alone]), whole.joint, **EXACT)
+    torch.testing.assert_close(torch.cat([one.image for one in alone]), whole.image, **EXACT)
+
+
+@pytest.mark.parametrize("pair", ["vit", "bert", "llama", "swin"])
+def test_one_modality_alone_does_without_what_depends_on_the_other(pair):
+    found = attached(**PAIRS[pair])
+    main, prompts = found.mope.config.main, record(found.mope)
+    with torch.no_grad():
+        words, picture = found.mope.read(found.words, None), found.mope.read(None, found.picture)
+        both = found.read()
+    assert words.joint is None and words.image is None and picture.joint is None and picture.text is None
+    text_depends, image_depends = (
+        not torch.allclose(x, y) for x, y in ((words.text, both.text), (picture.image, both.image))
+    )
+    assert (text_depends, image_depends) == (main == "text", main == "image")
+    assert [p.shape[1] for p in prompts] == [2] * len(found.mope.prompts) + [5] * len(found.mope.prompts)
+
+
+@pytest.mark.parametrize("pair", ["vit", "bert", "llama"])
+def test_a_hidden_picture_leaves_the_main_encoder_with_static_prompts(pair):
+    found = attached(**PAIRS[pair])
+    main = found.mope.config.main
+    with torch.no_grad():
+        blind = found.read(infused=False)
+        alone = found.mope.read(found.words if main == "text" else None, found.picture if main == "image" else None)
+    assert found.mope.routing is None and found.mope.extra_loss() is None
+    assert torch.equal(blind.text, alone.text) if main == "text" else torch.equal(blind.joint, alone.image)
+    if main == "text":
+        other = Picture(found.picture.feature, found.picture.states.flip(0), found.picture.depth, infused=False)
+        with torch.no_grad():
+            assert torch.equal(found.mope.read(found.words, other).joint, blind.joint)
+    assert found.mope.fuses == (main == "text")
+
+
+def test_texts_may_come_without_states():
+    found = attached()
+    with torch.no_grad():
+        bare = found.mope.read(Words(found.words.ids, found.words.mask), found.picture)
+        assert torch.equal(bare.joint, found.joint())
+
+
+# The mathematics
+
+
+def norm(x, weight, bias, eps):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def affine(x, module):
+    return x @ module.weight.T + module.bias
+
+
+def vit_layer(layer, x, heads=4):
+    """One pre-norm transformer layer, head by head."""
+    inside = norm(x, layer.layernorm_before.weight, layer.layernorm_before.bias, 1e-12)
+    q, k, v = (affine(inside, getattr(layer.attention, f"{name}_proj")).chunk(heads, -1) for name in "qkv")
+    parts = []
+    for h in range(heads):
+        scores = torch.exp(q[h] @ k[h].T / math.sqrt(q[h].shape[-1]))
+        parts.append(scores / scores.sum(-1, keepdim=True) @ v[h])
+    x = x + affine(torch.cat(parts, -1), layer.attention.o_proj)
+    inside = norm(x, layer.layernorm_after.weight, layer.layernorm_after.bias, 1e-12)
+    return x + affine(gelu(affine(inside, layer.mlp.fc1)), layer.mlp.fc2)
+
+
+def test_two_layers_by_hand():
+    """ViT conditioned on BERT as it is: prompts, router, mapper and layers again, sample by sample."""
+    found = attached(other_length=0, temperature=0.7)
+    mope, vit = found.mope, found.models["image"]
+    del vit.layers[2:], mope.prompts[2:]
+    object.__setattr__(mope._walks["image"], "depth", 2)
+    with torch.no_grad():
+        joint = found.joint()
+        for b in range(4):
+            psi = found.words.states[b, 0]
+            tokens = found.picture.states[b]
+            mapper = mope.mapper
+            hidden = gelu(norm(affine(psi, mapper.first), mapper.norm.weight, mapper.norm.bias, 1e-5))
+            mapped = gelu(affine(hidden, mapper.stages[0]))
+            for i, own in enumerate(mope.prompts):
+                query = torch.cat([affine(tokens.mean(0), own.router.tokens), affine(psi, own.router.condition)])
+                scores = torch.exp(query @ own.router.keys / 0.7)
+                dynamic = sum(scores[j] / scores.sum() * own.experts[j] for j in range(3))
+                x = torch.cat([tokens[:1], own.static, dynamic, mapped[None], tokens[1:]])
+                assert x.shape == (5 + 2 * 2 + 1, 32)
+                x = vit_layer(vit.layers[i], x)
+                tokens = torch.cat([x[:1], x[6:]])
+            last = norm(x, vit.layernorm.weight, vit.layernorm.bias, 1e-12)
+            torch.testing.assert_close(joint[b], last.mean(0), **EXACT)
+
+
+@pytest.mark.parametrize("pair", ["vit", "llama"])
+def test_permuting_the_condition_changes_dynamic_and_mapped_prompts_only(pair):
+    found = attached(**PAIRS[pair])
+    order, prompts = torch.tensor([2, 3, 1, 0]), record(found.mope)
+    with torch.no_grad():
+        if found.mope.config.main == "image":
+            own, other = found.words, found.picture
+            found.mope.read(own, other)
+            moved = Words(own.ids[order], own.mask[order], own.states[order], own.depth)
+            found.mope.read(moved, other)
+        else:
+            found.mope.read(found.words, found.picture)
+            found.mope.read(found.words, found.picture.rows(order))
+    depth = len(found.mope.prompts)
+    for before, after in zip(prompts[:depth], prompts[depth:], strict=True):
+        assert torch.equal(before[:, :2], after[:, :2]) and torch.equal(before[0, :2], before[1, :2])
+        for part in (slice(2, 4), slice(4, 5)):
+            differ = (before[:, part] - after[:, part]).flatten(1).norm(dim=1)
+            assert (differ > 1e-3).all()
+    torch.testing.assert_close(prompts[0][order, 4:], prompts[depth][:, 4:], **EXACT)  # P_m follows ψ
+
+
+def test_a_causal_model_sees_prompts_and_no_later_token():
+    found = attached(**PAIRS["llama"], router_reads="condition")
+    later = found.words.states.clone()
+    later[:, 5:] += 1
+    changed = Words(found.words.ids, torch.ones_like(found.words.mask), later, 0)
+    plain = Words(found.words.ids, torch.ones_like(found.words.mask), found.words.states, 0)
+    with torch.no_grad():
+        one, other = found.mope.read(plain, found.picture).text, found.mope.read(changed, found.picture).text
+        blind = found.mope.read(plain, None).text
+    torch.testing.assert_close(one[:, :5], other[:, :5], **EXACT)
+    assert not torch.allclose(one[:, 0], blind[:, 0])  # the first token sees the picture's prompts
+
+
+def test_without_prompts_a_causal_model_is_the_frozen_one():
+    """Tokens that stand n places later see one another as before: an empty prompt and a shifted one agree."""
+    found = attached(**PAIRS["llama"], static=False)
+    with torch.no_grad():
+        text = found.mope.read(found.words, None).text
+        mask = found.words.mask
+        frozen = found.models["text"].model(input_ids=found.words.ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(text[mask.bool()], frozen[mask.bool()], **EXACT)
+
+
+# The switches
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({"static": False}, 3),
+        ({"dynamic": False}, 3),
+        ({"mapped": False}, 4),
+        ({"dynamic": False, "mapped": False}, 2),
+        ({"router": "cpt"}, 5),
+        ({"router_reads": "tokens"}, 5),
+        ({"router_reads": "condition"}, 5),
+        ({"routing": "top1"}, 5),
+        ({"keys": "learned"}, 5),
+        ({"experts": 1}, 5),
+        ({"experts": 16}, 5),
+        ({"other_length": 0}, 5),
+        ({"mapper_norm": "none"}, 5),
+        ({"temperature": 1.0}, 5),
+        ({"feature": "mean"}, 5),
+        ({"feature": "first"}, 5),
+        ({"condition": "mean"}, 5),
+        ({"condition": "last"}, 5),
+    ],
+)
+def test_every_switch_runs_and_says_something_else(settings, tokens):
+    found, usual = attached(**settings), attached()
+    prompts = record(found.mope)
+    assert found.mope.first_layer("text") == (4 if found.mope.config.other_length == 0 else 0)
+    assert found.mope.first_layer("image") == 0
+    joint = found.joint()
+    assert [p.shape[1] for p in prompts] == [tokens] * 4
+    assert not torch.allclose(joint, usual.joint())
+    joint.square().sum().backward()
+    for name, parameter in found.mope.named_parameters():
+        useless = settings.get("experts") == 1 and (".router." in name)
+        assert parameter.grad is not None and bool(parameter.grad.any()) != useless, name
+    conditioned = found.mope.config.dynamic or found.mope.config.mapped
+    assert torch.allclose(joint, found.joint(infused=False)) != conditioned
+
+
+def test_a_main_encoder_without_prompts_of_its_own_stays_frozen():
+    found = attached(static=False, dynamic=False, mapped=False)
+    assert found.mope.first_layer("image") == 4 and len(found.mope.prompts) == 0 and found.mope.mapper is None
+    with torch.no_grad():
+        expected = found.models["image"].layernorm(found.picture.states).mean(1)
+        torch.testing.assert_close(found.joint(), expected, **EXACT)
+
+
+# Training
+
+
+@everywhere
+def test_every_parameter_gets_a_gradient_and_no_frozen_one(pair):
+    found = attached(**PAIRS[pair], threshold=0.0)
+    found.mope.train()
+    reading = found.read()
+    total, count = found.mope.extra_loss()
+    (reading.joint.square().sum() + total / count).backward()
+    assert all(p.grad is not None and p.grad.any() for p in found.mope.parameters())
+    own = {id(p) for p in found.mope.parameters()}
+    for model in found.models.values():
+        assert all(p.grad is None and not p.requires_grad for p in model.parameters() if id(p) not in own)
+
+
+def test_the_regulariser_is_handed_out_once_as_sum_and_count():
+    found = attached(importance=0.5, threshold=0.0)
+    found.joint()
+    weights = found.mope.routing
+    importance = weights.sum(1)
+    expected = 0.5 * (importance.std(-1) / importance.mean(-1)).square().mean()
+    total, count = found.mope.extra_loss()
+    assert count == 4 and (total / count).item() == pytest.approx(expected.item())
+    assert found.mope.extra_loss() is None
+    usage = found.mope.importance()
+    torch.testing.assert_close(usage.variation.mean() * 0.5, expected, **EXACT)
+    assert usage.entropy.shape == usage.top_share.shape == (4,)
+    with torch.no_grad():
+        found.joint()
+    assert found.mope.extra_loss() is None  # a pass without gradients regularises nothing
+    for settings in ({"importance": 0.0}, {"experts": 1}, {"dynamic": False}):
+        other = attached(**settings)
+        other.joint()
+        assert other.mope.extra_loss() is None
+
+
+def test_noise_and_dropout_are_there_in_training_alone_and_routing_is_told_without_noise():
+    found = attached(noise=0.5, dropout=0.0)
+    with torch.no_grad():
+        first, again = found.joint(), found.joint()
+        clean = found.mope.routing[0]
+        assert torch.equal(first, again)
+        found.mope.train()
+        noisy, other = found.joint(), found.joint()
+        assert not torch.allclose(noisy, first) and not torch.allclose(noisy, other)
+        assert torch.equal(found.mope.routing[0], clean)  # the first layer's, whose input is the same
+        dropped = attached(noise=0.0, dropout=0.5)
+        plain = dropped.joint()
+        dropped.mope.train()
+        assert not torch.allclose(plain, dropped.joint())
+
+
+@pytest.mark.parametrize("pair", ["vit", "llama", "swin"])
+def test_checkpointing_changes_memory_only(pair):
+    found, saved = attached(**PAIRS[pair], threshold=0.0), {}
+    found.mope.train()
+    for checkpointing in (False, True):
+        found.mope.set_checkpointing(checkpointing)
+        found.mope.zero_grad()
+        torch.manual_seed(7)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            loss = found.joint().square().sum() + found.mope.extra_loss()[0]
+        loss.backward()
+        saved[checkpointing] = sum(kept), {n: p.grad.clone() for n, p in found.mope.named_parameters()}
+    assert saved[True][0] < saved[False][0] / 2
+    for name, gradient in saved[True][1].items():
+        torch.testing.assert_close(gradient, saved[False][1][name], **EXACT)
+
+
+# Attaching
+
+
+def test_attach_detach_and_attach_again():
+    found = attached()
+    joint, state = found.joint(), {n: x.clone() for n, x in found.mope.state_dict().items()}
+    models, mope = found.models, found.mope
+    assert set(state) == {n for n, _ in mope.named_parameters()} | {f"prompts.{i}.router.keys" for i in range(4)}
+    mope.detach()
+    assert all(p.requires_grad for m in models.values() for p in m.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for x in models.values() for m in x.modules())
+    with pytest.raises(ModelError, match="not attached"):
+        mope.read(found.words, found.picture)
+    mope.attach(models)
+    assert torch.equal(found.joint(), joint)
+    mope.detach()
+    shallow = {"text": model_of("bert", torch.float64), "image": model_of("vit", torch.float64, num_hidden_layers=2)}
+    with pytest.raises(ModelError, match="other widths or depth"):
+        mope.attach(shallow)
+    fresh = MoPE(MoPEConfig(**SMALL))
+    fresh.attach(models)
+    fresh.eval()
+    fresh.load_state_dict(state)
+    assert torch.equal(Pair(fresh, models, found.words, found.picture).joint(), joint)
+
+
+def test_parameters_are_wider_than_a_half_precision_model():
+    models = {"text": model_of("bert", torch.bfloat16), "image": model_of("vit", torch.bfloat16)}
+    mope = MoPE(MoPEConfig(**SMALL))
+    mope.attach(models)
+    assert {p.dtype for p in mope.parameters()} == {torch.float32}
+    words = Words(torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.long))
+    reading = mope.read(words, Picture(torch.zeros(2, 5), torch.randn(2, 5, 32, dtype=torch.bfloat16)))
+    assert reading.joint.dtype == torch.bfloat16
+    reading.joint.float().sum().backward()
+    assert all(p.grad is not None for p in mope.parameters())
+
+
+def test_prompts_start_within_their_spread():
+    mope = MoPE(MoPEConfig(**SMALL))
+    mope.attach({"text": model_of("bert", torch.float32), "image": model_of("vit", torch.float32)})
+    image = math.sqrt(6 / (3 * 4 * 4 + 32))  # patches of 4 pixels, width 32
+    for parameters, spread in (([p.experts for p in mope.prompts], image), (list(mope.others), 0.3)):
+        largest = max(p.abs().max().item() for p in parameters)
+        assert 0.9 * spread < largest <= spread
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"feature": "last"}, "last token of a picture"),
+        ({"image_name": "swin", "feature": "first"}, "no CLS token"),
+        ({"text_name": "llama", "main": "text", "feature": "first"}, "no CLS token"),
+        ({"image_name": "siglip_vision_model", "main": "text", "condition": "first"}, "no CLS token"),
+    ],
+)
+def test_a_read_out_that_the_encoder_lacks_is_refused(settings, message):
+    with pytest.raises(ModelError, match=message):
+        attached(**settings)
+
+
+def test_what_does_not_fit_is_refused_in_one_line():
+    found = attached()
+    with pytest.raises(ModelError, match="4 texts and 3 pictures"):
+        found.mope.read(found.words, found.picture.rows(slice(3)))
+    with pytest.raises(ModelError, match="give the states"):
+        found.mope.read(None, Picture(torch.zeros(4, 5)))
+    with pytest.raises(ModelError, match="of depth 4 and 32 wide, but mope starts at depth 0"):
+        found.mope.read(None, Picture(torch.zeros(4, 5), found.picture.states, 4))
+    with pytest.raises(ModelError, match="'image' is missing"):
+        MoPE(MoPEConfig()).attach({"text": model_of("bert", torch.float32)})
