@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 
+from mitrain.adapters.aurora import Aurora
 from mitrain.adapters.base import Adapter
 from mitrain.adapters.mit import MiT
 from mitrain.adapters.none import NoAdapter
 from mitrain.config import Section
 from mitrain.errors import ConfigError
 
-METHODS: dict[str, type[Adapter]] = {MiT.method: MiT, NoAdapter.method: NoAdapter}
+METHODS: dict[str, type[Adapter]] = {Aurora.method: Aurora, MiT.method: MiT, NoAdapter.method: NoAdapter}
 
 
 def build(config: Section, widths: Mapping[str, int] | None = None) -> Adapter:
