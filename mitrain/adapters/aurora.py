@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mitrain import hf, trunk
 from mitrain.adapters.aurora_config import COMPOSED_LAYERS, AuroraConfig, AuroraShape
-from mitrain.adapters.aurora_fusion import Fusion, distinct_rows, enhanced
+from mitrain.adapters.aurora_fusion import Fusion, distinct_rows, enhanced, pooled
 from mitrain.adapters.aurora_modes import Modes
 from mitrain.adapters.aurora_points import (
     Point,
@@ -215,7 +215,7 @@ class Aurora(Adapter):
         if name == "auto":
             composed = "last" if self._stacks["text"].causal else "mean"
             name = composed if self.fusion.composed else "cls"
-        return Reading(hidden, mask).read_out(name)
+        return pooled(hidden, mask, name)
 
     # Merging
 

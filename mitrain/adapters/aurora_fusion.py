@@ -19,6 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from mitrain import hf
 from mitrain.adapters.aurora_config import AuroraConfig
 from mitrain.errors import ModelError
+from mitrain.reading import mean_over
 from mitrain.stack import Stack
 
 RESIDUAL = 0.1
@@ -250,6 +251,14 @@ def enhanced(fused: Tensor, contexts: Tensor) -> Tensor:
     transformer have norms near √D, with which the softmax would be a choice of the nearest.
     """
     return fused + (fused @ contexts.T / fused.shape[-1] ** 0.5).softmax(-1) @ contexts
+
+
+def pooled(hidden: Tensor, mask: Tensor, name: str) -> Tensor:
+    """(B, D): the first (``cls``), the ``last`` or the ``mean`` of the real tokens of (B, T, D), in its type."""
+    if name == "mean":
+        return mean_over(hidden, mask)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return hidden[:, 0] if name == "cls" else hidden[rows, mask.sum(1) - 1]
 
 
 def distinct_rows(ids: Tensor, mask: Tensor) -> Tensor:

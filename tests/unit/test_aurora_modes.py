@@ -34,7 +34,7 @@ def counted(backbones, **settings):
         adapter.detach()
 
 
-@pytest.mark.parametrize("rank, paper", [(16, 26_896), (32, 53_792), (64, 107_584), (128, 215_168)])
+@pytest.mark.parametrize(("rank", "paper"), [(16, 26_896), (32, 53_792), (64, 107_584), (128, 215_168)])
 def test_the_papers_count_on_blip_base(blip_base, rank, paper):
     """2 · 768 · R + (N + 1) · R with N = 144: q, k, v, o of 12 vision, 12 text and 12 cross-attentions."""
     total, shape = counted(blip_base, preset="paper", rank=rank, gqt="none")
@@ -43,7 +43,7 @@ def test_the_papers_count_on_blip_base(blip_base, rank, paper):
     assert counted(blip_base, preset="paper", rank=rank)[0] == paper + LAYERS * 2 * BASE  # one pair per layer
 
 
-@pytest.mark.parametrize("rank, released", [(16, 68_992), (32, 125_696), (64, 411_136), (128, 2_358_272)])
+@pytest.mark.parametrize(("rank", "released"), [(16, 68_992), (32, 125_696), (64, 411_136), (128, 2_358_272)])
 def test_the_releases_count_on_blip_base(blip_base, rank, released):
     """U, V, R³, 12 · (4 + 8) vision and 12 · (3 + 3) text vectors, two pairs of GQT: what it names CP, term by term."""
     total, shape = counted(blip_base, preset="released", rank=rank)
