@@ -40,12 +40,13 @@ def softmax_attention(q, k, v, heads):
 def test_a_composed_layer_is_its_formula_by_hand():
     """BERT's top layer: A ← A + s W_o softmax(W_q A · W_k z) W_v z with the fusion's own updates, then its FFN."""
     backbones = pair()
+    layer = backbones["text"].encoder.layer[DEPTH - 1]
+    block = layer.attention
+    scramble(block.output.LayerNorm)  # a trained norm's γ and β are not 1 and 0
     adapter = aurora(backbones, fusion_layers=1, gqt="none")
     scramble(adapter)
     hidden, image = states(2, 5), states(2, 7, 1)
     found = adapter.fusion(hidden, visible(), image)
-    layer = backbones["text"].encoder.layer[DEPTH - 1]
-    block = layer.attention
     a = block(hidden, (~visible())[:, None, None] * torch.finfo(torch.float64).min)[0]
     norm = block.output.LayerNorm
     spread = math.sqrt(norm.weight.square().mean() + norm.bias.square().mean())
