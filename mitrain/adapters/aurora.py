@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mitrain import hf, trunk
 from mitrain.adapters.aurora_config import COMPOSED_LAYERS, AuroraConfig, AuroraShape
-from mitrain.adapters.aurora_fusion import Fusion, distinct_rows, enhanced, pooled
+from mitrain.adapters.aurora_fusion import Fusion, distinct, enhanced, pooled
 from mitrain.adapters.aurora_modes import Modes
 from mitrain.adapters.aurora_points import (
     Point,
@@ -166,14 +166,16 @@ class Aurora(Adapter):
     # Reading
 
     def read(self, words: Words | None, picture: Picture | None) -> Reading:
+        """See `Adapter.read`. A text or picture that stands in several rows, as in the pairs of a matching loss, goes
+        through its encoder once."""
         text = mask = image = joint = None
         if picture is not None:
             seen, image = self._see(picture)
         if words is not None:
-            mask, states = words.mask, self._states(words)
-            text = self._stacks["text"].finish(states[-1])
+            mask, kinds = words.mask, distinct(words.ids.masked_fill(words.mask == 0, -1))
+            entering, text = self._write(words, *kinds)
         if words is not None and picture is not None and self.fusion is not None:
-            joint = self._joint(words, states[0], text, seen if picture.infused else None)
+            joint = self._joint(mask, entering, text, seen if picture.infused else None, kinds[0])
         return Reading(text, mask, image, joint)
 
     def _see(self, picture: Picture) -> tuple[Tensor, Tensor]:
@@ -181,34 +183,34 @@ class Aurora(Adapter):
         stack, hidden = self._stacks["image"], picture.states
         if hidden is None or picture.depth:
             raise ModelError("aurora changes every layer of the image encoder: give the states that enter its layer 0")
-        hidden = hidden.to(stack.model.device, stack.model.dtype)
+        first, group = distinct(hidden)
+        hidden = hidden[first].to(stack.model.device, stack.model.dtype)
         for index in range(stack.depth):
             hidden = stack.run(index, hidden)
-        return stack.finish(hidden), stack.summary(hidden)
+        return stack.finish(hidden)[group], stack.summary(hidden)[group]
 
-    def _states(self, words: Words) -> tuple[Tensor, Tensor]:
-        """The text's states where they enter the fusion (or the bottom), and after the last layer: (B, T, D) each."""
-        stack, hidden, visible = self._stacks["text"], words.states, words.mask.bool()
+    def _write(self, words: Words, first: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        """The text's states where they enter the fusion (or the bottom), and its final states: (B, T, D) each."""
+        stack, hidden, mask = self._stacks["text"], words.states, words.mask[first]
         if words.depth:
             raise ModelError("aurora changes every layer of the text model: give the states that enter its layer 0")
         if hidden is None:
-            hidden = trunk.trunk_states(stack.model, 0, input_ids=words.ids, attention_mask=words.mask)
+            hidden = trunk.trunk_states(stack.model, 0, input_ids=words.ids[first], attention_mask=mask)
+        else:
+            hidden = hidden[first]
         entering, lowest = hidden, 0 if self.fusion is None else self.fusion.first
         for index in range(stack.depth):
             entering = hidden if index == lowest else entering
-            hidden = stack.run(index, hidden, visible)
-        return entering, hidden
+            hidden = stack.run(index, hidden, mask.bool())
+        return entering[group], stack.finish(hidden)[group]
 
-    def _joint(self, words: Words, entering: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
-        """(B, D): the fused vector; without ``image`` the text's own."""
-        own = self._pooled(text, words.mask)
+    def _joint(self, mask: Tensor, entering: Tensor, text: Tensor, image: Tensor | None, texts: Tensor) -> Tensor:
+        """(B, D): the fused vector; without ``image`` the text's own. ``texts``: a row of each different text."""
+        own = self._pooled(text, mask)
         if image is None:
             return own
-        image = image.to(text.device)
-        fused = self._pooled(self.fusion(entering, words.mask.bool(), image), words.mask)
-        if not self.config.ice:
-            return fused
-        return enhanced(fused, own[distinct_rows(words.ids, words.mask)])
+        fused = self._pooled(self.fusion(entering, mask.bool(), image.to(text.device)), mask)
+        return enhanced(fused, own[texts]) if self.config.ice else fused
 
     def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
         name = self.config.joint

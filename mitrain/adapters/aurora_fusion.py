@@ -24,6 +24,7 @@ from mitrain.stack import Stack
 
 RESIDUAL = 0.1
 """Weight of the transformed queries in the residual form, from the authors' release."""
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 BERT_KIN = ("query", "key", "value")
 LLAMA_KIN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 
@@ -261,16 +262,16 @@ def pooled(hidden: Tensor, mask: Tensor, name: str) -> Tensor:
     return hidden[:, 0] if name == "cls" else hidden[rows, mask.sum(1) - 1]
 
 
-def distinct_rows(ids: Tensor, mask: Tensor) -> Tensor:
-    """The first row of each different text among ``ids`` (B, T), in order.
+def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(first, group): the place of the first of each kind of equal rows (B, …), and each row's kind.
 
-    A text that stands in the batch several times counts once: a right pair's text is in a batch of pairs more often than
-    a wrong one's.
+    ``rows[first][group]`` are the rows. They are told apart by sums over their bits, and then compared.
     """
-    _, group = torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True)
-    rows = torch.arange(len(ids), device=ids.device)
-    first = rows.new_full((int(group.max()) + 1,), len(ids)).scatter_reduce(0, group, rows, "amin")
-    return first.sort().values
+    bits = rows.flatten(1).contiguous().view(INTEGERS[rows.element_size()]).to(torch.int64)
+    places = torch.arange(len(rows), device=rows.device)
+    _, group = (bits * torch.arange(1, 2 * bits.shape[1], 2, device=rows.device)).sum(1).unique(return_inverse=True)
+    first = places.new_full((len(rows),), len(rows)).scatter_reduce(0, group, places, "amin")[: int(group.max()) + 1]
+    return (first, group) if torch.equal(rows[first[group]], rows) else (places, places)
 
 
 def orthogonal(out: int, into: int) -> Tensor:

@@ -9,7 +9,7 @@ from tiny import scramble, tiny
 from tiny_pair import DEPTH, WIDTH, aurora, batch, dinov2, pair
 from torch.nn import functional as F
 
-from mitrain.adapters.aurora_fusion import RESIDUAL, distinct_rows, enhanced, gated, orthogonal, spread_of
+from mitrain.adapters.aurora_fusion import RESIDUAL, distinct, enhanced, gated, orthogonal, spread_of
 from mitrain.errors import ModelError
 from mitrain.reading import Picture, Words
 
@@ -222,10 +222,30 @@ def test_ice_treats_right_and_wrong_pairs_alike():
     assert not torch.allclose(alone, right[:1], atol=1e-3)  # its neighbours' texts are what it adds
 
 
-def test_each_text_is_a_context_once():
-    ids = torch.tensor([[5, 6, 0], [5, 6, 7], [5, 6, 9], [5, 6, 7]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 1]])
-    assert distinct_rows(ids, mask).tolist() == [0, 1]
+def test_equal_rows_are_found_once_each():
+    ids = torch.tensor([[5, 6, 0], [5, 6, 7], [6, 5, 0], [5, 6, 7], [5, 6, 0]])
+    first, group = distinct(ids)
+    assert sorted(first.tolist()) == [0, 1, 2] and torch.equal(ids[first][group], ids)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        rows = torch.randn(3, 4, 5).to(dtype)[[2, 0, 2, 1]]
+        first, group = distinct(rows)
+        assert sorted(first.tolist()) == [0, 1, 3] and torch.equal(rows[first][group], rows)
+
+
+def test_each_text_and_picture_goes_through_its_encoder_once():
+    backbones = pair()
+    words, picture = batch(backbones)
+    adapter = aurora(backbones)
+    scramble(adapter)
+    rows, sizes = torch.tensor([0, 1, 2, 2, 0]), {}
+    for name, module in (("text", backbones["text"].encoder.layer[0]), ("image", backbones["image"].encoder.layer[0])):
+        module.register_forward_hook(lambda m, args, out, name=name: sizes.setdefault(name, len(args[0])))
+    many = adapter.read(Words(words.ids[rows], words.mask[rows]), picture.rows(torch.tensor([1, 1, 2, 1, 1])))
+    assert sizes == {"text": 3, "image": 2}
+    for row, (a, b) in enumerate([(0, 1), (1, 1), (2, 2), (2, 1), (0, 1)]):
+        one = adapter.read(Words(words.ids[a : a + 1], words.mask[a : a + 1]), picture.rows(slice(b, b + 1)))
+        assert torch.allclose(many.joint[row], one.joint[0], **EXACT)
+        assert torch.allclose(many.image[row], one.image[0], **EXACT)
 
 
 def test_pictures_alone_need_no_contexts():
