@@ -29,6 +29,7 @@ from mitrain.reading import Picture
 ENCODERS = (
     *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "modernbert"),
     *("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "siglip_vision_model", "whisper"),
+    *("blip_vision_model", "blip_text_model"),
 )
 NORMS = ("norm", "final_norm", "layernorm", "layer_norm", "final_layer_norm", "final_layernorm", "ln_f")
 CLASS_TOKENS = ("cls_token", "class_embedding")

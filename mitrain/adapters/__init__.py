@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from mitrain.adapters.aurora import Aurora
 from mitrain.adapters.base import Adapter
 from mitrain.adapters.full import Full
 from mitrain.adapters.mit import MiT
@@ -14,7 +15,7 @@ from mitrain.config import Section
 from mitrain.errors import ConfigError
 
 METHODS: dict[str, type[Adapter]] = {
-    kind.method: kind for kind in (MiT, PMF, MoPE, NoAdapter, LoRA, IA3, Prompt, Prefix, VisualPrefix, Full)
+    kind.method: kind for kind in (MiT, PMF, MoPE, Aurora, NoAdapter, LoRA, IA3, Prompt, Prefix, VisualPrefix, Full)
 }
 
 

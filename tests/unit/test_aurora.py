@@ -1,0 +1,271 @@
+"""Aurora on pairs of models: identity at the start, gradients, padding and neighbours, merging, re-attaching."""
+
+import pytest
+import torch
+from tiny import scramble, text
+from tiny_pair import DEPTH, WIDTH, aurora, batch, blip, dinov2, pair, pixels
+from torch import nn
+
+from mitrain import adapters
+from mitrain.adapters.aurora import Aurora
+from mitrain.adapters.aurora_config import AuroraConfig
+from mitrain.errors import ModelError
+from mitrain.reading import Picture, Words
+from mitrain.trunk import last_hidden, trunk_states
+
+KINDS = ["bert", "llama", "blip"]
+EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64, a few dozen operations deep on values near 1
+
+
+def close(a, b):
+    return torch.allclose(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_the_start_every_output_is_the_frozen_models(kind):
+    backbones = pair(kind)
+    words, picture = batch(backbones)
+    frozen_text = last_hidden(backbones["text"], words)
+    frozen_image = backbones["image"](pixel_values=pixels(3)).last_hidden_state
+    adapter = aurora(backbones, preset="released", rank=3, dropout=0.0, ice=False)
+    reading = adapter.read(words, picture)
+    seen = words.mask.bool()
+    assert close(reading.text[seen], frozen_text[seen]) and close(reading.image, frozen_image[:, 0])
+    assert torch.equal(last_hidden(backbones["text"], words), frozen_text)
+    scramble(adapter.modes)
+    changed = adapter.read(words, picture)
+    for name in ("text", "image", "joint"):
+        assert not torch.allclose(getattr(changed, name), getattr(reading, name), atol=1e-2)
+    assert adapter.joint_width == reading.joint.shape[1] and adapter.image_width(2) == reading.image.shape[1]
+
+
+def test_blips_fused_vector_at_the_start_is_blips_own():
+    model = blip(torch.float64)
+    words, _ = batch({"image": model.vision_model})
+    frozen = model(words.ids, pixels(3), attention_mask=words.mask)
+    backbones = {"text": model.text_encoder, "image": model.vision_model}
+    adapter = aurora(backbones)
+    picture = Picture(torch.zeros(3, 2), trunk_states(model.vision_model, 0, pixel_values=pixels(3)))
+    joint = adapter.read(words, picture).joint
+    assert close(joint, frozen.question_embeds[:, 0]) and close(model.itm_head(joint), frozen.itm_score)
+    scramble(adapter.modes)
+    changed = model(words.ids, pixels(3), attention_mask=words.mask).question_embeds[:, 0]
+    assert close(adapter.read(words, picture).joint, changed) and not torch.allclose(joint, changed, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_from_states_is_reading_from_ids(kind):
+    backbones = pair(kind)
+    words, picture = batch(backbones)
+    adapter = aurora(backbones)
+    scramble(adapter)
+    states = trunk_states(backbones["text"], 0, input_ids=words.ids, attention_mask=words.mask)
+    kept = states.clone()
+    one, two = adapter.read(words, picture), adapter.read(Words(words.ids, words.mask, states), picture)
+    assert torch.equal(states, kept)
+    assert close(one.text[words.mask.bool()], two.text[words.mask.bool()]) and close(one.joint, two.joint)
+    alone, seen = adapter.read(words, None), adapter.read(None, picture)
+    assert alone.joint is None and alone.image is None and close(alone.text, one.text)
+    assert seen.joint is None and seen.text is None and close(seen.image, one.image)
+    assert close(last_hidden(backbones["text"], words)[words.mask.bool()], one.text[words.mask.bool()])
+
+
+@pytest.mark.parametrize("core", ["cp", "dense"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_step_0_of_the_modes_only_v_learns(kind, core):
+    backbones = pair(kind)
+    words, picture = batch(backbones)
+    adapter = aurora(backbones, core=core)
+    reading = adapter.read(words, picture)
+    (reading.joint.sin().sum() + reading.image.sin().sum()).backward()
+    grads = {name: p.grad.abs().max().item() for name, p in adapter.named_parameters()}
+    assert {name for name, size in grads.items() if size and name.startswith("modes")} == {"modes.up.shared"}
+    assert grads["fusion.gqt"] > 0 and grads.get("fusion.scale", 1) > 0
+    assert all(p.grad is None for n, p in backbones["text"].named_parameters() if not n.startswith("aurora."))
+    adapter.zero_grad()
+    scramble(adapter.modes)
+    reading = adapter.read(words, picture)
+    (reading.joint.sin().sum() + reading.image.sin().sum()).backward()
+    assert all(p.grad.abs().max() > 0 for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("gqt", ["residual", "gate", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_and_neighbours_change_nothing(kind, gqt):
+    backbones = pair(kind)
+    words, picture = batch(backbones)
+    adapter = aurora(backbones, gqt=gqt)
+    scramble(adapter)
+    together = adapter.read(words, picture)
+    for row in range(3):
+        length = int(words.mask[row].sum())
+        own = Words(words.ids[row : row + 1, :length], words.mask[row : row + 1, :length])
+        alone = adapter.read(own, picture.rows(slice(row, row + 1)))
+        assert close(alone.joint, together.joint[row : row + 1]) and close(alone.image, together.image[row : row + 1])
+        assert close(alone.text, together.text[row : row + 1, :length])
+
+
+def test_the_picture_changes_the_fused_vector_and_nothing_else():
+    for kind in KINDS:
+        backbones = pair(kind)
+        words, picture = batch(backbones)
+        adapter = aurora(backbones)
+        scramble(adapter)
+        one = adapter.read(words, picture)
+        other = adapter.read(words, picture.rows(torch.tensor([1, 2, 0])))
+        assert close(one.text, other.text) and not torch.allclose(one.joint, other.joint, atol=1e-3)
+        blind = adapter.read(words, Picture(picture.feature, picture.states, 0, infused=False))
+        assert close(blind.image, one.image) and not torch.allclose(blind.joint, one.joint, atol=1e-3)
+        name = {"bert": "mean", "llama": "last", "blip": "cls"}[kind]
+        assert torch.allclose(blind.joint.float(), blind.read_out(name), rtol=1e-6, atol=1e-6)
+
+
+# merging
+
+
+@pytest.mark.parametrize("core", ["cp", "dense"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_weights_give_what_the_adapter_gave(kind, core):
+    """ΔW x and (W + ΔW) x differ by rounding alone: float64 and a few dozen layers' worth of it."""
+    backbones = pair(kind)
+    words, picture = batch(backbones)
+    rest = {"gqt": "none"} if kind == "blip" else {"fusion_layers": 0}
+    adapter = aurora(backbones, core=core, vision=["q", "k", "v", "o", "mlp"], text=["v", "mlp"], **rest)
+    plain = adapter.read(words, picture)
+    scramble(adapter, spread=0.5)
+    adapted = adapter.read(words, picture)
+    adapter.merge()
+    assert not any(hasattr(model, "aurora") or any(m._forward_hooks for m in model.modules()) for model in
+                   backbones.values())  # fmt: skip
+    seen = words.mask.bool()
+    merged_text = last_hidden(backbones["text"], words)
+    merged_image = backbones["image"](pixel_values=pixels(3)).last_hidden_state
+    assert close(merged_text[seen], adapted.text[seen]) and close(merged_image[:, 0], adapted.image)
+    assert not torch.allclose(plain.text[seen], adapted.text[seen], atol=1e-2)
+    if kind == "blip":
+        fused = backbones["text"](words.ids, words.mask, encoder_hidden_states=merged_image).last_hidden_state
+        assert close(fused[:, 0], adapted.joint) and not torch.allclose(plain.joint, adapted.joint, atol=1e-2)
+
+
+def test_what_does_not_fold_is_refused_and_nothing_is_changed():
+    for kind, settings, says in (
+        ("bert", {}, "composed fusion shares"),
+        ("blip", {}, "GQT changes states"),
+        ("blip", {"gqt": "none", "ice": True}, "ICE depends on the batch"),
+    ):
+        backbones = pair(kind)
+        adapter = aurora(backbones, **settings)
+        scramble(adapter)
+        before = {name: w.clone() for name, w in backbones["text"].named_parameters()}
+        with pytest.raises(ModelError, match=says):
+            adapter.merge()
+        assert all(torch.equal(before[name], w) for name, w in backbones["text"].named_parameters())
+    with pytest.raises(ModelError, match="not attached"):
+        Aurora(AuroraConfig()).merge()
+
+
+def test_quantised_weights_are_tuned_and_not_merged():
+    from mitrain.quant.linear import FrozenInt8Linear
+
+    backbones = pair()
+    layer = backbones["image"].encoder.layer[DEPTH - 1]
+    layer.attention.o_proj = FrozenInt8Linear.of(layer.attention.o_proj)
+    first = backbones["image"].encoder.layer[0].attention.q_proj
+    adapter = aurora(backbones, fusion_layers=0)
+    _, picture = batch(backbones)
+    plain = adapter.read(None, picture).image
+    scramble(adapter)
+    assert not torch.allclose(adapter.read(None, picture).image, plain, atol=1e-2)
+    before = first.weight.clone()
+    with pytest.raises(ModelError, match="vision model's weights are quantised or sharded"):
+        adapter.merge()
+    assert torch.equal(first.weight, before)
+
+
+# attaching
+
+
+def test_the_adapter_is_found_by_name_and_taken_off_without_a_trace():
+    backbones = pair()
+    words, picture = batch(backbones)
+    before = last_hidden(backbones["text"], words)
+    adapter = adapters.build(AuroraConfig(rank=3, dropout=0.0), {"image": WIDTH})
+    adapter.attach(backbones)
+    owned = {id(m) for model in pair().values() for m in model.modules()} | {
+        id(m) for name, model in backbones.items() for n, m in model.named_modules() if not n.startswith("aurora")
+    }
+    assert isinstance(adapter, Aurora) and not any(id(m) in owned for m in adapter.modules())
+    scramble(adapter)
+    adapted = adapter.read(words, picture)
+    adapter.detach()
+    assert torch.equal(last_hidden(backbones["text"], words), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for b in backbones.values() for m in b.modules())
+    assert all(p.requires_grad for b in backbones.values() for p in b.parameters())
+    again = pair()
+    adapter.attach(again)
+    assert torch.equal(adapter.read(words, picture).joint, adapted.joint)
+    adapter.detach()
+    fresh = aurora(pair(), seed=9)
+    fresh.load_state_dict(adapter.state_dict())
+    assert torch.equal(fresh.read(words, picture).joint, adapted.joint)
+
+
+@pytest.mark.parametrize("kind", ["blip", "llama", "shallow", "wide"])
+def test_models_of_another_shape_are_refused(kind):
+    adapter = aurora(pair())
+    adapter.detach()
+    others = pair(kind) if kind in KINDS else pair()
+    if kind == "shallow":
+        others["image"].encoder.layer = others["image"].encoder.layer[:2]
+        others["image"].config.num_hidden_layers = others["image"].encoder.config.num_hidden_layers = 2
+    if kind == "wide":
+        others["image"] = dinov2(torch.float64, 2 * WIDTH)
+    with pytest.raises(ModelError, match="make a new one"):
+        adapter.attach(others)
+    assert not hasattr(others["text"], "aurora")
+
+
+def test_what_cannot_be_attached_or_read_is_told_in_a_line():
+    backbones = pair()
+    with pytest.raises(ModelError, match="give it the image model too"):
+        aurora({"text": backbones["text"]})
+    with pytest.raises(ModelError, match="fusion_layers=4 does not fit the text model, which has 3 layers"):
+        aurora(backbones, fusion_layers=4)
+    with pytest.raises(ModelError, match="a cross-attention in each of its 3 layers: set 3, 0 or null"):
+        aurora(pair("blip"), fusion_layers=2)
+    adapter = aurora(backbones)
+    words, picture = batch(backbones)
+    with pytest.raises(ModelError, match="changes every layer of the image encoder"):
+        adapter.read(None, Picture(picture.feature))
+    with pytest.raises(ModelError, match="changes every layer of the text model"):
+        adapter.read(Words(words.ids, words.mask, torch.zeros(3, 9, WIDTH), 1), None)
+
+
+def test_dropout_is_of_u_x_and_in_training_only():
+    backbones = pair()
+    words, _ = batch(backbones)
+    adapter = aurora(backbones, dropout=0.5)
+    scramble(adapter)
+    adapter.eval()
+    assert torch.equal(adapter.read(words, None).text, adapter.read(words, None).text)
+    adapter.train()
+    assert not torch.allclose(adapter.read(words, None).text, adapter.read(words, None).text, atol=1e-3)
+    point, x = adapter._points[0], torch.randn(2000, WIDTH, dtype=torch.float64)
+    adapter.modes.dropout = nn.Dropout(0.999999)
+    assert torch.equal(adapter.modes(point, x), torch.zeros(2000, point.out, dtype=torch.float64))
+
+
+def test_half_precision_backbones_keep_full_precision_modes():
+    backbones = pair("bert", torch.bfloat16)
+    words, picture = batch(backbones)
+    adapter = aurora(backbones)
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    reading = adapter.read(words, picture)
+    assert reading.joint.isfinite().all() and reading.text.dtype == torch.bfloat16
+
+
+def test_text_of_rows_without_padding():
+    given = text(2, 5)
+    backbones = pair()
+    adapter = aurora(backbones)
+    assert adapter.read(Words(given["input_ids"], given["attention_mask"]), None).text.shape == (2, 5, WIDTH)
