@@ -93,10 +93,11 @@ class Axis(Section):
     """What is varied: every one of ``keys`` is set to each of ``values``, with ``set`` beside it.
 
     ``methods`` and ``tasks``: for which (none named: all). A key that begins with ``count.`` is an option of a counted
-    cell. Each of ``values`` may be {value: …, set: …}, where a point needs settings of its own.
+    cell. Each of ``values`` may be {value: …, set: …}, where a point needs settings of its own; then ``keys`` may be left
+    out.
     """
 
-    keys: tuple[str, ...] = Field(min_length=1)
+    keys: tuple[str, ...] = ()
     values: tuple[Any, ...] = Field(min_length=1)
     methods: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
