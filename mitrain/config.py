@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -89,10 +89,18 @@ def explain(schema: type[Section], error: ValidationError, where: str) -> str:
 
 
 def known_keys(schema: Any, path: tuple) -> list[str]:
+    """The keys of the section that ``path`` leads to, also through mappings and lists of sections."""
     for key in path:
-        field = getattr(schema, "model_fields", {}).get(key)
-        schema = field.annotation if field else None
-    return list(getattr(schema, "model_fields", {}))
+        fields = getattr(schema, "model_fields", None)
+        schema = section_in(schema) if fields is None else fields[key].annotation if key in fields else None
+    return list(getattr(section_in(schema), "model_fields", {}))
+
+
+def section_in(annotation: Any) -> Any:
+    """The section that an annotation such as ``dict[str, Section]`` or ``Section | None`` speaks of, or None."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := section_in(inner))), None)
 
 
 class _Loader(yaml.SafeLoader):

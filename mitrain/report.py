@@ -4,9 +4,7 @@ Runs of the same name are seeds of one experiment and are averaged; a run's rows
 is the one whose predictions are drawn.
 """
 
-import importlib.metadata
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,6 +20,7 @@ from mitrain.evaluate import Evaluation
 from mitrain.files import write_atomic, write_json
 from mitrain.floors import floors_of
 from mitrain.model import resolve_data
+from mitrain.provenance import commit, versions
 from mitrain.runs import Run
 from mitrain.scoring import score_split, split_of
 from mitrain.tasks.base import Task
@@ -133,38 +132,30 @@ def cell(r: dict[str, Any], key: str) -> str:
 def provenance(folders: Sequence[str], splits: Sequence[str], samples: int | None) -> dict[str, str]:
     """Command, date, commit and versions: what a committed table needs to be made again."""
     limited = f" --samples {samples}" if samples else ""
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers"))
+    found = ", ".join(f"{name} {version}" for name, version in versions(("torch", "transformers")).items())
     return {
         "command": f"mitrain report {' '.join(Path(f).name for f in folders)} --splits {','.join(splits)}{limited}",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
-        "versions": versions,
+        "versions": found,
     }
 
 
-def commit() -> str:
-    """The checkout's commit, marked when files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
-
-
 def write_figure(run: Run, split: str, drawn: tuple[list[Any], Evaluation], out: Path) -> None:
-    """Predictions of samples spread evenly over the split: not picked."""
     samples, found = drawn
-    step = max(1, len(samples) // PANELS)
-    pairs = list(zip(samples, found.predictions, strict=True))[::step][:PANELS]
-    root = run.config.data.image_root(resolve_data(run.config.data))
-    task, max_pixels = run.model.task, run.config.data.max_pixels
-    panels = mask_panels(pairs, root, max_pixels) if task.decodes else text_panels(task, pairs, root, max_pixels)
-    picture = figures.sheet(list(panels))
+    picture = figures.sheet([panel for _, panel in panels(run, samples, found, PANELS)])
     out.mkdir(parents=True, exist_ok=True)
     picture.save(out / f"{run.config.name}-{split}.png")
+
+
+def panels(run: Run, samples: Sequence[Any], found: Evaluation, count: int) -> list[tuple[Any, figures.Panel]]:
+    """Predictions of ``count`` samples spread evenly over ``samples``: not picked. Each with its sample."""
+    step = max(1, len(samples) // count)
+    pairs = list(zip(samples, found.predictions, strict=True))[::step][:count]
+    root = run.config.data.image_root(resolve_data(run.config.data))
+    task, max_pixels = run.model.task, run.config.data.max_pixels
+    made = mask_panels(pairs, root, max_pixels) if task.decodes else text_panels(task, pairs, root, max_pixels)
+    return [(sample, panel) for (sample, _), panel in zip(pairs, made, strict=True)]
 
 
 def text_panels(task: Task, pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:

@@ -27,7 +27,8 @@ class TrainConfig(Section):
 
     ``batch`` samples are one micro-batch, ``accumulate`` of them one step. ``lr`` is the adapter's, ``head_lr`` the task
     head's (none: the same). ``eval_every`` and ``save_every`` are in steps; the best step is chosen on ``val`` alone.
-    ``hang_minutes`` without a step print every thread's stack.
+    ``fraction``: of the training samples that are used, evenly spread. ``hang_minutes`` without a step print every
+    thread's stack.
     """
 
     steps: int = Field(200, ge=1)
@@ -44,6 +45,7 @@ class TrainConfig(Section):
     eval_samples: int | None = Field(None, ge=1)
     save_every: int = Field(100, ge=1)
     keep: int = Field(2, ge=1)
+    fraction: float = Field(1.0, gt=0, le=1)
     log_every: int = Field(10, ge=1)
     max_skipped: int = Field(10, ge=0)
     hang_minutes: float = Field(30, ge=0)

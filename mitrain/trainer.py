@@ -27,7 +27,7 @@ from mitrain.checkpoint import Checkpoint
 from mitrain.config import digest
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw, Loader
-from mitrain.data.sources import limit
+from mitrain.data.sources import limit, portion
 from mitrain.engine import FP16_SCALE, Engine, Group, LocalEngine, StepResult, Sums, regularised
 from mitrain.engine.zero import ZeroEngine, sharding
 from mitrain.errors import CheckpointError, DataError, UserError
@@ -62,7 +62,7 @@ class Trainer:
         self.best, self.best_step = -math.inf, 0
         with self.watch.phase("load models and data"):
             self.root = resolve_data(config.data)
-            self.train = config.data.read(self.root, "train")
+            self.train = portion(config.data.read(self.root, "train"), config.train.fraction)
             self.val = limit(config.data.read(self.root, "val"), config.train.eval_samples)
             self.model: Model = self._build()
             self.engine = self._make_engine()
@@ -225,11 +225,12 @@ class Trainer:
             return
         batch = self.model.training_batch(draws, self.images, slice(0, 1) if idle else share)
 
-        def loss() -> Sums:
-            return regularised(self.model.task.loss(batch), self.model.adapter.extra_loss())
-
-        total, count = self.engine.forward(loss)
+        total, count = self.engine.forward(lambda: self.loss(batch))
         self.engine.backward(total, 0 if idle else count)
+
+    def loss(self, batch: Batch) -> Sums:
+        """(sum, count) of a batch, the adapter's regulariser included."""
+        return regularised(self.model.task.loss(batch), self.model.adapter.extra_loss())
 
     def _evaluate(self, step: int, metrics: Metrics | NoMetrics) -> bool:
         """Score val; whether this is the best so far."""

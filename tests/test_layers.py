@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "files",
         "costs",
         "hf",
+        "provenance",
         "reading",
         "untrusted",
     ),  # L0: arithmetic, files, what a Hugging Face model looks like
@@ -34,6 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer", "scoring"),  # L3
     ("report", "export"),
     ("bench",),  # whole runs, beside one another
+    ("compare",),  # many of them, and what they say of claims
     ("cli",),  # L4
     ("__main__",),
 )

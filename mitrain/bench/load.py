@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from mitrain import dist, hf
 from mitrain.backbones import stream
-from mitrain.bench.parity import machine, version
+from mitrain.bench.parity import machine
 from mitrain.engine import OptimizerConfig, ZeroConfig
 from mitrain.engine.zero import sharding
 from mitrain.errors import UserError
 from mitrain.files import write_atomic, write_json
-from mitrain.report import commit
+from mitrain.provenance import commit, version
 
 PRECISIONS = ("none", "int8", "nf4")
 LIMIT = 1.2

@@ -5,10 +5,7 @@ OUT/results.json       all rows with their verdicts, and how they were made
 OUT/table.md           the same for people
 """
 
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mitrain import schema
+from mitrain import provenance, schema
 from mitrain.bench import ranks
 from mitrain.bench.cells import BITSANDBYTES, OURS, PEFT, Cell, Plan, urgent_first
 from mitrain.bench.judge import faults, judged
@@ -25,7 +22,7 @@ from mitrain.engine.zero import deepspeed
 from mitrain.errors import ConfigError, MissingExtraError, UserError
 from mitrain.files import write_atomic, write_json
 from mitrain.model import resolve_data, resolve_model
-from mitrain.report import commit
+from mitrain.provenance import commit, versions
 
 Row = dict[str, Any]
 Measure = Callable[[Cell, Plan, float], Row]
@@ -54,7 +51,7 @@ def parity(
         rows[cell] = row = cell_row(cell, plan, out, limit_s, measure)
         told = row.get("error") or f"loss {row['loss']:.6f}"
         say(f"[{number}/{len(cells)}] {cell.name}: {told} ({row['seconds']} s)")
-    found = {"made": provenance(plan, command, rows.values()), "rows": judged([rows[cell] for cell in cells])}
+    found = {"made": made_with(plan, command, rows.values()), "rows": judged([rows[cell] for cell in cells])}
     write_json(out / "results.json", found)
     write_atomic(out / "table.md", table(found["rows"], found["made"]))
     shutil.rmtree(out / "cells", ignore_errors=True)
@@ -107,7 +104,7 @@ def check(found: dict[str, Any]) -> None:
         raise ParityError(f"{len(out)} of {len(found['rows'])} cells are out: {'; '.join(out)}; see table.md")
 
 
-def provenance(plan: Plan, command: str, rows: Iterable[Row]) -> dict[str, Any]:
+def made_with(plan: Plan, command: str, rows: Iterable[Row]) -> dict[str, Any]:
     """Command, date, commits, versions and machine."""
     rows = list(rows)
     who = {row["who"] for row in rows}
@@ -117,24 +114,12 @@ def provenance(plan: Plan, command: str, rows: Iterable[Row]) -> dict[str, Any]:
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
         "commit": ", ".join(sorted({row["commit"] for row in rows})),
-        "versions": {name: version(name) for name in names},
+        "versions": versions(names),
         "machine": machine(),
         **asdict(plan),
     }
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor, how many cores of it, and what the ranks talk through."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.machine()
-    return f"{name}, {os.cpu_count()} cores, gloo, a thread per rank"
+def machine() -> str:
+    """The machine, and what the ranks talk through."""
+    return f"{provenance.machine()}, gloo, a thread per rank"

@@ -1,4 +1,4 @@
-"""The command line: ``mitrain train | eval | predict | models | data | report | export | bench``.
+"""The command line: ``mitrain train | eval | predict | models | data | report | export | bench | compare``.
 
 Results go to stdout (with ``--json`` one JSON document and nothing else), progress and notices to stderr. The user's
 own mistakes end in one line and exit code 2, an interruption in 130; anything else is a bug and shows its traceback.
@@ -19,6 +19,7 @@ from mitrain import __version__
 from mitrain.cli.ask import add_eval, add_predict
 from mitrain.cli.bench import add_bench
 from mitrain.cli.catalogue import add_catalogue
+from mitrain.cli.compare import add_compare
 from mitrain.cli.publish import add_export, add_report
 from mitrain.cli.train import add_train
 from mitrain.errors import UserError
@@ -97,4 +98,5 @@ def parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_export(commands)
     add_bench(commands)
+    add_compare(commands)
     return top

@@ -4,12 +4,10 @@
 import argparse
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.shared import command, say
-from mitrain.errors import UserError
+from mitrain.cli.shared import command, refused, say
 
 
 def add_bench(commands: Any) -> None:
@@ -52,16 +50,6 @@ def run_load(arguments: argparse.Namespace) -> Any:
     if arguments.out:
         load.write(found, Path(arguments.out), f"mitrain bench load --ranks {arguments.ranks} --out {arguments.out}")
     return refused(load.check, found)
-
-
-def refused(check: Callable[[Any], None], found: Any) -> Any:
-    """``found``; where ``check`` refuses it, the error takes it along to be printed as JSON all the same."""
-    try:
-        check(found)
-    except UserError as error:
-        error.document = found
-        raise
-    return found
 
 
 def run_parity(arguments: argparse.Namespace) -> Any:

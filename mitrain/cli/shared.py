@@ -5,6 +5,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from mitrain.errors import UserError
+
 
 def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -38,3 +40,13 @@ def add_checkpoint(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--checkpoint", default="best", choices=["best", "latest"], help="which one of the run (default: best)"
     )
+
+
+def refused(check: Callable[[Any], None], found: Any) -> Any:
+    """``found``; where ``check`` refuses it, the error takes it along to be printed as JSON all the same."""
+    try:
+        check(found)
+    except UserError as error:
+        error.document = found
+        raise
+    return found

@@ -220,3 +220,8 @@ def limit(samples: Sequence[Any], count: int | None) -> list[Any]:
     if count is None or count >= len(samples):
         return list(samples)
     return [samples[i * len(samples) // count] for i in range(count)]
+
+
+def portion(samples: Sequence[Any], fraction: float) -> list[Any]:
+    """``fraction`` of the samples, at least one of them, evenly spread over the list."""
+    return limit(samples, max(1, round(fraction * len(samples))))

@@ -1,0 +1,189 @@
+"""The cells of a study: a method on a task, at a point of an axis or at none, with a seed; and the configuration of each."""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mitrain import __version__, config, schema
+from mitrain.compare.study import Also, Axis, Study, TaskPart, as_mapping, laid_over
+from mitrain.config import digest, nearest
+from mitrain.errors import ConfigError
+from mitrain.provenance import versions
+from mitrain.schema import RunConfig
+
+FORMAT = 1
+"""To be raised when a cell measures something else than before: kept rows are then measured again."""
+MATTERS = ("torch", "transformers")
+"""Packages whose version is part of what a row was measured with; mitrain's own is as well."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cell stands in a study; ``axis`` None: at none. A counted cell has no seed."""
+
+    task: str
+    method: str
+    axis: str | None = None
+    at: Any = None
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        point = f"{self.axis}-{self.at}" if self.axis else ""
+        seed = "" if self.seed is None else f"seed{self.seed}"
+        text = "-".join(filter(None, [self.task, self.method, point, seed]))
+        return re.sub(r"[^A-Za-z0-9._+-]+", "_", text)
+
+    def key(self) -> str:
+        """The same for equal places, also of one that was read from JSON."""
+        return digest(asdict(self))
+
+    def named_by(self, words: Collection[str]) -> bool:
+        """Whether one of ``words`` is its task, method or axis, or how its name begins; no words name all."""
+        own = (self.task, self.method, self.axis)
+        return not words or any(word in own or self.name.startswith(word) for word in words)
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Place":
+        return cls(**{name: row[name] for name in ("task", "method", "axis", "at", "seed")})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place with what is computed there. ``count``: options of a counted cell, else None."""
+
+    place: Place
+    config: RunConfig
+    part: TaskPart
+    reduced: str | None = None
+    panels: int = 0
+    count: dict[str, Any] | None = None
+    made: dict[str, str] = field(default_factory=lambda: measured_with())
+
+    @property
+    def digest(self) -> str:
+        """Names what is computed, whatever computes it."""
+        values = minimal(self.config)
+        for key in ("name", "wandb"):
+            values.pop(key, None)
+        asked = {} if self.count is not None else self.part.model_dump(exclude={"config", "set"}, mode="json")
+        return digest({"format": FORMAT, "config": values, "asked": asked, "count": self.count})
+
+    @property
+    def identity(self) -> str:
+        """What a kept row must have been measured for, and with, to be taken over."""
+        return digest([self.digest, self.made])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the process of the cell is handed."""
+        return {
+            "identity": self.identity,
+            "place": asdict(self.place),
+            "config": self.config.to_dict(),
+            "part": self.part.to_dict(),
+            "panels": self.panels,
+            "count": self.count,
+        }
+
+
+def measured_with() -> dict[str, str]:
+    return {"mitrain": __version__, **versions(MATTERS)}
+
+
+def minimal(run_config: RunConfig) -> dict[str, Any]:
+    """A resolved configuration without what is at its default, so that a new setting changes no older digest."""
+    values = run_config.model_dump(mode="json", exclude_defaults=True)
+    for key in ("adapter", "task", "data"):
+        values[key] = {"name": getattr(run_config, key).section_name, **values.get(key, {})}
+    return values
+
+
+def places(study: Study, seeds: Sequence[int] | None = None) -> list[Place]:
+    """All places of a study, as the table has them: by task and method, those of no axis first."""
+    return list(walk(study, study.seeds if seeds is None else seeds))
+
+
+def walk(study: Study, seeds: Sequence[int]) -> Iterator[Place]:
+    for task in study.tasks:
+        for method in study.methods:
+            for axis, at in points(study, task, method):
+                if any(also.leave_out for also in changes(study, Place(task, method, axis))):
+                    continue
+                for seed in [None] if study.kind == "count" else seeds:
+                    yield Place(task, method, axis, at, seed)
+
+
+def points(study: Study, task: str, method: str) -> list[tuple[str | None, Any]]:
+    found: list[tuple[str | None, Any]] = [(None, None)] if study.plain else []
+    for name, axis in study.axes.items():
+        if method in (axis.methods or study.methods) and task in (axis.tasks or study.tasks):
+            found += [(name, value_and_settings(item)[0]) for item in axis.values]
+    return found
+
+
+def value_and_settings(item: Any) -> tuple[Any, dict[str, Any]]:
+    """A point of an axis: its value, and the settings it has beside the axis' keys."""
+    if isinstance(item, dict) and "value" in item and set(item) <= {"value", "set"}:
+        try:
+            return item["value"], as_mapping(item.get("set", {}))
+        except ValueError as error:
+            raise ConfigError(f"the point {item['value']!r} of an axis: {error}") from None
+    return item, {}
+
+
+def changes(study: Study, place: Place) -> list[Also]:
+    return [also for also in study.also if also.meets(place.task, place.method, place.axis)]
+
+
+def resolve(study: Study, path: str | Path, place: Place) -> Cell:
+    """The cell at ``place``; ConfigError, which names both, where its configuration does not parse."""
+    try:
+        return resolved(study, Path(path).parent, place)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: the cell {place.name}: {error}") from None
+
+
+def resolved(study: Study, folder: Path, place: Place) -> Cell:
+    part, also = study.tasks[place.task], changes(study, place)
+    values = config.read_file(folder / part.config)
+    layers = [study.set, part.set, study.methods[place.method], *(entry.set for entry in also)]
+    if place.axis is not None:
+        layers.append(at_point(study.axes[place.axis], place.at))
+    for layer in layers:
+        values = laid_over(values, layer)
+    options = values.pop("count", {})
+    if study.kind == "train" and options:
+        raise ConfigError("count.… are options of counted cells: the study needs kind: count")
+    values |= {"name": run_name(study.name, place), "seed": place.seed or 0}
+    reduced = next((entry.reduced for entry in also if entry.reduced), study.reduced)
+    counted = options if study.kind == "count" else None
+    panels = study.panels if place.axis is None and place.seed == study.seeds[0] else 0
+    return Cell(place, schema.from_dict(values), part, reduced, panels, counted)
+
+
+def run_name(study: str, place: Place) -> str:
+    """At most the 64 characters that a run's name may have."""
+    return f"{study}-{place.name}".replace("+", "_")[:64]
+
+
+def at_point(axis: Axis, at: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = axis.set
+    for item in axis.values:
+        value, own = value_and_settings(item)
+        if digest(value) == digest(at):
+            settings = laid_over(settings, own)
+    return laid_over(settings, as_mapping(dict.fromkeys(axis.keys, at)))
+
+
+def chosen(study: Study, words: Sequence[str], seeds: Sequence[int] | None = None) -> list[Place]:
+    """The places that ``words`` name (`Place.named_by`); ConfigError for a word that names none."""
+    found = places(study, seeds)
+    known = {*study.tasks, *study.methods, *study.axes}
+    for word in words:
+        if not any(place.named_by([word]) for place in found):
+            raise ConfigError(
+                f"--only {word} names no cell{nearest(word, known)}: give tasks, methods, axes or the beginning of a name"
+            )
+    return [place for place in found if place.named_by(words)]

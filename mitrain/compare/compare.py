@@ -1,0 +1,251 @@
+"""All cells of a study, each measured once; an interrupted comparison goes on where it stopped.
+
+OUT/cells/NAME/        a cell's process while it is measured; stays behind where it failed or took too long
+OUT/results.json       all rows and how they were made, written after every cell
+OUT/predictions.json   predictions of the first seed, for the page
+OUT/table.md, *.svg, page.html    made from these two alone
+"""
+
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mitrain.compare import processes
+from mitrain.compare.cells import MATTERS, Cell, Place, chosen, places, resolve
+from mitrain.compare.page import page
+from mitrain.compare.plots import plots
+from mitrain.compare.study import Study
+from mitrain.compare.table import table
+from mitrain.compare.worker import STOPPED
+from mitrain.errors import ConfigError, UserError
+from mitrain.files import file_lock, write_atomic, write_json
+from mitrain.provenance import commit, machine, versions
+
+Row = dict[str, Any]
+Measure = Callable[[Cell, Path, float], Row]
+Say = Callable[[str], object]
+OK, FAILED, TOO_LONG = "ok", "failed", "too long"
+
+
+class CompareError(UserError):
+    """Cells failed; everything has been written."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """A study from its file, and the folder of its results."""
+
+    study: Study
+    path: Path
+    out: Path
+
+    @property
+    def kept(self) -> list[Row]:
+        """The rows of an earlier call; none where there is no file or it is damaged."""
+        found = read_json(self.out / "results.json").get("rows")
+        return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def compare(
+    job: Job,
+    command: str,
+    *,
+    seeds: Sequence[int] | None = None,
+    only: Sequence[str] = (),
+    limit_s: float | None = None,
+    say: Say = print,
+    measure: Measure | None = None,
+) -> dict[str, Any]:
+    """Measure what is not measured yet of the chosen cells, write everything to ``job.out`` and return it.
+
+    ``seeds``: others than the study's; rows of seeds that were measured before stay. See `check` for failed cells.
+    """
+    limit_s = job.study.limit_s if limit_s is None else limit_s
+    wanted = [resolve(job.study, job.path, place) for place in chosen(job.study, only, seeds)]
+    with file_lock(job.out / ".lock"):
+        rows = still_true(job, say)
+        result = write(job, rows, command)
+        for number, cell in enumerate(wanted, 1):
+            key = cell.place.key()
+            if finished(rows.get(key), cell, limit_s):
+                continue
+            row = twin(rows, cell) or cell_row(cell, job, limit_s, measure or in_process)
+            keep_panels(job.out, cell.place, row.pop("panels", None))
+            rows[key] = row
+            result = write(job, rows, command)
+            told = f"{row['metric']} {row['value']:.4f}" if row.get("value") is not None else row["reason"] or OK
+            say(f"[{number}/{len(wanted)}] {cell.place.name}: {told} ({row['seconds']} s)")
+        draw(job, result)
+    return result
+
+
+def still_true(job: Job, say: Say) -> dict[str, Row]:
+    """Kept rows by place, but those that the study has no longer or that were measured for other settings."""
+    found: dict[str, Row] = {}
+    for row in job.kept:
+        try:
+            place = Place.of(row)
+            there = place in places(job.study, [place.seed])
+            if there and resolve(job.study, job.path, place).digest == row["digest"]:
+                found[place.key()] = row
+                continue
+        except (ConfigError, KeyError, TypeError):
+            pass
+        say(f"no longer in the study, or measured for other settings: {row.get('task')} {row.get('method')}")
+    return found
+
+
+def finished(row: Row | None, cell: Cell, limit_s: float) -> bool:
+    if row is None or row["identity"] != cell.identity:
+        return False
+    return row["status"] == OK or (row["status"] == TOO_LONG and row["limit_s"] >= limit_s)
+
+
+def twin(rows: dict[str, Row], cell: Cell) -> Row | None:
+    """The row of another place with the very same settings, as a method's own value on an axis."""
+    for row in rows.values():
+        if row["identity"] == cell.identity and row["status"] == OK:
+            return {**row, **asdict(cell.place), "reduced": cell.reduced}
+    return None
+
+
+def cell_row(cell: Cell, job: Job, limit_s: float, measure: Measure) -> Row:
+    """The cell as measured now; what it left is removed unless a later call can go on with it."""
+    folder = job.out / "cells" / cell.place.name
+    if read_json(folder / "cell.json").get("identity") != cell.identity:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "cell.json", cell.to_dict())
+    found = measure(cell, folder, limit_s)
+    if found["status"] == OK:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif found["status"] == FAILED:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+    base = {"metric": cell.part.metric, "value": None, "controls": {}, "reason": None, "reduced": cell.reduced}
+    made = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine()}
+    made["versions"] = versions(MATTERS)
+    ids = {"digest": cell.digest, "identity": cell.identity, "limit_s": limit_s, "made": made}
+    return {**asdict(cell.place), **base, **found, **ids}
+
+
+def in_process(cell: Cell, folder: Path, limit_s: float) -> Row:
+    """Measure a cell in a process of its own; KeyboardInterrupt where that was stopped from outside."""
+    clock = processes.Clock(folder / "seconds")
+    command = [sys.executable, "-m", "mitrain.compare.worker", str(folder)]
+    try:
+        code = processes.run(command, folder / "said.txt", max(0.0, limit_s - clock.before))
+    finally:
+        clock.keep()
+    seconds = round(clock.seconds)
+    if code is None:
+        return {"status": TOO_LONG, "reason": f"not finished after {limit_s:g} s", "seconds": seconds}
+    if code == STOPPED:
+        raise KeyboardInterrupt
+    if code:
+        said = processes.last_line(folder / "said.txt").removeprefix("mitrain: ")
+        return {
+            "status": FAILED,
+            "reason": said if code > 0 else f"killed by signal {-code}: {said}",
+            "seconds": seconds,
+        }
+    return {"status": OK, "seconds": seconds, **read_json(folder / "row.json")}
+
+
+def keep_panels(out: Path, place: Place, panels: list[Row] | None) -> None:
+    if panels:
+        known = read_json(out / "predictions.json")
+        known[place.name] = {"task": place.task, "method": place.method, "panels": panels}
+        write_json(out / "predictions.json", known)
+
+
+def write(job: Job, rows: dict[str, Row], command: str) -> dict[str, Any]:
+    """results.json: the rows in the study's order, and how they were made."""
+    seeds = sorted({row["seed"] for row in rows.values() if row["seed"] is not None} | set(job.study.seeds))
+    ordered = [rows[place.key()] for place in places(job.study, seeds) if place.key() in rows]
+    result = {
+        "study": job.study.name,
+        "title": job.study.title,
+        "kind": job.study.kind,
+        "made": made_with(ordered, command),
+        "rows": ordered,
+    }
+    write_json(job.out / "results.json", result)
+    return result
+
+
+def made_with(rows: Sequence[Row], command: str) -> dict[str, Any]:
+    """Everything that the rows were made with, several values joined."""
+
+    def all_of(key: str) -> str:
+        return ", ".join(sorted({row["made"][key] for row in rows}))
+
+    used = {f"{name} {found}" for row in rows for name, found in row["made"]["versions"].items()}
+    keys = ("date", "commit", "machine")
+    return {"command": command, **{key: all_of(key) for key in keys}, "versions": ", ".join(sorted(used))}
+
+
+def draw(job: Job, result: dict[str, Any]) -> None:
+    """The table, the figures and the page, from the rows."""
+    write_atomic(job.out / "table.md", table(result))
+    for old in job.out.glob("*.svg"):
+        old.unlink()
+    figures = plots(result)
+    for name, svg in figures.items():
+        write_atomic(job.out / f"{name}.svg", svg)
+    write_atomic(job.out / "page.html", page(result, read_json(job.out / "predictions.json"), figures))
+
+
+def check(result: dict[str, Any]) -> None:
+    """CompareError where cells failed."""
+    failed = [row for row in result["rows"] if row["status"] == FAILED]
+    if failed:
+        shown = "; ".join(f"{Place.of(row).name}: {row['reason']}" for row in failed[:3])
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise CompareError(f"{len(failed)} of {len(result['rows'])} cells failed: {shown}{more}; see table.md")
+
+
+def listed(
+    job: Job, seeds: Sequence[int] | None, only: Sequence[str], limit_s: float | None = None
+) -> list[dict[str, Any]]:
+    """The chosen cells: whether each is finished, and about how many seconds it takes or took.
+
+    An estimate is the median of measured cells of the same task and method, else of the task; else the limit.
+    """
+    limit_s = job.study.limit_s if limit_s is None else limit_s
+    kept = {Place.of(row).key(): row for row in job.kept}
+    found = []
+    for place in chosen(job.study, only, seeds):
+        cell = resolve(job.study, job.path, place)
+        row = kept.get(place.key())
+        done = finished(row, cell, limit_s)
+        known = row["seconds"] if done and row else estimate(kept.values(), place)
+        bound = known is None
+        found.append(
+            {"cell": place.name, "done": done, "seconds": limit_s if bound else known, "at_most": bound} | asdict(place)
+        )
+    return found
+
+
+def estimate(rows: Any, place: Place) -> float | None:
+    rows = list(rows)
+    for keys in (("task", "method"), ("task",)):
+        near = [row["seconds"] for row in rows if all(row[key] == getattr(place, key) for key in keys)]
+        if near:
+            return round(statistics.median(near))
+    return None

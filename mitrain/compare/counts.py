@@ -1,0 +1,84 @@
+"""Counted cells: parameters and multiply-accumulates of a configuration, on models without weights."""
+
+from typing import Any
+
+from pydantic import Field
+
+from mitrain import config, costs
+from mitrain.compare.measures import parameters
+from mitrain.config import Section
+from mitrain.errors import ConfigError
+from mitrain.model import Model, build
+from mitrain.schema import RunConfig
+
+
+class CountOptions(Section):
+    """``macs``: also multiply-accumulates of one sample, for a decoder language model and a vision transformer, where
+    ``text_tokens`` is the text's length and ``side`` the picture's in pixels (none: the encoder's own).
+    """
+
+    macs: bool = False
+    text_tokens: int = Field(43, ge=1)
+    side: int | None = Field(None, ge=14)
+
+
+def count(run_config: RunConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of a row of kind ``count``.
+
+    ``backbone_parameters``: of the frozen models without the language model's head, against which papers give shares.
+    """
+    asked = config.parse(CountOptions, options, "count")
+    model = build(run_config, empty=True)
+    found = parameters(model)
+    found["backbone_parameters"] = found["frozen_parameters"] - language_head(model)
+    return found | (macs(run_config, model, asked) if asked.macs else {})
+
+
+def language_head(model: Model) -> int:
+    """Parameters of a head that is not the embedding again."""
+    get = getattr(model.text.model, "get_output_embeddings", lambda: None)
+    head, inputs = get(), model.text.model.get_input_embeddings()
+    return head.weight.numel() if head is not None and head.weight is not inputs.weight else 0
+
+
+def macs(run_config: RunConfig, model: Model, asked: CountOptions) -> dict[str, Any]:
+    """Multiply-accumulates of one sample's forward pass, without a language head.
+
+    text_macs      the language model over the text alone
+    adapter_macs   MiT's maps, once per sample
+    vision_macs    the image encoder
+    method_macs    the three together: what the configuration takes
+    prepended_macs vision, and the language model over the text behind one token for each of the picture's patches
+    """
+    llm = costs.LlmShape.from_config(model.text.model.config.get_text_config().to_dict())
+    views = [costs.VitShape.from_config(encoder.model.config.to_dict()) for encoder in model.encoders]
+    if not views:
+        raise ConfigError("model.vision is empty: give an encoder whose multiply-accumulates can be counted")
+    vision = sum(view.macs(asked.side) for view in views)
+    patches = sum(view.tokens(asked.side or view.image) - 1 for view in views)
+    text = llm.macs(asked.text_tokens)
+    adapter = infusion(run_config, model, llm)
+    prepended = llm.macs(asked.text_tokens + patches)
+    return {
+        "text_tokens": asked.text_tokens,
+        "image_tokens": patches,
+        "text_macs": text,
+        "adapter_macs": adapter,
+        "vision_macs": vision,
+        "language_macs": text + adapter,
+        "method_macs": text + adapter + vision,
+        "prepended_language_macs": prepended,
+        "prepended_macs": prepended + vision,
+    }
+
+
+def infusion(run_config: RunConfig, model: Model, llm: costs.LlmShape) -> int:
+    """Multiply-accumulates that the adapter adds to a sample."""
+    adapter, settings = model.adapter, run_config.adapter
+    if adapter.method == "none":
+        return 0
+    if adapter.method != "mit":
+        raise ConfigError(f"the multiply-accumulates of {adapter.method!r} are not known: leave out count.macs")
+    widths = list(adapter.feature_widths.values())
+    each = costs.mit_layer_macs(widths, llm, key_add=settings.k_add, ffn=settings.ffn)
+    return len(adapter.layers) * each

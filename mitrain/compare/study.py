@@ -1,0 +1,223 @@
+"""A study: which methods are compared on which tasks, at which points of which axes, with which seeds.
+
+    name: fusion                          # names the results' folder
+    tasks:
+      classify: {config: ../classify-tuxpaint.yaml, metric: accuracy, set: {train: {steps: 60}}}
+    methods:                              # name → what it changes of the task's configuration
+      mit: {}
+      none: {adapter: {name: none}}       # a section of another name replaces the configuration's whole
+      mit-no-gate: [adapter.gate=none]    # or as on the command line
+    axes:                                 # one at a time; every other setting stays the method's own
+      layers: {keys: [adapter.layers], values: [28-29, 20-29], methods: [mit]}
+    seeds: [0, 1, 2]
+    limit_s: 240
+
+Paths are relative to the study's file.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from mitrain import config
+from mitrain.compare import rules
+from mitrain.config import Section, nearest
+from mitrain.errors import ConfigError
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+CONTROLS = ("no-image", "shuffle")
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """Overrides as a nested mapping, from one with dotted keys or from ``key=value`` texts."""
+    try:
+        if isinstance(value, Mapping):
+            return nested(value)
+        if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+            return config.override({}, value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    raise ValueError("overrides are a mapping of keys to values, or a list of key=value texts")
+
+
+def nested(value: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} → {"a": {"b": 1}}."""
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        made: Any = nested(item) if isinstance(item, Mapping) else item
+        for part in reversed(str(key).split(".")):
+            made = {part: made}
+        out = laid_over(out, made)
+    return out
+
+
+def laid_over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``, key by key into the depth."""
+    return {**base, **{key: changed(base.get(key), item) for key, item in changes.items()}}
+
+
+def changed(base: Any, item: Any) -> Any:
+    """A section that is given another ``name`` is replaced whole; of a list, {0: …} changes the first item."""
+    if isinstance(base, list | tuple) and isinstance(item, Mapping) and all(str(key).isdigit() for key in item):
+        if max(map(int, item)) >= len(base):
+            raise ConfigError(f"a list of {len(base)} has no item {max(map(int, item))}: count from 0")
+        return [changed(old, item[str(i)]) if str(i) in item else old for i, old in enumerate(base)]
+    if not isinstance(base, Mapping) or not isinstance(item, Mapping):
+        return item
+    return dict(item) if item.get("name", base.get("name")) != base.get("name") else laid_over(base, item)
+
+
+Overrides = Annotated[dict[str, Any], BeforeValidator(as_mapping)]
+
+
+class TaskPart(Section):
+    """A task: its base configuration, and what is asked of a finished run.
+
+    ``metric``: which number of the split's metrics a row's value is (none: the task's own). ``samples``: of the split,
+    evenly spread. ``controls``: which of the task's are scored beside it; ``floors``: whether its floors are.
+    """
+
+    config: str = Field(min_length=1)
+    metric: str | None = None
+    split: str = "test"
+    samples: int | None = Field(None, ge=1)
+    controls: tuple[str, ...] = CONTROLS
+    floors: bool = True
+    set: Overrides = {}
+
+
+class Axis(Section):
+    """What is varied: every one of ``keys`` is set to each of ``values``, with ``set`` beside it.
+
+    ``methods`` and ``tasks``: for which (none named: all). A key that begins with ``count.`` is an option of a counted
+    cell. Each of ``values`` may be {value: …, set: …}, where a point needs settings of its own; then ``keys`` may be left
+    out.
+    """
+
+    keys: tuple[str, ...] = ()
+    values: tuple[Any, ...] = Field(min_length=1)
+    methods: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    set: Overrides = {}
+
+
+class Also(Section):
+    """Changes for some cells: those of the named ``methods``, ``tasks`` and ``axis`` (none named: all)."""
+
+    methods: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    axis: str | None = None
+    set: Overrides = {}
+    reduced: str | None = None
+    leave_out: bool = False
+
+    def meets(self, task: str, method: str, axis: str | None) -> bool:
+        named = (not self.methods or method in self.methods) and (not self.tasks or task in self.tasks)
+        return named and self.axis in (None, axis)
+
+
+Rule = Annotated[str, AfterValidator(rules.checked)]
+
+
+class Claim(Section):
+    """A claim of a paper and how rows decide it.
+
+    ``quantities``: named expressions over rows (`mitrain.compare.rules`), each may use those before it. ``confirmed`` and
+    ``refuted``: conditions; where neither holds, or a row is missing, the claim is open. ``measured``: the quantities to
+    show (none named: all). ``data``: what the rows were measured on. ``note``: what stands beside the verdict.
+    """
+
+    id: str = Field(pattern=NAME)
+    text: str
+    expected: str
+    quantities: dict[str, Rule] = {}
+    measured: tuple[str, ...] = ()
+    confirmed: Rule
+    refuted: Rule
+    data: str = ""
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _known(self) -> "Claim":
+        known: list[str] = []
+        for name, text in [*self.quantities.items(), ("confirmed", self.confirmed), ("refuted", self.refuted)]:
+            for word in rules.names(text):
+                if word not in known:
+                    raise ValueError(f"{name} speaks of {word!r}, which is no quantity above it{nearest(word, known)}")
+            known.append(name)
+        for name in self.measured:
+            if name not in self.quantities:
+                raise ValueError(f"measured names {name!r}{nearest(name, self.quantities)}, which is no quantity")
+        return self
+
+
+class Study(Section):
+    """See the module. ``kind: count`` builds models without weights and counts; seeds do not matter then.
+
+    ``plain``: whether each method is also run as it is, at no axis' point. ``set``: overrides for all cells. ``reduced``:
+    a remark that marks all rows as measured at reduced size. ``panels``: predictions per cell that the page shows.
+    ``uses``: other studies whose rows the claim's rule may read as well.
+    """
+
+    name: str = Field(pattern=NAME)
+    title: str = ""
+    kind: Literal["train", "count"] = "train"
+    tasks: dict[str, TaskPart] = {}
+    methods: dict[str, Overrides] = {}
+    axes: dict[str, Axis] = {}
+    plain: bool = True
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0, 1, 2), min_length=1)
+    set: Overrides = {}
+    also: tuple[Also, ...] = ()
+    limit_s: float = Field(240, gt=0, le=240)
+    panels: int = Field(8, ge=0, le=64)
+    reduced: str | None = None
+    uses: tuple[str, ...] = ()
+    claim: Claim | None = None
+
+    @model_validator(mode="after")
+    def _names(self) -> "Study":
+        if not (self.tasks and self.methods) and not (self.uses and self.claim):
+            raise ValueError("a study needs tasks and methods, or a claim that uses the rows of other studies")
+        for name in (*self.tasks, *self.methods, *self.axes):
+            if not name.replace("-", "").replace("_", "").replace(".", "").replace("+", "").isalnum():
+                raise ValueError(f"{name!r} cannot name a task, method or axis: take letters, digits and -._+")
+        for where, part in [*self.axes.items(), *((f"also[{i}]", a) for i, a in enumerate(self.also))]:
+            check_known(where, "method", part.methods, self.methods)
+            check_known(where, "task", part.tasks, self.tasks)
+        check_known("also", "axis", [a.axis for a in self.also if a.axis], self.axes)
+        taken = {"method", "task", "seed", "over"} & set(self.axes)
+        if taken:
+            raise ValueError(f"{taken.pop()!r} cannot name an axis: rules use the word")
+        return self
+
+
+def check_known(where: str, what: str, given: Sequence[str], known: Mapping[str, Any]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{where} names the {what} {name!r}{nearest(name, known)}, which the study has not")
+
+
+class Ledger(Section):
+    """``claims``: files of studies that have one each. ``results``: where each study's results lie, by its name."""
+
+    ledger: str = Field(pattern=NAME)
+    claims: tuple[str, ...] = Field(min_length=1)
+    results: str
+
+
+def read(path: str | Path) -> Study | Ledger:
+    """A study's or the ledger's file; ConfigError, which names the file, for the first thing that is wrong."""
+    values = config.read_file(path)
+    try:
+        return config.parse(Ledger if "ledger" in values else Study, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two points of an axis are the same value, however JSON or YAML write it."""
+    return json.dumps(one, sort_keys=True, default=str) == json.dumps(other, sort_keys=True, default=str)

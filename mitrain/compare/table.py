@@ -1,0 +1,146 @@
+"""The rows of a study as Markdown: a line per task, method and point, over the seeds."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mitrain.compare.study import same
+
+Row = dict[str, Any]
+REDUCED = "†"
+COUNTED = ("trainable_parameters", "frozen_parameters", "share", "backbone_parameters", "language_macs",
+           "vision_macs", "method_macs", "prepended_macs")  # fmt: skip
+
+
+def groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of one task, method and point together, in the order in which they come."""
+    found: list[list[Row]] = []
+    for row in rows:
+        for group in found:
+            one = group[0]
+            if all(one[key] == row[key] for key in ("task", "method", "axis")) and same(one["at"], row["at"]):
+                group.append(row)
+                break
+        else:
+            found.append([row])
+    return found
+
+
+def good(group: Sequence[Row]) -> list[Row]:
+    return [row for row in group if row["status"] == "ok"]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The whole document: lines, what the columns mean, how it was made."""
+    rows = result["rows"]
+    counted = result["kind"] == "count"
+    lines = count_lines(rows) if counted else train_lines(rows)
+    notes = [] if counted else [MEANING]
+    remarks = sorted({row["reduced"] for row in rows if row["reduced"]})
+    notes += [f"{REDUCED} measured at reduced size: {'; '.join(remarks)}."] if remarks else []
+    return "\n".join([*lines, "", *notes, *([""] if notes else []), provenance(result["made"]), ""])
+
+
+MEANING = (
+    "Mean ± standard deviation over the seeds. Trainable: parameters, and their share of all. Peak: weights, gradients,"
+    " optimizer state and what a training step saves for its backward pass, counted on tensors; of it saved. Step: median"
+    " of the training steps. GFLOP: of a sample in a training step's forward pass (2 per multiply-accumulate), frozen parts"
+    " that were computed before left out. Controls are scored with the same metric."
+)
+
+
+def train_lines(rows: Sequence[Row]) -> list[str]:
+    head = ["task", "method", "metric", "value", "controls", "trainable", "share", "peak MiB", "saved MiB", "step ms",
+            "GFLOP/sample", "adapter MiB", "seeds"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return lines + ["| " + " | ".join(train_cells(group)) + " |" for group in groups(rows)]
+
+
+def train_cells(group: Sequence[Row]) -> list[str]:
+    found, one = good(group), group[0]
+    first = [text(one["task"]), named(one)]
+    lost = [row for row in group if row["status"] != "ok"]
+    told = "; ".join(f"seed {row['seed']} {row['status']}: {row['reason']}" for row in lost)
+    if not found:
+        return [*first, text(one["metric"] or ""), text(told), *[""] * 8, f"0 of {len(group)}"]
+    return [
+        *first,
+        text(found[0]["metric"]),
+        over_seeds(found, "value", 3),
+        controls(found),
+        count(found, "trainable_parameters"),
+        f"{100 * mean(found, 'share'):.3g} %",
+        mib(found, "peak_bytes"),
+        mib(found, "saved_bytes"),
+        over_seeds(found, "step_ms", 0),
+        "–" if mean(found, "flops_per_sample") is None else f"{mean(found, 'flops_per_sample') / 1e9:.3g}",
+        mib(found, "adapter_bytes"),
+        f"{len(found)}" + (f" of {len(group)} ({text(told)})" if lost else ""),
+    ]
+
+
+def count_lines(rows: Sequence[Row]) -> list[str]:
+    shown = [key for key in COUNTED if any(key in row for row in rows)]
+    head = ["task", "method", *(key.replace("_", " ").replace("macs", "GMAC") for key in shown)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [text(row["reason"]), *[""] * (len(shown) - 1)] if row["status"] != "ok" else [
+            counted(key, row.get(key)) for key in shown
+        ]  # fmt: skip
+        lines.append("| " + " | ".join([text(row["task"]), named(row), *cells]) + " |")
+    return lines
+
+
+def counted(key: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if key == "share":
+        return f"{100 * value:.3g} %"
+    return f"{value / 1e9:,.1f}" if key.endswith("macs") else f"{value:,.0f}"
+
+
+def named(row: Row) -> str:
+    point = f", {row['axis']} {row['at']}" if row["axis"] else ""
+    return text(f"{row['method']}{point}") + (f" {REDUCED}" if row["reduced"] else "")
+
+
+def numbers(rows: Sequence[Row], key: str) -> list[float]:
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def mean(rows: Sequence[Row], key: str) -> float | None:
+    found = numbers(rows, key)
+    return statistics.fmean(found) if found else None
+
+
+def over_seeds(rows: Sequence[Row], key: str, digits: int) -> str:
+    found = numbers(rows, key)
+    if not found:
+        return "–"
+    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):.{digits}f}{spread}"
+
+
+def count(rows: Sequence[Row], key: str) -> str:
+    found = mean(rows, key)
+    return "–" if found is None else f"{found:,.0f}"
+
+
+def mib(rows: Sequence[Row], key: str) -> str:
+    found = mean(rows, key)
+    return "–" if found is None else f"{found / 2**20:,.1f}"
+
+
+def controls(rows: Sequence[Row]) -> str:
+    found = {name: [row["controls"].get(name) for row in rows] for name in rows[0]["controls"]}
+    known = {name: [v for v in values if v is not None] for name, values in found.items()}
+    return text(", ".join(f"{name} {statistics.fmean(values):.3f}" for name, values in known.items() if values) or "–")
+
+
+def text(value: Any) -> str:
+    """For a cell: one line, no column of its own, no markup."""
+    return " ".join(str(value).split()).replace("|", "/").replace("<", "&lt;").replace("`", "'")
+
+
+def provenance(made: dict[str, Any]) -> str:
+    return f"Made by `{made['command']}` on {made['date']}, commit {made['commit']}, {made['versions']}, {made['machine']}."

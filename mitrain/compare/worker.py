@@ -1,0 +1,132 @@
+"""What the process of a cell does: ``python -m mitrain.compare.worker FOLDER``.
+
+FOLDER/cell.json   what is asked (`mitrain.compare.cells.Cell.to_dict`)
+FOLDER/run/        the run, which an interrupted process goes on with
+FOLDER/row.json    what was found, written last
+"""
+
+import base64
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mitrain import runs, schema
+from mitrain.compare import counts, measures
+from mitrain.compare.study import TaskPart
+from mitrain.config import nearest, parse
+from mitrain.errors import ConfigError, UserError
+from mitrain.evaluate import Evaluation
+from mitrain.export import export
+from mitrain.files import write_json
+from mitrain.floors import floors_of
+from mitrain.model import settled
+from mitrain.report import flatten, panels
+from mitrain.runs import Run
+from mitrain.scoring import score_split, split_of
+from mitrain.trainer import Trainer
+
+STOPPED = 75
+"""Exit code of a process that was asked to stop and has saved where it is."""
+SIDE = 144
+
+
+class StoppedError(UserError):
+    exit_code = STOPPED
+
+
+def main(folder: Path) -> int:
+    asked = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+    try:
+        write_json(folder / "row.json", {"identity": asked["identity"], **measured(asked, folder)})
+    except UserError as error:
+        print(f"mitrain: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def measured(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The row's numbers."""
+    run_config = schema.from_dict(asked["config"])
+    if asked["count"] is not None:
+        return counts.count(run_config, asked["count"])
+    run_folder = runs.create_or_find(settled(run_config), folder / "run")
+    found = trained(run_folder)
+    part = parse(TaskPart, asked["part"])
+    return found | scored(runs.open_run(run_folder), part, asked["panels"])
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Train the run to its end, from where it stands, and measure a step of it."""
+    trainer = Trainer(runs.read_config(folder), folder, quiet=True)
+    outcome = trainer.fit()
+    if outcome.stopped:
+        raise StoppedError(f"stopped by {outcome.stopped} after step {outcome.step}: start it again")
+    return {
+        **measures.parameters(trainer.model),
+        **measures.of_step(trainer),
+        "step_ms": measures.step_ms(folder / "metrics.jsonl"),
+        "steps": outcome.step,
+        "best_step": outcome.best_step,
+        **exported(folder),
+    }
+
+
+def exported(folder: Path) -> dict[str, Any]:
+    """Bytes of the adapter's exported tensors; none for a method that cannot be exported, with the reason."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        try:
+            export(folder, Path(temporary) / "adapter")
+        except UserError as error:
+            return {"adapter_bytes": None, "not_exported": str(error)}
+        return {"adapter_bytes": (Path(temporary) / "adapter" / "adapter_model.safetensors").stat().st_size}
+
+
+def scored(run: Run, part: TaskPart, shown: int) -> dict[str, Any]:
+    """The split's metrics, the controls' and floors' value of the same metric, and some predictions."""
+    chosen, images = split_of(run, part.split, part.samples)
+    plain = score_split(run, chosen, images, "none", seed=run.config.seed)
+    metrics = flatten(plain.metrics)
+    metric = part.metric or run.model.task.metric
+    if metric not in metrics:
+        raise ConfigError(
+            f"metric={metric!r} is no metric of this task{nearest(metric, metrics)}: {', '.join(metrics)}"
+        )
+    beside = {
+        name: flatten(score_split(run, chosen, images, name, seed=run.config.seed).metrics).get(metric)
+        for name in part.controls
+    }
+    if part.floors:
+        beside |= {
+            name: flatten(values).get(metric) for name, values in floors_of(run, part.split, chosen, images).items()
+        }
+    return {
+        "metric": metric,
+        "value": metrics[metric],
+        "metrics": metrics,
+        "controls": beside,
+        "panels": pictures(run, chosen, plain, shown),
+    }
+
+
+def pictures(run: Run, chosen: list[Any], found: Evaluation, count: int) -> list[dict[str, Any]]:
+    """Predictions as JSON: the sample, a small picture in base64, the lines below it."""
+    shown = panels(run, chosen, found, count) if count else []
+    return [{"sample": s.id, "picture": small(p.picture), "lines": list(p.lines), "right": p.right} for s, p in shown]
+
+
+def small(picture: Image.Image) -> str:
+    """A JPEG of at most `SIDE` pixels a side, in base64."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((SIDE, SIDE))
+    with io.BytesIO() as file:
+        picture.save(file, "JPEG", quality=80)
+        return base64.b64encode(file.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

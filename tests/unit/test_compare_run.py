@@ -1,0 +1,256 @@
+"""A comparison without its runs: what is measured, kept, tried again; processes and their limit of time."""
+
+import json
+import signal
+import sys
+import time
+
+import pytest
+import yaml
+from test_compare_study import BASE, STUDY
+
+from mitrain.cli import main
+from mitrain.compare import compare, processes, study
+from mitrain.compare.compare import FAILED, OK, TOO_LONG, Job
+
+NUMBERS = {
+    "metric": "accuracy", "value": 0.5, "metrics": {"accuracy": 0.5}, "controls": {"no-image": 0.2},
+    "trainable_parameters": 10, "frozen_parameters": 990, "share": 0.01, "peak_bytes": 4000, "saved_bytes": 100,
+    "step_ms": 1.0, "flops_per_sample": 1e6, "adapter_bytes": 40,
+}  # fmt: skip
+FIELDS = ("method", "task", "seed", "metric", "value", "trainable_parameters", "share", "peak_bytes", "saved_bytes",
+          "step_ms", "flops_per_sample", "adapter_bytes", "controls", "status")  # fmt: skip
+
+
+class Bench:
+    """Stands in for the processes: counts what it is asked; fails, is too slow or is interrupted at a cell."""
+
+    def __init__(self, fails=(), slow=(), stops=None, value=0.5):
+        self.asked, self.fails, self.slow, self.stops, self.value = [], fails, slow, stops, value
+
+    def __call__(self, cell, folder, limit_s):
+        name = cell.place.name
+        if name == self.stops:
+            raise KeyboardInterrupt
+        self.asked.append(name)
+        (folder / "run").mkdir(exist_ok=True)
+        if name in self.fails:
+            return {"status": FAILED, "reason": "no room", "seconds": 1}
+        if name in self.slow:
+            return {"status": TOO_LONG, "reason": f"not finished after {limit_s:g} s", "seconds": round(limit_s)}
+        panels = [{"sample": "1", "picture": "", "lines": ["x"], "right": True}] if cell.panels else []
+        return {"status": OK, "seconds": 3, **NUMBERS, "value": self.value, "panels": panels}
+
+
+@pytest.fixture
+def job(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    return make(tmp_path)
+
+
+def make(folder, **changes):
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, "methods": {"mit": {}, "none": {"adapter": {"name": "none"}}}, **changes}))
+    return Job(study.read(path), path, folder / "out")
+
+
+def run(job, bench, **options):
+    return compare.compare(job, "mitrain compare x", say=lambda _: None, measure=bench, **options)
+
+
+def test_all_cells_are_measured_once_and_written(job):
+    bench = Bench()
+    found = run(job, bench)
+    assert bench.asked == ["label-mit-seed0", "label-mit-seed1", "label-none-seed0", "label-none-seed1"]
+    assert json.loads((job.out / "results.json").read_text()) == found
+    assert all(name in row for row in found["rows"] for name in FIELDS)
+    assert "panels" not in found["rows"][0]
+    assert set(json.loads((job.out / "predictions.json").read_text())) == {"label-mit-seed0", "label-none-seed0"}
+    for name in ("table.md", "page.html", "label-parameters.svg", "label-memory.svg", "label-time.svg"):
+        assert (job.out / name).read_text()
+    assert not list((job.out / "cells").iterdir())
+    again = Bench()
+    assert run(job, again) == found and again.asked == []
+
+
+def test_an_interruption_loses_no_row(job):
+    with pytest.raises(KeyboardInterrupt):
+        run(job, Bench(stops="label-none-seed0"))
+    assert len(json.loads((job.out / "results.json").read_text())["rows"]) == 2
+    second = Bench()
+    assert len(run(job, second)["rows"]) == 4 and second.asked == ["label-none-seed0", "label-none-seed1"]
+
+
+def test_failed_and_slow_cells_have_rows_and_the_rest_goes_on(job):
+    found = run(job, Bench(fails=["label-mit-seed0"], slow=["label-none-seed0"]))
+    assert [row["status"] for row in found["rows"]] == [FAILED, OK, TOO_LONG, OK]
+    assert found["rows"][0]["reason"] == "no room" and found["rows"][0]["value"] is None
+    assert "no room" in (job.out / "table.md").read_text()
+    assert not (job.out / "cells/label-mit-seed0/run").exists() and (job.out / "cells/label-none-seed0/run").exists()
+    with pytest.raises(compare.CompareError, match="1 of 4 cells failed: label-mit-seed0: no room; see table.md"):
+        compare.check(found)
+    second = Bench()
+    run(job, second)
+    assert second.asked == ["label-mit-seed0"], "failed cells are tried again, slow ones only with more time"
+    third = Bench()
+    run(job, third, limit_s=241)
+    assert third.asked == ["label-none-seed0"]
+
+
+def test_another_seed_joins_a_finished_table(job):
+    run(job, Bench())
+    fourth = Bench(value=0.9)
+    found = run(job, fourth, seeds=[3])
+    assert fourth.asked == ["label-mit-seed3", "label-none-seed3"]
+    assert [(r["method"], r["seed"], r["value"]) for r in found["rows"]] == [
+        ("mit", 0, 0.5), ("mit", 1, 0.5), ("mit", 3, 0.9), ("none", 0, 0.5), ("none", 1, 0.5), ("none", 3, 0.9),
+    ]  # fmt: skip
+    later = Bench()
+    assert len(run(job, later)["rows"]) == 6 and later.asked == []
+
+
+def test_only_what_is_named_is_measured_and_the_rest_stays(job):
+    run(job, Bench(), only=["mit"])
+    second = Bench()
+    found = run(job, second, only=["none"], seeds=[1])
+    assert second.asked == ["label-none-seed1"] and len(found["rows"]) == 3
+
+
+def test_changed_settings_are_measured_anew_and_what_left_the_study_goes(job, tmp_path):
+    run(job, Bench())
+    told = []
+    changed = make(tmp_path, methods={"mit": {"adapter.rank": 2}})
+    bench = Bench()
+    found = compare.compare(changed, "x", say=told.append, measure=bench)
+    assert bench.asked == ["label-mit-seed0", "label-mit-seed1"] and len(found["rows"]) == 2
+    assert sum("no longer in the study" in line for line in told) == 4
+
+
+def test_rows_of_other_versions_are_measured_anew(job, monkeypatch):
+    run(job, Bench())
+    monkeypatch.setattr("mitrain.compare.cells.measured_with", lambda: {"torch": "99"})
+    bench = Bench()
+    run(job, bench)
+    assert len(bench.asked) == 4
+
+
+def test_a_point_that_is_the_methods_own_value_is_not_measured_twice(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    axes = {"steps": {"keys": ["train.steps"], "values": [5, 9], "methods": ["mit"]}}
+    job, bench = make(tmp_path, axes=axes, seeds=[0]), Bench()
+    rows = run(job, bench)["rows"]
+    assert bench.asked == ["label-mit-seed0", "label-mit-steps-9-seed0", "label-none-seed0"]
+    assert [(row["axis"], row["at"]) for row in rows] == [(None, None), ("steps", 5), ("steps", 9), (None, None)]
+
+
+def test_damaged_results_are_no_results(job):
+    job.out.mkdir()
+    for text in ("{torn", "[1]", '{"rows": 5}', '{"rows": [5, {}, {"task": "label"}]}'):
+        (job.out / "results.json").write_text(text)
+        bench = Bench()
+        run(job, bench)
+        assert len(bench.asked) == 4
+        (job.out / "results.json").unlink()
+
+
+def test_the_list_estimates_from_rows(job):
+    assert [(c["done"], c["seconds"], c["at_most"]) for c in compare.listed(job, [0], [])] == [(False, 240, True)] * 2
+    run(job, Bench(), only=["mit"], seeds=[0])
+    found = compare.listed(job, None, [])
+    assert [(c["cell"], c["done"], c["seconds"], c["at_most"]) for c in found[:3]] == [
+        ("label-mit-seed0", True, 3, False), ("label-mit-seed1", False, 3, False), ("label-none-seed0", False, 3, False),
+    ]  # fmt: skip
+
+
+def python(code, said, limit_s, grace_s=5.0):
+    return processes.run([sys.executable, "-S", "-c", code], said, limit_s, grace_s)
+
+
+def test_a_process_that_ends_gives_its_code_and_says_its_last_line(tmp_path):
+    said = tmp_path / "said"
+    assert python("print('one'); print('two '); print()", said, 60) == 0
+    assert processes.last_line(said) == "two"
+    assert python("raise SystemExit(7)", said, 60) == 7
+    assert processes.last_line(tmp_path / "none") == "it said nothing"
+
+
+def test_a_process_that_takes_too_long_is_asked_to_stop_and_then_killed(tmp_path):
+    said = tmp_path / "said"
+    polite = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved', flush=True), sys.exit(0))); "
+    assert python(polite + "print('on', flush=True); time.sleep(600)", said, 2.0, 60) is None
+    assert processes.last_line(said) in ("saved", "on", "it said nothing")
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
+    start = time.monotonic()
+    assert python(stubborn, said, 0.5, 0.1) is None
+    assert time.monotonic() - start < 300
+
+
+def test_a_cell_goes_on_with_the_time_it_has_left(job, monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(processes, "run", lambda command, said, limit_s: given.append(limit_s))
+    cell = compare.resolve(job.study, job.path, compare.places(job.study)[0])
+    (tmp_path / "seconds").write_text("100.0\n")
+    assert compare.in_process(cell, tmp_path, 240)["status"] == TOO_LONG
+    assert given == [140.0] and float((tmp_path / "seconds").read_text()) >= 100
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "reason"), [(1, FAILED, "no room"), (-signal.SIGKILL, FAILED, "killed by signal 9: no room")]
+)
+def test_how_a_process_ended_is_told(job, monkeypatch, tmp_path, code, status, reason):
+    cell = compare.resolve(job.study, job.path, compare.places(job.study)[0])
+    (tmp_path / "said.txt").write_text("x\nmitrain: no room\n")
+    monkeypatch.setattr(processes, "run", lambda *_: code)
+    found = compare.in_process(cell, tmp_path, 9)
+    assert (found["status"], found["reason"]) == (status, reason)
+
+
+def test_a_process_that_was_stopped_interrupts(job, monkeypatch, tmp_path):
+    cell = compare.resolve(job.study, job.path, compare.places(job.study)[0])
+    monkeypatch.setattr(processes, "run", lambda *_: compare.STOPPED)
+    with pytest.raises(KeyboardInterrupt):
+        compare.in_process(cell, tmp_path, 9)
+
+
+def command(capsys, *words):
+    code = main(["compare", *map(str, words)])
+    return code, capsys.readouterr()
+
+
+def test_the_command_prints_rows_and_fails_with_them(job, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "in_process", Bench(fails=["label-none-seed1"]))
+    code, told = command(capsys, job.path, "--out", job.out, "--json")
+    document = json.loads(told.out)
+    assert code == 1 and len(document["rows"]) == 4 and "1 of 4 cells failed" in told.err
+    assert document["made"]["command"] == f"mitrain compare {job.path} --out {job.out}"
+    monkeypatch.setattr(compare, "in_process", Bench())
+    code, told = command(capsys, job.path, "--out", job.out, "--seeds", "3", "--only", "mit")
+    assert code == 1, "the cell that failed is still in the table"
+    assert "| label | mit | accuracy | 0.500 ± 0.000 |" in told.out
+
+
+def test_the_command_lists_without_measuring(job, capsys):
+    code, told = command(capsys, job.path, "--list", "--out", job.out)
+    assert code == 0 and "label-mit-seed0" in told.out and "4 cells, 0 finished" in told.out and not job.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seeds", "x"], "--seeds x are no seeds"),
+        (["--seeds", "-1"], "are no seeds"),
+        (["--limit", "0"], "leaves no time"),
+        (["--only", "mut"], "names no cell"),
+        (["--measure"], "are for a ledger"),
+    ],
+)
+def test_bad_options_are_one_line(job, capsys, words, said):
+    words = [f"{words[0]}={words[1]}"] if words[0] == "--seeds" else words
+    code, told = command(capsys, job.path, *words)
+    assert code == 2 and said in told.err and told.err.count("\n") == 1
+    assert not job.out.exists()
+
+
+def test_a_study_that_is_not_there_is_one_line(capsys, tmp_path):
+    code, told = command(capsys, tmp_path / "none.yaml")
+    assert code == 2 and told.err.count("\n") == 1 and "no configuration file" in told.err
