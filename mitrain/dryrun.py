@@ -49,11 +49,15 @@ class Plan:
         lines = [
             f"trainable parameters      {count(self.trainable_parameters)}"
             f"  ({100 * self.share:.2f} % of the pretrained ones)",
-            f"  infusion                {count(self.infusion_parameters)}",
-            f"    in each layer         {count(self.infusion_parameters_per_layer)}",
+            f"  adapter                 {count(self.infusion_parameters)}",
+            *(
+                [f"    in each layer         {count(self.infusion_parameters_per_layer)}"]
+                if self.infused_layers
+                else []
+            ),
             f"  task head               {count(self.head_parameters)}",
             f"frozen parameters         {count(self.frozen_parameters)}",
-            f"infused layers            {', '.join(map(str, self.infused_layers)) or 'none'}",
+            *([f"infused layers            {', '.join(map(str, self.infused_layers))}"] if self.infused_layers else []),
             f"GiB per rank, {self.ranks} rank(s), weights + gradients + optimizer; * is configured:",
             "    frozen in " + "".join(f"{f'ZeRO {stage}':>11}" for stage in self.bytes_per_rank),
         ]

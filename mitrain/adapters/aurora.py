@@ -52,6 +52,7 @@ class Aurora(Adapter):
         self._points: list[Point] = []
         self._stacks: dict[str, Stack] = {}
         self._crossing = False
+        self._aside = False
         self._widths = (0, 0)
 
     @property
@@ -147,6 +148,8 @@ class Aurora(Adapter):
         """What a tuned projection gives becomes W x + ΔW x; ``across``: its updates inside a composed cross-attention."""
 
         def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if self._aside:
+                return output
             for point in across if self._crossing else own:
                 added = self.modes(point, args[0]).to(output.dtype)
                 rest = output.shape[-1] - point.offset - point.out
@@ -162,6 +165,14 @@ class Aurora(Adapter):
             yield
         finally:
             self._crossing = False
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
 
     # Reading
 

@@ -6,12 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from mitrain.adapters.projections import PROJECTIONS, Projection
 from mitrain.config import Section
 
 Part = Literal["vision", "text", "fusion"]
-Projection = Literal["q", "k", "v", "o", "mlp"]
 PARTS: tuple[Part, ...] = ("vision", "text", "fusion")
-PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o", "mlp")
 ATTENTION: tuple[Projection, ...] = ("q", "k", "v", "o")
 COMPOSED_LAYERS = 2
 """Fusion layers that are composed where the text model has no cross-attention and the settings name no number."""

@@ -12,20 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mitrain import hf
-from mitrain.adapters.aurora_config import PARTS, PROJECTIONS, AuroraConfig, Part, Projection
+from mitrain.adapters.aurora_config import PARTS, AuroraConfig, Part
+from mitrain.adapters.projections import CROSS, PROJECTIONS, Projection, kind_of
 from mitrain.errors import ModelError
 
-NAMES: dict[str, Projection] = {
-    **dict.fromkeys(("query", "q_proj", "q_lin"), "q"),
-    **dict.fromkeys(("key", "k_proj", "k_lin"), "k"),
-    **dict.fromkeys(("value", "v_proj", "v_lin"), "v"),
-    **dict.fromkeys(("o_proj", "out_proj", "out_lin", "projection"), "o"),
-    **dict.fromkeys(("fc1", "fc2", "lin1", "lin2", "gate_proj", "up_proj", "down_proj"), "mlp"),
-}
 FUSED = "qkv"
 """One matrix of queries, keys and values, in this order, as in BLIP's image encoder."""
-CROSS = ("crossattention", "encoder_attn")
-ATTENTION_BLOCKS = ("attention", "self_attn", "attn", *CROSS)
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,5 @@ def _layer_points(layer: nn.Module, index: int, part: Part) -> Iterator[Point]:
         if name == FUSED and out % 3 == 0:
             for i, kind in enumerate(PROJECTIONS[:3]):
                 yield Point(part, index, kind, module, into, out // 3, i * out // 3)
-        elif name == "dense":
-            yield Point(part, index, "o" if set(above) & set(ATTENTION_BLOCKS) else "mlp", module, into, out)
-        elif name in NAMES:
-            yield Point(part, index, NAMES[name], module, into, out)
+        elif kind := kind_of(path):
+            yield Point(part, index, kind, module, into, out)

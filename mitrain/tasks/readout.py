@@ -15,6 +15,8 @@ from mitrain.tasks.base import Batch, Parts
 
 FIT_SAMPLES = 512
 """How many training samples the statistics are taken from, evenly spread."""
+SEEN_SAMPLES = 128
+"""The same where a picture goes through an encoder for it."""
 See = Callable[[Sequence[Any]], Batch]
 """Training samples as a batch with their pictures, as an evaluation sees them."""
 
@@ -73,7 +75,7 @@ def statistics(
     alone = [name for name in names if name not in ("image", "joint")]
     seen = [name for name in names if name == "joint" or (name == "image" and "image" in parts.adapter.places)]
     states = [read_out(parts, chunk, alone, None) for chunk in chunks(rows)] if alone else []
-    shown = [(chunk, see(chunk).picture) for chunk in chunks(evenly(samples))] if seen else []
+    shown = [(chunk, see(chunk).picture) for chunk in chunks(evenly(samples, SEEN_SAMPLES))] if seen else []
     together = [read_out(parts, [row(s) for s in chunk], seen, picture) for chunk, picture in shown]
     found = {name: moments(part[name] for part in states) for name in alone}
     found |= {name: moments(part[name] for part in together) for name in seen}

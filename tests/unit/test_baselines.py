@@ -244,3 +244,15 @@ def test_quantised_projections_are_refused_in_one_line():
     with pytest.raises(ModelError, match=r"lora needs float projections, .* set model.quantize=none"):
         attached("lora", {}, model)
     assert not hasattr(model, "lora")
+
+
+def test_aurora_steps_aside_too():
+    adapter, model, image = attached("aurora", {"rank": 4, "dropout": 0.0}, bert())
+    scramble(adapter)
+    words, _ = inputs(adapter, model, image)
+    with torch.no_grad():
+        changed = whole(model, words)
+        with adapter.aside():
+            close(whole(model, words), whole(bert(), words))
+        close(whole(model, words), changed)
+    assert not torch.allclose(changed, whole(bert(), words), atol=1e-3)

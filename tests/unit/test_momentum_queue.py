@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mitrain import dist
-from mitrain.tasks.queue import MomentumQueue, number
+from mitrain.tasks.momentum import MomentumQueue, number
 
 WIDTH = 4
 IMAGES = ["a", "b", "c", "a", "d"]
