@@ -61,7 +61,7 @@ def find_points(model: PreTrainedModel, part: Part, kinds: Sequence[Projection])
 
 def has_cross_attention(model: PreTrainedModel) -> bool:
     """Whether every layer has a cross-attention of its own, as BLIP's text encoder."""
-    return all(any(hasattr(layer, name) for name in CROSS) for layer in hf.decoder_layers(model))
+    return all(hasattr(layer, CROSS) for layer in hf.decoder_layers(model))
 
 
 def widths_of(points: Sequence[Point], config: AuroraConfig, hidden: Mapping[Part, int]) -> dict[str, int]:
@@ -97,7 +97,7 @@ def vector_counts(points: Sequence[Point]) -> dict[Part, int]:
 def _layer_points(layer: nn.Module, index: int, part: Part) -> Iterator[Point]:
     for path, module in layer.named_modules():
         *above, name = path.split(".")
-        across = bool(above) and above[0] in CROSS
+        across = bool(above) and above[0] == CROSS
         if across != (part == "fusion") or not hasattr(module, "in_features"):
             continue
         into, out = module.in_features, module.out_features

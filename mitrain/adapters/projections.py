@@ -17,8 +17,8 @@ NAMES: dict[str, Projection] = {
     **dict.fromkeys(("o_proj", "out_proj", "out_lin", "projection"), "o"),
     **dict.fromkeys(("fc1", "fc2", "lin1", "lin2", "gate_proj", "up_proj", "down_proj"), "mlp"),
 }
-CROSS = ("crossattention", "encoder_attn")
-ATTENTION_BLOCKS = ("attention", "self_attn", "attn", *CROSS)
+CROSS = "crossattention"
+ATTENTION_BLOCKS = ("attention", "self_attn", "attn", CROSS)
 
 
 def kind_of(path: str) -> Projection | None:

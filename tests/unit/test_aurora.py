@@ -167,7 +167,7 @@ def test_what_does_not_fold_is_refused_and_nothing_is_changed():
 def test_quantised_weights_are_tuned_and_not_merged():
     from mitrain.quant.linear import FrozenInt8Linear
 
-    backbones = pair()
+    backbones = pair(dtype=torch.float32)
     layer = backbones["image"].encoder.layer[DEPTH - 1]
     layer.attention.o_proj = FrozenInt8Linear.of(layer.attention.o_proj)
     first = backbones["image"].encoder.layer[0].attention.q_proj
@@ -191,9 +191,7 @@ def test_the_adapter_is_found_by_name_and_taken_off_without_a_trace():
     before = last_hidden(backbones["text"], words)
     adapter = adapters.build(AuroraConfig(rank=3, dropout=0.0), {"image": WIDTH})
     adapter.attach(backbones)
-    owned = {id(m) for model in pair().values() for m in model.modules()} | {
-        id(m) for name, model in backbones.items() for n, m in model.named_modules() if not n.startswith("aurora")
-    }
+    owned = {id(m) for b in backbones.values() for n, m in b.named_modules() if not n.startswith("aurora")}
     assert isinstance(adapter, Aurora) and not any(id(m) in owned for m in adapter.modules())
     scramble(adapter)
     adapted = adapter.read(words, picture)
@@ -223,6 +221,18 @@ def test_models_of_another_shape_are_refused(kind):
     with pytest.raises(ModelError, match="make a new one"):
         adapter.attach(others)
     assert not hasattr(others["text"], "aurora")
+
+
+def test_a_narrower_encoder_is_refused_where_only_the_fusion_can_tell():
+    adapter = aurora(pair("llama"))
+    adapter.detach()
+    with pytest.raises(ModelError, match="fusion was made for models of other widths"):
+        adapter.attach({**pair("llama"), "image": dinov2(torch.float64, WIDTH // 2)})
+    bare = aurora(pair(), fusion=[], fusion_layers=1)
+    bare.detach()
+    bare.config = AuroraConfig(**{**bare.config.to_dict(), "fusion_layers": 0})
+    with pytest.raises(ModelError, match="make a new one"):
+        bare.attach(pair())
 
 
 def test_what_cannot_be_attached_or_read_is_told_in_a_line():
