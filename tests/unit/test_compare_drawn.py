@@ -90,7 +90,7 @@ def test_a_figure_per_cost_and_per_axis():
     assert set(found) == {"label-parameters", "label-memory", "label-time", "label-experts", "label-experts-saved"}
     for svg in found.values():
         ET.fromstring(svg)
-    circles = [c for c in ET.fromstring(found["label-experts"]).iter("{http://www.w3.org/2000/svg}circle")]
+    circles = list(ET.fromstring(found["label-experts"]).iter("{http://www.w3.org/2000/svg}circle"))
     assert len(circles) == 3 + 1, "three points and the legend's"
     places = [(float(c.get("cx")), float(c.get("cy"))) for c in circles[:3]]
     assert places == sorted(places) and [y for _, y in places] == sorted((y for _, y in places), reverse=True)
