@@ -26,12 +26,22 @@ def count(run_config: RunConfig, options: dict[str, Any]) -> dict[str, Any]:
     """Numbers of a row of kind ``count``.
 
     ``backbone_parameters``: of the frozen models without the language model's head, against which papers give shares.
+    ``parts``: the adapter's, by their names without numbers of layers.
     """
     asked = config.parse(CountOptions, options, "count")
     model = build(run_config, empty=True)
     found = parameters(model)
     found["backbone_parameters"] = found["frozen_parameters"] - language_head(model)
+    found["parts"] = parts(model)
     return found | (macs(run_config, model, asked) if asked.macs else {})
+
+
+def parts(model: Model) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, parameter in model.adapter.named_parameters():
+        kind = ".".join(word for word in name.split(".") if not word.isdigit())
+        found[kind] = found.get(kind, 0) + parameter.numel() * parameter.requires_grad
+    return found
 
 
 def language_head(model: Model) -> int:

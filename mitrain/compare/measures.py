@@ -84,7 +84,7 @@ def weights(model: Model) -> Iterator[Tensor]:
 def of_step(trainer: Trainer) -> dict[str, Any]:
     """Bytes and operations of one more training step of a run, which is not taken."""
     model, samples = trainer.model, trainer.config.train.batch
-    model.task.train()
+    model.train()
     draws = trainer.loader.next()
     batch = model.training_batch(draws, trainer.images)
     with Saved(weights(model)) as saved:
@@ -104,7 +104,14 @@ def of_step(trainer: Trainer) -> dict[str, Any]:
         "bytes": parts,
         "flops_per_sample": operations(trainer, batch) / len(draws),
         "batch": samples,
+        **usage(model),
     }
+
+
+def usage(model: Model) -> dict[str, Any]:
+    """How a method of several experts used them in its last pass, as means over its layers; nothing for other methods."""
+    found = getattr(model.adapter, "importance", lambda: None)()
+    return {} if found is None else {"usage": {name: float(value.mean()) for name, value in vars(found).items()}}
 
 
 def operations(trainer: Trainer, batch: Batch) -> int:

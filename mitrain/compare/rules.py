@@ -110,7 +110,8 @@ def names(text: str) -> list[str]:
     """The quantities that a rule speaks of."""
     found = tree(text)
     called = {id(node.func) for node in ast.walk(found) if isinstance(node, ast.Call)}
-    return [node.id for node in ast.walk(found) if isinstance(node, ast.Name) and id(node) not in called]
+    words = [node for node in ast.walk(found) if isinstance(node, ast.Name) and id(node) not in called]
+    return [node.id for node in sorted(words, key=lambda node: node.col_offset)]
 
 
 def value_of(text: str, rows: Sequence[Row], known: Mapping[str, Any]) -> Any:

@@ -60,14 +60,15 @@ def laid_over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 
 def changed(base: Any, item: Any) -> Any:
-    """A section that is given another ``name`` is replaced whole; of a list, {0: …} changes the first item."""
+    """What is given another ``name`` or ``model_type`` is replaced whole; of a list, {0: …} changes the first item."""
     if isinstance(base, list | tuple) and isinstance(item, Mapping) and all(str(key).isdigit() for key in item):
         if max(map(int, item)) >= len(base):
             raise ConfigError(f"a list of {len(base)} has no item {max(map(int, item))}: count from 0")
         return [changed(old, item[str(i)]) if str(i) in item else old for i, old in enumerate(base)]
     if not isinstance(base, Mapping) or not isinstance(item, Mapping):
         return item
-    return dict(item) if item.get("name", base.get("name")) != base.get("name") else laid_over(base, item)
+    other = any(item.get(key, base.get(key)) != base.get(key) for key in ("name", "model_type"))
+    return dict(item) if other else laid_over(base, item)
 
 
 Overrides = Annotated[dict[str, Any], BeforeValidator(as_mapping)]

@@ -213,7 +213,7 @@ def test_the_shipped_rules_find_their_rows():
             for source in ledger.sources(job, STUDIES)
             for row in ledger.expected(Job(source.study, source.path, ROOT / "none"))
         ]
-        found, reason, _ = ledger.verdict(job.study.claim, rows)
+        _, reason, _ = ledger.verdict(job.study.claim, rows)
         assert "no row with" not in reason or "uniadapter" in reason, f"{name}: {reason}"
 
 
