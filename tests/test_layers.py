@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runs", "dryrun"),
     ("floors",),
     ("trainer", "scoring"),  # L3
-    ("report", "export"),
+    ("report", "export", "merge"),
     ("bench",),  # whole runs, beside one another
     ("compare",),  # many of them, and what they say of claims
     ("cli",),  # L4

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.cli.shared import add_checkpoint, command, say
+from mitrain.errors import ConfigError
 
 
 def add_report(commands: Any) -> None:
@@ -36,13 +37,28 @@ def add_export(commands: Any) -> None:
         "--splits", default="", metavar="A,B,…", help="splits to score now for the model card (val's score is known)"
     )
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over each split")
+    sub.add_argument(
+        "--merge", action="store_true", help="fold the adapter into the frozen weights and write whole models instead"
+    )
 
 
 def run_export(arguments: argparse.Namespace) -> Any:
+    if arguments.merge:
+        return run_merge(arguments)
     from mitrain.export import export
 
     splits = [split.strip() for split in arguments.splits.split(",") if split.strip()]
     made = export(arguments.run_dir, arguments.out, arguments.checkpoint, splits, arguments.samples)
     say(arguments, f"exported step {made['step']} to {made['folder']}: {', '.join(made['files'])}")
     say(arguments, f'in Python: mitrain.from_pretrained("{made["folder"]}").predict(image, text)')
+    return made
+
+
+def run_merge(arguments: argparse.Namespace) -> Any:
+    from mitrain.merge import export_merged
+
+    if arguments.splits or arguments.samples:
+        raise ConfigError("--merge writes no model card: leave out --splits and --samples")
+    made = export_merged(arguments.run_dir, arguments.out, arguments.checkpoint)
+    say(arguments, f"merged step {made['step']} into {made['folder']}: {', '.join(made['files'])}")
     return made

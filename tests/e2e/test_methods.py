@@ -1,0 +1,152 @@
+"""Every method, from its configuration to its predictions, through the command line on folders as users have them."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from folders import colour_records, llm_folder, vision_folder
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from mitrain import runs
+from mitrain.cli import main
+from mitrain.reading import Words
+
+METHODS = {
+    "pmf": ({"name": "pmf", "fusion_layers": 1}, ["last", "image"]),
+    "mope": ({"name": "mope", "length": 2, "experts": 2}, ["joint"]),
+    "aurora": ({"name": "aurora", "rank": 4}, ["joint"]),
+    "lora": ({"name": "lora", "where": "both", "rank": 2}, ["mean", "image"]),
+    "ia3": ({"name": "ia3"}, ["mean", "image"]),
+    "prompt": ({"name": "prompt", "tokens": 2}, ["mean", "image"]),
+    "prefix": ({"name": "prefix", "tokens": 2}, ["mean", "image"]),
+    "visual-prefix": ({"name": "visual-prefix", "tokens": 4}, ["last"]),
+    "full": ({"name": "full"}, ["mean", "image"]),
+    "none": ({"name": "none"}, ["mean", "image"]),
+}
+ALONE = ("lora", "full", "none")
+"""Methods without a state of text and picture together."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("methods")
+    llm_folder(path / "llm", width=32, layers=2)
+    vision_folder(path / "vision", layers=2)
+    colour_records(path / "data", train=12, val=4)
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
+        made = [
+            {"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows
+        ]
+        captions = [row | {"text": f"a {row['label']} square"} for row in made]
+        for name, content in (("labels", made), ("captions", captions)):
+            (path / "data" / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
+
+
+def configured(world, method, task, **changes):
+    adapter, readout = METHODS[method]
+    files = "captions" if task == "retrieve" else "labels"
+    tasks = {
+        "classify": {"name": "classify", "readout": readout},
+        "retrieve": {
+            "name": "retrieve",
+            "readout": ["mean"],
+            "dim": 8,
+            "rerank": 2,
+            "matching": int(method not in ALONE),
+        },
+    }
+    kinds = {"classify": "labelled", "retrieve": "captions"}
+    config = {
+        "name": f"{task}-{method}",
+        "model": {"llm": str(world / "llm"), "vision": [{"name": str(world / "vision"), "pool": "cls"}]},
+        "adapter": adapter,
+        "features": {"views": 2},
+        "task": tasks[task],
+        "data": {
+            "name": kinds[task],
+            "root": str(world / "data"),
+            "splits": {split: f"{files}-{split}.jsonl" for split in ("train", "val", "test")},
+        },
+        "train": {"steps": 4, "batch": 6, "lr": 1e-2, "eval_every": 2, "save_every": 2, **changes},
+    }
+    path = world / f"{task}-{method}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def said(capsys, *arguments):
+    code = main([*map(str, arguments), "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out)
+
+
+def trained(capsys, world, method, task):
+    path = configured(world, method, task)
+    plan = said(capsys, "train", path, "--dry-run")
+    run = said(capsys, "train", path, "--runs", world / "runs")["run"]
+    saved = [load_file(file) for file in sorted((world / run).rglob("adapter.safetensors"))]
+    sizes = {sum(t.numel() for t in tensors.values()) for tensors in saved}
+    fixed = {"mope": 40, "aurora": 24 * 32}.get(method, 0)  # MoPE's frozen keys, Aurora's turn of the tokens
+    assert sizes == {plan["infusion_parameters"] + fixed}
+    assert method == "none" or any(not torch.equal(saved[0][n], saved[-1][n]) for n in saved[0])
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_scores_predicts_and_is_published(capsys, world, method):
+    run = trained(capsys, world, method, "classify")
+    own = said(capsys, "eval", run, "--split", "test")
+    other = said(capsys, "eval", run, "--split", "test", "--control", "no-image")
+    assert own["samples"] == other["samples"] > 0 and 0 <= own["accuracy"] <= 1
+    image = next((world / "data").rglob("*.png"))
+    found = said(capsys, "predict", run, "--image", image, "--text", "this thing is")
+    assert sum(found["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    exported = said(capsys, "export", run, "--out", world / f"export-{method}")
+    again = said(capsys, "predict", exported["folder"], "--image", image, "--text", "this thing is")
+    assert again["probabilities"] == pytest.approx(found["probabilities"], abs=2e-6)
+
+
+@pytest.mark.parametrize("method", ["pmf", "mope", "aurora", "visual-prefix", "lora"])
+def test_a_method_finds_pictures_and_texts(capsys, world, method):
+    run = trained(capsys, world, method, "retrieve")
+    found = said(capsys, "eval", run, "--split", "test")
+    assert 0 < found["t2i_r10"] <= 1 and ("before_reranking" in found) == (method not in ALONE)
+    image = next((world / "data").rglob("*.png"))
+    ranked = said(capsys, "predict", run, "--image", image, "--text", "a red square", "--candidates", "a blue square")
+    assert len(ranked["scores"]) == 2
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "full"])
+def test_a_merged_method_is_in_plain_models(capsys, world, method):
+    run = trained(capsys, world, method, "classify")
+    made = said(capsys, "export", run, "--merge", "--out", world / f"merged-{method}")
+    opened = runs.open_run(run)
+    model, adapter = opened.model, opened.model.adapter
+    ids, mask = model.text.pad([model.text.tokens("this thing is red")])
+    plain = AutoModelForCausalLM.from_pretrained(world / f"merged-{method}" / "text").base_model
+    with torch.no_grad():
+        expected = adapter.read(Words(ids, mask), None).text
+        frozen = AutoModelForCausalLM.from_pretrained(world / "llm").base_model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(plain(input_ids=ids).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, frozen, atol=1e-4)
+    assert ("image" in made["files"]) == (method != "ia3")
+    if method != "ia3":
+        image = AutoModel.from_pretrained(world / f"merged-{method}" / "image")
+        pixels = torch.rand(1, 3, model.encoders[0].preprocess.size, model.encoders[0].preprocess.size)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                image(pixel_values=pixels).pooler_output, model.encoders[0].model(pixel_values=pixels).pooler_output
+            )
+
+
+def test_what_does_not_merge_says_so_and_writes_nothing(capsys, world):
+    run = trained(capsys, world, "pmf", "classify")
+    assert main(["export", run, "--merge", "--out", str(world / "never")]) == 2
+    assert "cannot be merged" in capsys.readouterr().err and not (world / "never").exists()
