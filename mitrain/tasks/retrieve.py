@@ -24,6 +24,7 @@ from mitrain.errors import ConfigError, DataError
 from mitrain.reading import Picture
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
 from mitrain.tasks.contrast import Everyone
+from mitrain.tasks.momentum import MomentumQueue
 from mitrain.tasks.ranks import Gallery, both_ways, rank_metrics, reranked
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
 
@@ -36,7 +37,9 @@ Readout = Literal["last", "mean", "cls", "embeddings"]
 class RetrieveConfig(Section, kind="task", name="retrieve"):
     """``readout``: the text's states, concatenated. ``dim``: of the common space. ``temperature``: at first; it is trained.
     ``matching``: weight of the matching loss, 0 for a dual encoder alone. ``rerank``: how many candidates of each query the
-    matching head orders at evaluation. ``max_tokens``: longer texts lose their end. ``dropout``: of what the maps read."""
+    matching head orders at evaluation. ``max_tokens``: longer texts lose their end. ``dropout``: of what the maps read.
+    ``queue``: how many vectors of earlier steps are contrasted with too, made by a slow copy of what is trained, which
+    follows it with ``momentum`` and softens the targets by ``distil``, linearly from 0 over ``ramp`` micro-batches."""
 
     template: str = "{text}"
     readout: tuple[Readout, ...] = Field(("last",), min_length=1)
@@ -46,6 +49,10 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
     rerank: int = Field(10, ge=0)
     max_tokens: int = Field(64, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
+    queue: int = Field(0, ge=0)
+    momentum: float = Field(0.995, ge=0, lt=1)
+    distil: float = Field(0.4, ge=0, lt=1)
+    ramp: int = Field(0, ge=0)
 
 
 class RetrieveTask(Task):
@@ -86,6 +93,10 @@ class RetrieveTask(Task):
             self.match = nn.Linear(self.seen.get("joint", width), 1)
             nn.init.zeros_(self.match.weight)
             nn.init.zeros_(self.match.bias)
+        self.slow = None
+        if config.queue:
+            trained = {"adapter": parts.adapter, "image_map": self.image_map, "text_map": self.text_map}
+            self.slow = MomentumQueue(config.queue, config.dim, trained, config.momentum, config.distil, config.ramp)
         self._ids = cache(self._row)
 
     def _row(self, text: str) -> list[int]:
@@ -161,9 +172,15 @@ class RetrieveTask(Task):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         texts = [s.text for s in batch.samples]
-        images, words = self.image_vectors(batch.picture), self.text_vectors(texts)
+        vectors = lambda: (self.image_vectors(batch.picture), self.text_vectors(texts))  # noqa: E731
+        slow = self.slow.slow_vectors(vectors) if self.slow is not None else None  # before what is differentiated
+        images, words = vectors()
         everyone = Everyone(images, words, batch, bool(self.config.matching))
-        total = everyone.contrast(self.sharpness())
+        if slow is None:
+            total = everyone.contrast(self.sharpness())
+        else:
+            keys = [(s.image, s.text) for s in batch.samples]
+            total = self.slow.contrast((images, words), slow, keys, self.sharpness())
         if self.config.matching:
             total = total + self.config.matching * self._matching(batch, everyone)
         return total, torch.tensor(float(len(texts)), dtype=torch.float64)

@@ -17,6 +17,7 @@ from mitrain.states import TextStates
 from mitrain.tasks import ranks
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.contrast import Everyone
+from mitrain.tasks.momentum import MomentumQueue
 from mitrain.tasks.ranks import Gallery, both_ways, chance, rank_metrics, reranked
 from mitrain.tasks.retrieve import RetrieveConfig, RetrieveTask
 
@@ -167,6 +168,29 @@ def test_ranks_together_have_the_loss_and_the_gradient_of_one_process(folder, mo
     assert grads.keys() == expected.keys() and "log_scale" in grads
     for name, grad in expected.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_queue_begins_as_the_contrast_of_the_batch_and_then_remembers(folder):
+    plain, task = make(folder, matching=0.0), make(folder, matching=0.0, queue=8, distil=0.0, momentum=0.5).train()
+    task.parts.adapter.load_state_dict(plain.parts.adapter.state_dict())
+    task.load_state_dict(plain.state_dict(), strict=False)
+    task.slow.load_state_dict(MomentumQueue(8, 8, trained_of(task)).state_dict())
+    first, count = task.loss(batch())
+    assert (
+        float(first.detach()) == pytest.approx(float(plain.loss(batch())[0].detach()), rel=1e-5) and float(count) == 6
+    )
+    first.backward()
+    assert all(p.grad is not None for p in (task.log_scale, *task.image_map.parameters(), *task.text_map.parameters()))
+    assert task.slow.filled == 6
+    again, _ = task.loss(batch(slice(0, 2)))
+    assert (
+        float(again.detach()) > float(plain.loss(batch(slice(0, 2)))[0].detach()) * 1.05
+    )  # more wrong partners to tell apart
+    assert task.slow.filled == 8 and "slow.images" in task.state_dict()
+
+
+def trained_of(task):
+    return {"adapter": task.parts.adapter, "image_map": task.image_map, "text_map": task.text_map}
 
 
 def test_the_hardest_partner_is_wrong_and_the_most_similar():
