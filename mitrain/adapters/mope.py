@@ -108,7 +108,7 @@ class MoPE(Adapter):
                 raise ModelError("this MoPE was made for models of other widths or depth: make a new one")
             return
         like = next(main.model.parameters())
-        dtype = torch.promote_types(torch.promote_types(like.dtype, other.model.dtype), torch.float32)
+        dtype = torch.promote_types(torch.promote_types(main.model.dtype, other.model.dtype), torch.float32)
         place: dict[str, Any] = {"device": like.device, "dtype": dtype}
         spread = config.spread or spread_of(main.model.config, main.stage_widths[0])
         if config.prompts_main:
