@@ -1,0 +1,121 @@
+"""Two methods, two seeds, real training of tiny models: rows, resume, and the judged claim, through the command line."""
+
+import json
+
+import pytest
+import yaml
+from folders import colour_records, llm_folder, vision_folder
+
+from mitrain.cli import main
+from mitrain.compare import compare, processes, worker
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("compare")
+    llm_folder(path / "llm", width=48)
+    vision_folder(path / "vision")
+    colour_records(path / "data", train=24, val=8)
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
+        made = [
+            {"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows
+        ]
+        (path / "data" / f"labels-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    base = {
+        "name": "labels",
+        "model": {"llm": str(path / "llm"), "vision": [{"name": str(path / "vision"), "layer": 2, "pool": "cls+mean"}]},
+        "adapter": {"name": "mit", "layers": [1, 2]},
+        "task": {"name": "classify"},
+        "data": {
+            "name": "labelled", "root": str(path / "data"),
+            "splits": {split: f"labels-{split}.jsonl" for split in ("train", "val", "test")},
+        },
+        "train": {"steps": 30, "batch": 12, "lr": 1e-2, "eval_every": 15, "save_every": 15,
+                  "schedule": {"name": "cosine", "warmup": 3}},
+    }  # fmt: skip
+    (path / "base.yaml").write_text(yaml.safe_dump(base))
+    study = {
+        "name": "tiny",
+        "tasks": {"label": {"config": "base.yaml", "metric": "accuracy"}},
+        "methods": {"mit": {}, "none": {"adapter": {"name": "none"}}},
+        "seeds": [0, 1],
+        "panels": 2,
+        "claim": {
+            "id": "T1", "text": "MiT sees", "expected": "better than the text alone",
+            "quantities": {"gain": 'mean("value", method="mit") - mean("value", method="none")'},
+            "confirmed": "gain > 0.3", "refuted": "gain < 0",
+        },
+    }  # fmt: skip
+    (path / "tiny.yaml").write_text(yaml.safe_dump(study))
+    (path / "ledger.yaml").write_text(yaml.safe_dump({"ledger": "t", "claims": ["tiny.yaml"], "results": "results"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
+
+
+def here(own_process=()):
+    """Runs a cell's worker in this process, but those named in one of their own; counts what was run."""
+    ran = []
+
+    def run(command, said, limit_s):
+        folder = said.parent
+        ran.append(folder.name)
+        if folder.name in own_process:
+            return real(command, said, limit_s)
+        return worker.main(folder)
+
+    real = processes.run
+    return run, ran
+
+
+def as_json(capsys, *arguments):
+    code = main([*(str(a) for a in arguments), "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out)
+
+
+def test_a_comparison_from_end_to_end(world, capsys, monkeypatch):
+    out = world / "results" / "tiny"
+    run, ran = here(own_process=["label-mit-seed0"])
+    monkeypatch.setattr(processes, "run", run)
+    rows = as_json(capsys, "compare", world / "tiny.yaml", "--out", out)["rows"]
+    assert [(r["method"], r["seed"], r["status"]) for r in rows] == [
+        ("mit", 0, "ok"), ("mit", 1, "ok"), ("none", 0, "ok"), ("none", 1, "ok"),
+    ]  # fmt: skip
+    mit, none = rows[0], rows[2]
+    assert min(rows[0]["value"], rows[1]["value"]) >= 0.8 and max(rows[2]["value"], rows[3]["value"]) <= 0.5
+    assert mit["controls"]["no-image"] <= 0.5 and mit["controls"]["majority label"] == 0.25
+    assert none["trainable_parameters"] == none["head_parameters"] == 4 * (48 + 1)
+    assert mit["trainable_parameters"] > none["trainable_parameters"]
+    assert mit["frozen_parameters"] == none["frozen_parameters"]
+    assert mit["peak_bytes"] == sum(mit["bytes"].values()) > none["peak_bytes"]
+    assert mit["bytes"]["gradients"] == 4 * mit["trainable_parameters"]
+    assert mit["bytes"]["optimizer"] >= 8 * mit["trainable_parameters"]
+    assert mit["saved_bytes"] > none["saved_bytes"] > 0 and mit["flops_per_sample"] > none["flops_per_sample"] > 0
+    assert mit["step_ms"] > 0 and mit["adapter_bytes"] > 4 * mit["trainable_parameters"]
+    page = (out / "page.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2 and not list((out / "cells").iterdir())
+    assert ran == ["label-mit-seed0", "label-mit-seed1", "label-none-seed0", "label-none-seed1"]
+    ran.clear()
+    more = as_json(capsys, "compare", world / "tiny.yaml", "--out", out, "--seeds", "2", "--only", "none")["rows"]
+    assert ran == ["label-none-seed2"] and len(more) == 5
+    (claim,) = as_json(capsys, "compare", world / "ledger.yaml")["rows"]
+    assert claim["verdict"] == "confirmed" and claim["measured"]["gain"] > 0.3 and len(claim["cells"]) == 5
+
+
+def test_a_cell_that_cannot_be_trained_is_a_row(world, capsys, monkeypatch, tmp_path):
+    run, _ = here()
+    monkeypatch.setattr(processes, "run", run)
+    values = yaml.safe_load((world / "tiny.yaml").read_text()) | {
+        "seeds": [0],
+        "methods": {"none": {"adapter": {"name": "none"}}},
+    }
+    values["tasks"]["label"]["metric"] = "acuracy"
+    del values["claim"]
+    path = world / "wrong.yaml"
+    path.write_text(yaml.safe_dump(values))
+    code = main(["compare", str(path), "--out", str(tmp_path / "out"), "--json"])
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert code == 1 and row["status"] == compare.FAILED and row["value"] is None
