@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from mitrain import dist, hf, quant, trunk
-from mitrain.backbones import stream
+from mitrain.backbones import blip, stream
 from mitrain.backbones.chunked_loss import chunked_cross_entropy
 from mitrain.backbones.stream import Shard
 from mitrain.backbones.vision import frozen_digest
@@ -35,10 +35,11 @@ LARGE_LOGITS = 2**28
 def factory(config: PretrainedConfig) -> Any:
     """The transformers class that reads it: a causal language model's, or a plain encoder's.
 
-    An encoder is what transformers knows as a masked language model and what was not made a decoder, as BERT.
+    An encoder is what transformers knows as a masked language model and what was not made a decoder, as BERT; and the
+    text encoder of BLIP.
     """
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    return AutoModel if encoder else AutoModelForCausalLM
+    return AutoModel if encoder or blip.is_blip(config) else AutoModelForCausalLM
 
 
 class TextBackbone:
@@ -77,7 +78,11 @@ class TextBackbone:
         """``shard``: spreads the weights over the ranks, layer by layer as rank 0 reads them."""
         config = cls.read_config(source)
         quantize = checked_precision(quantize, quantize_embedding, config, source)
-        if quantize == "none" and shard is None:
+        if blip.is_blip(config):
+            if quantize != "none" or shard is not None:
+                raise ConfigError("BLIP's encoders are held whole and in floats: set model.quantize=none, zero.stage=0")
+            model = blip.load(source, "text_encoder", dtype)
+        elif quantize == "none" and shard is None:
             model = hf.load(
                 factory(config),
                 source,
@@ -112,6 +117,8 @@ class TextBackbone:
     @classmethod
     def empty(cls, config: PretrainedConfig) -> "TextBackbone":
         """Shapes without weights or a tokenizer, for ``--dry-run``."""
+        if blip.is_blip(config):
+            return cls(blip.empty(config, "text_encoder"), None)
         return cls(hf.empty_model(factory(config), config), None)
 
     @staticmethod

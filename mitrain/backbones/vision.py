@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PretrainedConfig
 
 from mitrain import dist, hf, trunk
-from mitrain.backbones import efficientnet_lite, stream
+from mitrain.backbones import blip, efficientnet_lite, stream
 from mitrain.config import Section, read_file
 from mitrain.errors import ConfigError, ModelError
 
@@ -116,7 +116,9 @@ class VisionEncoder(nn.Module):
         model_config = shape or hf.load(AutoConfig, folder or config.name, "image encoder's configuration")
         self.kind = model_config.model_type
         factory = CLIPVisionModelWithProjection if self.kind in ("clip", "clip_vision_model") else AutoModel
-        if shape is not None:
+        if blip.is_blip(model_config):
+            self.model = blip_encoder(shape, folder or config.name, dtype, device, shard)
+        elif shape is not None:
             self.model = empty_vision(factory, shape)
         else:
             self.model = load_encoder(factory, folder or config.name, dtype, torch.device(device), shard)
@@ -250,6 +252,20 @@ def load_encoder(
     return model
 
 
+def blip_encoder(
+    shape: PretrainedConfig | None,
+    source: str | Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shard: stream.Shard | None,
+) -> nn.Module:
+    if shape is not None:
+        return blip.empty(shape, "vision_model")
+    if shard is not None:
+        raise ConfigError("BLIP's encoders are held whole: set zero.stage=0")
+    return blip.load(source, "vision_model", dtype).to(device)
+
+
 def empty_vision(factory: Any, config: Any) -> nn.Module:
     if factory is CLIPVisionModelWithProjection:
         with torch.device("meta"), hf.quiet():
@@ -259,7 +275,7 @@ def empty_vision(factory: Any, config: Any) -> nn.Module:
 
 def preprocessing(config: VisionConfig, settings: Any, folder: str | Path | None, kind: str) -> Preprocess:
     """From the folder's preprocessor_config.json where there is one, else the family's usual constants."""
-    mean, std = CLIP if kind.startswith("clip") else IMAGENET
+    mean, std = CLIP if kind.startswith(("clip", "blip")) else IMAGENET
     path = Path(folder or config.name) / "preprocessor_config.json"
     values = read_file(path) if path.is_file() else {}
     try:

@@ -7,7 +7,7 @@ import torch
 import yaml
 from folders import colour_records, llm_folder, vision_folder
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BlipConfig, BlipForImageTextRetrieval
 
 from mitrain import runs
 from mitrain.cli import main
@@ -150,3 +150,32 @@ def test_what_does_not_merge_says_so_and_writes_nothing(capsys, world):
     run = trained(capsys, world, "pmf", "classify")
     assert main(["export", run, "--merge", "--out", str(world / "never")]) == 2
     assert "cannot be merged" in capsys.readouterr().err and not (world / "never").exists()
+
+
+def test_aurora_tunes_a_blip_checkpoint(capsys, world):
+    """One folder is both encoders; the fusion is BLIP's own cross-attention."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    words = AutoTokenizer.from_pretrained(world / "llm")
+    special = {
+        "bos_token_id": 1,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": 0,
+        "sep_token_id": words.eos_token_id,
+    }
+    text = {**small, **special, "vocab_size": len(words), "encoder_hidden_size": 32, "max_position_embeddings": 64}
+    shape = BlipConfig(text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14})
+    BlipForImageTextRetrieval(shape).save_pretrained(world / "blip")
+    words.save_pretrained(world / "blip")
+    path = configured(world, "aurora", "retrieve")
+    values = yaml.safe_load(path.read_text())
+    values["model"] = {"llm": str(world / "blip"), "vision": [{"name": str(world / "blip")}]}
+    path.write_text(yaml.safe_dump(values))
+    run = said(capsys, "train", path, "--runs", world / "runs")["run"]
+    opened = runs.open_run(run)
+    assert opened.model.adapter.fusion.composed is False
+    assert type(opened.model.text.model).__name__ == "BlipTextModel"
+    found = said(capsys, "eval", run, "--split", "test")
+    assert 0 < found["t2i_r10"] <= 1
+    assert main(["train", str(path), "model.quantize=int8", "--runs", str(world / "runs")]) == 2
+    assert "BLIP's encoders are held whole" in capsys.readouterr().err
