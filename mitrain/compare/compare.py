@@ -203,8 +203,6 @@ def made_with(rows: Sequence[Row], command: str) -> dict[str, Any]:
 def draw(job: Job, result: dict[str, Any]) -> None:
     """The table, the figures and the page, from the rows."""
     write_atomic(job.out / "table.md", table(result))
-    for old in job.out.glob("*.svg"):
-        old.unlink()
     figures = plots(result)
     for name, svg in figures.items():
         write_atomic(job.out / f"{name}.svg", svg)
