@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from folders import colour_records, llm_folder, vision_folder
+from methods_world import ALONE, METHODS, configured, make_world
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BlipConfig, BlipForImageTextRetrieval
 
@@ -13,71 +13,13 @@ from mitrain import runs
 from mitrain.cli import main
 from mitrain.reading import Words
 
-METHODS = {
-    "pmf": ({"name": "pmf", "fusion_layers": 1}, ["last", "image"]),
-    "mope": ({"name": "mope", "length": 2, "experts": 2}, ["joint"]),
-    "aurora": ({"name": "aurora", "rank": 4}, ["joint"]),
-    "lora": ({"name": "lora", "where": "both", "rank": 2}, ["mean", "image"]),
-    "ia3": ({"name": "ia3"}, ["mean", "image"]),
-    "prompt": ({"name": "prompt", "tokens": 2}, ["mean", "image"]),
-    "prefix": ({"name": "prefix", "tokens": 2}, ["mean", "image"]),
-    "visual-prefix": ({"name": "visual-prefix", "tokens": 4}, ["last"]),
-    "full": ({"name": "full"}, ["mean", "image"]),
-    "none": ({"name": "none"}, ["mean", "image"]),
-}
-ALONE = ("lora", "full", "none")
-"""Methods without a state of text and picture together."""
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = tmp_path_factory.mktemp("methods")
-    llm_folder(path / "llm", width=32, layers=2)
-    vision_folder(path / "vision", layers=2)
-    colour_records(path / "data", train=12, val=4)
-    for split in ("train", "val", "test"):
-        rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
-        made = [
-            {"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows
-        ]
-        captions = [row | {"text": f"a {row['label']} square"} for row in made]
-        for name, content in (("labels", made), ("captions", captions)):
-            (path / "data" / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    path = make_world(tmp_path_factory.mktemp("methods"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MITRAIN_CACHE", str(path / "cache"))
         yield path
-
-
-def configured(world, method, task, **changes):
-    adapter, readout = METHODS[method]
-    files = "captions" if task == "retrieve" else "labels"
-    tasks = {
-        "classify": {"name": "classify", "readout": readout},
-        "retrieve": {
-            "name": "retrieve",
-            "readout": ["mean"],
-            "dim": 8,
-            "rerank": 2,
-            "matching": int(method not in ALONE),
-        },
-    }
-    kinds = {"classify": "labelled", "retrieve": "captions"}
-    config = {
-        "name": f"{task}-{method}",
-        "model": {"llm": str(world / "llm"), "vision": [{"name": str(world / "vision"), "pool": "cls"}]},
-        "adapter": adapter,
-        "features": {"views": 2},
-        "task": tasks[task],
-        "data": {
-            "name": kinds[task],
-            "root": str(world / "data"),
-            "splits": {split: f"{files}-{split}.jsonl" for split in ("train", "val", "test")},
-        },
-        "train": {"steps": 4, "batch": 6, "lr": 1e-2, "eval_every": 2, "save_every": 2, **changes},
-    }
-    path = world / f"{task}-{method}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
 
 
 def said(capsys, *arguments):
