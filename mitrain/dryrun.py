@@ -134,7 +134,7 @@ def per_layer(model: Model) -> int:
 
 
 def activations(config: RunConfig, model: Model, tokens: int) -> int:
-    """Estimated bytes that one sample's backward pass needs of the language model and of the task's head."""
+    """Estimated bytes that one sample's backward pass needs of the backbones and of the task's head."""
     shape = costs.LlmShape.from_config(model.text.model.config.get_text_config().to_dict())
     infused = len(getattr(model.adapter, "layers", ()))
     above = shape.layers - model.adapter.first_layer("text")
@@ -148,4 +148,16 @@ def activations(config: RunConfig, model: Model, tokens: int) -> int:
         checkpointed=config.train.checkpoint_activations,
         logit_tokens=logits,
     )
-    return max(1, text + model.task.activation_bytes())
+    passes = model.adapter.passes
+    return max(1, passes * (text + picture_activations(config, model)) + model.task.activation_bytes())
+
+
+def picture_activations(config: RunConfig, model: Model) -> int:
+    """The same of the image encoder, where the method changes it."""
+    if "image" not in model.adapter.places:
+        return 0
+    encoder = model.encoders[0]
+    shape = costs.encoder_shape(encoder.settings.to_dict())
+    above = max(0, encoder.depth - model.adapter.first_layer("image"))
+    tokens = encoder.prefix_tokens + encoder.grid**2
+    return costs.activation_bytes(shape, tokens, above, 0, precision=config.model.dtype) if shape else 0

@@ -45,6 +45,8 @@ class Adapter(nn.Module, ABC):
     """It runs the layers itself: ``read`` is always given the states that enter ``first_layer`` of each backbone."""
     fuses: ClassVar[bool] = False
     """A reading's ``text`` depends on the picture; ``picture.infused=False`` leaves it out while the rest stays."""
+    passes: ClassVar[int] = 1
+    """How often `read` runs each changed layer, for estimates of memory."""
     config: Section
 
     def __init__(self) -> None:

@@ -120,6 +120,7 @@ class PMF(Adapter):
     places: ClassVar[tuple[str, ...]] = ("text", "image")
     walks: ClassVar[bool] = True
     fuses: ClassVar[bool] = True
+    passes: ClassVar[int] = 2
     feature_widths: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, config: PMFConfig):

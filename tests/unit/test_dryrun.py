@@ -62,3 +62,24 @@ def test_a_quantised_embedding_is_counted_in_int8():
     table = LLAMA_70B["vocab_size"] * LLAMA_70B["hidden_size"]
     plain, small = (plan_of_70b(quantize="nf4", quantize_embedding=q).bytes_per_rank["0"] for q in (False, True))
     assert plain - small == table - 4 * LLAMA_70B["vocab_size"]  # 2 bytes a weight become 1, and a step per row
+
+
+def test_activations_of_a_changed_image_encoder_are_counted():
+    """PMF runs its two upper layers of both encoders twice: 196 patches and the class token beside the words."""
+    config = schema.load(ROOT / "configs" / "pmf-food101.yaml")
+    plan = dry_run(config, memory_gb=24, ranks=1, tokens=64)
+    assert plan.trainable_parameters == 2 * (6 * 4 * 768 + 2 * (2 * 768 * 384 + 384 + 768)) + 101 * (2 * 768 + 1)
+    shape = costs.LlmShape(768, 12, 12, 12, 64, 3072, vocab=0, tied=True, gated=False)
+    layers = sum(costs.activation_bytes(shape, tokens, 2, 0) for tokens in (64, 197))
+    head = 4 * 2 * (2 * 768 + 101)
+    assert plan.activation_bytes_per_sample == 2 * layers + head
+    frozen = dry_run(
+        schema.load(ROOT / "configs" / "pmf-food101.yaml", ["adapter={name: none}"]), memory_gb=24, ranks=1
+    )
+    assert frozen.activation_bytes_per_sample == head
+
+
+def test_a_swin_has_no_one_shape():
+    assert costs.encoder_shape({"hidden_size": 1024, "num_hidden_layers": 4, "num_heads": [4, 8]}) is None
+    found = costs.encoder_shape({"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "mlp_ratio": 4})
+    assert (found.ffn, found.head_dim) == (1536, 64)

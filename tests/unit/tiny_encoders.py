@@ -1,10 +1,16 @@
 """Tiny random encoders of every family whose layers are run one by one, and small inputs for them."""
 
+from functools import partial
+
 import torch
 from tiny import COMMON, VOCABULARY
 from torch import Tensor
 from transformers import (
     AutoModel,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedModel,
@@ -27,6 +33,7 @@ TEXTS: dict[str, dict] = {
     "camembert": TOKENS,
     "electra": {**TOKENS, "embedding_size": 12},
     "distilbert": {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 48, "vocab_size": VOCABULARY},
+    "blip_text_model": {**TOKENS, "encoder_hidden_size": 32, "is_decoder": False},
     "modernbert": {
         **TOKENS,
         "local_attention": 4,
@@ -43,6 +50,13 @@ IMAGES: dict[str, dict] = {
     "dinov2_with_registers": {**PIXELS, "num_register_tokens": 2},
     "clip_vision_model": {**PIXELS, "projection_dim": 6},
     "siglip_vision_model": PIXELS,
+    "blip_vision_model": PIXELS,
+}
+NOT_AUTO = {
+    "clip_vision_model": (CLIPVisionModel, CLIPVisionConfig),
+    "siglip_vision_model": (SiglipVisionModel, SiglipVisionConfig),
+    "blip_vision_model": (BlipVisionModel, BlipVisionConfig),
+    "blip_text_model": (partial(BlipTextModel, add_pooling_layer=False), BlipTextConfig),
 }
 WHISPER = {
     **{"d_model": 32, "encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 5},
@@ -57,12 +71,8 @@ def tiny_encoder(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     torch.manual_seed(seed)
     if name == "whisper":
         return WhisperModel(WhisperConfig(**{**WHISPER, **changes})).encoder.to(dtype).eval()
-    if name == "clip_vision_model":
-        model = CLIPVisionModel(CLIPVisionConfig(**{**IMAGES[name], **changes}))
-    elif name == "siglip_vision_model":
-        model = SiglipVisionModel(SiglipVisionConfig(**{**IMAGES[name], **changes}))
-    else:
-        model = AutoModel.from_config(CONFIG_MAPPING[name](**{**{**TEXTS, **IMAGES}[name], **changes}))
+    kind, settings = NOT_AUTO[name] if name in NOT_AUTO else (AutoModel.from_config, CONFIG_MAPPING[name])
+    model = kind(settings(**{**TEXTS, **IMAGES}[name] | changes))
     with torch.no_grad():  # norms that differ from the identity, so that one left out or doubled shows
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
