@@ -74,7 +74,10 @@ def parse(schema: type[Section], values: Any, where: str = "") -> Any:
 
 
 def explain(schema: type[Section], error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
+    first, *others = error.errors()
+    if first["type"] == "missing":  # a misspelt key says more than the one that it should have been
+        beside = (e for e in others if e["type"] == "extra_forbidden" and e["loc"][:-1] == first["loc"][:-1])
+        first = next(beside, first)
     path = ".".join([where, *map(str, first["loc"])]).strip(".")
     if first["type"] == "extra_forbidden":
         known = known_keys(schema, first["loc"][:-1])

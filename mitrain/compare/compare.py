@@ -20,9 +20,9 @@ from mitrain.compare import processes
 from mitrain.compare.cells import MATTERS, Cell, Place, chosen, places, resolve
 from mitrain.compare.page import page
 from mitrain.compare.plots import plots
+from mitrain.compare.processes import STOPPED
 from mitrain.compare.study import Study
 from mitrain.compare.table import table
-from mitrain.compare.worker import STOPPED
 from mitrain.errors import ConfigError, UserError
 from mitrain.files import file_lock, write_atomic, write_json
 from mitrain.provenance import commit, machine, versions

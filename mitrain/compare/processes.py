@@ -10,6 +10,8 @@ from pathlib import Path
 
 GRACE_S = 20.0
 """For which a process that is asked to stop may save where it is."""
+STOPPED = 75
+"""Exit code of a process of ours that was asked to stop and has saved where it is."""
 LINE = 300
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from mitrain import runs, schema
 from mitrain.compare import counts, measures
+from mitrain.compare.processes import STOPPED
 from mitrain.compare.study import TaskPart
 from mitrain.config import nearest, parse
 from mitrain.errors import ConfigError, UserError
@@ -30,9 +31,8 @@ from mitrain.runs import Run
 from mitrain.scoring import score_split, split_of
 from mitrain.trainer import Trainer
 
-STOPPED = 75
-"""Exit code of a process that was asked to stop and has saved where it is."""
 SIDE = 144
+"""Pixels of a side of the pictures that the page shows."""
 
 
 class StoppedError(UserError):
