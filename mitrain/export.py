@@ -21,6 +21,8 @@ from mitrain.model import Model, build, resolve_data
 from mitrain.pretrained import EncoderPart, PreprocessPart, RunPart
 from mitrain.schema import RunConfig
 
+QUEUE = "slow."
+"""Of retrieval's head what serves training alone: the momentum copies and their queue."""
 PROMPTS_KEPT = 256
 """Of how many different training prompts the answers are exported; of more, none."""
 
@@ -47,6 +49,7 @@ def export(
     fields = pretrained.method_fields(settings, model.text.model.config, run_config.model.llm, counts)
     fields["run"] = run_part(run_config, model, saved, metrics).to_dict()
     tensors = {name: saved.tensors[name] for name in model.trainable}
+    tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
     licences = known_licences()
     folder = pretrained.publish(out, fields, tensors, lambda contents: pretrained.model_card(contents, licences))
     return {
@@ -62,6 +65,7 @@ def run_part(run_config: RunConfig, model: Model, saved: Checkpoint, metrics: di
     values = run_config.to_dict()
     del values["wandb"], values["model"]["llm"]
     values["model"]["device"] = "auto"  # which devices there are is the loading machine's to say
+    values["task"] |= {"queue": 0} if "queue" in values["task"] else {}
     return RunPart(
         config=values,
         encoders=[encoder_part(encoder) for encoder in model.encoders],

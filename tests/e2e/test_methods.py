@@ -65,6 +65,26 @@ def test_a_method_finds_pictures_and_texts(capsys, world, method):
     assert len(ranked["scores"]) == 2
 
 
+def test_a_momentum_queue_is_saved_for_training_and_not_published(capsys, world):
+    path = configured(world, "pmf", "retrieve", task={"queue": 8})
+    run = said(capsys, "train", path, "--runs", world / "runs")["run"]
+    heads = [load_file(file) for file in sorted((world / run).rglob("head.safetensors"))]
+    assert heads and all("slow.images" in head and head["slow.pushed"] > 0 for head in heads)
+    exported = said(capsys, "export", run, "--out", world / "export-queue")["folder"]
+    published = load_file(f"{exported}/adapter_model.safetensors")
+    assert any(n.startswith("head.") for n in published) and not any("slow" in n for n in published)
+    asked = (
+        "--image",
+        next((world / "data").rglob("*.png")),
+        "--text",
+        "a red square",
+        "--candidates",
+        "a blue square",
+    )
+    one, two = (said(capsys, "predict", folder, *asked)["scores"] for folder in (run, exported))
+    assert two == pytest.approx(one, abs=2e-6)
+
+
 @pytest.mark.parametrize("method", ["lora", "ia3", "full"])
 def test_a_merged_method_is_in_plain_models(capsys, world, method):
     run = trained(capsys, world, method, "classify")
