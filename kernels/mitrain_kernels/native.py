@@ -36,15 +36,15 @@ class NativeError(Exception):
 
 @cache
 def load(source: Path) -> ctypes.CDLL | None:
-    """The library of a C file that has ``use_pool``; None, now and later, where it cannot be had."""
+    """The library of a C file that has ``use_pool`` and ``use_gemm``; None, now and later, where it cannot be had."""
     try:
         library = open_library(source)
     except (NativeError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.info("%s is not used, torch does its work: %s", source.name, " ".join(str(error).split()))
         return None
-    pool = torch_pool()
-    library.use_pool.argtypes = [ctypes.c_void_p]
-    library.use_pool(None if pool is None else ctypes.cast(pool, ctypes.c_void_p))
+    for use, found in ((library.use_pool, torch_pool()), (library.use_gemm, torch_gemm())):
+        use.argtypes = [ctypes.c_void_p]
+        use(None if found is None else ctypes.cast(found, ctypes.c_void_p))
     return library
 
 
@@ -70,7 +70,8 @@ def cache_folder() -> Path:
 def identity(source: Path, compiler: str) -> str:
     """What the machine code depends on, hashed: a home may be shared by machines that differ."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS, check=True).stdout
-    parts = (source.read_bytes(), " ".join(FLAGS).encode(), compiler.encode(), version, processor().encode())
+    headers = (header.read_bytes() for header in sorted(source.parent.glob("*.h")))
+    parts = (source.read_bytes(), *headers, " ".join(FLAGS).encode(), compiler.encode(), version, processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
@@ -108,6 +109,14 @@ def is_whole(library: Path) -> bool:
         return False
     content = library.read_bytes()
     return hashlib.sha256(content[:-CHECKSUM]).digest() == content[-CHECKSUM:]
+
+
+def torch_gemm() -> "ctypes._CFuncPtr | None":
+    """sgemm of the BLAS that torch computes with; None where torch does not show it.
+
+    Integers are handed over as 64 bits: a BLAS with integers of 32 reads the lower half, which comes first.
+    """
+    return getattr(ctypes.CDLL(torch._C.__file__), "sgemm_", None) if sys.byteorder == "little" else None
 
 
 def torch_pool() -> "ctypes._CFuncPtr | None":

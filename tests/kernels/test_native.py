@@ -22,12 +22,12 @@ from attention_cases import (
     upstream_of,
 )
 from mitrain_kernels import native
-from mitrain_kernels.infused_attention import infused_attention, sdpa_native, tiles
+from mitrain_kernels.infused_attention import infused_attention, sdpa_native
 
 ROOT = Path(__file__).parents[2]
 OWN = [case for case in CASES if case.gate in ("prefix", "sequence") and case.M and case.softcap is None]
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, native.COMPILERS)), reason="no C compiler is here")
-FUNCTIONS = ("INFUSE_QUERY", "INFUSE_OUTPUT", "INFUSE_UPSTREAM", "REDUCE_GRADIENTS", "THROUGH_COSINE")
+FUNCTIONS = ("INFUSE_QUERY", "INFUSE_OUTPUT", "BACKWARD")
 
 
 @pytest.fixture
@@ -96,10 +96,73 @@ def test_the_number_of_threads_changes_nothing(monkeypatch):
 @needs_compiler
 @some([Case(), Case("sequence", M=1), Case(padding="all", base="mixed", window=3), Case(layout="columns")])
 def test_many_small_tiles(case, monkeypatch, called, poisoned):  # noqa: F811
-    monkeypatch.setattr(tiles, "ROWS", 4)
-    monkeypatch.setattr(tiles, "TILE_BYTES", 1)
+    monkeypatch.setattr(sdpa_native, "ROWS", 4)
+    assert sdpa_native.tile_width(case.H // case.G, case.tk, case.tk) == 2
     assert_backend_right(case, "sdpa", torch.float32)
-    assert called.count("INFUSE_UPSTREAM") > 4
+    assert called.count("BACKWARD") == 1
+
+
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys", "width"),
+    [(3, 128, 128, 64), (3, 512, 512, 16), (1, 1024, 1024, 32), (1, 8192, 8192, 32), (1, 9, 9, 9), (300, 9, 9, 1)],
+)
+def test_tiles_fit_into_a_cores_cache(heads, queries, keys, width):
+    assert sdpa_native.tile_width(heads, queries, keys) == width
+
+
+@needs_compiler
+@some([Case(padding="left", tq=5), Case("sequence", H=6), Case(padding="all", window=3)])
+@pytest.mark.parametrize("lack", ["has_gemm", "tasks"])
+def test_without_a_blas_or_work_for_all_threads_torch_goes_backward(lack, case, monkeypatch, called):
+    threads = case.B * case.G + (lack == "tasks")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    if lack == "has_gemm":
+        monkeypatch.setattr(sdpa_native, "has_gemm", lambda: False)
+    assert_backend_right(case, "sdpa", torch.float32)
+    assert set(called) == {"INFUSE_QUERY", "INFUSE_OUTPUT"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_of_ones_own(dtype, samples, called):
+    """It says what key_padding and causal say, so that the definition knows it too."""
+    inputs, options = make(Case(padding="left", tq=6), torch.float32)
+    if samples == 1:
+        options["key_padding"][:] = options["key_padding"][:1]
+    i, j = torch.arange(3, 9)[:, None], torch.arange(9)
+    mask = (options["key_padding"][:samples, None, None] & (j <= i)).expand(samples, 1, 6, 9)
+    mask = mask if dtype == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    got = run(infused_attention, inputs, upstream_of(inputs), **options, mask=mask, backend="sdpa")
+    assert_right(got, inputs, upstream_of(inputs), **options)
+    assert "BACKWARD" in called
+
+
+@needs_compiler
+@pytest.mark.parametrize("spread", [1, 8, 130])
+def test_weights_of_all_sizes_down_to_none(spread, called):
+    """Scores are whole numbers down to -spread, exact in float32: what remains is the error of the exponential, and that
+    of differences of weighted keys, which grows with the keys' size."""
+    inputs, options = make(Case(tk=40, scale=1.0), torch.float32)
+    inputs = {n: x.detach() for n, x in inputs.items()}
+    inputs["q"], inputs["k_mul"] = torch.eye(8)[0].expand(2, 4, 40, 8).clone(), torch.zeros(2, 2, 4, 8)
+    inputs["k"] = -torch.randint(0, spread + 1, (2, 2, 40, 8), generator=torch.Generator().manual_seed(1)).float()
+    inputs = {n: x.requires_grad_() for n, x in inputs.items()}
+    got = run(infused_attention, inputs, upstream_of(inputs), **options, backend="sdpa")
+    assert_right(got, inputs, upstream_of(inputs), slack=max(1, spread // 8), **options)
+    assert "BACKWARD" in called
+
+
+@needs_compiler
+def test_keys_with_strides_that_a_blas_refuses(called):
+    inputs, options = make(Case(tk=9), torch.float32)
+    same = {n: inputs[n].detach()[:, :, :1].expand(-1, -1, 9, -1).requires_grad_() for n in "kv"}
+    single, _ = make(Case(tk=1), torch.float32, seed=3)
+    odd = {n: single[n].detach().as_strided((2, 2, 1, 8), (16, 8, 1, 1)).requires_grad_() for n in "kv"}
+    for own in (inputs | same, single | odd):
+        got = run(infused_attention, own, upstream_of(own), **options, backend="sdpa")
+        assert_right(got, own, upstream_of(own), **options)
+    assert called.count("BACKWARD") == 2
 
 
 @needs_compiler
@@ -201,7 +264,9 @@ def test_another_source_compiler_or_flag_is_another_library(tmp_path, monkeypatc
     names.append(native.identity(source, compiler))
     source.write_text("int y;")
     names.append(native.identity(source, compiler))
-    assert len(set(names)) == 4
+    (tmp_path / "x.h").write_text("int z;")
+    names.append(native.identity(source, compiler))
+    assert len(set(names)) == 5
 
 
 def fall_back(caplog, reason):

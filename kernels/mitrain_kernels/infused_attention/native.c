@@ -17,7 +17,7 @@ typedef struct { int64_t M, B, H, G, Tq, Tk, d, threads; } sizes;
 
 /* As many threads as there are, from the pool that torch itself uses: a second pool would fight it for the cores. */
 typedef void parallel(void (*)(void *), void *, unsigned, unsigned);
-typedef struct { void (*run)(const void *, int64_t); const void *what; int64_t tasks, next; } work;
+typedef struct { void (*run)(const void *, int64_t, int64_t); const void *what; int64_t tasks, next, slots; } work;
 
 static parallel *pool = NULL;
 
@@ -25,24 +25,25 @@ void use_pool(parallel *torchs) { pool = torchs; }
 
 static void take_tasks(void *given) {
     work *w = given;
-    for (int64_t i; (i = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->tasks;) w->run(w->what, i);
+    const int64_t slot = __atomic_fetch_add(&w->slots, 1, __ATOMIC_RELAXED);
+    for (int64_t i; (i = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->tasks;) w->run(w->what, i, slot);
 }
 
-static void share(void (*run)(const void *, int64_t), const void *what, int64_t tasks, int64_t threads) {
-    work w = {run, what, tasks, 0};
+static void share(void (*run)(const void *, int64_t, int64_t), const void *what, int64_t tasks, int64_t threads) {
+    work w = {run, what, tasks, 0, 0};
     if (pool && threads > 1 && tasks > 1) pool(take_tasks, &w, (unsigned)(threads < tasks ? threads : tasks), 0);
     else take_tasks(&w);
 }
 
-/* A task is a sample and a head; its code is made anew for the usual head widths, whose loops need no counting then. */
+/* A task is a sample and a head, a slot whoever does it; its code is made anew for the usual head widths, whose loops need no counting then. */
 #define ALWAYS static inline __attribute__((always_inline))
 #define TASK(name, type, heads)                                            \
-    static void name##_task(const void *given, int64_t task) {             \
+    static void name##_task(const void *given, int64_t task, int64_t slot) { \
         const type *p = given;                                             \
         const int64_t b = task / p->n.heads, h = task % p->n.heads;        \
-        if (p->n.d == 64) name(p, b, h, 64);                               \
-        else if (p->n.d == 128) name(p, b, h, 128);                        \
-        else name(p, b, h, p->n.d);                                        \
+        if (p->n.d == 64) name(p, b, h, 64, slot);                               \
+        else if (p->n.d == 128) name(p, b, h, 128, slot);                        \
+        else name(p, b, h, p->n.d, slot);                                        \
     }                                                                      \
     static void name##_all(const type *p) { share(name##_task, p, p->n.B * p->n.heads, p->n.threads); }
 
@@ -100,7 +101,8 @@ static void gates_of_query(const inward *p, int64_t b, int64_t g, int64_t t, con
     }
 }
 
-ALWAYS void inward_group(const inward *p, int64_t b, int64_t g, int64_t d) {
+ALWAYS void inward_group(const inward *p, int64_t b, int64_t g, int64_t d, int64_t slot) {
+    (void)slot;
     const int64_t M = p->n.M, R = p->n.H / p->n.G;
     double dots[MOST_SUMS] = {0}, norms[MOST_SUMS], square = 0, count = 0;
     for (int64_t i = 0; i < M * R; i++) {
@@ -139,7 +141,8 @@ typedef struct {
     double number;
 } outward;
 
-ALWAYS void outward_head(const outward *p, int64_t b, int64_t h, int64_t d) {
+ALWAYS void outward_head(const outward *p, int64_t b, int64_t h, int64_t d, int64_t slot) {
+    (void)slot;
     const float base = base_of(p->base, (float)p->number, b);
     for (int64_t t = 0; t < p->n.Tq; t++) {
         const float *restrict a = row(p->attended, b, h, t);
@@ -158,131 +161,4 @@ ALWAYS void outward_head(const outward *p, int64_t b, int64_t h, int64_t d) {
 TASK(outward_head, outward, H)
 void infuse_output(const outward *p) { outward_head_all(p); }
 
-/* Backward, before attention: dA = dO (base + sum_m g_m v_mul_m), 0 where a query sees no key, and q' once more */
-typedef struct {
-    sizes n;
-    const uint8_t *sees;
-    int64_t sees_row;
-    const float *base;
-    array upstream, q, k_mul, v_mul, gate, dattended, inner;
-    double number;
-} upstreams;
-
-ALWAYS void upstream_head(const upstreams *p, int64_t b, int64_t h, int64_t d) {
-    const float base = base_of(p->base, (float)p->number, b);
-    for (int64_t t = 0; t < p->n.Tq; t++) {
-        float *da = row(p->dattended, b, h, t);
-        scale_row(da, row(p->upstream, b, h, t), p->gate, p->v_mul, base, p->n.M, b, h, t, d);
-        if (p->sees && !p->sees[b * p->sees_row + t]) memset(da, 0, (size_t)d * sizeof(float));
-        scale_row(row(p->inner, b, h, t), row(p->q, b, h, t), p->gate, p->k_mul, base, p->n.M, b, h, t, d);
-    }
-}
-
-TASK(upstream_head, upstreams, H)
-void infuse_upstream(const upstreams *p) { upstream_head_all(p); }
-
-/* Backward, after attention: dq, the maps' gradients for given gates (added to dmaps), and the gates' gradients */
-typedef struct {
-    sizes n;
-    const float *base;
-    array dinner, upstream, q, attended, k_mul, v_mul, v_add, gate, dq, dk_mul, dv_mul, dv_add, dgate;
-    double number;
-} reductions;
-
-ALWAYS void reduce_modality(const reductions *p, int64_t m, int64_t b, int64_t h, int64_t d) {
-    const float *restrict mul_k = row(p->k_mul, m, b, h), *restrict mul_v = row(p->v_mul, m, b, h);
-    const float *restrict add = row(p->v_add, m, b, h);
-    float of_k[MOST_COLUMNS] = {0}, of_v[MOST_COLUMNS] = {0}, of_add[MOST_COLUMNS] = {0};
-    for (int64_t t = 0; t < p->n.Tq; t++) {
-        const float *restrict di = row(p->dinner, b, h, t), *restrict q = row(p->q, b, h, t);
-        const float *restrict u = row(p->upstream, b, h, t), *restrict a = row(p->attended, b, h, t);
-        const float g = *entry(p->gate, m, b, h, t);
-        float sum = 0;
-        for (int64_t c = 0; c < d; c++) {
-            const float through_q = di[c] * q[c], through_a = u[c] * a[c];
-            of_k[c] += g * through_q;
-            of_v[c] += g * through_a;
-            of_add[c] += g * u[c];
-            sum += through_q * mul_k[c] + through_a * mul_v[c] + u[c] * add[c];
-        }
-        *entry(p->dgate, m, b, h, t) = sum;
-    }
-    float *dk = row(p->dk_mul, m, b, h), *dv = row(p->dv_mul, m, b, h), *dadd = row(p->dv_add, m, b, h);
-    for (int64_t c = 0; c < d; c++) {
-        dk[c] += of_k[c];
-        dv[c] += of_v[c];
-        dadd[c] += of_add[c];
-    }
-}
-
-ALWAYS void reduce_head(const reductions *p, int64_t b, int64_t h, int64_t d) {
-    for (int64_t m = 0; m < p->n.M; m++) reduce_modality(p, m, b, h, d);
-    for (int64_t t = 0; p->dq.at && t < p->n.Tq; t++)
-        scale_row(row(p->dq, b, h, t), row(p->dinner, b, h, t), p->gate, p->k_mul,
-                  base_of(p->base, (float)p->number, b), p->n.M, b, h, t, d);
-}
-
-TASK(reduce_head, reductions, H)
-void reduce_gradients(const reductions *p) { reduce_head_all(p); }
-
-/* Backward, last: from the gates' gradients through the cosine, added to dv and dv_add; dlogit (M, B, H) is per sample.
-
-   dV_j = sum_mr D_j a - S_j V_j and da = sum_j D_j V_j - n a, where D and S sum over the queries from j on. */
-typedef struct {
-    sizes n;
-    int64_t prefix;
-    const uint8_t *valid;
-    array dgate, gate, cosine, root, square, count, v, v_add, dv, dv_add, dlogit;
-} cosines;
-
-typedef struct { double dots[MOST_SUMS], norms[MOST_SUMS], of_norm[MOST_SUMS], logit[MOST_SUMS], square; } so_far;
-
-static void add_query(const cosines *p, so_far *s, int64_t b, int64_t g, int64_t t) {
-    const int64_t R = p->n.H / p->n.G, own = p->prefix ? t : 0;
-    const double square = *row(p->square, b, g, own), count = *row(p->count, b, own, 0);
-    for (int64_t i = 0; i < p->n.M * R; i++) {
-        const int64_t m = i / R, h = g * R + i % R;
-        const double value = *entry(p->gate, m, b, h, t), root = *entry(p->root, m, b, h, own);
-        const double e = *entry(p->dgate, m, b, h, t) * value * (1 - value);
-        const double w = e * root * *entry(p->cosine, m, b, h, own) * root;
-        s->logit[i] += e;
-        s->dots[i] += e * root;
-        s->of_norm[i] += w * square * count;
-        s->square += w * s->norms[i] * count;
-    }
-}
-
-ALWAYS void cosine_group(const cosines *p, int64_t b, int64_t g, int64_t d) {
-    const int64_t M = p->n.M, R = p->n.H / p->n.G;
-    so_far s;
-    memset(&s, 0, sizeof s);
-    for (int64_t i = 0; i < M * R; i++) {
-        const float *a = row(p->v_add, i / R, b, g * R + i % R);
-        s.norms[i] = dot(a, a, d);
-    }
-    for (int64_t t = 0; !p->prefix && t < p->n.Tq; t++) add_query(p, &s, b, g, t);
-    for (int64_t j = p->n.Tk - 1; j >= 0; j--) {
-        const int64_t query = j - (p->n.Tk - p->n.Tq);
-        if (p->prefix && query >= 0) add_query(p, &s, b, g, query);
-        if (p->valid && !p->valid[b * p->n.Tk + j]) continue;
-        const float *restrict value = row(p->v, b, g, j), minus = -(float)s.square;
-        float *restrict dv = p->dv.at ? row(p->dv, b, g, j) : NULL;
-        for (int64_t c = 0; dv && c < d; c++) dv[c] += minus * value[c];
-        for (int64_t i = 0; i < M * R; i++) {
-            const float *restrict a = row(p->v_add, i / R, b, g * R + i % R), w = (float)s.dots[i];
-            float *restrict da = row(p->dv_add, i / R, b, g * R + i % R);
-            for (int64_t c = 0; c < d; c++) da[c] += w * value[c];
-            for (int64_t c = 0; dv && c < d; c++) dv[c] += w * a[c];
-        }
-    }
-    for (int64_t i = 0; i < M * R; i++) {
-        const int64_t m = i / R, h = g * R + i % R;
-        const float *restrict a = row(p->v_add, m, b, h), minus = -(float)s.of_norm[i];
-        float *restrict da = row(p->dv_add, m, b, h);
-        for (int64_t c = 0; c < d; c++) da[c] += minus * a[c];
-        *row(p->dlogit, m, b, h) = (float)s.logit[i];
-    }
-}
-
-TASK(cosine_group, cosines, G)
-void through_cosine(const cosines *p) { cosine_group_all(p); }
+#include "native_backward.h"

@@ -112,7 +112,7 @@ def backward(
     """
     q, k, v, *maps = inputs[:7]
     maps = Maps(*cast(maps, torch.promote_types(q.dtype, torch.float32)))
-    if sdpa_native.takes(q, v, len(maps.v_add), setting, continued):
+    if sdpa_native.takes(q, v, len(maps.v_add), setting, continued) and sdpa_native.takes_backward(v):
         return sdpa_native.backward(upstream, q, k, v, maps, setting, attended, kept, needs)
     cosine, root, square, count = kept
     has_cosine = setting.kind in ("sequence", "prefix")

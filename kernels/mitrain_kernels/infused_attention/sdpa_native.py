@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import struct
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,18 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mitrain_kernels import native
-from mitrain_kernels.infused_attention.affine import Maps, visible
+from mitrain_kernels.infused_attention.affine import Maps
 from mitrain_kernels.infused_attention.call import Setting
-from mitrain_kernels.infused_attention.gate import same_gate
-from mitrain_kernels.infused_attention.tiles import KeySide, Part, parts, spans, tile_width
 from mitrain_kernels.infused_attention.workspace import workspace
 
 SOURCE = Path(__file__).with_name("native.c")
 MOST_SUMS, MOST_COLUMNS = 64, 512  # as in native.c
 WORTH_SHARING = 1 << 14
 """Elements from which a second thread is worth being woken."""
+ROWS, LEAST_ROWS, WEIGHTS = 192, 32, 1 << 15
+"""Of a tile of the backward pass: rows at most and at least, and elements of its weights, which stay in a core's cache."""
 NOTHING = (0,) * 5
-ITEM = torch.float32.itemsize
 
 
 class Function(NamedTuple):
@@ -50,9 +50,7 @@ def function(name: str, integers: int, arrays: int, numbers: int) -> Function:
 SIZES = 8
 INFUSE_QUERY = function("infuse_query", 6, 12, 2)
 INFUSE_OUTPUT = function("infuse_output", 1, 5, 1)
-INFUSE_UPSTREAM = function("infuse_upstream", 3, 7, 1)
-REDUCE_GRADIENTS = function("reduce_gradients", 1, 13, 1)
-THROUGH_COSINE = function("through_cosine", 2, 11, 0)
+BACKWARD = function("backward", 10, 25, 2)
 
 
 def library() -> ctypes.CDLL | None:
@@ -85,12 +83,6 @@ def gates(x: Tensor) -> tuple[int, ...]:
     """As ``array``; one gate for all queries has the stride 0."""
     strides = x.stride()
     return (x.data_ptr(), *strides[:3], strides[3] if x.shape[3] > 1 else 0)
-
-
-def moved(x: tuple[int, ...], *index: int) -> tuple[int, ...]:
-    """The array whose first entry is that of x at the indices."""
-    offset = sum(i * stride for i, stride in zip(index, x[1:], strict=False))
-    return (x[0] + ITEM * offset, *x[1:])
 
 
 def address(x: Tensor | None) -> int:
@@ -147,56 +139,26 @@ def forward(q: Tensor, k: Tensor, v: Tensor, maps: Maps, setting: Setting, train
     return output, attended if trains else q.new_empty(0), q.new_empty(0), cosine, root, *sums
 
 
-class Outside:
-    """What attention's backward pass meets, and the gradients that it leaves: as the fields are named.
+def takes_backward(v: Tensor) -> bool:
+    """Whether ``backward`` serves a call that ``takes`` accepts: there is a BLAS, and work for every thread."""
+    return has_gemm() and v.shape[0] * v.shape[1] >= torch.get_num_threads()
 
-    gate (M, B, H, Tq or 1), 0 where a query sees no key. dmaps: those of k_mul, v_mul and v_add for given gates.
-    """
 
-    def __init__(
-        self, upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Tensor, gate: Tensor, maps: Maps,
-        setting: Setting, needs: Sequence[bool],
-    ):  # fmt: skip
-        self.q, self.k, self.v, self.gate, self.maps, self.setting = q, k, v, gate, maps, setting
-        self.dq = rows(torch.empty_like(q)) if needs[0] else None
-        self.dk, self.dv = (k.new_empty(k.shape) if needed else None for needed in needs[1:3])
-        self.dmaps = [q.new_zeros(maps.v_add.shape) for _ in range(3)]
-        self.dgate = workspace.take("dgate", q.dtype, (*maps.v_add.shape[:3], q.shape[2]))
-        (self.base, self.number), self.sees = base_of(setting), dense(setting.sees)
-        self.alive = upstream, attended  # addresses keep nothing alive
-        self.rows = [array(x) for x in (upstream, q, attended, self.dq)]
-        self.vectors = [array(x) for x in (*maps[:3], *self.dmaps)]
-        self.gates = gates(gate), array(self.dgate)
+@cache
+def has_gemm() -> bool:
+    return native.torch_gemm() is not None
 
-    def part(self, part: Part, width: int) -> None:
-        b, h = part.samples.start, part.heads.start
-        side = KeySide(*(None if x is None else part.keys_of(x, x.dtype) for x in (self.k, self.v, self.dk, self.dv)))
-        vectors = [moved(x, 0, b, h) for x in self.vectors]
-        base = 0 if self.base is None else self.base.data_ptr() + 4 * b
-        for queries, keys in spans(self.q.shape[2], self.k.shape[2], width, self.setting):
-            self.tile(part, side, queries, keys, vectors, base)
 
-    def tile(
-        self, part: Part, side: KeySide, queries: slice, keys: slice, vectors: list[tuple[int, ...]], base: int
-    ) -> None:
-        b, h, t = part.samples.start, part.heads.start, queries.start
-        shape = part.samples.stop - b, part.heads.stop - h, queries.stop - t, self.q.shape[3]
-        upstream, q, attended, dq = (moved(x, b, h, t) for x in self.rows)
-        gate, dgate = (moved(x, 0, b, h, t) for x in self.gates)
-        k_mul, v_mul, v_add, *dmaps = vectors
-        inward, inner = (workspace.take(slot, self.q.dtype, shape) for slot in ("upstream", "inner"))
-        sees = 0 if self.sees is None else self.sees.data_ptr() + b * self.q.shape[2] + t
-        sizes = sizes_of(shape, (shape[0], part.groups.stop - part.groups.start, 0), len(self.gate))
-        INFUSE_UPSTREAM(
-            sizes, (sees, self.q.shape[2], base),
-            [upstream, q, k_mul, v_mul, gate, array(inward), array(inner)], self.number,
-        )  # fmt: skip
-        flat = (len(side.k), -1, shape[-1])
-        side.backward(inner.view(flat), inward.view(flat), part.samples, queries, keys, self.setting)
-        REDUCE_GRADIENTS(
-            sizes, (base,), [array(inner), upstream, q, attended, k_mul, v_mul, v_add, gate, dq, *dmaps, dgate],
-            self.number,
-        )  # fmt: skip
+def tile_width(heads: int, queries: int, keys: int) -> int:
+    """Queries of a tile: a power of two, so that rows are at most ROWS and weights at most WEIGHTS."""
+    most = max(1, min(ROWS, max(LEAST_ROWS, WEIGHTS // keys)) // heads)
+    return min(queries, 1 << (most.bit_length() - 1))
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x with rows as a BLAS takes them: adjacent columns, apart by their length at least, even a single one."""
+    whole = x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1]
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 def backward(
@@ -205,17 +167,26 @@ def backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """As ``sdpa.backward``; kept: the gate's cosine and root, and its sums' square and count."""
     cosine, root, square, count = kept
-    maps, gate = Maps(*map(rows, maps)), same_gate(maps.head_logit, cosine, root, setting.present).value
-    outside = Outside(*map(rows, (upstream, q, k, v, attended)), visible(gate, setting), maps, setting, needs)
-    width = tile_width(q, k)
-    for part in parts(q, k, width):
-        outside.part(part, width)
-    new, (M, B, H, _) = cosine.shape[-1], maps.v_add.shape
-    dlogit, valid = q.new_empty(M, B, H), dense(setting.valid)
-    THROUGH_COSINE(
-        sizes_of(q.shape, v.shape, M), (setting.kind == "prefix", address(valid)),
-        [array(outside.dgate), gates(outside.gate), *map(array, (cosine, root)), array(square[..., -new:]),
-         array(count[..., -new:]), *map(array, (outside.v, maps.v_add, outside.dv, outside.dmaps[-1], dlogit))],
+    maps, (M, B, H, d), (Tq, Tk) = Maps(*map(rows, maps)), maps.v_add.shape, (q.shape[2], v.shape[2])
+    asked, (upstream, q, attended), (k, v) = q, map(rows, (upstream, q, attended)), map(matrix, (k, v))
+    dq = torch.empty_like(q) if needs[0] else None
+    dk, dv = (k.new_empty(k.shape) if needed else None for needed in needs[1:3])
+    dmaps, dlogit = [q.new_empty(M, B, H, d) for _ in range(3)], q.new_empty(M, H)
+    gate, dgate = (workspace.take(slot, q.dtype, (M, B, H, Tq)) for slot in ("gate", "dgate"))
+    sizes, width, new = sizes_of(q.shape, v.shape, M), tile_width(H // v.shape[1], Tq, Tk), cosine.shape[-1]
+    room = H // v.shape[1] * width * 2 * (d + Tk)
+    scratch = workspace.take("scratch", q.dtype, (sizes[-1], room))
+    valid, sees, present = map(dense, (setting.valid, setting.sees, setting.present))
+    mask, (base, number) = setting.mask, base_of(setting)
+    mask = mask if mask is None or mask.dtype in (torch.bool, torch.float32) else mask.float()
+    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    BACKWARD(
+        sizes, (setting.kind == "prefix", setting.causal, setting.window or 0, width, kind, room,
+                *map(address, (valid, sees, present, base))),
+        [array(scratch), NOTHING if mask is None else array(mask.expand(B, -1, -1, -1)),
+         *map(array, (upstream, q, k, v, attended, *maps, cosine, root, square[..., -new:], count[..., -new:],
+                      gate, dgate, dq, dk, dv, *dmaps, workspace.take("dlogits", q.dtype, (M, B, H)), dlogit))],
+        number, setting.scale,
     )  # fmt: skip
-    dq = outside.dq if outside.dq is None or q.stride(-1) == 1 else torch.empty_like(q).copy_(outside.dq)
-    return [dq, outside.dk, outside.dv, *outside.dmaps, dlogit.sum(1), None]
+    dq = dq if dq is None or q is asked else torch.empty_like(asked).copy_(dq)
+    return [dq, dk, dv, *dmaps, dlogit, None]
