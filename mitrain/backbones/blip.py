@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import BlipForImageTextRetrieval, PretrainedConfig, PreTrainedModel
+from transformers import (
+    BlipForImageTextRetrieval,
+    BlipTextModel,
+    BlipVisionModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from mitrain import hf
 
 Part = Literal["text_encoder", "vision_model"]
+PARTS = {"blip_text_model": BlipTextModel, "blip_vision_model": BlipVisionModel}
 
 
 def is_blip(config: PretrainedConfig) -> bool:
-    return config.model_type == "blip"
+    """Whether it describes the two encoders together, or (a shape without weights) one of them."""
+    return config.model_type == "blip" or config.model_type in PARTS
 
 
 def load(source: str | Path, part: Part, dtype: torch.dtype) -> PreTrainedModel:
@@ -28,4 +36,6 @@ def load(source: str | Path, part: Part, dtype: torch.dtype) -> PreTrainedModel:
 def empty(config: PretrainedConfig, part: Part) -> PreTrainedModel:
     """The same without weights."""
     with torch.device("meta"), hf.quiet():
+        if config.model_type in PARTS:
+            return PARTS[config.model_type](config)
         return getattr(BlipForImageTextRetrieval(config), part)
