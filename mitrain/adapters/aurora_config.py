@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from mitrain.adapters.presets import filled
 from mitrain.adapters.projections import PROJECTIONS, Projection
 from mitrain.config import Section
 
@@ -63,8 +64,7 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
-        preset = values.get("preset", "default") if isinstance(values, dict) else None
-        return {**PRESETS.get(preset, {}), **values} if isinstance(preset, str) else values
+        return filled(values, PRESETS)
 
     @model_validator(mode="after")
     def _check_tuned(self) -> "AuroraConfig":

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from mitrain.adapters.decoder import LayerShape
+from mitrain.adapters.presets import filled
 from mitrain.adapters.selection import parse_layers
 from mitrain.config import Section
 from mitrain.costs import mit_layer_parameters
@@ -47,8 +48,7 @@ class MiTConfig(Section, kind="adapter", name="mit"):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
-        preset = values.get("preset", "default") if isinstance(values, dict) else None
-        return {**PRESETS.get(preset, {}), **values} if isinstance(preset, str) else values
+        return filled(values, PRESETS)
 
     @model_validator(mode="after")
     def _check_names(self) -> "MiTConfig":
