@@ -161,7 +161,7 @@ def test_two_layers_by_hand():
 
 @pytest.mark.parametrize("pair", ["vit", "llama"])
 def test_permuting_the_condition_changes_dynamic_and_mapped_prompts_only(pair):
-    found = attached(**PAIRS[pair])
+    found = attached(**PAIRS[pair], temperature=2.0)  # at 0.1 both conditions may choose one expert alone
     order, prompts = torch.tensor([2, 3, 1, 0]), record(found.mope)
     with torch.no_grad():
         if found.mope.config.main == "image":
