@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mitrain.errors import ModelError
 from mitrain.hf import layer_owner
 from mitrain.reading import Words
 
@@ -72,7 +73,10 @@ def trunk_states(model: PreTrainedModel, depth: int, **inputs: Any) -> Tensor:
 
     ``depth == 0`` gives what enters the first layer, ``depth == number of layers`` what enters the final norm.
     ``inputs``: what ``model.base_model`` takes: input_ids and attention_mask, or pixel_values, or input_features.
+    Of an encoder of several stages, as Swin, ``depth`` is 0 or the number of stages.
     """
+    if hasattr(model.config, "depths"):
+        return staged_states(model.base_model, depth, inputs["pixel_values"])
     owner, name = layer_owner(model)
     layers = getattr(owner, name)
     last = max(depth - 1, 0)
@@ -85,6 +89,16 @@ def trunk_states(model: PreTrainedModel, depth: int, **inputs: Any) -> Tensor:
     finally:
         setattr(owner, name, layers)
     return top._states
+
+
+def staged_states(model: PreTrainedModel, depth: int, pixels: Tensor) -> Tensor:
+    """(B, N, D): what enters the first stage, or what leaves the last, of ``pixels`` (B, 3, height, width)."""
+    states, grid = model.embeddings(pixels)
+    if depth not in (0, len(model.encoder.layers)):
+        raise ModelError(
+            f"the states inside {type(model).__name__} at depth {depth} are not kept: take 0 or {len(model.encoder.layers)}"
+        )
+    return model.encoder(states, grid).last_hidden_state if depth else states
 
 
 def last_hidden(model: PreTrainedModel, words: Words) -> Tensor:

@@ -70,19 +70,6 @@ def is_swin(model: PreTrainedModel) -> bool:
     return isinstance(getattr(model, "base_model", model), SwinModel)
 
 
-@torch.no_grad()
-def swin_states(model: PreTrainedModel, depth: int, pixels: Tensor) -> Tensor:
-    """What `trunk.trunk_states` is for other encoders: (B, N, D) from ``pixels`` (B, 3, height, width).
-
-    ``depth`` 0: what enters the first stage; the number of stages: what enters the final norm.
-    """
-    swin: SwinModel = getattr(model, "base_model", model)
-    states, grid = swin.embeddings(pixels)
-    if depth not in (0, len(swin.encoder.layers)):
-        raise ModelError(f"the states of Swin at depth {depth} are not kept: take 0 or {len(swin.encoder.layers)}")
-    return swin.encoder(states, grid).last_hidden_state if depth else states
-
-
 def grid_of(model: SwinModel, states: Tensor) -> Grid:
     """Height and width of the patches: the configuration's, or those of a square picture of another size."""
     grid, count = tuple(model.embeddings.patch_grid), states.shape[1]

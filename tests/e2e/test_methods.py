@@ -7,7 +7,15 @@ import torch
 import yaml
 from methods_world import ALONE, METHODS, configured, make_world
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BlipConfig, BlipForImageTextRetrieval
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    SwinConfig,
+    SwinModel,
+)
 
 from mitrain import runs
 from mitrain.cli import main
@@ -141,3 +149,17 @@ def test_aurora_tunes_a_blip_checkpoint(capsys, world):
     assert 0 < found["t2i_r10"] <= 1
     assert main(["train", str(path), "model.quantize=int8", "--runs", str(world / "runs")]) == 2
     assert "BLIP's encoders are held whole" in capsys.readouterr().err
+
+
+def test_mope_prompts_the_windows_of_a_swin(capsys, world):
+    torch.manual_seed(0)
+    shape = {"image_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 2]}
+    SwinModel(SwinConfig(**shape)).save_pretrained(world / "swin")
+    path = configured(world, "mope", "classify")
+    values = yaml.safe_load(path.read_text())
+    values["model"]["vision"] = [{"name": str(world / "swin"), "size": 32}]
+    path.write_text(yaml.safe_dump(values))
+    run = said(capsys, "train", path, "--runs", world / "runs")["run"]
+    found = said(capsys, "eval", run, "--split", "test")
+    assert found["samples"] > 0
+    assert type(runs.open_run(run).model.adapter._walks["image"]).__name__ == "SwinWalk"

@@ -266,7 +266,7 @@ def test_every_parameter_gets_a_gradient_and_no_frozen_one(pair):
     total, count = found.mope.extra_loss()
     (reading.joint.square().sum() + total / count).backward()
     idle = {n for n, p in found.mope.named_parameters() if p.grad is None or not p.grad.any()}
-    # ModernBERT's layers 1 and 2 attend over two tokens to each side, and the static prompts stand foremost, before the other prompts.
+    # ModernBERT's layers 1 and 2 attend over two tokens to each side, and static prompts stand foremost of five.
     assert idle == ({"prompts.1.static", "prompts.2.static"} if pair == "modernbert" else set())
     own = {id(p) for p in found.mope.parameters()}
     for model in found.models.values():

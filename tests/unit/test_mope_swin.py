@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_mope import attached, tiny_swin
 
-from mitrain.adapters.mope_swin import SwinWalk, attend, grid_of, merge_patches, run_block, swin_states
+from mitrain.adapters.mope_swin import SwinWalk, attend, grid_of, merge_patches, run_block
 from mitrain.errors import ModelError
+from mitrain.trunk import trunk_states
 
 EXACT = {"rtol": 0, "atol": 1e-11}
 ROWS, SIDE, WINDOW, COUNT = 3, 8, 4, 2
@@ -32,13 +33,13 @@ def test_without_prompts_the_walk_is_the_frozen_model(pixels, changes):
         expected = model(image).last_hidden_state
         for carried in (True, False):
             walk = SwinWalk(model, carried)
-            walked = walk.run(swin_states(model, 0, image), None, no_prompts, None, False)
+            walked = walk.run(trunk_states(model, 0, pixel_values=image), None, no_prompts, None, False)
             torch.testing.assert_close(walk.finish(walked.tokens), expected, **EXACT)
             assert walked.prompts.shape[1] == 0
-        top = swin_states(model, walk.depth, image)
+        top = trunk_states(model, walk.depth, pixel_values=image)
         torch.testing.assert_close(model.layernorm(top), expected, **EXACT)
     with pytest.raises(ModelError, match="depth 1 are not kept"):
-        swin_states(model, 1, image)
+        trunk_states(model, 1, pixel_values=image)
 
 
 def windows_of(shift):

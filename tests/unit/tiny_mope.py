@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, SwinConfig, SwinModel
 
 from mitrain.adapters.mope import MoPE
 from mitrain.adapters.mope_config import MoPEConfig
-from mitrain.adapters.mope_swin import swin_states
 from mitrain.reading import Picture, Reading, Words
 from mitrain.trunk import trunk_states
 
@@ -61,10 +60,7 @@ def states_of(mope: MoPE, models: dict[str, PreTrainedModel], batch: dict[str, T
     """What a pass is given: words and a picture with the states that enter the first changed layers."""
     depth = {name: mope.first_layer(name) for name in models}
     words = Words(batch["input_ids"], batch["attention_mask"], trunk_states(models["text"], depth["text"], **batch))
-    if isinstance(models["image"], SwinModel):
-        states = swin_states(models["image"], depth["image"], image)
-    else:
-        states = trunk_states(models["image"], depth["image"], pixel_values=image)
+    states = trunk_states(models["image"], depth["image"], pixel_values=image)
     picture = Picture(torch.zeros(len(image), 5), states, depth["image"])
     return replace(words, depth=depth["text"]), picture
 
