@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import GATES, NAMES, Case, assert_right, frozen, largest, make, run, some, upstream_of
-from mitrain_kernels.infused_attention import infused_attention, library
+from mitrain_kernels.infused_attention import infused_attention, library, tiles
 from mitrain_kernels.infused_attention.call import Setting
 from torch.utils.checkpoint import checkpoint
 
@@ -101,6 +101,15 @@ def test_only_the_gradients_asked_for_leave_the_operator(asked, monkeypatch):
     assert set(got) == {"output", *asked}
     assert [x.numel() > 0 for x in returned[0]] == [name in asked for name in (*NAMES, "k_add")]
     assert_right(got, inputs, upstream_of(inputs), **options)
+
+
+def test_backward_meets_the_queries_that_forward_attended_with(monkeypatch):
+    """In low precision the forward pass rounds q ⊙ α; weights of what was not rounded would be others."""
+    seen, backward = [], tiles.KeySide.backward
+    monkeypatch.setattr(tiles.KeySide, "backward", lambda s, q, *a: seen.append(q.clone()) or backward(s, q, *a))
+    inputs, options = make(Case(), torch.bfloat16)
+    run(infused_attention, inputs, upstream_of(inputs), **options, backend="sdpa")
+    assert seen and all(q.dtype == torch.float32 and torch.equal(q, q.bfloat16().float()) for q in seen)
 
 
 def test_nothing_happens_without_an_upstream_gradient():

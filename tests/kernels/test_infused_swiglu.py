@@ -72,6 +72,19 @@ def test_output_and_gradients(backend, block, monkeypatch):
         assert_backend_right(*make(width, lengths=lengths), backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("shape", "block", "sizes"),
+    [((4, 6, 5), 30, [30] * 4), ((4, 6, 5), 60, [60, 60]), ((5, 6, 5), 60, [60, 60, 30]), ((2, 6, 5), 20, [20, 10] * 2),
+     ((2, 3, 5), 1, [5] * 6), ((1, 2, 5), 1 << 18, [10])],
+)  # fmt: skip
+def test_blocks_hold_as_much_as_they_may(shape, block, sizes, monkeypatch):
+    monkeypatch.setattr(eager, "CPU_BLOCK", block)
+    gate = torch.empty(shape)
+    assert [gate[where].numel() for where, _ in eager.blocks(gate, None)] == sizes
+    whole = [gate.to("meta")[where].numel() for where, _ in eager.blocks(gate.to("meta"), None)]
+    assert whole == [gate.numel()]  # elsewhere memory is not cut
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_low_precision_is_computed_in_float32(dtype, monkeypatch):
     poison(monkeypatch)

@@ -1,7 +1,9 @@
 """The ``sdpa`` backend with compiled arithmetic around attention: the same steps as in ``sdpa.py``, in ``native.c``.
 
-Attention itself is torch's, forward, and the tiles of ``tiles.py``, backward. Serves float32 under the gates 'prefix' and
-'sequence', which is the usual training; ``takes`` says whether a call is of that kind.
+Attention itself is torch's, forward; backward it is in ``native_backward.h``, over the BLAS that torch computes with:
+what ``tiles.py`` does for all heads at once is done there head by head, so that a tile never leaves a core's cache. Serves
+float32 under the gates 'prefix' and 'sequence', which is the usual training; ``takes`` and ``takes_backward`` say whether
+a call is of that kind.
 
 Shapes: B batch, H query heads, G key/value heads, T tokens (Tq queries, Tk keys), d head width, M modalities.
 """
@@ -27,7 +29,7 @@ SOURCE = Path(__file__).with_name("native.c")
 MOST_SUMS, MOST_COLUMNS = 64, 512  # as in native.c
 WORTH_SHARING = 1 << 14
 """Elements from which a second thread is worth being woken."""
-ROWS, LEAST_ROWS, WEIGHTS = 192, 32, 1 << 15
+ROWS, LEAST_ROWS, WEIGHTS = 128, 32, 1 << 16
 """Of a tile of the backward pass: rows at most and at least, and elements of its weights, which stay in a core's cache."""
 NOTHING = (0,) * 5
 
@@ -140,8 +142,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, maps: Maps, setting: Setting, train
 
 
 def takes_backward(v: Tensor) -> bool:
-    """Whether ``backward`` serves a call that ``takes`` accepts: there is a BLAS, and work for every thread."""
-    return has_gemm() and v.shape[0] * v.shape[1] >= torch.get_num_threads()
+    """Whether ``backward`` serves a call that ``takes`` accepts: there is a BLAS, and work for half of the threads."""
+    return has_gemm() and 2 * v.shape[0] * v.shape[1] >= torch.get_num_threads()
 
 
 @cache

@@ -123,6 +123,19 @@ def gate_kernel(
                 tl.store(counts, count_before)
 
 
+@triton.jit
+def whole_gradient(UPSTREAM, COSINE, ROOT, there, logit, tokens, early, BT: tl.constexpr):
+    """The logit's gradient where one gate serves the queries from token ``early`` on; also its cosine and root."""
+    columns = tl.arange(0, BT)
+    dgate = 0.0
+    for start in range(0, tokens, BT):
+        inside = (start + columns < tokens) & (start + columns >= early)
+        dgate += tl.sum(tl.load(UPSTREAM + start + columns, mask=inside, other=0.0), 0)
+    cosine, root = tl.load(COSINE), tl.load(ROOT)
+    gate = there / (1.0 + tl.exp(-(cosine + logit)))
+    return dgate * gate * (1.0 - gate), cosine, root
+
+
 @triton.jit(do_not_specialize=["tokens", "queries"])
 def gate_backward_kernel(
     DGATE, COSINE, ROOT, SUM_SQUARE, COUNT, BOUNDS, NORM, LOGIT, PRESENT,
@@ -164,13 +177,8 @@ def gate_backward_kernel(
         dlogit, of_norm, dot_after, square_after = 0.0, 0.0, 0.0, 0.0
         upstream = DGATE + m * dgate_m + wide * dgate_b + head * dgate_h + first - early
         if WHOLE:
-            dgate = 0.0
-            for start in range(0, tokens, BT):
-                inside = (start + columns < tokens) & (start + columns >= early)
-                dgate += tl.sum(tl.load(upstream + start + columns, mask=inside, other=0.0), 0)
-            cosine, root = tl.load(COSINE + gates + m * gate_m), tl.load(ROOT + gates + m * gate_m)
-            gate = there / (1.0 + tl.exp(-(cosine + logit)))
-            dlogit = dgate * gate * (1.0 - gate)
+            at = gates + m * gate_m
+            dlogit, cosine, root = whole_gradient(upstream, COSINE + at, ROOT + at, there, logit, tokens, early, BT)
             dot_after = dlogit * root
             w = dot_after * cosine * root
             count = tl.load(counts)

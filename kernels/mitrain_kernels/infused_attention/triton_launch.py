@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mitrain_kernels.infused_attention.call import Setting
 from mitrain_kernels.infused_attention.gate import GateSums, constant_gate, hide_missing, prefix_sums
-from mitrain_kernels.infused_attention.triton_backward import key_kernel, query_kernel
 from mitrain_kernels.infused_attention.triton_decode import merge_kernel, split_kernel
 from mitrain_kernels.infused_attention.triton_forward import forward_kernel
 from mitrain_kernels.infused_attention.triton_gate import gate_backward_kernel, gate_kernel, sums_kernel, values_kernel
+from mitrain_kernels.infused_attention.triton_keys import key_kernel
+from mitrain_kernels.infused_attention.triton_queries import query_kernel
 from mitrain_kernels.infused_attention.triton_tiles import (
     DECODE,
     MOST_SPLITS,

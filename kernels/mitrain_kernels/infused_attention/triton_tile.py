@@ -51,6 +51,13 @@ def load_vector(base, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def store_vector(base, x, D: tl.constexpr, BD: tl.constexpr):
+    """The first D of x (BD,)."""
+    columns = tl.arange(0, BD)
+    tl.store(base + columns, x, mask=columns < D)
+
+
+@triton.jit
 def factor(GATE, stride_m, stride_t, rows, keep, MUL, map_m, base, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """base + Σ_m g_m mul_m for each row, (rows, BD) in float32; GATE at the first row, MUL at the sample's head."""
     total = tl.zeros((rows.shape[0], BD), dtype=tl.float32) + base

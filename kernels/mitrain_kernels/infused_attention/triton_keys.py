@@ -1,0 +1,189 @@
+"""The keys' side of the backward pass; ``triton_queries.py`` has the other. Both are deterministic, without atomics.
+
+``key_kernel`` owns a block of keys: dK and dV, over the queries of all heads that share them. Under the gate 'token' it
+has the maps' gradients too, one query head per program.
+"""
+
+import triton
+import triton.language as tl
+
+from mitrain_kernels.infused_attention.triton_tile import (
+    LOG2E,
+    bend,
+    factor,
+    infused_pair,
+    load_tile,
+    load_vector,
+    query_range,
+    sample_span,
+    seen_by,
+    store_tile,
+    store_vector,
+    unbend,
+)
+
+
+@triton.jit
+def key_gradients(
+    k, v, dk, dv, Q, DOUT, LSE, DELTA, low, high, stride_q, stride_d, past, key, keep, queries, window, softcap, scale,
+    base, GATE, gate_m, gate_t, KM, VM, map_m,
+    M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TOKEN: tl.constexpr,
+):  # fmt: skip
+    """dk / scale and dv (BN, BD) of a block of keys, grown by the queries low … high of one query head.
+
+    Q, DOUT, LSE, DELTA and GATE at the head's first query, KM and VM at its row.
+    """
+    rows = tl.arange(0, BM)
+    for start in range(low, high, BM):
+        there = start + rows < queries
+        position = start + rows + past
+        lse = tl.load(LSE + start + rows, mask=there, other=float("inf"))
+        delta = tl.load(DELTA + start + rows, mask=there, other=0.0)
+        q = load_tile(Q, start, stride_q, rows, there, D, BD)
+        inward = load_tile(DOUT, start, stride_d, rows, there, D, BD)
+        if not TOKEN:
+            gates = GATE + start * gate_t
+            alpha = factor(gates, gate_m, gate_t, rows, there, KM, map_m, base, M, D, BD)
+            q = (q.to(tl.float32) * alpha).to(q.dtype)
+            gamma = factor(gates, gate_m, gate_t, rows, there, VM, map_m, base, M, D, BD)
+            inward = (inward.to(tl.float32) * gamma).to(q.dtype)
+        bent = bend(tl.dot(k, tl.trans(q), input_precision="ieee") * scale, softcap, SOFTCAP)
+        seen = seen_by(position[None, :], key[:, None], keep[:, None] & there[None, :], window, CAUSAL, WINDOW)
+        weights = tl.where(seen, tl.exp2(bent * LOG2E - lse[None, :]), 0.0)
+        dv = tl.dot(weights.to(q.dtype), inward.to(q.dtype), dv, input_precision="ieee")
+        dweights = tl.dot(v, tl.trans(inward.to(v.dtype)), input_precision="ieee")
+        dscores = unbend(weights * (dweights - delta[None, :]), bent, softcap, SOFTCAP)
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def token_gradients(
+    dk, dv, k, v, GATE, COSINE, ROOT, gate_m, gate_t, keep, NORM, norm_m, KM, VM, VA, KA, map_m, base, PART, DLOGIT,
+    M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Under the gate 'token': dk and dv (BN, BD) of infused keys and values to those of k and v, through the gate too.
+
+    The block's shares of the maps' gradients go to PART. GATE, COSINE, ROOT at the first key; NORM and DLOGIT at the
+    head, a modality every ``norm_m``; PART at the head.
+    """
+    columns = tl.arange(0, k.shape[0])
+    through = tl.zeros((k.shape[0], BD), dtype=tl.float32)
+    for m in tl.static_range(M):
+        gate = tl.load(GATE + m * gate_m + columns * gate_t, mask=keep, other=0.0)
+        cosine = tl.load(COSINE + m * gate_m + columns * gate_t, mask=keep, other=0.0)
+        root = tl.load(ROOT + m * gate_m + columns * gate_t, mask=keep, other=0.0)
+        norm = tl.load(NORM + m * norm_m)
+        v_add = load_vector(VA + m * map_m, D, BD)
+        dgate = tl.sum(dk * k * load_vector(KM + m * map_m, D, BD)[None, :], 1)
+        dgate += tl.sum(dv * (v * load_vector(VM + m * map_m, D, BD)[None, :] + v_add[None, :]), 1)
+        if KA is not None:
+            dgate += tl.sum(dk * load_vector(KA + m * map_m, D, BD)[None, :], 1)
+            store_vector(PART + (3 * M + m) * map_m, tl.sum(gate[:, None] * dk, 0), D, BD)
+        e = dgate * gate * (1.0 - gate)
+        dot = e * root
+        w = dot * cosine * root
+        energy = tl.sum(w * tl.sum(v * v, 1), 0)
+        through += dot[:, None] * v_add[None, :] - (w * norm)[:, None] * v
+        store_vector(PART + m * map_m, tl.sum(gate[:, None] * (dk * k), 0), D, BD)
+        store_vector(PART + (M + m) * map_m, tl.sum(gate[:, None] * (dv * v), 0), D, BD)
+        dv_add = tl.sum(gate[:, None] * dv + dot[:, None] * v, 0) - energy * v_add
+        store_vector(PART + (2 * M + m) * map_m, dv_add, D, BD)
+        tl.store(DLOGIT + m * norm_m, tl.sum(e, 0))
+    dk *= factor(GATE, gate_m, gate_t, columns, keep, KM, map_m, base, M, D, BD)
+    dv = dv * factor(GATE, gate_m, gate_t, columns, keep, VM, map_m, base, M, D, BD) + through
+    return dk, dv
+
+
+@triton.jit
+def through_cosine(dv, values, DOT, SQUARE, dot_m, keep, VA, map_m, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """dv and what the gate's cosine of one query head adds: Σ_m DOT_m v_add_m − SQUARE V."""
+    dv -= tl.load(SQUARE, mask=keep, other=0.0)[:, None] * values
+    for m in tl.static_range(M):
+        dot = tl.load(DOT + m * dot_m, mask=keep, other=0.0)
+        dv += dot[:, None] * load_vector(VA + m * map_m, D, BD)[None, :]
+    return dv
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "window"])
+def key_kernel(
+    Q, K, V, DOUT, LSE, DELTA, DK, DV, SUMS_DOT, SUMS_SQUARE, PARTS, DLOGIT,
+    GATE, COSINE, ROOT, NORM, KM, VM, VA, KA, BASE, VALID, BOUNDS,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_b, d_h, d_t, dk_b, dk_h, dk_t, lse_b, lse_h,
+    gate_m, gate_b, gate_h, gate_t, sum_m, sum_b, sum_h, valid_b,
+    batch, heads, group, queries, keys, window, softcap, scale,
+    M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TOKEN: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of keys, key/value heads, samples); under 'token' query heads take the place of key/value heads.
+
+    SUMS_DOT (M, B, H, Tk), SUMS_SQUARE (B, H, Tk): what the gate's cosine sends to the values (None: nothing). Under
+    'token' DK and DV are per query head, GATE, COSINE, ROOT (M, B, H, Tk), NORM (M, B, H) = ‖v_add‖²,
+    PARTS (blocks, 4, M, B, H, D) shares of d k_mul, d v_mul, d v_add, d k_add; DLOGIT (blocks, M, B, H).
+    """
+    block, lane, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, queries, keys = sample_span(BOUNDS, sample, queries, keys)
+    start = block * BN
+    wide, past = sample.to(tl.int64), keys - queries
+    columns = tl.arange(0, BN)
+    keep = start + columns < keys
+    if VALID is not None:
+        VALID += wide * valid_b
+        keep = keep & (tl.load(VALID + start + columns, mask=keep, other=0) != 0)
+    shared, members = lane, group
+    if TOKEN:
+        shared, members = lane // group, 1
+    K += wide * k_b + shared * k_h + first * k_t
+    V += wide * v_b + shared * v_h + first * v_t
+    map_m = tl.cast(batch, tl.int64) * heads * D
+    base = tl.load(BASE + sample)
+    k = load_tile(K, start, k_t, columns, keep, D, BD)
+    v = load_tile(V, start, v_t, columns, keep, D, BD)
+    if TOKEN:
+        place = (wide * heads + lane) * D
+        KM += place
+        VM += place
+        VA += place
+        if KA is not None:
+            KA += place
+        own = GATE + wide * gate_b + lane * gate_h + first * gate_t + start.to(tl.int64) * gate_t
+        k, v = infused_pair(k, v, own, gate_m, gate_t, columns, keep, KM, VM, KA, VA, map_m, base, M, D, BD)
+    dk, dv = tl.zeros((BN, BD), dtype=tl.float32), tl.zeros((BN, BD), dtype=tl.float32)
+    low, high = query_range(start, start + BN - 1, queries, past, window, BM, CAUSAL, WINDOW)
+    if start >= keys:
+        high = low
+    for member in range(0, members):
+        head = lane * members + member
+        place = (wide * heads + head) * D
+        queries_at = Q + wide * q_b + head * q_h + first * q_t
+        upstream_at = DOUT + wide * d_b + head * d_h + first * d_t
+        scalars = wide * lse_b + head * lse_h + first
+        gates = GATE + wide * gate_b + head * gate_h + first * gate_t
+        dk, dv = key_gradients(
+            k, v, dk, dv, queries_at, upstream_at, LSE + scalars, DELTA + scalars, low, high, q_t, d_t, past,
+            start + columns, keep, queries, window, softcap, scale, base, gates, gate_m, gate_t, KM + place, VM + place,
+            map_m, M, D, BD, BM, CAUSAL, WINDOW, SOFTCAP, TOKEN,
+        )  # fmt: skip
+    dk *= scale
+    values = load_tile(V, start, v_t, columns, keep, D, BD).to(tl.float32)
+    if TOKEN:
+        raw = load_tile(K, start, k_t, columns, keep, D, BD).to(tl.float32)
+        gates = wide * gate_b + lane * gate_h + (first + start) * gate_t
+        part = PARTS + block.to(tl.int64) * 4 * M * map_m + (wide * heads + lane) * D
+        logits = DLOGIT + (block.to(tl.int64) * M * batch + wide) * heads + lane
+        dk, dv = token_gradients(
+            dk, dv, raw, values, GATE + gates, COSINE + gates, ROOT + gates, gate_m, gate_t, keep,
+            NORM + wide * heads + lane, tl.cast(batch, tl.int64) * heads, KM, VM, VA, KA, map_m, base, part, logits,
+            M, D, BD,
+        )  # fmt: skip
+    elif SUMS_DOT is not None:
+        for member in range(0, members):
+            head = lane * members + member
+            at = wide * sum_b + head * sum_h + first + start + columns
+            v_add = VA + (wide * heads + head) * D
+            dv = through_cosine(dv, values, SUMS_DOT + at, SUMS_SQUARE + at, sum_m, keep, v_add, map_m, M, D, BD)
+    there = start + columns < keys
+    target = wide * dk_b + lane * dk_h + first * dk_t
+    store_tile(DK + target, start, dk_t, columns, there, dk, D, BD)
+    store_tile(DV + target, start, dk_t, columns, there, dv, D, BD)
