@@ -17,6 +17,8 @@ PRECISIONS = {
     "int8-activations": ("model.dtype=fp32", "model.quantize=int8-activations"),
 }
 MATRIX = ("fp32", "bf16", "int8", "nf4")
+ORDERS = range(1, 6)
+"""Permutations of a batch's rows that are run unsharded for the noisy precisions, besides other micro-batches."""
 NOISY = ("bf16", "int8-activations")
 """Precisions whose rounding depends on the order of sums; the others are compared to `EXACT`."""
 EXACT = 1e-5
@@ -26,18 +28,21 @@ SPARE = 1.25
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. ``accumulate``: into how many micro-batches each step's samples are cut on every rank."""
+    """One run. ``accumulate``: into how many micro-batches each step's samples are cut on every rank. ``order``: number of
+    the permutation in which a batch's rows stand; 0 leaves them."""
 
     who: str
     precision: str
     zero: int
     ranks: int
     accumulate: int = 1
+    order: int = 0
 
     @property
     def name(self) -> str:
-        parts = f"accumulate{self.accumulate}" if self.accumulate > 1 else ""
-        return "-".join(filter(None, [self.who, self.precision, f"zero{self.zero}", f"ranks{self.ranks}", parts]))
+        cut = f"accumulate{self.accumulate}" if self.accumulate > 1 else ""
+        order = f"order{self.order}" if self.order else ""
+        return "-".join(filter(None, [self.who, self.precision, f"zero{self.zero}", f"ranks{self.ranks}", cut, order]))
 
     @property
     def reference(self) -> "Cell":
@@ -77,7 +82,8 @@ class Plan:
 
     def identity(self, cell: Cell) -> str:
         """What a kept result must have been measured for to be taken over."""
-        return digest({**asdict(self), **asdict(cell)})
+        named = {key: value for key, value in asdict(cell).items() if key != "order" or value}
+        return digest({**asdict(self), **named})
 
 
 def full(batch: int = 4, only: Collection[str] = ()) -> list[Cell]:
@@ -88,6 +94,7 @@ def full(batch: int = 4, only: Collection[str] = ()) -> list[Cell]:
     cells = [Cell(OURS, p, zero, ranks) for p in MATRIX for ranks in RANKS for zero in STAGES]
     cells += [Cell(OURS, "int8-activations", zero, ranks) for zero, ranks in ((0, 1), (0, 2), (3, 2))]
     cells += [Cell(OURS, p, 0, ranks, accumulate) for p in NOISY for ranks, accumulate in ((1, 2), (1, 4), (2, 2))]
+    cells += [Cell(OURS, p, 0, 1, order=order) for p in NOISY for order in ORDERS]
     cells = [cell for cell in cells + peers() if batch % (cell.ranks * cell.accumulate) == 0]
     return ordered(cell for cell in cells if not only or cell.name.startswith(tuple(only)))
 
@@ -105,7 +112,8 @@ def quick() -> list[Cell]:
 def ordered(cells: Iterable[Cell]) -> list[Cell]:
     """As the table has them: ours before the peers, by precision, the references first."""
     names = list(PRECISIONS)
-    return sorted(cells, key=lambda c: (WHO.index(c.who), names.index(c.precision), c.ranks, c.zero, c.accumulate))
+    place = lambda c: (WHO.index(c.who), names.index(c.precision), c.ranks, c.zero, c.accumulate, c.order)  # noqa: E731
+    return sorted(cells, key=place)
 
 
 def urgent_first(cells: Iterable[Cell]) -> list[Cell]:
@@ -114,4 +122,5 @@ def urgent_first(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def from_dict(values: dict[str, Any]) -> Cell:
-    return Cell(**{key: values[key] for key in ("who", "precision", "zero", "ranks", "accumulate")})
+    names = ("who", "precision", "zero", "ranks", "accumulate", "order")
+    return Cell(**{key: values[key] for key in names if key in values})

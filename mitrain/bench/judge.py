@@ -1,17 +1,27 @@
 """Losses beside their references, bytes beside their limit: what makes a cell red.
 
 A loss agrees with that of the single-process, unsharded run of the same precision to `EXACT`, or, where rounding depends
-on the order of sums, to the spread (largest − smallest) of unsharded runs that differ in that order alone. At stage 3 a
-rank holds at most `SLACK` times its share of payload and scales. Peers are measured, not judged.
+on the order of sums, to the spread of unsharded runs that differ in that order alone: |x − y| ≤ t √2 s, with s the standard
+deviation of their m losses and t the two-sided quantile `CONFIDENCE` of Student's distribution of m − 1 degrees. (Largest −
+smallest of them would be exceeded by a run like them with a chance of 2 / (m + 1).) Losses that are equal, as those of two
+ways to cut a batch that add in the same order, count once. At stage 3 a rank holds at most `SLACK` times its share of
+payload and scales. Peers are measured, not judged.
 """
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from scipy.stats import t
 
 from mitrain.bench.cells import EXACT, NOISY, OURS, Cell, from_dict
 
 Row = dict[str, Any]
 SLACK = 1.05
+CONFIDENCE = 0.99
+FEWEST = 5
+"""Different losses below which the spread is not known."""
 
 
 def judged(rows: Sequence[Row]) -> list[Row]:
@@ -46,11 +56,12 @@ def tolerance_of(cell: Cell, losses: dict[Cell, float]) -> float | None:
 
 
 def spread(cell: Cell, losses: dict[Cell, float]) -> float | None:
-    """Largest − smallest loss of the unsharded runs of the cell's precision, relative to the reference."""
-    found = [loss for c, loss in losses.items() if (c.who, c.precision, c.zero) == (cell.who, cell.precision, 0)]
-    if len(found) < 2 or cell.reference not in losses:
+    """What two unsharded runs of the cell's precision differ by, relative to the reference; see above."""
+    found = {loss for c, loss in losses.items() if (c.who, c.precision, c.zero) == (cell.who, cell.precision, 0)}
+    if len(found) < FEWEST or cell.reference not in losses:
         return None
-    return (max(found) - min(found)) / abs(losses[cell.reference])
+    quantile = t.ppf((1 + CONFIDENCE) / 2, len(found) - 1)
+    return float(quantile * math.sqrt(2) * statistics.stdev(found) / abs(losses[cell.reference]))
 
 
 def limit_of(row: Row) -> float:

@@ -6,9 +6,10 @@ features, which come from files, are.
 
 import contextlib
 import math
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from mitrain import dist, schema
 from mitrain.bench.cells import Cell, Plan
 from mitrain.bench.resident import optimizer_bytes, resident_bytes, whole_bytes
 from mitrain.data.sources import limit
+from mitrain.engine import Sums
 from mitrain.engine.counting import Gathered, counted_gathers
 from mitrain.engine.zero import sharding
 from mitrain.errors import UserError
 from mitrain.model import Model, build
 from mitrain.schema import RunConfig
+from mitrain.tasks.base import Batch
 from mitrain.trainer import Trainer
 
 Row = dict[str, Any]
@@ -34,8 +37,8 @@ Step = Callable[[], tuple[float, float]]
 class Measured(Trainer):
     """The trainer on the first ``samples`` of its data, with every layer run in every step."""
 
-    def __init__(self, config: RunConfig, samples: int):
-        self.samples = samples
+    def __init__(self, config: RunConfig, samples: int, order: int = 0):
+        self.samples, self.order = samples, order
         super().__init__(config, Path(), quiet=True)
 
     def _build(self) -> Model:
@@ -51,11 +54,25 @@ class Measured(Trainer):
         self.train = limit(self.train, self.samples)
         super()._encode()
 
+    def loss(self, batch: Batch) -> Sums:
+        return super().loss(permuted(batch, self.order) if self.order else batch)
+
     def step(self) -> tuple[float, float]:
         result, seconds = self._step()
         if not result.applied:
             raise UserError(f"a step was skipped ({result.reason}): its loss says nothing; lower train.lr")
         return result.loss, seconds
+
+
+def permuted(batch: Batch, number: int) -> Batch:
+    """The same rows in the ``number``-th order: what is summed is the same, and in another order."""
+    rows = list(range(len(batch.samples)))
+    random.Random(number).shuffle(rows)
+    tensors = {name: getattr(batch, name) for name in ("features", "images", "states")}
+    placed = {name: tensor if tensor is None else tensor[rows] for name, tensor in tensors.items()}
+    return replace(
+        batch, samples=[batch.samples[row] for row in rows], levels=[x[rows] for x in batch.levels], **placed
+    )
 
 
 @dataclass
@@ -69,7 +86,7 @@ class Subject:
 
 
 def ours(cell: Cell, plan: Plan, kind: type[Measured] = Measured) -> Subject:
-    trainer = kind(schema.load(plan.config, plan.overrides(cell)), plan.samples)
+    trainer = kind(schema.load(plan.config, plan.overrides(cell)), plan.samples, cell.order)
     return Subject(trainer.step, trainer.model.frozen, list(trainer.engine.params.values()), trainer.engine.optimizer)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mitrain.bench.cells import NOISY, OURS
-from mitrain.bench.judge import SLACK
+from mitrain.bench.judge import CONFIDENCE, SLACK
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -33,6 +33,7 @@ def table(rows: Sequence[Row], made: dict[str, Any]) -> str:
 
 def line(row: Row) -> list[str]:
     ranks = f"{row['ranks']}" + (f", {row['accumulate']} micro-batches" if row["accumulate"] > 1 else "")
+    ranks += f", order {row['order']}" if row.get("order") else ""
     head = [row["who"], row["precision"], str(row["zero"]), ranks]
     if "error" in row:
         return [*head, f"failed: {row['error'].replace('|', '/')}", *[""] * (len(COLUMNS) - 6), mark(row)]
@@ -70,8 +71,9 @@ def notes(rows: Sequence[Row], made: dict[str, Any]) -> list[str]:
     ]
     if noisy:
         text.append(
-            f"Where rounding depends on the order of sums ({', '.join(noisy)}) the tolerance is the spread of all unsharded"
-            " runs, which differ in that order alone: ranks and micro-batches."
+            f"Where rounding depends on the order of sums ({', '.join(noisy)}) the tolerance is the spread of the unsharded"
+            " runs, which differ in that order alone (ranks, micro-batches, order of a batch's rows): what two of them"
+            f" differ by in {100 * CONFIDENCE:.0f} of 100 cases, by their standard deviation and Student's distribution."
         )
     text += [
         "Frozen bytes are counted from shards and storages after the last step, encoders included; the limit at stage 3 is"

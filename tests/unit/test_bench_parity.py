@@ -4,11 +4,15 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from mitrain.bench import cells, judge, parity, ranks
 from mitrain.bench.cells import EXACT, OURS, Cell, Plan
+from mitrain.bench.measured import permuted
 from mitrain.bench.table import COLUMNS, table
 from mitrain.cli import main
+from mitrain.config import digest
+from mitrain.tasks.base import Batch
 
 PLAN = Plan("x.yaml", steps=2)
 FOUND = {
@@ -39,7 +43,7 @@ def test_the_matrix_is_whole_and_each_cell_has_its_reference():
     assert {c.who for c in full} == {"ours", "bitsandbytes", "peft"}
     first = cells.urgent_first(full)
     assert all(first.index(cell.reference) <= first.index(cell) for cell in full)
-    assert [c.precision for c in first if c.precision == "bf16"] == [c.precision for c in first][-11:]
+    assert [c.precision for c in first if c.precision == "bf16"] == [c.precision for c in first][-16:]
     for precision in cells.NOISY:
         assert sum(c.zero == 0 and c.precision == precision and c.who == OURS for c in full) >= 3
     assert len(cells.quick()) == 8 and all(c.who == OURS and c in full for c in cells.quick())
@@ -65,13 +69,35 @@ def test_a_loss_off_by_more_than_the_tolerance_is_red():
 
 
 def test_noisy_precisions_are_held_to_the_spread_of_unsharded_runs():
-    unsharded = [row(Cell(OURS, "bf16", 0, 1)), row(Cell(OURS, "bf16", 0, 2), loss=2.01)]
-    unsharded += [row(Cell(OURS, "bf16", 0, 1, 2), loss=1.99)]
-    within, beyond = (row(Cell(OURS, "bf16", 2, 1), loss=loss) for loss in (2.0199, 2.0201))
-    found = judge.judged([*unsharded, within, beyond])
-    assert [r["ok"] for r in found] == [True, True, True, True, False]
-    assert found[-1]["tolerance"] == pytest.approx(0.01)
-    assert verdicts(unsharded[0], within) == [False, False], "one run has no spread"
+    losses = [2.0, 2.01, 1.99, 2.005, 1.985]
+    runs = [Cell(OURS, "bf16", 0, 1), Cell(OURS, "bf16", 0, 2), *(Cell(OURS, "bf16", 0, 1, order=i) for i in (1, 2, 3))]
+    unsharded = [row(cell, loss=loss) for cell, loss in zip(runs, losses, strict=True)]
+    same = row(Cell(OURS, "bf16", 0, 1, 2), loss=2.01)  # adds in the same order as another: it says nothing new
+    # s = 0.0103682, t(0.995, 4) = 4.604095 from a table: 4.604095 · √2 · 0.0103682 / 2
+    allowed = 0.033754
+    within, beyond = (row(Cell(OURS, "bf16", 2, 1), loss=2 * (1 + allowed * part)) for part in (0.999, 1.001))
+    found = judge.judged([*unsharded, same, within, beyond])
+    assert [r["ok"] for r in found] == [True] * 7 + [False]
+    assert found[-1]["tolerance"] == pytest.approx(allowed, rel=1e-4)
+    assert verdicts(*unsharded[:4], within)[-1] is False, "four runs have no spread"
+
+
+def test_permuted_batches_hold_the_same_rows():
+    states = torch.arange(4.0)[:, None]
+    batch = Batch(["a", "b", "c", "d"], states, [states + 10], None, states + 20)
+    found = permuted(batch, 1)
+    assert sorted(found.samples) == batch.samples and found.samples != batch.samples and found.images is None
+    place = [batch.samples.index(name) for name in found.samples]
+    assert torch.equal(found.features, states[place]) and torch.equal(found.levels[0], states[place] + 10)
+    assert torch.equal(found.states, states[place] + 20)
+    orders = {tuple(permuted(batch, number).samples) for number in (0, *cells.ORDERS)}
+    assert len(orders) >= 5
+
+
+def test_a_kept_cell_of_before_orders_is_still_known():
+    cell = Cell(OURS, "bf16", 0, 1)
+    assert PLAN.identity(cell) == digest({**asdict(PLAN), **{k: v for k, v in asdict(cell).items() if k != "order"}})
+    assert PLAN.identity(Cell(OURS, "bf16", 0, 1, order=1)) != PLAN.identity(cell)
 
 
 def test_a_rank_that_holds_too_much_is_red_at_stage_3_alone():
