@@ -154,6 +154,22 @@ def test_weights_of_all_sizes_down_to_none(spread, called):
 
 
 @needs_compiler
+@pytest.mark.parametrize("place", [3, 18])
+def test_a_score_that_outdoes_all_others_wherever_it_stands(place, called):
+    """130 above the rest, whose exponential float32 does not hold: the highest is found among 20 keys, which are no
+    multiple of a vector's lanes."""
+    inputs, options = make(Case(tk=20, scale=1.0), torch.float32)
+    inputs = {n: x.detach() for n, x in inputs.items()}
+    inputs["q"], inputs["k_mul"] = torch.eye(8)[0].expand(2, 4, 20, 8).clone(), torch.zeros(2, 2, 4, 8)
+    inputs["k"] = torch.zeros(2, 2, 20, 8)
+    inputs["k"][:, :, place, 0] = 130
+    inputs = {n: x.requires_grad_() for n, x in inputs.items()}
+    got = run(infused_attention, inputs, upstream_of(inputs), **options, backend="sdpa")
+    assert_right(got, inputs, upstream_of(inputs), slack=16, **options)
+    assert "BACKWARD" in called
+
+
+@needs_compiler
 def test_keys_with_strides_that_a_blas_refuses(called):
     inputs, options = make(Case(tk=9), torch.float32)
     same = {n: inputs[n].detach()[:, :, :1].expand(-1, -1, 9, -1).requires_grad_() for n in "kv"}
