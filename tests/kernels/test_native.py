@@ -154,7 +154,7 @@ def test_weights_of_all_sizes_down_to_none(spread, called):
 
 
 @needs_compiler
-@pytest.mark.parametrize("place", [3, 18])
+@pytest.mark.parametrize("place", [0, 3, 18])
 def test_a_score_that_outdoes_all_others_wherever_it_stands(place, called):
     """130 above the rest, whose exponential float32 does not hold: the highest is found among 20 keys, which are no
     multiple of a vector's lanes."""
