@@ -9,7 +9,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,13 @@ from torch import nn
 from mitrain import dist, schema
 from mitrain.bench.cells import Cell, Plan
 from mitrain.bench.resident import optimizer_bytes, resident_bytes, whole_bytes
+from mitrain.data.loader import Draw
 from mitrain.data.sources import limit
-from mitrain.engine import Sums
 from mitrain.engine.counting import Gathered, counted_gathers
 from mitrain.engine.zero import sharding
 from mitrain.errors import UserError
 from mitrain.model import Model, build
 from mitrain.schema import RunConfig
-from mitrain.tasks.base import Batch
 from mitrain.trainer import Trainer
 
 Row = dict[str, Any]
@@ -54,8 +53,8 @@ class Measured(Trainer):
         self.train = limit(self.train, self.samples)
         super()._encode()
 
-    def loss(self, batch: Batch) -> Sums:
-        return super().loss(permuted(batch, self.order) if self.order else batch)
+    def _accumulate(self, draws: list[Draw[Any]], share: slice) -> None:
+        super()._accumulate(permuted(draws, self.order), share)
 
     def step(self) -> tuple[float, float]:
         result, seconds = self._step()
@@ -64,15 +63,13 @@ class Measured(Trainer):
         return result.loss, seconds
 
 
-def permuted(batch: Batch, number: int) -> Batch:
-    """The same rows in the ``number``-th order: what is summed is the same, and in another order."""
-    rows = list(range(len(batch.samples)))
-    random.Random(number).shuffle(rows)
-    tensors = {name: getattr(batch, name) for name in ("features", "images", "states")}
-    placed = {name: tensor if tensor is None else tensor[rows] for name, tensor in tensors.items()}
-    return replace(
-        batch, samples=[batch.samples[row] for row in rows], levels=[x[rows] for x in batch.levels], **placed
-    )
+def permuted(draws: list[Draw[Any]], number: int) -> list[Draw[Any]]:
+    """The same samples in the ``number``-th order, before the ranks share them: what is summed is the same, and in
+    another order. 0: their own."""
+    found = list(draws)
+    if number:
+        random.Random(number).shuffle(found)
+    return found
 
 
 @dataclass

@@ -72,7 +72,7 @@ def notes(rows: Sequence[Row], made: dict[str, Any]) -> list[str]:
     if noisy:
         text.append(
             f"Where rounding depends on the order of sums ({', '.join(noisy)}) the tolerance is the spread of the unsharded"
-            " runs, which differ in that order alone (ranks, micro-batches, order of a batch's rows): what two of them"
+            " runs, which differ in that order alone (ranks, micro-batches, order of a batch's samples): what two of them"
             f" differ by in {100 * CONFIDENCE:.0f} of 100 cases, by their standard deviation and Student's distribution."
         )
     text += [
