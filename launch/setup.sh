@@ -114,7 +114,8 @@ install_packages() {
         if [ "$(uname -s)" = Linux ]; then install_cpu_torch "$pin"; fi
     fi
     say "installing the pinned packages (extras: ${extras:-none}; details in .venv/setup.log)"
-    quietly "installing the pinned packages" uv_install ${sources[@]+"${sources[@]}"} \
+    # compiled now, not by each first import: that costs seconds in every process where Python may not write
+    quietly "installing the pinned packages" uv_install --compile-bytecode ${sources[@]+"${sources[@]}"} \
         --constraints launch/constraints.txt --build-constraints launch/constraints.txt \
         "${torch[@]}" --editable ".${extras:+[$extras]}"
 }

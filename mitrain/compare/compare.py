@@ -11,7 +11,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,8 @@ class Job:
 
     @property
     def kept(self) -> list[Row]:
-        """The rows of an earlier call; none where there is no file or it is damaged."""
-        found = read_json(self.out / "results.json").get("rows")
-        return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+        """The rows of an earlier call."""
+        return read_rows(self.out)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,6 +59,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def read_rows(out: Path) -> list[Row]:
+    """The rows of results.json; none where there is no file or it is damaged."""
+    found = read_json(out / "results.json").get("rows")
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
 def compare(
@@ -85,7 +90,7 @@ def compare(
             key = cell.place.key()
             if finished(rows.get(key), cell, limit_s):
                 continue
-            row = twin(rows, cell) or cell_row(cell, job, limit_s, measure or in_process)
+            row = twin([*rows.values(), *beside(job.out)], cell) or cell_row(cell, job, limit_s, measure or in_process)
             keep_panels(job.out, cell.place, row.pop("panels", None))
             rows[key] = row
             result = write(job, rows, command)
@@ -117,12 +122,18 @@ def finished(row: Row | None, cell: Cell, limit_s: float) -> bool:
     return row["status"] == OK or (row["status"] == TOO_LONG and row["limit_s"] >= limit_s)
 
 
-def twin(rows: dict[str, Row], cell: Cell) -> Row | None:
-    """The row of another place with the very same settings, as a method's own value on an axis."""
-    for row in rows.values():
-        if row["identity"] == cell.identity and row["status"] == OK:
+def twin(rows: Iterable[Row], cell: Cell) -> Row | None:
+    """The row of another place with the very same settings, as a method's own value on an axis or another study's cell."""
+    for row in rows:
+        if row.get("identity") == cell.identity and row.get("status") == OK:
             return {**row, **asdict(cell.place), "reduced": cell.reduced}
     return None
+
+
+def beside(out: Path) -> list[Row]:
+    """The rows of the studies whose results lie beside ``out``."""
+    found = [read_rows(path.parent) for path in sorted(out.parent.glob("*/results.json")) if path.parent != out]
+    return [row for rows in found for row in rows]
 
 
 def cell_row(cell: Cell, job: Job, limit_s: float, measure: Measure) -> Row:

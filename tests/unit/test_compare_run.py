@@ -132,6 +132,21 @@ def test_changed_settings_are_measured_anew_and_what_left_the_study_goes(job, tm
     assert sum("no longer in the study" in line for line in told) == 4
 
 
+def test_a_cell_that_a_study_beside_it_has_measured_is_taken_over(job, tmp_path):
+    run(job, Bench(fails=["label-mit-seed1"], value=0.7))
+    other = make(tmp_path, name="other", methods={"same": {}, "wide": {"adapter.rank": 32}}, reduced="small")
+    bench = Bench()
+    found = run(Job(other.study, other.path, tmp_path / "other"), bench)
+    assert bench.asked == ["label-same-seed1", "label-wide-seed0", "label-wide-seed1"], "a failed row is no result"
+    assert [(r["method"], r["value"], r["reduced"]) for r in found["rows"][:2]] == [
+        ("same", 0.7, "small"),
+        ("same", 0.5, "small"),
+    ]
+    far = Bench()
+    run(Job(other.study, other.path, tmp_path / "deep" / "other"), far)
+    assert len(far.asked) == 4
+
+
 def test_rows_of_other_versions_are_measured_anew(job, monkeypatch):
     run(job, Bench())
     monkeypatch.setattr("mitrain.compare.cells.measured_with", lambda: {"torch": "99"})
