@@ -22,6 +22,7 @@ from mitrain import dist, hf
 from mitrain.engine.base import Group, OptimizerConfig, T
 from mitrain.engine.deepspeed_config import Json, ZeroConfig, deepspeed_json
 from mitrain.engine.local import LocalEngine, checked_count
+from mitrain.engine.tied import hold_tied
 from mitrain.errors import ConfigError
 
 
@@ -95,7 +96,10 @@ def initialize(root: "Root", made: Json, optimizer: torch.optim.Optimizer | None
     """DeepSpeed's engine for the modules under ``root``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it imports much of torch that is deprecated
-        return join().initialize(model=root, optimizer=optimizer, config=made, dist_init_required=False)[0]
+        engine = join().initialize(model=root, optimizer=optimizer, config=made, dist_init_required=False)[0]
+    if made["zero_optimization"]["stage"] == 3:
+        hold_tied(root)
+    return engine
 
 
 class Root(nn.Module):

@@ -75,6 +75,17 @@ def test_a_setting_that_deepspeed_does_not_know_is_one_line(engines):
         assert "\n" not in found["refusal"]
 
 
+def test_a_head_finds_the_embedding_that_it_shares_still_gathered(engines):
+    """However far they are apart: each step gathers the shared weights and the frozen layer once, and keeps nothing.
+
+    The first step, in which DeepSpeed learns the modules' order, does not tell.
+    """
+    embedding, layer = 4 * 100 * 8, 4 * 8 * 8
+    for found in engines:
+        assert found["tied"][1:] == [[embedding + layer, 0]] * 2
+        assert found["headless"][1:] == [[embedding + layer, 0]] * 2, "a head that is not called keeps nothing either"
+
+
 LOW = {
     "fp32": [],
     "int8": ["model.quantize=int8", "model.quantize_embedding=true"],

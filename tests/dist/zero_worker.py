@@ -12,7 +12,8 @@ from torch import nn
 from mitrain import dist
 from mitrain.cli import main
 from mitrain.engine import Engine, Group, LocalEngine, OptimizerConfig, ZeroConfig
-from mitrain.engine.zero import ZeroEngine, checked_json
+from mitrain.engine.counting import counted_gathers
+from mitrain.engine.zero import ZeroEngine, checked_json, sharding
 from mitrain.errors import ConfigError
 from mitrain.trainer import Trainer
 
@@ -112,6 +113,40 @@ def held(module: nn.Module) -> dict[str, int]:
     return found
 
 
+class Tied(nn.Module):
+    """An embedding whose weights are the head's, with a frozen and a trained layer between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(100, 8), nn.Linear(8, 100, bias=False)
+        self.frozen, self.own = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.head.weight = self.embedding.weight
+        self.requires_grad_(False)
+        self.own.requires_grad_(True)
+
+    def forward(self, ids: torch.Tensor, headless: bool) -> torch.Tensor:
+        states = self.own(self.frozen(self.embedding(ids)))
+        return states if headless else self.head(states)
+
+
+def tied(headless: bool) -> list[list[int]]:
+    """Of each step: bytes gathered by its forward pass, and elements of the shared weights that are whole after it."""
+    sizes = {"max_reuse_distance": 0, "param_persistence_threshold": 0, "prefetch_bucket_size": 0}
+    zero = ZeroConfig(stage=3, config={"zero_optimization": {f"stage3_{k}": value for k, value in sizes.items()}})
+    module, found = Tied(), []
+    sharding(zero, CLIP)(module)
+    engine = ZeroEngine({"net": module}, [Group("net", {"own": module.own.weight}, 0.1)], lambda _: 1.0, CLIP, zero)
+    for number in range(3):
+        with counted_gathers() as gathered:
+            loss = engine.forward(lambda ids=torch.arange(4) + number: module(ids, headless).square().sum())
+            forward = gathered.bytes
+            engine.backward(loss, 4)
+            engine.step()
+        found.append([forward, module.embedding.weight.numel()])
+    return found
+
+
 def refusal() -> str:
     """What a setting is answered with that DeepSpeed does not know."""
     try:
@@ -124,7 +159,7 @@ def refusal() -> str:
 def compare(out: str) -> int:
     torch.set_num_threads(1)
     with dist.started() as here:
-        found = {**engines(), "refusal": refusal()}
+        found = {**engines(), "refusal": refusal(), "tied": tied(False), "headless": tied(True)}
     (Path(out) / f"{here.rank}.json").write_text(json.dumps(found))
     return 0
 
