@@ -53,9 +53,10 @@ def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Captio
     for line, row in read_rows(path, columns, REQUIRED):
         where = f"{path}:{line}"
         image, name, thing = (as_text(row.get(columns[f]), columns[f], where) for f in ("image", "id", "object"))
+        image = image.strip()
         given = row.get(columns["text"])
         texts = [as_text(t, columns["text"], where).strip() for t in (given if isinstance(given, list) else [given])]
-        for field, there in (("image", image.strip()), ("text", texts and all(texts))):
+        for field, there in (("image", image), ("text", texts and all(texts))):
             if not there:
                 raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")
         name = name or f"{path.name}:{line}"
@@ -88,6 +89,12 @@ def read_karpathy(root: Path, file: str | None, split: str, images: str | None =
     if not kept:
         raise DataError(f"{str(path)!r} has no caption in the split {split!r}: get the original file")
     return kept
+
+
+def karpathy_splits(root: Path, file: str | None) -> list[str]:
+    """The splits that the file has images of."""
+    there = {image[0] for image in read_images(karpathy_file(Path(root), file))}
+    return [split for split, names in SPLITS.items() if there & set(names)] or list(SPLITS)
 
 
 def karpathy_file(root: Path, file: str | None) -> Path:

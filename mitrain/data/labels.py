@@ -67,7 +67,8 @@ def placed(
     for line, row in read_rows(path, columns, REQUIRED):
         where = f"{path}:{line}"
         texts = {f: as_text(row.get(columns[f]), columns[f], where) for f in FIELDS if f != "label"}
-        if not texts["image"].strip():
+        texts["image"] = texts["image"].strip()
+        if not texts["image"]:
             raise DataError(f"{where}: no {columns['image']!r}: fill it in, or map another with columns.image=NAME")
         if columns["label"] not in row:
             raise DataError(f"{where}: no {columns['label']!r}: add it, or map another with columns.label=NAME")
@@ -98,6 +99,10 @@ def class_names(samples: Sequence[LabelSample], where: str) -> tuple[str, ...]:
     names = tuple(sorted({label for sample in samples for label in sample.labels}))
     if len(names) < 2:
         raise DataError(f"{where} has {len(names)} different label(s): a classification needs two or more")
+    folded: dict[str, str] = {}
+    for name in names:
+        if name != folded.setdefault(name.casefold(), name):
+            log.warning("%s has the labels %r and %r, which count as two", where, folded[name.casefold()], name)
     return names
 
 

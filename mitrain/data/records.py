@@ -62,6 +62,7 @@ def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Answer
 def to_sample(row: Mapping[str, Any], where: str, columns: Mapping[str, str], default_id: str) -> AnswerSample:
     values = {field: row.get(name) for field, name in columns.items()}
     texts = {field: as_text(values[field], columns[field], where) for field in FIELDS if field != "candidates"}
+    texts["image"] = texts["image"].strip()
     for field in REQUIRED:
         if not texts[field].strip():
             raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")

@@ -14,6 +14,8 @@ from mitrain.errors import DataError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
+PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bzip2, xz, zstandard
+
 Row = tuple[int, dict[str, Any]]  # line number, cells by column
 
 
@@ -21,9 +23,21 @@ def read_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -
     """Line number and cells of every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
 
     A ``.json`` file with one list of objects, as BLIP's are, is read too; its records are numbered from 1. ``columns``
-    maps our fields to the file's names; those ``required`` must stand in a CSV file's header.
+    maps our fields to the file's names; those ``required`` must stand in a CSV file's header, and a name that differs
+    from the field's is a column that somebody asked for: one that no record has is refused.
     """
-    path = Path(path)
+    asked = {name: field for field, name in columns.items() if name != field}
+    seen: set[str] = set()
+    for line, row in all_rows(Path(path), columns, required):
+        seen.update(row)
+        yield line, row
+    for name in asked.keys() - seen if seen else ():
+        raise DataError(
+            f"{str(path)!r} has no {name!r}{nearest(name, seen)} in any record: correct columns.{asked[name]}={name}"
+        )
+
+
+def all_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Row]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() in DELIMITERS:
@@ -33,19 +47,38 @@ def read_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -
             else:
                 yield from rows_of_jsonl(file, path)
     except UnicodeDecodeError as error:
-        raise DataError(f"{str(path)!r} is not UTF-8 text ({error}): save it as UTF-8") from None
+        raise not_utf8(path, error) from None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {str(path)!r} ({error}): give a JSONL or CSV file") from None
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
+    """The fault of a file that could not be decoded: compressed, or of another encoding."""
+    with open(path, "rb") as file:
+        packed = file.read(8).startswith(PACKED)
+    if packed:
+        return DataError(f"{str(path)!r} is compressed, or a spreadsheet: unpack it, or save it as text in UTF-8")
+    return DataError(f"{str(path)!r} is not UTF-8 text ({error}): save it as UTF-8")
 
 
 def read_table(path: Path) -> dict[str, Any]:
     """The one JSON object that a file holds."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        value = parsed(Path(path).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {str(path)!r} ({str(error)[:120]}): get the original file") from None
     if not isinstance(value, dict):
         raise DataError(f"{str(path)!r} holds a {type(value).__name__} instead of an object: get the original file")
+    return value
+
+
+def parsed(text: str) -> Any:
+    """JSON's value. Raises ValueError; also for an escape of half a character, which nothing could print or tokenize."""
+    value = json.loads(text)
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
@@ -70,7 +103,7 @@ def rows_of_jsonl(file: TextIO, path: Path) -> Iterator[Row]:
 
 def rows_of_json(file: TextIO, path: Path) -> Iterator[Row]:
     try:
-        rows = json.load(file)
+        rows = parsed(file.read())
     except RecursionError as error:
         raise ValueError(str(error)) from None
     if not isinstance(rows, list):
@@ -85,7 +118,7 @@ def rows_of_json(file: TextIO, path: Path) -> Iterator[Row]:
 
 def json_object(text: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(text)
+        row = parsed(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}): write one object a line") from None
     if not isinstance(row, dict):
@@ -97,7 +130,8 @@ def rows_of_csv(file: TextIO, path: Path, columns: Mapping[str, str], required: 
     header: list[str] | None = None
     for line, cells in cells_of_csv(file, path):
         if header is None:
-            header = check_header(cells, path, columns, required)
+            names = [cell.strip() for cell in cells]
+            header = check_header(names, path, columns, required) if any(names) else None
         elif len(cells) > len(header):
             raise DataError(f"{path}:{line}: {len(cells)} cells under {len(header)} columns: quote commas")
         elif cells:
@@ -111,16 +145,21 @@ def cells_of_csv(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
         for cells in reader:
             yield reader.line_num, cells
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}): quote the cell") from None
+        mend = "close its quotes, or use JSONL for long texts" if "limit" in str(error) else "quote the cell"
+        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}): {mend}") from None
 
 
 def check_header(header: list[str], path: Path, columns: Mapping[str, str], required: Sequence[str]) -> list[str]:
     for field in required:
         name = columns[field]
         if header.count(name) != 1:
+            if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
+                raise DataError(
+                    f"{path}:1: cells are parted by {other!r}: part them by commas, or by tabs in a .tsv file"
+                )
             problem = "two columns" if name in header else "no column"
             raise DataError(
-                f"{path}:1: {problem} {name!r} for {field}{nearest(name, header)}: "
+                f"{path}:1: {problem} {name!r} for {field}{'' if name in header else nearest(name, header)}: "
                 f"the header has {', '.join(header)[:200]}; map it with columns.{field}=NAME"
             )
     return header

@@ -117,6 +117,11 @@ def test_captions_of_ones_own(tmp_path):
     assert [(s.image, s.text) for s in found] == [("a.png", "one, two"), ("a.png", "three")]
 
 
+def test_a_pictures_name_has_no_blanks_around_it(tmp_path):
+    (tmp_path / "a.csv").write_text("image , text\n a.png ,A cat.\n")
+    assert [(s.image, s.text) for s in read_captions(tmp_path / "a.csv")] == [("a.png", "A cat.")]
+
+
 def test_a_list_in_one_json_file_is_read(tmp_path):
     """As BLIP's retrieval files are: one caption a record for training, a list of them for testing."""
     rows = [{"image": "a.jpg", "caption": "one", "image_id": "7"}, {"image": "b.jpg", "caption": ["two", "three"]}]

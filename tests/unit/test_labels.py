@@ -1,6 +1,11 @@
 """Labelled pictures in JSONL and CSV; every fault named by file and line."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
+import zipfile
 
 import pytest
 from hypothesis import given, settings
@@ -30,6 +35,13 @@ def test_jsonl_and_csv_say_the_same(tmp_path):
     (tmp_path / "a.csv").write_text("id,image,text,label,object,kind\na,a.png,a red apple,food,apple,k\n,b.png,,7\n")
     assert [s.labels for s in read_labels(tmp_path / "a.csv")] == [("food",), ("7",)]
     assert read_labels(tmp_path / "a.csv")[0] == found[0]
+
+
+def zipped(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a", content)
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(("cell", "labels"), [("a|b", ("a", "b")), (" a | b |a", ("a", "b")), ("", ()), ("a", ("a",))])
@@ -77,6 +89,44 @@ def test_faults_of_several_labels_and_of_headers(tmp_path):
         read_labels(tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_column_that_was_asked_for_must_be_there(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", *([ROW] if suffix == "jsonl" else ["image,text,label", "a.png,x,food"]))
+    with pytest.raises(
+        DataError, match=rf"a\.{suffix}' has no 'txt' \(did you mean 'text'\?\) in any record"
+    ) as caught:
+        read_labels(path, {"text": "txt"})
+    assert "columns.text=txt" in str(caught.value)
+
+
+def test_headers_and_pictures_have_no_blanks_around_them(tmp_path):
+    (tmp_path / "a.csv").write_text("\n \nimage, label , text\na.png ,food,an apple\n")
+    (found,) = read_labels(tmp_path / "a.csv")
+    assert (found.image, found.text, found.labels) == ("a.png", "an apple", ("food",))
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_another_separator_is_named(tmp_path, mark):
+    (tmp_path / "a.csv").write_text(f"image{mark}text{mark}label\n")
+    with pytest.raises(DataError, match="cells are parted by") as caught:
+        read_labels(tmp_path / "a.csv")
+    assert repr(mark) in str(caught.value)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zipped])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_compressed_files_are_named_as_such(tmp_path, pack, suffix):
+    (tmp_path / f"a.{suffix}").write_bytes(pack(bytes(range(256))))
+    with pytest.raises(DataError, match=rf"a\.{suffix}' is compressed, or a spreadsheet: unpack it"):
+        read_labels(tmp_path / f"a.{suffix}")
+
+
+def test_half_of_a_character_is_refused_and_a_whole_one_read(tmp_path):
+    assert read_labels(write(tmp_path / "a.jsonl", ROW | {"text": "\N{PILE OF POO}"}))[0].text == "\N{PILE OF POO}"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not valid JSON .*surrogates"):
+        read_labels(write(tmp_path / "a.jsonl", ROW | {"text": "\ud83d"}))
+
+
 def section(**values) -> LabelledConfig:
     return config.choose("data", {"name": "labelled", "root": "x", **values})
 
@@ -92,6 +142,12 @@ def test_the_classes_are_those_of_training(tmp_path):
     write(tmp_path / "train.jsonl", ROW)
     with pytest.raises(DataError, match="1 different label"):
         section().class_names(tmp_path)
+
+
+def test_labels_that_differ_in_case_alone_are_pointed_out(tmp_path, caplog):
+    write(tmp_path / "train.jsonl", ROW, ROW | {"id": "b", "label": "Food"}, ROW | {"id": "c", "label": "toy"})
+    assert section().class_names(tmp_path) == ("Food", "food", "toy")
+    assert caplog.text.count("'Food' and 'food', which count as two") == 1 and "toy" not in caplog.text
 
 
 VALUES = st.recursive(

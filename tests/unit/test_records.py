@@ -29,6 +29,11 @@ def test_jsonl(tmp_path):
     ]
 
 
+def test_a_pictures_name_has_no_blanks_around_it(tmp_path):
+    (tmp_path / "a.csv").write_text("image, prompt ,answer\n a.png ,What?, a cat\n")
+    assert [(s.image, s.answer) for s in read_records(tmp_path / "a.csv")] == [("a.png", " a cat")]
+
+
 @pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t"), (".CSV", ",")])
 def test_csv_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path, suffix, delimiter):
     path = tmp_path / f"a{suffix}"
