@@ -3,27 +3,29 @@
 As distributed: ``images/{train,test}/CLASS/CLASS_N.jpg`` and ``texts/{train,test}_titles.csv`` with rows image, title,
 class (no header, titles not always quoted). The derived layout of missing-aware prompts is read where it is there:
 ``split.json`` {train, val, test: [image]}, ``text.json`` {image: title} and ``class_idx.json`` {class: number}.
-A class is an image's name up to its last "_".
+A class is an image's name up to its last "_"; the number behind it may have a part (``cheese_plate_717-2.jpg``).
 """
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mitrain.data.labels import LabelSample, report_left_out
-from mitrain.data.rows import cells_of_csv, read_table, unique
+from mitrain.data.labels import LabelSample, check_known, report_left_out
+from mitrain.data.rows import not_utf8, read_table, unique
 from mitrain.errors import DataError
 
 SPLITS = ("train", "val", "test")
+IMAGE = re.compile(r"([^/\\\0]+)_\d+(-\d+)?\.\w+")
 
 
-def read_food101(root: Path, split: str, val_share: float) -> list[LabelSample]:
+def read_food101(root: Path, split: str, val_share: float, known: Collection[str] = ()) -> list[LabelSample]:
     """A split's samples in the file's order; those without a title are left out, and counted.
 
     The distributed files have no validation: ``val_share`` of the training images, chosen by their names, is taken for
-    it. Raises DataError naming file and line.
+    it. Where classes are ``known``, others are refused. Raises DataError naming file and line.
     """
     root = Path(root)
     if split not in SPLITS:
@@ -31,6 +33,7 @@ def read_food101(root: Path, split: str, val_share: float) -> list[LabelSample]:
     where = root / "split.json"
     rows = derived(root, split) if where.is_file() else distributed(root, split, val_share)
     left_out: Counter[str] = Counter()
+    rows = ((place, sample) for place, sample in rows if check_known(sample.labels, known, place))
     samples = [sample for sample in unique(rows) if sample.text or left_out.update(["without a title"])]
     report_left_out(samples, left_out, f"{root}: {split}")
     if not samples:
@@ -40,10 +43,10 @@ def read_food101(root: Path, split: str, val_share: float) -> list[LabelSample]:
 
 def class_of(image: str, where: str) -> str:
     """ "apple_pie_12.jpg" → "apple_pie"."""
-    name, _, number = image.rpartition("_")
-    if not name or not number.rpartition(".")[0].isdigit() or "/" in image or "\\" in image:
+    found = IMAGE.fullmatch(image)
+    if not found:
         raise DataError(f"{where}: {image[:80]!r} is no image name like apple_pie_12.jpg: get the original file")
-    return name
+    return found[1]
 
 
 def sample_of(image: str, text: str, folder: str, where: str) -> tuple[str, LabelSample]:
@@ -58,37 +61,65 @@ def distributed(root: Path, split: str, val_share: float) -> Iterator[tuple[str,
     folder = "test" if split == "test" else "train"
     path = root / "texts" / f"{folder}_titles.csv"
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for line, cells in cells_of_csv(file, path):
-                if not cells or (line == 1 and not has_number(cells[0])):  # a blank line, a header that others added
-                    continue
-                where = f"{path}:{line}"
-                image, title = image_and_title(cells, where)
-                if split == "test" or in_val(image, val_share) == (split == "val"):
-                    yield sample_of(image, title, folder, where)
+        with open(path, encoding="utf-8-sig") as file:
+            found = list(records(file, path))
     except UnicodeDecodeError as error:
-        raise DataError(f"{str(path)!r} is not UTF-8 text ({error}): save it as UTF-8") from None
+        raise not_utf8(path, error) from None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {str(path)!r} ({error}): put texts/ and images/ below data.root") from None
+    titled = [image for _, image, title in found if title]
+    held_out = frozenset() if split == "test" else validation(titled, val_share)
+    for line, image, title in found:
+        if split == "test" or (image in held_out) == (split == "val"):
+            yield sample_of(image, title, folder, f"{path}:{line}")
+
+
+def records(lines: Iterable[str], path: Path) -> Iterator[tuple[int, str, str]]:
+    """Line number, image and title of every record.
+
+    Titles come from web pages: commas and quotes in them are not always quoted, which no reader of CSV forgives. The
+    class behind the title is known from the image before it, so a record ends with the line that ends with its class.
+    """
+    first, image, label, parts = 0, "", "", []
+    for number, line in enumerate(lines, start=1):
+        cell, _, rest = line.strip().partition(",")
+        cell = unquoted(cell)
+        if parts and IMAGE.fullmatch(cell):
+            break
+        if parts:  # a title of several lines
+            rest = line.strip()
+        elif not line.strip() or (number == 1 and not has_number(cell)):  # a blank line, a header that others added
+            continue
+        else:
+            first, image, label = number, cell, class_of(cell, f"{path}:{number}")
+        title, comma, last = rest.rpartition(",")
+        if comma and unquoted(last) == label:
+            yield first, image, unquoted("\n".join([*parts, title]))
+            parts = []
+        else:
+            parts.append(rest)
+    if parts:
+        raise DataError(
+            f"{path}:{first}: the record does not end with the class {label[:80]!r} of its image {image[:80]!r}: "
+            "write image, title, class, or correct one"
+        )
+
+
+def unquoted(cell: str) -> str:
+    """A cell without blanks around it and without the quotes of CSV."""
+    cell = cell.strip()
+    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
 
 
 def has_number(cell: str) -> bool:
     return any(character.isdigit() for character in cell)
 
 
-def image_and_title(cells: list[str], where: str) -> tuple[str, str]:
-    """The first cell, and all between it and the last: a title that was not quoted may hold commas."""
-    if len(cells) < 3:
-        raise DataError(f"{where}: {len(cells)} cell(s) instead of image, title, class: get the original file")
-    image, label = cells[0].strip(), cells[-1].strip()
-    if class_of(image, where) != label:
-        raise DataError(f"{where}: {image[:80]!r} is of the class {label[:80]!r} here: quote commas, or correct one")
-    return image, ",".join(cells[1:-1])
-
-
-def in_val(image: str, share: float) -> bool:
-    """Whether an image is of validation: by a digest of its name, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(image.encode()).digest()[:4], "big") < share * 2**32
+def validation(images: Iterable[str], share: float) -> frozenset[str]:
+    """The images of validation: by a digest of their names, the same on every machine; one at least, of two or more."""
+    places = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") for name in images}
+    chosen = frozenset(name for name, place in places.items() if place < share * 2**32)
+    return chosen or frozenset(sorted(places, key=places.__getitem__)[: len(places) > 1])
 
 
 # the derived layout

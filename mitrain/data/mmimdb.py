@@ -6,11 +6,11 @@ genre outside the 23 (News, which training has, and a few that only dev and test
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from mitrain.data.labels import LabelSample, report_left_out
+from mitrain.data.labels import LabelSample, check_known, report_left_out
 from mitrain.data.rows import read_table, unique
 from mitrain.errors import DataError
 
@@ -19,21 +19,32 @@ GENRES = (
     *("Sci-Fi", "Fantasy", "Family", "Biography", "War", "History", "Music", "Animation", "Musical", "Western"),
     *("Sport", "Short", "Film-Noir"),
 )
+CANONICAL = {genre.casefold(): genre for genre in GENRES}
 SPLITS = {"train": "train", "val": "dev", "dev": "dev", "test": "test"}
 ANNOTATIONS, PICTURES = ("dataset", "labels"), ("dataset", "images")
 
 
-def read_mmimdb(root: Path, split: str) -> list[LabelSample]:
-    """A split's films in the file's order; those that are left out are counted by reason. Raises DataError."""
+def read_mmimdb(root: Path, split: str, known: Collection[str] = GENRES) -> list[LabelSample]:
+    """A split's films in the file's order; those that are left out are counted by reason.
+
+    Raises DataError, also where a film has one of the 23 genres that is not among those ``known``.
+    """
     root = Path(root)
     if split not in SPLITS:
         raise DataError(f"MM-IMDB has no split {split!r}: choose one of {', '.join(SPLITS)}")
     left_out: Counter[str] = Counter()
-    samples = unique(films(root, SPLITS[split], left_out))
+    found = films(root, SPLITS[split], left_out)
+    samples = unique((place, film) for place, film in found if check_known(film.labels, known, place))
     report_left_out(samples, left_out, f"{root}: {split}")
     if not samples:
         raise DataError(f"{str(root)!r} has no usable film in the split {split!r}: get the original files")
     return samples
+
+
+def split_names(root: Path) -> list[str]:
+    """The splits that ``split.json`` has."""
+    there = read_table(root / "split.json")
+    return [split for split in ("train", "val", "test") if SPLITS[split] in there]
 
 
 def films(root: Path, split: str, left_out: Counter) -> Iterator[tuple[str, LabelSample]]:
@@ -47,6 +58,7 @@ def films(root: Path, split: str, left_out: Counter) -> Iterator[tuple[str, Labe
         path = root / notes / f"{film}.json"
         facts = read_table(path)
         genres = texts(facts.get("genres"), f"{str(path)!r}: genres")
+        genres = [CANONICAL.get(genre.strip().casefold(), genre) for genre in genres]
         plot = max(texts(facts.get("plot", []), f"{str(path)!r}: plot"), key=len, default="")
         outside = sorted(set(genres) - set(GENRES))
         reason = f"of the genre {outside[0]}" if outside else "" if genres else "without a genre"

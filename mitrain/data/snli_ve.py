@@ -7,7 +7,7 @@ is there, the part of ``pairID`` before ".jpg". Pictures lie in ``flickr30k_imag
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,35 @@ from mitrain.errors import DataError
 CLASSES = ("entailment", "neutral", "contradiction")
 UNDECIDED = "-"  # the annotators' votes have no majority
 SPLITS = {"train": "train", "val": "dev", "dev": "dev", "test": "test"}
-IMAGE_KEYS = ("Flikr30kID", "Flickr30kID", "Flickr30K_ID", "Flikr30K_ID", "Flickr30k_ID")
+IMAGE_KEYS = ("Flikr30kID", "Flickr30kID", "Flickr30K_ID")
+SPELLINGS = ("flikr30kid", "flickr30kid")  # of any key in small letters, without underscores
 FOLDERS = ("flickr30k_images", "flickr30k-images", "images")
 
 
-def read_snli_ve(root: Path, split: str, images: str | None = None) -> list[LabelSample]:
+def read_snli_ve(
+    root: Path, split: str, images: str | None = None, known: Collection[str] = CLASSES
+) -> list[LabelSample]:
     """A split's hypotheses in the file's order; undecided ones are left out, and counted.
 
-    ``images`` is the folder of the pictures where it is not a usual one. Raises DataError naming file and line.
+    ``images`` is the folder of the pictures where it is not a usual one; labels are among those ``known``. Raises
+    DataError naming file and line.
     """
     if split not in SPLITS:
         raise DataError(f"SNLI-VE has no split {split!r}: choose one of {', '.join(SPLITS)}")
-    path = Path(root) / f"snli_ve_{SPLITS[split]}.jsonl"
+    path = Path(root) / file_of(split)
     left_out: Counter[str] = Counter()
-    samples = unique(hypotheses(path, image_folder(Path(root), images), left_out))
+    samples = unique(hypotheses(path, image_folder(Path(root), images), left_out, known))
     report_left_out(samples, left_out, str(path))
     if not samples:
         raise DataError(f"{str(path)!r} holds no decided pair: get the original file")
     return samples
 
 
-def hypotheses(path: Path, folder: str, left_out: Counter) -> Iterator[tuple[str, LabelSample]]:
+def file_of(split: str) -> str:
+    return f"snli_ve_{SPLITS[split]}.jsonl"
+
+
+def hypotheses(path: Path, folder: str, left_out: Counter, known: Collection[str]) -> Iterator[tuple[str, LabelSample]]:
     for line, row in read_rows(path, {}, ()):
         where = f"{path}:{line}"
         label = text_at(row, "gold_label", where)
@@ -47,16 +55,18 @@ def hypotheses(path: Path, folder: str, left_out: Counter) -> Iterator[tuple[str
             continue
         picture = picture_of(row, where)
         pair = text_at(row, "pairID", where) if "pairID" in row else f"{path.name}:{line}"
-        labels = check_known([label], CLASSES, where)
+        labels = check_known([label], known, where)
         text = text_at(row, "sentence2", where).strip()
         yield where, LabelSample(pair, f"{folder}/{picture}", text, labels, object=picture)
 
 
 def picture_of(row: Mapping[str, Any], where: str) -> str:
     """The picture's file name."""
-    key = next((key for key in IMAGE_KEYS if row.get(key) not in (None, "")), None)
+    named = [key for key in IMAGE_KEYS if key in row] or [k for k in row if k.replace("_", "").lower() in SPELLINGS]
+    key = next((key for key in named if row[key] not in (None, "")), None)
     if key is None:
-        name, dot, _ = text_at(row, "pairID", where).partition(".jpg")
+        pair = row.get("pairID")
+        name, dot, _ = pair.partition(".jpg") if isinstance(pair, str) else ("", "", "")
         if not dot:
             raise DataError(f"{where}: no {', '.join(IMAGE_KEYS[:3])} and no picture in pairID: get the original file")
         return name + dot

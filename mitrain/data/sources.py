@@ -104,7 +104,8 @@ class Food101Config(ClassSection, kind="data", name="food101"):
     val_share: float = Field(0.07, gt=0, lt=1)
 
     def read(self, root: Path, split: str) -> list[Any]:
-        return food101.read_food101(root, split, self.val_share)
+        known = self.classes if self.classes or split == "train" else self.class_names(root)
+        return food101.read_food101(root, split, self.val_share, known)
 
     def split_names(self, root: Path) -> list[str]:
         return list(food101.SPLITS)
@@ -120,10 +121,11 @@ class MmimdbConfig(ClassSection, kind="data", name="mmimdb"):
     multilabel: bool = True
 
     def read(self, root: Path, split: str) -> list[Any]:
-        return mmimdb.read_mmimdb(root, split)
+        return mmimdb.read_mmimdb(root, split, self.classes or mmimdb.GENRES)
 
     def split_names(self, root: Path) -> list[str]:
-        return ["train", "val", "test"]
+        """The splits that split.json has."""
+        return mmimdb.split_names(root)
 
     def image_root(self, root: Path) -> Path:
         return root
@@ -136,10 +138,11 @@ class SnliVeConfig(ClassSection, kind="data", name="snli-ve"):
     images: str | None = None
 
     def read(self, root: Path, split: str) -> list[Any]:
-        return snli_ve.read_snli_ve(root, split, self.images)
+        return snli_ve.read_snli_ve(root, split, self.images, self.classes or snli_ve.CLASSES)
 
     def split_names(self, root: Path) -> list[str]:
-        return ["train", "val", "test"]
+        """The splits whose files are there."""
+        return there({split: snli_ve.file_of(split) for split in ("train", "val", "test")}, root)
 
     def image_root(self, root: Path) -> Path:
         return root
@@ -178,7 +181,8 @@ class KarpathyConfig(DataSection, kind="data", name="karpathy"):
         return captions.read_karpathy(root, self.file, split, self.images)
 
     def split_names(self, root: Path) -> list[str]:
-        return list(captions.SPLITS)
+        """The splits that the file has images of."""
+        return captions.karpathy_splits(root, self.file)
 
     def image_root(self, root: Path) -> Path:
         return root

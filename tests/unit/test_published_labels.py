@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused
 
+from mitrain import config
 from mitrain.data import food101, mmimdb, snli_ve
 from mitrain.errors import DataError
 
@@ -32,7 +33,9 @@ def food_folder(root, titles=TITLES, test="miso_soup_9.jpg,Miso,miso_soup\n"):
 
 
 def test_food101_as_distributed(tmp_path, caplog):
-    root = food_folder(tmp_path)
+    root = food_folder(tmp_path, TITLES + "tea_102.jpg,Tea,tea")
+    assert [s.id for s in food101.read_food101(root, "val", val_share=1e-9)] == ["tea_102.jpg"]
+    caplog.clear()
     found = food101.read_food101(root, "train", val_share=1e-9)
     assert [(s.image, s.text, s.labels) for s in found] == [
         ("images/train/apple_pie/apple_pie_0.jpg", 'Apple pie, the "best"', ("apple_pie",)),
@@ -51,6 +54,33 @@ def test_food101_takes_its_validation_from_training_by_name(tmp_path):
     assert 20 <= len(parts["val"]) <= 60  # binomial(400, 0.1): six standard deviations are 36
     (root / "texts" / "train_titles.csv").write_text("".join(f"pie_{n}.jpg,a pie,pie\n" for n in range(399, -1, -1)))
     assert {s.id for s in food101.read_food101(root, "val", 0.1)} == parts["val"]
+
+
+TRICKY = {
+    'cheese_plate_717-2.jpg,"Cheese, ""old"" wine",cheese_plate': 'Cheese, "old" wine',
+    'ravioli_1.jpg,"Best" ravioli, ever,ravioli': '"Best" ravioli, ever',
+    'ravioli_2.jpg,"A quote that is never closed,ravioli': '"A quote that is never closed',
+    'ravioli_3.jpg,"Two\nlines, or,\n\nmore",ravioli': "Two lines, or, more",
+    'ravioli_4.jpg,5" ravioli, "ravioli"': '5" ravioli',
+    "ravioli_5.jpg," + "long " * 40_000 + ",ravioli": " ".join(["long"] * 40_000),
+}
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_food101_reads_names_and_titles_as_the_web_wrote_them(tmp_path, newline):
+    text = "\ufeff" + newline.join([*TRICKY, ""]).replace("\n", newline if newline != "\r\n" else "\n")
+    root = food_folder(tmp_path, test=text)
+    found = food101.read_food101(root, "test", 0.1)
+    assert [s.text for s in found] == list(TRICKY.values())
+    assert found[0].image == "images/test/cheese_plate/cheese_plate_717-2.jpg" and found[0].labels == ("cheese_plate",)
+
+
+def test_food101_holds_something_out_of_a_handful(tmp_path):
+    root = food_folder(tmp_path, "".join(f"pie_{n}.jpg,a pie,pie\n" for n in range(3)))
+    assert [len(food101.read_food101(root, split, 0.001)) for split in ("train", "val")] == [2, 1]
+    with pytest.raises(DataError, match=r"test_titles\.csv:1: the label 'miso_soup' is no class"):
+        food101.read_food101(root, "test", 0.1, known=("pie", "tea"))
+    assert food101.read_food101(root, "test", 0.1, known=("miso_soup", "tea"))
 
 
 def derived_folder(root, split=None, text=None, classes=None):
@@ -73,11 +103,12 @@ def test_food101_in_the_derived_layout(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("titles", "match"),
     [
-        ("apple_pie_0.jpg,pie,apple_pie\napple_pie_1.jpg,pie\n", r"train_titles\.csv:2: 2 cell"),
-        ("apple_pie_0.jpg,pie,soup\n", r"train_titles\.csv:1: .*of the class 'soup'"),
+        ("apple_pie_0.jpg,pie,apple_pie\napple_pie_1.jpg,pie\n", r"csv:2: .*not end with the class 'apple_pie'"),
+        ("apple_pie_0.jpg,pie,soup\n", r"csv:1: .*not end with the class 'apple_pie'"),
+        ("apple_pie_0.jpg,pie,soup\napple_pie_1.jpg,a,apple_pie\n", r"csv:1: .*not end with the class 'apple_pie'"),
+        ("apple_pie_0.jpg\tpie\tapple_pie\n", r"csv:1: .*is no image name"),
         ("apple_pie_0.jpg,pie,apple_pie\nnonsense,pie,x\n", r"train_titles\.csv:2: 'nonsense' is no image name"),
         ("../../etc_1.jpg,pie,../../etc\n", r"train_titles\.csv:1: .*is no image name"),
-        ('apple_pie_0.jpg,"pie,apple_pie\n', r"train_titles\.csv:\d: not valid CSV"),
         ("apple_pie_0.jpg,p,apple_pie\napple_pie_0.jpg,q,apple_pie\n", r"train_titles\.csv:2: the id .* twice"),
         ("", "no sample with a title"),
     ],
@@ -133,6 +164,14 @@ def test_mmimdb_takes_the_longest_plot_and_leaves_rare_genres_out(tmp_path, capl
     with pytest.raises(DataError, match="no usable film in the split 'val'"):
         mmimdb.read_mmimdb(tmp_path, "val")
     assert "1 of the genre Talk-Show" in caplog.text
+
+
+def test_mmimdb_knows_genres_in_any_case_and_those_that_a_user_named(tmp_path):
+    film = {"plot": ["A plot."], "genres": ["sci-fi ", "Film-noir"]}
+    root = film_folder(tmp_path, {"0000001": film, "0000002": film})
+    assert mmimdb.read_mmimdb(root, "train")[0].labels == ("Sci-Fi", "Film-Noir")
+    with pytest.raises(DataError, match=r"split\.json: train 0: the label 'Sci-Fi' is no class"):
+        mmimdb.read_mmimdb(root, "train", known=("Drama", "Film-Noir"))
 
 
 def test_mmimdb_with_labels_and_images_apart_and_ids_as_numbers(tmp_path):
@@ -197,6 +236,8 @@ def pair_file(root, *rows, split="train"):
         {"Flickr30kID": "4705552913.jpg"},
         {"Flickr30K_ID": "4705552913"},
         {"Flickr30K_ID": 4705552913},
+        {"flickr30k_id": "4705552913"},
+        {"Flikr30K_ID": "4705552913.jpg"},
         {"Flickr30K_ID": ""},
         {},
     ],
@@ -223,6 +264,7 @@ def test_snli_ve_leaves_undecided_pairs_out_and_reads_dev_as_val(tmp_path, caplo
         ([PAIR | {"gold_label": None}], r"train\.jsonl:1: no 'gold_label'"),
         ([PAIR | {"sentence2": " "}], r"train\.jsonl:1: no 'sentence2'"),
         ([PAIR | {"pairID": "no picture"}], r"train\.jsonl:1: no Flikr30kID"),
+        ([{k: v for k, v in PAIR.items() if k != "pairID"}], r"train\.jsonl:1: no Flikr30kID.* no picture in pairID"),
         ([PAIR | {"Flikr30kID": ["1.jpg"]}], r"train\.jsonl:1: 'Flikr30kID' is a list"),
         ([PAIR, PAIR], r"train\.jsonl:2: the id .* twice"),
         ([PAIR | {"gold_label": "-"}], "no decided pair"),
@@ -240,6 +282,19 @@ def test_snli_ve_names_a_folder_that_is_missing(tmp_path):
         snli_ve.read_snli_ve(tmp_path, "train", "pictures")
     with pytest.raises(DataError, match="cannot read"):
         snli_ve.read_snli_ve(tmp_path, "test")
+
+
+def test_the_splits_are_those_that_the_files_have(tmp_path):
+    def names(name):
+        return config.choose("data", {"name": name, "root": str(tmp_path)}).split_names(tmp_path)
+
+    film_folder(tmp_path, split={"train": ["0107465"], "test": ["0000003"]})
+    assert names("mmimdb") == ["train", "test"]
+    pair_file(tmp_path, PAIR, split="dev")
+    assert names("snli-ve") == ["val"]
+    images = [{"filename": "1.jpg", "split": split, "sentences": [{"raw": "One."}]} for split in ("restval", "test")]
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    assert names("karpathy") == ["train", "test"]
 
 
 # all of them
