@@ -6,6 +6,7 @@ budget, counted and named.
 """
 
 import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def open_image(root: Path, relative: str, max_pixels: int = MAX_PIXELS) -> Image
     """
     path = contained(root, relative)
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        # a damaged EXIF block is only warned of: the picture is read without it
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height <= max_pixels:
                 return as_rgb(ImageOps.exif_transpose(image))
@@ -102,4 +104,6 @@ def eight_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if image.mode == "I" and values.max(initial=0) <= 255:
         return image.convert("L")
+    if values.max(initial=0) >= 1 << 16:
+        raise ValueError("grey values of 32 bits have no agreed scale")
     return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))

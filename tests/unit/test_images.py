@@ -69,6 +69,17 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name, dtype):
     assert found[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+def test_grey_values_of_thirty_two_bits_are_refused(tmp_path):
+    image = Image.fromarray(np.array([[0, 1 << 16]], np.int32))
+    refused(tmp_path, save(tmp_path, "a.tif", image), "32 bits have no agreed scale")
+
+
+def test_a_damaged_exif_block_costs_no_word(tmp_path, recwarn):
+    image = Image.fromarray(GREY)
+    name = save(tmp_path, "a.jpg", image, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12torn")
+    assert open_image(tmp_path, name).size == (4, 4) and not recwarn.list
+
+
 def test_the_first_frame_of_an_animation_is_taken(tmp_path):
     frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
     for name in ("a.gif", "a.webp", "a.png"):
