@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mitrain.data.rle import check_segmentation, decode_mask
+from mitrain.data.rows import PACKED
 from mitrain.errors import DataError
 
 MAX_BYTES = 4 << 30  # of an annotation file
@@ -98,7 +99,10 @@ def read_refer(
     wordless = sum(not sample.expression for sample in samples)
     if wordless:
         log.warning("%s: left out %d sentences without words in the split %s", path, wordless, split)
-    return [sample for sample in samples if sample.expression]
+    kept = [sample for sample in samples if sample.expression]
+    if not kept:
+        raise DataError(f"{str(path)!r} has no sentence with words in the split {split!r}: get the original file")
+    return kept
 
 
 def split_names(root: Path, dataset: str, split_by: str | None = None) -> list[str]:
@@ -141,9 +145,12 @@ def read_bytes(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{str(path)!r} has more than {MAX_BYTES} bytes: this is no annotation file")
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {str(path)!r} ({error}): put the file there") from None
+    if content.startswith(PACKED):
+        raise DataError(f"{str(path)!r} is compressed: unpack it")
+    return content
 
 
 def once(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
@@ -204,9 +211,8 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
     try:
         refs = PlainUnpickler(io.BytesIO(content)).load()
     except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{str(path)!r} is not a pickle of plain values ({str(error)[:80]}): get the original file"
-        ) from None
+        why = str(error)[:80] or "it ends too early"
+        raise DataError(f"{str(path)!r} is not a pickle of plain values ({why}): get the original file") from None
     except (struct.error, OverflowError, MemoryError) as error:
         raise DataError(f"{str(path)!r} is a torn pickle ({str(error)[:80]}): get the original file") from None
     if not isinstance(refs, list) or not refs:

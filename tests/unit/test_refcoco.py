@@ -1,5 +1,6 @@
 """The real RefCOCO files are read right; hostile and broken ones are refused in one line."""
 
+import gzip
 import io
 import json
 import os
@@ -145,6 +146,23 @@ def test_a_wordless_sentence_falls_back_to_the_raw_one_or_is_left_out(tmp_path, 
     root = refer_folder(tmp_path, refs, [annotation(1, SQUARE)])
     assert [sample.expression for sample in read_refer(root, "refcoco", None, "val")] == ["DOG", "cat"]
     assert "left out 1 sentences" in caplog.text
+
+
+@pytest.mark.parametrize("sentences", [[], ["", " "]])
+def test_a_split_without_any_words_is_refused(tmp_path, sentences):
+    refs = [ref(1, "val", *sentences)]
+    for sentence in refs[0]["sentences"]:
+        sentence["raw"] = " "
+    root = refer_folder(tmp_path, refs, [annotation(1, SQUARE)])
+    refused(lambda: read_refer(root, "refcoco", None, "val"), "no sentence with words in the split 'val'")
+
+
+@pytest.mark.parametrize("name", ["refs(unc).p", "instances.json"])
+def test_compressed_files_are_named_as_such(tmp_path, name):
+    root = refer_folder(tmp_path, [ref(1, "val", "dog")], [annotation(1, SQUARE)])
+    path = root / "refcoco" / name
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    refused(lambda: read_refer(root, "refcoco", None, "val"), "is compressed: unpack it")
 
 
 def test_a_changed_file_is_read_again(tmp_path):
