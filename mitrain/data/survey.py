@@ -26,7 +26,7 @@ from mitrain.data.refcoco import ReferSample
 from mitrain.errors import DataError
 from mitrain.files import write_atomic
 
-EXAMPLES = 5  # named of each kind of trouble
+EXAMPLES, LONGEST = 5, 200  # named of each kind of trouble; characters of a name
 FREQUENT = 20  # answers that are listed
 AREAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # edges of the histogram, as shares of the picture
 THUMBNAIL, COLUMNS, LINES = 176, 6, 4  # of the sheet: pixels, samples of a split, lines of text under each
@@ -197,7 +197,7 @@ def compare(
 def examples(what: str, both: Sequence[str], pictures: Mapping[str, Picture]) -> list[str]:
     if what == "pixels":
         return [path for path, picture in pictures.items() if picture.digest in set(both)][:EXAMPLES]
-    return list(both[:EXAMPLES])
+    return [value[:LONGEST] for value in both[:EXAMPLES]]
 
 
 def as_text(report: Mapping[str, Any]) -> str:
@@ -270,12 +270,14 @@ def overlaid(picture: Image.Image, sample: Sample) -> Image.Image:
 
 
 def wrapped(text: str, draw: ImageDraw.ImageDraw) -> list[str]:
-    """Lines that fit under a thumbnail."""
+    """Lines that fit under a thumbnail: the first, of a long text."""
     lines = [""]
-    for word in text.encode("latin-1", "replace").decode("latin-1").split():
+    for word in text[: LINES * LONGEST].encode("latin-1", "replace").decode("latin-1").split():
         longer = f"{lines[-1]} {word}".strip()
         if draw.textlength(longer) <= THUMBNAIL:
             lines[-1] = longer
-        else:
+        elif len(lines) < LINES:
             lines.append(word)
+        else:
+            break
     return lines

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mitrain.data.labels import LabelSample
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
-from mitrain.data.survey import survey
+from mitrain.data.survey import survey, wrapped
 
 FULL = {"size": [6, 8], "counts": [0, 48]}
 HALF = {"size": [6, 8], "counts": [24, 24]}
@@ -48,6 +49,17 @@ def expressions(folder, split: str, count: int, first: int) -> list[ReferSample]
         )
         for number in range(count)
     ]
+
+
+class Words:
+    """A drawing that notes what it is asked to measure."""
+
+    def __init__(self, drawn: list[str]):
+        self.drawn = drawn
+
+    def textlength(self, text: str) -> float:
+        self.drawn.append(text)
+        return 6.0 * len(text)
 
 
 def shared(report) -> dict[str, int]:
@@ -128,6 +140,14 @@ def test_the_sheet_is_drawn_from_the_seed(tmp_path):
         survey(splits, tmp_path, sheet=tmp_path / f"{name}.png", seed=seed)
     first, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert first == again != other
+
+
+def test_a_text_of_any_length_costs_the_sheet_and_the_report_a_few_words(tmp_path):
+    long = LabelSample("a", picture(tmp_path, "a.png", 0), "word " * 2_000_000, ("x",))
+    drawn = []
+    assert len(wrapped(long.text, Words(drawn))) <= 5 and len(drawn) < 200
+    report, text = survey({"train": [long], "val": [replace(long, id="b")]}, tmp_path)
+    assert len(text) < 5000 and len(json.dumps(report)) < 5000
 
 
 def test_a_picture_of_another_size_than_its_annotation_is_reported_on_the_sheet(tmp_path):
