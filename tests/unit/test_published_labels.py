@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused
 
-from mitrain import config
-from mitrain.data import food101, mmimdb, snli_ve
+from mitrain.data import food101, mmimdb, snli_ve, sources
 from mitrain.errors import DataError
 
 # UPMC-Food101
@@ -285,16 +284,16 @@ def test_snli_ve_names_a_folder_that_is_missing(tmp_path):
 
 
 def test_the_splits_are_those_that_the_files_have(tmp_path):
-    def names(name):
-        return config.choose("data", {"name": name, "root": str(tmp_path)}).split_names(tmp_path)
+    def names(section: type[sources.DataSection]) -> list[str]:
+        return section(root=str(tmp_path)).split_names(tmp_path)
 
     film_folder(tmp_path, split={"train": ["0107465"], "test": ["0000003"]})
-    assert names("mmimdb") == ["train", "test"]
+    assert names(sources.MmimdbConfig) == ["train", "test"]
     pair_file(tmp_path, PAIR, split="dev")
-    assert names("snli-ve") == ["val"]
+    assert names(sources.SnliVeConfig) == ["val"]
     images = [{"filename": "1.jpg", "split": split, "sentences": [{"raw": "One."}]} for split in ("restval", "test")]
     (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
-    assert names("karpathy") == ["train", "test"]
+    assert names(sources.KarpathyConfig) == ["train", "test"]
 
 
 # all of them
