@@ -21,13 +21,14 @@ from mitrain.cli.bench import add_bench
 from mitrain.cli.catalogue import add_catalogue
 from mitrain.cli.compare import add_compare
 from mitrain.cli.publish import add_export, add_report
+from mitrain.cli.shared import Parser
 from mitrain.cli.train import add_train
 from mitrain.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse(argv)
     arguments.rank = 0
     keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="mitrain: %(message)s", stream=sys.stderr)
@@ -83,8 +84,8 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+def parser() -> Parser:
+    top = Parser(
         prog="mitrain", description="Make a frozen language model see: train one or two percent of its weights."
     )
     top.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK counts

@@ -2,10 +2,27 @@
 
 import argparse
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from mitrain.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake, and key=value wherever it stands among the options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UserError.exit_code, f"mitrain: {message}: see {self.prog} --help\n")
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """argparse takes the positional arguments behind an option for unknown ones."""
+        arguments, rest = self.parse_known_args(argv)
+        unknown = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in arguments]
+        if unknown:
+            self.error(f"{' '.join(unknown)} means nothing to mitrain {arguments.command}")
+        if rest:
+            arguments.overrides = [*arguments.overrides, *rest]
+        return arguments
 
 
 def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:

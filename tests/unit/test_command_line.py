@@ -1,0 +1,34 @@
+"""What stands on the command line, before any command runs."""
+
+import pytest
+
+from mitrain.cli import main, parser
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "c.yaml", "--dry-run", "train.steps=3", "--json", "model.dtype=bf16"],
+        ["train", "c.yaml", "train.steps=3", "model.dtype=bf16", "--dry-run", "--json"],
+    ],
+)
+def test_settings_may_stand_behind_options(words):
+    found = parser().parse(words)
+    assert found.overrides == ["train.steps=3", "model.dtype=bf16"] and found.dry_run and found.json
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "c.yaml", "--dry-runn"], "--dry-runn means nothing to mitrain train: see mitrain --help"),
+        (["train", "c.yaml", "--dry-run", "stray"], "stray means nothing to mitrain train: see mitrain --help"),
+        (["eval", "run", "--floors", "a=b"], "a=b means nothing to mitrain eval: see mitrain --help"),
+        (["compare"], "the following arguments are required: STUDY: see mitrain compare --help"),
+        (["eval", "run", "--control", "no"], "argument --control: invalid choice: 'no'"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, words, said):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"mitrain: {said}")
