@@ -15,7 +15,7 @@ from mitrain import adapters, checkpoint, config, prepare, pretrained, runs, sch
 from mitrain.adapters.base import Adapter
 from mitrain.backbones import VisionEncoder
 from mitrain.checkpoint import Checkpoint
-from mitrain.errors import CheckpointError, ConfigError, DataError, UserError
+from mitrain.errors import CheckpointError, ConfigError, DataError, ModelError, UserError
 from mitrain.features import FeatureNorm
 from mitrain.model import Model, build, resolve_data
 from mitrain.pretrained import EncoderPart, PreprocessPart, RunPart
@@ -189,6 +189,11 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, F
         norm = feature_norm(published)
     except UserError as error:
         raise CheckpointError(f"{published.path}: {error}") from None
+    if adapter.places != ("text",):
+        raise ModelError(
+            f"{published.path}: {adapter.method} attaches to the image encoder too, which mitrain.from_pretrained loads:"
+            " open it with that"
+        )
     adapter.attach({"text": model})
     try:
         checkpoint.restore(adapter, published.tensors["adapter"], f"adapter in {published.path}")
