@@ -4,7 +4,7 @@ import pytest
 import torch
 from attached import attached, close, dino, inputs, made, places
 from tiny import CONFIGS, scramble, tiny
-from transformers import AutoModelForCausalLM, Dinov2Model
+from transformers import AutoModel, AutoModelForCausalLM
 
 from mitrain import hf
 from mitrain.adapters import METHODS, build
@@ -115,25 +115,21 @@ def test_padding_and_batch_neighbours_do_not_matter_and_alone_each_reads_itself(
     assert torch.allclose(blind.text[shown], together.text[shown]) == (not adapter.fuses)
 
 
-@every_method
-def test_without_weights_a_method_has_the_same_tensors(name, values):
+@pytest.mark.parametrize("name", METHODS)
+def test_without_weights_a_method_has_the_same_tensors(name):
     """A dry run and an export build it on models without storage."""
-    shaped = (hf.empty_model(AutoModelForCausalLM, CONFIGS["llama"][0](**CONFIGS["llama"][1])),)
-    image = hf.empty_model(_Encoder, dino().config)
-    real, empty = attached(name, values)[0], made(name, values)
+    kind, shape = CONFIGS["llama"]
+    model, image = hf.empty_model(AutoModelForCausalLM, kind(**shape)), hf.empty_model(AutoModel, dino().config)
+    real, empty = attached(name)[0], made(name)
     with torch.device("meta"):
-        empty.attach(places(empty, *shaped, image))
+        empty.attach(places(empty, model, image))
     shapes = [{n: t.shape for n, t in adapter.state_dict().items()} for adapter in (real, empty)]
     assert shapes[0] == shapes[1]
     assert {t.device.type for t in empty.state_dict().values()} <= {"meta"}
 
 
-class _Encoder:
-    from_config = Dinov2Model._from_config
-
-
-@every_method
-def test_a_missing_backbone_is_named(name, values):
-    adapter = made(name, values)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_missing_backbone_is_named(name):
+    adapter = made(name)
     with pytest.raises(ModelError, match=r"give it the text model"):
         adapter.attach({"image": dino()} if "image" in adapter.places else {})
