@@ -84,7 +84,7 @@ def dry_run(config: RunConfig, *, memory_gb: float, ranks: int, tokens: int = TO
     trained = {id(p) for p in model.adapter.parameters()}
     held = {id(p): p for module in model.frozen.values() for p in module.parameters()}
     frozen = sum(hf.elements(p) for key, p in held.items() if key not in trained)
-    layers = list(getattr(model.adapter, "layers", ()))
+    infused = model.adapter.infused_parameters()
     precision = config.model.dtype if config.model.quantize == "none" else quant.storage(config.model.quantize)
     sizes = {
         name: stage_bytes(adapter + head, frozen_bytes(config, model, frozen, name), ranks)
@@ -96,8 +96,8 @@ def dry_run(config: RunConfig, *, memory_gb: float, ranks: int, tokens: int = TO
         trainable_parameters=adapter + head,
         frozen_parameters=frozen,
         infusion_parameters=adapter,
-        infusion_parameters_per_layer=per_layer(model),
-        infused_layers=layers,
+        infusion_parameters_per_layer=next(iter(infused.values()), 0),
+        infused_layers=list(infused),
         head_parameters=head,
         share=(adapter + head) / model.pretrained,
         precision=precision,
@@ -127,16 +127,10 @@ def frozen_bytes(config: RunConfig, model: Model, frozen: int, precision: str) -
     return costs.frozen_bytes(layers, precision) + costs.frozen_bytes(table, "int8") + rest
 
 
-def per_layer(model: Model) -> int:
-    """Parameters of one infused layer (all are alike)."""
-    infusions = list(getattr(model.adapter, "infusions", ()))
-    return hf.count_parameters(infusions[0]) if infusions else 0
-
-
 def activations(config: RunConfig, model: Model, tokens: int) -> int:
     """Estimated bytes that one sample's backward pass needs of the backbones and of the task's head."""
     shape = costs.LlmShape.from_config(model.text.model.config.get_text_config().to_dict())
-    infused = len(getattr(model.adapter, "layers", ()))
+    infused = len(model.adapter.infused_parameters())
     above = shape.layers - model.adapter.first_layer("text")
     logits = max(1, tokens // 8) if model.task.speaks else 0
     text = costs.activation_bytes(

@@ -15,7 +15,7 @@ from mitrain import adapters, checkpoint, config, prepare, pretrained, runs, sch
 from mitrain.adapters.base import Adapter
 from mitrain.backbones import VisionEncoder
 from mitrain.checkpoint import Checkpoint
-from mitrain.errors import CheckpointError, ConfigError, DataError, UserError
+from mitrain.errors import CheckpointError, ConfigError, DataError, ModelError, UserError
 from mitrain.features import FeatureNorm
 from mitrain.model import Model, build, resolve_data
 from mitrain.pretrained import EncoderPart, PreprocessPart, RunPart
@@ -50,8 +50,8 @@ def export(
     fields["run"] = run_part(run_config, model, saved, metrics).to_dict()
     tensors = {name: saved.tensors[name] for name in model.trainable}
     tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
-    licences = known_licences()
-    folder = pretrained.publish(out, fields, tensors, lambda contents: pretrained.model_card(contents, licences))
+    licences, alone = known_licences(), model.adapter.places == ("text",)
+    folder = pretrained.publish(out, fields, tensors, lambda contents: pretrained.model_card(contents, licences, alone))
     return {
         "folder": str(folder),
         "files": sorted(path.name for path in folder.iterdir()),
@@ -189,6 +189,11 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, F
         norm = feature_norm(published)
     except UserError as error:
         raise CheckpointError(f"{published.path}: {error}") from None
+    if adapter.places != ("text",):
+        raise ModelError(
+            f"{published.path}: {adapter.method} attaches to the image encoder too, not to a language model alone: open a"
+            " run's export with mitrain.from_pretrained"
+        )
     adapter.attach({"text": model})
     try:
         checkpoint.restore(adapter, published.tensors["adapter"], f"adapter in {published.path}")

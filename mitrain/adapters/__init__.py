@@ -1,4 +1,4 @@
-"""The methods by name: the one place where a new method is added."""
+"""The methods by name: the one place where a new method is added, by an import and its class in ``METHODS``."""
 
 from collections.abc import Mapping
 
@@ -25,7 +25,10 @@ def build(config: Section, widths: Mapping[str, int] | None = None) -> Adapter:
     ``widths``: each modality's feature width where the encoders decide it; ConfigError if the section says otherwise.
     """
     if config.section_name not in METHODS:
-        raise ConfigError(f"{type(config).__name__} describes no adapter: choose one of {sorted(METHODS)}")
+        raise ConfigError(
+            f"{type(config).__name__} ({config.section_name!r}) is of no name in METHODS of mitrain/adapters/__init__.py:"
+            f" choose one of {sorted(METHODS)}, or add its method there under that name"
+        )
     given = dict(getattr(config, "modalities", {}))
     if widths is not None and given not in ({}, dict(widths)):
         raise ConfigError(

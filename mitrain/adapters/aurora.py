@@ -80,8 +80,6 @@ class Aurora(Adapter):
     # Attaching
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        if missing := [name for name in self.places if name not in backbones]:
-            raise ModelError(f"aurora tunes a text model and an image encoder: give it the {missing[0]} model too")
         stacks = {name: Stack.of(backbones[name]) for name in self.places}
         text, image = backbones["text"], stacks["image"]
         own = has_cross_attention(text)

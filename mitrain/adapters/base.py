@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mitrain import pretrained, trunk
+from mitrain import costs, pretrained, trunk
 from mitrain.adapters.condition import Condition, Feature, make_condition
 from mitrain.config import Section
 from mitrain.errors import ModelError
@@ -39,6 +39,7 @@ class Adapter(nn.Module, ABC):
     """
 
     method: ClassVar[str]
+    """Its name: of its settings (``Section``), in METHODS and of the submodule that it is while attached; no points."""
     places: ClassVar[tuple[str, ...]] = ("text",)
     """The backbones that it attaches to; with ``image``, ``read`` is given the states that enter its changed layers."""
     walks: ClassVar[bool] = False
@@ -48,6 +49,7 @@ class Adapter(nn.Module, ABC):
     passes: ClassVar[int] = 1
     """How often `read` runs each changed layer, for estimates of memory."""
     config: Section
+    """The settings, all that its constructor takes; an export writes them and makes the adapter from them again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +63,11 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        """Check the backbones, create parameters, put hooks in place; register each undoing step with ``undo``."""
+        """Check the backbones, create parameters, put hooks in place; register each undoing step with ``undo``.
+
+        Called again after `detach`, perhaps with other backbones: existing parameters are kept, and must fit. Also called
+        on models without storage (meta device), where the tensors get the same names and shapes.
+        """
 
     @abstractmethod
     def first_layer(self, name: str) -> int:
@@ -111,6 +117,20 @@ class Adapter(nn.Module, ABC):
         """Fold the adapter into the frozen weights, where its effect does not depend on the input."""
         raise ModelError(f"{self.method} depends on each sample's features and cannot be merged: keep it attached")
 
+    # What the dry run and comparisons ask, for numbers that no method owes
+
+    def infused_parameters(self) -> Mapping[int, int]:
+        """Parameters by the index of each text layer that infused attention runs in; empty for other methods."""
+        return {}
+
+    def usage(self) -> Mapping[str, float]:
+        """What a row of a comparison is to keep of the last training pass, as how evenly experts were used."""
+        return {}
+
+    def macs(self, llm: costs.LlmShape) -> int:
+        """Multiply-accumulates that the method adds to a sample's forward pass on a text model of shape ``llm``."""
+        raise ModelError(f"the multiply-accumulates of {self.method} are not known: leave out count.macs")
+
     # What every method inherits
 
     def attach(
@@ -119,6 +139,7 @@ class Adapter(nn.Module, ABC):
         """Freeze ``backbones`` and install the adapter in them; on an error they are left as they were.
 
         checkpoint: activation checkpointing of the layers that the adapter changes. backend: see ``KernelConfig``.
+        Raises ModelError where one of ``places`` is missing or a backbone has such an adapter.
         """
         if self._backbones:
             raise ModelError(f"this {self.method} adapter is attached already: call detach() first")
@@ -127,6 +148,10 @@ class Adapter(nn.Module, ABC):
                 raise ModelError(
                     f"the {name} model has a {self.method} adapter (or attribute) already: detach it first"
                 )
+        if missing := [name for name in self.places if name not in backbones]:
+            raise ModelError(
+                f"{self.method} attaches to {' and '.join(self.places)} models: give it the {missing[0]} model"
+            )
         self.backend = backend
         try:
             for backbone in backbones.values():

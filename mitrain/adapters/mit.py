@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
+from mitrain import hf
 from mitrain.adapters import attention, ffn
 from mitrain.adapters.base import Adapter
 from mitrain.adapters.checkpointing import CheckpointedLayer
@@ -25,6 +26,7 @@ from mitrain.adapters.gate_cache import check_cache
 from mitrain.adapters.maps import LayerInfusion, inputs_of
 from mitrain.adapters.mit_config import MiTConfig
 from mitrain.adapters.selection import select_layers
+from mitrain.costs import LlmShape, mit_layer_macs
 from mitrain.errors import ConfigError, ModelError
 
 
@@ -80,6 +82,14 @@ class MiT(Adapter):
 
     def first_layer(self, name: str) -> int:
         return self.layers[0]
+
+    def infused_parameters(self) -> Mapping[int, int]:
+        return {int(index): hf.count_parameters(infusion) for index, infusion in self.infused.items()}
+
+    def macs(self, llm: LlmShape) -> int:
+        """The maps run once per sample (`mitrain.costs.mit_layer_macs`)."""
+        widths = list(self.feature_widths.values())
+        return len(self.layers) * mit_layer_macs(widths, llm, key_add=self.config.k_add, ffn=self.config.ffn)
 
     # Attaching
 

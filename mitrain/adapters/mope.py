@@ -80,9 +80,6 @@ class MoPE(Adapter):
     # Attaching
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        for name in self.places:
-            if name not in backbones:
-                raise ModelError(f"mope needs a text and an image encoder, and {name!r} is missing: attach it to both")
         walks = {name: walk_of(backbones[name], name, self.config) for name in self.places}
         main, other = walks[self.config.main], walks[self.config.other]
         readouts = {
@@ -222,6 +219,11 @@ class MoPE(Adapter):
     def importance(self) -> Usage | None:
         """How the last pass that routed used the experts of each layer."""
         return None if self._weights is None else usage(self._weights)
+
+    def usage(self) -> Mapping[str, float]:
+        """`importance` as means over the layers."""
+        found = self.importance()
+        return {} if found is None else {name: float(value.mean()) for name, value in vars(found).items()}
 
     def extra_loss(self) -> tuple[Tensor, Tensor] | None:
         """λ · mean over layers of the importance loss of the last pass that routed, times its B samples, and B.

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from mitrain import hf
 from mitrain.adapters.base import Adapter
 from mitrain.config import Section
+from mitrain.costs import LlmShape
 
 
 class NoneConfig(Section, kind="adapter", name="none"):
@@ -31,6 +32,9 @@ class NoAdapter(Adapter):
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Nothing is kept for backward anyway."""
+
+    def macs(self, llm: LlmShape) -> int:
+        return 0
 
     def first_layer(self, name: str) -> int:
         return self._depth[name]

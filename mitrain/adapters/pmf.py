@@ -142,8 +142,6 @@ class PMF(Adapter):
     # Attaching
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        if missing := [name for name in self.places if name not in backbones]:
-            raise ModelError(f"pmf fuses a text and an image model, but there is no {missing[0]} model: give both")
         stacks, used = {name: Stack.of(backbones[name]) for name in self.places}, self.config.fusion_layers
         for name, stack in stacks.items():
             if used > stack.depth:

@@ -33,7 +33,7 @@ def count(run_config: RunConfig, options: dict[str, Any]) -> dict[str, Any]:
     found = parameters(model)
     found["backbone_parameters"] = found["frozen_parameters"] - language_head(model)
     found["parts"] = parts(model)
-    return found | (macs(run_config, model, asked) if asked.macs else {})
+    return found | (macs(model, asked) if asked.macs else {})
 
 
 def parts(model: Model) -> dict[str, int]:
@@ -51,11 +51,11 @@ def language_head(model: Model) -> int:
     return head.weight.numel() if head is not None and head.weight is not inputs.weight else 0
 
 
-def macs(run_config: RunConfig, model: Model, asked: CountOptions) -> dict[str, Any]:
+def macs(model: Model, asked: CountOptions) -> dict[str, Any]:
     """Multiply-accumulates of one sample's forward pass, without a language head.
 
     text_macs      the language model over the text alone
-    adapter_macs   MiT's maps, once per sample
+    adapter_macs   what the method adds to a sample (`Adapter.macs`)
     vision_macs    the image encoder
     method_macs    the three together: what the configuration takes
     prepended_macs vision, and the language model over the text behind one token for each of the picture's patches
@@ -67,7 +67,7 @@ def macs(run_config: RunConfig, model: Model, asked: CountOptions) -> dict[str, 
     vision = sum(view.macs(asked.side) for view in views)
     patches = sum(view.tokens(asked.side or view.image) - 1 for view in views)
     text = llm.macs(asked.text_tokens)
-    adapter = infusion(run_config, model, llm)
+    adapter = model.adapter.macs(llm)
     prepended = llm.macs(asked.text_tokens + patches)
     return {
         "text_tokens": asked.text_tokens,
@@ -80,15 +80,3 @@ def macs(run_config: RunConfig, model: Model, asked: CountOptions) -> dict[str, 
         "prepended_language_macs": prepended,
         "prepended_macs": prepended + vision,
     }
-
-
-def infusion(run_config: RunConfig, model: Model, llm: costs.LlmShape) -> int:
-    """Multiply-accumulates that the adapter adds to a sample."""
-    adapter, settings = model.adapter, run_config.adapter
-    if adapter.method == "none":
-        return 0
-    if adapter.method != "mit":
-        raise ConfigError(f"the multiply-accumulates of {adapter.method!r} are not known: leave out count.macs")
-    widths = list(adapter.feature_widths.values())
-    each = costs.mit_layer_macs(widths, llm, key_add=settings.k_add, ffn=settings.ffn)
-    return len(adapter.layers) * each

@@ -104,14 +104,8 @@ def of_step(trainer: Trainer) -> dict[str, Any]:
         "bytes": parts,
         "flops_per_sample": operations(trainer, batch) / len(draws),
         "batch": samples,
-        **usage(model),
+        **({"usage": dict(found)} if (found := model.adapter.usage()) else {}),
     }
-
-
-def usage(model: Model) -> dict[str, Any]:
-    """How a method of several experts used them in its last pass, as means over its layers; nothing for other methods."""
-    found = getattr(model.adapter, "importance", lambda: None)()
-    return {} if found is None else {"usage": {name: float(value.mean()) for name, value in vars(found).items()}}
 
 
 def operations(trainer: Trainer, batch: Batch) -> int:

@@ -11,8 +11,11 @@ UNKNOWN = "not known to mitrain"
 LEFT_OUT = ("model", "adapter", "data", "wandb")
 
 
-def model_card(contents: Contents, licences: Mapping[str, str] | None = None) -> str:
-    """Markdown; ``licences`` of models and data by the names that the configuration gives them."""
+def model_card(contents: Contents, licences: Mapping[str, str] | None = None, alone: bool = True) -> str:
+    """Markdown; ``licences`` of models and data by the names that the configuration gives them.
+
+    ``alone``: the adapter can also be attached to a language model by itself.
+    """
     licences = licences or {}
     run = contents.run
     blocks = [
@@ -30,7 +33,7 @@ def model_card(contents: Contents, licences: Mapping[str, str] | None = None) ->
             "\n".join(["## Metrics", "", metric_line(run), "", *metric_table(run)]),
             "\n".join(["## Training", "", "```json", training(run), "```"]),
         ]
-    blocks.append("\n".join(["## Loading", "", *loading_lines(contents)]))
+    blocks.append("\n".join(["## Loading", "", *loading_lines(contents, alone)]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -125,17 +128,17 @@ def training(run: RunPart) -> str:
     return json.dumps(kept, indent=2, ensure_ascii=False)
 
 
-def loading_lines(contents: Contents) -> list[str]:
+def loading_lines(contents: Contents, alone: bool) -> list[str]:
     name = shown(contents.base_model_name_or_path)
     whole = [
         'predictor = mitrain.from_pretrained("THIS_FOLDER")  # or base="path/to/the/language/model", quantize="int8"',
         'predictor.predict("photo.jpg", "the prompt or the expression")',
     ]
-    alone = [
+    attached = [
         'adapter, normalize = mitrain.load_adapter(model, "THIS_FOLDER")  # model: a transformers model in memory',
         *(['model(input_ids=ids, infused={"image": normalize(features)})'] if contents.run else []),
     ]
-    code = ["import mitrain", *(whole if contents.run else []), *alone]
+    code = ["import mitrain", *(whole if contents.run else []), *(attached if alone else [])]
     return [f"The frozen language model (`{name}`) must have the shape above.", "", "```python", *code, "```"]
 
 

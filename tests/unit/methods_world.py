@@ -1,26 +1,35 @@
-"""A small world in which every method trains: two models, labelled and captioned pictures, a configuration for each."""
+"""A small world in which every method trains: two models, labelled and captioned pictures, a configuration for each.
+
+A method is known by its name in METHODS alone.
+"""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from folders import colour_records, llm_folder, vision_folder
 
-METHODS = {
-    "pmf": ({"name": "pmf", "fusion_layers": 1}, ["last", "image"]),
-    "mope": ({"name": "mope", "length": 2, "experts": 2}, ["joint"]),
-    "aurora": ({"name": "aurora", "rank": 4}, ["joint"]),
-    "lora": ({"name": "lora", "where": "both", "rank": 2}, ["mean", "image"]),
-    "ia3": ({"name": "ia3"}, ["mean", "image"]),
-    "prompt": ({"name": "prompt", "tokens": 2}, ["mean", "image"]),
-    "prefix": ({"name": "prefix", "tokens": 2}, ["mean", "image"]),
-    "visual-prefix": ({"name": "visual-prefix", "tokens": 4}, ["last"]),
-    "full": ({"name": "full"}, ["mean", "image"]),
-    "none": ({"name": "none"}, ["mean", "image"]),
+from mitrain import schema
+from mitrain.adapters.base import Adapter
+from mitrain.model import build
+
+SMALL: dict[str, dict[str, Any]] = {
+    "pmf": {"fusion_layers": 1},
+    "mope": {"length": 2, "experts": 2},
+    "aurora": {"rank": 4},
+    "lora": {"where": "both", "rank": 2},
+    "prompt": {"tokens": 2},
+    "prefix": {"tokens": 2},
+    "visual-prefix": {"tokens": 4},
 }
-ALONE = ("lora", "full", "none")
-"""Methods without a state of text and picture together."""
+"""Settings of methods whose defaults are large for tiny models; a method that is not here is taken as it is."""
+
+
+def section(method: str) -> dict[str, Any]:
+    """The configuration's section ``adapter`` for tiny models."""
+    return {"name": method, **SMALL.get(method, {})}
 
 
 def make_world(path: Path) -> Path:
@@ -38,25 +47,41 @@ def make_world(path: Path) -> Path:
     return path
 
 
+@cache
+def untrained(world: Path, method: str) -> Adapter:
+    """The method on the world's models without weights: what it has to read, and how many numbers it holds."""
+    return build(schema.from_dict(settings(world, method, ["last", "image"], "classify")), empty=True).adapter
+
+
+def has_joint(world: Path, method: str) -> bool:
+    """Whether the method makes a state of text and picture together."""
+    adapter = untrained(world, method)
+    return adapter.fuses or adapter.joint_width > 0
+
+
 def configured(world: Path, method: str, task: str, /, **changes: dict[str, Any]) -> Path:
     """A configuration's file; ``changes``: keys of a section, by its name."""
-    adapter, readout = METHODS[method]
+    config = settings(world, method, ["joint"] if untrained(world, method).joint_width else ["last", "image"], task)
+    for part, values in changes.items():
+        config[part] = {**config[part], **values}
+    path = world / f"{task}-{method}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def settings(world: Path, method: str, readout: list[str], task: str) -> dict[str, Any]:
     files = "captions" if task == "retrieve" else "labels"
     tasks = {
         "classify": {"name": "classify", "readout": readout},
-        "retrieve": {
-            "name": "retrieve",
-            "readout": ["mean"],
-            "dim": 8,
-            "rerank": 2,
-            "matching": int(method not in ALONE),
-        },
+        "retrieve": {"name": "retrieve", "readout": ["mean"], "dim": 8, "rerank": 2},
     }
+    if task == "retrieve":
+        tasks[task]["matching"] = int(has_joint(world, method))
     kinds = {"classify": "labelled", "retrieve": "captions"}
-    config = {
+    return {
         "name": f"{task}-{method}",
         "model": {"llm": str(world / "llm"), "vision": [{"name": str(world / "vision"), "pool": "cls"}]},
-        "adapter": adapter,
+        "adapter": section(method),
         "features": {"views": 2},
         "task": tasks[task],
         "data": {
@@ -66,8 +91,3 @@ def configured(world: Path, method: str, task: str, /, **changes: dict[str, Any]
         },
         "train": {"steps": 4, "batch": 6, "lr": 1e-2, "eval_every": 2, "save_every": 2},
     }
-    for section, values in changes.items():
-        config[section] = {**config[section], **values}
-    path = world / f"{task}-{method}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path

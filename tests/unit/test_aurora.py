@@ -237,7 +237,7 @@ def test_a_narrower_encoder_is_refused_where_only_the_fusion_can_tell():
 
 def test_what_cannot_be_attached_or_read_is_told_in_a_line():
     backbones = pair()
-    with pytest.raises(ModelError, match="give it the image model too"):
+    with pytest.raises(ModelError, match="give it the image model"):
         aurora({"text": backbones["text"]})
     with pytest.raises(ModelError, match="fusion_layers=4 does not fit the text model, which has 3 layers"):
         aurora(backbones, fusion_layers=4)

@@ -2,130 +2,14 @@
 
 import pytest
 import torch
-from tiny import VOCABULARY, scramble, text, tiny
-from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
+from attached import attached, bert, close, dino, inputs, pixels, whole
+from tiny import scramble, tiny
 
-from mitrain import adapters, config
 from mitrain.adapters.peft import within_layer
 from mitrain.errors import ConfigError, ModelError
 from mitrain.quant.replace import quantise
-from mitrain.reading import Picture, Words
+from mitrain.reading import Picture
 from mitrain.trunk import trunk_states
-
-ALL = [
-    ("lora", {"where": "both", "rank": 2, "alpha": 6}),
-    ("lora", {"where": "image", "layers": "last 1", "targets": ["q", "o", "mlp"]}),
-    ("ia3", {"where": "both"}),
-    ("prompt", {"tokens": 3}),
-    ("prefix", {"tokens": 3}),
-    ("visual-prefix", {"tokens": 4}),
-    ("visual-prefix", {"tokens": None, "lora_rank": 2}),
-    ("full", {}),
-    ("full", {"layers": 1}),
-]
-IDS = [f"{name}-{'-'.join(map(str, values.values()))}" for name, values in ALL]
-
-
-def bert(seed=0):
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return BertModel(BertConfig(**shape, vocab_size=VOCABULARY, max_position_embeddings=64)).double().eval()
-
-
-def dino():
-    torch.manual_seed(1)
-    shape = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
-    return Dinov2Model(Dinov2Config(**shape, mlp_ratio=2)).double().eval()
-
-
-def attached(name, values, model=None, adapter=None):
-    model, image = tiny("llama", torch.float64) if model is None else model, dino()
-    adapter = adapter or adapters.build(config.choose("adapter", {"name": name, **values}))
-    adapter.attach({"text": model, "image": image} if "image" in adapter.places else {"text": model})
-    return adapter.eval(), model, image
-
-
-def inputs(adapter, model, image, padding="right", rows=slice(None)):
-    words, pixels = (
-        text(padding=padding),
-        torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(5)).double(),
-    )
-    words = {name: tensor[rows] for name, tensor in words.items()}
-    depth = adapter.first_layer("text")
-    with adapter.aside():
-        below = trunk_states(model, depth, **words) if depth else None
-        states, entering = None, 0
-        if "image" in adapter.places:
-            entering = adapter.first_layer("image")
-            states = trunk_states(image, entering, pixel_values=pixels[rows])
-    feature = torch.randn(3, 5, generator=torch.Generator().manual_seed(6)).double()[rows]
-    return Words(words["input_ids"], words["attention_mask"], below, depth), Picture(feature, states, entering)
-
-
-def whole(model, words):
-    return model.base_model(input_ids=words.ids, attention_mask=words.mask).last_hidden_state
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)  # float64: far above rounding, far below any effect
-
-
-@pytest.mark.parametrize(("name", "values"), ALL, ids=IDS)
-def test_gradients_reach_what_is_trained_and_nothing_else_and_detaching_restores(name, values):
-    model, image = tiny("llama", torch.float64), dino()
-    before = {n: p.clone() for m in (model, image) for n, p in m.state_dict().items()}
-    adapter = adapters.build(config.choose("adapter", {"name": name, **values}))
-    adapter.attach({"text": model, "image": image} if "image" in adapter.places else {"text": model})
-    scramble(adapter)
-    words, picture = inputs(adapter, model, image)
-    reading = adapter.read(words, picture)
-    (reading.text[words.mask.bool()].square().sum() + reading.image.square().sum()).backward()
-    assert [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
-    own = {id(p) for p in adapter.parameters()}
-    assert not [n for m in (model, image) for n, p in m.named_parameters() if id(p) not in own and p.grad is not None]
-    assert set(adapter.state_dict()) == {n for n, _ in adapter.named_parameters()}
-    adapter.detach()
-    after = {n: p for m in (model, image) for n, p in m.state_dict().items()}
-    assert after.keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in after.items())
-
-
-@pytest.mark.parametrize(("name", "values"), ALL, ids=IDS)
-def test_an_adapter_attached_again_or_loaded_elsewhere_reads_the_same(name, values):
-    adapter, model, image = attached(name, values)
-    scramble(adapter)
-    words, picture = inputs(adapter, model, image)
-    with torch.no_grad():
-        expected = adapter.read(words, picture)
-        state = {n: p.clone() for n, p in adapter.state_dict().items()}
-        adapter.detach()
-        again, *_ = attached(name, values, model, adapter)
-        found = again.read(words, picture)
-        other, *_ = attached(name, values)
-        other.load_state_dict(state)
-        loaded = other.read(words, picture)
-    for reading in (found, loaded):
-        close(reading.text, expected.text)
-        close(reading.image, expected.image)
-
-
-@pytest.mark.parametrize(("name", "values"), ALL, ids=IDS)
-def test_padding_and_batch_neighbours_do_not_matter_and_alone_each_reads_itself(name, values):
-    adapter, model, image = attached(name, values)
-    scramble(adapter)
-    with torch.no_grad():
-        words, picture = inputs(adapter, model, image)
-        together = adapter.read(words, picture)
-        alone = adapter.read(*inputs(adapter, model, image, rows=slice(1, 2)))
-        ids = words.ids.masked_fill(words.mask == 0, 7)
-        moved = adapter.read(Words(ids, words.mask, words.states, words.depth), picture)
-        only = adapter.read(None, picture), adapter.read(words, None)
-    shown = words.mask.bool()
-    close(alone.text[0][shown[1]], together.text[1][shown[1]])
-    close(alone.image[0], together.image[1])
-    close(moved.text[shown], together.text[shown])
-    assert only[0].text is None and only[1].image is None
-    close(only[0].image, together.image)
-    assert torch.allclose(only[1].text[shown], together.text[shown]) == (not adapter.fuses)
 
 
 def test_lora_is_a_low_rank_update_and_merges():
@@ -148,10 +32,6 @@ def test_lora_is_a_low_rank_update_and_merges():
         close(whole(model, words), found.text)
     text_parameters, image_parameters = 4 * 2 * ((32 + 32) + (32 + 16)), 3 * 2 * 2 * (24 + 24)
     assert sum(p.numel() for p in adapter.parameters()) == text_parameters + image_parameters
-
-
-def pixels():
-    return torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(5)).double()
 
 
 def test_ia3_multiplies_keys_values_and_what_enters_the_last_projection():

@@ -397,5 +397,5 @@ def test_what_does_not_fit_is_refused_in_one_line():
         found.mope.read(None, Picture(torch.zeros(4, 5)))
     with pytest.raises(ModelError, match="of depth 4 and 32 wide, but mope starts at depth 0"):
         found.mope.read(None, Picture(torch.zeros(4, 5), found.picture.states, 4))
-    with pytest.raises(ModelError, match="'image' is missing"):
+    with pytest.raises(ModelError, match="give it the image model"):
         MoPE(MoPEConfig()).attach({"text": model_of("bert", torch.float32)})

@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
     backbones = models("bert+vit")
     with pytest.raises(ConfigError, match=f"fusion_layers={DEPTH}, but the image model has {IMAGE_DEPTH} layers"):
         PMF(PMFConfig(fusion_layers=DEPTH)).attach(backbones)
-    with pytest.raises(ModelError, match="there is no image model"):
+    with pytest.raises(ModelError, match="give it the image model"):
         PMF(PMFConfig()).attach({"text": backbones["text"]})
     assert not hasattr(backbones["text"], "pmf") and all(p.requires_grad for p in backbones["text"].parameters())
     with pytest.raises(ConfigError, match="map_width"):

@@ -1,0 +1,81 @@
+"""Any registered method on a tiny language model and a tiny image encoder in float64, and a batch for it."""
+
+from typing import Any
+
+import torch
+from methods_world import section
+from tiny import VOCABULARY, text, tiny
+from torch import Tensor
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, PreTrainedModel
+
+from mitrain import adapters, config
+from mitrain.adapters.base import Adapter
+from mitrain.reading import Picture, Words
+from mitrain.trunk import trunk_states
+
+FEATURE = 5
+"""Width of the encoders' global feature."""
+
+
+def bert(seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return BertModel(BertConfig(**shape, vocab_size=VOCABULARY, max_position_embeddings=64)).double().eval()
+
+
+def dino() -> PreTrainedModel:
+    torch.manual_seed(1)
+    shape = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+    return Dinov2Model(Dinov2Config(**shape, mlp_ratio=2)).double().eval()
+
+
+def made(name: str, values: dict[str, Any] | None = None) -> Adapter:
+    """The method ``name``, with ``values`` or the settings for tiny models, not attached."""
+    settings = section(name) if values is None else {"name": name, **values}
+    return adapters.build(config.choose("adapter", settings), {"image": FEATURE})
+
+
+def places(adapter: Adapter, model: PreTrainedModel, image: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    return {"text": model, "image": image} if "image" in adapter.places else {"text": model}
+
+
+def attached(
+    name: str,
+    values: dict[str, Any] | None = None,
+    model: PreTrainedModel | None = None,
+    adapter: Adapter | None = None,
+) -> tuple[Adapter, PreTrainedModel, PreTrainedModel]:
+    """A method in eval mode on a Llama (or ``model``) and a DINOv2."""
+    model, image = tiny("llama", torch.float64) if model is None else model, dino()
+    adapter = adapter or made(name, values)
+    adapter.attach(places(adapter, model, image))
+    return adapter.eval(), model, image
+
+
+def pixels() -> Tensor:
+    return torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(5)).double()
+
+
+def inputs(
+    adapter: Adapter, model: PreTrainedModel, image: PreTrainedModel, padding: str = "right", rows: slice = slice(None)
+) -> tuple[Words, Picture]:
+    """Texts of 5, 7 and 9 tokens and pictures, each as the states that enter the method's first changed layers."""
+    words = {name: tensor[rows] for name, tensor in text(padding=padding).items()}
+    depth = adapter.first_layer("text")
+    with adapter.aside():
+        below = trunk_states(model, depth, **words) if depth or adapter.walks else None
+        states, entering = None, 0
+        if "image" in adapter.places:
+            entering = adapter.first_layer("image")
+            states = trunk_states(image, entering, pixel_values=pixels()[rows])
+    feature = torch.randn(3, FEATURE, generator=torch.Generator().manual_seed(6)).double()[rows]
+    return Words(words["input_ids"], words["attention_mask"], below, depth), Picture(feature, states, entering)
+
+
+def whole(model: PreTrainedModel, words: Words) -> Tensor:
+    """A frozen model's final states, run from the bottom."""
+    return model.base_model(input_ids=words.ids, attention_mask=words.mask).last_hidden_state
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)  # float64: far above rounding, far below any effect
