@@ -74,7 +74,8 @@ package_sources() {
     if [ -n "${PIP_CERT:-}" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE=$PIP_CERT; fi
 }
 
-uv_install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
+# With bytecode: without it every process compiles torch and transformers anew where Python may not write beside them.
+uv_install() { "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@"; }
 
 has_gpu() { command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q GPU; }
 
@@ -114,8 +115,7 @@ install_packages() {
         if [ "$(uname -s)" = Linux ]; then install_cpu_torch "$pin"; fi
     fi
     say "installing the pinned packages (extras: ${extras:-none}; details in .venv/setup.log)"
-    # compiled now, not by each first import: that costs seconds in every process where Python may not write
-    quietly "installing the pinned packages" uv_install --compile-bytecode ${sources[@]+"${sources[@]}"} \
+    quietly "installing the pinned packages" uv_install ${sources[@]+"${sources[@]}"} \
         --constraints launch/constraints.txt --build-constraints launch/constraints.txt \
         "${torch[@]}" --editable ".${extras:+[$extras]}"
 }
