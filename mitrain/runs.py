@@ -73,6 +73,16 @@ def create_or_find(run_config: RunConfig, folder: str | Path) -> Path:
     return folder
 
 
+def forget(folder: Path) -> None:
+    """Remove the folder of a run that was refused before it began: a mended configuration may take the same name.
+
+    One that holds more than its configuration stays.
+    """
+    if [path.name for path in folder.iterdir()] == ["config.yaml"]:
+        (folder / "config.yaml").unlink()
+        folder.rmdir()
+
+
 def write_config(run_config: RunConfig, folder: Path) -> None:
     text = yaml.safe_dump(run_config.to_dict(), sort_keys=False, allow_unicode=True)
     write_atomic(folder / "config.yaml", f"# resolved configuration, hash {run_config.hash}\n{text}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.cli.shared import command, on_ranks, say
-from mitrain.errors import ConfigError
+from mitrain.errors import ConfigError, UserError
 
 
 def add_train(commands: Any) -> None:
@@ -35,14 +35,19 @@ def add_train(commands: Any) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> Any:
-    from mitrain import dist
+    from mitrain import dist, runs
     from mitrain.trainer import Trainer
 
     if arguments.dry_run and not arguments.resume and arguments.config:
         return run_dry(arguments)
     folder, config = dist.from_main(lambda: begun(arguments))
     dist.say(f"run folder: {folder}", file=sys.stderr)
-    trainer = Trainer(config, folder, quiet=arguments.json)
+    try:
+        trainer = Trainer(config, folder, quiet=arguments.json)
+    except UserError:
+        if dist.is_main() and not arguments.resume:
+            runs.forget(folder)
+        raise
     outcome = trainer.fit()
     say(arguments, trainer.watch.table())
     if outcome.stopped:

@@ -3,6 +3,7 @@
 import pytest
 
 from mitrain import runs, schema
+from mitrain.cli import main
 from mitrain.errors import UserError
 
 
@@ -54,3 +55,28 @@ def test_what_is_another_run_or_none_is_refused_and_left_as_it_was(tmp_path, bef
     with pytest.raises(UserError, match=says):
         runs.create_or_find(configured(steps=5), folder)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == there
+
+
+@pytest.mark.parametrize("place", ["--runs", "--run-dir"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_refused_run_leaves_no_folder_unless_it_had_begun(tmp_path, monkeypatch, capsys, place, begun):
+    def refuse(config, folder, **_):
+        if begun:
+            (folder / "metrics.jsonl").write_text("{}\n")
+        raise UserError("not with this model")
+
+    monkeypatch.setattr("mitrain.trainer.Trainer", refuse)
+    runs.write_config(configured(), tmp_path)
+    assert main(["train", str(tmp_path / "config.yaml"), place, str(tmp_path / "made")]) == 2
+    assert capsys.readouterr().err.endswith("mitrain: not with this model\n")
+    assert [path.name for path in (tmp_path / "made").rglob("*.jsonl")] == ["metrics.jsonl"] * begun
+    assert len(list(tmp_path.rglob("config.yaml"))) == 1 + begun
+
+
+def test_a_resumed_run_stays_whatever_refuses_it(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise UserError("not on this machine")
+
+    monkeypatch.setattr("mitrain.trainer.Trainer", refuse)
+    runs.write_config(configured(), tmp_path)
+    assert main(["train", "--resume", str(tmp_path)]) == 2 and (tmp_path / "config.yaml").exists()
