@@ -74,7 +74,7 @@ def test_build():
         adapters.build(choose(modalities={"image": 6}), {"image": 7})
     with pytest.raises(ConfigError, match=r"adapter.modalities is empty"):
         adapters.build(section)
-    with pytest.raises(ConfigError, match="describes no adapter"):
+    with pytest.raises(ConfigError, match="is of no name in METHODS"):
         adapters.build(config.Section())
 
 
