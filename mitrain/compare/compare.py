@@ -106,9 +106,9 @@ def still_true(job: Job, say: Say) -> dict[str, Row]:
     for row in job.kept:
         try:
             place = Place.of(row)
-            there = place in places(job.study, [place.seed])
-            if there and resolve(job.study, job.path, place).digest == row["digest"]:
-                found[place.key()] = row
+            cell = resolve(job.study, job.path, place) if place in places(job.study, [place.seed]) else None
+            if cell and cell.digest == row["digest"]:
+                found[place.key()] = {**row, "reduced": cell.reduced}
                 continue
         except (ConfigError, KeyError, TypeError):
             pass

@@ -147,6 +147,13 @@ def test_a_cell_that_a_study_beside_it_has_measured_is_taken_over(job, tmp_path)
     assert len(far.asked) == 4
 
 
+def test_kept_rows_are_marked_as_the_study_says_now(job, tmp_path):
+    run(job, Bench())
+    bench = Bench()
+    found = run(make(tmp_path, reduced="few steps"), bench)
+    assert bench.asked == [] and {row["reduced"] for row in found["rows"]} == {"few steps"}
+
+
 def test_rows_of_other_versions_are_measured_anew(job, monkeypatch):
     run(job, Bench())
     monkeypatch.setattr("mitrain.compare.cells.measured_with", lambda: {"torch": "99"})
