@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from mitrain import dist
+from mitrain.errors import ConfigError
 from mitrain.tasks import controls
 from mitrain.tasks.base import Batch, Prediction, Task
 
-CONTROLS = ("none", "shuffle", "no-image", "frozen")
+Control = Literal["none", "shuffle", "no-image", "other-text", "frozen"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 class Scorable(Protocol):
@@ -44,9 +46,11 @@ def evaluate(
 
     ``control``: ``none``; ``no-image``: every sample sees another sample's image (of another object where possible), in
     every path; ``shuffle``: for `segment` the expression is another scene's, naming no object of this one; for the others
-    the images are permuted without regard to objects; ``frozen``: the model without infusion. Ranks take the batches in
-    turn, the same batches that one process would make (and one of them again while others still have some), and every
-    rank gets all predictions.
+    the images are permuted without regard to objects; ``other-text``: for `classify` each sample keeps its image and is
+    given another sample's text (of another object where possible); ``frozen``: the model without infusion.
+
+    Ranks take the batches in turn, the same batches that one process would make (and one of them again while others still
+    have some), and every rank gets all predictions.
     """
     shown, paths, clashes = controlled(samples, model.task.shuffles, control, seed)
     done: dict[int, list[Prediction]] = {}
@@ -75,6 +79,10 @@ def controlled(
     objects = [s.object or s.id for s in samples]
     if control in ("none", "frozen"):
         return list(samples), own, {}
+    if control == "other-text":
+        pairing = controls.other_images(texts_of(samples, shuffles), objects, seed=seed, what="text")
+        exchanged = [replace(s, text=samples[i].text) for s, i in zip(samples, pairing.index, strict=True)]
+        return exchanged, own, {"control_clashes": pairing.clashes}
     if control == "shuffle" and shuffles == "expressions":
         pairing = controls.other_expressions(
             [s.expression for s in samples],
@@ -94,3 +102,13 @@ def controlled(
     shown = {image: images[i] for image, i in zip(images, pairing.index, strict=True)}
     paths = [shown[image] for image in own] if shuffles == "images" else [own[i] for i in pairing.index]
     return list(samples), paths, {"control_clashes": pairing.clashes}
+
+
+def texts_of(samples: Sequence[Any], shuffles: str) -> list[str]:
+    """The samples' own texts; ConfigError where they are none that stand beside a picture."""
+    if shuffles != "samples" or not all(isinstance(getattr(s, "text", None), str) for s in samples):
+        raise ConfigError(
+            "the control other-text exchanges the texts that `classify` reads beside its pictures; this task has none: "
+            "use shuffle or no-image"
+        )
+    return [s.text for s in samples]

@@ -14,9 +14,10 @@ def add_eval(commands: Any) -> None:
     sub.add_argument(
         "--control",
         default="none",
-        choices=["none", "shuffle", "no-image", "frozen"],
+        choices=["none", "shuffle", "no-image", "other-text", "frozen"],
         help="what must lose: shuffle, another scene's expression (segment) or any other image (answer); no-image, the"
-        " image of another object; frozen, no infusion (default: none)",
+        " image of another object; other-text, another sample's text (classify); frozen, no infusion"
+        " (default: none)",
     )
     add_checkpoint(sub)
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over the split")

@@ -26,9 +26,10 @@ from mitrain import config
 from mitrain.compare import rules
 from mitrain.config import Section, nearest
 from mitrain.errors import ConfigError
+from mitrain.evaluate import Control
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-CONTROLS = ("no-image", "shuffle")
+CONTROLS: tuple[Control, ...] = ("no-image", "shuffle")
 
 
 def as_mapping(value: Any) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class TaskPart(Section):
     metric: str | None = None
     split: str = "test"
     samples: int | None = Field(None, ge=1)
-    controls: tuple[str, ...] = CONTROLS
+    controls: tuple[Control, ...] = CONTROLS
     floors: bool = True
     set: Overrides = {}
 

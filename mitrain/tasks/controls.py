@@ -27,11 +27,13 @@ def other_images(
     objects: Sequence[Hashable],
     answers: Sequence[Hashable] | None = None,
     seed: int = 0,
+    what: str = "image",
 ) -> Pairing:
     """A permutation in which every sample gets another image, if possible of another object and with another answer.
 
-    Serves both tasks: for referring expressions ``images`` are the scenes and ``objects`` the targets' names. Being
-    a permutation, it leaves the set's images as they are and breaks only their link to the text.
+    Serves all tasks: for referring expressions ``images`` are the scenes and ``objects`` the targets' names; where texts
+    are exchanged (``what``, as messages call it) they stand for the images. Being a permutation, it leaves the set's
+    images as they are and breaks only their link to the text.
 
     Args:
         images, objects, answers: one label per sample, in falling importance; answers are optional.
@@ -49,7 +51,7 @@ def other_images(
     clashes = dict(zip(wishes, (codes == codes[:, order]).sum(axis=1).tolist(), strict=True))
     if clashes.pop("image"):
         raise DataError(
-            f"the other-image control is impossible: one image makes up more than half of the {len(images)} samples; "
+            f"the other-{what} control is impossible: one {what} makes up more than half of the {len(images)} samples; "
             "evaluate more samples"
         )
     return Pairing(order.tolist(), clashes)

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 from mitrain import figures
+from mitrain.data.labels import LabelSample
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
+from mitrain.errors import ConfigError
 from mitrain.evaluate import controlled, evaluate
 from mitrain.probe import probe_accuracy
 from mitrain.tasks.base import Batch, Prediction
@@ -58,6 +60,29 @@ def test_the_other_image_is_of_another_object():
     objects = {s.image: s.object for s in answers()}
     assert all(objects[path] != s.object for s, path in zip(samples, paths, strict=True))
     assert extra["control_clashes"]["object"] == 0
+
+
+def labelled(count=12):
+    return [LabelSample(f"{i}", f"{i}.png", f"text {i // 3}", "ab"[i % 2], object=f"o{i // 3}") for i in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_other_text_is_another_objects_and_leaves_the_image(seed):
+    shown, paths, extra = controlled(labelled(), "samples", "other-text", seed)
+    assert paths == [s.image for s in labelled()]
+    assert all(
+        new == replace(old, text=new.text) and new.text != old.text for new, old in zip(shown, labelled(), strict=True)
+    )
+    assert sorted(s.text for s in shown) == sorted(s.text for s in labelled())
+    assert extra["control_clashes"] == {"object": 0}
+
+
+@pytest.mark.parametrize(
+    ("samples", "shuffles"), [(answers(), "samples"), (expressions(), "expressions"), (labelled(), "images")]
+)
+def test_only_texts_beside_pictures_are_exchanged(samples, shuffles):
+    with pytest.raises(ConfigError, match="use shuffle or no-image"):
+        controlled(samples, shuffles, "other-text", 0)
 
 
 def test_shuffled_expressions_name_nothing_of_the_scene():
