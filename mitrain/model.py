@@ -186,7 +186,7 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
     device = torch.device("meta") if empty else text.device
     pretrained = hf.count_parameters(nn.ModuleList([text.model, *encoders]))
     with torch.device(device):
-        adapter = adapters.build(config.adapter, {"image": width})
+        adapter = adapters.build(config.adapter, modality_widths(config, encoders))
         backend = config.kernels.backend
         backbones = {"text": text.model}
         if "image" in adapter.places:
@@ -203,6 +203,14 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
     return Model(
         config, text, encoders, adapter, FeatureNorm(width, config.features), task, states, pictures, pretrained
     )
+
+
+def modality_widths(config: RunConfig, encoders: Sequence[VisionEncoder]) -> dict[str, int]:
+    """The modalities that the encoders make: one of all their features, or one of each where the adapter names as many."""
+    names = tuple(getattr(config.adapter, "modalities", ()))
+    if len(names) > 1 and len(names) == len(encoders):
+        return {name: encoder.width for name, encoder in zip(names, encoders, strict=True)}
+    return {"image": sum(encoder.width for encoder in encoders)}
 
 
 def changeable(encoders: Sequence[VisionEncoder], adapter: Adapter) -> nn.Module:

@@ -85,10 +85,23 @@ class Adapter(nn.Module, ABC):
         """
         text = None
         if words is not None:
-            shown = picture is not None and picture.infused and "image" in self.feature_widths
-            with self.bind({"image": picture.feature} if shown else {}):
+            shown = picture is not None and picture.infused
+            with self.bind(self.modalities_of(picture.feature if shown else None)):
                 text = trunk.last_hidden(self._backbones["text"], words)
         return Reading(text, words and words.mask, picture and picture.feature)
+
+    def modalities_of(self, feature: Tensor | None) -> dict[str, Feature]:
+        """What `bind` takes for the image encoders' features side by side, (B, e): as many of the columns as each modality
+        of `feature_widths` is wide, in order. Empty without a feature, or for a method that reads none."""
+        widths = self.feature_widths
+        if feature is None or not widths:
+            return {}
+        if sum(widths.values()) != feature.shape[-1]:
+            raise ModelError(
+                f"the pictures' features are {feature.shape[-1]} wide, but the adapter's modalities are {dict(widths)}: give"
+                " features of their widths side by side"
+            )
+        return dict(zip(widths, feature.split(list(widths.values()), -1), strict=True))
 
     def image_width(self, feature: int) -> int:
         """Width of a reading's ``image``; ``feature``: e of the frozen encoders' global feature."""

@@ -29,6 +29,9 @@ class MiTConfig(Section, kind="adapter", name="mit"):
         paper     the equations: base 0, and Eq. 4's cosine read per token (the gate 'token'); the init is the
                   release's, as the paper's is not known
 
+    ``modalities``: names and feature widths. A run's follow from its encoders: one, ``image``, of all their features, or
+    as many as are named here, one of each encoder in order.
+
     ``gate``: σ(L + cos(V, v_add)), where the cosine sees all of the text (``sequence``: for pooled read-outs, not
     causal), the text so far (``prefix``), or the key itself (``token``: does not fold, slower); ``none`` is 1.
     ``cosine=false`` leaves σ(L). ``k_add`` trains nothing unless the gate is ``token``: softmax cancels it.

@@ -136,7 +136,7 @@ def loading_lines(contents: Contents, alone: bool) -> list[str]:
     ]
     attached = [
         'adapter, normalize = mitrain.load_adapter(model, "THIS_FOLDER")  # model: a transformers model in memory',
-        *(['model(input_ids=ids, infused={"image": normalize(features)})'] if contents.run else []),
+        *(["model(input_ids=ids, infused=adapter.modalities_of(normalize(features)))"] if contents.run else []),
     ]
     code = ["import mitrain", *(whole if contents.run else []), *(attached if alone else [])]
     return [f"The frozen language model (`{name}`) must have the shape above.", "", "```python", *code, "```"]

@@ -80,7 +80,7 @@ class AnswerTask(Task):
         positions = torch.tensor([p for span in spans for p in span], device=ids.device)
         targets = torch.tensor([token for answer in answers for token in answer], device=ids.device)
         below = states.batch(rows)
-        with self.parts.adapter.bind({"image": features}):
+        with self.parts.adapter.bind(self.parts.adapter.modalities_of(features)):
             picked = text.log_likelihood(ids, mask, row_index, positions, targets, below, states.depth)
         return list(picked.split([len(answer) for answer in answers]))
 
@@ -107,7 +107,7 @@ class AnswerTask(Task):
         """What the model says on its own: greedy (or beam) decoding with a KV cache."""
         text = self.parts.text
         ids, mask = text.pad([self._prompt_ids(s.prompt) for s in batch.samples], side="left")
-        with self.parts.adapter.bind(batch.bound(), copies=num_beams):
+        with self.parts.adapter.bind(self.parts.adapter.modalities_of(batch.features), copies=num_beams):
             out = text.model.generate(
                 input_ids=ids,
                 attention_mask=mask,

@@ -55,7 +55,8 @@ class Reader(Protocol):
     places: tuple[str, ...]
     fuses: bool
 
-    def bind(self, features: Mapping[str, Tensor | None], copies: int = 1) -> AbstractContextManager: ...
+    def bind(self, features: Mapping[str, Any], copies: int = 1) -> AbstractContextManager: ...
+    def modalities_of(self, feature: Tensor | None) -> Mapping[str, Any]: ...
     def read(self, words: Words | None, picture: Picture | None) -> Reading: ...
     def image_width(self, feature: int) -> int: ...
     @property
@@ -91,9 +92,6 @@ class Batch:
         """The pictures as a method reads them."""
         feature = self.images if self.features is None else self.features
         return None if feature is None else Picture(feature, self.states, self.depth, self.features is not None)
-
-    def bound(self) -> dict[str, Tensor | None]:
-        return {"image": self.features}
 
 
 @dataclass

@@ -109,6 +109,44 @@ def test_a_fifth_method_needs_its_own_file_and_an_entry(capsys, world, monkeypat
         mitrain.load_adapter(AutoModelForCausalLM.from_pretrained(world / "llm"), exported)
 
 
+def test_each_encoder_can_be_a_modality_of_its_own(capsys, world):
+    """Two encoders of other widths: their maps are apart, and one missing at use leaves the other's infusion."""
+    encoders = [{"name": str(world / "vision"), "pool": pool} for pool in ("cls", "cls+mean")]
+    adapter = {"modalities": {"coarse": 24, "fine": 48}}
+    path = configured(world, "mit", "classify", model={"vision": encoders}, adapter=adapter)
+    run = said(capsys, "train", path, "--runs", world / "runs")["run"]
+    saved = load_file(max((world / run).rglob("adapter.safetensors")))
+    assert {name.split(".")[3]: t.shape[1] for name, t in saved.items() if "v_add.weight" in name} == {
+        "coarse": 24,
+        "fine": 48,
+    }
+    asked = ("--image", next((world / "data").rglob("*.png")), "--text", "this thing is")
+    exported = said(capsys, "export", run, "--out", world / "export-two")["folder"]
+    one, two = (said(capsys, "predict", folder, *asked)["probabilities"] for folder in (run, exported))
+    assert two == pytest.approx(one, abs=2e-6)
+    llm = AutoModelForCausalLM.from_pretrained(world / "llm")
+    adapter, normalize = mitrain.load_adapter(llm, exported)
+    ids, features = torch.arange(4)[None], torch.randn(1, 72)
+    features[:, :24] *= 9
+    parts = adapter.modalities_of(normalize(features))
+    assert [(name, x.shape[1]) for name, x in parts.items()] == [("coarse", 24), ("fine", 48)]
+    with torch.no_grad():
+        outs = [
+            llm(ids, infused=shown).logits for shown in (parts, {**parts, "fine": None}, {**parts, "coarse": None}, {})
+        ]
+    assert all((a - b).abs().max() > 1e-6 for i, a in enumerate(outs) for b in outs[:i])
+    with pytest.raises(ModelError, match="70 wide, but the adapter's modalities are"):
+        adapter.modalities_of(features[:, 2:])
+
+
+@pytest.mark.parametrize("widths", [{"a": 48, "b": 24}, {"a": 24, "b": 48, "c": 1}, {"a": 72}])
+def test_modalities_that_no_encoder_makes_are_refused(capsys, world, widths):
+    encoders = [{"name": str(world / "vision"), "pool": pool} for pool in ("cls", "cls+mean")]
+    path = configured(world, "mit", "classify", model={"vision": encoders}, adapter={"modalities": widths})
+    assert main(["train", str(path), "--dry-run"]) == 2
+    assert "leave adapter.modalities out, or give each encoder of model.vision" in capsys.readouterr().err
+
+
 def test_a_momentum_queue_is_saved_for_training_and_not_published(capsys, world):
     path = configured(world, "pmf", "retrieve", task={"queue": 8})
     run = said(capsys, "train", path, "--runs", world / "runs")["run"]
