@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mitrain.data.sources import portion
 from mitrain.features import ImageFeatures
 from mitrain.model import resolve_data
 from mitrain.probe import RIDGES, probe_accuracy, probe_labels, ridge_fit
@@ -24,11 +25,18 @@ def floors_of(run: Run, split: str, chosen: list[Any], images: ImageFeatures) ->
     return FLOORS[run.config.task.section_name](run, split, chosen, images)
 
 
+def learned_from(run: Run, images: ImageFeatures) -> tuple[list[Any], list[Any]]:
+    """The samples that the run was trained on (``train.fraction`` of the split) and those of val, with features at hand."""
+    data, root = run.config.data, resolve_data(run.config.data)
+    train, val = portion(data.read(root, "train"), run.config.train.fraction), data.read(root, "val")
+    readable = images.readable(train), images.readable(val)
+    images.prepare(sorted({s.image for part in readable for s in part}), 1)
+    return readable
+
+
 def answer_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
     """The majority answer, and a linear probe on the features that are infused."""
-    data, root = run.config.data, resolve_data(run.config.data)
-    train, val = (images.readable(data.read(root, part)) for part in ("train", "val"))
-    images.prepare(sorted({s.image for s in train + val}), 1)
+    train, val = learned_from(run, images)
     found = probe_accuracy(lambda part: run.model.norm(images.pooled([s.image for s in part])), train, val, chosen)
     answers = [s.answer for s in chosen]
     most = max(answers.count(a) for a in set(answers)) / len(answers)
@@ -37,9 +45,7 @@ def answer_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeature
 
 def label_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
     """The training split's commonest label, and a linear probe on the features that are infused."""
-    data, root, task = run.config.data, resolve_data(run.config.data), run.model.task
-    train, val = (images.readable(data.read(root, part)) for part in ("train", "val"))
-    images.prepare(sorted({s.image for s in train + val}), 1)
+    (train, val), task = learned_from(run, images), run.model.task
     truths = [task.targets(part).cpu().numpy() > 0 for part in (train, val, chosen)]
     features = [run.model.norm(images.pooled([s.image for s in part])).numpy() for part in (train, val, chosen)]
     shares = truths[0].mean(0)
@@ -55,9 +61,7 @@ def label_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeatures
 
 def rank_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
     """A random order, and a ridge regression from the infused features to the frozen language model's text states."""
-    data, root, task = run.config.data, resolve_data(run.config.data), run.model.task
-    parts = [*(images.readable(data.read(root, part)) for part in ("train", "val")), chosen]
-    images.prepare(sorted({s.image for part in parts for s in part}), 1)
+    parts, task = [*learned_from(run, images), chosen], run.model.task
     features = [run.model.norm(images.pooled([s.image for s in part])).numpy() for part in parts]
     states = [task.frozen_states([s.text for s in part]) for part in parts]
     galleries = [Gallery([s.image for s in part], [s.text for s in part]) for part in parts]

@@ -17,9 +17,10 @@ class ModelConfig(Section):
     """The frozen parts. ``llm_shape`` gives a configuration in place of weights, for ``--dry-run`` alone.
 
     ``vision`` is one encoder or a list; a bare name stands for its defaults. Several feed one infusion: their global
-    features are concatenated; where ``adapter.modalities`` names as many, each is a modality of its own. ``device``: auto takes a GPU if there is one. ``dtype`` is what is computed in;
-    ``quantize`` holds the matrices of the language model's layers in 8 or 4 bits (``int8-activations`` rounds their
-    inputs too), ``quantize_embedding`` also the embedding, and a head tied to it, in int8.
+    features are concatenated; where ``adapter.modalities`` names as many, each is a modality of its own. ``device``:
+    auto takes a GPU if there is one. ``dtype`` is what is computed in; ``quantize`` holds the matrices of the
+    language model's layers in 8 or 4 bits (``int8-activations`` rounds their inputs too), ``quantize_embedding`` also
+    the embedding, and a head tied to it, in int8.
     """
 
     llm: str

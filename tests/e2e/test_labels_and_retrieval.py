@@ -91,6 +91,15 @@ def test_one_label(world, capsys):
     assert "| macro F1 |" in made["markdown"] and (world / "report" / "labels-test.png").is_file()
 
 
+def test_floors_learn_from_the_samples_that_the_run_was_trained_on(world, capsys):
+    """Four of 32 samples, evenly spread, are of one class, and then a probe knows no other."""
+    config = configuration(world, "labels", {"name": "classify"}, {"name": "labelled"}, "labels")
+    few = ("train.fraction=0.125", "train.batch=4", "train.steps=1", "train.eval_every=1")
+    run = as_json(capsys, "train", config, *few, "--runs", world / "few")["run"]
+    floors = as_json(capsys, "eval", run, "--split", "test", "--floors")["floors"]
+    assert {floor["accuracy"] for floor in floors.values()} == {0.25}
+
+
 def test_several_labels(world, capsys):
     data = {"name": "labelled", "multilabel": True}
     config = configuration(world, "several", {"name": "classify", "readout": ["mean"]}, data, "several")
