@@ -194,7 +194,7 @@ class Virtual(Adapter):
     """A PEFT method that puts trained vectors before the text; ``prompt_encoder`` is PEFT's."""
 
     feature_widths: ClassVar[Mapping[str, int]] = {}
-    kind: ClassVar[str]
+    wraps: ClassVar[bool] = True
 
     def __init__(self, config: VirtualConfig):
         super().__init__()

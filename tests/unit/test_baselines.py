@@ -140,8 +140,8 @@ def test_more_layers_than_there_are_cannot_be_trained():
         attached("full", {"layers": 4})
 
 
-@pytest.mark.parametrize("name", ["lora", "prompt", "visual-prefix"])
-def test_the_language_head_is_for_methods_that_take_features(name):
+@pytest.mark.parametrize("name", ["prompt", "prefix", "visual-prefix"])
+def test_a_method_that_the_language_head_does_not_see_cannot_answer(name):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     values = {
         "model": {
