@@ -227,7 +227,7 @@ def build_task(config: RunConfig, parts: Parts, encoders: Sequence[VisionEncoder
     if config.task.section_name == "answer":
         if not parts.text.speaks:
             raise ConfigError(f"model.llm={config.model.llm!r} has no language head to answer with: take another task")
-        if parts.adapter.walks or parts.adapter.places != ("text",):
+        if parts.adapter.walks or parts.adapter.wraps or parts.adapter.places != ("text",):
             raise ConfigError(
                 f"the method {parts.adapter.method!r} does not work through the language head: take another task"
             )

@@ -48,7 +48,7 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
     """
 
     preset: Literal["default", "paper", "released"] = "default"
-    rank: int = Field(64, ge=1)
+    rank: int = Field(64, ge=1, le=4096)
     core: Literal["cp", "dense"] = "cp"
     factors: Literal["shared", "per-modality"] = "shared"
     vision: tuple[Projection, ...] = ATTENTION

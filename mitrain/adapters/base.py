@@ -44,6 +44,8 @@ class Adapter(nn.Module, ABC):
     """The backbones that it attaches to; with ``image``, ``read`` is given the states that enter its changed layers."""
     walks: ClassVar[bool] = False
     """It runs the layers itself: ``read`` is always given the states that enter ``first_layer`` of each backbone."""
+    wraps: ClassVar[bool] = False
+    """`read` goes through a model around the text model, which the language head knows nothing of."""
     fuses: ClassVar[bool] = False
     """A reading's ``text`` depends on the picture; ``picture.infused=False`` leaves it out while the rest stays."""
     passes: ClassVar[int] = 1

@@ -13,7 +13,7 @@ from mitrain import hf
 from mitrain.adapters.base import Adapter
 from mitrain.adapters.peft import SIDES, Where
 from mitrain.config import Section
-from mitrain.errors import ModelError
+from mitrain.errors import ConfigError, ModelError
 from mitrain.reading import Picture, Reading, Words
 from mitrain.stack import Stack
 
@@ -52,6 +52,12 @@ class Full(Adapter):
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
         self._depth = {name: len(hf.decoder_layers(model)) for name, model in backbones.items()}
+        for name in SIDES[self.config.where]:
+            if (self.config.layers or 0) > self._depth[name]:
+                raise ConfigError(
+                    f"adapter.layers={self.config.layers}, but the {name} model has {self._depth[name]} layers: give at"
+                    " most as many, or null for all and the words' embeddings"
+                )
         self._image = Stack.of(backbones["image"]) if "image" in SIDES[self.config.where] else None
         trained = dict(self._trained(backbones))
         if self.weights and {n: p.shape for n, p in self.weights.items()} != {n: p.shape for n, p in trained.items()}:

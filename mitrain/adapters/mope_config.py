@@ -44,8 +44,8 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
     mapped: bool = True
     router: Literal["mope", "cpt"] = "mope"
     router_reads: Literal["both", "tokens", "condition"] = "both"
-    tokens_width: int = Field(2, ge=1)
-    condition_width: int = Field(8, ge=1)
+    tokens_width: int = Field(2, ge=1, le=65536)
+    condition_width: int = Field(8, ge=1, le=65536)
     keys: Literal["frozen", "learned"] = "frozen"
     routing: Literal["dense", "top1"] = "dense"
     temperature: float = Field(0.1, gt=0)
@@ -53,7 +53,7 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
     importance: float = Field(0.01, ge=0)
     threshold: float | None = Field(None, ge=0)
     other_length: int = Field(4, ge=0, le=1024)
-    mapper_width: int | None = Field(None, ge=1)
+    mapper_width: int | None = Field(None, ge=1, le=65536)
     mapper_norm: Literal["layer", "none"] = "layer"
     dropout: float = Field(0.1, ge=0, lt=1)
     stage_start: Literal["carried", "prompted"] = "carried"

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ class InjectedConfig(Section):
 class LoRAConfig(InjectedConfig, kind="adapter", name="lora"):
     """W + (alpha / rank) B A, B zero at first; ``dropout`` of what A reads."""
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=65536)
     alpha: float = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
 
@@ -119,6 +120,8 @@ class Injected(Adapter):
             warnings.simplefilter("ignore")  # PEFT warns of what is meant here: no PeftModel around the model
             library().inject_adapter_in_model(self.peft_config(names, model), model)
         added = {n: p for n, p in model.named_parameters() if id(p) not in before}
+        for parameter in added.values():  # PEFT makes them in the projection's type, where small updates would be lost
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         return {f"{side}/{name.replace('.', '/')}": parameter for name, parameter in added.items()}
 
     @contextlib.contextmanager
@@ -191,7 +194,7 @@ class Virtual(Adapter):
     """A PEFT method that puts trained vectors before the text; ``prompt_encoder`` is PEFT's."""
 
     feature_widths: ClassVar[Mapping[str, int]] = {}
-    kind: ClassVar[str]
+    wraps: ClassVar[bool] = True
 
     def __init__(self, config: VirtualConfig):
         super().__init__()
@@ -207,6 +210,7 @@ class Virtual(Adapter):
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
         base = backbones["text"].base_model
+        check_room(base, self.config.tokens, 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wrapped = library().get_peft_model(base, self.peft_config(base))
@@ -222,6 +226,7 @@ class Virtual(Adapter):
     def read(self, words: Words | None, picture: Picture | None) -> Reading:
         text = None
         if words is not None:
+            check_room(self._wrapped.get_base_model(), self.config.tokens, words.ids.shape[1])
             options = {"attention_mask": words.mask, "use_cache": self.method == "prefix"}
             hidden = self._wrapped(input_ids=words.ids, **options).last_hidden_state
             text = hidden[:, -words.ids.shape[1] :]
@@ -248,6 +253,16 @@ class Prefix(Virtual):
                 "prefix tuning needs a cache of keys, which an encoder does not have: take adapter.name=prompt"
             )
         return library().PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=self.config.tokens)
+
+
+def check_room(model: PreTrainedModel, virtual: int, tokens: int) -> None:
+    """ModelError where ``virtual`` vectors and a text of ``tokens`` tokens are more than the model has positions for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and virtual + tokens > limit:
+        raise ModelError(
+            f"{virtual} vectors before a text of {tokens} tokens exceed the {limit} positions of {type(model).__name__}:"
+            " lower adapter.tokens or task.max_tokens"
+        )
 
 
 def put(backbones: Mapping[str, nn.Module], key: str, parameter: nn.Parameter) -> None:

@@ -183,7 +183,7 @@ class PMF(Adapter):
         if picture is not None:
             if picture.states is None:
                 raise ModelError("pmf reads a picture's tokens, but only its global feature is given")
-            states["image"] = picture.states.to(self._sides["image"].stack.model.dtype)
+            states["image"] = self._checked("image", picture.states, picture.depth)
         fused = words is not None and picture is not None and picture.infused
         for step in range(self.config.fusion_layers):
             states = self._climb(step, states, visible, fused)
@@ -196,8 +196,17 @@ class PMF(Adapter):
     def _text_states(self, words: Words) -> Tensor:
         side = self._sides["text"]
         if words.states is not None:
-            return words.states.to(side.stack.model.dtype)
+            return self._checked("text", words.states, words.depth)
         return trunk.trunk_states(side.stack.model, side.first, input_ids=words.ids, attention_mask=words.mask)
+
+    def _checked(self, name: str, states: Tensor, depth: int) -> Tensor:
+        """``states`` in the model's type, if they are what enters the first fusion layer."""
+        side = self._sides[name]
+        if depth != side.first:
+            raise ModelError(
+                f"the {name} states are of depth {depth}, but pmf starts at {side.first}: compute them for first_layer"
+            )
+        return states.to(side.stack.model.dtype)
 
     def _climb(
         self, step: int, states: dict[str, Tensor], visible: Mapping[str, Tensor | None], fused: bool

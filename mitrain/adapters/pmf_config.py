@@ -21,11 +21,11 @@ class PMFConfig(Section, kind="adapter", name="pmf"):
     """
 
     fusion_layers: int = Field(2, ge=1)
-    query_prompts: int = Field(4, ge=1)
-    query_context: int = Field(4, ge=0)
-    fusion_context: int = Field(4, ge=0)
+    query_prompts: int = Field(4, ge=1, le=1024)
+    query_context: int = Field(4, ge=0, le=1024)
+    fusion_context: int = Field(4, ge=0, le=1024)
     map: Literal["nonlinear", "linear"] = "nonlinear"
-    map_width: int | None = Field(None, ge=1)
+    map_width: int | None = Field(None, ge=1, le=65536)
     direction: Literal["both", "text-to-image", "image-to-text"] = "both"
 
     @model_validator(mode="after")

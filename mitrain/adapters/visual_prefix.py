@@ -6,18 +6,19 @@ a rank, LoRA tunes the language model too.
 Shapes: B samples, T text tokens, N patches, P visual tokens, c width of the image encoder, D width of the text model.
 """
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from mitrain import trunk
 from mitrain.adapters.base import Adapter
-from mitrain.adapters.peft import LoRA, LoRAConfig
+from mitrain.adapters.peft import LoRA, LoRAConfig, check_room
 from mitrain.config import Section
 from mitrain.errors import ConfigError, ModelError
 from mitrain.reading import Picture, Reading, Words
@@ -31,7 +32,14 @@ class VisualPrefixConfig(Section, kind="adapter", name="visual-prefix"):
     """
 
     tokens: int | None = Field(16, ge=1)
-    lora_rank: int = Field(0, ge=0)
+    lora_rank: int = Field(0, ge=0, le=65536)
+
+    @field_validator("tokens")
+    @classmethod
+    def _check_square(cls, tokens: int | None) -> int | None:
+        if tokens is not None and math.isqrt(tokens) ** 2 != tokens:
+            raise ValueError(f"{tokens} is no square number: give 1, 4, 9, 16, … or null")
+        return tokens
 
 
 class VisualPrefix(Adapter):
@@ -77,6 +85,7 @@ class VisualPrefix(Adapter):
             return Reading(trunk.last_hidden(self._text.model, words), words.mask, image)
         embeddings = self._text.model.get_input_embeddings()(words.ids)
         visual = self.visual_tokens(picture).to(embeddings)
+        check_room(self._text.model, visual.shape[1], words.ids.shape[1])
         seen = torch.ones(visual.shape[:2], dtype=words.mask.dtype, device=words.mask.device)
         inputs = {
             "inputs_embeds": torch.cat([visual, embeddings], 1),
@@ -97,10 +106,10 @@ class VisualPrefix(Adapter):
         patches = tokens[:, -side * side :]
         if self.config.tokens is None:
             return patches
-        wanted = round(self.config.tokens**0.5)
-        if wanted**2 != self.config.tokens or wanted > side:
+        wanted = math.isqrt(self.config.tokens)
+        if wanted > side:
             raise ConfigError(
-                f"adapter.tokens={self.config.tokens}: give a square number of at most the {side**2} patches, or null"
+                f"adapter.tokens={self.config.tokens}: the picture has {side**2} patches: give at most as many, or null"
             )
         grid = patches.transpose(1, 2).unflatten(2, (side, side))
         return F.adaptive_avg_pool2d(grid, wanted).flatten(2).transpose(1, 2)

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from attached import attached, bert, close, dino, inputs, pixels, whole
+from attached import attached, bert, close, dino, inputs, made, pixels, places, whole
 from tiny import scramble, tiny
 
+from mitrain import schema
 from mitrain.adapters.peft import within_layer
 from mitrain.errors import ConfigError, ModelError
+from mitrain.model import build
 from mitrain.quant.replace import quantise
-from mitrain.reading import Picture
+from mitrain.reading import Picture, Words
 from mitrain.trunk import trunk_states
 
 
@@ -90,9 +92,69 @@ def test_visual_tokens_are_projected_averages_of_patches_before_the_text():
         blind = adapter.read(words, Picture(picture.feature, picture.states, picture.depth, infused=False))
         close(blind.text, whole(model, words))
     assert sum(p.numel() for p in adapter.parameters()) == 24 * 32 + 32 + 32 * 32 + 32
-    with pytest.raises(ConfigError, match=r"adapter.tokens=25: give a square number of at most the 16 patches"):
+    with pytest.raises(ConfigError, match=r"adapter.tokens=25: the picture has 16 patches: give at most as many"):
         wrong, *rest = attached("visual-prefix", {"tokens": 25})
         wrong.read(*inputs(wrong, *rest))
+
+
+@pytest.mark.parametrize("tokens", [2, 15])
+def test_visual_tokens_that_are_no_square_are_refused_before_anything_is_loaded(tokens):
+    with pytest.raises(ConfigError, match=rf"{tokens} is no square number: give 1, 4, 9, 16, … or null"):
+        made("visual-prefix", {"tokens": tokens})
+
+
+HALF = {
+    "lora": {"where": "both", "rank": 2},
+    "ia3": {"where": "both"},
+    "prompt": {"tokens": 2},
+    "prefix": {"tokens": 2},
+    "visual-prefix": {"tokens": 4, "lora_rank": 2},
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_parameters_are_wider_than_a_half_precision_model(name):
+    """As every method's: in the models' own bfloat16 steps of less than 1/256 of a value would be lost."""
+    model, image, adapter = tiny("llama", torch.bfloat16), dino().bfloat16(), made(name, HALF[name])
+    adapter.attach(places(adapter, model, image))
+    reading = adapter.read(*inputs(adapter, model, image))
+    assert reading.text.dtype == torch.bfloat16
+    (reading.text.float().square().sum() + reading.image.float().square().sum()).backward()
+    assert {p.grad.dtype for p in adapter.parameters()} == {p.dtype for p in adapter.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["prompt", "visual-prefix"])
+def test_more_positions_than_the_model_has_are_refused_in_one_line(name):
+    adapter, model, image = attached(name, {"tokens": 4}, bert())  # with 64 positions
+    _, picture = inputs(adapter, model, image)
+    long = torch.full((3, 61), 7)
+    adapter.read(Words(long[:, :60], torch.ones_like(long)[:, :60]), picture)
+    with pytest.raises(ModelError, match="4 vectors before a text of 61 tokens exceed the 64 positions of BertModel"):
+        adapter.read(Words(long, torch.ones_like(long)), picture)
+    with pytest.raises(ModelError, match="64 vectors before a text of 1 tokens exceed the 64 positions"):
+        attached("prompt", {"tokens": 64}, bert())
+
+
+def test_more_layers_than_there_are_cannot_be_trained():
+    with pytest.raises(ConfigError, match="adapter.layers=4, but the image model has 3 layers"):
+        attached("full", {"layers": 4})
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix", "visual-prefix"])
+def test_a_method_that_the_language_head_does_not_see_cannot_answer(name):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    values = {
+        "model": {
+            "llm": "none",
+            "llm_shape": {"model_type": "llama", **sizes, "vocab_size": 64},
+            "vision": [{"name": "none", "shape": dino().config.to_dict()}],
+        },
+        "adapter": {"name": name},
+        "task": {"name": "answer"},
+        "data": {"name": "records", "root": "none"},
+    }
+    with pytest.raises(ConfigError, match=f"the method '{name}' does not work through the language head"):
+        build(schema.from_dict(values), empty=True)
 
 
 @pytest.mark.parametrize("layers", [None, 1])

@@ -1,6 +1,7 @@
 """PMF: what it reads with and without the other modality, what trains, what is kept, and what it leaves untouched."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -239,6 +240,9 @@ def test_what_does_not_fit_is_refused_in_one_line():
     case = pair("bert+vit", backbones)
     with pytest.raises(ModelError, match="only its global feature"):
         case.adapter.read(case.words, Picture(case.picture.feature))
+    for wrong in ((replace(case.words, depth=0), case.picture), (case.words, replace(case.picture, depth=0))):
+        with pytest.raises(ModelError, match="states are of depth 0, but pmf starts at"):
+            case.adapter.read(*wrong)
 
 
 def test_texts_beyond_a_sliding_window_are_refused():
