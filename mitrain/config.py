@@ -87,8 +87,7 @@ def explain(schema: type[Section], error: ValidationError, where: str) -> str:
         return f"missing key {path!r}: add it to the configuration or give {path}=VALUE on the command line"
     cause = first.get("ctx", {}).get("error")
     reason = str(cause) if cause else first["msg"]
-    shown = repr(first.get("input"))
-    return f"{path}={shown[:80]}: {reason}"
+    return f"{path}={repr(first.get('input'))[:80]}: {reason}" if path else reason
 
 
 def known_keys(schema: Any, path: tuple) -> list[str]:

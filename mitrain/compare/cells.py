@@ -159,7 +159,7 @@ def resolved(study: Study, folder: Path, place: Place) -> Cell:
     values |= {"name": run_name(study.name, place), "seed": place.seed or 0}
     reduced = next((entry.reduced for entry in also if entry.reduced), study.reduced)
     counted = options if study.kind == "count" else None
-    panels = study.panels if place.axis is None and place.seed == study.seeds[0] else 0
+    panels = study.panels if place.axis is None and place.seed is not None else 0
     return Cell(place, schema.from_dict(values), part, reduced, panels, counted)
 
 

@@ -2,11 +2,12 @@
 
 OUT/cells/NAME/        a cell's process while it is measured; stays behind where it failed or took too long
 OUT/results.json       all rows and how they were made, written after every cell
-OUT/predictions.json   predictions of the first seed, for the page
+OUT/predictions.json   predictions of one seed, for the page
 OUT/table.md, *.svg, page.html    made from these two alone
 """
 
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -31,6 +32,9 @@ Row = dict[str, Any]
 Measure = Callable[[Cell, Path, float], Row]
 Say = Callable[[str], object]
 OK, FAILED, TOO_LONG = "ok", "failed", "too long"
+NEEDED = {"status": str, "reason": str | None, "identity": str, "digest": str, "metric": str | None,
+          "value": int | float | None, "controls": dict, "seconds": int | float, "limit_s": int | float}  # fmt: skip
+MADE = ("date", "commit", "machine", "versions")
 
 
 class CompareError(UserError):
@@ -67,6 +71,20 @@ def read_rows(out: Path) -> list[Row]:
     return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
+def whole(row: Row) -> bool:
+    """Whether a kept row has what is taken for granted here: files are edited and merged by hand."""
+    fields = all(name in row and isinstance(row[name], kind) for name, kind in NEEDED.items())
+    return fields and isinstance(row.get("made"), dict) and all(name in row["made"] for name in MADE)
+
+
+def put_aside(out: Path, say: Say) -> None:
+    """Rename a results.json that cannot be read: the next write would take its place."""
+    path = out / "results.json"
+    if path.exists() and not isinstance(read_json(path).get("rows"), list):
+        path.replace(path.with_name("results.json.damaged"))
+        say(f"{path} is damaged: kept as {path.name}.damaged, its cells are measured again")
+
+
 def compare(
     job: Job,
     command: str,
@@ -84,18 +102,21 @@ def compare(
     limit_s = job.study.limit_s if limit_s is None else limit_s
     wanted = [resolve(job.study, job.path, place) for place in chosen(job.study, only, seeds)]
     with file_lock(job.out / ".lock"):
+        put_aside(job.out, say)
         rows = still_true(job, say)
         result = write(job, rows, command)
         for number, cell in enumerate(wanted, 1):
             key = cell.place.key()
             if finished(rows.get(key), cell, limit_s):
                 continue
-            row = twin([*rows.values(), *beside(job.out)], cell) or cell_row(cell, job, limit_s, measure or in_process)
+            taken = twin([*rows.values(), *beside(job.out)], cell)
+            row = taken or cell_row(cell, job, limit_s, measure or in_process)
             keep_panels(job.out, cell.place, row.pop("panels", None))
             rows[key] = row
             result = write(job, rows, command)
             told = f"{row['metric']} {row['value']:.4f}" if row.get("value") is not None else row["reason"] or OK
-            say(f"[{number}/{len(wanted)}] {cell.place.name}: {told} ({row['seconds']} s)")
+            time_taken = "measured already, for the same settings" if taken else f"{row['seconds']} s"
+            say(f"[{number}/{len(wanted)}] {cell.place.name}: {told} ({time_taken})")
         draw(job, result)
     return result
 
@@ -106,13 +127,14 @@ def still_true(job: Job, say: Say) -> dict[str, Row]:
     for row in job.kept:
         try:
             place = Place.of(row)
-            cell = resolve(job.study, job.path, place) if place in places(job.study, [place.seed]) else None
+            there = whole(row) and place in places(job.study, [place.seed])
+            cell = resolve(job.study, job.path, place) if there else None
             if cell and cell.digest == row["digest"]:
                 found[place.key()] = {**row, "reduced": cell.reduced}
                 continue
         except (ConfigError, KeyError, TypeError):
             pass
-        say(f"no longer in the study, or measured for other settings: {row.get('task')} {row.get('method')}")
+        say(f"damaged, no longer in the study, or measured for other settings: {row.get('task')} {row.get('method')}")
     return found
 
 
@@ -133,7 +155,7 @@ def twin(rows: Iterable[Row], cell: Cell) -> Row | None:
 def beside(out: Path) -> list[Row]:
     """The rows of the studies whose results lie beside ``out``."""
     found = [read_rows(path.parent) for path in sorted(out.parent.glob("*/results.json")) if path.parent != out]
-    return [row for rows in found for row in rows]
+    return [row for rows in found for row in rows if whole(row)]
 
 
 def cell_row(cell: Cell, job: Job, limit_s: float, measure: Measure) -> Row:
@@ -158,9 +180,9 @@ def cell_row(cell: Cell, job: Job, limit_s: float, measure: Measure) -> Row:
 def in_process(cell: Cell, folder: Path, limit_s: float) -> Row:
     """Measure a cell in a process of its own; KeyboardInterrupt where that was stopped from outside."""
     clock = processes.Clock(folder / "seconds")
-    command = [sys.executable, "-m", "mitrain.compare.worker", str(folder)]
+    command = [sys.executable, "-m", "mitrain.compare.worker", str(folder), str(os.getpid())]
     try:
-        code = processes.run(command, folder / "said.txt", max(0.0, limit_s - clock.before))
+        code = processes.run(command, folder / "said.txt", max(0.0, limit_s - clock.before), beat=clock.keep)
     finally:
         clock.keep()
     seconds = round(clock.seconds)
@@ -168,19 +190,19 @@ def in_process(cell: Cell, folder: Path, limit_s: float) -> Row:
         return {"status": TOO_LONG, "reason": f"not finished after {limit_s:g} s", "seconds": seconds}
     if code == STOPPED:
         raise KeyboardInterrupt
-    if code:
+    found = read_json(folder / "row.json")
+    if code or found.get("identity") != cell.identity:
         said = processes.last_line(folder / "said.txt").removeprefix("mitrain: ")
-        return {
-            "status": FAILED,
-            "reason": said if code > 0 else f"killed by signal {-code}: {said}",
-            "seconds": seconds,
-        }
-    return {"status": OK, "seconds": seconds, **read_json(folder / "row.json")}
+        how = "" if code > 0 else f"killed by signal {-code}: " if code else "ended without its row: "
+        return {"status": FAILED, "reason": how + said, "seconds": seconds}
+    return {"status": OK, "seconds": seconds, **found}
 
 
 def keep_panels(out: Path, place: Place, panels: list[Row] | None) -> None:
-    if panels:
-        known = read_json(out / "predictions.json")
+    """Predictions of a method's first seed, or of a later one where there are none of it: tables travel without them."""
+    known = read_json(out / "predictions.json")
+    others = [cell for name, cell in known.items() if name != place.name]
+    if panels and not any((cell["task"], cell["method"]) == (place.task, place.method) for cell in others):
         known[place.name] = {"task": place.task, "method": place.method, "panels": panels}
         write_json(out / "predictions.json", known)
 

@@ -56,7 +56,10 @@ def entry(job: Job, results: Path) -> Row:
     assert claim is not None
     jobs = sources(job, results)
     rows = Rows(row for source in jobs for row in expected(source))
-    found, reason, measured = verdict(claim, rows)
+    try:
+        found, reason, measured = verdict(claim, rows)
+    except ConfigError as error:
+        raise ConfigError(f"{job.path}: {error}") from None
     files = [source.out / "results.json" for source in jobs]
     return {
         "claim": claim.id,

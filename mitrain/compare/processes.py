@@ -1,24 +1,36 @@
 """A process with a limit of time, and of which nothing is left behind."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from mitrain.files import write_atomic
 
 GRACE_S = 20.0
 """For which a process that is asked to stop may save where it is."""
 STOPPED = 75
 """Exit code of a process of ours that was asked to stop and has saved where it is."""
+BEAT_S = 5.0
 LINE = 300
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
-def run(command: Sequence[str], said: Path, limit_s: float, grace_s: float = GRACE_S) -> int | None:
+def run(
+    command: Sequence[str],
+    said: Path,
+    limit_s: float,
+    grace_s: float = GRACE_S,
+    beat: Callable[[], object] = lambda: None,
+) -> int | None:
     """The exit code of ``command``, whose output goes to ``said``; None when it was stopped after ``limit_s`` seconds.
 
-    On an interruption of this process it is asked to stop (SIGTERM), waited for, and killed if it does not.
+    On an interruption of this process it is asked to stop (SIGTERM), waited for, and killed if it does not. ``beat`` is
+    called every few seconds meanwhile.
     """
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     with open(said, "wb") as file:
@@ -26,11 +38,18 @@ def run(command: Sequence[str], said: Path, limit_s: float, grace_s: float = GRA
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
         )
         try:
-            return process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            return None
+            return waited(process, time.monotonic() + limit_s, beat)
         finally:
             end(process, grace_s)
+
+
+def waited(process: subprocess.Popen, until: float, beat: Callable[[], object]) -> int | None:
+    """The exit code, or None where the process still runs at ``until`` on the monotonic clock."""
+    while (left := until - time.monotonic()) > 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, BEAT_S))
+        beat()
+    return process.poll()
 
 
 def end(process: subprocess.Popen, grace_s: float) -> None:
@@ -44,6 +63,16 @@ def end(process: subprocess.Popen, grace_s: float) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def end_with(parent: int) -> bool:
+    """Have this process asked to stop when ``parent`` ends, also where that is killed; False if it has ended already.
+
+    On Linux; elsewhere a process whose parent is killed goes on to its end.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    return os.getppid() == parent
 
 
 def last_line(path: Path) -> str:
@@ -74,4 +103,4 @@ class Clock:
         return self.before + time.monotonic() - self._start
 
     def keep(self) -> None:
-        self.path.write_text(f"{self.seconds:.1f}\n", encoding="utf-8")
+        write_atomic(self.path, f"{self.seconds:.1f}\n")

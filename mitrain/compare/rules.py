@@ -161,6 +161,10 @@ def chosen(rows: Sequence[Row], words: Mapping[str, Any], axis: str | None = Non
     points = {key: item for key, item in words.items() if key not in fixed}
     if len(points) + (axis is not None) > 1:
         raise ValueError(f"rows lie on one axis, and {', '.join([*points, axis or ''])} are several")
+    known = {row["axis"] for row in rows} - {None}
+    for name in filter(None, [*points, axis]):
+        if rows and name not in known:
+            raise ValueError(f"{name!r} is no axis of the study{nearest(name, known)}")
     found = [row for row in rows if all(row[key] == item for key, item in fixed.items())]
     if axis is not None:
         found = [row for row in found if row["axis"] == axis]

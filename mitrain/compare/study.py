@@ -105,6 +105,19 @@ class Axis(Section):
     tasks: tuple[str, ...] = ()
     set: Overrides = {}
 
+    @model_validator(mode="after")
+    def _points(self) -> "Axis":
+        own = [isinstance(item, Mapping) and set(item) == {"value", "set"} for item in self.values]
+        if not self.keys and not all(own):
+            raise ValueError(
+                "an axis without keys changes nothing: name keys, or give each value as {value: …, set: …}"
+            )
+        known = [item["value"] if isinstance(item, Mapping) and "value" in item else item for item in self.values]
+        for number, value in enumerate(known):
+            if any(same(value, other) for other in known[:number]):
+                raise ValueError(f"the point {value!r} stands twice: remove one")
+        return self
+
 
 class Also(Section):
     """Changes for some cells: those of the named ``methods``, ``tasks`` and ``axis`` (none named: all)."""
@@ -191,6 +204,9 @@ class Study(Section):
             check_known(where, "method", part.methods, self.methods)
             check_known(where, "task", part.tasks, self.tasks)
         check_known("also", "axis", [a.axis for a in self.also if a.axis], self.axes)
+        twice = next((seed for i, seed in enumerate(self.seeds) if seed in self.seeds[:i]), None)
+        if twice is not None:
+            raise ValueError(f"the seed {twice} stands twice: remove one")
         taken = {"method", "task", "seed", "over"} & set(self.axes)
         if taken:
             raise ValueError(f"{taken.pop()!r} cannot name an axis: rules use the word")

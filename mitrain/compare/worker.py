@@ -1,5 +1,6 @@
-"""What the process of a cell does: ``python -m mitrain.compare.worker FOLDER``.
+"""What the process of a cell does: ``python -m mitrain.compare.worker FOLDER PARENT``, where it ends with its PARENT.
 
+FOLDER/.lock       held while it works: the process of a parent that was killed saves and goes before the next begins
 FOLDER/cell.json   what is asked (`mitrain.compare.cells.Cell.to_dict`)
 FOLDER/run/        the run, which an interrupted process goes on with
 FOLDER/row.json    what was found, written last
@@ -17,13 +18,13 @@ from PIL import Image
 
 from mitrain import runs, schema
 from mitrain.compare import counts, measures
-from mitrain.compare.processes import STOPPED
+from mitrain.compare.processes import STOPPED, end_with
 from mitrain.compare.study import TaskPart
 from mitrain.config import nearest, parse
 from mitrain.errors import ConfigError, UserError
 from mitrain.evaluate import Evaluation
 from mitrain.export import export
-from mitrain.files import write_json
+from mitrain.files import file_lock, write_json
 from mitrain.floors import floors_of
 from mitrain.model import settled
 from mitrain.report import flatten, panels
@@ -42,7 +43,8 @@ class StoppedError(UserError):
 def main(folder: Path) -> int:
     asked = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
     try:
-        write_json(folder / "row.json", {"identity": asked["identity"], **measured(asked, folder)})
+        with file_lock(folder / ".lock"):
+            write_json(folder / "row.json", {"identity": asked["identity"], **measured(asked, folder)})
     except UserError as error:
         print(f"mitrain: {error}", file=sys.stderr)
         return error.exit_code
@@ -129,4 +131,4 @@ def small(picture: Image.Image) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1])) if end_with(int(sys.argv[2])) else STOPPED)

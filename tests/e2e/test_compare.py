@@ -58,11 +58,11 @@ def here(own_process=()):
     """Runs a cell's worker in this process, but those named in one of their own; counts what was run."""
     ran = []
 
-    def run(command, said, limit_s):
+    def run(command, said, limit_s, beat):
         folder = said.parent
         ran.append(folder.name)
         if folder.name in own_process:
-            return real(command, said, limit_s)
+            return real(command, said, limit_s, beat=beat)
         return worker.main(folder)
 
     real = processes.run

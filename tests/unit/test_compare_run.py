@@ -1,7 +1,9 @@
 """A comparison without its runs: what is measured, kept, tried again; processes and their limit of time."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -115,6 +117,15 @@ def test_another_seed_joins_a_finished_table(job):
     assert len(run(job, later)["rows"]) == 6 and later.asked == []
 
 
+def test_the_page_shows_a_further_seed_where_the_table_came_without_predictions(job):
+    run(job, Bench())
+    assert list(compare.read_json(job.out / "predictions.json")) == ["label-mit-seed0", "label-none-seed0"]
+    (job.out / "predictions.json").unlink()
+    run(job, Bench(), seeds=[2, 3], only=["mit"])
+    assert list(compare.read_json(job.out / "predictions.json")) == ["label-mit-seed2"]
+    assert "<table>" in (job.out / "page.html").read_text()
+
+
 def test_only_what_is_named_is_measured_and_the_rest_stays(job):
     run(job, Bench(), only=["mit"])
     second = Bench()
@@ -181,6 +192,34 @@ def test_damaged_results_are_no_results(job):
         (job.out / "results.json").unlink()
 
 
+def test_damaged_results_are_kept_beside_the_new_ones(job):
+    job.out.mkdir()
+    (job.out / "results.json").write_text("{torn")
+    said = []
+    compare.compare(job, "x", say=said.append, measure=Bench())
+    assert (job.out / "results.json.damaged").read_text() == "{torn" and "is damaged" in said[0]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        *(lambda row, name=name: row.pop(name) for name in ("made", "status", "identity", "metric", "limit_s")),
+        *(lambda row, name=name: row.update({name: "x"}) for name in ("value", "controls", "made", "seconds")),
+        lambda row: row["made"].pop("commit"),
+        lambda row: row.update(task=["label"]),
+    ],
+)
+def test_a_damaged_row_is_measured_again(job, edit):
+    run(job, Bench())
+    path = job.out / "results.json"
+    values = json.loads(path.read_text())
+    edit(values["rows"][1])
+    path.write_text(json.dumps(values))
+    bench = Bench()
+    run(job, bench)
+    assert bench.asked == ["label-mit-seed1"]
+
+
 def test_the_list_estimates_from_rows(job):
     assert [(c["done"], c["seconds"], c["at_most"]) for c in compare.listed(job, [0], [])] == [(False, 240, True)] * 2
     run(job, Bench(), only=["mit"], seeds=[0])
@@ -215,7 +254,7 @@ def test_a_process_that_takes_too_long_is_asked_to_stop_and_then_killed(tmp_path
 
 def test_a_cell_goes_on_with_the_time_it_has_left(job, monkeypatch, tmp_path):
     given = []
-    monkeypatch.setattr(processes, "run", lambda command, said, limit_s: given.append(limit_s))
+    monkeypatch.setattr(processes, "run", lambda command, said, limit_s, beat: given.append(limit_s))
     cell = compare.resolve(job.study, job.path, compare.places(job.study)[0])
     (tmp_path / "seconds").write_text("100.0\n")
     assert compare.in_process(cell, tmp_path, 240)["status"] == TOO_LONG
@@ -228,14 +267,66 @@ def test_a_cell_goes_on_with_the_time_it_has_left(job, monkeypatch, tmp_path):
 def test_how_a_process_ended_is_told(job, monkeypatch, tmp_path, code, status, reason):
     cell = compare.resolve(job.study, job.path, compare.places(job.study)[0])
     (tmp_path / "said.txt").write_text("x\nmitrain: no room\n")
-    monkeypatch.setattr(processes, "run", lambda *_: code)
+    monkeypatch.setattr(processes, "run", lambda *_, **__: code)
     found = compare.in_process(cell, tmp_path, 9)
     assert (found["status"], found["reason"]) == (status, reason)
 
 
+@pytest.mark.parametrize("left", [None, "{torn", '{"identity": "another"}'])
+def test_a_process_that_left_no_row_of_its_own_has_failed(job, monkeypatch, tmp_path, left):
+    cell = compare.resolve(job.study, job.path, compare.places(job.study)[0])
+    if left:
+        (tmp_path / "row.json").write_text(left)
+    monkeypatch.setattr(processes, "run", lambda *_, **__: 0)
+    found = compare.in_process(cell, tmp_path, 9)
+    assert (found["status"], found["reason"]) == (FAILED, "ended without its row: it said nothing")
+
+
+def test_the_time_of_a_cell_is_kept_while_it_runs(tmp_path, monkeypatch):
+    """Also where this process is killed, and so writes nothing at its end."""
+    monkeypatch.setattr(processes, "BEAT_S", 0.05)
+    clock, kept = processes.Clock(tmp_path / "seconds"), []
+
+    def beat():
+        clock.keep()
+        kept.append(float((tmp_path / "seconds").read_text()))
+
+    code = "import pathlib, time\nwhile not pathlib.Path('seconds').exists(): time.sleep(0.01)"
+    monkeypatch.chdir(tmp_path)
+    assert processes.run([sys.executable, "-S", "-c", code], tmp_path / "said", 60, beat=beat) == 0
+    assert kept and kept == sorted(kept)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux to end a process with its parent")
+def test_a_cell_ends_with_the_process_that_started_it_even_when_that_is_killed(tmp_path):
+    """The parent starts the cell and is killed; the cell is asked to stop, and says so."""
+    cell = (
+        "import os, signal, sys, time; from mitrain.compare.processes import end_with;"
+        "signal.signal(15, lambda *_: (open('stopped', 'w').close(), os._exit(0)));"
+        "there = end_with(int(sys.argv[1])); open('ready', 'w').close(); time.sleep(600 if there else 0)"
+    )
+    parent = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {cell!r}, str(os.getpid())])"
+    process = subprocess.Popen([sys.executable, "-S", "-c", parent], cwd=tmp_path, env=dict(os.environ))
+    wait_for(tmp_path / "ready")
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "stopped")
+
+
+def test_a_parent_that_has_ended_already_is_told():
+    assert processes.end_with(os.getppid()) and not processes.end_with(-1)
+
+
+def wait_for(path, seconds=300):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path.name} was not written"
+        time.sleep(0.02)
+
+
 def test_a_process_that_was_stopped_interrupts(job, monkeypatch, tmp_path):
     cell = compare.resolve(job.study, job.path, compare.places(job.study)[0])
-    monkeypatch.setattr(processes, "run", lambda *_: compare.STOPPED)
+    monkeypatch.setattr(processes, "run", lambda *_, **__: compare.STOPPED)
     with pytest.raises(KeyboardInterrupt):
         compare.in_process(cell, tmp_path, 9)
 

@@ -1,7 +1,7 @@
 """Typed configuration: strict keys, YAML as users write it, overrides, digests."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -86,6 +86,7 @@ def test_digest_follows_content_not_order():
     assert config.digest({"a": 1}) != config.digest({"a": 2})
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_is_a_value_or_a_config_error(text):
     try:

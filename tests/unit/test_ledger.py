@@ -147,6 +147,15 @@ def test_a_rule_that_says_both_is_the_users_to_mend(book):
         ledger.ledger(book)
 
 
+def test_a_rule_that_cannot_be_computed_names_its_file(book):
+    results(book, GOOD)
+    values = yaml.safe_load((book.parent / "x1.yaml").read_text())
+    values["claim"]["quantities"]["error"] = 'mean("value", methd="mit")'
+    (book.parent / "x1.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=r"x1\.yaml: the rule .*'methd' is no axis of the study"):
+        ledger.ledger(book)
+
+
 def test_the_table_is_markdown(book):
     results(book, GOOD, reduced="60 steps")
     text = ledger.markdown(ledger.ledger(book))

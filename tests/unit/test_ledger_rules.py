@@ -114,6 +114,8 @@ def test_what_is_missing_is_said(text, words):
     [
         ('mean("value")', "rows of several methods (a, b, lost): add method="),
         ('mean("value", method="m", experts=1, length=2)', "rows lie on one axis"),
+        ('mean("value", methd="a")', "'methd' is no axis of the study"),
+        ('series("value", over="expert", method="m")', "'expert' is no axis of the study (did you mean 'experts'?)"),
         ("1 + 'a'", "cannot be computed"),
         ("first([])", "cannot be computed"),
         ("slope([1, 2], [1])", "do not pair"),
