@@ -187,22 +187,22 @@ class LayerWidths(Protocol):
     def ffn(self) -> int: ...
 
 
-def mit_layer_parameters(features: Sequence[int], llm: LayerWidths, *, key_add: bool = False, ffn: bool = True) -> int:
+def mit_layer_parameters(features: Sequence[int], llm: LayerWidths, *, maps: int = 3, ffn: bool = True) -> int:
     """Parameters that MiT adds to one infused layer, summed over modalities of the given feature widths e.
 
-        Σ_m [ a (e_m · H d + H d) + (e_m f + f) + H ]        a = 3 affine maps, or 4 with the release's additive key map
+        Σ_m [ a (e_m · H d + H d) + (e_m f + f) + H ]        a = 3 affine ``maps``, or 4 with the release's additive key map
 
     Every map has the width H d of the query heads, also with grouped keys and values.
     """
     width = llm.heads * llm.head_dim
-    maps = (4 if key_add else 3) * width + (llm.ffn if ffn else 0)
-    return sum((e + 1) * maps + llm.heads for e in features)
+    outputs = maps * width + (llm.ffn if ffn else 0)
+    return sum((e + 1) * outputs + llm.heads for e in features)
 
 
-def mit_layer_macs(features: Sequence[int], llm: LlmShape, *, key_add: bool = False, ffn: bool = True) -> int:
+def mit_layer_macs(features: Sequence[int], llm: LlmShape, *, maps: int = 3, ffn: bool = True) -> int:
     """MACs of one infused layer's maps, once per sample whatever its length: its weights without the biases."""
-    maps = (4 if key_add else 3) * llm.heads * llm.head_dim + (llm.ffn if ffn else 0)
-    return sum(e * maps for e in features)
+    outputs = maps * llm.heads * llm.head_dim + (llm.ffn if ffn else 0)
+    return sum(e * outputs for e in features)
 
 
 def film_decoder_parameters(

@@ -20,8 +20,11 @@ HEAD_LOGIT = 1.0
 there the gate multiplies zeros, and a smaller one would only slow the maps' first steps."""
 
 
-def attention_maps(k_add: bool) -> tuple[str, ...]:
-    return ("k_mul", "k_add", "v_mul", "v_add") if k_add else ("k_mul", "v_mul", "v_add")
+def attention_maps(k_add: bool, terms: str) -> tuple[str, ...]:
+    """The attention's maps that exist, where ``terms`` (both, multiply, add) leaves some out."""
+    names = ("k_mul", "k_add", "v_mul", "v_add") if k_add else ("k_mul", "v_mul", "v_add")
+    endings = {"both": ("_mul", "_add"), "multiply": ("_mul",), "add": ("_add",)}[terms]
+    return tuple(name for name in names if name.endswith(endings))
 
 
 class ModalityMaps(nn.Module):
@@ -47,14 +50,22 @@ class ModalityMaps(nn.Module):
 
 
 class LayerInfusion(nn.Module):
-    """All modalities' maps into one layer and its head logits L (M, H); ``place`` is their device and dtype."""
+    """All modalities' maps into one layer, the attention's by their ``names``, and its head logits L (M, H); ``place`` is
+    their device and dtype. A map that is left out gives zeros."""
 
     def __init__(
-        self, widths: Mapping[str, int], shape: LayerShape, *, k_add: bool, ffn: bool, base: int, **place: Any
+        self,
+        widths: Mapping[str, int],
+        shape: LayerShape,
+        names: tuple[str, ...],
+        *,
+        ffn: bool,
+        base: int,
+        **place: Any,
     ):
         super().__init__()
-        self.shape, self.base, self.names = shape, base, attention_maps(k_add)
-        modalities = {name: ModalityMaps(width, shape, self.names, ffn, **place) for name, width in widths.items()}
+        self.shape, self.base, self.names = shape, base, names
+        modalities = {name: ModalityMaps(width, shape, names, ffn, **place) for name, width in widths.items()}
         self.maps = nn.ModuleDict(modalities)
         self.head_logit = nn.Parameter(torch.full((len(widths), shape.heads), HEAD_LOGIT, **place))
 
@@ -76,6 +87,8 @@ class LayerInfusion(nn.Module):
             mask = torch.stack([present.get(name, everywhere) for name in there])
 
         def mapped(kind: str) -> Tensor:
+            if kind not in self.names:
+                return self.head_logit.new_zeros(len(there), len(inputs[there[0]]), *size[2:])
             return torch.stack([getattr(self.maps[name], kind)(inputs[name]) for name in there]).view(size)
 
         return LayerMaps(

@@ -23,7 +23,7 @@ from mitrain.adapters.checkpointing import CheckpointedLayer
 from mitrain.adapters.condition import Condition
 from mitrain.adapters.decoder import Decoder, InfusionPoint, find_decoder, infusion_point
 from mitrain.adapters.gate_cache import check_cache
-from mitrain.adapters.maps import LayerInfusion, inputs_of
+from mitrain.adapters.maps import LayerInfusion, attention_maps, inputs_of
 from mitrain.adapters.mit_config import MiTConfig
 from mitrain.adapters.selection import select_layers
 from mitrain.costs import LlmShape, mit_layer_macs
@@ -89,7 +89,8 @@ class MiT(Adapter):
     def macs(self, llm: LlmShape) -> int:
         """The maps run once per sample (`mitrain.costs.mit_layer_macs`)."""
         widths = list(self.feature_widths.values())
-        return len(self.layers) * mit_layer_macs(widths, llm, key_add=self.config.k_add, ffn=self.config.ffn)
+        maps = len(attention_maps(self.config.k_add, self.config.terms))
+        return len(self.layers) * mit_layer_macs(widths, llm, maps=maps, ffn=self.config.ffn)
 
     # Attaching
 
@@ -126,10 +127,11 @@ class MiT(Adapter):
             for name, width in widths.items():
                 self.projections[name] = nn.Linear(width, rank, bias=False, device=like.device, dtype=dtype)
             widths = dict.fromkeys(widths, rank)
-        options = {"k_add": self.config.k_add, "ffn": self.config.ffn, "base": self.config.base, "dtype": dtype}
+        names = attention_maps(self.config.k_add, self.config.terms)
+        options = {"ffn": self.config.ffn, "base": self.config.base, "dtype": dtype}
         for point in points:
             like = next(decoder.layers[point.index].parameters())
-            layer = LayerInfusion(widths, point.shape, **options, device=like.device)
+            layer = LayerInfusion(widths, point.shape, names, **options, device=like.device)
             if self.config.init == "identity":
                 layer.start_as_identity()
             self.infused[str(point.index)] = layer

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from mitrain.adapters.decoder import LayerShape
+from mitrain.adapters.maps import attention_maps
 from mitrain.adapters.presets import filled
 from mitrain.adapters.selection import parse_layers
 from mitrain.config import Section
@@ -34,7 +35,9 @@ class MiTConfig(Section, kind="adapter", name="mit"):
 
     ``gate``: σ(L + cos(V, v_add)), where the cosine sees all of the text (``sequence``: for pooled read-outs, not
     causal), the text so far (``prefix``), or the key itself (``token``: does not fold, slower); ``none`` is 1.
-    ``cosine=false`` leaves σ(L). ``k_add`` trains nothing unless the gate is ``token``: softmax cancels it.
+    ``cosine=false`` leaves σ(L). ``k_add`` trains nothing unless the gate is ``token``: softmax cancels it. ``terms``: the
+    attention's maps multiply and add, or do one of the two alone (without v_add the cosine is 0); ``ffn``: whether the
+    feed-forward's activation is multiplied.
     """
 
     preset: Literal["default", "released", "paper"] = "default"
@@ -44,6 +47,7 @@ class MiTConfig(Section, kind="adapter", name="mit"):
     cosine: bool = True
     base: Literal[0, 1] = 1
     k_add: bool = False
+    terms: Literal["both", "multiply", "add"] = "both"
     ffn: bool = True
     init: Literal["identity", "released"] = "identity"
     rank: Annotated[int, Field(gt=0)] | None = None
@@ -58,6 +62,14 @@ class MiTConfig(Section, kind="adapter", name="mit"):
         for name in self.modalities:
             if not name.isidentifier() or hasattr(nn.ModuleDict, name) or name in ("training", "infused"):
                 raise ValueError(f"{name!r} cannot name a modality: take a plain word such as image")
+        return self
+
+    @model_validator(mode="after")
+    def _check_terms(self) -> "MiTConfig":
+        if self.terms == "add" and self.base == 0:
+            raise ValueError("base=0 without multiplying maps leaves no keys: set base=1, or terms to both or multiply")
+        if self.terms == "multiply" and self.k_add:
+            raise ValueError("k_add adds to keys, which terms=multiply leaves out: set k_add=false or terms=both")
         return self
 
     @property
@@ -87,5 +99,6 @@ def parameter_count(config: MiTConfig, shape: LayerShape, layers: int) -> Parame
     """
     widths = list(config.modalities.values())
     read = [config.rank or width for width in widths]
-    per_layer = mit_layer_parameters(read, shape, key_add=config.k_add, ffn=config.ffn)
+    maps = len(attention_maps(config.k_add, config.terms))
+    per_layer = mit_layer_parameters(read, shape, maps=maps, ffn=config.ffn)
     return ParameterCount(per_layer, sum(widths) * (config.rank or 0), layers)

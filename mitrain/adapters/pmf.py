@@ -71,28 +71,32 @@ class Link(nn.Module):
     def __init__(self, config: PMFConfig, widths: Mapping[str, int], name: str, **place: Any):
         super().__init__()
         source, target = (widths[side] for side in LINKS[name])
-        counts = {"query": config.query_prompts, "context": config.query_context}
+        counts = {"query": config.query_prompts, "context": config.query_context if config.query_prompts else 0}
         for kind, count in counts.items():
             self.register_parameter(kind, prompts(count, source, **place))
         self.register_parameter("fusion", prompts(config.fusion_context, target, **place))
-        if config.map == "linear":
+        if self.query is None:
+            self.map = None
+        elif config.map == "linear":
             self.map = nn.Linear(source, target, **place)
         else:
             inner = config.inner_width(widths)
             layers = nn.Linear(source, inner, **place), nn.ReLU(), nn.Linear(inner, target, **place)
             self.map = nn.Sequential(*layers)
 
-    def ask(self, side: Side, index: int, states: Tensor, visible: Tensor | None) -> Tensor:
+    def ask(self, side: Side, index: int, states: Tensor, visible: Tensor | None) -> Tensor | None:
         """y (B, M_q, D_target): what the source's layer ``index`` writes into the query prompts, mapped to the target."""
+        if self.query is None or self.map is None:
+            return None
         context = [] if self.context is None else [self.context]
         # Under a causal mask the last rows alone see the whole text, and see a context only where it stands before them.
         before, after = (context, [self.query]) if side.stack.causal else ([], [*context, self.query])
         answer = side.beside(index, states, visible, before, after)[:, -len(self.query) :]
         return self.map(answer.to(self.query.dtype))
 
-    def tell(self, side: Side, index: int, states: Tensor, visible: Tensor | None, answer: Tensor) -> Tensor:
+    def tell(self, side: Side, index: int, states: Tensor, visible: Tensor | None, answer: Tensor | None) -> Tensor:
         """The target's tokens (B, T, D) after its layer ``index``, which saw ``answer``; the prompts' rows are dropped."""
-        told, count = [answer] if self.fusion is None else [self.fusion, answer], states.shape[1]
+        told, count = [prompt for prompt in (self.fusion, answer) if prompt is not None], states.shape[1]
         if side.stack.causal:  # at the end they would be invisible to the text
             return side.beside(index, states, visible, told, [])[:, -count:]
         return side.beside(index, states, visible, [], told)[:, :count]

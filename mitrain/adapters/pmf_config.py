@@ -15,13 +15,14 @@ class PMFConfig(Section, kind="adapter", name="pmf"):
     """Settings of PMF; the defaults are the release's.
 
     ``fusion_layers``: L_f, how many of each encoder's last layers are paired. ``query_prompts``, ``query_context``,
-    ``fusion_context``: M_q, M_c, M_p; without the last two (0) their prompts do not exist. ``map``: the map between
+    ``fusion_context``: M_q, M_c, M_p; those of 0 do not exist. Without query prompts nothing is asked: there is no map and
+    no query context either, only the fusion context of each encoder by itself. ``map``: the map between
     the encoders, Linear - ReLU - Linear over ``map_width`` (none: half the wider encoder's width) or one linear layer.
     ``direction``: who is told of whom; an encoder that is told nothing stays as it is, without prompts of its own.
     """
 
     fusion_layers: int = Field(2, ge=1)
-    query_prompts: int = Field(4, ge=1, le=1024)
+    query_prompts: int = Field(4, ge=0, le=1024)
     query_context: int = Field(4, ge=0, le=1024)
     fusion_context: int = Field(4, ge=0, le=1024)
     map: Literal["nonlinear", "linear"] = "nonlinear"
@@ -32,6 +33,8 @@ class PMFConfig(Section, kind="adapter", name="pmf"):
     def _check_width(self) -> "PMFConfig":
         if self.map == "linear" and self.map_width is not None:
             raise ValueError("map_width is the inner width of the nonlinear map: leave it out with map=linear")
+        if not self.query_prompts and not self.fusion_context:
+            raise ValueError("nothing is trained: give query_prompts, fusion_context or both")
         return self
 
     @property
@@ -49,6 +52,9 @@ def parameter_count(config: PMFConfig, text: int, image: int) -> int:
     widths = {"text": text, "image": image}
     inner, total = config.inner_width(widths), 0
     for source, target in (tuple(widths[side] for side in LINKS[link]) for link in config.links):
-        total += (config.query_prompts + config.query_context) * source + config.fusion_context * target
+        total += config.fusion_context * target
+        if not config.query_prompts:
+            continue
+        total += (config.query_prompts + config.query_context) * source
         total += source * target + target if config.map == "linear" else (source + target + 1) * inner + target
     return config.fusion_layers * total

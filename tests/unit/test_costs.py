@@ -64,7 +64,7 @@ def count(model: torch.nn.Module) -> int:
 
 def test_headline_parameters():
     llm, clip = LlmShape.from_config(LLAMA2_7B), VitShape.from_config(CLIP_L_336)
-    per_layer = mit_layer_parameters([768], llm, key_add=True)
+    per_layer = mit_layer_parameters([768], llm, maps=4)
     assert per_layer == 4 * (768 * 4096 + 4096) + (768 * 11008 + 11008) + 32 == 21_064_480
     assert llm.parameters == 6_738_415_616
     assert llm.parameters - llm.head == 6_607_343_616
@@ -83,7 +83,7 @@ def test_headline_compute():
     baseline at every position with the language model's attention scores left out; with them it is 4.33 T.
     """
     llm, clip = LlmShape.from_config(LLAMA2_7B), VitShape.from_config(CLIP_L_336)
-    maps = 8 * mit_layer_macs([768], llm, key_add=True)
+    maps = 8 * mit_layer_macs([768], llm, maps=4)
     assert round(maps / 8 / 1e9, 3) == 0.021
     assert round(clip.macs() / 1e12, 3) == 0.191
     assert round(llm.layers * llm.linear_per_layer / 1e9, 3) == 6.476
@@ -156,9 +156,9 @@ def test_mit_layer_with_grouped_heads_and_two_modalities():
     """Every map has the width of the query heads, 6 · 12 = 72, though hidden is 48 and keys are 36 wide."""
     llm = LlmShape.from_config(TINY | {"head_dim": 12})
     assert mit_layer_parameters([5, 7], llm) == (6 + 8) * (3 * 72 + 80) + 2 * 6
-    assert mit_layer_parameters([5], llm, key_add=True, ffn=False) == 6 * 4 * 72 + 6
+    assert mit_layer_parameters([5], llm, maps=4, ffn=False) == 6 * 4 * 72 + 6
     assert mit_layer_macs([5, 7], llm) == 12 * (3 * 72 + 80)
-    assert mit_layer_macs([5], llm, key_add=True, ffn=False) == 5 * 4 * 72
+    assert mit_layer_macs([5], llm, maps=4, ffn=False) == 5 * 4 * 72
 
 
 def test_frozen_bytes_by_hand():

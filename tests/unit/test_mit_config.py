@@ -57,6 +57,8 @@ def test_a_resolved_configuration_reads_back_as_itself():
         ({"layers": [1, 1]}, "stands twice"),
         ({"layer": 3}, r"unknown key 'adapter.layer' .did you mean 'layers'"),
         ({"preset": ["default"]}, "adapter.preset"),
+        ({"terms": "add", "base": 0}, "base=0 without multiplying maps leaves no keys"),
+        ({"terms": "multiply", "k_add": True}, "k_add adds to keys, which terms=multiply leaves out"),
     ],
 )
 def test_a_wrong_setting_is_one_line(values, message):
@@ -105,6 +107,8 @@ def test_the_released_form_of_llama_2_7b_has_the_published_parameters_per_layer(
         {"preset": "released"},
         {},
         {"k_add": True, "ffn": False},
+        {"terms": "multiply"},
+        {"terms": "add", "k_add": True},
         {"rank": 16},
         {"rank": 16, "modalities": {"image": 768, "audio": 128}, "k_add": True},
     ],

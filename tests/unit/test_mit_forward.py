@@ -27,6 +27,11 @@ def run(model, mit, inputs, **bound):
         return model(**inputs).logits
 
 
+def run_frozen(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
 def positions(inputs):
     """Position ids that count tokens, not padding."""
     return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
@@ -168,6 +173,25 @@ def test_absent_modalities_are_as_if_not_there(settings):
     for row, expected in enumerate((both, sound, frozen)):
         assert (some[row] - expected[row]).abs().max() < ROUNDED
     assert (both - sound).abs().max() > 1e-2 and (sound - frozen).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("gate", ["prefix", "sequence", "token", "none"])
+@pytest.mark.parametrize(("terms", "left_out"), [("multiply", ["v_add"]), ("add", ["k_mul", "v_mul"])])
+def test_terms_alone_are_both_with_the_others_at_zero(gate, terms, left_out):
+    model, mit = attached(gate=gate)
+    for infusion in mit.infusions:
+        for name in left_out:
+            torch.nn.init.zeros_(getattr(infusion.maps["image"], name).weight)
+            torch.nn.init.zeros_(getattr(infusion.maps["image"], name).bias)
+    whole, inputs = mit.state_dict(), positions(text(padding="left"))
+    expected = run(model, mit, inputs)
+    mit.detach()
+    frozen = run_frozen(model, inputs)
+    alone = mitrain.attach(model, MiTConfig(modalities={"image": 6}, layers="last half", gate=gate, terms=terms))
+    assert alone.state_dict().keys() == {key for key in whole if not any(f".{name}." in key for name in left_out)}
+    alone.load_state_dict({key: value for key, value in whole.items() if key in alone.state_dict()})
+    found = run(model, alone, inputs)
+    assert (found - expected).abs().max() < ROUNDED and (found - frozen).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -150,6 +150,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(name):
 
 
 SWITCHES = {
+    "query_prompts=0": ({"query_prompts": 0}, ".query"),
     "query_context=0": ({"query_context": 0}, ".context"),
     "fusion_context=0": ({"fusion_context": 0}, ".fusion"),
     "map=linear": ({"map": "linear"}, ".map.2"),
@@ -179,6 +180,17 @@ def test_each_switch_leaves_its_parameters_out_and_changes_the_reading(switch):
     assert (changed.text - reading.text)[shown].abs().max() > 1e-3 or towards == "image-to-text"
     assert (changed.image - reading.image).abs().max() > 1e-3 or towards == "text-to-image"
     case.adapter.detach()
+
+
+@torch.no_grad()
+def test_without_query_prompts_nothing_is_asked_of_the_other_encoder():
+    for kind in ("bert+vit", "llama+dinov2"):
+        case = pair(kind, query_prompts=0)
+        assert {name.split(".")[-1] for name in case.adapter.state_dict()} == {"fusion"}
+        own = case.read()
+        other = case.adapter.read(case.words, replace(case.picture, states=case.picture.states.flip(0)))
+        close(own.text, other.text)
+        close(own.image.flip(0), other.image)
 
 
 def test_one_direction_alone_still_trains_all_it_has():
@@ -235,8 +247,8 @@ def test_what_does_not_fit_is_refused_in_one_line():
     assert not hasattr(backbones["text"], "pmf") and all(p.requires_grad for p in backbones["text"].parameters())
     with pytest.raises(ConfigError, match="map_width"):
         choose("adapter", {"name": "pmf", "map": "linear", "map_width": 5})
-    with pytest.raises(ConfigError, match="query_prompts"):
-        choose("adapter", {"name": "pmf", "query_prompts": 0})
+    with pytest.raises(ConfigError, match="nothing is trained: give query_prompts"):
+        choose("adapter", {"name": "pmf", "query_prompts": 0, "fusion_context": 0})
     case = pair("bert+vit", backbones)
     with pytest.raises(ModelError, match="only its global feature"):
         case.adapter.read(case.words, Picture(case.picture.feature))

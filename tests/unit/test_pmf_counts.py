@@ -67,6 +67,7 @@ SETTINGS = [
     {"query_prompts": 1, "query_context": 0, "fusion_context": 0},
     {"query_prompts": 16, "query_context": 2, "fusion_context": 5, "map_width": 100},
     {"map": "linear"},
+    {"query_prompts": 0, "fusion_context": 3},
     {"direction": "text-to-image", "fusion_context": 3},
     {"direction": "image-to-text", "map": "linear", "query_context": 1},
 ]
