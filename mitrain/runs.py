@@ -76,10 +76,13 @@ def create_or_find(run_config: RunConfig, folder: str | Path) -> Path:
 def forget(folder: Path) -> None:
     """Remove the folder of a run that was refused before it began: a mended configuration may take the same name.
 
-    One that holds more than its configuration stays.
+    One that holds more than its configuration and an empty log stays.
     """
-    if [path.name for path in folder.iterdir()] == ["config.yaml"]:
-        (folder / "config.yaml").unlink()
+    held = {path.name: path for path in folder.iterdir()}
+    log = held.pop("metrics.jsonl", None)
+    if list(held) == ["config.yaml"] and (log is None or log.stat().st_size == 0):
+        for path in filter(None, (*held.values(), log)):
+            path.unlink()
         folder.rmdir()
 
 

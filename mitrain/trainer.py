@@ -10,6 +10,7 @@ On several ranks each computes its share of every micro-batch and of every evalu
 the ranks, so the run is the same as that of one process. Rank 0 alone reads and writes the run folder.
 """
 
+import logging
 import math
 import sys
 import time
@@ -30,7 +31,7 @@ from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit, portion
 from mitrain.engine import FP16_SCALE, Engine, Group, LocalEngine, StepResult, Sums, regularised
 from mitrain.engine.zero import ZeroEngine, sharding
-from mitrain.errors import CheckpointError, DataError, UserError
+from mitrain.errors import CheckpointError, ConfigError, DataError, UserError
 from mitrain.evaluate import evaluate
 from mitrain.features import ImageFeatures
 from mitrain.files import write_json
@@ -39,6 +40,8 @@ from mitrain.model import Model, build, resolve_data
 from mitrain.schema import RunConfig
 from mitrain.tasks.base import Batch
 from mitrain.telemetry import Metrics, NoMetrics, Stopwatch, Wandb
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,12 +158,14 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train to the last step, or until asked to stop."""
         train = self.config.train
-        step = self.resume()
+        begun = step = self.resume()
         heart = Heartbeat(train.hang_minutes)
         with closing(self._metrics(step)) as metrics, StopRequest() as stop, heart:
             stopped = dist.first(stop.requested)
             while step < train.steps and not stopped:
                 result, seconds = self._step()
+                if step == begun and result.applied:
+                    self._check_reached(result.unreached)
                 step += 1
                 heart.beat()
                 self.skips.record(step, result.reason)
@@ -214,6 +219,19 @@ class Trainer:
                 self.tokens += self.model.task.tokens([draw.sample for draw in draws])
             result = self.engine.step()
         return result, time.perf_counter() - start
+
+    def _check_reached(self, unreached: Sequence[str]) -> None:
+        """Name what of the adapter gets no gradient; ConfigError where nothing does, which would train the head alone."""
+        own = [f"adapter.{name}" for name, _ in self.model.trainable["adapter"].named_parameters()]
+        missed = [name for name in own if name in set(unreached)]
+        if own and len(missed) == len(own):
+            raise ConfigError(
+                f"the task reads nothing that the method {self.model.adapter.method!r} changes: no gradient reached it in the"
+                " first step. Change task.readout or task.matching, or take adapter.name=none"
+            )
+        if missed:
+            shown = ", ".join(missed[:3]) + (", …" if len(missed) > 3 else "")
+            log.warning("%d of the adapter's %d tensors get no gradient: %s", len(missed), len(own), shown)
 
     def _accumulate(self, draws: list[Draw[Any]], share: slice) -> None:
         """The gradients of this rank's share of a micro-batch; of fewer samples than ranks some get none.

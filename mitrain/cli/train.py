@@ -44,11 +44,11 @@ def run_train(arguments: argparse.Namespace) -> Any:
     dist.say(f"run folder: {folder}", file=sys.stderr)
     try:
         trainer = Trainer(config, folder, quiet=arguments.json)
+        outcome = trainer.fit()
     except UserError:
         if dist.is_main() and not arguments.resume:
             runs.forget(folder)
         raise
-    outcome = trainer.fit()
     say(arguments, trainer.watch.table())
     if outcome.stopped:
         say(arguments, f"stopped by {outcome.stopped} after step {outcome.step}: mitrain train --resume {folder}")

@@ -72,6 +72,7 @@ class StepResult:
 
     ``loss`` is the mean over ``count``, a regulariser included; ``grad_norm`` the norm of the mean gradient before
     clipping (NaN when the step was skipped before it was known); ``lr`` the rate of the first group at this step.
+    ``unreached``: the parameters that no rank has a gradient for.
     """
 
     applied: bool
@@ -80,6 +81,7 @@ class StepResult:
     grad_norm: float
     lr: float
     count: float
+    unreached: tuple[str, ...] = ()
 
 
 class Engine(Protocol):

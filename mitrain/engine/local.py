@@ -90,7 +90,9 @@ class LocalEngine:
         if reason is not None:
             self._discard()
         self.applied += reason is None
-        result = StepResult(reason is None, reason, loss, norm, self.optimizer.param_groups[0]["lr"], count)
+        found = set(map(id, reached))
+        unreached = tuple(name for name, param in self.params.items() if id(param) not in found)
+        result = StepResult(reason is None, reason, loss, norm, self.optimizer.param_groups[0]["lr"], count, unreached)
         self._clear()
         self.steps += 1
         return result

@@ -237,3 +237,21 @@ def test_mope_prompts_the_windows_of_a_swin(capsys, world):
     found = said(capsys, "eval", run, "--split", "test")
     assert found["samples"] > 0
     assert type(runs.open_run(run).model.adapter._walks["image"]).__name__ == "SwinWalk"
+
+
+@pytest.mark.parametrize(
+    ("method", "task", "changes"),
+    [("pmf", "retrieve", {"matching": 0}), ("mit", "classify", {"readout": ["image"]})],
+)
+def test_a_method_that_the_task_does_not_read_is_refused(capsys, world, method, task, changes):
+    """It would train the head alone, under the method's name; the refused run leaves no folder."""
+    path = configured(world, method, task, task=changes)
+    assert main(["train", str(path), "--runs", str(world / "refused")]) == 2
+    assert f"reads nothing that the method {method!r} changes" in capsys.readouterr().err
+    assert not any((world / "refused").iterdir())
+
+
+def test_what_gets_no_gradient_is_named(capsys, caplog, world):
+    """Prompts that depend on the other modality are not used where each is read by itself."""
+    said(capsys, "train", configured(world, "mope", "retrieve", task={"matching": 0}), "--runs", world / "runs")
+    assert "adapter's" in caplog.text and "tensors get no gradient: adapter.prompts.0." in caplog.text
