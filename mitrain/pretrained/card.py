@@ -70,6 +70,8 @@ def settings_lines(settings: Mapping[str, Any]) -> list[str]:
 
 def parameter_line(contents: Contents) -> str:
     count = contents.parameters
+    if not count.frozen:
+        return f"Trainable parameters: {count.trainable:,}, the language model's own among them: none of it is frozen."
     share = 100 * count.trainable / count.frozen
     return (
         f"Trainable parameters: {count.trainable:,}, {share:.3g} % of the {count.frozen:,} frozen ones of the language"

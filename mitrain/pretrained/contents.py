@@ -15,10 +15,11 @@ class FileSum(Strict):
 
 
 class Parameters(Strict):
-    """How many numbers are trained, and how many are frozen in the language model beside them."""
+    """How many numbers are trained, and how many are frozen in the language model beside them (none where it is trained
+    whole)."""
 
     trainable: int = Field(ge=0)
-    frozen: int = Field(ge=1)
+    frozen: int = Field(ge=0)
 
 
 class PreprocessPart(Strict):

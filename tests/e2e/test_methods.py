@@ -85,6 +85,20 @@ def test_a_method_trains_scores_predicts_and_is_published(capsys, world, method)
     publishes(capsys, world, method)
 
 
+def test_a_language_model_that_is_trained_whole_is_published(capsys, world):
+    """Its head is its embedding's, so nothing of it stays frozen."""
+    llm = AutoModelForCausalLM.from_pretrained(world / "llm", tie_word_embeddings=True)
+    llm.save_pretrained(world / "tied")
+    AutoTokenizer.from_pretrained(world / "llm").save_pretrained(world / "tied")
+    path = configured(world, "full", "classify", model={"llm": str(world / "tied")}, adapter={"where": "text"})
+    run = said(capsys, "train", path, "--runs", world / "runs")["run"]
+    exported = Path(said(capsys, "export", run, "--out", world / "export-whole")["folder"])
+    assert "none of it is frozen" in (exported / "README.md").read_text()
+    asked = ("--image", next((world / "data").rglob("*.png")), "--text", "this thing is")
+    one, two = (said(capsys, "predict", folder, *asked)["probabilities"] for folder in (run, exported))
+    assert two == pytest.approx(one, abs=2e-6)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_finds_pictures_and_texts(capsys, world, method):
     retrieves(capsys, world, method)
