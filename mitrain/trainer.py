@@ -226,8 +226,8 @@ class Trainer:
         missed = [name for name in own if name in set(unreached)]
         if own and len(missed) == len(own):
             raise ConfigError(
-                f"the task reads nothing that the method {self.model.adapter.method!r} changes: no gradient reached it in the"
-                " first step. Change task.readout or task.matching, or take adapter.name=none"
+                f"the task reads nothing that the method {self.model.adapter.method!r} changes: no gradient reached it in"
+                " the first step. Change task.readout or task.matching, or take adapter.name=none"
             )
         if missed:
             shown = ", ".join(missed[:3]) + (", …" if len(missed) > 3 else "")

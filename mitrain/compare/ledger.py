@@ -122,25 +122,28 @@ def seen(job: Job, place: Place, row: Row | None) -> Row:
 def verdict(claim: Claim, rows: Sequence[Row]) -> tuple[str, str, dict[str, Any]]:
     """What the rule says, why it is open, and the quantities that could be computed.
 
-    Open where a row is missing, or neither condition holds; ConfigError where both do.
+    A condition is decided where the rows that it needs are there, whatever else is missing. Open where neither holds;
+    ConfigError where both do.
     """
     known: dict[str, Any] = {}
+    held: list[bool] = []
     missing = ""
     for name, expression in claim.quantities.items():
         try:
-            if all(word in known for word in rules.names(expression)):
-                known[name] = rules.value_of(expression, rows, known)
+            known[name] = rules.value_of(expression, rows, known)
         except Missing as error:
+            known[name] = error
+    for rule in (claim.confirmed, claim.refuted):
+        try:
+            held.append(bool(rules.value_of(rule, rows, known)))
+        except Missing as error:
+            held.append(False)
             missing = missing or str(error)
-    if missing:
-        return OPEN, missing, known
-    try:
-        yes, no = (bool(rules.value_of(rule, rows, known)) for rule in (claim.confirmed, claim.refuted))
-    except Missing as error:
-        return OPEN, str(error), known
-    if yes and no:
+    if all(held):
         raise ConfigError(f"the claim {claim.id} is confirmed and refuted by the same rows: correct its rule")
-    return (CONFIRMED if yes else REFUTED if no else OPEN), "" if yes or no else "neither condition holds", known
+    found = CONFIRMED if held[0] else REFUTED if held[1] else OPEN
+    reason = "" if any(held) else missing or "neither condition holds"
+    return found, reason, {name: value for name, value in known.items() if not isinstance(value, Missing)}
 
 
 def rule_of(claim: Claim) -> str:

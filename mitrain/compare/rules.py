@@ -18,6 +18,7 @@ import math
 import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from mitrain.config import nearest
@@ -115,9 +116,9 @@ def names(text: str) -> list[str]:
 
 
 def value_of(text: str, rows: Sequence[Row], known: Mapping[str, Any]) -> Any:
-    """What the rule ``text`` gives on ``rows``, where ``known`` holds the quantities before it.
+    """What the rule ``text`` gives on ``rows``; ``known``: the quantities before it, or what they lacked (Missing).
 
-    Missing where rows lack; ConfigError where the rule asks for something senseless.
+    Missing where rows lack that it needs; ConfigError where the rule asks for something senseless.
     """
     try:
         return compute(tree(text), rows, known)
@@ -134,6 +135,8 @@ def compute(node: ast.AST, rows: Sequence[Row], known: Mapping[str, Any]) -> Any
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name):
+        if isinstance(known[node.id], Missing):
+            raise known[node.id]
         return known[node.id]
     if isinstance(node, ast.List | ast.Tuple):
         return [inner(item) for item in node.elts]
@@ -142,7 +145,7 @@ def compute(node: ast.AST, rows: Sequence[Row], known: Mapping[str, Any]) -> Any
     if isinstance(node, ast.BinOp):
         return BINARY[type(node.op)](inner(node.left), inner(node.right))
     if isinstance(node, ast.BoolOp):
-        return (all if isinstance(node.op, ast.And) else any)(inner(item) for item in node.values)
+        return decided(isinstance(node.op, ast.Or), [partial(inner, item) for item in node.values])
     if isinstance(node, ast.Compare):
         sides = [inner(node.left), *map(inner, node.comparators)]
         return all(COMPARE[type(op)](a, b) for op, a, b in zip(node.ops, sides, sides[1:], strict=False))
@@ -150,6 +153,20 @@ def compute(node: ast.AST, rows: Sequence[Row], known: Mapping[str, Any]) -> Any
     given = [inner(item) for item in node.args]
     words = {word.arg: inner(word.value) for word in node.keywords}
     return function(rows, *given, **words) if takes_rows else function(*given, **words)
+
+
+def decided(decisive: bool, parts: Sequence[Callable[[], Any]]) -> bool:
+    """``or`` where True is ``decisive``, ``and`` where False is: one decisive part is enough, whatever rows others lack."""
+    missing = None
+    for part in parts:
+        try:
+            if bool(part()) is decisive:
+                return decisive
+        except Missing as error:
+            missing = missing or error
+    if missing:
+        raise missing
+    return not decisive
 
 
 # What chooses rows

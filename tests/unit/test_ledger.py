@@ -97,6 +97,21 @@ def test_what_is_missing_leaves_the_claim_open_and_is_said(book):
     assert verdict(book)[1] == "label mit seed 0: no number 'value'"
 
 
+def test_what_cannot_change_the_verdict_may_be_missing(book):
+    """A claim on two comparisons fails with one of them, and is confirmed by both alone."""
+    other = 'mean("value", method="adapter of another project", task="label")'
+    claim = CLAIM | {
+        "quantities": CLAIM["quantities"] | {"above": f'mean("value", method="mit", task="label") - {other}'},
+        "confirmed": "gain > error and above > 0",
+        "refuted": "gain < -error or above < 0",
+    }
+    (book.parent / "x1.yaml").write_text(yaml.safe_dump({**STUDY, "name": "x1", "methods": METHODS, "claim": claim}))
+    results(book, GOOD)
+    assert verdict(book)[0] == "open" and "no row with method=adapter of another project" in verdict(book)[1]
+    results(book, {(method, seed): 1 - value for (method, seed), value in GOOD.items()})
+    assert verdict(book) == ("refuted", "")
+
+
 def test_rows_of_other_settings_do_not_count(book):
     results(book, GOOD, digest="0" * 12)
     assert verdict(book) == ("open", "label mit seed 0: measured for other settings")
@@ -210,6 +225,14 @@ def test_every_shipped_study_is_read_and_its_cells_have_configurations(path):
         cells.resolve(found, path, place)
     for name in found.uses:
         assert isinstance(study.read(path.parent / name), study.Study)
+
+
+def test_the_committed_verdicts_are_those_of_the_committed_rows():
+    """Nobody typed them, and nobody forgot to judge again."""
+    committed = json.loads((ROOT / "docs" / "results" / "ledger" / "ledger.json").read_text())["rows"]
+    keys = ("claim", "text", "expected", "rule", "verdict", "reason", "cells", "measured")
+    judged = ledger.ledger(STUDIES / "ledger.yaml")["rows"]
+    assert [[row[key] for key in keys] for row in committed] == [[row[key] for key in keys] for row in judged]
 
 
 def test_the_shipped_rules_find_their_rows():
