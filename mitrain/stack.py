@@ -31,6 +31,7 @@ ENCODERS = (
     *("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "siglip_vision_model", "whisper"),
     *("blip_vision_model", "blip_text_model"),
 )
+SERVED = f"the layers of {{}} cannot be run one by one: use one of {', '.join(ENCODERS)} or a decoder of the Llama kind"
 NORMS = ("norm", "final_norm", "layernorm", "layer_norm", "final_layer_norm", "final_layernorm", "ln_f")
 CLASS_TOKENS = ("cls_token", "class_embedding")
 GIVEN = ("attention_mask", "position_ids", "position_embeddings")
@@ -75,6 +76,8 @@ class Stack:
                 f"{name} has no stack of equal transformer layers: give a transformer, such as BERT or ViT"
             )
         if len(found) > 1 or any(path.split(".")[-1] == "decoder" for path, _ in base.named_modules()):
+            if not base.config.is_encoder_decoder:
+                raise ModelError(SERVED.format(name))
             raise ModelError(f"{name} is an encoder-decoder, whose layers need one another: give its encoder")
         owner, attribute = found[0]
         layers, path = getattr(owner, attribute), path_to(base, owner)
@@ -182,10 +185,7 @@ def check_family(base: PreTrainedModel, name: str, causal: bool, rotary: nn.Modu
     if causal and rotary is None:
         raise ModelError(f"{name} is causal without rotary embeddings: use a decoder of the Llama kind")
     if not causal and base.config.model_type not in ENCODERS:
-        raise ModelError(
-            f"the layers of {name} cannot be run one by one: use one of {', '.join(ENCODERS)} or a decoder of the"
-            " Llama kind"
-        )
+        raise ModelError(SERVED.format(name))
 
 
 def check_layers(layers: nn.ModuleList, name: str) -> None:
