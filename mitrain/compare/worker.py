@@ -21,8 +21,9 @@ from mitrain.compare import counts, measures
 from mitrain.compare.processes import STOPPED, end_with
 from mitrain.compare.study import TaskPart
 from mitrain.config import nearest, parse
+from mitrain.data.sources import limit
 from mitrain.errors import ConfigError, UserError
-from mitrain.evaluate import Evaluation
+from mitrain.evaluate import Evaluation, controlled
 from mitrain.export import export
 from mitrain.files import file_lock, write_json
 from mitrain.floors import floors_of
@@ -57,14 +58,18 @@ def measured(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
     if asked["count"] is not None:
         return counts.count(run_config, asked["count"])
     run_folder = runs.create_or_find(settled(run_config), folder / "run")
-    found = trained(run_folder)
     part = parse(TaskPart, asked["part"])
+    found = trained(run_folder, part)
     return found | scored(runs.open_run(run_folder), part, asked["panels"])
 
 
-def trained(folder: Path) -> dict[str, Any]:
-    """Train the run to its end, from where it stands, and measure a step of it."""
+def trained(folder: Path, part: TaskPart) -> dict[str, Any]:
+    """Train the run to its end, from where it stands, and measure a step of it. What ``part`` asks of a split that is not
+    there, or a control that the task has not, is refused before."""
     trainer = Trainer(runs.read_config(folder), folder, quiet=True)
+    samples = limit(trainer.config.data.read(trainer.root, part.split), part.samples)
+    for control in part.controls:
+        controlled(samples, trainer.model.task.shuffles, control, 0)
     outcome = trainer.fit()
     if outcome.stopped:
         raise StoppedError(f"stopped by {outcome.stopped} after step {outcome.step}: start it again")

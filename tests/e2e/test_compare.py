@@ -105,17 +105,31 @@ def test_a_comparison_from_end_to_end(world, capsys, monkeypatch):
     assert claim["verdict"] == "confirmed" and claim["measured"]["gain"] > 0.3 and len(claim["cells"]) == 5
 
 
-def test_a_cell_that_cannot_be_trained_is_a_row(world, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("asked", "reason", "trained"),
+    [
+        ({"metric": "acuracy"}, "'acuracy' is no metric", 1),
+        ({"split": "tset"}, "'tset'", 0),
+        ({"controls": ["other-text"]}, "one text makes up more than half", 0),
+    ],
+)
+def test_a_cell_that_cannot_be_measured_is_a_row(world, capsys, monkeypatch, tmp_path, asked, reason, trained):
+    """A split that is not there, or a control that cannot be, is found before the training."""
     run, _ = here()
     monkeypatch.setattr(processes, "run", run)
+    fitted, fit = [], worker.Trainer.fit
+    monkeypatch.setattr(worker.Trainer, "fit", lambda self: fitted.append(self) or fit(self))
     values = yaml.safe_load((world / "tiny.yaml").read_text()) | {
         "seeds": [0],
         "methods": {"none": {"adapter": {"name": "none"}}},
     }
-    values["tasks"]["label"]["metric"] = "acuracy"
+    values["tasks"]["label"] |= asked
     del values["claim"]
     path = world / "wrong.yaml"
     path.write_text(yaml.safe_dump(values))
     code = main(["compare", str(path), "--out", str(tmp_path / "out"), "--json"])
-    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    captured = capsys.readouterr()
+    (row,) = json.loads(captured.out)["rows"]
     assert code == 1 and row["status"] == compare.FAILED and row["value"] is None
+    assert reason in captured.err
+    assert len(fitted) == trained
