@@ -1,0 +1,55 @@
+"""Ranks and masks against torchmetrics, where both count alike: no ties, and no sample whose masks are both empty."""
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex
+from torchmetrics.retrieval import RetrievalHitRate
+
+from mitrain.tasks.masks import MaskMetrics
+from mitrain.tasks.ranks import DEPTHS, Gallery, both_ways, rank_metrics
+
+
+def hit_rate(scores, right, depth):
+    """``scores`` and ``right`` (queries, things)."""
+    rows = torch.arange(len(scores)).repeat_interleave(scores.shape[1])
+    return float(
+        RetrievalHitRate(top_k=depth)(torch.tensor(scores).flatten(), torch.tensor(right).flatten(), indexes=rows)
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_recall_both_ways(seed):
+    """Images have one to five captions, and some captions stand under several images."""
+    rng = np.random.default_rng(seed)
+    images = [f"{i}" for i in range(23) for _ in range(rng.integers(1, 6))]
+    texts = [f"text {rng.integers(0, 40)}" for _ in images]
+    pairs, vectors = set(zip(images, texts, strict=True)), {text: rng.normal(size=8) for text in texts}
+    gallery = Gallery(images, texts)
+    pictures, said = rng.normal(size=(23, 8)), np.stack([vectors[text] for text in texts])
+    right = np.array([[(image, text) in pairs for text in texts] for image in gallery.images])
+    own = rank_metrics(*both_ways(gallery, pictures, said))
+    for depth in DEPTHS:
+        assert own[f"i2t_r{depth}"] == pytest.approx(hit_rate(pictures @ said.T, right, depth), abs=1e-6)
+        assert own[f"t2i_r{depth}"] == pytest.approx(hit_rate(said @ pictures.T, right.T, depth), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masks(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(5, 40, size=(9, 2))
+    truths = [rng.random(tuple(size)) < 0.4 for size in sizes]
+    masks = [truth ^ (rng.random(truth.shape) < 0.2 * rng.random()) for truth in truths]
+    own = MaskMetrics()
+    own.update(masks, truths)
+    values, pairs = own.compute(), [(torch.tensor(m), torch.tensor(t)) for m, t in zip(masks, truths, strict=True)]
+    overall, each = BinaryJaccardIndex(), [float(BinaryJaccardIndex()(m.int(), t.int())) for m, t in pairs]
+    for mask, truth in pairs:
+        overall.update(mask.int().flatten(), truth.int().flatten())
+    assert values["oiou"] == pytest.approx(float(overall.compute()), abs=1e-6)
+    assert values["miou"] == pytest.approx(np.mean(each), abs=1e-6)
+    assert values["dice"] == pytest.approx(
+        np.mean([float(BinaryF1Score()(m.int(), t.int())) for m, t in pairs]), abs=1e-6
+    )
+    for threshold, share in values["precision"].items():
+        assert share == np.mean(np.round(each, 5) >= float(threshold))
