@@ -223,7 +223,8 @@ class Trainer:
     def _check_reached(self, unreached: Sequence[str]) -> None:
         """Name what of the adapter gets no gradient; ConfigError where nothing does, which would train the head alone."""
         own = [f"adapter.{name}" for name, _ in self.model.trainable["adapter"].named_parameters()]
-        missed = [name for name in own if name in set(unreached)]
+        without = set(unreached)
+        missed = [name for name in own if name in without]
         if own and len(missed) == len(own):
             raise ConfigError(
                 f"the task reads nothing that the method {self.model.adapter.method!r} changes: no gradient reached it in"
