@@ -7,17 +7,23 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+RESULTS = ("docs", "kernels/bench/results", "*.md")
+"""What measuring changes itself, and text: no number depends on it."""
+
 
 def commit() -> str:
-    """The checkout's commit, marked when files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
+    """The checkout's commit, marked when files that a number may depend on differ from it; "unknown" outside a checkout."""
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True
-        )
+        name = git("describe", "--always")
+        changed = git("status", "--porcelain", "-uno", "--", ":/", *(f":(top,exclude){path}" for path in RESULTS))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return name + "-dirty" * bool(changed)
+
+
+def git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def version(package: str) -> str:
