@@ -18,7 +18,7 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
 
     Every default is the authors' release. ``main``: the encoder that predicts; the other one is encoded first, and its
     vector ψ is the condition. ``length`` l of the static and of the dynamic prompt, ``experts`` k. ``static``,
-    ``dynamic`` and ``mapped`` switch the three prompts; vanilla prompts of l·k tokens are static ones alone.
+    ``dynamic`` and ``mapped`` switch the three prompts; static ones alone read nothing of ψ.
 
     ``router``: ``mope`` reads the layer's tokens and ψ (``router_reads`` leaves one out) in ``tokens_width`` +
     ``condition_width`` dimensions and compares them with ``keys``; ``cpt`` is one affine map of ψ. A main model that

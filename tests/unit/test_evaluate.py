@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from mitrain import figures
+from mitrain.cli import parser
 from mitrain.data.labels import LabelSample
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
 from mitrain.errors import ConfigError
-from mitrain.evaluate import controlled, evaluate
+from mitrain.evaluate import CONTROLS, controlled, evaluate
 from mitrain.probe import probe_accuracy
 from mitrain.tasks.base import Batch, Prediction
 
@@ -83,6 +84,11 @@ def test_the_other_text_is_another_objects_and_leaves_the_image(seed):
 def test_only_texts_beside_pictures_are_exchanged(samples, shuffles):
     with pytest.raises(ConfigError, match="use shuffle or no-image"):
         controlled(samples, shuffles, "other-text", 0)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_the_command_line_offers_every_control(control):
+    assert parser().parse_args(["eval", "run", "--control", control]).control == control
 
 
 def test_shuffled_expressions_name_nothing_of_the_scene():
