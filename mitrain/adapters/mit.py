@@ -45,7 +45,11 @@ class Call:
 
 
 class MiT(Adapter):
-    """MiT's maps in the chosen layers of the backbone ``text``.
+    """MiT's maps in the chosen layers of the backbone ``text`` (our names ↔ the paper's):
+
+        maps.k_mul, k_add, v_mul, v_add     W_d^k, W_a^k, W_d^v, W_a^v with their biases     Eq. 1
+        head_logit                          L in the gate σ(L + cos(V, v_add))
+        maps.ffn                            W_f, b_f                                          Eq. 7
 
     The parameters are made by the first ``attach``, beside each layer's own, in float32 or the model's type if wider.
     Names in the state dict: ``infused.<index>.maps.<modality>.<k_mul|k_add|v_mul|v_add|ffn>``,
