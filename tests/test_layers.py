@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedule", "quant", "pretrained", "trunk", "stack"),
     ("adapters", "backbones", "prepare", "tasks", "data"),  # L1: one paper, format or task per file
     # L2: machinery, handed its objects
-    ("engine", "checkpoint", "guard", "telemetry", "features", "evaluate", "figures", "probe"),
+    ("engine", "checkpoint", "fingerprint", "guard", "telemetry", "features", "evaluate", "figures", "probe"),
     ("states",),  # features of what methods change
     ("schema",),  # the configuration of all of them
     ("model",),  # backbones + adapter + task
