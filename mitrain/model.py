@@ -6,6 +6,7 @@ Only three things in it are ever trained or saved: the adapter's tensors, the ta
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mitrain.data.loader import Draw
 from mitrain.errors import ConfigError
 from mitrain.features import FeatureNorm, ImageFeatures, Progress, no_progress
 from mitrain.files import cache_home
+from mitrain.fingerprint import digest
 from mitrain.schema import RunConfig
 from mitrain.states import PictureStates, TextStates
 from mitrain.tasks.answer import AnswerTask
@@ -81,6 +83,15 @@ class Model:
     @property
     def frozen(self) -> dict[str, nn.Module]:
         return {"text": self.text.model, **{f"encoder{i}": e for i, e in enumerate(self.encoders)}}
+
+    @cached_property
+    def base(self) -> dict[str, str]:
+        """Digests of the frozen models by name (text.weights, encoder0.settings, …), for `mitrain.fingerprint`.
+
+        They are of what was loaded, whatever its precision, and stay the same when a method changes the weights.
+        """
+        named = {"text": self.text.base(), **{f"encoder{i}": e.base() for i, e in enumerate(self.encoders)}}
+        return {f"{name}.{part}": digest([value]) for name, parts in named.items() for part, value in parts.items()}
 
     def images(self, root: Path, bad: BadSamples | None = None, cached: bool = True) -> ImageFeatures:
         """The encoders' view of the image files under ``root``."""

@@ -23,8 +23,8 @@ from transformers import (
 from mitrain import dist, hf, quant, trunk
 from mitrain.backbones import blip, stream
 from mitrain.backbones.chunked_loss import chunked_cross_entropy
+from mitrain.backbones.digests import frozen_digest, settings_of, tokenizer_of, weights_of
 from mitrain.backbones.stream import Shard
-from mitrain.backbones.vision import frozen_digest
 from mitrain.errors import ConfigError, DataError, ModelError
 from mitrain.reading import Words
 
@@ -46,7 +46,7 @@ class TextBackbone:
     """A frozen text model, a causal language model or an encoder as BERT; an adapter attaches to ``.model``.
 
     ``dtype``: of its activations. ``quantize``: how its layers' matrices are held, none for floats. ``sharded``: its
-    weights lie on all ranks, which must therefore run it equally often.
+    weights lie on all ranks, which must therefore run it equally often. ``source``: where they were read.
     """
 
     def __init__(
@@ -56,12 +56,15 @@ class TextBackbone:
         dtype: torch.dtype | None = None,
         quantize: str = "none",
         sharded: bool = False,
+        source: str | Path | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.dtype = dtype or model.dtype
         self.quantize = quantize
         self.sharded = sharded
+        self.source = source
+        self._settings = settings_of(model.config)
         hf.freeze(model)
 
     @classmethod
@@ -112,7 +115,7 @@ class TextBackbone:
             raise ModelError(
                 f"the tokenizer of {str(source)!r} has no end-of-text token: answers could not end; use another"
             )
-        return cls(model if shard else model.to(device), tokenizer, dtype, quantize, sharded=shard is not None)
+        return cls(model if shard else model.to(device), tokenizer, dtype, quantize, shard is not None, source)
 
     @classmethod
     def empty(cls, config: PretrainedConfig) -> "TextBackbone":
@@ -205,6 +208,11 @@ class TextBackbone:
     def embeddings(self, ids: Tensor) -> Tensor:
         """(B, T, D): the input embeddings."""
         return self.model.get_input_embeddings()(ids)
+
+    def base(self) -> dict[str, Any]:
+        """What decides what the model computes of a text, whatever its precision."""
+        told = {} if self.tokenizer is None else {"tokenizer": tokenizer_of(self.tokenizer)}
+        return {"weights": weights_of(self.source, self.model), "settings": self._settings, **told}
 
     def identity(self, depth: int) -> dict[str, Any]:
         """What the trunk's states depend on: the caches' address."""

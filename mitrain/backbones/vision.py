@@ -4,7 +4,6 @@ Any Hugging Face vision model with the usual interface works; CLIP gives its pro
 token, others their pooled output. Shapes: B images, S side in pixels, N patches, e feature width, c channel width.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, P
 
 from mitrain import dist, hf, trunk
 from mitrain.backbones import blip, efficientnet_lite, stream
+from mitrain.backbones.digests import frozen_digest, settings_of, weights_of
 from mitrain.config import Section, read_file
 from mitrain.errors import ConfigError, ModelError
 
@@ -85,16 +85,6 @@ def augment(image: Image.Image, view: View) -> Image.Image:
     return image
 
 
-def frozen_digest(module: nn.Module) -> str:
-    """sha256 over a frozen module's tensors: the name of its weights in the caches."""
-    seen = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
-        with hf.whole([tensor]):
-            seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            seen.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return seen.hexdigest()
-
-
 class VisionEncoder(nn.Module):
     """A frozen encoder with its preprocessing.
 
@@ -114,7 +104,8 @@ class VisionEncoder(nn.Module):
         self.config = config
         shape = hf.config_from_shape(config.shape, f"model.vision {config.name!r} shape") if config.shape else None
         model_config = shape or hf.load(AutoConfig, folder or config.name, "image encoder's configuration")
-        self.kind = model_config.model_type
+        self.kind, self._settings = model_config.model_type, settings_of(model_config)
+        self.source = None if shape else folder or config.name
         factory = CLIPVisionModelWithProjection if self.kind in ("clip", "clip_vision_model") else AutoModel
         if blip.is_blip(model_config):
             self.model = blip_encoder(shape, folder or config.name, dtype, device, shard)
@@ -189,6 +180,11 @@ class VisionEncoder(nn.Module):
             "levels": list(self.config.levels),
             "dtype": str(next(self.model.parameters()).dtype),
         }
+
+    def base(self) -> dict[str, Any]:
+        """What decides what the encoder computes, its preprocessing included, whatever its precision."""
+        used = [self.preprocess.size, self.preprocess.mean, self.preprocess.std]
+        return {"weights": weights_of(self.source, self.model), "settings": self._settings, "preprocess": used}
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], views: Sequence[View] | None = None) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
 
 from mitrain.backbones import VisionConfig, VisionEncoder
-from mitrain.backbones.vision import VIEWS, augment, frozen_digest, pad_square
+from mitrain.backbones.digests import frozen_digest
+from mitrain.backbones.vision import VIEWS, augment, pad_square
 from mitrain.errors import ConfigError, ModelError
 
 
