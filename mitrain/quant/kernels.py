@@ -62,20 +62,23 @@ def wanted() -> ModuleType | None:
 
 
 @cache
-def unpacks(device: str) -> bool:
+def unpacks(device: str, dtype: torch.dtype) -> bool:
     """Whether bitsandbytes' nf4 kernel runs on this kind of device and agrees with the table, found by trying."""
-    packed, absmax = torch.arange(64, dtype=torch.uint8, device=device), torch.tensor([1.0, 0.3], device=device)
+    packed, absmax = torch.arange(80, dtype=torch.uint8, device=device), torch.tensor([1.0, 0.3, 7.0], device=device)
     try:
-        found = unpack(bitsandbytes(), packed, absmax, 64, 128, torch.float32)
+        found = unpack(bitsandbytes(), packed, absmax, 64, 160, dtype)
     except Exception as error:  # no kernel for the device, no driver, another interface
         log.info("bitsandbytes' nf4 kernel does not run on %s: %s", device, error)
         return False
-    return torch.equal(found, formats.dequantise_blocks(packed, absmax, 64, 128, torch.float32))
+    return torch.equal(found, formats.dequantise_blocks(packed, absmax, 64, 160, dtype))
 
 
 def unpack(
     functional: ModuleType, packed: Tensor, absmax: Tensor, block: int, count: int, dtype: torch.dtype
 ) -> Tensor:
+    """Always as one flat row: of matrices whose rows are no multiple of the block, bitsandbytes 0.50.2 takes the scales
+    of other blocks on a CPU with AVX-512.
+    """
     out = torch.empty(count, dtype=dtype, device=packed.device)
     state = functional.QuantState(absmax=absmax, shape=out.shape, dtype=dtype, blocksize=block, quant_type="nf4")
     return functional.dequantize_4bit(packed, state)
@@ -85,7 +88,7 @@ def dequantise_nf4(packed: Tensor, absmax: Tensor, block: int, count: int, dtype
     """``count`` weights of whole blocks, (count,) in ``dtype``."""
     kind, functional = packed.device.type, wanted()
     absmax = absmax.float()
-    if functional is not None and dtype != torch.float64 and count % 2 == 0 and unpacks(kind):
+    if functional is not None and dtype != torch.float64 and count % 2 == 0 and unpacks(kind, dtype):
         tell("nf4", "bitsandbytes", kind)
         return unpack(functional, packed, absmax, block, count, dtype)
     tell("nf4", "torch", kind)

@@ -1,5 +1,7 @@
 """Frozen low-bit linear layers: their error is the format's, their gradient exact, and nothing is kept for backward."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from saved import saved_bytes
@@ -196,6 +198,39 @@ def test_bitsandbytes_is_asked_for_in_one_line_and_only_then(monkeypatch):
             pass
     finally:
         kernels.bitsandbytes.cache_clear()
+
+
+def with_avx512(packed, state):
+    """bitsandbytes 0.50.2's nf4 kernel on a CPU with AVX-512: each row's first scale is row · ⌊columns / block⌋."""
+    columns, codes = state.shape[-1], torch.stack([packed.view(-1) // 16, packed.view(-1) % 16], 1).view(-1).long()
+    at = torch.arange(len(codes))
+    scale = at // columns * (columns // state.blocksize) + at % columns // state.blocksize
+    return (torch.tensor(formats.NF4)[codes] * state.absmax[scale]).view(state.shape).to(state.dtype)
+
+
+@pytest.mark.parametrize("columns", [32, 64, 96, 160, 576])
+def test_no_matrix_takes_a_path_of_bitsandbytes_that_depends_on_the_cpu(columns, monkeypatch):
+    """Only flat rows are handed over, which are right everywhere; the fault itself is real at these widths."""
+    shapes = []
+
+    def spied(packed, state):
+        shapes.append(tuple(state.shape))
+        return with_avx512(packed, state)
+
+    theirs = SimpleNamespace(QuantState=lambda **fields: SimpleNamespace(**fields), dequantize_4bit=spied)
+    monkeypatch.setattr(kernels, "bitsandbytes", lambda: theirs)
+    kernels.unpacks.cache_clear()
+    try:
+        plain = linear(48, columns, bias=False)
+        layer, x = FrozenNF4Linear.of(plain), rows(2, columns)
+        truth = formats.dequantise_blocks(layer.qweight, layer.absmax, 64, 48 * columns, torch.float64).view(48, -1)
+        torch.testing.assert_close(layer.dense().double(), truth, rtol=1e-6, atol=0)
+        torch.testing.assert_close(layer(x).double(), x.double() @ truth.t(), rtol=1e-4, atol=1e-4)
+        assert len(shapes) > 2 and all(len(shape) == 1 for shape in shapes)
+    finally:
+        kernels.unpacks.cache_clear()
+    state = SimpleNamespace(shape=(48, columns), absmax=layer.absmax, blocksize=64, dtype=torch.float32)
+    assert torch.allclose(with_avx512(layer.qweight, state).double(), truth, rtol=1e-6) == (columns % 64 == 0)
 
 
 def test_the_kernels_choice_is_logged_once(caplog):
