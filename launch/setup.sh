@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Set-up: makes .venv/ in this clone and installs mitrain and its pinned dependencies into it. Safe to run again:
-# when nothing has changed it returns at once; an interrupted set-up is started over.
+# when nothing has changed it returns at once; an interrupted set-up is started over. Every file that is installed is
+# checked against a hash in this folder (constraints.txt, torch-cpu.txt, uv.txt), wherever it comes from.
 #
 #   bash launch/setup.sh [EXTRA …]        for example: bash launch/setup.sh dev wandb
 #
-# PYTHON=…  the interpreter to use (3.11 or newer). Settings of pip that name package sources (PIP_FIND_LINKS,
-# PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, or the same in pip's configuration file) are passed on to uv.
+# PYTHON=…  the interpreter to use (3.11 or newer). pip's find-links and index-url (PIP_FIND_LINKS, PIP_INDEX_URL or its
+# configuration file) are passed on to uv. An extra-index-url is not: one index serves every package.
 set -euo pipefail
 
-UV_VERSION=0.13.9
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 venv=$root/.venv
@@ -51,7 +51,7 @@ quietly() {
     fi
 }
 
-# What pip is told about NAME (find-links, index-url, …), by environment or configuration file; uv reads neither.
+# What pip is told about NAME (find-links, index-url), by environment or configuration file; uv reads neither.
 pip_setting() {
     local variable
     variable=PIP_$(printf %s "$1" | tr 'a-z-' 'A-Z_')
@@ -67,10 +67,6 @@ package_sources() {
     sources=()
     for word in $(pip_setting find-links); do sources+=(--find-links "$word"); done
     for word in $(pip_setting index-url); do sources+=(--default-index "$word"); done
-    for word in $(pip_setting extra-index-url); do
-        sources+=(--index "$word")
-        export UV_INDEX_STRATEGY=unsafe-best-match    # as pip does, and so as they were meant
-    done
     if [ -n "${PIP_CERT:-}" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE=$PIP_CERT; fi
 }
 
@@ -81,14 +77,14 @@ has_gpu() { command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | gr
 
 # Without a GPU: the CPU build of torch from the links offered, else from PyTorch's own index, else what there is.
 install_cpu_torch() {
-    local pin=$1
-    "$venv/bin/python" -c "from importlib.metadata import version; version('torch')" 2> /dev/null && return
-    if [ ${#sources[@]} -gt 0 ] && uv_install --no-deps --no-index "${sources[@]}" "$pin+cpu" >> "$log" 2>&1; then
+    local cpu=(--no-deps --require-hashes --requirements launch/torch-cpu.txt)
+    if [ ${#sources[@]} -gt 0 ] && uv_install --no-index "${sources[@]}" "${cpu[@]}" >> "$log" 2>&1; then
         say "CPU build of torch: from the links that pip is told of"
-    elif UV_HTTP_RETRIES=1 uv_install --no-deps --torch-backend cpu "$pin" >> "$log" 2>&1; then
+    elif UV_HTTP_RETRIES=1 uv_install --torch-backend cpu "${cpu[@]}" >> "$log" 2>&1; then
         say "CPU build of torch: from PyTorch's index"
     else
-        say "no CPU build of torch is within reach: taking the registry's GPU build, a download of about 3 GB"
+        say "no CPU build of torch with a known hash is within reach: taking the registry's GPU build, a download of about 3 GB"
+        return 1
     fi
 }
 
@@ -101,23 +97,22 @@ make_venv() {
     { "$python" -m venv "$venv" && "$venv/bin/python" -m pip --version; } >> "$log" 2>&1 ||
         fail "$python cannot make a virtual environment with pip:" \
             "install its venv module (Debian, Ubuntu: apt install python3-venv)"
-    quietly "installing uv" "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION"
+    quietly "installing uv" "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --no-deps --require-hashes --requirement launch/uv.txt
 }
 
 install_packages() {
-    local extras=$1 pin torch
+    local extra wanted=() torch="$venv/torch.txt"
     package_sources
-    pin=$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' launch/constraints.txt)
-    if has_gpu; then
-        torch=("$pin" "${pin/==/!=}+cpu")
-    else
-        torch=("$pin")
-        if [ "$(uname -s)" = Linux ]; then install_cpu_torch "$pin"; fi
-    fi
-    say "installing the pinned packages (extras: ${extras:-none}; details in .venv/setup.log)"
-    quietly "installing the pinned packages" uv_install ${sources[@]+"${sources[@]}"} \
-        --constraints launch/constraints.txt --build-constraints launch/constraints.txt \
-        "${torch[@]}" --editable ".${extras:+[$extras]}"
+    for extra in ${1//,/ }; do wanted+=(--extra "$extra"); done
+    sed -n 's/^torch==\([0-9.]*\).*/torch===\1/p' launch/constraints.txt > "$torch"    # ===: not the CPU build
+    if ! has_gpu && [ "$(uname -s)" = Linux ] && install_cpu_torch; then torch=launch/torch-cpu.txt; fi
+    say "installing the pinned packages (extras: ${1:-none}; details in .venv/setup.log)"
+    quietly "installing the pinned packages" uv_install ${sources[@]+"${sources[@]}"} --require-hashes \
+        --constraints launch/constraints.txt --constraints "$torch" --build-constraints launch/constraints.txt \
+        --requirements pyproject.toml ${wanted[@]+"${wanted[@]}"}
+    quietly "installing mitrain" uv_install ${sources[@]+"${sources[@]}"} --no-deps \
+        --build-constraints launch/constraints.txt --editable .
 }
 
 # One set-up at a time; the lock is on the folder itself and goes with this process.
@@ -127,7 +122,7 @@ if command -v flock > /dev/null; then
 fi
 trap 'fail "interrupted: run this again to start over"' INT TERM
 
-sum=$(cat pyproject.toml launch/constraints.txt launch/setup.sh | cksum)
+sum=$(cat pyproject.toml launch/constraints.txt launch/torch-cpu.txt launch/uv.txt launch/setup.sh | cksum)
 done_root='' done_sum='' done_extras=''
 if [ -f "$stamp" ]; then { read -r done_root; read -r done_sum; read -r done_extras; } < "$stamp"; fi
 # shellcheck disable=SC2086  # the extras are words

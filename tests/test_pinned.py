@@ -1,4 +1,4 @@
-"""pyproject.toml asks for what is imported and no more; launch/constraints.txt pins it, exactly and portably."""
+"""pyproject.toml asks for what is imported and no more; launch/constraints.txt pins it: exactly, portably, by its hashes."""
 
 import re
 import sys
@@ -14,16 +14,22 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OPTIONAL = {"deepspeed", "flash-attn", "bitsandbytes", "peft", "wandb"}
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "google": "protobuf"}
 NOT_IMPORTED = {"pip": "run as a program", "triton": "the kernels' interpreter"}
-LINES = (ROOT / "launch" / "constraints.txt").read_text().splitlines()
+HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 
 
-def pins() -> dict[str, list[Requirement]]:
+def entries(name: str) -> list[tuple[str, list[str]]]:
+    """What a file in launch/ asks for: the requirements, each with the options that follow it."""
+    text = (ROOT / "launch" / name).read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(line.partition(" --")[0], re.findall(r"--\S+", line)) for line in lines]
+
+
+def pins(name: str = "constraints.txt") -> dict[str, list[Requirement]]:
     """Normalised name → its pins (several where they depend on the Python or the platform)."""
     found = defaultdict(list)
-    for line in LINES:
-        if line and not line.startswith("#"):
-            pin = Requirement(line)
-            found[normal(pin.name)].append(pin)
+    for text, _ in entries(name):
+        pin = Requirement(text)
+        found[normal(pin.name)].append(pin)
     return found
 
 
@@ -78,7 +84,29 @@ def test_pins_are_exact_and_portable():
         assert "+" not in specifier.version, f"{pin}: a local build"
         assert pin.url is None
         assert not pin.extras
-    assert not [line for line in LINES if "://" in line or ("--" in line and not line.startswith("#"))]
+    assert "://" not in (ROOT / "launch" / "constraints.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "torch-cpu.txt", "uv.txt"])
+def test_every_pin_has_hashes_and_no_other_option(name: str):
+    found = entries(name)
+    assert found
+    for text, options in found:
+        assert options and all(HASH.fullmatch(option) for option in options), text
+        assert len(set(options)) == len(options), text
+
+
+def test_the_cpu_build_of_torch_is_the_pinned_version():
+    (cpu,), (pinned,) = pins("torch-cpu.txt")["torch"], pins()["torch"]
+    assert str(cpu.specifier) == f"{pinned.specifier}+cpu"
+
+
+def test_nothing_is_installed_without_its_hash_or_from_the_best_of_several_indexes():
+    text = (ROOT / "launch" / "setup.sh").read_text().replace("\\\n", " ")
+    installs = [line for line in text.splitlines() if re.search(r"uv_install |pip install |local cpu=", line)]
+    checked = [line for line in installs if re.search(r"--require-hashes|cpu\[@\]|uv_install\(\)|--editable \.$", line)]
+    assert len(installs) >= 5 and installs == checked
+    assert not re.search(r"extra-index-url\)|unsafe|--index ", text)
 
 
 def test_extras_refer_to_extras_that_exist():
