@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mitrain import dist
 from mitrain.config import Section
-from mitrain.errors import DataError
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
+from mitrain.tasks.template import fill, template_with
 
 SCORE_ROWS = 112
 
@@ -28,7 +28,7 @@ class AnswerConfig(Section, kind="task", name="answer"):
     """``template``: how the prompt is put to the model. ``normalize``: candidates' log-likelihood per token instead of
     its sum. ``max_new_tokens``: bound of generated answers."""
 
-    template: str = "{prompt}"
+    template: template_with("prompt") = "{prompt}"
     normalize: bool = False
     max_new_tokens: int = Field(8, ge=1, le=512)
 
@@ -43,18 +43,10 @@ class AnswerTask(Task):
     def __init__(self, config: AnswerConfig, parts: Parts):
         super().__init__(parts)
         self.config = config
-        self._prompt_ids = cache(lambda prompt: parts.text.tokens(self._filled(prompt)))
+        self._prompt_ids = cache(lambda prompt: parts.text.tokens(fill(self.config.template, prompt)))
         self._answer_ids = cache(
             lambda answer: [*parts.text.tokens(" " + answer, start=False), parts.text.tokenizer.eos_token_id]
         )
-
-    def _filled(self, prompt: str) -> str:
-        try:
-            return self.config.template.format(prompt=prompt)
-        except (KeyError, IndexError, ValueError):
-            raise DataError(
-                f"task.template={self.config.template!r} must contain {{prompt}} and no other field"
-            ) from None
 
     def row(self, prompt: str, answer: str) -> list[int]:
         """Token ids of a prompt with an answer. The last one (the end) predicts nothing and is left out."""

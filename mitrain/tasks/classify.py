@@ -21,6 +21,7 @@ from mitrain.reading import Picture
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
 from mitrain.tasks.label_metrics import label_metrics
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
+from mitrain.tasks.template import fill, template_with
 
 SHOWN = 5  # classes whose probability a prediction names
 
@@ -34,7 +35,7 @@ class ClassifyConfig(Section, kind="task", name="classify"):
     their end. ``balance``: rare classes weigh more, by the training split's counts. ``threshold``: the probability from
     which one of several labels is predicted. ``dropout``: of what the head reads."""
 
-    template: str = "{text}"
+    template: template_with("text", required=False) = "{text}"
     readout: tuple[Readout, ...] = Field(("last",), min_length=1)
     max_tokens: int = Field(128, ge=1)
     balance: bool = False
@@ -81,10 +82,7 @@ class ClassifyTask(Task):
         return row or [tokenizer.eos_token_id]  # the head needs a token to read
 
     def _filled(self, text: str) -> str:
-        try:
-            return self.config.template.format(text=text).strip()
-        except (KeyError, IndexError, ValueError):
-            raise DataError(f"task.template={self.config.template!r} may contain {{text}} and no other field") from None
+        return fill(self.config.template, text).strip()
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         if not runs_text(self.config.readout):

@@ -20,13 +20,14 @@ from torch.nn import functional as F
 
 from mitrain import dist
 from mitrain.config import Section
-from mitrain.errors import ConfigError, DataError
+from mitrain.errors import ConfigError
 from mitrain.reading import Picture
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
 from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.momentum import MomentumQueue
 from mitrain.tasks.ranks import Gallery, both_ways, rank_metrics, reranked
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
+from mitrain.tasks.template import fill, template_with
 
 MATCH_ROWS = 128  # pairs that the matching head reads at a time
 SCALES = (1.0, 100.0)  # bounds of 1 / temperature
@@ -41,7 +42,7 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
     ``queue``: how many vectors of earlier steps are contrasted with too, made by a slow copy of what is trained, which
     follows it with ``momentum`` and softens the targets by ``distil``, linearly from 0 over ``ramp`` micro-batches."""
 
-    template: str = "{text}"
+    template: template_with("text") = "{text}"
     readout: tuple[Readout, ...] = Field(("last",), min_length=1)
     dim: int = Field(128, ge=2)
     temperature: float = Field(0.07, gt=0.01, lt=1)
@@ -100,13 +101,7 @@ class RetrieveTask(Task):
         self._ids = cache(self._row)
 
     def _row(self, text: str) -> list[int]:
-        try:
-            filled = self.config.template.format(text=text)
-        except (KeyError, IndexError, ValueError):
-            raise DataError(
-                f"task.template={self.config.template!r} must contain {{text}} and no other field"
-            ) from None
-        ids = self.parts.text.tokenizer(filled)["input_ids"][: self.config.max_tokens]
+        ids = self.parts.text.tokenizer(fill(self.config.template, text))["input_ids"][: self.config.max_tokens]
         return ids or [self.parts.text.tokenizer.eos_token_id]
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:

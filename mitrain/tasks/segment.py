@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from mitrain import costs
 from mitrain.config import Section
-from mitrain.errors import ConfigError, DataError
+from mitrain.errors import ConfigError
 from mitrain.reading import Picture
 from mitrain.tasks import decoders, masks
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
 from mitrain.tasks.readout import See, read_out, runs_text, statistics
+from mitrain.tasks.template import fill, template_with
 
 Readout = Literal["last", "mean", "cls", "embeddings"]
 
@@ -31,7 +32,7 @@ class SegmentConfig(Section, kind="task", name="segment"):
     tokens, the mean of the input embeddings. ``film``: modulate the first level (published) or every level. ``coords``:
     give the decoder the patches' coordinates. ``loss_size``: side of the masks in the loss, in pixels."""
 
-    template: str = "{expression}"
+    template: template_with("expression") = "{expression}"
     readout: tuple[Readout, ...] = ("last",)
     decoder: Literal["film", "unet"] = "film"
     dim: int = Field(64, ge=4)
@@ -79,15 +80,7 @@ class SegmentTask(Task):
         else:
             chosen = config.model_dump(include={"dim", "heads", "ffn", "film", "coords"})
             self.decoder = decoders.FilmDecoder(patch=patch, **chosen, **shape)
-        self._ids = cache(lambda text: parts.text.tokens(self._filled(text)))
-
-    def _filled(self, expression: str) -> str:
-        try:
-            return self.config.template.format(expression=expression)
-        except (KeyError, IndexError, ValueError):
-            raise DataError(
-                f"task.template={self.config.template!r} must contain {{expression}} and no other field"
-            ) from None
+        self._ids = cache(lambda text: parts.text.tokens(fill(config.template, text)))
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         if not runs_text(self.config.readout):

@@ -9,7 +9,6 @@ from mitrain import adapters
 from mitrain.adapters.mit import MiTConfig
 from mitrain.backbones import TextBackbone
 from mitrain.data.records import AnswerSample
-from mitrain.errors import DataError
 from mitrain.states import TextStates
 from mitrain.tasks.answer import AnswerConfig, AnswerTask
 from mitrain.tasks.base import Batch, Parts
@@ -114,8 +113,3 @@ def test_the_image_matters_and_a_missing_one_is_the_frozen_model(folder):
     starts = [len(task.parts.text.tokens(s.prompt)) for s in samples()]
     picked = [frozen[i, t - 1, row[t]] for i, row in enumerate(ends) for t in range(starts[i], len(row))]
     torch.testing.assert_close(blind, -sum(picked), rtol=1e-5, atol=1e-5)
-
-
-def test_a_template_without_the_prompt_is_refused(folder):
-    with pytest.raises(DataError, match=r"must contain \{prompt\}"):
-        make(folder, template="{question}").texts(samples(), False)

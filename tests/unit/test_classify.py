@@ -150,8 +150,6 @@ def test_long_texts_lose_their_end_and_the_template_nothing(folder):
 
 
 def test_what_does_not_fit_is_refused_in_one_line(folder):
-    with pytest.raises(DataError, match=r"may contain \{text\} and no other"):
-        make(folder, template="{prompt}").texts(samples(), False)
     with pytest.raises(ConfigError, match="two or more different names"):
         make(folder, classes=("a", "a"))
     with pytest.raises(DataError, match="'pink', which training did not know"):

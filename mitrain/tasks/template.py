@@ -1,0 +1,37 @@
+"""How a sample's text is put to the model: a template with one field, filled by plain substitution.
+
+``{prompt}`` stands for the text; ``{{`` and ``}}`` for braces. Nothing else is understood: no format as ``{prompt:>9}``,
+no attribute, no second field. Templates also come with other people's exports.
+"""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+LONGEST = 1 << 15
+PIECES = re.compile(r"\{\{|\}\}|\{[^{}]*\}|[{}]")
+BRACES = {"{{": "{", "}}": "}"}
+
+
+def checked(field: str, required: bool, template: str) -> str:
+    """``template``, if it has no field but ``{field}`` (and that one, where it is ``required``); else ValueError."""
+    found = {piece for piece in PIECES.findall(template) if piece not in BRACES}
+    own = f"{{{field}}}"
+    if strange := sorted(found - {own}):
+        raise ValueError(
+            f"{strange[0][:40]!r} is not a field of this template: write {own} where the text goes, {{{{ and }}}} for braces"
+        )
+    if required and own not in found:
+        raise ValueError(f"the template has no {own}: write it where the text goes")
+    return template
+
+
+def template_with(field: str, required: bool = True) -> type[str]:
+    """The type of a setting that holds a template with this field."""
+    return Annotated[str, Field(max_length=LONGEST), AfterValidator(lambda text: checked(field, required, text))]
+
+
+def fill(template: str, text: str) -> str:
+    """A checked template with ``text`` in the place of its field."""
+    return PIECES.sub(lambda found: BRACES.get(found[0], text), template)
