@@ -1,5 +1,5 @@
 """``mitrain bench parity``: losses and bytes of every ZeRO stage and precision beside the unsharded run;
-``mitrain bench load``: what loading in shards takes."""
+``mitrain bench load``: what loading in shards takes; ``mitrain bench faults``: what comes of faults."""
 
 import argparse
 import signal
@@ -11,10 +11,11 @@ from mitrain.cli.shared import command, refused, say
 
 
 def add_bench(commands: Any) -> None:
-    text = "measure sharded training and loading"
+    text = "measure sharded training, loading and what comes of faults"
     group = commands.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
     verbs = group.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_parity(verbs)
+    add_faults(verbs)
     sub = command(verbs, "load", run_load, "peak bytes of loading a random model of 2 GB in shards, beside their limit")
     sub.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
     sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
@@ -37,6 +38,31 @@ def add_parity(verbs: Any) -> None:
     sub.add_argument(
         "--limit", type=float, default=3600, metavar="S", help="seconds that a cell may take (default: 3600)"
     )
+
+
+def add_faults(verbs: Any) -> None:
+    sub = command(verbs, "faults", run_faults, "kills, damage, hostile inputs: what comes of each, on tiny models")
+    sub.add_argument("--quick", action="store_true", help="a dozen of them")
+    sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="faults whose names begin so, as cache rank")
+    sub.add_argument(
+        "--out",
+        metavar="DIR",
+        help="for results.json and table.md (default: runs/faults); the same DIR goes on after an interruption",
+    )
+
+
+def run_faults(arguments: argparse.Namespace) -> Any:
+    from mitrain.bench.faults import cases, suite
+
+    chosen = suite.chosen(cases.CASES, arguments.quick, arguments.only)
+    out = Path(arguments.out or ("runs/faults-quick" if arguments.quick else "runs/faults"))
+    words = ["mitrain bench faults", *(["--quick"] if arguments.quick else [])]
+    words += ["--only", *arguments.only] if arguments.only else []
+    words += ["--out", arguments.out] if arguments.out else []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no command is left behind
+    found = suite.faults(chosen, out, " ".join(words), say=lambda text: print(text, file=sys.stderr, flush=True))
+    say(arguments, (out / "table.md").read_text(encoding="utf-8"))
+    return refused(suite.check, found)
 
 
 def run_load(arguments: argparse.Namespace) -> Any:
