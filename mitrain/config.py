@@ -8,14 +8,13 @@ are several kinds (``adapter``, ``task``, ``data``) are chosen by their ``name``
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mitrain import parsing
 from mitrain.errors import ConfigError
 
 KINDS: dict[str, dict[str, type["Section"]]] = {}
@@ -105,44 +104,23 @@ def section_in(annotation: Any) -> Any:
     return next((found for inner in get_args(annotation) if (found := section_in(inner))), None)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: ``1e-5`` is a number, as every user expects, and duplicate keys are errors."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise ConfigError(f"the key {key.value!r} stands twice (line {key.start_mark.line + 1}): remove one")
-            seen.add(key.value if isinstance(key.value, str) else id(key))
-        return super().construct_mapping(node, deep)
-
-
-_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:float"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
 def read_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise ConfigError(f"{where} is not valid YAML: {str(error)[:200]}") from None
+        return parsing.parse_yaml(text)
+    except parsing.Unreadable as error:
+        raise ConfigError(f"{where} {error}") from None
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
     """The plain mapping in a YAML file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = parsing.read_bytes(path, parsing.YAML_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {str(path)!r}: the shipped ones are in configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {str(path)!r} ({error}): give a YAML text file") from None
-    values = read_yaml(text, str(path))
+    except (OSError, ValueError) as error:
+        reason = error if isinstance(error, parsing.Unreadable) else f"cannot be read ({error})"
+        raise ConfigError(f"{str(path)!r} {reason}: give a YAML text file") from None
+    values = read_yaml(text, repr(str(path)))
     if not isinstance(values, dict):
         raise ConfigError(f"{str(path)!r} holds no mapping: write 'key: value' lines")
     return values

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mitrain import checkpoint, config, dist, pretrained, schema
+from mitrain import checkpoint, config, dist, parsing, pretrained, schema
 from mitrain.backbones import ModelConfig, TextBackbone, VisionEncoder
 from mitrain.backbones.vision import Preprocess
 from mitrain.checkpoint import Checkpoint
@@ -87,7 +85,7 @@ def forget(folder: Path) -> None:
 
 
 def write_config(run_config: RunConfig, folder: Path) -> None:
-    text = yaml.safe_dump(run_config.to_dict(), sort_keys=False, allow_unicode=True)
+    text = parsing.dump_yaml(run_config.to_dict())
     write_atomic(folder / "config.yaml", f"# resolved configuration, hash {run_config.hash}\n{text}")
 
 

@@ -4,17 +4,17 @@ Never a pickle, never through a link, never more than the size expected. Every f
 ``mend`` is how the line ends: what the user should do.
 """
 
-import json
 import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
+from mitrain import parsing
 from mitrain.errors import CheckpointError
 
 
@@ -31,11 +31,11 @@ def regular_size(path: Path, mend: str) -> int:
 
 def read_regular(path: Path, limit: int, mend: str) -> bytes:
     """A plain file's content, without following a link; one longer than ``limit`` bytes is refused unread."""
-    if regular_size(path, mend) > limit:
-        raise CheckpointError(f"{path} is longer than the {limit} bytes expected: {mend}")
+    regular_size(path, mend)
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            return file.read()
+        return parsing.read_bytes(path, limit, follow=False)
+    except parsing.Unreadable as error:
+        raise CheckpointError(f"{path} {error}: {mend}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path} ({error.strerror}): {mend}") from None
 
@@ -43,16 +43,12 @@ def read_regular(path: Path, limit: int, mend: str) -> bytes:
 def parse_json(content: bytes, path: Path, mend: str, finite: bool = False) -> dict[str, Any]:
     """The JSON object in ``content``; ``finite`` refuses NaN and infinities, which Python's parser takes for numbers."""
     try:
-        value = json.loads(content, parse_constant=refuse_constant if finite else None)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not JSON: {mend}") from None
+        value = parsing.parse_json(content, finite)
+    except parsing.Unreadable as error:
+        raise CheckpointError(f"{path} {error}: {mend}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object: {mend}")
     return value
-
-
-def refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def parse_tensors(content: bytes, path: Path, mend: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from source_tree import ROOT, dotted, imports, our_files
 # From the ground up. A room is a file or a folder right under mitrain/.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("parsing",),  # what comes from outside, within bounds
     (
         "config",
         "dist",

@@ -5,7 +5,6 @@ OUT/results.json       all rows with their verdicts, and how they were made
 OUT/table.md           the same for people
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mitrain import provenance, schema
+from mitrain import parsing, provenance, schema
 from mitrain.bench import ranks
 from mitrain.bench.cells import BITSANDBYTES, OURS, PEFT, Cell, Plan, urgent_first
 from mitrain.bench.judge import faults, judged
@@ -74,7 +73,7 @@ def cell_row(cell: Cell, plan: Plan, out: Path, limit_s: float, measure: Measure
 def read_kept(path: Path) -> Row:
     """A kept row; nothing where there is none or the file is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsing.read_json(path)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -6,7 +6,6 @@ OUT/predictions.json   predictions of one seed, for the page
 OUT/table.md, *.svg, page.html    made from these two alone
 """
 
-import json
 import os
 import shutil
 import statistics
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mitrain import parsing
 from mitrain.compare import processes
 from mitrain.compare.cells import MATTERS, Cell, Place, chosen, places, resolve
 from mitrain.compare.page import page
@@ -59,7 +59,7 @@ class Job:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsing.read_json(path)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

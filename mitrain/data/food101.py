@@ -13,8 +13,9 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mitrain import parsing
 from mitrain.data.labels import LabelSample, check_known, report_left_out
-from mitrain.data.rows import not_utf8, read_table, unique
+from mitrain.data.rows import not_utf8, open_text, read_table, unique
 from mitrain.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -61,8 +62,8 @@ def distributed(root: Path, split: str, val_share: float) -> Iterator[tuple[str,
     folder = "test" if split == "test" else "train"
     path = root / "texts" / f"{folder}_titles.csv"
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            found = list(records(file, path))
+        with open_text(path) as file:
+            found = list(records(parsing.lines_of(file), path))
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
     except (OSError, ValueError) as error:

@@ -4,13 +4,15 @@ One record a line; every fault is a DataError that names file and line.
 """
 
 import csv
-import json
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from mitrain import parsing
 from mitrain.config import nearest
 from mitrain.errors import DataError
+from mitrain.parsing import Unreadable
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -41,17 +43,29 @@ def read_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -
 
 def all_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Row]:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix.lower() == ".json":
+            yield from rows_of_json(path)
+            return
+        with open_text(path) as file:
             if path.suffix.lower() in DELIMITERS:
                 yield from rows_of_csv(file, path, columns, required)
-            elif path.suffix.lower() == ".json":
-                yield from rows_of_json(file, path)
             else:
                 yield from rows_of_jsonl(file, path)
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
+    except Unreadable as error:
+        raise DataError(f"{str(path)!r} {error}: give a JSONL or CSV file") from None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {str(path)!r} ({error}): give a JSONL or CSV file") from None
+
+
+def open_text(path: Path) -> TextIO:
+    return io.TextIOWrapper(parsing.open_regular(path), encoding="utf-8-sig", newline="")
+
+
+def read_whole(path: Path) -> Any:
+    """The value in a JSON file. Raises Unreadable, UnicodeDecodeError and OSError."""
+    return parsing.parse_json(parsing.read_bytes(path, parsing.DATA_BYTES).decode("utf-8-sig"))
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
@@ -66,21 +80,15 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
 def read_table(path: Path) -> dict[str, Any]:
     """The one JSON object that a file holds."""
     try:
-        value = parsed(Path(path).read_text(encoding="utf-8-sig"))
+        value = read_whole(path)
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {str(path)!r} ({str(error)[:120]}): get the original file") from None
+    except Unreadable as error:
+        raise DataError(f"{str(path)!r} {error}: get the original file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {str(path)!r} ({error}): get the original file") from None
     if not isinstance(value, dict):
         raise DataError(f"{str(path)!r} holds a {type(value).__name__} instead of an object: get the original file")
-    return value
-
-
-def parsed(text: str) -> Any:
-    """JSON's value. Raises ValueError; also for an escape of half a character, which nothing could print or tokenize."""
-    value = json.loads(text)
-    if "\\ud" in text or "\\uD" in text:
-        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
@@ -98,16 +106,13 @@ def check_columns(columns: Mapping[str, str], fields: Sequence[str]) -> dict[str
 
 
 def rows_of_jsonl(file: TextIO, path: Path) -> Iterator[Row]:
-    for line, text in enumerate(file, start=1):
+    for line, text in enumerate(parsing.lines_of(file), start=1):
         if text.strip():
             yield line, json_object(text, f"{path}:{line}")
 
 
-def rows_of_json(file: TextIO, path: Path) -> Iterator[Row]:
-    try:
-        rows = parsed(file.read())
-    except RecursionError as error:
-        raise ValueError(str(error)) from None
+def rows_of_json(path: Path) -> Iterator[Row]:
+    rows = read_whole(path)
     if not isinstance(rows, list):
         raise DataError(
             f"{str(path)!r} holds a {type(rows).__name__} instead of a list: give one object a line (.jsonl)"
@@ -120,9 +125,9 @@ def rows_of_json(file: TextIO, path: Path) -> Iterator[Row]:
 
 def json_object(text: str, where: str) -> dict[str, Any]:
     try:
-        row = parsed(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error}): write one object a line") from None
+        row = parsing.parse_json(text)
+    except Unreadable as error:
+        raise DataError(f"{where}: {str(error).removeprefix('is ')}: write one object a line") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: a {type(row).__name__} instead of an object: write {{...}} a line")
     return row
@@ -141,14 +146,18 @@ def rows_of_csv(file: TextIO, path: Path, columns: Mapping[str, str], required: 
 
 
 def cells_of_csv(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of every row, blank ones among them."""
-    reader = csv.reader(file, delimiter=DELIMITERS.get(path.suffix.lower(), ","), strict=True)
+    """Cells of every row, blank ones among them, and the line that it begins in."""
+    reader = csv.reader(parsing.lines_of(file), delimiter=DELIMITERS.get(path.suffix.lower(), ","), strict=True)
+    begin = 1
     try:
         for cells in reader:
-            yield reader.line_num, cells
+            yield begin, cells
+            begin = reader.line_num + 1
     except csv.Error as error:
-        mend = "close its quotes, or use JSONL for long texts" if "limit" in str(error) else "quote the cell"
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}): {mend}") from None
+        problem = "a quote that is not closed" if "end of data" in str(error) else str(error)
+        over = f", read to line {reader.line_num}" if reader.line_num > begin else ""
+        mend = "close its quotes, or use JSONL for long texts" if over or "limit" in problem else "quote the cell"
+        raise DataError(f"{path}:{begin}: not valid CSV ({problem}{over}): {mend}") from None
 
 
 def check_header(header: list[str], path: Path, columns: Mapping[str, str], required: Sequence[str]) -> list[str]:

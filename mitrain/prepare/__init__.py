@@ -7,7 +7,6 @@ else happens here, alike for all: one process prepares while others wait, nothin
 """
 
 import importlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mitrain import __version__
+from mitrain import __version__, parsing
 from mitrain.config import nearest
 from mitrain.errors import PrepareError
 from mitrain.files import atomic_folder, cache_home, file_lock, sha256_file, write_json
@@ -267,7 +266,7 @@ def provenance(recipe: Recipe, archives: Sequence[Path], seed: int) -> dict[str,
 def is_ready(recipe: Recipe, target: Path, archives: Sequence[Path] | None) -> bool:
     """Whether ``target`` was made by this version of the recipe and, where archives are given, from them."""
     try:
-        made = json.loads((target / "provenance.json").read_text(encoding="utf-8"))
+        made = parsing.read_json(target / "provenance.json")
         version, hashes = made["recipe_version"], [archive["sha256"] for archive in made["archives"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False

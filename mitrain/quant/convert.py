@@ -8,7 +8,6 @@
 Pure arithmetic: bitsandbytes itself is not needed.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mitrain import parsing
 from mitrain.errors import ModelError
 from mitrain.quant import formats
 from mitrain.quant.linear import FrozenInt8Linear, FrozenNF4Linear, frozen
@@ -77,7 +77,7 @@ def unnested(absmax: Tensor, tensors: Mapping[str, Tensor], state: Mapping[str, 
 
 def read_state(packed: Tensor, where: str) -> dict[str, Any]:
     try:
-        state = json.loads(bytes(packed.cpu().to(torch.uint8).tolist()))
+        state = parsing.parse_json(bytes(packed.cpu().to(torch.uint8).tolist()))
         return {**state, "shape": tuple(int(n) for n in state["shape"]), "blocksize": int(state["blocksize"])}
     except (ValueError, KeyError, TypeError):
         raise misfit(where, "its quantisation state cannot be read") from None

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from mitrain import checkpoint, pretrained, untrusted
+from mitrain import checkpoint, parsing, pretrained, untrusted
 
 LAST_STEP = 3
 WATCHED = 2  # the save that is disturbed: the second, which also rotates the first away
@@ -41,8 +41,9 @@ LOOKS = {
 }
 """What changes nothing on the disk; a kill before it leaves what a kill before the next operation leaves.
 
-The same holds of whatever `mitrain.untrusted` does, which only reads.
+The same holds of whatever the `READERS` do, which only read.
 """
+READERS = (parsing.__file__, untrusted.__file__)
 
 
 class Killer:
@@ -67,7 +68,7 @@ class Killer:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     def watch(self, frame: FrameType, event: str, function: Any) -> None:
-        if event != "c_call" or function.__name__ in LOOKS or frame.f_code.co_filename == untrusted.__file__:
+        if event != "c_call" or function.__name__ in LOOKS or frame.f_code.co_filename in READERS:
             return
         owner = getattr(function, "__self__", None)
         module = getattr(function, "__module__", None) or type(owner).__module__

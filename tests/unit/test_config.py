@@ -1,13 +1,19 @@
 """Typed configuration: strict keys, YAML as users write it, overrides, digests."""
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from mitrain import config
+from mitrain import config, parsing
+from mitrain.cli import main
 from mitrain.config import Section
 from mitrain.errors import ConfigError
+
+TENFOLD = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
 
 
 class Inner(Section):
@@ -58,7 +64,7 @@ def test_yaml_floats_and_duplicate_keys():
         "d": 7,
         "e": "1.2.3",
     }
-    with pytest.raises(ConfigError, match=r"'a' stands twice \(line 2\)"):
+    with pytest.raises(ConfigError, match=r"x has the key 'a' twice \(line 2\)"):
         config.read_yaml("a: 1\na: 2", "x")
 
 
@@ -94,3 +100,33 @@ def test_any_text_is_a_value_or_a_config_error(text):
         config.parse(Outer, values)
     except ConfigError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (TENFOLD, "holds more than 100000 values"),
+        ("name: run\nx: &x [*x]\n", r"refers to \*x in line 2"),
+        ("name: run\n? !!binary aGk=\n: 1\n", "has the tag 'tag:yaml.org,2002:binary' in line 2"),
+        ("name: run\n1: 1\n", "has the key 1 in line 2, which is no text"),
+        (None, "is not a plain file"),
+    ],
+)
+def test_hostile_files_are_refused_by_every_command_that_reads_a_configuration(tmp_path, capsys, text, said):
+    path = Path("/dev/zero")
+    if text is not None:
+        (path := tmp_path / "config.yaml").write_text(text)
+    commands = [["train", path, "--dry-run"], ["train", path], ["data", "inspect", path], ["compare", path]]
+    if text is not None:
+        commands += [["train", "--resume", tmp_path], ["eval", tmp_path], ["export", tmp_path, "--out", tmp_path / "o"]]
+        commands += [["predict", tmp_path, "--image", "a.png", "--text", "a"], ["report", tmp_path, "--out", tmp_path]]
+    for words in commands:
+        assert main([str(word) for word in words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("mitrain: ") and re.search(said, line), words
+
+
+def test_a_configuration_is_written_as_it_will_be_read(tmp_path):
+    names = ["08", "0o7", "1e5", "1:30", "yes", "\x85"]
+    (tmp_path / "a.yaml").write_text(parsing.dump_yaml({"names": names}), encoding="utf-8")
+    assert config.read_file(tmp_path / "a.yaml") == {"names": names}

@@ -65,7 +65,7 @@ def test_columns_of_ones_own(tmp_path, suffix):
     [
         ([ROW, "{broken"], r"a\.jsonl:2: not valid JSON"),
         ([ROW, "[1, 2]"], r"a\.jsonl:2: a list instead of an object"),
-        (["[" * 100_000], r"a\.jsonl:1: not valid JSON"),
+        (["[" * 100_000], r"a\.jsonl:1: nests more than 64 levels deep"),
         ([ROW | {"image": ""}], r"a\.jsonl:1: no 'image'"),
         ([{"image": "a.png", "prompt": "What?"}], r"a\.jsonl:1: no 'answer'"),
         ([ROW | {"prompt": "  "}], r"a\.jsonl:1: no 'prompt'"),
