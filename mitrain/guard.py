@@ -5,7 +5,6 @@ where it can save; a watchdog only prints where every thread stands.
 """
 
 import faulthandler
-import math
 import os
 import signal
 import sys
@@ -14,19 +13,24 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from mitrain.errors import UserError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+MEND = "lower train.lr or train.optimizer.clip"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def finite(loss: "Tensor | float") -> bool:
-    """Whether every element is a number: neither infinite nor NaN."""
-    return math.isfinite(loss) if isinstance(loss, (int, float)) else bool(loss.isfinite().all())
+def diverged(what: str, step: int, saved: int) -> UserError:
+    """The error of a model that is not finite at ``step``; ``saved``: the step of its newest checkpoint, 0 for none."""
+    return UserError(f"{what} at step {step}, the model has diverged: {advice(saved)}")
+
+
+def advice(saved: int) -> str:
+    """How to go on after steps that came to nothing."""
+    if saved:
+        return f"the checkpoint of step {saved} is the last finite one; {MEND} and resume it with --allow-changes"
+    return f"{MEND} and start again (no checkpoint was written yet)"
 
 
 class SkipBudget:
@@ -41,8 +45,11 @@ class SkipBudget:
         self.in_a_row = 0
         self.reasons: Counter[str] = Counter()
 
-    def record(self, step: int, reason: str | None) -> None:
-        """Count one step: ``reason`` None if it was applied. UserError when the budget is spent."""
+    def record(self, step: int, reason: str | None, saved: int = 0) -> None:
+        """Count one step: ``reason`` None if it was applied. UserError when the budget is spent.
+
+        ``saved``: the step of the newest checkpoint, for the message.
+        """
         if reason is None:
             self.in_a_row = 0
             return
@@ -53,8 +60,15 @@ class SkipBudget:
             if counts[how] > limit:
                 raise UserError(
                     f"{counts[how]} steps skipped {how} at step {step}, more than the {limit} allowed "
-                    f"({self.describe()}): lower the learning rate, clip harder or look for a bad sample"
+                    f"({self.describe()}; the last applied step was {step - self.in_a_row}): {advice(saved)}, "
+                    "or look for a bad sample"
                 )
+
+    def failed(self, step: int) -> UserError:
+        """The error of a run that came to its end at ``step`` and applied no step."""
+        return UserError(
+            f"none of {step} steps was applied ({self.describe()}): nothing was learned: {MEND} and start again"
+        )
 
     def describe(self) -> str:
         return ", ".join(f"{reason} {count} times" for reason, count in self.reasons.most_common())

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mitrain import checkpoint, config, dist, parsing, pretrained, schema
 from mitrain.backbones import ModelConfig, TextBackbone, VisionEncoder
@@ -142,14 +142,26 @@ def open_run(folder: str | Path, which: str = "best") -> Run:
 
 
 def newest(folder: str | Path, which: str) -> Checkpoint:
-    """A run's newest complete checkpoint, or with ``which="best"`` the best where there is one."""
-    found = checkpoint.best(folder) if which == "best" else None
-    found = found or checkpoint.latest(folder)
-    if found is None:
+    """A run's newest usable checkpoint, or with ``which="best"`` the best where there is one."""
+    found = next(checkpoint.usable(folder, best_first=which == "best"), None)
+    return found or without_checkpoint(require_begun(folder))
+
+
+def require_begun(folder: str | Path) -> Path:
+    """``folder``, where the run in it has published a checkpoint, usable or not; CheckpointError where it has none."""
+    if not checkpoint.begun(folder):
         raise CheckpointError(
-            f"{str(folder)!r} has no complete checkpoint yet: train it first (mitrain train --resume {folder})"
+            f"{str(folder)!r} has no complete checkpoint yet: train it first"
+            f" (mitrain train {folder}/config.yaml --run-dir {folder})"
         )
-    return checkpoint.load(found)
+    return Path(folder)
+
+
+def without_checkpoint(folder: Path) -> NoReturn:
+    """CheckpointError of a run none of whose checkpoints can be used: it must not begin again on top of them."""
+    raise CheckpointError(
+        f"{str(folder)!r} has no complete checkpoint that can be used: bring one back to checkpoints/, or start a new run"
+    )
 
 
 def open_published(

@@ -31,11 +31,11 @@ from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit, portion
 from mitrain.engine import FP16_SCALE, Engine, Group, LocalEngine, StepResult, Sums, regularised
 from mitrain.engine.zero import ZeroEngine, sharding
-from mitrain.errors import CheckpointError, ConfigError, DataError, UserError
+from mitrain.errors import CheckpointError, ConfigError, DataError
 from mitrain.evaluate import evaluate
 from mitrain.features import ImageFeatures
 from mitrain.files import write_json
-from mitrain.guard import Heartbeat, SkipBudget, StopRequest
+from mitrain.guard import Heartbeat, SkipBudget, StopRequest, diverged
 from mitrain.model import Model, build, resolve_data
 from mitrain.schema import RunConfig
 from mitrain.tasks.base import Batch
@@ -63,6 +63,7 @@ class Trainer:
         self.config, self.folder, self.quiet = config, folder, quiet or not dist.is_main()
         self.watch = Stopwatch()
         self.best, self.best_step = -math.inf, 0
+        self.saved = 0  # the step of the newest checkpoint
         with self.watch.phase("load models and data"):
             self.root = resolve_data(config.data)
             self.train = portion(config.data.read(self.root, "train"), config.train.fraction)
@@ -144,6 +145,7 @@ class Trainer:
             self.loader.load_state(saved.state["loader"])
             self.skips.load_state_dict(saved.state["skips"])
             self.best, self.best_step = checked_best(saved.state)
+            self.saved = saved.step
             checkpoint.resume_rng(saved.state["rng"], self.config.seed, saved.step)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
@@ -152,8 +154,10 @@ class Trainer:
         return saved.step
 
     def _newest(self) -> Checkpoint | None:
-        path = checkpoint.latest(self.folder)
-        return checkpoint.load(path) if path else None
+        found = next(checkpoint.usable(self.folder), None)
+        if found is None and checkpoint.begun(self.folder):
+            runs.without_checkpoint(self.folder)
+        return found
 
     def fit(self) -> Outcome:
         """Train to the last step, or until asked to stop."""
@@ -168,9 +172,11 @@ class Trainer:
                     self._check_reached(result.unreached)
                 step += 1
                 heart.beat()
-                self.skips.record(step, result.reason)
+                self.skips.record(step, result.reason, self.saved)
                 self._log(metrics, step, result, seconds)
                 last = step == train.steps
+                if last and not self.engine.applied:
+                    raise self.skips.failed(step)
                 improved = self._evaluate(step, metrics) if step % train.eval_every == 0 or last else False
                 stopped = dist.first(stop.requested)
                 if improved or last or step % train.save_every == 0 or stopped:
@@ -254,14 +260,14 @@ class Trainer:
     def _evaluate(self, step: int, metrics: Metrics | NoMetrics) -> bool:
         """Score val; whether this is the best so far."""
         self.model.train(False)
+        with self.engine.whole():
+            self._require_finite(step, self._trained())
         with self.watch.phase("evaluate"):
             found = evaluate(self.model, self.images, self.val, batch=self.config.train.eval_batch).metrics
         metrics.event("val", step, found)
         value = float(found[self.model.task.metric])
         if not math.isfinite(value):
-            raise UserError(
-                f"val {self.model.task.metric} is {value} at step {step}: the weights have diverged; lower train.lr"
-            )
+            raise diverged(f"val {self.model.task.metric} is {value}", step, self.saved)
         if value <= self.best:
             return False
         self.best, self.best_step = value, step
@@ -272,11 +278,21 @@ class Trainer:
         optimizer, engine = self.engine.state_dict()
         random = checkpoint.rng_of_ranks()
         with self.engine.whole():
-            dist.from_main(lambda: self._write(step, improved, optimizer, {"engine": engine, "rng": random}))
+            tensors = {**self._trained(), "optimizer": optimizer}
+            self._require_finite(step, tensors)
+            dist.from_main(lambda: self._write(step, improved, tensors, {"engine": engine, "rng": random}))
+        self.saved = step
 
-    def _write(self, step: int, improved: bool, optimizer: dict[str, Tensor], more: dict[str, Any]) -> None:
-        tensors = {name: checkpoint.only_trainable(module) for name, module in self.model.trainable.items()}
-        tensors["optimizer"] = optimizer
+    def _trained(self) -> dict[str, dict[str, Tensor]]:
+        return {name: checkpoint.only_trainable(module) for name, module in self.model.trainable.items()}
+
+    def _require_finite(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """UserError on all ranks where ``tensors`` are not finite on any: such a model is neither scored nor saved."""
+        found = dist.first(checkpoint.not_finite(tensors))
+        if found is not None:
+            raise diverged(f"{found} is not finite", step, self.saved)
+
+    def _write(self, step: int, improved: bool, tensors: dict[str, dict[str, Tensor]], more: dict[str, Any]) -> None:
         state = {
             **more,
             "loader": self.loader.state(),

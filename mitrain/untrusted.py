@@ -77,4 +77,6 @@ def misfits(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[str]
 
 
 def is_finite(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(tensor.float().isfinite().all())
+    if not tensor.is_floating_point():
+        return False
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())  # 8 bits lack isfinite

@@ -11,19 +11,21 @@ interruption at any moment leaves the old ones untouched. The newest *complete* 
 docs/checkpoints.md has the format.
 """
 
-from mitrain.checkpoint.folder import best, latest, save
+from mitrain.checkpoint.folder import begun, best, latest, save, usable
 from mitrain.checkpoint.manifest import FORMAT, MANIFEST_LIMIT, Checkpoint, load, verify
-from mitrain.checkpoint.modules import check_fit, only_trainable, restore
+from mitrain.checkpoint.modules import check_fit, not_finite, only_trainable, restore
 from mitrain.checkpoint.rng import resume_rng, rng_of_ranks, rng_state, seed_rank, set_rng_state
 
 __all__ = [
     "FORMAT",
     "MANIFEST_LIMIT",
     "Checkpoint",
+    "begun",
     "best",
     "check_fit",
     "latest",
     "load",
+    "not_finite",
     "only_trainable",
     "restore",
     "resume_rng",
@@ -32,5 +34,6 @@ __all__ = [
     "save",
     "seed_rank",
     "set_rng_state",
+    "usable",
     "verify",
 ]

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from mitrain.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     STATE,
+    Checkpoint,
     Manifest,
     check_sizes,
     checksum,
+    load,
     read_manifest,
     verify,
 )
+from mitrain.checkpoint.modules import not_finite
 from mitrain.errors import CheckpointError
 from mitrain.files import atomic_folder, file_lock
 
@@ -45,9 +48,13 @@ def save(
     """Publish a checkpoint and then remove the good ones that are neither among the newest ``keep`` nor the best.
 
     ``best`` says that this is the best so far. The folder gets a suffix when one of the same step exists (a run that
-    was resumed at an earlier step): a published folder is never touched. A full or failing disk raises
-    CheckpointError and leaves everything as it was.
+    was resumed at an earlier step): a published folder is never touched. What is not finite, and a full or failing disk,
+    raise CheckpointError and leave everything as it was.
     """
+    if found := not_finite(tensors):
+        raise CheckpointError(
+            f"no checkpoint of step {step} is written: {found} is not finite; lower the learning rate"
+        )
     folder = Path(run_dir) / "checkpoints"
     try:
         with file_lock(folder / ".lock"):
@@ -81,7 +88,7 @@ def write(
             raise ValueError(f"{group!r} cannot name a group of tensors: use small letters, digits and underscores")
         content = safetensors.save({name: portable(tensor) for name, tensor in named.items()}, {"format": "pt"})
         files[f"{group}.safetensors"] = put(work / f"{group}.safetensors", content)
-    files[STATE] = put(work / STATE, json.dumps(state, sort_keys=True).encode())
+    files[STATE] = put(work / STATE, json.dumps(state, sort_keys=True, allow_nan=False).encode())
     manifest = {
         "format": FORMAT,
         "mitrain": mitrain_version(),
@@ -169,19 +176,30 @@ def survey(folder: Path) -> list[tuple[Path, Manifest]]:
     return found
 
 
-def newest_complete(run_dir: str | Path, best_only: bool) -> Path | None:
+def usable(run_dir: str | Path, best_first: bool = False) -> Iterator[Checkpoint]:
+    """The checkpoints that are complete, agree with their checksums and are finite, the newest first.
+
+    Each other one is named in a warning. ``best_first``: those that were saved as the best so far come before all others.
+    """
     known = survey(Path(run_dir) / "checkpoints")
-    for path, manifest in sorted(known, key=lambda item: item[1].sequence, reverse=True):
-        if (manifest.best or not best_only) and is_whole(path):
-            return path
-    return None
+    order = sorted(known, key=lambda item: (best_first and item[1].best, item[1].sequence), reverse=True)
+    for path, _ in order:
+        try:
+            yield load(path)
+        except CheckpointError as error:
+            log.warning("skipping a checkpoint that cannot be used: %s", error)
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint that is complete and whose checksums agree, or None."""
-    return newest_complete(run_dir, best_only=False)
+    """The newest usable checkpoint, or None."""
+    return next((saved.path for saved in usable(run_dir)), None)
 
 
 def best(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint that was saved as the best so far, or None."""
-    return newest_complete(run_dir, best_only=True)
+    """The newest usable checkpoint that was saved as the best so far, or None."""
+    return next((saved.path for saved in usable(run_dir, best_first=True) if saved.best), None)
+
+
+def begun(run_dir: str | Path) -> bool:
+    """Whether a run has published a checkpoint, be it usable or not."""
+    return any(FOLDER_NAME.fullmatch(path.name) for path in (Path(run_dir) / "checkpoints").glob("step-*"))

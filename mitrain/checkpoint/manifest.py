@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mitrain.checkpoint.modules import not_finite
 from mitrain.errors import CheckpointError
 from mitrain.untrusted import parse_json, parse_tensors, read_regular, regular_size
 
@@ -66,16 +67,18 @@ def verify(path: str | Path) -> Manifest:
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Read a checkpoint, from the same bytes whose checksums were compared."""
+    """Read a checkpoint, from the same bytes whose checksums were compared; CheckpointError where it is not finite."""
     path = Path(path)
     manifest = read_manifest(path)
     tensors = {}
     for name in manifest.files:
         content = read_checked(path, name, manifest)
         if name == STATE:
-            state = parse_json(content, path / name, OTHER)
+            state = parse_json(content, path / name, OTHER, finite=True)
         else:
             tensors[name.removesuffix(".safetensors")] = parse_tensors(content, path / name, OTHER)
+    if found := not_finite(tensors):
+        raise CheckpointError(f"{path} holds what is not finite, {found}: {OTHER}")
     return Checkpoint(path, manifest.step, manifest.best, tensors, state)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from mitrain.errors import CheckpointError
-from mitrain.untrusted import misfits
+from mitrain.untrusted import is_finite, misfits
 
 
 def only_trainable(module: nn.Module) -> dict[str, Tensor]:
@@ -18,6 +18,16 @@ def only_trainable(module: nn.Module) -> dict[str, Tensor]:
         if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
             raise CheckpointError(f"{name!r} is frozen and has no place in a checkpoint: save trained modules only")
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def not_finite(groups: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """Where ``groups`` of named tensors first hold an infinity or a NaN, as "adapter.gate (1 of 64 elements)", or None."""
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not is_finite(tensor):
+                count = int((~tensor.float().isfinite()).sum())
+                return f"{group}.{name} ({count} of {tensor.numel()} elements)"
+    return None
 
 
 def restore(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -77,7 +77,8 @@ def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
             raise ConfigError(
                 "--resume takes the run folder's own configuration: leave out CONFIG, --run-dir and --dry-run"
             )
-        return Path(arguments.resume), schema.respread(runs.read_config(arguments.resume), changes)
+        config = schema.respread(runs.read_config(arguments.resume), changes)
+        return runs.require_begun(arguments.resume), config
     if not arguments.config:
         raise ConfigError("give a configuration file (configs/quickstart.yaml is one) or --resume RUN_DIR")
     config = settled(schema.load(arguments.config, arguments.overrides))

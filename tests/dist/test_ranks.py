@@ -130,6 +130,16 @@ def test_evaluation_and_generation_are_split_and_gathered(world, ranks, capsys):
     assert two["samples"] == 13 and "exact_match" in two
 
 
+def test_a_model_that_diverges_on_one_rank_fails_on_all_and_is_not_saved(world, forge, tmp_path):
+    folder, settings = tmp_path / "spoilt", ("train.save_every=1", "train.eval_every=2", "--json")
+    arguments = ("worker:spoilt", 1, 3, world / "config.yaml", *settings, "--run-dir", folder)
+    ended = forge.start(RANKS, *arguments, **environment(world)).wait()
+    assert [rank.code for rank in ended] == [2] * RANKS, "".join(rank.err for rank in ended)
+    for rank in ended:
+        assert "is not finite at step 3" in rank.err and "the checkpoint of step 2 is the last finite one" in rank.err
+    assert [m.step for _, m in survey(folder / "checkpoints")] == [1, 2]
+
+
 def recorded(out, world: int, name: str) -> list[list[str]]:
     """The samples of every micro-batch of a run's part on ``world`` ranks, whose shares are put together."""
     shares = [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in range(world)]

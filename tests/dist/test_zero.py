@@ -168,6 +168,16 @@ def test_in_the_same_shards_it_goes_on_bit_for_bit(forge, world, shards, tmp_pat
     assert losses(folder) == losses(shards("fp32")[0])
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_that_diverges_on_one_rank_fails_on_all_and_is_not_saved(forge, world, stage, tmp_path):
+    settings = (f"zero.stage={stage}", "train.save_every=1", "--run-dir", tmp_path / "spoilt")
+    env = {"MITRAIN_CACHE": str(tmp_path / "cache"), "MITRAIN_TIMEOUT": "120"}
+    ended = forge.start(2, "worker:spoilt", 1, 2, world / "config.yaml", *settings, **env).wait()
+    assert [e.code for e in ended] == [2, 2], "\n".join(e.err for e in ended)
+    assert all("is not finite at step 2" in e.err for e in ended)
+    assert [manifest.step for _, manifest in survey(tmp_path / "spoilt" / "checkpoints")] == [1]
+
+
 def test_an_adapter_of_int8_shards_loads_in_one_line_without_deepspeed(world, shards, tmp_path, monkeypatch):
     folder, picture = shards("int8")[0], next((world / "data").rglob("*.png"))
     assert main(["export", str(folder), "--out", str(tmp_path / "adapter")]) == 0

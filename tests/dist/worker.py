@@ -163,6 +163,21 @@ def command(*arguments: str) -> int:
     return main(arguments)
 
 
+def spoilt(rank: str, step: str, *arguments: str) -> int:
+    """Train; one element of the adapter of ``rank`` alone becomes infinite after ``step``."""
+    stepped = Trainer._step
+
+    def spoiling(self):
+        done = stepped(self)
+        if [dist.rank(), self.engine.steps] == [int(rank), int(step)]:
+            with torch.no_grad():
+                next(self.model.adapter.parameters()).view(-1)[0] = torch.inf
+        return done
+
+    Trainer._step = spoiling
+    return command("train", *arguments)
+
+
 def train_until(out: str, stop: str, *arguments: str) -> int:
     """Train, rank 0 asking to stop in step ``stop``; OUT/until-STOP-RANK.json lists this rank's samples by micro-batch."""
     shares: list[list[str]] = []

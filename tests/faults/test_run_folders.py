@@ -207,10 +207,21 @@ def test_a_damaged_summary_is_written_anew(run, capsys, damage):
 
 @pytest.mark.parametrize("damage", [cut, deep, folder])
 @pytest.mark.parametrize("name", ["manifest.json", "adapter.safetensors"])
-def test_a_damaged_checkpoint_is_none(run, capsys, name, damage):
+def test_a_damaged_checkpoint_is_none_and_its_run_does_not_begin_again(run, capsys, name, damage):
     damage(checkpoint_of(run) / name)
-    assert "no complete checkpoint" in outcome("eval", run, capsys)
-    assert outcome("resume", run, capsys) == ""  # from the start
+    logged = (run / "metrics.jsonl").read_bytes()
+    for command in ("eval", "resume"):
+        assert "no complete checkpoint that can be used" in outcome(command, run, capsys)
+    assert (run / "metrics.jsonl").read_bytes() == logged
+
+
+def test_a_run_without_a_checkpoint_begins_by_its_configuration_alone(run, capsys):
+    shutil.rmtree(run / "checkpoints")
+    logged = (run / "metrics.jsonl").read_bytes()
+    assert f"mitrain train {run}/config.yaml --run-dir {run}" in outcome("resume", run, capsys)
+    assert (run / "metrics.jsonl").read_bytes() == logged
+    assert main(["train", str(run / "config.yaml"), "--run-dir", str(run)]) == 0
+    assert json.loads((run / "summary.json").read_text())["steps"] == STEPS
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -218,7 +229,7 @@ def test_a_damaged_folder_of_checkpoints_is_named(run, capsys, damage):
     damage(run / "checkpoints")
     for command in COMMANDS:
         refused = outcome(command, run, capsys)
-        assert refused or (command == "resume" and damage in (missing, folder)) or (run / "summary.json").exists()
+        assert refused
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -22,7 +22,11 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 
 def test_every_type_and_shape_comes_back_bit_for_bit(tmp_path):
     saved = {str(dtype)[6:]: torch.arange(-3, 3).reshape(2, 3).to(dtype) for dtype in DTYPES}
-    saved |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "bad": torch.tensor([torch.nan, -torch.inf])}
+    saved |= {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "huge": torch.tensor([1e300, -5e-324], dtype=torch.float64),
+    }
     whole = torch.randn(6, 6)
     saved |= {"transposed": whole.T, "part": whole[::2, 1:3], "leaf": whole.clone().requires_grad_()}
     state = {"cursor": 7, "nested": {"list": [1, 2.5, None, "ü"]}, "exact": 0.1 + 0.2}
@@ -34,7 +38,7 @@ def test_every_type_and_shape_comes_back_bit_for_bit(tmp_path):
     for name, tensor in saved.items():
         back = loaded.tensors["adapter"][name]
         assert (back.dtype, back.shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(torch.nan_to_num(back), torch.nan_to_num(tensor)), name
+        assert torch.equal(back, tensor), name
 
 
 def test_the_folder_holds_what_the_format_says_and_nothing_else(tmp_path):

@@ -16,11 +16,13 @@ from checkpoints import (
     pipe,
     save,
     signed,
+    tensors,
     torn,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused
+from safetensors import torch as safetensors
 
 from mitrain import checkpoint
 from mitrain.errors import CheckpointError
@@ -120,6 +122,43 @@ def test_a_path_without_a_checkpoint_is_one_line(tmp_path):
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(CheckpointError, match="not a complete checkpoint"):
             checkpoint.load(path)
+
+
+BAD = [
+    torch.tensor([0.0, torch.nan]),
+    torch.tensor([[torch.inf]], dtype=torch.float16),
+    torch.tensor(-torch.inf, dtype=torch.bfloat16),
+    torch.tensor([1.0, torch.nan], dtype=torch.float64),
+]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("group", ["adapter", "optimizer"])
+def test_what_is_not_finite_is_not_published_and_removes_nothing(tmp_path, bad, group):
+    kept = save(tmp_path, 1, keep=1)
+    groups = tensors(2)
+    groups[group]["gate.bad"] = bad
+    with pytest.raises(CheckpointError, match=rf"step 2 is written: {group}.gate.bad \(1 of {bad.numel()} elements\)"):
+        checkpoint.save(tmp_path, 2, groups, {}, keep=1, best=True)
+    assert sorted(path.name for path in kept.parent.iterdir()) == [".lock", kept.name]
+
+
+def test_a_state_that_is_not_finite_is_not_published(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        checkpoint.save(tmp_path, 2, tensors(), {"engine": {"loss_scale": [float("nan"), 0]}})
+    assert checkpoint.latest(tmp_path) is None and not checkpoint.begun(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+def test_one_that_is_not_finite_is_named_and_the_one_before_is_taken(tmp_path, caplog, name):
+    good, bad = save(tmp_path, 1, best=True), save(tmp_path, 2, best=True)
+    spoilt = safetensors.save({"w": torch.tensor([torch.nan])})
+    signed(bad, name, b'{"best": NaN}' if name == "state.json" else spoilt)
+    for find in (checkpoint.latest, checkpoint.best):
+        caplog.clear()
+        assert find(tmp_path) == good
+        (record,) = caplog.records
+        assert "step-00000002" in record.message and "cannot be used" in record.message
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
-"""The training loop: what an adapter's regulariser does to a step."""
+"""The training loop: what an adapter's regulariser does to a step, and what becomes of a model that diverges."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from folders import colour_records, llm_folder, vision_folder
 
 from mitrain import adapters, checkpoint, runs, schema
 from mitrain.adapters.mit import MiT
+from mitrain.errors import UserError
 from mitrain.trainer import Trainer
 
 LR = 0.5
@@ -35,10 +37,8 @@ def world(tmp_path_factory):
         yield path
 
 
-def trained(world: Path, method: type[MiT], monkeypatch, **train) -> tuple[dict, dict]:
-    """The adapter's tensors before and after training."""
-    monkeypatch.setitem(adapters.METHODS, "mit", method)
-    config = schema.from_dict(
+def configured(world: Path, **train) -> schema.RunConfig:
+    return schema.from_dict(
         {
             "model": {"llm": str(world / "llm"), "vision": [{"name": str(world / "vision")}]},
             "adapter": {"name": "mit", "layers": [1]},
@@ -47,6 +47,12 @@ def trained(world: Path, method: type[MiT], monkeypatch, **train) -> tuple[dict,
             "train": TRAIN | train,
         }
     )
+
+
+def trained(world: Path, method: type[MiT], monkeypatch, **train) -> tuple[dict, dict]:
+    """The adapter's tensors before and after training."""
+    monkeypatch.setitem(adapters.METHODS, "mit", method)
+    config = configured(world, **train)
     trainer = Trainer(config, runs.create(config, world / "runs"), quiet=True)
     before = {name: p.detach().clone() for name, p in trainer.model.adapter.named_parameters()}
     trainer.fit()
@@ -93,3 +99,91 @@ def test_a_regularised_run_is_resumed_bit_for_bit(world, monkeypatch):
     monkeypatch.setattr(Trainer, "fit", stopped_after_two)
     _, resumed = trained(world, Pulled, monkeypatch, **options)
     assert len(steps) == 3 and all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+# a model that is no longer finite
+
+
+DIVERGING = {"steps": 6, "batch": 4, "eval_every": 2, "save_every": 1, "keep": 2, "optimizer": {"name": "adamw"}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world):
+    config = configured(world, **DIVERGING)
+    folder = runs.create(config, world / "runs")
+    Trainer(config, folder, quiet=True).fit()
+    return checkpoint.load(checkpoint.latest(folder)).tensors
+
+
+def spoil_weight(trainer: Trainer) -> None:
+    """One logit of a gate becomes infinite: the loss stays finite."""
+    with torch.no_grad():
+        dict(trainer.model.adapter.named_parameters())["infused.1.head_logit"].view(-1)[0] = torch.inf
+
+
+def spoil_moment(trainer: Trainer) -> None:
+    """A squared gradient beyond float32: the parameter would never move again."""
+    param = dict(trainer.model.adapter.named_parameters())["infused.1.head_logit"]
+    trainer.engine.optimizer.state[param]["exp_avg_sq"].view(-1)[0] = torch.inf
+
+
+def spoilt_after(trainer: Trainer, step: int, spoil) -> Trainer:
+    own = trainer._step
+
+    def stepped():
+        done = own()
+        if trainer.engine.steps == step:
+            spoil(trainer)
+        return done
+
+    trainer._step = stepped
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("spoil", "step", "what"),
+    [
+        (spoil_weight, 3, "adapter.infused.1.head_logit"),
+        (spoil_weight, 4, "adapter.infused.1.head_logit"),  # where val would be scored
+        (spoil_moment, 3, "optimizer.exp_avg_sq.adapter.infused.1.head_logit"),
+    ],
+)
+def test_a_model_that_diverges_fails_and_its_good_checkpoints_stay(world, undisturbed, spoil, step, what):
+    config = configured(world, **DIVERGING)
+    folder = runs.create(config, world / "runs")
+    with pytest.raises(UserError) as caught:
+        spoilt_after(Trainer(config, folder, quiet=True), step, spoil).fit()
+    assert f"{what} (1 of 4 elements) is not finite at step {step}" in str(caught.value)
+    assert f"the checkpoint of step {step - 1} is the last finite one" in str(caught.value)
+    assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))][-2:] == [
+        f"step-{step - 2:08d}",
+        f"step-{step - 1:08d}",
+    ]
+    assert not (folder / "summary.json").exists()
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if line["kind"] == "val"] == [2]
+
+    assert Trainer(config, folder, quiet=True).fit().step == 6
+    resumed = checkpoint.load(checkpoint.latest(folder)).tensors
+    for group, tensors in undisturbed.items():
+        assert all(torch.equal(resumed[group][name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_rate_beyond_all_numbers_publishes_nothing(world):
+    config = configured(world, **DIVERGING | {"save_every": 2, "lr": 1e39})
+    folder = runs.create(config, world / "runs")
+    with pytest.raises(UserError, match="not finite at step 2.*no checkpoint was written yet"):
+        Trainer(config, folder, quiet=True).fit()
+    assert not checkpoint.begun(folder)
+
+
+def test_a_run_that_applied_no_step_has_failed(world, monkeypatch):
+    config = configured(world, steps=3, batch=4)
+    trainer = Trainer(config, runs.create(config, world / "runs"), quiet=True)
+    loss = trainer.loss
+    trainer.loss = lambda batch: (loss(batch)[0] * torch.nan, loss(batch)[1])
+    with pytest.raises(
+        UserError, match=r"none of 3 steps was applied \(non-finite loss 3 times\): nothing was learned"
+    ):
+        trainer.fit()
+    assert not checkpoint.begun(trainer.folder) and not (trainer.folder / "summary.json").exists()
