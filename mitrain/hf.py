@@ -7,18 +7,21 @@ No architecture is named here: the decoder's layers are found as the one ``Modul
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from mitrain.errors import ConfigError, ModelError
 
+log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHOWN = 3  # tensors that a message names
 
 
 def layer_owner(model: nn.Module) -> tuple[nn.Module, str]:
@@ -73,22 +76,137 @@ def quiet() -> Iterator[None]:
 
 
 def load(factory: Any, source: str | Path, what: str, **kwargs: Any) -> Any:
-    """``factory.from_pretrained(source)`` with remote code off and every failure told in one line.
+    """``factory.from_pretrained(source)`` with remote code off and every failure told in one line; weights: `load_model`.
 
-    Only safetensors weights are read. A checkpoint cannot switch remote code on: the argument is always False.
+    A checkpoint cannot switch remote code on: the argument is always False.
     """
+    return attempt(lambda place: factory.from_pretrained(place, trust_remote_code=False, **kwargs), source, what)
+
+
+def attempt(read: Callable[[str], Any], source: str | Path, what: str) -> Any:
+    """``read(source)``; ModelError for whatever transformers raises of a folder, an id or a file."""
     local = Path(source).expanduser()
     source = str(local) if local.exists() else str(source)
     try:
         with quiet():
-            return factory.from_pretrained(source, trust_remote_code=False, **kwargs)
+            return read(source)
     except Exception as error:  # transformers raises many kinds for a bad folder, id or file
-        logging.getLogger(__name__).debug("loading %s", source, exc_info=True)
+        log.debug("loading %s", source, exc_info=True)
         reason = " ".join(str(error).split())[:240] or type(error).__name__
         raise ModelError(
             f"cannot load the {what} {source!r}: {reason}. Give a prepared name (mitrain models list), a folder"
             " written by save_pretrained, or a Hugging Face id that is already in the local cache"
         ) from None
+
+
+def find(source: str | Path, name: str) -> Path | None:
+    """The file ``name`` of a folder, or of a Hugging Face id in the local cache; None where it has none."""
+    local = Path(source).expanduser()
+    if local.is_dir():
+        return local / name if (local / name).is_file() else None
+    try:
+        found = cached_file(str(source), name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
+def read_config(source: str | Path, what: str) -> PretrainedConfig:
+    """A model's configuration, once it is sure that loading its weights runs nobody's code and adds nobody's adapter.
+
+    How attention is computed is not the folder's to say: give `load_model` this configuration.
+    """
+    if find(source, "adapter_config.json"):
+        raise ModelError(
+            f"the {what} {str(source)!r} has an adapter beside it (adapter_config.json), which PEFT would attach where it is"
+            " installed: give a folder with the base's own files alone, or merge the adapter into it"
+        )
+    config = load(AutoConfig, source, f"{what}'s configuration")
+    written, _ = attempt(PretrainedConfig.get_config_dict, source, f"{what}'s configuration")
+    if kernel := next(kernels_of(written), None):
+        raise ModelError(
+            f"the config.json of the {what} {str(source)!r} names code to be fetched and run ({kernel}): remove that key"
+        )
+    config._attn_implementation = None
+    return config
+
+
+def kernels_of(values: Any, key: str = "") -> Iterator[str]:
+    """Every 'key=owner/kernel' in a configuration file that makes transformers fetch a kernel from its hub."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from kernels_of(value, f"{key}.{name}" if key else name)
+    elif "implementation" in key and "/" in str(values):
+        yield f"{key}={str(values)[:80]!r}"
+
+
+def load_model(
+    factory: Any, source: str | Path, what: str, used: Callable[[str], bool] = lambda name: True, **kwargs: Any
+) -> PreTrainedModel:
+    """`load` for weights: ModelError where a tensor that is ``used`` is missing, of another shape, or not finite.
+
+    What is missing and not used is zero, so that every process has the same model. A causal language model without its
+    head comes as what is below it. Tensors that have no place in the model are told in one line.
+    """
+    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = load(factory, source, what, **options, **kwargs)
+    check_shapes(found["mismatched_keys"], source, what)
+    missing, unplaced = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    needed = [name for name in missing if used(name)]
+    if needed and set(needed) == set(head_names(model)):
+        log.warning("the %s %s has no language head (%s): it is used without", what, source, ", ".join(needed))
+        model, needed = model.base_model, []
+    if needed:
+        other = f", and {counted(unplaced)} that the model has no place for" if unplaced else ""
+        raise ModelError(
+            f"the {what} {str(source)!r} lacks {counted(needed)} that its config.json promises{other}: give the whole"
+            " checkpoint, its tensors under their own names, or the config.json that belongs to it"
+        )
+    tell_unplaced(unplaced, source, what)
+    for name, tensor in model.state_dict().items():
+        if name in missing:
+            tensor.zero_()
+        check_finite(name, tensor, source, what)
+    return model
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """The names of the language head's own tensors."""
+    head = model.get_output_embeddings()
+    own = {id(p) for p in head.parameters()} if head is not None else set()
+    return [name for name, p in model.named_parameters() if id(p) in own]
+
+
+def counted(names: Collection[str]) -> str:
+    """As '5 tensors (a, b, c, …)'."""
+    shown = ", ".join(list(names)[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({shown})"
+
+
+def tell_unplaced(names: Collection[str], source: str | Path, what: str) -> None:
+    if names:
+        log.warning("the %s %s has %s that the model has no place for: not used", what, source, counted(names))
+
+
+def check_shapes(mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]], source: str | Path, what: str) -> None:
+    """ModelError where ``mismatched`` holds any (name, shape in the file, shape by the configuration)."""
+    wrong = [f"{name} is {tuple(there)}, not {tuple(here)}" for name, there, here in sorted(mismatched)]
+    if wrong:
+        raise ModelError(
+            f"the {what} {str(source)!r} has {counted(wrong)} of other shapes than its config.json says: give weights and"
+            " configuration of the same model"
+        )
+
+
+def check_finite(name: str, tensor: Tensor, source: str | Path, what: str) -> None:
+    """ModelError where a tensor of a checkpoint holds NaN or infinity."""
+    if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+        low, high = torch.aminmax(tensor.detach())  # one pass without a copy; NaN goes through both
+        if not (low.isfinite() and high.isfinite()):
+            raise ModelError(
+                f"the {what} {str(source)!r} has weights that are not finite (the first in {name}, as"
+                f" {str(tensor.dtype).removeprefix('torch.')}): its checkpoint is damaged, or model.dtype too narrow"
+            )
 
 
 def config_from_shape(shape: Mapping[str, Any], what: str) -> PretrainedConfig:

@@ -29,8 +29,11 @@ def is_blip(config: PretrainedConfig) -> bool:
 
 def load(source: str | Path, part: Part, dtype: torch.dtype) -> PreTrainedModel:
     """One encoder of the checkpoint ``source``."""
-    options = {"dtype": dtype, "use_safetensors": True}
-    return getattr(hf.load(BlipForImageTextRetrieval, source, "BLIP model", **options), part)
+    options = {"config": hf.read_config(source, "BLIP model"), "dtype": dtype}
+    model = hf.load_model(
+        BlipForImageTextRetrieval, source, "BLIP model", lambda name: name.startswith(f"{part}."), **options
+    )
+    return getattr(model, part)
 
 
 def empty(config: PretrainedConfig, part: Part) -> PreTrainedModel:

@@ -10,15 +10,15 @@ Checkpoints in which bitsandbytes' int8 or nf4 stands beside the names are taken
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from mitrain import hf
 from mitrain.errors import ModelError
@@ -48,10 +48,10 @@ class Weights:
     def of(cls, source: str | Path) -> "Weights | None":
         """Those of a folder or of a Hugging Face id in the local cache; None where there are no safetensors."""
         for name in FILES:
-            path = find(str(source), name)
+            path = hf.find(source, name)
             if path is not None and path.suffix == ".json":
                 table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-                found = {file: find(str(source), file) for file in set(table.values())}
+                found = {file: hf.find(source, file) for file in set(table.values())}
                 return cls({tensor: found[file] for tensor, file in table.items()}) if all(found.values()) else None
             if path is not None:
                 with safe_open(path, "pt") as file:
@@ -69,16 +69,13 @@ class Weights:
             self._open[path] = safe_open(path, "pt")
         return self._open[path].get_tensor(name)
 
-
-def find(source: str, name: str) -> Path | None:
-    local = Path(source).expanduser()
-    if local.is_dir():
-        return local / name if (local / name).is_file() else None
-    try:
-        found = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
-        return None
-    return Path(found) if found else None
+    def checked(self, name: str, shape: Sequence[int]) -> Tensor:
+        """`read`; ModelError where it is of another shape or not finite."""
+        tensor, folder = self.read(name), self.files[name].parent
+        if tensor.shape != torch.Size(shape):
+            hf.check_shapes([(name, tensor.shape, shape)], folder, "model in")
+        hf.check_finite(name, tensor, folder, "model in")
+        return tensor
 
 
 def stored_precision(config: PretrainedConfig, source: str | Path) -> str | None:
@@ -108,18 +105,20 @@ def load(
     device: torch.device | str = "cpu",
     after: After = keep,
     reads: bool = True,
+    used: Callable[[str], bool] = lambda name: True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A frozen model in ``precision`` on ``device``; everything that is not low-bit is in ``dtype``.
 
-    A checkpoint whose names are not the model's own is loaded whole by transformers and quantised then. ``kwargs`` go
-    to the model's constructor.
+    A checkpoint whose names are not the model's own is loaded whole by transformers and quantised then (``used``: see
+    `mitrain.hf.load_model`). ``kwargs`` go to the model's constructor.
     """
-    config = hf.load(AutoConfig, source, "language model's configuration")
+    config = hf.read_config(source, "language model")
     stored, weights = stored_precision(config, source), Weights.of(source)
     if weights is not None:
         model = empty(factory, config, weights, precision, embedding, dtype=dtype, **kwargs)
         if fits(model, weights):
+            hf.tell_unplaced(unplaced(model, weights), source, "language model")
             fill(model, weights, device, after, reads)
             return with_generation(model, source)
     if stored:
@@ -127,8 +126,7 @@ def load(
             f"the {stored} checkpoint {str(source)!r} has names that its model has not: give float weights"
         )
     log.info("%s is loaded whole, on every rank, before it is quantised or sharded", source)
-    kwargs |= {"dtype": "auto", "use_safetensors": True}
-    model = hf.load(factory, source, "language model", **kwargs)
+    model = hf.load_model(factory, source, "language model", used, config=config, dtype="auto", **kwargs)
     hf.freeze(model)
     model = (model if precision == "none" else quantise(model, precision, embedding=embedding)).to(device, dtype)
     for name, unit in units(model):
@@ -138,7 +136,7 @@ def load(
 
 def with_generation(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
     """With the generation settings that stand beside the weights, if any do."""
-    if find(str(source), "generation_config.json"):
+    if hf.find(source, "generation_config.json"):
         model.generation_config = hf.load(GenerationConfig, source, "generation settings")
     return model
 
@@ -171,6 +169,14 @@ def fits(model: PreTrainedModel, weights: Weights) -> bool:
     Fills the buffers that are computed.
     """
     return set(map(source_of, tensors(model))) <= weights.names | tied_names(model) and fill_buffers(model)
+
+
+def unplaced(model: PreTrainedModel, weights: Weights) -> list[str]:
+    """The names in a checkpoint that `fits` which the model has no place for, but for those its class knows of."""
+    known = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    low_bit = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FrozenLinear))
+    left = weights.names - set(map(source_of, tensors(model)))
+    return sorted(n for n in left if not n.startswith(low_bit) and not any(re.search(k, n) for k in known))
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -276,7 +282,7 @@ def fill_parameters(
         fill_low_bit(path, module, weights, device)
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.is_meta and id(parameter) not in done:
-            value = weights.read(f"{path}.{name}").to(device, parameter.dtype, copy=True)
+            value = weights.checked(f"{path}.{name}", parameter.shape).to(device, parameter.dtype, copy=True)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
     for name, parameter in before.items():
         if parameter is not None:
@@ -286,14 +292,15 @@ def fill_parameters(
 def fill_buffers_of(path: str, module: nn.Module, weights: Weights, device: torch.device) -> None:
     for name, buffer in module._buffers.items():
         if buffer is not None:
-            found = weights.read(f"{path}.{name}").to(buffer.dtype, copy=True) if buffer.is_meta else buffer
-            module._buffers[name] = found.to(device)
+            place = f"{path}.{name}"
+            held = weights.checked(place, buffer.shape).to(buffer.dtype, copy=True) if buffer.is_meta else buffer
+            module._buffers[name] = held.to(device)
 
 
 def fill_low_bit(path: str, layer: FrozenLinear, weights: Weights, device: torch.device) -> None:
     """The payload: taken over from bitsandbytes' format, or quantised from floats."""
     if stored_as(weights.names, path) is None:
-        return layer.fill(weights.read(f"{path}.weight").to(device))
+        return layer.fill(weights.checked(f"{path}.weight", (layer.out_features, layer.in_features)).to(device))
     parts, take = (INT8_PARTS, fill_int8) if isinstance(layer, FrozenInt8Linear) else (NF4_PARTS, fill_nf4)
     held = {p: weights.read(f"{path}.{p}").to(device, copy=True) for p in parts if f"{path}.{p}" in weights.names}
     return take(layer, held, path)

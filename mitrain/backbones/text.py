@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -40,6 +39,11 @@ def factory(config: PretrainedConfig) -> Any:
     """
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     return AutoModel if encoder or blip.is_blip(config) else AutoModelForCausalLM
+
+
+def is_read(name: str) -> bool:
+    """Whether a tensor of a text model counts: an encoder's pooler is read by no method and no task."""
+    return "pooler" not in name.split(".")
 
 
 class TextBackbone:
@@ -86,14 +90,8 @@ class TextBackbone:
                 raise ConfigError("BLIP's encoders are held whole and in floats: set model.quantize=none, zero.stage=0")
             model = blip.load(source, "text_encoder", dtype)
         elif quantize == "none" and shard is None:
-            model = hf.load(
-                factory(config),
-                source,
-                "language model",
-                dtype=dtype,
-                use_safetensors=True,
-                attn_implementation=attention,
-            )
+            options = {"config": config, "dtype": dtype, "attn_implementation": attention}
+            model = hf.load_model(factory(config), source, "language model", is_read, **options)
         else:
             model = stream.load(
                 factory(config),
@@ -104,6 +102,7 @@ class TextBackbone:
                 device=device,
                 after=stream.keep if shard is None else lambda name, unit: shard(unit),
                 reads=shard is None or dist.is_main(),
+                used=is_read,
                 attn_implementation=attention,
             )
         tokenizer = hf.load(AutoTokenizer, source, "tokenizer")
@@ -126,7 +125,7 @@ class TextBackbone:
 
     @staticmethod
     def read_config(source: str | Path) -> PretrainedConfig:
-        return hf.load(AutoConfig, source, "language model's configuration")
+        return hf.read_config(source, "language model")
 
     @property
     def speaks(self) -> bool:

@@ -4,7 +4,7 @@ Any Hugging Face vision model with the usual interface works; CLIP gives its pro
 token, others their pooled output. Shapes: B images, S side in pixels, N patches, e feature width, c channel width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PretrainedConfig
+from transformers import AutoModel, CLIPVisionModelWithProjection, PretrainedConfig
 
 from mitrain import dist, hf, trunk
 from mitrain.backbones import blip, efficientnet_lite, stream
@@ -25,6 +25,7 @@ from mitrain.errors import ConfigError, ModelError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+POOLING = ("pooler", "head", "visual_projection")
 VIEWS = 6
 View = int
 
@@ -103,7 +104,9 @@ class VisionEncoder(nn.Module):
         efficientnet_lite.register()
         self.config = config
         shape = hf.config_from_shape(config.shape, f"model.vision {config.name!r} shape") if config.shape else None
-        model_config = shape or hf.load(AutoConfig, folder or config.name, "image encoder's configuration")
+        model_config = shape or hf.read_config(folder or config.name, "image encoder")
+        if getattr(model_config, "quantization_config", None):
+            raise ModelError(f"the image encoder {config.name!r} is quantised: give its weights in floats")
         self.kind, self._settings = model_config.model_type, settings_of(model_config)
         self.source = None if shape else folder or config.name
         factory = CLIPVisionModelWithProjection if self.kind in ("clip", "clip_vision_model") else AutoModel
@@ -112,11 +115,16 @@ class VisionEncoder(nn.Module):
         elif shape is not None:
             self.model = empty_vision(factory, shape)
         else:
-            self.model = load_encoder(factory, folder or config.name, dtype, torch.device(device), shard)
+            self.model = load_encoder(factory, folder or config.name, self._reads, dtype, torch.device(device), shard)
         hf.freeze(self.model)
         self.settings = getattr(self.model.config, "vision_config", self.model.config)
         self.preprocess = preprocessing(config, self.settings, folder, self.kind)
         self._check_levels()
+
+    def _reads(self, name: str) -> bool:
+        """Whether a tensor of the encoder counts: what pools its tokens does where it makes the global feature."""
+        pools = self.config.pool == "auto" and self.config.layer is None
+        return pools or not set(POOLING) & set(name.split("."))
 
     def _check_levels(self) -> None:
         depth = getattr(self.settings, "num_hidden_layers", 0)
@@ -224,27 +232,28 @@ class VisionEncoder(nn.Module):
 
 
 def load_encoder(
-    factory: Any, source: str | Path, dtype: torch.dtype, device: torch.device, shard: stream.Shard | None
+    factory: Any,
+    source: str | Path,
+    used: Callable[[str], bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: stream.Shard | None,
 ) -> nn.Module:
     """The encoder on ``device``; in shards, layer by layer as rank 0 reads them, where its names allow that."""
-    if shard is None:
-        return hf.load(factory, source, "image encoder", dtype=dtype, use_safetensors=True).to(device)
-
-    def spread(name: str, unit: nn.Module) -> None:
-        shard(unit)
-
-    weights = stream.Weights.of(source)
+    weights, config = stream.Weights.of(source) if shard else None, hf.read_config(source, "image encoder")
+    if factory is CLIPVisionModelWithProjection:
+        config = getattr(config, "vision_config", config)
     if weights is not None:
-        config = hf.load(AutoConfig, source, "image encoder's configuration")
-        model = empty_vision(factory, getattr(config, "vision_config", config)).to(dtype)
+        model = empty_vision(factory, config).to(dtype)
         hf.freeze(model)
         if stream.fits(model, weights):
-            stream.fill(model, weights, device, spread, reads=dist.is_main())
+            hf.tell_unplaced(stream.unplaced(model, weights), source, "image encoder")
+            stream.fill(model, weights, device, lambda name, unit: shard(unit), reads=dist.is_main())
             return model
-    model = hf.load(factory, source, "image encoder", dtype=dtype, use_safetensors=True).to(device)
+    model = hf.load_model(factory, source, "image encoder", used, config=config, dtype=dtype).to(device)
     hf.freeze(model)
-    for name, unit in stream.units(model):
-        spread(name, unit)
+    for _, unit in stream.units(model) if shard else ():
+        shard(unit)
     return model
 
 

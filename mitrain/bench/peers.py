@@ -63,7 +63,7 @@ def lora(cell: Cell, plan: Plan) -> Subject:
     config = schema.load(plan.config, plan.overrides(cell))
     source = resolve_model(config.model.llm)
     if cell.precision == "fp32":
-        model = hf.load(AutoModelForCausalLM, source, "language model", dtype=torch.float32)
+        model = hf.load_model(AutoModelForCausalLM, source, "language model", dtype=torch.float32)
     else:
         model = eight_bit(config)
     hf.freeze(model)
