@@ -15,14 +15,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
 from mitrain.errors import RankError, UserError
+from mitrain.waiting import timeout, within
 
 T = TypeVar("T")
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun and the deepspeed launcher
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
+GRACE_S = 5.0  # beyond the timeout, in which torch may say itself why ranks do not meet
 HOW = "start the ranks with torchrun, deepspeed or srun, or unset them all"
 
 
@@ -95,14 +98,24 @@ def join(here: Place) -> None:
         torch.cuda.set_device(here.local % gpus)
     seconds = timeout()
     try:
+        # A listener on the port that never speaks holds a rank in torch's own call, beyond its timeout.
+        store = within(seconds + GRACE_S, lambda: meet(here, seconds))
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            store=store,
             rank=here.rank,
             world_size=here.world,
             timeout=timedelta(seconds=seconds),
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TimeoutError) as error:
         raise RankError(why_apart(str(error), here, seconds)) from None
+
+
+def meet(here: Place, seconds: float) -> distributed.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, which all ranks have reached."""
+    store, _, _ = next(rendezvous("env://", here.rank, here.world, timeout=timedelta(seconds=seconds)))
+    store.set_timeout(timedelta(seconds=seconds))
+    return distributed.PrefixStore("mitrain", store)
 
 
 def why_apart(message: str, here: Place, seconds: float) -> str:
@@ -118,17 +131,6 @@ def why_apart(message: str, here: Place, seconds: float) -> str:
     return (
         f"rank {here.rank} of {here.world} cannot meet the others at {meeting} ({reason}): check both and the network"
     )
-
-
-def timeout() -> float:
-    text = os.environ.get("MITRAIN_TIMEOUT", "1800")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 1 <= seconds < 1e7:
-        raise RankError(f"MITRAIN_TIMEOUT={text[:40]} is no number of seconds: give 1 or more")
-    return seconds
 
 
 def together() -> bool:

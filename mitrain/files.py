@@ -5,14 +5,27 @@ then renamed, so that an interruption at any moment leaves the old content or th
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import SoftFileLock, Timeout
+
+from mitrain.errors import UserError
+from mitrain.waiting import timeout
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.1
+SILENT_S = 2.0  # that a wait for a lock may take unsaid
+EMPTY_S = 3.0  # after which a marker without a name in it belongs to nobody: writing it takes microseconds
 
 
 def cache_home() -> Path:
@@ -90,13 +103,74 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def file_lock(path: str | Path) -> Iterator[None]:
-    """Hold an exclusive advisory lock: one process prepares, the others wait. A killed holder releases it."""
+def file_lock(path: str | Path, seconds: float | None = None) -> Iterator[None]:
+    """Hold ``path`` as a marker of this process: one process prepares, the others wait and say for whom.
+
+    The file is there while it is held, with pid, host and start of the holder in it, so that no file system has to know
+    locks. A holder that has ended on this host is replaced. UserError after ``seconds`` (default: `waiting.timeout`).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)
+    lock, seconds = SoftFileLock(path), timeout() if seconds is None else seconds
+    try:
+        lock.acquire(timeout=seconds, poll_interval=POLL_S, cancel_check=Wait(lock, SILENT_S).look)
+    except Timeout:
+        raise UserError(
+            f"{holder(path)} holds {path} and has not let go in {seconds:g} s:"
+            " wait for it or end it; if it is gone, remove that file"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Wait:
+    """What a process does while another holds ``lock``: say so once, and remove a marker that nobody stands behind.
+
+    Two kinds are such that filelock keeps: one without a name in it, which a holder left that was killed, or lost power,
+    before its name was on the disk; and that of a process which has ended and whose parent has not asked how.
+    """
+
+    def __init__(self, lock: SoftFileLock, silent_s: float):
+        self.lock, self.path, self.silent_s = lock, Path(lock.lock_file), silent_s
+        self.start = time.monotonic()
+        self.named = self.start  # when the marker last had a name in it, or was another file
+        self.file = 0
+        self.told = False
+
+    def look(self) -> bool:
+        """Called at every poll; False, as the wait goes on."""
+        with contextlib.suppress(FileNotFoundError):
+            now = time.monotonic()
+            name, file = self.path.read_text("utf-8", "replace"), self.path.stat().st_ino
+            if name or file != self.file:
+                self.file, self.named = file, now
+            if now - self.named > EMPTY_S or is_zombie(name):
+                self.lock.break_lock()
+            elif now - self.start > self.silent_s and not self.told:
+                self.told = True
+                log.warning("waiting for %s, which holds %s", holder(self.path), self.path)
+        return False
+
+
+def is_zombie(name: str) -> bool:
+    """Whether a marker's holder is a process of this host that has ended and was not waited for."""
+    try:
+        pid, host, token = name.splitlines()
+        fields = Path(f"/proc/{int(pid)}/stat").read_bytes().rpartition(b")")[2].split()
+        started = int(fields[19]) == int(token) % 2**64  # the token's upper half is the boot's
+    except (OSError, ValueError, IndexError):
+        return False
+    return fields[0] == b"Z" and started and host.partition("?")[0] == socket.gethostname()
+
+
+def holder(path: Path) -> str:
+    """Who holds a marker, as "process 71 on node-1 since 2026-01-31 12:00:00"."""
+    try:
+        pid, host, *_ = path.read_text("utf-8", "replace").splitlines()
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+    except (OSError, ValueError):
+        return "an unknown process"
+    # In a container filelock adds the number of the process namespace behind a question mark.
+    return f"process {pid[:10]} on {host.partition('?')[0][:64]} since {since}"

@@ -5,6 +5,7 @@ runs/NAME-TIME/
     metrics.jsonl        one JSON object per logged step
     checkpoints/         see `mitrain.checkpoint`
     summary.json         written when the run has finished
+    .owner               while a process trains in it, see `mitrain.ownership`
 """
 
 import time
@@ -22,6 +23,7 @@ from mitrain.engine.zero import gather_as_needed, sharding
 from mitrain.errors import CheckpointError, ConfigError
 from mitrain.files import write_atomic
 from mitrain.model import Model, build, resolve_model
+from mitrain.ownership import OWNERSHIP
 from mitrain.pretrained import EncoderShape, Published
 from mitrain.schema import RunConfig
 
@@ -74,12 +76,12 @@ def create_or_find(run_config: RunConfig, folder: str | Path) -> Path:
 def forget(folder: Path) -> None:
     """Remove the folder of a run that was refused before it began: a mended configuration may take the same name.
 
-    One that holds more than its configuration and an empty log stays.
+    Its owner calls this. One that holds more than its configuration and an empty log stays.
     """
     held = {path.name: path for path in folder.iterdir()}
-    log = held.pop("metrics.jsonl", None)
-    if list(held) == ["config.yaml"] and (log is None or log.stat().st_size == 0):
-        for path in filter(None, (*held.values(), log)):
+    log = held.get("metrics.jsonl")
+    if held.keys() <= {"config.yaml", "metrics.jsonl", *OWNERSHIP} and (log is None or log.stat().st_size == 0):
+        for path in held.values():
             path.unlink()
         folder.rmdir()
 

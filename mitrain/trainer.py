@@ -37,6 +37,7 @@ from mitrain.features import ImageFeatures
 from mitrain.files import write_json
 from mitrain.guard import Heartbeat, SkipBudget, StopRequest, diverged
 from mitrain.model import Model, build, resolve_data
+from mitrain.ownership import owned
 from mitrain.schema import RunConfig
 from mitrain.tasks.base import Batch
 from mitrain.telemetry import Metrics, NoMetrics, Stopwatch, Wandb
@@ -160,7 +161,11 @@ class Trainer:
         return found
 
     def fit(self) -> Outcome:
-        """Train to the last step, or until asked to stop."""
+        """Train to the last step, or until asked to stop; CheckpointError where another process trains in the folder."""
+        with owned(self.folder):
+            return self._fit()
+
+    def _fit(self) -> Outcome:
         train = self.config.train
         begun = step = self.resume()
         heart = Heartbeat(train.hang_minutes)

@@ -13,18 +13,19 @@ from source_tree import ROOT, dotted, imports, our_files
 # From the ground up. A room is a file or a folder right under mitrain/.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("parsing",),  # what comes from outside, within bounds
+    ("parsing", "waiting"),  # what comes from outside, within bounds; how long a process waits
     (
         "config",
         "dist",
         "files",
         "costs",
         "hf",
+        "launchers",
         "provenance",
         "reading",
         "untrusted",
     ),  # L0: arithmetic, files, what a Hugging Face model looks like
-    ("schedule", "quant", "pretrained", "trunk", "stack"),
+    ("schedule", "quant", "pretrained", "trunk", "stack", "ownership"),
     ("adapters", "backbones", "prepare", "tasks", "data"),  # L1: one paper, format or task per file
     # L2: machinery, handed its objects
     ("engine", "checkpoint", "fingerprint", "guard", "telemetry", "features", "evaluate", "figures", "probe"),

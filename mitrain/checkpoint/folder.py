@@ -29,7 +29,7 @@ from mitrain.checkpoint.manifest import (
 )
 from mitrain.checkpoint.modules import not_finite
 from mitrain.errors import CheckpointError
-from mitrain.files import atomic_folder, file_lock
+from mitrain.files import atomic_folder
 
 FOLDER_NAME = re.compile(r"step-(\d{8,12})(?:\.(\d{1,6}))?", re.ASCII)
 GROUP_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}", re.ASCII)
@@ -49,7 +49,7 @@ def save(
 
     ``best`` says that this is the best so far. The folder gets a suffix when one of the same step exists (a run that
     was resumed at an earlier step): a published folder is never touched. What is not finite, and a full or failing disk,
-    raise CheckpointError and leave everything as it was.
+    raise CheckpointError and leave everything as it was. The caller is the only writer (`mitrain.ownership`).
     """
     if found := not_finite(tensors):
         raise CheckpointError(
@@ -57,15 +57,15 @@ def save(
         )
     folder = Path(run_dir) / "checkpoints"
     try:
-        with file_lock(folder / ".lock"):
-            clear_leftovers(folder)
-            known = survey(folder)
-            sequence = 1 + max((manifest.sequence for _, manifest in known), default=0)
-            target = free_name(folder, step)
-            with atomic_folder(target) as work:
-                write(work, step, sequence, best, tensors, state)
-                read_back(work)
-            rotate([*known, (target, read_manifest(target))], keep)
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder)
+        known = survey(folder)
+        sequence = 1 + max((manifest.sequence for _, manifest in known), default=0)
+        target = free_name(folder, step)
+        with atomic_folder(target) as work:
+            write(work, step, sequence, best, tensors, state)
+            read_back(work)
+        rotate([*known, (target, read_manifest(target))], keep)
     except OSError as error:
         raise CheckpointError(
             f"cannot write the checkpoint of step {step} to {folder} ({error.strerror or error}): "
@@ -134,7 +134,7 @@ def free_name(folder: Path, step: int) -> Path:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove the hidden folders of writers that were killed. The caller holds the lock, so no writer is alive."""
+    """Remove the hidden folders of writers that were killed. The caller owns the run, so no writer is alive."""
     for path in folder.glob(".step-*"):
         log.warning("removing %s: what a writer left that was interrupted", path)
         shutil.rmtree(path)

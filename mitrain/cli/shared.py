@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -36,9 +37,11 @@ def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Nam
     """A command that all ranks run together, where there are several; rank 0 speaks."""
 
     def joined(arguments: argparse.Namespace) -> Any:
-        from mitrain import dist
+        from mitrain import dist, launchers
 
         arguments.rank = dist.place().rank
+        if dist.names_set(os.environ):
+            launchers.end_with_launcher()
         if arguments.rank:
             logging.getLogger().setLevel(logging.ERROR)
         with dist.started():

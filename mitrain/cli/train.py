@@ -35,20 +35,15 @@ def add_train(commands: Any) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> Any:
-    from mitrain import dist, runs
-    from mitrain.trainer import Trainer
+    from mitrain import dist
+    from mitrain.ownership import owned
 
     if arguments.dry_run and not arguments.resume and arguments.config:
         return run_dry(arguments)
     folder, config = dist.from_main(lambda: begun(arguments))
     dist.say(f"run folder: {folder}", file=sys.stderr)
-    try:
-        trainer = Trainer(config, folder, quiet=arguments.json)
-        outcome = trainer.fit()
-    except UserError:
-        if dist.is_main() and not arguments.resume:
-            runs.forget(folder)
-        raise
+    with owned(folder):
+        trainer, outcome = fitted(arguments, folder, config)
     say(arguments, trainer.watch.table())
     if outcome.stopped:
         say(arguments, f"stopped by {outcome.stopped} after step {outcome.step}: mitrain train --resume {folder}")
@@ -64,6 +59,20 @@ def run_train(arguments: argparse.Namespace) -> Any:
         "best_step": outcome.best_step,
         "stopped": outcome.stopped,
     }
+
+
+def fitted(arguments: argparse.Namespace, folder: Path, config: Any) -> tuple[Any, Any]:
+    """The trainer and its outcome; the folder of a new run that is refused before its first step is removed."""
+    from mitrain import dist, runs
+    from mitrain.trainer import Trainer
+
+    try:
+        trainer = Trainer(config, folder, quiet=arguments.json)
+        return trainer, trainer.fit()
+    except UserError:
+        if dist.is_main() and not arguments.resume:
+            runs.forget(folder)
+        raise
 
 
 def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:

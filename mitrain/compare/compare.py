@@ -101,7 +101,7 @@ def compare(
     """
     limit_s = job.study.limit_s if limit_s is None else limit_s
     wanted = [resolve(job.study, job.path, place) for place in chosen(job.study, only, seeds)]
-    with file_lock(job.out / ".lock"):
+    with file_lock(job.out / ".held"):
         put_aside(job.out, say)
         rows = still_true(job, say)
         result = write(job, rows, command)

@@ -1,6 +1,6 @@
 """What the process of a cell does: ``python -m mitrain.compare.worker FOLDER PARENT``, where it ends with its PARENT.
 
-FOLDER/.lock       held while it works: the process of a parent that was killed saves and goes before the next begins
+FOLDER/.held       held while it works: the process of a parent that was killed saves and goes before the next begins
 FOLDER/cell.json   what is asked (`mitrain.compare.cells.Cell.to_dict`)
 FOLDER/run/        the run, which an interrupted process goes on with
 FOLDER/row.json    what was found, written last
@@ -44,7 +44,7 @@ class StoppedError(UserError):
 def main(folder: Path) -> int:
     asked = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
     try:
-        with file_lock(folder / ".lock"):
+        with file_lock(folder / ".held"):
             write_json(folder / "row.json", {"identity": asked["identity"], **measured(asked, folder)})
     except UserError as error:
         print(f"mitrain: {error}", file=sys.stderr)

@@ -226,7 +226,7 @@ def ensure(recipe: Recipe, target: Path, archive: Path | None, seed: int) -> Pat
     archives = [checked(recipe, Path(archive))] if archive else None
     try:
         if not is_ready(recipe, target, archives):
-            with file_lock(target.parent / f".{target.name}.lock"):
+            with file_lock(target.parent / f".{target.name}.held"):
                 if not is_ready(recipe, target, archives):  # another process may have made it while we waited
                     make(recipe, target, archives, seed)
     except OSError as error:

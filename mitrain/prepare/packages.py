@@ -87,7 +87,7 @@ def kept_or_brought(
     ``known`` gives the sha256 that a file of that name must have, or None. A kept archive that has another one is
     removed and brought again; a new one is refused.
     """
-    with file_lock(folder / f".{name}.lock"):
+    with file_lock(folder / f".{name}.held"):
         for path in sorted(folder.glob(pattern)):
             if known(path.name) in (None, sha256_file(path)):
                 return path

@@ -34,7 +34,7 @@ from mitrain import checkpoint, parsing, pretrained, untrusted
 
 LAST_STEP = 3
 WATCHED = 2  # the save that is disturbed: the second, which also rotates the first away
-FILE_MODULES = {"posix", "fcntl", "_io"}
+FILE_MODULES = {"posix", "_io"}
 LOOKS = {
     *("fspath", "stat", "lstat", "fstat", "scandir", "listdir", "getpid", "getuid", "fileno", "isatty", "seekable"),
     *("read", "readinto", "readall", "tell", "seek", "text_encoding", "readable", "writable", "__enter__", "is_dir"),
@@ -50,7 +50,7 @@ class Killer:
     """Counts the calls from Python into the modules of files, whatever they are called; nothing is listed by hand.
 
     Opening, every write to an open file, closing (which is when the kernel gets what was buffered), fsync, chmod, rename,
-    unlink, rmdir and locks are such calls. Names seen are kept in ``names``.
+    unlink and rmdir are such calls. Names seen are kept in ``names``.
     """
 
     def __init__(self, at: int):

@@ -132,7 +132,7 @@ def test_leftovers_of_a_killed_writer_are_named_and_removed_by_the_next(tmp_path
     assert checkpoint.latest(tmp_path) == path
     save(tmp_path, 2)
     assert ".step-00000002.x7" in caplog.text
-    assert sorted(p.name for p in path.parent.iterdir()) == [".lock", "step-00000001", "step-00000002"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 @pytest.mark.parametrize("fails_at", ["adapter.safetensors", "state.json", "manifest.json", "os.replace"])
@@ -154,7 +154,7 @@ def test_a_full_disk_is_one_line_and_leaves_everything_as_it_was(tmp_path, monke
         monkeypatch.setattr(files.os, "replace", full_replace)
     with pytest.raises(CheckpointError, match="step 2.*No space left on device.*make room"):
         save(tmp_path, 2)
-    assert sorted(p.name for p in first.parent.iterdir()) == [".lock", "step-00000001"]
+    assert sorted(p.name for p in first.parent.iterdir()) == ["step-00000001"]
     assert checkpoint.load(checkpoint.latest(tmp_path)).state == {"cursor": 1}
 
 
@@ -162,7 +162,7 @@ def test_what_does_not_read_back_is_not_published(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", lambda self, content: Path.open(self, "wb").close())
     with pytest.raises(CheckpointError, match="does not read back as written, check the disk"):
         save(tmp_path, 1)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [".lock"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == []
 
 
 def test_an_impossible_run_folder_is_one_line(tmp_path):

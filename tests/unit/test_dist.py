@@ -102,3 +102,14 @@ def test_a_rank_that_never_comes_is_given_up(first_of_two):
     with pytest.raises(RankError, match=r"rank 0 waited 1 s at 127.0.0.1:\d+ and not all 2 ranks came"), dist.started():
         pass
     assert not dist.together()
+
+
+def test_a_listener_that_never_speaks_holds_no_rank_beyond_its_time(first_of_two, monkeypatch):
+    """torch's own call waits for an answer without end."""
+    first_of_two.listen()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(dist, "GRACE_S", 0.5)
+    with pytest.raises(RankError, match=r"rank 1 waited 1 s at 127.0.0.1:\d+ and not all 2 ranks came"), dist.started():
+        pass
+    assert not dist.together()

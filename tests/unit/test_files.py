@@ -1,5 +1,10 @@
 """Files are whole or absent."""
 
+import logging
+import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -8,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from mitrain import files
+from mitrain.errors import RankError, UserError
+from mitrain.waiting import within
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,3 +74,63 @@ def test_file_lock_makes_a_second_process_wait(tmp_path):
     first.kill()
     assert second.communicate(timeout=30)[0] == "held\n"
     first.communicate()
+
+
+ELSEWHERE = "71\nnode-9\n"  # a holder whose end nobody here can know
+
+
+def test_a_held_lock_says_for_whom_it_waits_and_ends_in_time(tmp_path, monkeypatch, caplog):
+    marker = tmp_path / "l"
+    marker.write_text(ELSEWHERE)
+    monkeypatch.setattr(files, "SILENT_S", 0.0)
+    says = (
+        rf"process 71 on node-9 since [-0-9]+ [:0-9]+ holds {re.escape(str(marker))} .* in 0.3 s: .* remove that file"
+    )
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match=says), files.file_lock(marker, seconds=0.3):
+        pass
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert re.fullmatch(rf"waiting for process 71 on node-9 since .*, which holds {re.escape(str(marker))}", said)
+    assert marker.read_text() == ELSEWHERE
+
+
+def test_a_wait_for_a_lock_hears_signals(tmp_path):
+    """Also of a handler that is no end of the process by itself."""
+    (tmp_path / "l").write_text(ELSEWHERE)
+
+    def heard(*_):
+        raise InterruptedError
+
+    former = signal.signal(signal.SIGALRM, heard)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(InterruptedError), files.file_lock(tmp_path / "l", seconds=300):
+            pass
+    finally:
+        signal.signal(signal.SIGALRM, former)
+
+
+def test_a_marker_without_a_name_belongs_to_nobody(tmp_path, monkeypatch):
+    """What a holder left that lost power before its name was on the disk."""
+    monkeypatch.setattr(files, "EMPTY_S", 0.2)
+    (tmp_path / "l").touch()
+    with files.file_lock(tmp_path / "l", seconds=60):
+        assert (tmp_path / "l").read_text().startswith(f"{os.getpid()}\n{socket.gethostname()}")
+    assert not (tmp_path / "l").exists()
+
+
+def test_the_wait_is_mitrain_timeout(tmp_path, monkeypatch):
+    (tmp_path / "l").write_text(ELSEWHERE)
+    monkeypatch.setenv("MITRAIN_TIMEOUT", "1")
+    with pytest.raises(UserError, match="not let go in 1 s"), files.file_lock(tmp_path / "l"):
+        pass
+    monkeypatch.setenv("MITRAIN_TIMEOUT", "soon")
+    with pytest.raises(RankError, match="MITRAIN_TIMEOUT=soon"), files.file_lock(tmp_path / "l"):
+        pass
+
+
+def test_a_call_is_left_behind_after_its_time():
+    assert within(60, lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        within(60, lambda: 1 / 0)
+    with pytest.raises(TimeoutError, match=r"timed out after 0.1 s"):
+        within(0.1, lambda: time.sleep(3))

@@ -58,7 +58,7 @@ def wheel(folder: Path, sha256: str = SHA) -> Path:
 
 
 def kept(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".held")
 
 
 def message(caught: pytest.ExceptionInfo) -> str:

@@ -59,7 +59,7 @@ def toy(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 
 def visible(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".held"))
 
 
 def test_prepared_once_with_provenance(toy: Toy, cache: Path, capsys: pytest.CaptureFixture):
