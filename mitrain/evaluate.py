@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 from mitrain import dist
-from mitrain.errors import ConfigError
+from mitrain.errors import ConfigError, DataError
 from mitrain.tasks import controls
-from mitrain.tasks.base import Batch, Prediction, Task
+from mitrain.tasks.base import Batch, Prediction, Task, require_finite
 
 Control = Literal["none", "shuffle", "no-image", "other-text", "frozen"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
@@ -40,30 +40,37 @@ def evaluate(
     seed: int = 0,
     batch: int = 32,
     generate: bool = False,
+    what: str = "evaluation",
     progress: Callable[[int], object] = lambda done: None,
 ) -> Evaluation:
     """Score ``samples``.
 
     ``control``: ``none``; ``no-image``: every sample sees another sample's image (of another object where possible), in
     every path; ``shuffle``: for `segment` the expression is another scene's, naming no object of this one; for the others
-    the images are permuted without regard to objects; ``other-text``: for `classify` each sample keeps its image and is
-    given another sample's text (of another object where possible); ``frozen``: the model without infusion.
+    the images are permuted without regard to objects (how many stay within one is counted all the same); ``other-text``:
+    for `classify` each sample keeps its image and is given another sample's text (of another object where possible);
+    ``frozen``: the model without infusion.
+
+    UserError where a score would be made of numbers that are not finite; ``what`` says of which evaluation.
 
     Ranks take the batches in turn, the same batches that one process would make (and one of them again while others still
     have some), and every rank gets all predictions.
     """
+    if not samples:
+        raise DataError(f"{what}: there is no sample to score; give a split that has some")
     shown, paths, clashes = controlled(samples, model.task.shuffles, control, seed)
     done: dict[int, list[Prediction]] = {}
+    kwargs = {"generate": True} if generate or model.task.must_generate(shown) else {}
     for start, own in dist.in_step(range(0, len(samples), batch)[dist.rank() :: dist.world()], 0):
         part = slice(start, start + batch)
         prepared = model.evaluation_batch(shown[part], paths[part], images, blind=control == "frozen")
-        kwargs = {"generate": True} if generate else {}
         found = model.task.predict(prepared, **kwargs)
         if own:
             done[start] = found
             progress(len(prepared.samples))
     parts = {start: part for ranks in dist.gather(done) for start, part in ranks.items()}
     predictions = [prediction for start in sorted(parts) for prediction in parts[start]]
+    require_finite([p.id for p in predictions if not p.finite], len(predictions), what)
     metrics = {**model.task.score(samples, predictions), "control": control, **clashes}
     return Evaluation(metrics, predictions)
 
@@ -101,7 +108,8 @@ def controlled(
     pairing = controls.other_images(images, images if control == "shuffle" else objects, seed=seed)
     shown = {image: images[i] for image, i in zip(images, pairing.index, strict=True)}
     paths = [shown[image] for image in own] if shuffles == "images" else [own[i] for i in pairing.index]
-    return list(samples), paths, {"control_clashes": pairing.clashes}
+    same = sum(objects[i] == objects[j] for i, j in enumerate(pairing.index))  # of shuffle too, which does not avoid it
+    return list(samples), paths, {"control_clashes": {"object": same}}
 
 
 def texts_of(samples: Sequence[Any], shuffles: str) -> list[str]:

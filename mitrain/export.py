@@ -3,7 +3,6 @@
 import json
 import math
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ from mitrain import adapters, checkpoint, config, prepare, pretrained, runs, sch
 from mitrain.adapters.base import Adapter
 from mitrain.backbones import VisionEncoder
 from mitrain.checkpoint import Checkpoint
+from mitrain.data.sources import portion
 from mitrain.errors import CheckpointError, ConfigError, DataError, ModelError, UserError
 from mitrain.features import FeatureNorm
 from mitrain.model import Model, build, resolve_data
 from mitrain.pretrained import EncoderPart, PreprocessPart, RunPart
 from mitrain.schema import RunConfig
+from mitrain.tasks.answer import answers_by_prompt
 
 QUEUE = "slow."
 """Of retrieval's head what serves training alone: the momentum copies and their queue."""
@@ -90,10 +91,8 @@ def training_answers(run_config: RunConfig) -> dict[str, list[str]] | None:
         samples = run_config.data.read(resolve_data(run_config.data), "train")
     except DataError:
         return None
-    answers: dict[str, set[str]] = defaultdict(set)
-    for sample in samples:
-        answers[sample.prompt] |= {*sample.candidates, sample.answer}
-    return {prompt: sorted(found) for prompt, found in answers.items()} if len(answers) <= PROMPTS_KEPT else None
+    answers = answers_by_prompt(portion(samples, run_config.train.fraction))
+    return {prompt: list(found) for prompt, found in answers.items()} if len(answers) <= PROMPTS_KEPT else None
 
 
 def recorded(path: Path, step: int) -> dict[str, dict[str, Any]]:

@@ -83,7 +83,7 @@ def ridge(features: Sequence[Any], states: Sequence[Any], galleries: Sequence[Ga
     for strength in RIDGES:
         predict = ridge_fit(features[0], states[0], strength)
         val, found = (
-            rank_metrics(*both_ways(gallery, unit(predict(x[gallery.first])), unit(y)))
+            rank_metrics(*both_ways(gallery, unit(predict(x[gallery.first])), unit(y)), gallery.decided())
             for x, y, gallery in zip(features[1:], states[1:], galleries[1:], strict=True)
         )
         if best is None or val["recall_mean"] > best[0]:

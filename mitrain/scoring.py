@@ -1,6 +1,8 @@
 """What a finished run is asked: a split's metrics, one picture's answer or mask; and what a data set holds."""
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,21 +11,25 @@ import numpy as np
 from PIL import Image
 
 from mitrain import figures, runs, schema
+from mitrain.cautions import cautions
 from mitrain.data.captions import CaptionSample
 from mitrain.data.images import BadSamples, open_image
 from mitrain.data.labels import LabelSample
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
-from mitrain.data.sources import limit
+from mitrain.data.sources import limit, portion
 from mitrain.data.survey import survey
-from mitrain.errors import ConfigError, DataError
+from mitrain.errors import ConfigError, DataError, UserError
 from mitrain.evaluate import Evaluation, evaluate
 from mitrain.features import ImageFeatures
 from mitrain.files import atomic_folder, write_atomic
 from mitrain.floors import floors_of
 from mitrain.model import resolve_data
 from mitrain.runs import Run
-from mitrain.tasks.base import Batch
+from mitrain.tasks.answer import answers_by_prompt
+from mitrain.tasks.base import Batch, Prediction, require_finite
+
+log = logging.getLogger(__name__)
 
 
 def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any], ImageFeatures]:
@@ -34,6 +40,10 @@ def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any
     chosen = images.readable(limit(data.read(root, split), samples))
     if not chosen:
         raise DataError(f"no sample of the split {split!r} can be read: check the data folder {root}")
+    if run.config.task.section_name == "answer":
+        recall(run, scoring=True)
+    for line in cautions(chosen, f"the split {split!r}", getattr(run.model.task, "known", None)):
+        log.warning(line)
     run.model.prepare(images, sorted({s.image for s in chosen}), run.config.features.eval_views)
     run.model.states.prepare(run.model.task.texts(chosen, True))
     return chosen, images
@@ -46,7 +56,21 @@ def score_split(
     if generate and not run.model.task.speaks:
         raise ConfigError("--generate lets the model speak, which only the task 'answer' does: leave it out")
     batch = run.config.train.eval_batch
-    return evaluate(run.model, images, samples, control=control, seed=seed, batch=batch, generate=generate)
+    what = f"{run.folder} at step {run.saved.step}"
+    return evaluate(run.model, images, samples, control=control, seed=seed, batch=batch, generate=generate, what=what)
+
+
+def recall(run: Run, scoring: bool = False) -> None:
+    """Let the task know the answers that training gave: an export's, or the data's, which ``scoring`` reads anyway."""
+    if run.answers or (run.answers is not None and not scoring):
+        run.model.task.known = run.answers
+        return
+    try:
+        samples = run.config.data.read(resolve_data(run.config.data), "train")
+    except UserError as error:
+        log.warning("the training split cannot be read, so that its answers are not known: %s", error)
+        return
+    run.model.task.remember(portion(samples, run.config.train.fraction))
 
 
 def score_run(
@@ -117,23 +141,32 @@ def one(run: Run, images: ImageFeatures, sample: Any) -> Batch:
 
 
 def predict_answer(run: Run, images: ImageFeatures, path: Path, text: str, candidates: Sequence[str] | None) -> Answer:
-    known = tuple(dict.fromkeys(candidates)) if candidates else training_answers(run, text)
-    sample = AnswerSample(path.name, path.name, text, known[0] if known else "", known, "", "")
-    batch = one(run, images, sample)
-    said = run.model.task.generate(batch)[0]
-    values: dict[str, Any] = {"image": str(path), "prompt": text, "generated": said, "answer": said}
-    lines = [f"says: {said}"]
-    if known:
-        found = run.model.task.predict(batch)[0].values
-        values |= {"answer": found["predicted"], "probabilities": found["probabilities"]}
+    """What the model says, and the likeliest of the candidates, or of the answers that training gave to this prompt."""
+    if candidates and len(set(candidates)) < 2:
+        raise ConfigError(f"--candidates {candidates[0][:60]} leaves nothing to choose: give two or more, or none")
+    if not candidates:
+        recall(run)
+    sample = AnswerSample(path.name, path.name, text, "", tuple(candidates or ()))
+    found = predicted(run, run.model.task.predict(one(run, images, sample), generate=True))
+    values: dict[str, Any] = {"image": str(path), "prompt": text, "generated": found["generated"]}
+    values["answer"] = found["predicted"]
+    lines = [f"answer: {found['predicted']}", f"says: {found['generated']}"]
+    if "probabilities" in found:
+        values["probabilities"] = found["probabilities"]
         lines += [f"{p:7.3f}  {candidate}" for candidate, p in found["probabilities"].items()]
-    return Answer(values, [f"answer: {values['answer']}", *lines])
+    return Answer(values, lines)
+
+
+def predicted(run: Run, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """The values of one picture's prediction; UserError where they were made of what is no number."""
+    require_finite([p.id for p in predictions if not p.finite], 1, str(run.folder))
+    return predictions[0].values
 
 
 def predict_labels(run: Run, images: ImageFeatures, path: Path, text: str, candidates: Sequence[str] | None) -> Answer:
     if candidates:
         raise ConfigError("--candidates are for the task 'answer'; the classes of 'classify' are trained: leave it out")
-    found = run.model.task.predict(one(run, images, LabelSample(path.name, path.name, text, ())))[0].values
+    found = predicted(run, run.model.task.predict(one(run, images, LabelSample(path.name, path.name, text, ()))))
     values = {"image": str(path), "text": text, "labels": found["predicted"], "probabilities": found["probabilities"]}
     lines = [f"{p:7.3f}  {label}" for label, p in found["probabilities"].items()]
     return Answer(values, [f"labels: {', '.join(found['predicted']) or '(none)'}", *lines])
@@ -143,26 +176,18 @@ def predict_ranking(run: Run, images: ImageFeatures, path: Path, text: str, cand
     """How well ``text`` and the ``candidates`` fit the picture, the best first."""
     texts = list(dict.fromkeys([text, *(candidates or ())]))
     found = run.model.task.fits(one(run, images, CaptionSample(path.name, path.name, text)), texts)
+    require_finite([path.name] * (not all(map(math.isfinite, found))), 1, str(run.folder))
     ranked = dict(sorted(zip(texts, found, strict=True), key=lambda pair: -pair[1]))
     values = {"image": str(path), "text": text, "rank": list(ranked).index(text) + 1, "scores": ranked}
     return Answer(values, [f"{score:7.3f}  {words}" for words, score in ranked.items()])
 
 
-def training_answers(run: Run, prompt: str) -> tuple[str, ...]:
-    """The candidates that training samples with this prompt had; none for a prompt never seen."""
-    if run.answers is not None:
-        return tuple(run.answers.get(prompt, ()))
-    try:
-        samples = run.config.data.read(resolve_data(run.config.data), "train")
-    except DataError:
-        return ()
-    return tuple(sorted({c for s in samples if s.prompt == prompt for c in (*s.candidates, s.answer)}))
-
-
 def predict_mask(run: Run, images: ImageFeatures, path: Path, text: str, out: Path | None) -> Answer:
     picture = open_image(path.parent, path.name, run.config.data.max_pixels)
     sample = ReferSample.unlabelled(path.name, path.name, text, (picture.height, picture.width))
-    mask = run.model.task.predict(one(run, images, sample))[0].mask
+    predictions = run.model.task.predict(one(run, images, sample))
+    predicted(run, predictions)
+    mask = predictions[0].mask
     share = float(mask.mean())
     values: dict[str, Any] = {"image": str(path), "expression": text, "mask_share": share}
     lines = [f"{text!r}: {int(mask.sum())} of {mask.size} pixels ({100 * share:.1f} %)"]
@@ -191,4 +216,15 @@ def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[di
     data = run_config.data
     root = resolve_data(data)
     splits = {split: data.read(root, split) for split in data.split_names(root)}
-    return survey(splits, data.image_root(root), out / f"{run_config.name}.png", data.max_pixels)
+    report, text = survey(splits, data.image_root(root), out / f"{run_config.name}.png", data.max_pixels)
+    known = answers_by_prompt(splits.get("train", ())) if run_config.task.section_name == "answer" else None
+    report["cautions"] = [line for split, samples in splits.items() for line in told(samples, split, known)]
+    return report, "\n".join([text, *report["cautions"]])
+
+
+def told(samples: Sequence[Any], split: str, known: Mapping[str, Sequence[str]] | None) -> list[str]:
+    """The cautions about a split, or why it cannot be scored at all."""
+    try:
+        return cautions(samples, split, known)
+    except DataError as error:
+        return [str(error)]

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mitrain import checkpoint, dist, runs
+from mitrain.cautions import cautions
 from mitrain.checkpoint import Checkpoint
 from mitrain.config import digest
 from mitrain.data.images import BadSamples
@@ -70,6 +71,7 @@ class Trainer:
             self.train = portion(config.data.read(self.root, "train"), config.train.fraction)
             self.val = limit(config.data.read(self.root, "val"), config.train.eval_samples)
             self.model: Model = self._build()
+            self.model.task.remember(self.train)
             self.engine = self._make_engine()
         self._encode()
         if dist.world() > 1:
@@ -94,6 +96,8 @@ class Trainer:
         config, bad = self.config, BadSamples(self.config.data.bad_samples)
         self.images: ImageFeatures = self.model.images(config.data.image_root(self.root), bad)
         self.train, self.val = self._usable(self.train, "train"), self._usable(self.val, "val")
+        for line in cautions(self.val, "the split 'val'", getattr(self.model.task, "known", None)):
+            log.warning(line)
         paths = {name: sorted({s.image for s in part}) for name, part in (("train", self.train), ("val", self.val))}
         views = {"train": config.features.views, "val": config.features.eval_views}
         with self.watch.phase("encode images"):
@@ -268,7 +272,8 @@ class Trainer:
         with self.engine.whole():
             self._require_finite(step, self._trained())
         with self.watch.phase("evaluate"):
-            found = evaluate(self.model, self.images, self.val, batch=self.config.train.eval_batch).metrics
+            options = {"batch": self.config.train.eval_batch, "what": f"val at step {step}"}
+            found = evaluate(self.model, self.images, self.val, **options).metrics
         metrics.event("val", step, found)
         value = float(found[self.model.task.metric])
         if not math.isfinite(value):

@@ -28,7 +28,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedule", "quant", "pretrained", "trunk", "stack", "ownership"),
     ("adapters", "backbones", "prepare", "tasks", "data"),  # L1: one paper, format or task per file
     # L2: machinery, handed its objects
-    ("engine", "checkpoint", "fingerprint", "guard", "telemetry", "features", "evaluate", "figures", "probe"),
+    (
+        "engine",
+        "checkpoint",
+        "fingerprint",
+        "guard",
+        "telemetry",
+        "features",
+        "evaluate",
+        "cautions",
+        "figures",
+        "probe",
+    ),
     ("states",),  # features of what methods change
     ("schema",),  # the configuration of all of them
     ("model",),  # backbones + adapter + task

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D hidden width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mitrain.backbones import blip, stream
 from mitrain.backbones.chunked_loss import chunked_cross_entropy
 from mitrain.backbones.digests import frozen_digest, settings_of, tokenizer_of, weights_of
 from mitrain.backbones.stream import Shard
+from mitrain.backbones.tokens import WHOLE, Tokens, shared_start
 from mitrain.errors import ConfigError, DataError, ModelError
 from mitrain.reading import Words
 
@@ -144,9 +146,41 @@ class TextBackbone:
     def device(self) -> torch.device:
         return self.model.device
 
-    def tokens(self, text: str, *, start: bool = True) -> list[int]:
-        """Token ids; ``start`` adds the tokenizer's own opening tokens, if it has any."""
-        ids = self.tokenizer(text, add_special_tokens=start)["input_ids"]
+    @cached_property
+    def texts(self) -> Tokens:
+        return Tokens(self.tokenizer)
+
+    def tokens(
+        self, text: str, *, frame: Sequence[str] = WHOLE, most: int | None = None, strip: str | None = " "
+    ) -> list[int]:
+        """Token ids of ``text`` in its ``frame``, with the tokenizer's own opening and closing tokens, if it has any.
+
+        ``most``: how many ids there may be; a longer text loses its end. Without it, a text that is longer than the
+        model can read raises DataError. ``strip`` as in `Tokens.ids`.
+        """
+        opening, ids, closing = self.texts.opening, self.texts.ids(text, frame, strip=strip), self.texts.closing
+        if most is not None:
+            return [*opening, *ids[: max(most - len(opening) - len(closing), 1)], *closing]
+        return self._readable([*opening, *ids, *closing], text)
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text of any length by itself, without opening and closing tokens."""
+        return self.texts.ids(text)
+
+    def prompt(self, text: str, frame: Sequence[str] = WHOLE) -> list[int]:
+        """Token ids of a text that an answer follows: opened, not closed."""
+        return self._readable([*self.texts.opening, *self.texts.ids(text, frame)], text)
+
+    def answered(self, text: str, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
+        """Token ids of a prompt with a blank and its answer behind it, tokenized as one text; and where the answer begins.
+
+        Behind a special token at the frame's end there is no blank.
+        Where the tokenizer joins the prompt's end and the answer into one token, the answer begins with that.
+        """
+        row = [*self.texts.opening, *self.texts.ids(text, frame, f" {answer}")]
+        return self._readable(row, text), max(1, shared_start(row, self.prompt(text, frame)))
+
+    def _readable(self, ids: list[int], text: str) -> list[int]:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit and len(ids) > limit:
             raise DataError(f"a text of {len(ids)} tokens is longer than the model's {limit}: shorten {text[:60]!r}…")

@@ -57,7 +57,8 @@ def metric_lines(metrics: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name}"
             yield from metric_lines(value, indent + "  ")
         else:
-            yield f"{indent + name:24s} {value:.4f}" if isinstance(value, float) else f"{indent + name:24s} {value}"
+            shown = f"{value:.4f}" if isinstance(value, float) else "cannot be wrong" if value is None else value
+            yield f"{indent + name:24s} {shown}"
 
 
 def add_predict(commands: Any) -> None:

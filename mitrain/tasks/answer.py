@@ -1,15 +1,15 @@
 """Answering a question about a picture through the frozen language head.
 
 The prompt is text alone; the picture can reach the answer only through the infusion. Trained by cross-entropy over the
-full vocabulary on the answer's tokens; scored by likelihood among candidates and by generation (exact match).
+full vocabulary on the answer's tokens; scored by likelihood among answers to choose from, or by generation (exact match).
 
 Shapes: B samples, R rows (a sample and one of its candidates), T tokens, V vocabulary.
 """
 
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -19,14 +19,17 @@ from torch import Tensor
 from mitrain import dist
 from mitrain.config import Section
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
-from mitrain.tasks.template import fill, template_with
+from mitrain.tasks.template import frame_of, template_with
 
 SCORE_ROWS = 112
+MOST_ANSWERS = 100
+"""Of how many training answers to its prompt one is chosen for a sample without candidates; beyond, the model speaks."""
 
 
 class AnswerConfig(Section, kind="task", name="answer"):
-    """``template``: how the prompt is put to the model. ``normalize``: candidates' log-likelihood per token instead of
-    its sum. ``max_new_tokens``: bound of generated answers."""
+    """``template``: how the prompt is put to the model; its special tokens act, those in a user's text are plain text.
+    ``normalize``: candidates' log-likelihood per token instead of its sum. ``max_new_tokens``: bound of what is generated.
+    """
 
     template: template_with("prompt") = "{prompt}"
     normalize: bool = False
@@ -34,7 +37,12 @@ class AnswerConfig(Section, kind="task", name="answer"):
 
 
 class AnswerTask(Task):
-    """loss = − Σ_t log p(answer_t | prompt, answer_<t, image) over the answer's tokens and its end."""
+    """loss = − Σ_t log p(answer_t | prompt, answer_<t, image) over the answer's tokens and its end.
+
+    A prediction is the likeliest of the sample's candidates, ties counting against the truth. A sample without a choice
+    of them has that of the answers that training gave to its prompt; where these are fewer than two or more than
+    `MOST_ANSWERS`, it is right where what the model says equals the answer (`same_text`).
+    """
 
     metric = "accuracy"
     speaks = True
@@ -42,20 +50,31 @@ class AnswerTask(Task):
 
     def __init__(self, config: AnswerConfig, parts: Parts):
         super().__init__(parts)
-        self.config = config
-        self._prompt_ids = cache(lambda prompt: parts.text.tokens(fill(self.config.template, prompt)))
-        self._answer_ids = cache(
-            lambda answer: [*parts.text.tokens(" " + answer, start=False), parts.text.tokenizer.eos_token_id]
-        )
+        self.config, self.frame = config, frame_of(config.template)
+        self.known: Mapping[str, Sequence[str]] = {}
+        self._prompt_ids = cache(lambda prompt: parts.text.prompt(prompt, self.frame))
+        self._answered = lru_cache(1 << 17)(lambda prompt, answer: parts.text.answered(prompt, answer, self.frame))
+
+    def remember(self, samples: Sequence[Any]) -> None:
+        self.known = answers_by_prompt(samples)
+
+    def offered(self, sample: Any) -> tuple[str, ...]:
+        """What the sample's answer is chosen from, two or more; nothing where the model has to say it."""
+        own = tuple(dict.fromkeys(sample.candidates))
+        known = tuple(self.known.get(sample.prompt, ()))
+        return own if len(own) > 1 else known if 1 < len(known) <= MOST_ANSWERS else ()
+
+    def must_generate(self, samples: Sequence[Any]) -> bool:
+        return not all(map(self.offered, samples))
 
     def row(self, prompt: str, answer: str) -> list[int]:
-        """Token ids of a prompt with an answer. The last one (the end) predicts nothing and is left out."""
-        return [*self._prompt_ids(prompt), *self._answer_ids(answer)[:-1]]
+        """Token ids of a prompt with an answer, without the end, which predicts nothing."""
+        return self._answered(prompt, answer)[0]
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         rows = {(s.prompt, s.answer) for s in samples}
         if every_candidate:
-            rows |= {(s.prompt, c) for s in samples for c in s.candidates}
+            rows |= {(s.prompt, c) for s in samples for c in self.offered(s)}
         return [self.row(*pair) for pair in sorted(rows)]
 
     def tokens(self, samples: Sequence[Any]) -> int:
@@ -64,10 +83,10 @@ class AnswerTask(Task):
     def _log_likelihood(self, pairs: Sequence[tuple[str, str]], features: Tensor | None) -> list[Tensor]:
         """log p of each answer's tokens (its end included) for each (prompt, answer); features (R, e)."""
         text, states = self.parts.text, self.parts.states
-        rows = [self.row(*pair) for pair in pairs]
-        answers = [self._answer_ids(answer) for _, answer in pairs]
+        rows, starts = zip(*(self._answered(*pair) for pair in pairs), strict=True)
+        answers = [[*row[start:], text.tokenizer.eos_token_id] for row, start in zip(rows, starts, strict=True)]
         ids, mask = text.pad(rows)
-        spans = [range(len(row) - len(answer), len(row)) for row, answer in zip(rows, answers, strict=True)]
+        spans = [range(start - 1, len(row)) for row, start in zip(rows, starts, strict=True)]
         row_index = torch.tensor([r for r, span in enumerate(spans) for _ in span], device=ids.device)
         positions = torch.tensor([p for span in spans for p in span], device=ids.device)
         targets = torch.tensor([token for answer in answers for token in answer], device=ids.device)
@@ -82,22 +101,29 @@ class AnswerTask(Task):
 
     @torch.no_grad()
     def candidate_scores(self, batch: Batch) -> list[Tensor]:
-        """For each sample the log-likelihood of each of its candidates."""
-        pairs = [(s.prompt, c) for s in batch.samples for c in s.candidates]
-        owner = torch.tensor([i for i, s in enumerate(batch.samples) for _ in s.candidates])
+        """For each sample the log-likelihood of each answer that it is `offered`."""
+        offered = [self.offered(s) for s in batch.samples]
+        pairs = [(s.prompt, c) for s, names in zip(batch.samples, offered, strict=True) for c in names]
+        owner = torch.tensor([i for i, names in enumerate(offered) for _ in names] or [0])
+        spare = [(batch.samples[0].prompt, batch.samples[0].answer)]  # for a rank that only keeps the others company
         scores: list[Tensor] = []
-        for start, own in dist.in_step(range(0, len(pairs), SCORE_ROWS)):
+        for start, own in dist.in_step(range(0, len(pairs), SCORE_ROWS), 0):
             part = slice(start, start + SCORE_ROWS)
             features = batch.features[owner[part].to(batch.features.device)] if batch.features is not None else None
-            found = self._log_likelihood(pairs[part], features)
+            found = self._log_likelihood((pairs or spare)[part], features)
             for token_scores in found if own else ():
                 scores.append(token_scores.double().mean() if self.config.normalize else token_scores.double().sum())
-        return list(torch.stack(scores).split([len(s.candidates) for s in batch.samples]))
+        values = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64)
+        return list(values.split([len(names) for names in offered]))
 
-    @torch.no_grad()
     def generate(self, batch: Batch, num_beams: int = 1) -> list[str]:
         """What the model says on its own: greedy (or beam) decoding with a KV cache."""
-        text = self.parts.text
+        return [said for said, _ in self._spoken(batch, num_beams)]
+
+    @torch.no_grad()
+    def _spoken(self, batch: Batch, num_beams: int = 1) -> list[tuple[str, bool]]:
+        """What the model says of each sample, and whether all its logits were numbers."""
+        text, numbers = self.parts.text, Numbers(len(batch.samples))
         ids, mask = text.pad([self._prompt_ids(s.prompt) for s in batch.samples], side="left")
         with self.parts.adapter.bind(self.parts.adapter.modalities_of(batch.features), copies=num_beams):
             out = text.model.generate(
@@ -112,51 +138,92 @@ class AnswerTask(Task):
                 top_k=None,
                 eos_token_id=text.tokenizer.eos_token_id,
                 pad_token_id=text.tokenizer.pad_token_id,
+                logits_processor=[numbers],
             )
-        return [
-            answer.strip() for answer in text.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        ]
+        said = text.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        return list(zip([words.strip() for words in said], numbers.all, strict=True))
 
     def predict(self, batch: Batch, generate: bool = False) -> list[Prediction]:
-        samples = [s if s.candidates else replace(s, candidates=(s.answer,)) for s in batch.samples]
-        scores = self.candidate_scores(replace(batch, samples=samples))
-        said = self.generate(batch) if generate else [None] * len(samples)
-        return [self._prediction(s, score, words) for s, score, words in zip(samples, scores, said, strict=True)]
+        scores = self.candidate_scores(batch)
+        speaks = generate or self.must_generate(batch.samples)
+        said = self._spoken(batch) if speaks else [(None, True)] * len(scores)
+        return [self._prediction(s, *found) for s, *found in zip(batch.samples, scores, said, strict=True)]
 
-    def _prediction(self, sample: Any, score: Tensor, said: str | None) -> Prediction:
-        ranked = sorted(zip(score.softmax(0).tolist(), sample.candidates, strict=True), reverse=True)
-        values = {
-            "prompt": sample.prompt,
-            "answer": sample.answer,
-            "predicted": ranked[0][1],
-            "correct": ranked[0][1] == sample.answer,
-            "probabilities": {candidate: round(p, 6) for p, candidate in ranked},
-            "kind": sample.kind,
+    def _prediction(self, sample: Any, score: Tensor, said: tuple[str | None, bool]) -> Prediction:
+        words, numbers = said
+        values = {"prompt": sample.prompt, "answer": sample.answer, "kind": sample.kind}
+        if len(score):
+            values |= self._chosen(sample, score)
+        else:
+            values |= {"predicted": words, "correct": same_text(words, sample.answer), "scored_by": "generation"}
+        if words is not None:
+            values |= {"generated": words, "exact_match": same_text(words, sample.answer)}
+        return Prediction(sample.id, sample.image, values, finite=numbers and bool(score.isfinite().all()))
+
+    def _chosen(self, sample: Any, score: Tensor) -> dict[str, Any]:
+        """The likeliest of the answers offered; of equal ones the truth comes last, then the alphabet decides."""
+        offered = self.offered(sample)
+        order = sorted(range(len(offered)), key=lambda i: (-score[i].item(), offered[i] == sample.answer, offered[i]))
+        chances = score.softmax(0).tolist()
+        return {
+            "predicted": offered[order[0]],
+            "correct": offered[order[0]] == sample.answer,
+            "probabilities": {offered[i]: round(chances[i], 6) for i in order},
+            "scored_by": "candidates" if len(set(sample.candidates)) > 1 else "training answers",
         }
-        if said is not None:
-            values |= {"generated": said, "exact_match": said == sample.answer}
-        return Prediction(sample.id, sample.image, values)
 
-    def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
+    def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
         values = [p.values for p in predictions]
         by_kind = defaultdict(list)
         for v in values:
             by_kind[v["kind"]].append(v["correct"])
-        result = {"accuracy": mean(v["correct"] for v in values), "samples": len(values)}
+        result: dict[str, Any] = {"accuracy": mean(v["correct"] for v in values), "samples": len(values)}
         result["majority"] = max(Counter(s.answer for s in samples).values()) / len(samples)
         if len(by_kind) > 1:
             result |= {f"accuracy/{kind}": mean(hits) for kind, hits in sorted(by_kind.items())}
         if all("exact_match" in v for v in values):
             result["exact_match"] = mean(v["exact_match"] for v in values)
-        return result
+        ways = Counter(v["scored_by"] for v in values)
+        return result | ({"scored_by": dict(ways)} if set(ways) != {"candidates"} else {})
 
     def lines(self, sample: Any, prediction: Prediction) -> tuple[list[str], bool | None]:
         values = prediction.values
-        chance = values["probabilities"][values["predicted"]]
-        said = f"{values['predicted']} ({chance:.2f})"
+        chance = values.get("probabilities", {}).get(values["predicted"])
+        said = values["predicted"] if chance is None else f"{values['predicted']} ({chance:.2f})"
         return [said, f"truth: {sample.answer} [{sample.object}]", sample.prompt], values["correct"]
 
 
-def mean(hits: Any) -> float:
-    hits = list(hits)
-    return sum(hits) / len(hits) if hits else 0.0
+class Numbers:
+    """A logits processor that changes nothing and notes for which of ``rows`` samples all logits were numbers."""
+
+    def __init__(self, rows: int):
+        self.all = [True] * rows
+
+    def __call__(self, _ids: Tensor, logits: Tensor) -> Tensor:
+        broken = logits.isnan().reshape(len(self.all), -1).any(1).tolist()  # −inf forbids a token, NaN is none
+        self.all = [good and not bad for good, bad in zip(self.all, broken, strict=True)]
+        return logits
+
+
+def answers_by_prompt(samples: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+    """The answers that samples have, and may choose from, by their prompts, in alphabetical order."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        found[sample.prompt] |= {*sample.candidates, sample.answer}
+    return {prompt: tuple(sorted(answers)) for prompt, answers in found.items()}
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two answers are equal but for case, white space and the punctuation around them."""
+    return plain(one) == plain(other)
+
+
+def plain(answer: str) -> str:
+    """Composed Unicode in folded case, with single blanks; no punctuation at the ends, unless there is nothing else."""
+    words = " ".join(unicodedata.normalize("NFKC", answer).casefold().split())
+    return words.strip(".,;:!?\"'` ") or words
+
+
+def mean(hits: Iterable[bool]) -> float:
+    values = list(hits)
+    return sum(values) / len(values)

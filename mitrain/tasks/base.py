@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from mitrain.errors import UserError
 from mitrain.reading import Picture, Reading, Words
 
 
@@ -24,7 +25,12 @@ class TextModel(Protocol):
     device: torch.device
     sharded: bool
 
-    def tokens(self, text: str, *, start: bool = True) -> list[int]: ...
+    def tokens(
+        self, text: str, *, frame: Sequence[str] = ..., most: int | None = None, strip: str | None = " "
+    ) -> list[int]: ...
+    def plain(self, text: str) -> list[int]: ...
+    def prompt(self, text: str, frame: Sequence[str] = ...) -> list[int]: ...
+    def answered(self, text: str, answer: str, frame: Sequence[str] = ...) -> tuple[list[int], int]: ...
     def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]: ...
     def log_likelihood(
         self,
@@ -96,13 +102,17 @@ class Batch:
 
 @dataclass
 class Prediction:
-    """One sample's outcome: plain ``values``, and the mask or ``vector`` that a score is computed from."""
+    """One sample's outcome: plain ``values``, and the mask or ``vector`` that a score is computed from.
+
+    ``finite``: whether all numbers were that it was made of; an order of NaN is an order of nothing.
+    """
 
     id: str
     image: str
     values: dict[str, Any]
     mask: Any = None
     vector: Any = None
+    finite: bool = True
 
 
 class Task(nn.Module):
@@ -135,6 +145,13 @@ class Task(nn.Module):
     def fit(self, samples: Sequence[Any], see: "Callable[[Sequence[Any]], Batch] | None" = None) -> None:
         """Take statistics from the training samples before the first step; ``see`` makes a batch of some of them."""
 
+    def remember(self, samples: Sequence[Any]) -> None:
+        """Note what predictions need of the training samples and no checkpoint holds."""
+
+    def must_generate(self, samples: Sequence[Any]) -> bool:
+        """Whether some of ``samples`` can be scored only by letting the model speak."""
+        return False
+
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum, count) over the batch."""
         raise NotImplementedError
@@ -153,3 +170,12 @@ class Task(nn.Module):
     def lines(self, sample: Any, prediction: Prediction) -> tuple[list[str], bool | None]:
         """What a figure says below a sample's picture, and whether it went right."""
         raise NotImplementedError
+
+
+def require_finite(broken: Sequence[str], total: int, what: str = "the model") -> None:
+    """UserError where samples, ``broken`` by their ids, were scored with numbers that are not finite."""
+    if broken:
+        raise UserError(
+            f"{what}: {len(broken)} of {total} samples are scored with numbers that are not finite (the first is"
+            f" {broken[0][:80]!r}): the weights are damaged or have diverged; take an earlier checkpoint, or lower train.lr"
+        )

@@ -21,7 +21,7 @@ from mitrain.reading import Picture
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
 from mitrain.tasks.label_metrics import label_metrics
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
-from mitrain.tasks.template import fill, template_with
+from mitrain.tasks.template import frame_of, template_with
 
 SHOWN = 5  # classes whose probability a prediction names
 
@@ -59,6 +59,7 @@ class ClassifyTask(Task):
         if len(set(classes)) != len(classes) or len(classes) < 2:
             raise ConfigError(f"data.classes must be two or more different names, not {str(list(classes))[:80]}")
         self.config, self.classes, self.multilabel = config, tuple(classes), multilabel
+        self.frame = frame_of(config.template)
         self.metric = "f1_micro" if multilabel else "accuracy"
         self.columns = self.several if multilabel else self.columns
         self.number = {name: i for i, name in enumerate(classes)}
@@ -73,16 +74,13 @@ class ClassifyTask(Task):
 
     def _row(self, text: str) -> list[int]:
         """Token ids of a filled template; a text that is too long loses its end, the template nothing."""
-        tokens, tokenizer = self.parts.text.tokens, self.parts.text.tokenizer
-        room = self.config.max_tokens - len(tokens(self._filled("")))
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) > max(room, 1):
-            text = tokenizer.decode(ids[: max(room, 1)], skip_special_tokens=True)
-        row = tokens(self._filled(text))
+        backbone, tokenizer = self.parts.text, self.parts.text.tokenizer
+        room = max(1, self.config.max_tokens - len(backbone.tokens("", frame=self.frame, strip=None)))
+        ids = backbone.plain(text)
+        if len(ids) > room:
+            text = tokenizer.decode(ids[:room], skip_special_tokens=True)
+        row = backbone.tokens(text, frame=self.frame, strip=None)
         return row or [tokenizer.eos_token_id]  # the head needs a token to read
-
-    def _filled(self, text: str) -> str:
-        return fill(self.config.template, text).strip()
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         if not runs_text(self.config.readout):
@@ -155,7 +153,7 @@ class ClassifyTask(Task):
             "correct": set(predicted) == set(sample.labels),
             "probabilities": {self.classes[c]: round(float(chances[c]), 6) for c in order[:SHOWN]},
         }
-        return Prediction(sample.id, sample.image, values, vector=chances)
+        return Prediction(sample.id, sample.image, values, vector=chances, finite=bool(np.isfinite(chances).all()))
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
         truth = self.targets(samples).cpu().numpy() > 0

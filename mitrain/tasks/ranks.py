@@ -6,13 +6,16 @@ Ties count against the right thing, so that a model that gives all the same scor
 Shapes: M images, N texts, c rows at a time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mitrain.errors import DataError
+
 CHUNK = 256  # rows of the similarity matrix that exist at a time
 DEPTHS = (1, 5, 10)
+WAYS = ("i2t", "t2i")
 
 
 class Gallery:
@@ -39,6 +42,20 @@ class Gallery:
         for row, codes in enumerate(self.owned[rows]):
             member[row, codes] = True
         return member[:, self.codes]
+
+    def depths(self) -> list[str]:
+        """The names of all recalls."""
+        return [f"{name}_r{k}" for name in WAYS for k in DEPTHS]
+
+    def decided(self) -> list[str]:
+        """The recalls that cannot be wrong: even the last place is among the first k."""
+        count, total = np.bincount(self.codes), len(self.codes)
+        holders = np.bincount([code for codes in self.owned for code in codes], minlength=len(count))
+        last = {
+            "i2t": 1 + max(total - int(count[codes].sum()) for codes in self.owned),
+            "t2i": 1 + len(self.images) - int(holders[self.codes].min()),
+        }
+        return [f"{name}_r{k}" for name in WAYS for k in DEPTHS if last[name] <= k]
 
 
 def best_ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
@@ -74,17 +91,25 @@ def reranked(ranks: np.ndarray, relevant: np.ndarray, scores: np.ndarray) -> np.
     return np.where(relevant.any(1), best_ranks(scores, relevant), np.maximum(ranks, scores.shape[1] + 1))
 
 
-def rank_metrics(towards_text: np.ndarray, towards_image: np.ndarray) -> dict[str, Any]:
-    """Recall at 1, 5 and 10 (fractions of 1), median and mean rank, of image → text and of text → image."""
+def rank_metrics(towards_text: np.ndarray, towards_image: np.ndarray, decided: Sequence[str] = ()) -> dict[str, Any]:
+    """Recall at 1, 5 and 10 (fractions of 1), median and mean rank, of image → text and of text → image.
+
+    ``decided``: recalls that cannot be wrong; they are None, and no part of the mean.
+    """
     values: dict[str, Any] = {}
-    for name, ranks in (("i2t", towards_text), ("t2i", towards_image)):
+    for name, ranks in zip(WAYS, (towards_text, towards_image), strict=True):
         values |= {f"{name}_r{k}": float((ranks <= k).mean()) for k in DEPTHS}
         values |= {f"{name}_median_rank": float(np.median(ranks)), f"{name}_mean_rank": float(ranks.mean())}
-    return {"recall_mean": mean_recall(values), **values}
+    return with_mean(values, decided)
 
 
-def mean_recall(values: Mapping[str, float]) -> float:
-    return float(np.mean([values[f"{name}_r{k}"] for name in ("i2t", "t2i") for k in DEPTHS]))
+def with_mean(values: dict[str, Any], decided: Sequence[str]) -> dict[str, Any]:
+    """``values`` with the mean of the recalls that can be wrong; DataError where none can."""
+    values = values | dict.fromkeys(decided)
+    recalls = [values[f"{name}_r{k}"] for name in WAYS for k in DEPTHS if values[f"{name}_r{k}"] is not None]
+    if not recalls:
+        raise DataError("no ranking of so few images and texts could be wrong: score more of them")
+    return {"recall_mean": float(np.mean(recalls)), **values}
 
 
 def chance(gallery: Gallery) -> dict[str, Any]:
@@ -97,7 +122,7 @@ def chance(gallery: Gallery) -> dict[str, Any]:
     for name, right, n in (("i2t", right_texts, total), ("t2i", right_images, len(gallery.images))):
         values |= {f"{name}_r{k}": float(np.mean([hit(int(r), n, k) for r in right])) for k in DEPTHS}
         values[f"{name}_mean_rank"] = float(np.mean([(n + 1) / (r + 1) for r in right]))
-    return {"recall_mean": mean_recall(values), **values}
+    return with_mean(values, gallery.decided())
 
 
 def hit(right: int, count: int, depth: int) -> float:

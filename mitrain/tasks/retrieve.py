@@ -8,6 +8,7 @@ wrong partner in the batch, and orders the best candidates anew: there picture a
 Shapes: B samples, N samples of all ranks, D hidden width, d width of the common space, e width of the picture's feature.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
@@ -22,12 +23,12 @@ from mitrain import dist
 from mitrain.config import Section
 from mitrain.errors import ConfigError
 from mitrain.reading import Picture
-from mitrain.tasks.base import Batch, Parts, Prediction, Task
+from mitrain.tasks.base import Batch, Parts, Prediction, Task, require_finite
 from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.momentum import MomentumQueue
 from mitrain.tasks.ranks import Gallery, both_ways, rank_metrics, reranked
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
-from mitrain.tasks.template import fill, template_with
+from mitrain.tasks.template import frame_of, template_with
 
 MATCH_ROWS = 128  # pairs that the matching head reads at a time
 SCALES = (1.0, 100.0)  # bounds of 1 / temperature
@@ -98,10 +99,11 @@ class RetrieveTask(Task):
         if config.queue:
             trained = {"adapter": parts.adapter, "image_map": self.image_map, "text_map": self.text_map}
             self.slow = MomentumQueue(config.queue, config.dim, trained, config.momentum, config.distil, config.ramp)
+        self.frame = frame_of(config.template)
         self._ids = cache(self._row)
 
     def _row(self, text: str) -> list[int]:
-        ids = self.parts.text.tokenizer(fill(self.config.template, text))["input_ids"][: self.config.max_tokens]
+        ids = self.parts.text.tokens(text, frame=self.frame, most=self.config.max_tokens)
         return ids or [self.parts.text.tokenizer.eos_token_id]
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
@@ -206,11 +208,14 @@ class RetrieveTask(Task):
         images = self.image_vectors(batch.picture).double().cpu().numpy()
         words = self.text_vectors([s.text for s in batch.samples]).double().cpu().numpy()
         shown = batch.picture.to(torch.device("cpu")) if self.config.matching and self.config.rerank else None
+        vectors = [
+            {"image": i, "text": t, "picture": shown and shown.rows(row)}
+            for i, t, row in zip(images, words, map(one_row, range(len(images))), strict=True)
+        ]
+        finite = np.isfinite(images).all(1) & np.isfinite(words).all(1)
         return [
-            Prediction(
-                s.id, s.image, {"text": s.text}, vector={"image": i, "text": t, "picture": shown and shown.rows(row)}
-            )
-            for s, i, t, row in zip(batch.samples, images, words, map(one_row, range(len(images))), strict=True)
+            Prediction(s.id, s.image, {"text": s.text}, vector=vector, finite=bool(numbers))
+            for s, vector, numbers in zip(batch.samples, vectors, finite, strict=True)
         ]
 
     @torch.no_grad()
@@ -222,11 +227,12 @@ class RetrieveTask(Task):
         if not (np.isfinite(images).all() and np.isfinite(words).all()):
             return {"recall_mean": float("nan"), **counts}
         found = both_ways(gallery, images, words)
-        metrics = rank_metrics(*found)
+        decided = gallery.decided()
+        metrics = rank_metrics(*found, decided)
         if self.config.matching and self.config.rerank:
             pictures = [predictions[i].vector["picture"] for i in gallery.first]
             found = self._rerank(gallery, images, words, pictures, found)
-            metrics = rank_metrics(*found) | {"before_reranking": metrics}
+            metrics = rank_metrics(*found, decided) | {"before_reranking": metrics}
         places = {image: int(rank) for image, rank in zip(gallery.images, found[0], strict=True)}
         for sample, prediction, rank in zip(samples, predictions, found[1].tolist(), strict=True):
             prediction.values |= {"rank_of_text": places[sample.image], "rank_of_image": rank}
@@ -253,6 +259,7 @@ class RetrieveTask(Task):
             (i, t) for t, row in enumerate(to_image) for i in row
         ]
         values = self._match_pairs(sorted(set(pairs)), gallery, pictures)
+        require_finite([gallery.images[i] for i, t in pairs if not math.isfinite(values[i, t])], len(pairs))
         scores = np.array([near * float(images[i] @ words[t]) + values[i, t] for i, t in pairs]).reshape(-1, k)
         right = np.array([gallery.codes[t] in owned[i] for i, t in pairs]).reshape(-1, k)
         m = len(images)

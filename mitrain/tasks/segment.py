@@ -22,7 +22,7 @@ from mitrain.reading import Picture
 from mitrain.tasks import decoders, masks
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
 from mitrain.tasks.readout import See, read_out, runs_text, statistics
-from mitrain.tasks.template import fill, template_with
+from mitrain.tasks.template import frame_of, template_with
 
 Readout = Literal["last", "mean", "cls", "embeddings"]
 
@@ -80,7 +80,8 @@ class SegmentTask(Task):
         else:
             chosen = config.model_dump(include={"dim", "heads", "ffn", "film", "coords"})
             self.decoder = decoders.FilmDecoder(patch=patch, **chosen, **shape)
-        self._ids = cache(lambda text: parts.text.tokens(fill(config.template, text)))
+        frame = frame_of(config.template)
+        self._ids = cache(lambda text: parts.text.tokens(text, frame=frame))
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         if not runs_text(self.config.readout):
@@ -126,10 +127,12 @@ class SegmentTask(Task):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
-        found = masks.predict_masks(self.logits(batch), [sample.size for sample in batch.samples])
+        logits = self.logits(batch)
+        found = masks.predict_masks(logits, [sample.size for sample in batch.samples])
+        finite = logits.isfinite().flatten(1).all(1).tolist()
         return [
-            Prediction(s.id, s.image, {"expression": s.expression}, mask)
-            for s, mask in zip(batch.samples, found, strict=True)
+            Prediction(s.id, s.image, {"expression": s.expression}, mask, finite=numbers)
+            for s, mask, numbers in zip(batch.samples, found, finite, strict=True)
         ]
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:

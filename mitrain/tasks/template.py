@@ -32,6 +32,12 @@ def template_with(field: str, required: bool = True) -> type[str]:
     return Annotated[str, Field(max_length=LONGEST), AfterValidator(lambda text: checked(field, required, text))]
 
 
-def fill(template: str, text: str) -> str:
-    """A checked template with ``text`` in the place of its field."""
-    return PIECES.sub(lambda found: BRACES.get(found[0], text), template)
+def frame_of(template: str) -> tuple[str, ...]:
+    """The parts of a checked template around its field: ``text.join`` of them is the template with the text in it."""
+    parts = [""]
+    for piece in re.split(f"({PIECES.pattern})", template):
+        if piece in BRACES or not PIECES.fullmatch(piece):
+            parts[-1] += BRACES.get(piece, piece)
+        else:
+            parts.append("")
+    return tuple(parts)

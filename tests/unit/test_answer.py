@@ -1,5 +1,7 @@
 """The answer task: its loss and scores against a computation by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from folders import COLOURS, llm_folder
@@ -10,7 +12,7 @@ from mitrain.adapters.mit import MiTConfig
 from mitrain.backbones import TextBackbone
 from mitrain.data.records import AnswerSample
 from mitrain.states import TextStates
-from mitrain.tasks.answer import AnswerConfig, AnswerTask
+from mitrain.tasks.answer import AnswerConfig, AnswerTask, same_text
 from mitrain.tasks.base import Batch, Parts
 
 
@@ -43,7 +45,7 @@ FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 def by_hand(task, prompt, answer, feature):
     """log p of the answer's tokens and its end, one sample at a time, from the model's bottom."""
     text = task.parts.text
-    ids = text.tokens(prompt) + text.tokens(answer, start=False) + [text.tokenizer.eos_token_id]
+    ids = [*text.tokens(f"{prompt} {answer}"), text.tokenizer.eos_token_id]
     start = len(text.tokens(prompt))
     with task.parts.adapter.bind({"image": feature}):
         logits = text.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -73,6 +75,96 @@ def test_candidates_are_ranked_by_likelihood(folder, normalize):
         expected = dict(zip(sample.candidates, scores.softmax(0).tolist(), strict=True))
         assert prediction.values["probabilities"] == pytest.approx(expected, abs=1e-5)
         assert prediction.values["predicted"] == max(expected, key=expected.get)
+
+
+def opened(answers, prompt="this thing is a"):
+    """Samples without candidates."""
+    return [AnswerSample(str(i), f"{i}.png", prompt, answer) for i, answer in enumerate(answers)]
+
+
+def test_without_candidates_the_training_answers_to_the_prompt_are_ranked(folder):
+    task, asked = make(folder), opened(["red", "blue", "yes"])
+    task.remember([*asked[:2], *opened(["green", "red"]), *opened(["no", "yes"], "is this red")])
+    assert not task.must_generate(asked)
+    found = [p.values for p in task.predict(Batch(asked, FEATURES))]
+    assert all(
+        set(v["probabilities"]) == {"red", "blue", "green"} and v["scored_by"] == "training answers" for v in found
+    )
+    assert all(v["correct"] == (v["predicted"] == s.answer) for v, s in zip(found, asked, strict=True))
+    assert found[2]["correct"] is False  # training never gave its answer: it is not slipped in
+    wrong = opened([next(a for a in ("red", "blue") if a != v["predicted"]) for v in found])
+    predictions = task.predict(Batch(wrong, FEATURES))
+    metrics = task.score(wrong, predictions)
+    assert metrics["accuracy"] == 0.0 and metrics["scored_by"] == {"training answers": 3}
+    others = [p.values["probabilities"] for p in task.predict(Batch(asked, FEATURES.flip(0)))]
+    assert others[0] != found[0]["probabilities"]  # the picture decides, so that controls can change it
+    ranked = task.predict(Batch([replace(s, candidates=("red", "blue", "green")) for s in asked[:1]], FEATURES[:1]))
+    assert ranked[0].values["probabilities"] == pytest.approx(found[0]["probabilities"], abs=2e-6)
+
+
+@pytest.mark.parametrize("known", [["red"], [], [f"thing {i}" for i in range(101)]])
+def test_where_there_is_nothing_to_rank_the_model_must_say_the_answer(folder, known):
+    task, asked = (
+        make(folder),
+        [replace(opened(["red"])[0], candidates=offered) for offered in ((), ("red",), ("red",) * 3)],
+    )
+    task.remember([replace(s, candidates=()) for s in opened(known)])
+    assert task.must_generate(asked)
+    found = task.predict(Batch(asked, FEATURES))
+    said = task.generate(Batch(asked, FEATURES))
+    for prediction, words in zip(found, said, strict=True):
+        values = prediction.values
+        assert values["predicted"] == values["generated"] == words and "probabilities" not in values
+        assert values["scored_by"] == "generation" and values["correct"] is values["exact_match"] is (words == "red")
+    right = [replace(s, answer=f" {w.upper()}.") for s, w in zip(asked, said, strict=True)]
+    metrics = task.score(right, task.predict(Batch(right, FEATURES)))
+    assert metrics["accuracy"] == metrics["exact_match"] == 1.0 and metrics["scored_by"] == {"generation": 3}
+
+
+def test_a_batch_of_both_kinds_keeps_its_order(folder):
+    task = make(folder)
+    mixed = [*samples()[:1], *opened(["red"]), *samples()[2:]]
+    alone = [task.predict(Batch([s], FEATURES[i : i + 1]))[0].values for i, s in enumerate(mixed)]
+    found = [p.values for p in task.predict(Batch(mixed, FEATURES))]
+    assert [v["scored_by"] for v in found] == ["candidates", "generation", "candidates"]
+    assert [v["predicted"] for v in found] == [v["predicted"] for v in alone]
+
+
+@pytest.mark.parametrize("truth", ["blue", "red", "yellow"])
+def test_ties_count_against_the_truth(folder, truth):
+    sample = AnswerSample("0", "0.png", "p", truth, ("yellow", "blue", "red"))
+    prediction = make(folder)._prediction(sample, torch.tensor([-1.0, -1.0, -1.0]), (None, True))
+    assert prediction.values["correct"] is False and prediction.values["predicted"] == {"blue": "red"}.get(
+        truth, "blue"
+    )
+    best = make(folder)._prediction(
+        sample,
+        torch.tensor([-1.0, -1.0, -1.0]).index_fill(0, torch.tensor([sample.candidates.index(truth)]), -0.5),
+        (None, True),
+    )
+    assert best.values["correct"] is True
+
+
+def test_scores_and_words_of_what_is_no_number_are_told(folder):
+    task, features = make(folder), FEATURES.clone()
+    features[1, 0] = torch.nan
+    assert [p.finite for p in task.predict(Batch(samples(), features))] == [True, False, True]
+    assert [p.finite for p in task.predict(Batch(opened(["red"] * 3), features))] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "same"),
+    [
+        ("Dog.", " dog", True),
+        ("a  dog\n", "A dog", True),
+        ("cafe\u0301", "caf\u00e9", True),
+        ("?", "!", False),
+        ("dogs", "dog", False),
+        ("", "dog", False),
+    ],
+)
+def test_answers_are_compared_but_for_case_white_space_and_closing_marks(said, answer, same):
+    assert same_text(said, answer) is same
 
 
 def test_generation_equals_greedy_steps_without_a_cache(folder):

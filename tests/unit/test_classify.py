@@ -52,6 +52,13 @@ def batch(multilabel=False, features=FEATURES):
     return Batch(samples(multilabel), features, [], FEATURES)
 
 
+def test_probabilities_that_are_no_numbers_are_told(folder):
+    task = make(folder)
+    features = FEATURES.clone()
+    features[1, 0] = torch.inf
+    assert [p.finite for p in task.predict(batch(features=features))] == [True, False, True]
+
+
 def by_hand(task, sample, feature, readout):
     """What the head reads, one sample at a time, from the model's bottom."""
     text = task.parts.text

@@ -12,7 +12,7 @@ from mitrain.cli import parser
 from mitrain.data.labels import LabelSample
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
-from mitrain.errors import ConfigError
+from mitrain.errors import ConfigError, DataError, UserError
 from mitrain.evaluate import CONTROLS, controlled, evaluate
 from mitrain.probe import probe_accuracy
 from mitrain.tasks.base import Batch, Prediction
@@ -39,6 +39,9 @@ class Echo:
         self.blind.append(blind)
         return Batch(list(zip(samples, paths, strict=True)), None)
 
+    def must_generate(self, samples):
+        return False
+
     def predict(self, batch):
         return [Prediction(s.id, path, {"text": getattr(s, "expression", s.id)}) for s, path in batch.samples]
 
@@ -54,6 +57,28 @@ def test_controls_replace_the_image(control, own):
     assert found.metrics["own image"] == own and found.metrics["control"] == control
     assert set(model.blind) == {control == "frozen"}
     assert sorted(p.image for p in found.predictions) == sorted(s.image for s in answers())
+
+
+def test_scores_of_what_is_no_number_and_of_nothing_are_refused():
+    model = Echo("samples")
+    sound = model.predict
+    model.predict = lambda batch: [replace(p, finite=p.id not in ("3", "7")) for p in sound(batch)]
+    message = "val at step 7: 2 of 12 samples are scored with numbers that are not finite .*'3'.*lower train.lr"
+    with pytest.raises(UserError, match=message):
+        evaluate(model, None, answers(), batch=5, what="val at step 7")
+    with pytest.raises(DataError, match="no sample to score"):
+        evaluate(model, None, [])
+
+
+def test_shuffling_does_not_look_at_objects_and_counts_what_stays_within_one():
+    """Two pictures an object: over seeds a blind permutation gives some sample its object's other picture, no-image none."""
+    own = {s.image: s.object for s in answers()}
+    stayed = []
+    for seed in range(10):
+        _, paths, extra = controlled(answers(), "samples", "shuffle", seed)
+        stayed.append(sum(own[path] == s.object for s, path in zip(answers(), paths, strict=True)))
+        assert extra["control_clashes"] == {"object": stayed[-1]}
+    assert max(stayed) > 0
 
 
 def test_the_other_image_is_of_another_object():

@@ -11,6 +11,7 @@ from mitrain import adapters, dist
 from mitrain.adapters.mit import MiTConfig
 from mitrain.backbones import TextBackbone
 from mitrain.data.captions import CaptionSample
+from mitrain.errors import DataError, UserError
 from mitrain.reading import Picture
 from mitrain.states import TextStates
 from mitrain.tasks import ranks
@@ -107,7 +108,21 @@ def test_chance_is_what_random_orders_reach():
     mean, recall = np.mean(draws, 0)
     assert mean == pytest.approx(expected["i2t_mean_rank"], abs=0.1)  # spread of the mean of 2000: about 0.01
     assert recall == pytest.approx(expected["i2t_r1"], abs=0.02)
-    assert expected["i2t_r10"] == expected["t2i_r5"] == 1.0
+    assert gallery.decided() == ["i2t_r10", "t2i_r5", "t2i_r10"]
+    assert [name for name, value in expected.items() if value is None] == gallery.decided()
+    assert expected["recall_mean"] == pytest.approx(np.mean([expected[n] for n in ("i2t_r1", "i2t_r5", "t2i_r1")]))
+
+
+def test_a_recall_that_cannot_be_wrong_is_none_and_no_part_of_the_mean():
+    worst = rank_metrics(np.full(5, 6), np.full(6, 5), ["i2t_r10", "t2i_r5", "t2i_r10"])
+    assert worst["recall_mean"] == 0 and worst["i2t_r5"] == 0 and worst["t2i_r5"] is worst["i2t_r10"] is None
+    assert Gallery([str(i) for i in range(11)], [f"t{i}" for i in range(11)]).decided() == []
+    assert Gallery([str(i) for i in range(10)], [f"t{i}" for i in range(10)]).decided() == ["i2t_r10", "t2i_r10"]
+    for images, texts in (["a", "a"], ["x", "y"]), (["a", "b"], ["x", "x"]):
+        gallery = Gallery(images, texts)
+        assert gallery.decided() == gallery.depths()
+    with pytest.raises(DataError, match="no ranking of so few images and texts could be wrong"):
+        rank_metrics(np.ones(1), np.ones(2), gallery.depths())
 
 
 def test_reranking_orders_the_candidates_alone():
@@ -238,4 +253,13 @@ def test_at_first_reranking_changes_nothing_and_later_it_does(folder):
 def test_weights_that_diverged_are_told(folder):
     task = make(folder)
     torch.nn.init.constant_(task.image_map.weight, float("nan"))
-    assert np.isnan(task.score(samples(), task.predict(batch()))["recall_mean"])
+    found = task.predict(batch())
+    assert np.isnan(task.score(samples(), found)["recall_mean"]) and not any(p.finite for p in found)
+    assert all(p.finite for p in make(folder).predict(batch()))
+
+
+def test_a_matching_head_that_diverged_is_no_perfect_rank(folder):
+    task = make(folder, rerank=3)
+    torch.nn.init.constant_(task.match.weight, float("nan"))
+    with pytest.raises(UserError, match=r"33 of 33 samples are scored with numbers that are not finite .*'0\.png'"):
+        task.score(samples(), task.predict(batch()))

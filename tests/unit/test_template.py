@@ -5,7 +5,7 @@ import pytest
 from mitrain import config
 from mitrain.errors import ConfigError
 from mitrain.tasks import answer, classify, retrieve, segment  # noqa: F401 - importing makes the sections known
-from mitrain.tasks.template import LONGEST, fill
+from mitrain.tasks.template import LONGEST, frame_of
 
 FIELDS = {"answer": "prompt", "classify": "text", "retrieve": "text", "segment": "expression"}
 
@@ -17,7 +17,7 @@ def made(task: str, template: str) -> str:
 @pytest.mark.parametrize(("task", "field"), FIELDS.items())
 def test_the_field_is_replaced_and_nothing_in_what_replaces_it(task, field):
     template = made(task, f"Q: {{{field}}} {{{{or}}}} {{{field}}}\\1 A:")
-    assert fill(template, "{x} \\g<0> {{y}}") == "Q: {x} \\g<0> {{y}} {or} {x} \\g<0> {{y}}\\1 A:"
+    assert "{x} \\g<0> {{y}}".join(frame_of(template)) == "Q: {x} \\g<0> {{y}} {or} {x} \\g<0> {{y}}\\1 A:"
 
 
 @pytest.mark.parametrize("task", FIELDS)
@@ -36,7 +36,7 @@ def test_formats_attributes_and_other_fields_are_refused(task, strange):
 
 
 def test_the_text_may_be_left_out_in_classification_alone():
-    assert fill(made("classify", "no text"), "x") == "no text"
+    assert frame_of(made("classify", "no text")) == ("no text",)
     for task in ("answer", "retrieve", "segment"):
         with pytest.raises(ConfigError, match="the template has no {"):
             made(task, "no {{text}}")

@@ -1,0 +1,83 @@
+"""Scores that are decided before any model speaks are told, or refused where nothing else is left."""
+
+from dataclasses import replace
+
+import pytest
+
+from mitrain.cautions import cautions
+from mitrain.data.captions import CaptionSample
+from mitrain.data.labels import LabelSample
+from mitrain.data.records import AnswerSample
+from mitrain.data.refcoco import ReferSample
+from mitrain.errors import DataError
+
+EMPTY, HALF, FULL = ({"size": [6, 8], "counts": counts} for counts in ([48], [24, 24], [0, 48]))
+
+
+def answer(text, candidates=(), prompt="p"):
+    return AnswerSample(text, "a.png", prompt, text, candidates)
+
+
+def masks(*segmentations):
+    return [ReferSample(str(i), "a.png", "x", (6, 8), s, "o") for i, s in enumerate(segmentations)]
+
+
+def captions(pairs):
+    return [CaptionSample(str(i), image, text, image) for i, (image, text) in enumerate(pairs)]
+
+
+def labels(*sets):
+    return [LabelSample(str(i), "a.png", "t", tuple(names)) for i, names in enumerate(sets)]
+
+
+def test_what_can_be_wrong_has_no_caution():
+    assert cautions([answer("a", ("a", "b")), answer("b", ("a", "b"))], "val") == []
+    assert cautions(labels("a", "b"), "val") == cautions(labels("a", "ab"), "val") == []
+    assert cautions(captions([(str(i), f"t{i}") for i in range(11)]), "val") == []
+    assert cautions(masks(HALF, FULL), "val") == []
+
+
+def test_answers_without_a_choice_say_how_they_are_scored():
+    samples = [answer("a"), answer("b", ("b",)), answer("c", ("c", "d")), answer("e", prompt="q")]
+    (line,) = cautions(samples, "val", {"p": ("a", "b")})
+    assert line == (
+        "val: 3 of 4 samples offer no choice (1 have one candidate, which cannot be wrong): 2 are ranked among the training"
+        " answers to their prompt, 1 are right where the model says the answer"
+    )
+    assert cautions(samples, "val", {"p": ("a", "z")})[1].startswith(
+        "val: 1 samples have an answer that training never gave"
+    )
+    assert "0 are ranked" in cautions(samples, "val")[0]
+    assert "0 are ranked" in cautions(samples, "val", {"p": tuple(f"{i}" for i in range(101))})[0]
+
+
+def test_one_answer_and_one_label_are_pointed_out():
+    (line,) = cautions([answer("a", ("a", "b"))] * 2, "val")
+    assert line.startswith("val: every sample has the answer 'a', so that always giving it is right")
+    assert "the label 'a'" in cautions(labels("a", "a"), "val")[0]
+    assert cautions(labels("ab", "ba"), "val")[0].startswith("val: every sample has all 2 labels")
+
+
+def test_rankings_that_cannot_be_wrong_are_named():
+    (line,) = cautions(captions([(str(i), f"t{i}") for i in range(6)]), "val")
+    assert line.startswith("val: i2t_r10, t2i_r10 cannot be wrong among 6 images and 6 texts")
+
+
+def test_masks_without_an_object_are_counted():
+    assert cautions(masks(EMPTY, HALF), "val") == ["val: 1 of 2 masks are empty; their IoU is 0 whatever is found"]
+    assert cautions(masks(FULL, FULL), "val")[0].startswith("val: every mask covers its whole picture")
+
+
+@pytest.mark.parametrize(
+    ("samples", "match"),
+    [
+        ([], "holds no sample"),
+        (labels("", ""), "no sample has a label"),
+        (captions([("a", "x"), ("a", "y")]), r"1 image\(s\) and 2 different text\(s\) leave nothing"),
+        (captions([("a", "x"), ("b", "x")]), r"2 image\(s\) and 1 different text\(s\) leave nothing"),
+        (masks(EMPTY, EMPTY), "no mask has an object in it"),
+    ],
+)
+def test_a_score_that_is_decided_is_refused(samples, match):
+    with pytest.raises(DataError, match=match):
+        cautions([replace(s) for s in samples], "val")
