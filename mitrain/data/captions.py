@@ -53,9 +53,8 @@ def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Captio
     for line, row in read_rows(path, columns, REQUIRED):
         where = f"{path}:{line}"
         image, name, thing = (as_text(row.get(columns[f]), columns[f], where) for f in ("image", "id", "object"))
-        image = image.strip()
         given = row.get(columns["text"])
-        texts = [as_text(t, columns["text"], where).strip() for t in (given if isinstance(given, list) else [given])]
+        texts = [as_text(t, columns["text"], where) for t in (given if isinstance(given, list) else [given])]
         for field, there in (("image", image), ("text", texts and all(texts))):
             if not there:
                 raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")

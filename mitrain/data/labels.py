@@ -67,7 +67,6 @@ def placed(
     for line, row in read_rows(path, columns, REQUIRED):
         where = f"{path}:{line}"
         texts = {f: as_text(row.get(columns[f]), columns[f], where) for f in FIELDS if f != "label"}
-        texts["image"] = texts["image"].strip()
         if not texts["image"]:
             raise DataError(f"{where}: no {columns['image']!r}: fill it in, or map another with columns.image=NAME")
         if columns["label"] not in row:
@@ -79,7 +78,7 @@ def placed(
 def one_label(value: Any, name: str, where: str, _separator: str) -> tuple[str, ...]:
     if isinstance(value, list):
         raise DataError(f"{where}: {name!r} is a list: give one label, or set data.multilabel=true")
-    label = as_text(value, name, where).strip()
+    label = as_text(value, name, where)
     if not label:
         raise DataError(f"{where}: {name!r} is empty: give one label")
     return (label,)
@@ -88,7 +87,7 @@ def one_label(value: Any, name: str, where: str, _separator: str) -> tuple[str, 
 def several_labels(value: Any, name: str, where: str, separator: str) -> tuple[str, ...]:
     """Labels in their order, each once."""
     value = [] if value is None else split_cell(value, separator)
-    found = [as_text(v, name, where).strip() for v in (value if isinstance(value, list) else [value])]
+    found = [as_text(v, name, where) for v in (value if isinstance(value, list) else [value])]
     if not all(found):
         raise DataError(f"{where}: {name!r} holds an empty label: remove it")
     return tuple(dict.fromkeys(found))

@@ -62,14 +62,13 @@ def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Answer
 def to_sample(row: Mapping[str, Any], where: str, columns: Mapping[str, str], default_id: str) -> AnswerSample:
     values = {field: row.get(name) for field, name in columns.items()}
     texts = {field: as_text(values[field], columns[field], where) for field in FIELDS if field != "candidates"}
-    texts["image"] = texts["image"].strip()
     for field in REQUIRED:
-        if not texts[field].strip():
+        if not texts[field]:
             raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")
     candidates = values["candidates"] or []
     if not isinstance(candidates, list):
         raise DataError(f'{where}: {columns["candidates"]!r} is no list: write ["yes", "no"]')
-    choices = tuple(as_text(choice, columns["candidates"], where) for choice in candidates)
+    choices = tuple(dict.fromkeys(as_text(choice, columns["candidates"], where) for choice in candidates))
     if choices and texts["answer"] not in choices:
         raise DataError(f"{where}: the answer {texts['answer'][:80]!r} is not among the candidates: add it")
     return AnswerSample(**texts | {"id": texts["id"] or default_id}, candidates=choices)

@@ -177,11 +177,11 @@ def check_header(header: list[str], path: Path, columns: Mapping[str, str], requ
 
 
 def as_text(value: Any, name: str, where: str) -> str:
-    """Strings as they are, numbers as text, nothing as nothing; ``name`` is the column's."""
+    """Strings without blanks around them, numbers as text, nothing as nothing; ``name`` is the column's."""
     if value is None:
         return ""
     if isinstance(value, str):
-        return value
+        return value.strip()
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
         return str(value)
     raise DataError(f"{where}: {name!r} is a {type(value).__name__}: give text")

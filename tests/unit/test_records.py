@@ -29,9 +29,11 @@ def test_jsonl(tmp_path):
     ]
 
 
-def test_a_pictures_name_has_no_blanks_around_it(tmp_path):
-    (tmp_path / "a.csv").write_text("image, prompt ,answer\n a.png ,What?, a cat\n")
-    assert [(s.image, s.answer) for s in read_records(tmp_path / "a.csv")] == [("a.png", " a cat")]
+def test_cells_have_no_blanks_around_them(tmp_path):
+    (tmp_path / "a.csv").write_text("image, prompt ,answer,candidates\n a.png , What?, a cat, a cat | a dog|a cat\n")
+    (found,) = read_records(tmp_path / "a.csv")
+    assert (found.image, found.prompt, found.answer) == ("a.png", "What?", "a cat")
+    assert found.candidates == ("a cat", "a dog")
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t"), (".CSV", ",")])
