@@ -7,6 +7,8 @@ and keeps its traceback.
 import importlib
 from types import ModuleType
 
+from mitrain.terminal import printable
+
 
 class UserError(Exception):
     """Bad input of any kind. The message is one line and ends with what to do."""
@@ -14,7 +16,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(printable(" ".join(str(message).split())))
 
 
 class ConfigError(UserError):

@@ -137,13 +137,12 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML document, None of an empty one. Raises Unreadable."""
     if len(text) > YAML_BYTES:
         raise Unreadable(f"is longer than the {YAML_BYTES} bytes expected")
+    if not is_whole(text):
+        raise Unreadable("holds half a character: write it in UTF-8")
     tree = Tree()
     try:
-        text.encode()
         for event in yaml.parse(text, Loader=FASTEST):
             tree.take(event)
-    except UnicodeEncodeError:
-        raise Unreadable("holds half a character: write it in UTF-8") from None
     except yaml.YAMLError as error:
         raise Unreadable(f"is not valid YAML ({problem(error)})") from None
     return tree.root
@@ -206,10 +205,10 @@ class Tree:
 
     def scalar(self, event: yaml.ScalarEvent) -> None:
         check_tag(event, (None, UNTYPED, TEXT))
+        if not is_whole(event.value):
+            raise Unreadable(f"holds half a character in line {line_of(event)}: write the whole one")
         plain = event.implicit[0] and event.tag is None
         value = plain_scalar(event.value, line_of(event)) if plain else event.value
-        if isinstance(value, str):
-            check_characters(value, line_of(event))
         self.put(value, 1, event, event.anchor)
 
     def alias(self, event: yaml.AliasEvent) -> None:
@@ -271,11 +270,13 @@ def check_tag(event: Any, known: tuple[str | None, ...]) -> None:
         )
 
 
-def check_characters(text: str, line: int) -> None:
+def is_whole(text: str) -> bool:
+    """Whether every character is one: half of a surrogate pair could be neither written nor tokenized."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Unreadable(f"holds half a character in line {line}: write the whole one") from None
+        return False
+    return True
 
 
 def line_of(event: yaml.Event) -> int:

@@ -54,7 +54,7 @@ class TrainConfig(Section):
 class RunConfig(Section):
     """Everything that decides what a run does. Its hash names it."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field("run", pattern=config.NAME)
     seed: int = Field(0, ge=0, lt=2**31)
     model: ModelConfig
     adapter: SerializeAsAny[Section]
@@ -73,7 +73,7 @@ class RunConfig(Section):
         try:
             return config.choose(info.field_name, value)
         except ConfigError as error:
-            raise ValueError(str(error)) from None
+            raise config.Told(error) from None
 
     @model_validator(mode="after")
     def _fitting(self) -> "RunConfig":
@@ -97,7 +97,8 @@ class RunConfig(Section):
 def load(path: str | Path, assignments: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """A run's configuration from a YAML file and ``key=value`` overrides."""
     values = config.override(config.read_file(path), assignments)
-    return from_dict(values)
+    with config.quoting(assignments):
+        return from_dict(values)
 
 
 SPREAD = ("zero", "kernels", "wandb", "model.device", "train.checkpoint_activations", "train.hang_minutes")
@@ -111,7 +112,8 @@ def respread(run_config: RunConfig, assignments: list[str]) -> RunConfig:
             raise ConfigError(
                 f"{assignment!r} would change what a resumed run computes: change {', '.join(SPREAD)} or start a new run"
             )
-    return from_dict(config.override(run_config.to_dict(), assignments)) if assignments else run_config
+    with config.quoting(assignments):
+        return from_dict(config.override(run_config.to_dict(), assignments)) if assignments else run_config
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:

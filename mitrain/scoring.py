@@ -25,6 +25,7 @@ from mitrain.features import ImageFeatures
 from mitrain.files import atomic_folder, write_atomic
 from mitrain.floors import floors_of
 from mitrain.model import resolve_data
+from mitrain.parsing import is_whole
 from mitrain.runs import Run
 from mitrain.tasks.answer import answers_by_prompt
 from mitrain.tasks.base import Batch, Prediction, require_finite
@@ -113,8 +114,7 @@ def predict_one(
     which: str = "best",
 ) -> Answer:
     """Answer a prompt about a picture, or segment an expression in it."""
-    if not text.strip():
-        raise ConfigError("--text is empty: give the prompt, or the expression to segment")
+    check_words(text, candidates)
     return ask(runs.open_run(folder, which), image, text, candidates=candidates, out=out)
 
 
@@ -122,6 +122,7 @@ def ask(
     run: Run, image: str | Path, text: str, *, candidates: Sequence[str] | None = None, out: str | None = None
 ) -> Answer:
     """What an opened run says of one picture."""
+    check_words(text, candidates)
     path = Path(image).expanduser()
     images = run.model.images(path.parent, cached=False)
     images.key(path.name)
@@ -134,6 +135,14 @@ def ask(
     if not run.model.task.speaks:
         return predict_labels(run, images, path, text, candidates)
     return predict_answer(run, images, path, text, candidates)
+
+
+def check_words(text: str, candidates: Sequence[str] | None) -> None:
+    if not text.strip():
+        raise ConfigError("--text is empty: give the prompt, or the expression to segment")
+    for name, words in (("--text", text), *(("--candidates", words) for words in candidates or ())):
+        if not is_whole(words):
+            raise ConfigError(f"{name} {words[:40]!r} holds half a character: write it in UTF-8")
 
 
 def one(run: Run, images: ImageFeatures, sample: Any) -> Batch:

@@ -12,6 +12,7 @@ from source_tree import ROOT, dotted, imports, our_files
 
 # From the ground up. A room is a file or a folder right under mitrain/.
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("terminal",),  # how text is shown
     ("errors",),
     ("parsing", "waiting"),  # what comes from outside, within bounds; how long a process waits
     (

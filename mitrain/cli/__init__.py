@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mitrain import __version__
+from mitrain import __version__, terminal
 from mitrain.cli.ask import add_eval, add_predict
 from mitrain.cli.bench import add_bench
 from mitrain.cli.catalogue import add_catalogue
@@ -28,16 +28,23 @@ from mitrain.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = parser().parse(argv)
+    with terminal.safe():
+        return run(parser().parse(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
     arguments.rank = 0
     keep_freed_memory()
-    logging.basicConfig(level=logging.WARNING, format="mitrain: %(message)s", stream=sys.stderr)
+    logs = logging.StreamHandler(sys.stderr)
+    logs.setFormatter(terminal.OneLine("mitrain: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[logs])
     try:
         with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
             result = arguments.run(arguments)  # stdout is the document's alone; DeepSpeed logs there
         if arguments.json and result is not None and not arguments.rank:
             print(as_json(result))
-        sys.stdout.flush()
+        if sys.stdout:  # None where the caller closed it
+            sys.stdout.flush()
         return 0
     except UserError as error:
         complain(arguments, error, str(error))

@@ -24,11 +24,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mitrain import config
 from mitrain.compare import rules
-from mitrain.config import Section, nearest
+from mitrain.config import NAME, Section, nearest
 from mitrain.errors import ConfigError
 from mitrain.evaluate import Control
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 CONTROLS: tuple[Control, ...] = ("no-image", "shuffle")
 
 
@@ -40,7 +39,7 @@ def as_mapping(value: Any) -> dict[str, Any]:
         if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
             return config.override({}, value)
     except ConfigError as error:
-        raise ValueError(str(error)) from None
+        raise config.Told(error) from None
     raise ValueError("overrides are a mapping of keys to values, or a list of key=value texts")
 
 
@@ -61,7 +60,7 @@ def laid_over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 
 def changed(base: Any, item: Any) -> Any:
-    """What is given another ``name`` or ``model_type`` is replaced whole; of a list, {0: …} changes the first item."""
+    """What is given another ``name`` or ``model_type`` is replaced whole; of a list, {"0": …} changes the first item."""
     if isinstance(base, list | tuple) and isinstance(item, Mapping) and all(str(key).isdigit() for key in item):
         if max(map(int, item)) >= len(base):
             raise ConfigError(f"a list of {len(base)} has no item {max(map(int, item))}: count from 0")

@@ -32,3 +32,15 @@ def test_a_mistake_is_one_line(capsys, words, said):
         main(words)
     lines = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"mitrain: {said}")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--text", "a\udcff"], "--text 'a\\udcff'"),
+        (["--text", "a", "--candidates", "b,\ud800"], "--candidates '\\ud800'"),
+    ],
+)
+def test_half_a_character_is_refused_before_anything_is_opened(capsys, option, said):
+    assert main(["predict", "nowhere", "--image", "a.png", *option]) == 2
+    assert capsys.readouterr().err == f"mitrain: {said} holds half a character: write it in UTF-8\n"

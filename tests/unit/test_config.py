@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given as drawn
+from hypothesis import settings
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -93,7 +95,7 @@ def test_digest_follows_content_not_order():
 
 
 @settings(deadline=None)
-@given(st.text(max_size=60))
+@drawn(st.text(max_size=60))
 def test_any_text_is_a_value_or_a_config_error(text):
     try:
         values = config.read_yaml(text, "fuzz")
@@ -130,3 +132,80 @@ def test_a_configuration_is_written_as_it_will_be_read(tmp_path):
     names = ["08", "0o7", "1e5", "1:30", "yes", "\x85"]
     (tmp_path / "a.yaml").write_text(parsing.dump_yaml({"names": names}), encoding="utf-8")
     assert config.read_file(tmp_path / "a.yaml") == {"names": names}
+
+
+class Fields(Section):
+    text: str = ""
+    texts: tuple[str, ...] = ()
+    whole: int = 1
+    number: float | None = None
+    layers: str | tuple[int, ...] = "all"
+    flag: bool = False
+    table: dict[str, Inner] = {}
+    inner: Inner | None = None
+    anything: Any = None
+    name: str = Field("a", pattern=config.NAME)
+
+
+def given(*assignments):
+    with config.quoting(assignments):
+        return config.parse(Fields, config.override({}, assignments))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("text=Question: {prompt}", """if it is text, put it in quotes: 'text="Question: {prompt}"'"""),
+        ("text={prompt}", """text={'prompt': None}: give text; if it is text, put it in quotes: 'text="{prompt}"'"""),
+        (
+            "text=#1 {prompt}",
+            """'#1 {prompt}', is None in YAML: if it is text, put it in quotes: 'text="#1 {prompt}"'""",
+        ),
+        ("text=*{prompt}*", """put it in quotes: 'text="*{prompt}*"'"""),
+        ("text=What? #1", """'What? #1', is 'What?' in YAML: if it is text, put it in quotes: 'text="What? #1"'"""),
+        ("text=It: ", """put it in quotes: 'text="It: "'"""),
+        ("text=It ", "'It ', is 'It' in YAML"),
+        ("text=two\nlines", "is 'two lines' in YAML"),
+        ("text=&x y", "is 'y' in YAML"),
+        (
+            "text=1.10",
+            """text=1.1: give text, in quotes as YAML takes it for something else; if it is text, put it in""",
+        ),
+        ("text=1.10", """put it in quotes: 'text="1.10"'"""),
+        ("name=my run", "name='my run': take letters, digits and . _ - (64 at most, first a letter or digit)"),
+        ("texts=[a, 1]", "texts.1=1: give text, in quotes as YAML takes it for something else"),
+        ("texts=a", "texts='a': give a list, as [a, b]"),
+        ("layers=-1", "layers=-1: give text or a list, as [a, b]"),
+        ("whole=true", "whole=True: true and false are no value here"),
+        ("number=false", "number=False: true and false are no value here"),
+        ("layers=[1, true]", "true and false are no value here"),
+        ("whole=1:30", "whole='1:30': give a whole number"),
+        ("whole=1.5", "whole=1.5: give a whole number"),
+        ("number=x", "number='x': give a number"),
+        ("number=1e999", "number=inf: Input should be a finite number"),
+        ("flag=2", "flag=2: give true or false"),
+        (f"whole={10**100}", "whole is a number of 333 bits: give one below 2^63"),
+        (f"anything.a=[{-(2**63)}]", "anything.a.0 is a number of 64 bits"),
+        ("whole=" + "9" * 5000, "holds a number of 5000 digits"),
+        ('text="a\\0b"', "text='a\\x00b' holds half a character, or none (NUL)"),
+        ("text=\udcff", "holds half a character"),
+        ("table.x.rate=fast", "table.x.rate='fast': give a number"),
+        ("table.x.rat=1", "unknown key 'table.x.rat' (did you mean 'rate'?)"),
+        ("inner.rate=fast", "inner.rate='fast': give a number"),
+        ("inner=3", "inner=3: give a mapping, as {key: value}"),
+    ],
+)
+def test_a_value_on_the_command_line_is_taken_whole_or_the_error_says_how_to_write_it(assignment, said):
+    with pytest.raises(ConfigError) as error:
+        given(assignment)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_values_on_the_command_line():
+    found = given(
+        "texts=[yes, no]", "whole=010", 'text="Question: {prompt} #1"', "number=1e-5", "layers=[1, 2]", "flag=on"
+    )
+    assert found == Fields(
+        texts=("yes", "no"), whole=10, text="Question: {prompt} #1", number=1e-5, layers=(1, 2), flag=True
+    )
+    assert given("text='1.10'", "anything=true", "number=null", 'name="1.10"').name == "1.10"
