@@ -46,11 +46,20 @@ def resolve_data(data: Any) -> Path:
 
 
 def settled(config: RunConfig) -> RunConfig:
-    """The configuration with what follows from its data written out: the classes of a classification."""
-    data = config.data
-    if config.task.section_name != "classify" or data.classes:
-        return config
-    return config.model_copy(update={"data": data.model_copy(update={"classes": data.class_names(resolve_data(data))})})
+    """The configuration with what follows from this machine written out: where its folders are, and the classes of a
+    classification."""
+    data = config.data.model_copy(update={"root": placed(config.data.root)} if config.data.root else {})
+    vision = tuple(part.model_copy(update={"name": placed(part.name)}) for part in config.model.vision)
+    model = config.model.model_copy(update={"llm": placed(config.model.llm), "vision": vision})
+    if config.task.section_name == "classify" and not data.classes:
+        data = data.model_copy(update={"classes": data.class_names(resolve_data(data))})
+    return config.model_copy(update={"data": data, "model": model})
+
+
+def placed(name: str) -> str:
+    """The absolute path of a folder that is there; any other name, as a prepared model's, as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 @dataclass
@@ -244,8 +253,8 @@ def build_task(config: RunConfig, parts: Parts, encoders: Sequence[VisionEncoder
             )
         return AnswerTask(config.task, parts)
     if config.task.section_name == "classify":
-        data = settled(config).data
-        return ClassifyTask(config.task, parts, data.classes, data.multilabel, sum(e.width for e in encoders))
+        classes = config.data.classes or config.data.class_names(resolve_data(config.data))
+        return ClassifyTask(config.task, parts, classes, config.data.multilabel, sum(e.width for e in encoders))
     if config.task.section_name == "retrieve":
         if config.train.batch < dist.world():
             raise ConfigError(

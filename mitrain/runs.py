@@ -22,7 +22,8 @@ from mitrain.engine import ZeroConfig
 from mitrain.engine.zero import gather_as_needed, sharding
 from mitrain.errors import CheckpointError, ConfigError
 from mitrain.files import write_atomic
-from mitrain.model import Model, build, resolve_model
+from mitrain.fingerprint import differences, flat, listed
+from mitrain.model import Model, build, resolve_model, settled
 from mitrain.ownership import OWNERSHIP
 from mitrain.pretrained import EncoderShape, Published
 from mitrain.schema import RunConfig
@@ -47,17 +48,18 @@ def create(run_config: RunConfig, parent: str | Path) -> Path:
     return folder
 
 
-def create_or_find(run_config: RunConfig, folder: str | Path) -> Path:
+def create_or_find(run_config: RunConfig, folder: str | Path, allow_changes: bool = False) -> Path:
     """``folder`` as the run folder of this configuration: made, or the one that an earlier start of the run left.
 
-    ConfigError where it holds a run of another configuration, or anything else.
+    ConfigError where it holds a run of another configuration (unless ``allow_changes``), or anything else.
     """
     folder = Path(folder)
     if (folder / "config.yaml").exists():
-        differing = difference(read_config(folder).to_dict(), run_config.to_dict())
-        if differing:
+        differing = differences(*(flat(settled(found).to_dict()) for found in (read_config(folder), run_config)))
+        if differing and not allow_changes:
             raise ConfigError(
-                f"{folder} is a run of another configuration ({differing}): give another folder with --run-dir"
+                f"{folder} is a run of another configuration ({listed(differing)}): give another folder with --run-dir,"
+                " or go on all the same with --allow-changes"
             )
         return folder
     try:
@@ -89,16 +91,6 @@ def forget(folder: Path) -> None:
 def write_config(run_config: RunConfig, folder: Path) -> None:
     text = parsing.dump_yaml(run_config.to_dict())
     write_atomic(folder / "config.yaml", f"# resolved configuration, hash {run_config.hash}\n{text}")
-
-
-def difference(saved: Any, own: Any, key: str = "") -> str:
-    """The first place where two configurations differ, as 'train.steps=5 there, 6 here', or ""."""
-    if saved == own:
-        return ""
-    if isinstance(saved, dict) and isinstance(own, dict):
-        keys = sorted(saved.keys() | own.keys())
-        return next(found for k in keys if (found := difference(saved.get(k), own.get(k), f"{key}.{k}".lstrip("."))))
-    return f"{key}={str(saved)[:60]} there, {str(own)[:60]} here"
 
 
 def read_config(folder: str | Path) -> RunConfig:

@@ -105,12 +105,14 @@ SPREAD = ("zero", "kernels", "wandb", "model.device", "train.checkpoint_activati
 """What decides where and how fast a run computes, and not what: it may change when a run is resumed."""
 
 
-def respread(run_config: RunConfig, assignments: list[str]) -> RunConfig:
-    """A run's own configuration with changes to what `SPREAD` names; ConfigError for changes to anything else."""
+def respread(run_config: RunConfig, assignments: list[str], allow_changes: bool = False) -> RunConfig:
+    """A run's own configuration with changes to what `SPREAD` names; ConfigError for others, unless ``allow_changes``."""
     for assignment in assignments:
-        if not f"{assignment.partition('=')[0]}.".startswith(tuple(f"{key}." for key in SPREAD)):
+        spread = f"{assignment.partition('=')[0]}.".startswith(tuple(f"{key}." for key in SPREAD))
+        if not spread and not allow_changes:
             raise ConfigError(
-                f"{assignment!r} would change what a resumed run computes: change {', '.join(SPREAD)} or start a new run"
+                f"{assignment!r} would change what a resumed run computes: give --allow-changes too, or start a new run"
+                f" (without it {', '.join(SPREAD)} may change)"
             )
     with config.quoting(assignments):
         return from_dict(config.override(run_config.to_dict(), assignments)) if assignments else run_config

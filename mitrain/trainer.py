@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from mitrain import checkpoint, dist, runs
+from mitrain import checkpoint, dist, resume, runs
 from mitrain.cautions import cautions
 from mitrain.checkpoint import Checkpoint
 from mitrain.config import digest
@@ -36,6 +36,7 @@ from mitrain.errors import CheckpointError, ConfigError, DataError
 from mitrain.evaluate import evaluate
 from mitrain.features import ImageFeatures
 from mitrain.files import write_json
+from mitrain.fingerprint import fingerprint
 from mitrain.guard import Heartbeat, SkipBudget, StopRequest, diverged
 from mitrain.model import Model, build, resolve_data
 from mitrain.ownership import owned
@@ -59,10 +60,14 @@ class Outcome:
 
 
 class Trainer:
-    """One run, from its configuration to its best checkpoint."""
+    """One run, from its configuration to its best checkpoint.
 
-    def __init__(self, config: RunConfig, folder: Path, *, quiet: bool = False):
+    ``allow_changes``: go on from a checkpoint of another configuration, other data or other frozen weights.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, *, quiet: bool = False, allow_changes: bool = False):
         self.config, self.folder, self.quiet = config, folder, quiet or not dist.is_main()
+        self.allow_changes = allow_changes
         self.watch = Stopwatch()
         self.best, self.best_step = -math.inf, 0
         self.saved = 0  # the step of the newest checkpoint
@@ -76,6 +81,8 @@ class Trainer:
         self._encode()
         if dist.world() > 1:
             checkpoint.seed_rank(config.seed, 0, dist.rank())
+        splits = {"train": self.train, "val": self.val}
+        self.fingerprint = fingerprint(config.to_dict(), splits, self.images.key, self.model.base)
         self.loader: Loader[Any] = Loader(self.train, config.train.batch, config.seed)
         self.skips = SkipBudget(total=config.train.max_skipped)
 
@@ -139,15 +146,21 @@ class Trainer:
         return [Group(name, named[name], rates[name], train.weight_decay) for name in rates]
 
     def resume(self) -> int:
-        """Continue from the newest complete checkpoint; returns its step (0: from the start)."""
+        """Continue from the newest usable checkpoint; returns its step (0: from the start)."""
         saved = dist.from_main(self._newest)
-        if saved is None:
-            return 0
+        if saved is not None:
+            resume.compare(saved, self.fingerprint, self.allow_changes)
+            self._take(saved)
+        if self.allow_changes:
+            dist.from_main(lambda: runs.write_config(self.config, self.folder))
+        return saved.step if saved else 0
+
+    def _take(self, saved: Checkpoint) -> None:
         with self.engine.whole(write=True):
             runs.restore(self.model, saved)
         try:
             self.engine.load_state_dict(saved.tensors["optimizer"], saved.state["engine"])
-            self.loader.load_state(saved.state["loader"])
+            self.loader.load_state(saved.state["loader"], self.allow_changes)
             self.skips.load_state_dict(saved.state["skips"])
             self.best, self.best_step = checked_best(saved.state)
             self.saved = saved.step
@@ -156,7 +169,6 @@ class Trainer:
             raise CheckpointError(
                 f"{saved.path} does not fit this run ({error}): its data or configuration changed; start a new run"
             ) from None
-        return saved.step
 
     def _newest(self) -> Checkpoint | None:
         found = next(checkpoint.usable(self.folder), None)
@@ -311,6 +323,7 @@ class Trainer:
             "best_step": self.best_step,
             "config": self.config.to_dict(),
             "config_hash": self.config.hash,
+            "fingerprint": resume.recorded(self.fingerprint),
         }
         checkpoint.save(self.folder, step, tensors, state, keep=self.config.train.keep, best=improved)
 

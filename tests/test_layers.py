@@ -45,7 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schema",),  # the configuration of all of them
     ("model",),  # backbones + adapter + task
     ("runs", "dryrun"),
-    ("floors",),
+    ("floors", "resume"),
     ("trainer", "scoring"),  # L3
     ("report", "export", "merge"),
     ("bench",),  # whole runs, beside one another

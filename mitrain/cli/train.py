@@ -16,7 +16,13 @@ def add_train(commands: Any) -> None:
     sub.add_argument(
         "--resume",
         metavar="RUN_DIR",
-        help="continue this run from its newest complete checkpoint; key=value may change how it is spread, as zero.stage=1",
+        help="continue this run from its newest usable checkpoint; key=value may change how it is spread, as zero.stage=1",
+    )
+    sub.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="with --resume or --run-dir: go on though configuration, data or frozen weights are not those of the"
+        " checkpoint, as train.steps=400; each difference is named",
     )
     sub.add_argument("--runs", default="runs", metavar="DIR", help="where new run folders are made (default: runs)")
     sub.add_argument(
@@ -67,7 +73,7 @@ def fitted(arguments: argparse.Namespace, folder: Path, config: Any) -> tuple[An
     from mitrain.trainer import Trainer
 
     try:
-        trainer = Trainer(config, folder, quiet=arguments.json)
+        trainer = Trainer(config, folder, quiet=arguments.json, allow_changes=arguments.allow_changes)
         return trainer, trainer.fit()
     except UserError:
         if dist.is_main() and not arguments.resume:
@@ -86,13 +92,13 @@ def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
             raise ConfigError(
                 "--resume takes the run folder's own configuration: leave out CONFIG, --run-dir and --dry-run"
             )
-        config = schema.respread(runs.read_config(arguments.resume), changes)
+        config = schema.respread(runs.read_config(arguments.resume), changes, arguments.allow_changes)
         return runs.require_begun(arguments.resume), config
     if not arguments.config:
         raise ConfigError("give a configuration file (configs/quickstart.yaml is one) or --resume RUN_DIR")
     config = settled(schema.load(arguments.config, arguments.overrides))
     if arguments.at:
-        return runs.create_or_find(config, arguments.at), config
+        return runs.create_or_find(config, arguments.at, arguments.allow_changes), config
     return runs.create(config, arguments.runs), config
 
 

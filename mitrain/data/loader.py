@@ -53,11 +53,16 @@ class Loader(Generic[T]):
     def state(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position, "samples": len(self.samples)}
 
-    def load_state(self, state: dict[str, int]) -> None:
-        """Raises ValueError if the cursor belongs to another number of samples, or is none."""
-        if state["samples"] != len(self.samples):
-            raise ValueError(f"the cursor is for {str(state['samples'])[:20]} samples, here are {len(self.samples)}")
+    def load_state(self, state: dict[str, int], other_samples: bool = False) -> None:
+        """Raises ValueError if the cursor is none, or belongs to another number of samples.
+
+        ``other_samples``: of another number the next epoch begins.
+        """
         epoch, position = state["epoch"], state["position"]
+        if state["samples"] != len(self.samples) and other_samples and type(epoch) is int:
+            epoch, position = epoch + 1, 0
+        elif state["samples"] != len(self.samples):
+            raise ValueError(f"the cursor is for {str(state['samples'])[:20]} samples, here are {len(self.samples)}")
         if any(type(value) is not int or value < 0 for value in (epoch, position)) or position > len(self.samples):
             raise ValueError(f"no cursor has epoch={str(epoch)[:20]} and position={str(position)[:20]}")
         self.epoch, self.position = epoch, position

@@ -40,7 +40,7 @@ def test_a_folder_whose_making_was_interrupted_is_finished(tmp_path):
     [
         (
             lambda folder: runs.create_or_find(configured(steps=7), folder),
-            r"train.steps=7 there, 5 here\): give another",
+            r"train.steps is 7 there, 5 here\): give another",
         ),
         (lambda folder: (folder / "notes.txt").write_text("mine"), "is no run folder and holds 'notes.txt'"),
         (lambda folder: (folder / "config.yaml").write_text("name: ["), "config.yaml"),
