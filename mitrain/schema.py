@@ -1,7 +1,7 @@
 """The whole configuration of a run, section by section."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -26,7 +26,8 @@ class TrainConfig(Section):
     """How long, how fast, and when to look.
 
     ``batch`` samples are one micro-batch, ``accumulate`` of them one step. ``lr`` is the adapter's, ``head_lr`` the task
-    head's (none: the same). ``eval_every`` and ``save_every`` are in steps; the best step is chosen on ``val`` alone.
+    head's (none: the same); ``rates``: the peak rates of parameters whose names begin so, as {adapter.others: 5e-4}.
+    ``eval_every`` and ``save_every`` are in steps; the best step is chosen on ``val`` alone.
     ``fraction``: of the training samples that are used, evenly spread. ``hang_minutes`` without a step print every
     thread's stack.
     """
@@ -37,6 +38,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     lr: float = Field(1e-3, gt=0)
     head_lr: float | None = Field(None, gt=0)
+    rates: dict[str, Annotated[float, Field(gt=0)]] = {}
     weight_decay: float = Field(0.0, ge=0)
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint_activations: bool = False

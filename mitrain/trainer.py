@@ -30,7 +30,7 @@ from mitrain.config import digest
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit, portion
-from mitrain.engine import FP16_SCALE, Engine, Group, LocalEngine, StepResult, Sums, regularised
+from mitrain.engine import FP16_SCALE, Engine, Group, LocalEngine, StepResult, Sums, cut_group, regularised
 from mitrain.engine.zero import ZeroEngine, sharding
 from mitrain.errors import CheckpointError, ConfigError, DataError
 from mitrain.evaluate import evaluate
@@ -143,7 +143,11 @@ class Trainer:
         train = self.config.train
         rates = {"adapter": train.lr, "head": train.head_lr or train.lr}
         named = {name: {f"{name}.{n}": p for n, p in self.model.trainable[name].named_parameters()} for name in rates}
-        return [Group(name, named[name], rates[name], train.weight_decay) for name in rates]
+        for start in train.rates:
+            if not any(n.startswith(start) for part in named.values() for n in part):
+                raise ConfigError(f"train.rates names {start!r}, and no trained parameter's name begins so")
+        groups = [Group(name, named[name], rates[name], train.weight_decay) for name in rates]
+        return [part for group in groups for part in cut_group(group, train.rates)]
 
     def resume(self) -> int:
         """Continue from the newest usable checkpoint; returns its step (0: from the start)."""

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mitrain import hf, trunk
 from mitrain.adapters.aurora_config import COMPOSED_LAYERS, AuroraConfig, AuroraShape
@@ -51,6 +51,7 @@ class Aurora(Adapter):
         self.fusion: Fusion | None = None
         self._points: list[Point] = []
         self._stacks: dict[str, Stack] = {}
+        self._first: int | None = None
         self._crossing = False
         self._aside = False
         self._widths = (0, 0)
@@ -84,13 +85,14 @@ class Aurora(Adapter):
         text, image = backbones["text"], stacks["image"]
         own = has_cross_attention(text)
         layers = self._fusion_layers(own, stacks["text"].depth)
+        first = first_token(self.config.joint_token, text.config, own and layers > 0)
         widths = (stacks["text"].width, image.width)
         points = self._find(backbones, own, layers)
         hidden = {"vision": widths[1], "text": widths[0], "fusion": widths[0]}
         factors = widths_of(points, self.config, hidden)
         points = laid_out(points, self.config, factors)
         self._make_parameters(points, factors, layers, widths, own, text)
-        self._stacks, self._points, self._widths = stacks, points, widths
+        self._stacks, self._points, self._widths, self._first = stacks, points, widths, first
         self.undo(self._forget)
         for module, own_points, across in by_module(points, own):
             self.undo(module.register_forward_hook(self._hook(own_points, across)).remove)
@@ -218,8 +220,16 @@ class Aurora(Adapter):
         own = self._pooled(text, mask)
         if image is None:
             return own
-        fused = self._pooled(self.fusion(entering, mask.bool(), image.to(text.device)), mask)
+        fused = self._pooled(self.fusion(self._entering(entering), mask.bool(), image.to(text.device)), mask)
         return enhanced(fused, own[texts]) if self.config.ice else fused
+
+    def _entering(self, hidden: Tensor) -> Tensor:
+        """What enters the fusion (B, T, D), its first token exchanged: the pass starts at the embeddings then."""
+        if self._first is None:
+            return hidden
+        ids = torch.full((1, 1), self._first, device=hidden.device)
+        first = trunk.trunk_states(self._stacks["text"].model, 0, input_ids=ids)
+        return torch.cat([first.to(hidden).expand(len(hidden), -1, -1), hidden[:, 1:]], dim=1)
 
     def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
         name = self.config.joint
@@ -261,6 +271,25 @@ class Aurora(Adapter):
             if weight is None or not weight.is_floating_point() or hf.is_sharded(weight):
                 return f"the {point.part} model's weights are quantised or sharded: load it whole, in floats"
         return None
+
+
+def first_token(asked: int | str, config: PretrainedConfig, own: bool) -> int | None:
+    """The id that stands first in the fused pass; None for the text's own.
+
+    BLIP added two tokens to BERT's: [DEC], its configuration's ``bos_token_id``, and [ENC] behind it, which its
+    multimodal passes begin with. HF's tokenizer files do not list it.
+    """
+    if asked == "none" or (asked == "auto" and not own):
+        return None
+    if not own:
+        raise ModelError("adapter.joint_token is for text models with a cross-attention of their own: set it to none")
+    enc = (config.bos_token_id or 0) + 1 if asked == "auto" else asked
+    if not 0 <= enc < config.vocab_size or (asked == "auto" and enc != config.vocab_size - 1):
+        raise ModelError(
+            f"the text model's {config.vocab_size} tokens have no [ENC] where BLIP has it, behind the token"
+            f" {config.bos_token_id} as the last one: set adapter.joint_token to its id, or to none"
+        )
+    return int(enc)
 
 
 def by_module(points: list[Point], own: bool) -> Iterator[tuple[nn.Module, list[Point], list[Point]]]:

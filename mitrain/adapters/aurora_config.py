@@ -43,8 +43,10 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
     cross-attention between them are tuned. ``factors``: one U, V and core for all three, or one for each.
     ``dropout``: of Ux. ``fusion_layers``: 0 for a dual encoder alone; null for every layer of the text model with a
     cross-attention of its own, else the last 2. ``fusion_scale``: start of a composed cross-attention's learned
-    factor. ``joint``: the token that the fused vector is read from; auto: the first where the cross-attention is the
-    model's own, the last of a causal model, else the mean.
+    factor. ``joint_token``: the token that stands first in the fused pass in place of the text's own; auto: BLIP's
+    [ENC] where the cross-attention is the model's own; none: the text's own. ``joint``: the token that the fused vector
+    is read from; auto: the first where the cross-attention is the model's own, the last of a causal model, else the
+    mean.
     """
 
     preset: Literal["default", "paper", "released"] = "default"
@@ -59,6 +61,7 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
     ice: bool = False
     fusion_layers: int | None = Field(None, ge=0)
     fusion_scale: float = 1.0
+    joint_token: int | Literal["auto", "none"] = "auto"
     joint: Literal["auto", "cls", "mean", "last"] = "auto"
 
     @model_validator(mode="before")

@@ -110,6 +110,8 @@ class MoPE(Adapter):
         spread = config.spread or spread_of(main.model.config, main.stage_widths[0])
         if config.prompts_main:
             self.prompts.extend(LayerPrompts(config, width, condition, spread, **place) for width in shape.widths)
+        if config.shared_router and len(self.prompts) > 1:
+            self.prompts[1].router = self.prompts[0].router
         if shape.entry:
             self.entry = uniform((config.prompt_tokens, shape.entry), spread, **place)
         if config.mapped:

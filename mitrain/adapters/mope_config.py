@@ -26,6 +26,8 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
     ``routing: top1`` takes the best expert alone, with the gradient of the dense weights. ``noise``: standard deviation
     added to the scores in training (none: 1/k² for cpt, 1/16² for mope). ``importance``: weight λ of the loss that
     keeps experts in use; layers below ``threshold`` γ cost nothing (none: 0.05 for cpt, 0.1 for mope).
+    ``shared_router`` (cpt, every block prompted): the first two layers have one, as in the release, where Swin-B's 24
+    blocks have 23.
 
     ``other_length``: deep prompts of the other encoder; 0 leaves it frozen as it is. ``mapper_width`` (none: half of
     ψ's) and ``mapper_norm``: between the mapper's two maps. ``dropout``: on the mapped prompts and the other encoder's.
@@ -52,6 +54,7 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
     noise: float | None = Field(None, ge=0)
     importance: float = Field(0.01, ge=0)
     threshold: float | None = Field(None, ge=0)
+    shared_router: bool = False
     other_length: int = Field(4, ge=0, le=1024)
     mapper_width: int | None = Field(None, ge=1, le=65536)
     mapper_norm: Literal["layer", "none"] = "layer"
@@ -67,6 +70,10 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
             raise ValueError("nothing is trained: switch static, dynamic or mapped on, or give other_length")
         if self.router == "cpt" and (self.router_reads == "tokens" or self.keys == "learned"):
             raise ValueError("router=cpt reads the condition alone and has no keys: set router=mope")
+        if self.shared_router and (self.router != "cpt" or self.stage_start != "prompted" or not self.dynamic):
+            raise ValueError(
+                "shared_router=true is of conditional prompts: set router=cpt, stage_start=prompted, dynamic=true"
+            )
         return self
 
     @property
@@ -151,7 +158,7 @@ def parameter_count(config: MoPEConfig, shape: Shape) -> ParameterCount:
 def router_count(config: MoPEConfig, widths: Sequence[int], condition: int) -> int:
     """Trained parameters of the routers of layers of these ``widths``."""
     if config.router == "cpt":
-        return len(widths) * (condition + 1) * config.experts
+        return (len(widths) - (config.shared_router and len(widths) > 1)) * (condition + 1) * config.experts
     of_tokens, of_condition = config.router_widths
     keys = (of_tokens + of_condition) * config.experts * (config.keys == "learned")
     return sum((width + 1) * of_tokens + (condition + 1) * of_condition + keys for width in widths)

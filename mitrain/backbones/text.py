@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, D hidden width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,11 @@ class TextBackbone:
     def speaks(self) -> bool:
         """Whether it has a language head."""
         return self.model.get_output_embeddings() is not None
+
+    @property
+    def retrieval_maps(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Maps that the checkpoint's own retrieval reads its states with (see `mitrain.backbones.blip`), or {}."""
+        return blip.maps_of(self.model)
 
     @property
     def depth(self) -> int:

@@ -4,7 +4,7 @@
 DeepSpeed, the only file that imports it.
 """
 
-from mitrain.engine.base import FP16_SCALE, Engine, Group, OptimizerConfig, StepResult, Sums, regularised
+from mitrain.engine.base import FP16_SCALE, Engine, Group, OptimizerConfig, StepResult, Sums, cut_group, regularised
 from mitrain.engine.deepspeed_config import ZeroConfig
 from mitrain.engine.local import LocalEngine
 
@@ -17,5 +17,6 @@ __all__ = [
     "StepResult",
     "Sums",
     "ZeroConfig",
+    "cut_group",
     "regularised",
 ]

@@ -47,6 +47,19 @@ class Group:
     weight_decay: float = 0.0
 
 
+def cut_group(group: Group, rates: Mapping[str, float]) -> list[Group]:
+    """``group`` and, cut out of it, a group for each of ``rates``: the peak rate of the parameters whose names begin so.
+
+    Where several beginnings fit a name the longest counts. What none fits comes first, at the group's own rate.
+    """
+    chosen = {name: max((r for r in rates if name.startswith(r)), key=len, default="") for name in group.params}
+    parts = {rate: {n: p for n, p in group.params.items() if chosen[n] == rate} for rate in ("", *rates)}
+    named = {rate: f"{group.name}:{rate}" if rate else group.name for rate in parts}
+    return [
+        Group(named[rate], part, rates.get(rate, group.lr), group.weight_decay) for rate, part in parts.items() if part
+    ]
+
+
 class LossScale:
     """What losses are multiplied by before the backward pass of an fp16 model, so that small gradients don't vanish.
 

@@ -10,6 +10,7 @@ Shapes: B own samples, N samples of all ranks, K filled places of the queue, d w
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class MomentumQueue(nn.Module):
 
     Candidates are the slow vectors of all ranks' samples and the queue's, newest ``size`` of earlier calls. Right is the
     sample's own partner and whatever shows the same picture or says the same text. ``ramp``: calls over which a rises
-    linearly from 0, as the slow copy has nothing to say at first (the release: the first epoch).
+    linearly from 0, as the slow copy has nothing to say at first (the release: the first epoch). ``start``: the queue is
+    empty at first, or full of random unit vectors that are nobody's partner, as the release has it.
 
     Of several ranks each computes its own samples' rows, so losses and gradients add up to those of one process; the
     queue is filled from all ranks' vectors in their order, and so is the same on each.
@@ -45,6 +47,7 @@ class MomentumQueue(nn.Module):
         momentum: float = 0.995,
         distil: float = 0.4,
         ramp: int = 0,
+        start: Literal["empty", "random"] = "empty",
     ):
         super().__init__()
         self.size, self.momentum, self.distil, self.ramp = size, momentum, distil, ramp
@@ -55,9 +58,11 @@ class MomentumQueue(nn.Module):
             self.register_buffer(name, parameter.detach().clone())
         like = self._fast[0].detach()
         for name in ("images", "words"):
-            self.register_buffer(name, torch.zeros(size, width, device=like.device))
+            table = torch.zeros(size, width, device=like.device)
+            self.register_buffer(name, nn.functional.normalize(table.normal_(), dim=-1) if start == "random" else table)
         self.register_buffer("keys", torch.zeros(size, 2, dtype=torch.int64, device=like.device))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64, device=like.device))
+        full = size if start == "random" else 0
+        self.register_buffer("pushed", torch.full((), full, dtype=torch.int64, device=like.device))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64, device=like.device))
 
     @property

@@ -8,8 +8,9 @@ wrong partner in the batch, and orders the best candidates anew: there picture a
 Shapes: B samples, N samples of all ranks, D hidden width, d width of the common space, e width of the picture's feature.
 """
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ from mitrain.tasks.ranks import Gallery, both_ways, rank_metrics, reranked
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
 from mitrain.tasks.template import frame_of, template_with
 
+log = logging.getLogger(__name__)
+
 MATCH_ROWS = 128  # pairs that the matching head reads at a time
 SCALES = (1.0, 100.0)  # bounds of 1 / temperature
 
@@ -41,7 +44,10 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
     ``matching``: weight of the matching loss, 0 for a dual encoder alone. ``rerank``: how many candidates of each query the
     matching head orders at evaluation. ``max_tokens``: longer texts lose their end. ``dropout``: of what the maps read.
     ``queue``: how many vectors of earlier steps are contrasted with too, made by a slow copy of what is trained, which
-    follows it with ``momentum`` and softens the targets by ``distil``, linearly from 0 over ``ramp`` micro-batches."""
+    follows it with ``momentum`` and softens the targets by ``distil``, linearly from 0 over ``ramp`` micro-batches;
+    ``queue_start``: it is empty at first, or full of random vectors. ``start``: ``auto`` takes the projections and the
+    matching head of a checkpoint that was trained for retrieval (BLIP) where they fit, so that training starts from what
+    it can do; ``fresh`` never does."""
 
     template: template_with("text") = "{text}"
     readout: tuple[Readout, ...] = Field(("last",), min_length=1)
@@ -55,10 +61,16 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
     momentum: float = Field(0.995, ge=0, lt=1)
     distil: float = Field(0.4, ge=0, lt=1)
     ramp: int = Field(0, ge=0)
+    queue_start: Literal["empty", "random"] = "empty"
+    start: Literal["auto", "fresh"] = "auto"
 
 
 class RetrieveTask(Task):
-    """s(i, t) = cos(A v_i, B h_t) / τ; reranked by s + m, m the matching head's value of the infused state (0 at first)."""
+    """s(i, t) = cos(A v_i, B h_t) / τ; reranked by s + m, m the matching head's value of the infused state (0 at first).
+
+    Where A, B and m start from a checkpoint's own (`start`), m alone tells right from wrong: pairs are reranked by
+    cos + m, as BLIP has it, and the matching loss is that of m.
+    """
 
     metric = "recall_mean"
     shuffles = "images"
@@ -95,12 +107,35 @@ class RetrieveTask(Task):
             self.match = nn.Linear(self.seen.get("joint", width), 1)
             nn.init.zeros_(self.match.weight)
             nn.init.zeros_(self.match.bias)
+        self.own = self._take_over(parts.text.retrieval_maps)
         self.slow = None
         if config.queue:
             trained = {"adapter": parts.adapter, "image_map": self.image_map, "text_map": self.text_map}
-            self.slow = MomentumQueue(config.queue, config.dim, trained, config.momentum, config.distil, config.ramp)
+            settings = (config.momentum, config.distil, config.ramp, config.queue_start)
+            self.slow = MomentumQueue(config.queue, config.dim, trained, *settings)
         self.frame = frame_of(config.template)
         self._ids = cache(self._row)
+
+    @torch.no_grad()
+    def _take_over(self, maps: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+        """Start from a checkpoint's own maps; False, said in a line, where they read something else than is read here."""
+        if not maps or self.config.start == "fresh":
+            return False
+        heads = {"image": self.image_map, "text": self.text_map}
+        heads |= {"match": self.match} if self.config.matching else {}
+        needed = {"image", "joint"} if self.config.matching else {"image"}
+        read = self.config.readout == ("cls",) and needed <= self.seen.keys()
+        if not read or any(maps[name][0].shape != head.weight.shape for name, head in heads.items()):
+            log.warning(
+                "the checkpoint's own projections and matching head are not used, training starts from new ones: they read"
+                " what aurora makes with task.readout=[cls] task.dim=%d; task.start=fresh says that this is meant",
+                len(maps["text"][0]),
+            )
+            return False
+        for name, head in heads.items():
+            for own, given in zip((head.weight, head.bias), maps[name], strict=True):
+                own.copy_(given)
+        return True
 
     def _row(self, text: str) -> list[int]:
         ids = self.parts.text.tokens(text, frame=self.frame, most=self.config.max_tokens)
@@ -121,7 +156,9 @@ class RetrieveTask(Task):
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
-        """Mean and spread of the read-outs over the training pairs."""
+        """Mean and spread of the read-outs over the training pairs; a checkpoint's own maps read them as they are."""
+        if self.own:
+            return
         rows = [self._ids(text) for text in evenly(sorted({s.text for s in samples}))]
         mean, scale = statistics(self.parts, self.config.readout, 0, rows)
         self.mean.copy_(mean)
@@ -155,6 +192,10 @@ class RetrieveTask(Task):
     def sharpness(self) -> Tensor:
         """1 / τ."""
         return self.log_scale.exp().clamp(*SCALES)
+
+    def _beside(self) -> Tensor | float:
+        """What a pair's cosine counts beside its matching value."""
+        return 1.0 if self.own else self.sharpness()
 
     def match_values(self, texts: Sequence[str], picture: Picture) -> Tensor:
         """(B,) the matching head's values for pairs of a text and a picture."""
@@ -191,7 +232,8 @@ class RetrieveTask(Task):
         wrong = everyone.picture.rows(image.cpu()).to(picture.feature.device)
         texts = [*own, *(everyone.texts[j] for j in text), *own]
         values = self.match_values(texts, Picture.joined([picture, picture, wrong]))
-        near = self.sharpness().detach() * everyone.similarity.detach()
+        near = 0.0 if self.own else self.sharpness().detach()
+        near = near * everyone.similarity.detach()
         rows = torch.arange(len(own), device=near.device) + everyone.start
         base = torch.cat([near[rows, rows], near[rows, text], near[image, rows]])
         right, other_text, other_image = (values + base).chunk(3)
@@ -241,7 +283,8 @@ class RetrieveTask(Task):
     @torch.no_grad()
     def fits(self, batch: Batch, texts: Sequence[str]) -> list[float]:
         """How well each text fits the one picture of ``batch``: s, and the matching head's value where there is one."""
-        near = self.sharpness() * (self.text_vectors(texts) @ self.image_vectors(batch.picture)[0])
+        near = self.text_vectors(texts) @ self.image_vectors(batch.picture)[0]
+        near = near * (self._beside() if self.config.matching else self.sharpness())
         if self.config.matching:
             near = near + self.match_values(texts, batch.picture.rows(torch.zeros(len(texts), dtype=torch.long)))
         return [round(value, 6) for value in near.double().tolist()]
@@ -251,7 +294,7 @@ class RetrieveTask(Task):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ranks after the best candidates of every query, both ways, are ordered by similarity + matching value."""
         k = min(self.config.rerank, len(images), len(words))
-        near = float(self.sharpness())
+        near = float(self._beside())
         owned = [set(codes) for codes in gallery.owned]
         to_text = [np.argsort(-(image @ words.T), kind="stable")[:k] for image in images]
         to_image = [np.argsort(-(word @ images.T), kind="stable")[:k] for word in words]

@@ -216,12 +216,12 @@ def test_aurora_tunes_a_blip_checkpoint(capsys, world):
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     words = AutoTokenizer.from_pretrained(world / "llm")
     special = {
-        "bos_token_id": 1,
+        "bos_token_id": len(words),  # [DEC], and [ENC] behind it
         "eos_token_id": words.eos_token_id,
         "pad_token_id": 0,
         "sep_token_id": words.eos_token_id,
     }
-    text = {**small, **special, "vocab_size": len(words), "encoder_hidden_size": 32, "max_position_embeddings": 64}
+    text = {**small, **special, "vocab_size": len(words) + 2, "encoder_hidden_size": 32, "max_position_embeddings": 64}
     shape = BlipConfig(text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14})
     BlipForImageTextRetrieval(shape).save_pretrained(world / "blip")
     words.save_pretrained(world / "blip")

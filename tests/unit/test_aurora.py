@@ -42,15 +42,41 @@ def test_at_the_start_every_output_is_the_frozen_models(kind):
 def test_blips_fused_vector_at_the_start_is_blips_own():
     model = blip(torch.float64)
     words, _ = batch({"image": model.vision_model})
-    frozen = model(words.ids, pixels(3), attention_mask=words.mask)
+    encoded = words.ids.clone()
+    encoded[:, 0] = model.config.text_config.vocab_size - 1  # BLIP's multimodal pass begins with [ENC]
+    frozen = model(encoded, pixels(3), attention_mask=words.mask)
     backbones = {"text": model.text_encoder, "image": model.vision_model}
     adapter = aurora(backbones)
     picture = Picture(torch.zeros(3, 2), trunk_states(model.vision_model, 0, pixel_values=pixels(3)))
     joint = adapter.read(words, picture).joint
     assert close(joint, frozen.question_embeds[:, 0]) and close(model.itm_head(joint), frozen.itm_score)
     scramble(adapter.modes)
-    changed = model(words.ids, pixels(3), attention_mask=words.mask).question_embeds[:, 0]
+    changed = model(encoded, pixels(3), attention_mask=words.mask).question_embeds[:, 0]
     assert close(adapter.read(words, picture).joint, changed) and not torch.allclose(joint, changed, atol=1e-2)
+
+
+def test_the_fused_pass_begins_with_the_token_that_is_asked_for():
+    model = blip(torch.float64)
+    words, picture = batch({"image": model.vision_model})
+    backbones = {"text": model.text_encoder, "image": model.vision_model}
+    for asked, first in (("none", words.ids[:, 0]), (5, torch.full((3,), 5))):
+        ids = torch.cat([first[:, None], words.ids[:, 1:]], dim=1)
+        expected = model(ids, pixels(3), attention_mask=words.mask).question_embeds[:, 0]
+        adapter = aurora(backbones, joint_token=asked)
+        assert close(adapter.read(words, picture).joint, expected)
+        adapter.detach()
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "shift", "message"),
+    [("bert", 5, 0, "cross-attention of their own"), ("blip", "auto", 1, "have no .ENC."), ("blip", 10**6, 0, "ENC")],
+)
+def test_a_first_token_that_there_is_not_is_refused(kind, asked, shift, message):
+    backbones = pair(kind)
+    if shift:
+        backbones["text"].config.bos_token_id -= shift
+    with pytest.raises(ModelError, match=message):
+        aurora(backbones, joint_token=asked)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +169,9 @@ def test_merged_weights_give_what_the_adapter_gave(kind, core):
     assert close(merged_text[seen], adapted.text[seen]) and close(merged_image[:, 0], adapted.image)
     assert not torch.allclose(plain.text[seen], adapted.text[seen], atol=1e-2)
     if kind == "blip":
-        fused = backbones["text"](words.ids, words.mask, encoder_hidden_states=merged_image).last_hidden_state
+        encoded = words.ids.clone()
+        encoded[:, 0] = backbones["text"].config.vocab_size - 1
+        fused = backbones["text"](encoded, words.mask, encoder_hidden_states=merged_image).last_hidden_state
         assert close(fused[:, 0], adapted.joint) and not torch.allclose(plain.joint, adapted.joint, atol=1e-2)
 
 

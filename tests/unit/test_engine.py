@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mitrain.config import parse
-from mitrain.engine import Group, LocalEngine, OptimizerConfig
+from mitrain.engine import Group, LocalEngine, OptimizerConfig, cut_group
 from mitrain.errors import CheckpointError, ConfigError, ModelError
 
 PLAIN = OptimizerConfig(name="sgd", clip=None)
@@ -266,3 +266,16 @@ def test_a_state_of_another_run_is_refused_in_one_line_and_changes_nothing(says,
     after, state = engine.state_dict()
     assert state["steps"] == 1 and after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_a_group_is_cut_by_the_beginnings_of_names_and_the_longest_counts():
+    names = ["adapter.others.0", "adapter.others.1", "adapter.prompts.0", "head.weight"]
+    params = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
+    whole = Group("adapter", params, 4e-4, 0.1)
+    rest, others, one = cut_group(whole, {"adapter.others": 5e-4, "adapter.others.1": 6e-4, "nothing": 1.0})
+    assert (rest.lr, list(rest.params)) == (4e-4, ["adapter.prompts.0", "head.weight"])
+    assert (others.lr, list(others.params)) == (5e-4, ["adapter.others.0"])
+    assert (one.lr, list(one.params)) == (6e-4, ["adapter.others.1"])
+    assert {part.weight_decay for part in (rest, others, one)} == {0.1}
+    assert len({part.name for part in (rest, others, one)}) == 3 and rest.name == "adapter"
+    assert cut_group(whole, {})[0] == whole

@@ -27,6 +27,22 @@ def queue(size=8, **settings):
     return MomentumQueue(size, WIDTH, {"map": nn.Linear(3, WIDTH)}, **settings)
 
 
+def test_a_queue_may_start_full_of_unit_vectors_that_are_nobodys_partner():
+    full = queue(size=6, start="random")
+    assert full.filled == 6 and queue(size=6).filled == 0
+    assert torch.allclose(full.images.norm(dim=-1), torch.ones(6)) and torch.allclose(
+        full.words.norm(dim=-1), torch.ones(6)
+    )
+    fast, slow = vectors(1), vectors(2)
+    candidates = tuple(torch.cat(both) for both in zip(slow, (full.images.clone(), full.words.clone()), strict=True))
+    right = torch.cat([right_of(KEYS, KEYS), torch.zeros(5, 6)], dim=1)
+    full.train()
+    assert float(full.contrast(fast, slow, KEYS, SHARPNESS.detach())) == pytest.approx(
+        by_hand(fast, slow, candidates, right, full.distil), rel=1e-5
+    )
+    assert full.filled == 6 and torch.equal(full.images[:5], slow[0])  # the new ones take the oldest places
+
+
 def by_hand(fast, slow, candidates, right, a):
     total = 0.0
     for side in (0, 1):

@@ -47,6 +47,7 @@ def trained(models, **settings):
         {"dynamic": False},
         {"mapped": False, "other_length": 0},
         {"router": "cpt", "experts": 16},
+        {"router": "cpt", "stage_start": "prompted", "shared_router": True},
         {"router_reads": "tokens", "keys": "learned"},
         {"router_reads": "condition", "mapper_norm": "none", "mapper_width": 11},
         {"main": "text"},
@@ -79,7 +80,9 @@ def test_conditional_prompts_have_the_published_count(swin_and_bert, experts, mi
     settings = {"router": "cpt", "mapper_norm": "none", "stage_start": "prompted", "experts": experts}
     count, _ = trained(swin_and_bert, **settings)
     assert count.entry == 0 and count.router == 24 * (TEXT + 1) * experts
-    assert round((count.total + 13 * DIMS[0] - (TEXT + 1) * experts) / 1e6, 2) == millions
+    count, _ = trained(swin_and_bert, **settings, shared_router=True)
+    assert count.router == 23 * (TEXT + 1) * experts
+    assert round((count.total + 13 * DIMS[0]) / 1e6, 2) == millions
 
 
 def test_an_expert_costs_parameters_and_no_tokens():
@@ -115,6 +118,7 @@ def test_what_the_routers_differ_in():
         ({"static": False, "dynamic": False, "mapped": False, "other_length": 0}, "nothing is trained"),
         ({"router": "cpt", "router_reads": "tokens"}, "router=cpt reads the condition alone"),
         ({"router": "cpt", "keys": "learned"}, "router=cpt reads the condition alone and has no keys"),
+        ({"shared_router": True, "stage_start": "prompted"}, "shared_router=true is of conditional prompts"),
         ({"main": "audio"}, "adapter.main='audio'"),
         ({"temperature": 0}, "adapter.temperature=0"),
         ({"experts": 0}, "adapter.experts=0"),

@@ -7,6 +7,7 @@ import torch
 from tiny_mope import attached, tiny_swin
 
 from mitrain.adapters.mope_swin import SwinWalk, attend, grid_of, merge_patches, run_block
+from mitrain.checkpoint import only_trainable, restore
 from mitrain.errors import ModelError
 from mitrain.trunk import trunk_states
 
@@ -177,3 +178,19 @@ def test_a_grid_that_is_no_square_is_refused():
     assert grid_of(model, torch.zeros(1, 64, 8)) == (8, 8)
     with pytest.raises(ModelError, match="60 patches are neither Swin's 16 x 16 nor a square"):
         grid_of(model, torch.zeros(1, 60, 8))
+
+
+def test_the_first_two_blocks_may_share_a_router_as_in_the_release_of_conditional_prompts():
+    settings = {"router": "cpt", "stage_start": "prompted"}
+    pair = attached("bert", "swin", **settings, shared_router=True)
+    first, second = pair.mope.prompts[:2]
+    assert first.router is second.router and pair.mope.prompts[2].router is not first.router
+    pair.joint()
+    assert torch.equal(pair.mope.routing[0], pair.mope.routing[1])
+    own = attached("bert", "swin", **settings)
+    own.joint()
+    assert not torch.equal(own.mope.routing[0], own.mope.routing[1])
+    saved = {name: tensor.clone() for name, tensor in only_trainable(pair.mope).items()}
+    again = attached("bert", "swin", **settings, shared_router=True)
+    restore(again.mope, saved, "prompts")
+    assert torch.equal(again.joint(), pair.joint())

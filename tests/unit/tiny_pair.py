@@ -39,6 +39,7 @@ def bert(dtype: torch.dtype) -> PreTrainedModel:
 def blip(dtype: torch.dtype) -> BlipForImageTextRetrieval:
     torch.manual_seed(6)
     words = {**WORDS, "intermediate_size": 4 * WIDTH, "encoder_hidden_size": WIDTH, "pad_token_id": 0}
+    words["bos_token_id"] = words["vocab_size"] - 2  # [DEC], and behind it [ENC], as BLIP has them
     seen = {**SMALL, **PIXELS, "intermediate_size": 4 * WIDTH, "initializer_range": 0.3}
     config = BlipConfig(text_config=words, vision_config=seen, image_text_hidden_size=8)
     return BlipForImageTextRetrieval(config).to(dtype).eval()
