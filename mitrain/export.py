@@ -3,6 +3,7 @@
 import json
 import math
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,14 @@ def export(
     tensors = {name: saved.tensors[name] for name in model.trainable}
     tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
     licences, alone = known_licences(), model.adapter.places == ("text",)
-    folder = pretrained.publish(out, fields, tensors, lambda contents: pretrained.model_card(contents, licences, alone))
+    peft = model.adapter.peft_files(tensors["adapter"], run_config.model.llm)
+    card = lambda contents: pretrained.model_card(contents, licences, alone)  # noqa: E731
+    folder = pretrained.publish(out, fields, tensors, card, peft)
     return {
         "folder": str(folder),
         "files": sorted(path.name for path in folder.iterdir()),
         "step": saved.step,
+        "bytes": pretrained.read(folder).contents.tensors.bytes,
         "parameters": counts.to_dict(),
         "metrics": metrics,
     }
@@ -121,10 +125,14 @@ def known_licences() -> dict[str, str]:
 
 
 class Pretrained:
-    """An exported run on its frozen weights, ready to predict; made by `from_pretrained`."""
+    """An exported run on its frozen weights, ready to predict; made by `from_pretrained`.
+
+    Threads may share it: their predictions take turns, for a prediction puts stand-ins into the model while it runs.
+    """
 
     def __init__(self, run: runs.Run):
         self.run = run
+        self._turn = threading.Lock()
 
     @property
     def model(self) -> Model:
@@ -152,7 +160,8 @@ class Pretrained:
             return {**self._ask(path, text, candidates), "image": None}
 
     def _ask(self, image: str | Path, text: str, candidates: Sequence[str] | None) -> dict[str, Any]:
-        found = scoring.ask(self.run, image, text, candidates=candidates)
+        with self._turn:
+            found = scoring.ask(self.run, image, text, candidates=candidates)
         return found.values if found.mask is None else {**found.values, "mask": found.mask}
 
 

@@ -13,6 +13,7 @@ modules and the attention interface, and takes itself off again without a trace.
 """
 
 import contextlib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,11 +24,10 @@ from transformers import PreTrainedModel
 
 from mitrain import costs, pretrained, trunk
 from mitrain.adapters.condition import Condition, Feature, make_condition
+from mitrain.adapters.refusals import guard_saving
 from mitrain.config import Section
 from mitrain.errors import ModelError
 from mitrain.reading import Picture, Reading, Words
-
-_NOT_GIVEN = object()
 
 
 class Adapter(nn.Module, ABC):
@@ -50,6 +50,7 @@ class Adapter(nn.Module, ABC):
     """A reading's ``text`` depends on the picture; ``picture.infused=False`` leaves it out while the rest stays."""
     passes: ClassVar[int] = 1
     """How often `read` runs each changed layer, for estimates of memory."""
+    takes_infused: ClassVar[bool] = True
     config: Section
     """The settings, all that its constructor takes; an export writes them and makes the adapter from them again."""
 
@@ -57,8 +58,8 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self._backbones: dict[str, PreTrainedModel] = {}
         self._undo = contextlib.ExitStack()
-        self._conditions: list[Condition | None] = []
-        self._keyword: Any = _NOT_GIVEN
+        self._bound: dict[int, list[Condition | None]] = {}  # by thread: several may run the model at a time
+        self._keywords: dict[int, Condition | None] = {}
         self.backend = "auto"
 
     # What a method implements
@@ -132,6 +133,10 @@ class Adapter(nn.Module, ABC):
         """Fold the adapter into the frozen weights, where its effect does not depend on the input."""
         raise ModelError(f"{self.method} depends on each sample's features and cannot be merged: keep it attached")
 
+    def peft_files(self, tensors: Mapping[str, Tensor], base: str) -> pretrained.PeftFiles | None:
+        """The state dict ``tensors`` as PEFT saves it, trained on the model ``base``; None where PEFT cannot load it."""
+        return None
+
     # What the dry run and comparisons ask, for numbers that no method owes
 
     def infused_parameters(self) -> Mapping[int, int]:
@@ -177,6 +182,8 @@ class Adapter(nn.Module, ABC):
             for backbone in backbones.values():
                 backbone.add_module(self.method, self)
                 self.undo(delattr, backbone, self.method)
+                for model in {backbone, getattr(backbone, "base_model", backbone)}:
+                    self.undo(guard_saving(model, self.method))
                 take = backbone.register_forward_pre_hook(self._take_keyword, prepend=True, with_kwargs=True)
                 self.undo(take.remove)
                 self.undo(backbone.register_forward_hook(self._drop_keyword, always_call=True).remove)
@@ -190,10 +197,18 @@ class Adapter(nn.Module, ABC):
         """Leave the backbones exactly as found; the adapter keeps its parameters and can be attached again."""
         self._undo.close()
         self._backbones = {}
-        self._keyword = _NOT_GIVEN
+        self._keywords.clear()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._backbones:  # a copy's hooks would be the original's
+            raise ModelError(
+                f"a model with a {self.method} adapter attached cannot be copied or pickled: call the adapter's detach()"
+                " first, and attach again (or mitrain.load_adapter) on the copy"
+            )
+        return super().__reduce_ex__(protocol)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the attached adapter to a new ``folder`` in PEFT's layout, whole or not at all.
+        """Write the attached adapter to a new ``folder``, whole or not at all; PEFT's own files too where `peft_files` can.
 
         `mitrain.load_adapter` attaches it to another model of the same shape. A run is exported with its head and
         encoders by ``mitrain export``.
@@ -203,7 +218,9 @@ class Adapter(nn.Module, ABC):
         model = self._backbones["text"]
         settings = {"name": self.method, **self.config.to_dict()}
         fields = pretrained.method_fields(settings, model.config, model.name_or_path, pretrained.count([self], model))
-        return pretrained.publish(folder, fields, {"adapter": self.state_dict()}, pretrained.model_card)
+        tensors = self.state_dict()
+        peft = self.peft_files(tensors, model.name_or_path)
+        return pretrained.publish(folder, fields, {"adapter": tensors}, pretrained.model_card, peft)
 
     def undo(self, function: Any, *args: Any) -> None:
         """Call ``function(*args)`` on ``detach``, the latest first."""
@@ -215,22 +232,39 @@ class Adapter(nn.Module, ABC):
 
         features: name -> (B, e), or ((B, e), (B,) bool mask of the samples that have it), or None for a missing
         modality. copies: rows per sample, for ``generate`` its num_beams or num_return_sequences; None: as many as
-        the batch asks for. Raises ModelError where they don't fit the adapter or, inside, the batch.
+        the batch asks for. They are those of the thread that binds them. Raises ModelError where they don't fit the
+        adapter or, inside, the batch.
         """
         if not self._backbones:
             raise ModelError(f"this {self.method} adapter is not attached, so features have no effect: call attach()")
-        self._conditions.append(make_condition(features, self.feature_widths, copies))
+        own, condition = threading.get_ident(), make_condition(features, self.feature_widths, copies)
+        outer = self._bound.get(own, [])
+        self._bound[own] = [*outer, condition]
         try:
             yield self
         finally:
-            self._conditions.pop()
+            if outer:
+                self._bound[own] = outer
+            else:
+                del self._bound[own]
 
     @property
     def condition(self) -> Condition | None:
-        """The features of the running forward pass: the keyword ``infused=`` of the call, else the innermost bind."""
-        if self._keyword is not _NOT_GIVEN:
-            return self._keyword
-        return self._conditions[-1] if self._conditions else None
+        """The features of the running forward pass: the keyword ``infused=`` of the call, else the innermost bind.
+
+        ModelError in a thread that has neither while another thread holds a binding: it may be meant for this one or not.
+        """
+        own = threading.get_ident()
+        if own in self._keywords:
+            return self._keywords[own]
+        if own in self._bound:
+            return self._bound[own][-1]
+        if self._bound:
+            raise ModelError(
+                "features are bound in another thread than the one that runs the model: call bind() in the thread of the"
+                " forward pass (or generate), or give infused= with the call"
+            )
+        return None
 
     def train(self, mode: bool = True) -> "Adapter":
         """Set the adapter's own mode; the frozen backbones around it go back to eval mode."""
@@ -253,12 +287,13 @@ class Adapter(nn.Module, ABC):
 
     def _take_keyword(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if "infused" in kwargs:
-            self._keyword = None
-            self._keyword = make_condition(kwargs.pop("infused"), self.feature_widths)
+            own = threading.get_ident()
+            self._keywords[own] = None
+            self._keywords[own] = make_condition(kwargs.pop("infused"), self.feature_widths)
         return args, kwargs
 
     def _drop_keyword(self, backbone: nn.Module, args: tuple, output: Any) -> None:
-        self._keyword = _NOT_GIVEN
+        self._keywords.pop(threading.get_ident(), None)
 
 
 def _restore(trainable: list[nn.Parameter], training: list[nn.Module]) -> None:

@@ -5,6 +5,7 @@ Where the paper and the authors' release differ, both are settings; see mit_conf
 """
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class MiT(Adapter):
         self.config = config
         self.infused = nn.ModuleDict()
         self.projections = nn.ModuleDict()
-        self._call: Call | None = None
+        self._calls: dict[int, Call] = {}  # by thread
         self._decoder: Decoder | None = None
         self._checkpointing = False
 
@@ -147,6 +148,18 @@ class MiT(Adapter):
         self.undo(decoder.model.set_attn_implementation, base)
         if decoder.model.config._attn_implementation != attention.PREFIX + base:
             raise ModelError(f"{decoder.name} does not use Hugging Face's attention interface: not supported")
+
+    @property
+    def _call(self) -> Call | None:
+        """The forward pass that this thread is in."""
+        return self._calls.get(threading.get_ident())
+
+    @_call.setter
+    def _call(self, call: Call | None) -> None:
+        if call is None:
+            self._calls.pop(threading.get_ident(), None)
+        else:
+            self._calls[threading.get_ident()] = call
 
     def set_checkpointing(self, enabled: bool) -> None:
         if self._decoder is None or enabled == self._checkpointing:

@@ -7,16 +7,20 @@ Shapes: B samples, T tokens, D width of the text model, P virtual tokens.
 """
 
 import contextlib
+import json
+import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mitrain import hf
+from mitrain import hf, pretrained
 from mitrain.adapters.base import Adapter
 from mitrain.adapters.projections import Projection, kind_of, projections
 from mitrain.adapters.selection import parse_layers, select_layers
@@ -77,10 +81,16 @@ class Injected(Adapter):
         self._layers: dict[str, list[int]] = {}
         self._depth: dict[str, int] = {}
         self._image: Stack | None = None
+        self._peft: dict[str, Any] = {}
 
     def peft_config(self, names: list[str], model: nn.Module) -> Any:
         """PEFT's own configuration for the projections ``names`` of ``model``."""
         raise NotImplementedError
+
+    def peft_files(self, tensors: Mapping[str, Tensor], base: str) -> pretrained.PeftFiles | None:
+        if self.config.where != "text":  # PEFT would load the text model's half and say nothing of the other
+            return None
+        return saved_config(self._peft["text"], base), {peft_name(name): tensor for name, tensor in tensors.items()}
 
     def first_layer(self, name: str) -> int:
         return min(self._layers.get(name, [self._depth[name]]))
@@ -115,10 +125,10 @@ class Injected(Adapter):
                 )
             names.append(whole[id(module)])
             self.undo(setattr, owner, attribute, module)
-        before = {id(p) for p in model.parameters()}
+        before, self._peft[side] = {id(p) for p in model.parameters()}, self.peft_config(names, model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of what is meant here: no PeftModel around the model
-            library().inject_adapter_in_model(self.peft_config(names, model), model)
+            library().inject_adapter_in_model(self._peft[side], model)
         added = {n: p for n, p in model.named_parameters() if id(p) not in before}
         for parameter in added.values():  # PEFT makes them in the projection's type, where small updates would be lost
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -200,6 +210,7 @@ class Virtual(Adapter):
         super().__init__()
         self.config = config
         self.prompt_encoder: nn.Module | None = None
+        self._peft: Any = None
 
     def peft_config(self, model: PreTrainedModel) -> Any:
         """PEFT's own configuration for ``model``."""
@@ -214,7 +225,7 @@ class Virtual(Adapter):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wrapped = library().get_peft_model(base, self.peft_config(base))
-        made = wrapped.prompt_encoder["default"]
+        made, self._peft = wrapped.prompt_encoder["default"], wrapped.peft_config["default"]
         if self.prompt_encoder is None:
             self.prompt_encoder = made.to(next(base.parameters()).device)
         elif [p.shape for p in made.parameters()] != [p.shape for p in self.prompt_encoder.parameters()]:
@@ -222,6 +233,10 @@ class Virtual(Adapter):
         wrapped.prompt_encoder["default"] = self.prompt_encoder
         object.__setattr__(self, "_wrapped", wrapped)
         self.undo(object.__setattr__, self, "_wrapped", None)
+
+    def peft_files(self, tensors: Mapping[str, Tensor], base: str) -> pretrained.PeftFiles | None:
+        (vectors,) = tensors.values()
+        return saved_config(self._peft, base), {"prompt_embeddings": vectors}
 
     def read(self, words: Words | None, picture: Picture | None) -> Reading:
         text = None
@@ -270,6 +285,20 @@ def put(backbones: Mapping[str, nn.Module], key: str, parameter: nn.Parameter) -
     side, *path = key.split("/")
     *owner, name = path
     setattr(backbones[side].get_submodule(".".join(owner)), name, parameter)
+
+
+def saved_config(config: Any, base: str) -> dict[str, Any]:
+    """What PEFT writes of ``config`` for an adapter that was trained on the model ``base``."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        values = json.loads((Path(folder) / "adapter_config.json").read_text())
+    return {**values, "base_model_name_or_path": base}
+
+
+def peft_name(name: str) -> str:
+    """Under which name PEFT saves a parameter that `Injected` holds as ``weights.SIDE/PATH/IN/MODEL``."""
+    path = name.partition("/")[2].replace("/", ".")
+    return f"base_model.model.{re.sub(r'[.]default(?=$|[.]weight$|[.]bias$)', '', path)}"
 
 
 def within_layer(name: str) -> str:

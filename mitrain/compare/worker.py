@@ -87,10 +87,10 @@ def exported(folder: Path) -> dict[str, Any]:
     """Bytes of the adapter's exported tensors; none for a method that cannot be exported, with the reason."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         try:
-            export(folder, Path(temporary) / "adapter")
+            made = export(folder, Path(temporary) / "adapter")
         except UserError as error:
             return {"adapter_bytes": None, "not_exported": str(error)}
-        return {"adapter_bytes": (Path(temporary) / "adapter" / "adapter_model.safetensors").stat().st_size}
+        return {"adapter_bytes": made["bytes"]}
 
 
 def scored(run: Run, part: TaskPart, shown: int) -> dict[str, Any]:

@@ -1,10 +1,15 @@
-"""Published adapters: a folder in PEFT's layout with everything that predictions need except the frozen weights.
+"""Published adapters: a folder with everything that predictions need except the frozen weights.
 
     DIR/
         adapter_config.json          method and settings, the base's name and shape, checksums; of a run also its
                                      configuration, the encoders with their preprocessing, answers, metrics
         adapter_model.safetensors    adapter.*, and of a run head.* and features.*
         README.md                    the model card
+
+Of a method that PEFT can load by itself those two names are PEFT's own files, and ours are beside them:
+
+        adapter_config.json, adapter_model.safetensors      as PEFT's save_pretrained writes them
+        mitrain.json, mitrain.safetensors                   the above
 
 docs/checkpoints.md has the format. Written whole or not at all; read as what a stranger may have made.
 """
@@ -14,6 +19,7 @@ from mitrain.pretrained.contents import Contents, EncoderPart, Parameters, Prepr
 from mitrain.pretrained.folder import (
     CONFIG,
     FORMAT,
+    PeftFiles,
     Published,
     check_target,
     count,
@@ -32,6 +38,7 @@ __all__ = [
     "EncoderPart",
     "EncoderShape",
     "Parameters",
+    "PeftFiles",
     "PreprocessPart",
     "Published",
     "RunPart",

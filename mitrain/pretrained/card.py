@@ -7,6 +7,7 @@ from typing import Any
 
 from mitrain.pretrained.contents import Contents, RunPart
 
+BY_PEFT = 'peft.PeftModel.from_pretrained(model, "THIS_FOLDER")  # the adapter alone, by PEFT without mitrain'
 UNKNOWN = "not known to mitrain"
 LEFT_OUT = ("model", "adapter", "data", "wandb")
 
@@ -139,6 +140,7 @@ def loading_lines(contents: Contents, alone: bool) -> list[str]:
     attached = [
         'adapter, normalize = mitrain.load_adapter(model, "THIS_FOLDER")  # model: a transformers model in memory',
         *(["model(input_ids=ids, infused=adapter.modalities_of(normalize(features)))"] if contents.run else []),
+        *([BY_PEFT] if contents.peft else []),
     ]
     code = ["import mitrain", *(whole if contents.run else []), *(attached if alone else [])]
     return [f"The frozen language model (`{name}`) must have the shape above.", "", "```python", *code, "```"]

@@ -1,4 +1,4 @@
-"""adapter_config.json, field by field; whatever is missing, unknown or of another type is refused."""
+"""adapter_config.json (or mitrain.json), field by field; what is missing, unknown or of another type is refused."""
 
 from typing import Any, Literal
 
@@ -57,7 +57,8 @@ class RunPart(Strict):
 class Contents(Strict):
     """adapter_config.json. ``adapter``: the method's name and settings. ``tensors``: adapter_model.safetensors.
 
-    ``checksum`` covers everything but itself and ``base_model_name_or_path``, which may be edited.
+    ``peft``: the two files beside it that PEFT reads, of a method that PEFT can load. ``checksum`` covers everything but
+    itself and ``base_model_name_or_path``, which may be edited.
     """
 
     format: int
@@ -69,4 +70,11 @@ class Contents(Strict):
     parameters: Parameters
     tensors: FileSum
     run: RunPart | None
+    peft: dict[str, FileSum] | None = None
     checksum: str
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if self.peft is None:
+            del values["peft"]
+        return values

@@ -22,12 +22,16 @@ from mitrain.untrusted import is_finite, parse_json, parse_tensors, read_regular
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+OWN_CONFIG, OWN_WEIGHTS = "mitrain.json", "mitrain.safetensors"
+"""The names of ours where PEFT's own files have the names above."""
 CONFIG_LIMIT = 1 << 24
 GROUPS = ("adapter", "head", "features")
 EDITABLE = ("checksum", "base_model_name_or_path")
 MEND = "export it again or take another copy"
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
+PeftFiles = tuple[dict[str, Any], dict[str, Tensor]]
+"""What PEFT's two files hold: its configuration, and its tensors by PEFT's names."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Published:
 
 
 def is_published(folder: str | Path) -> bool:
-    return os.path.lexists(Path(folder) / CONFIG)
+    return any(os.path.lexists(Path(folder) / name) for name in (CONFIG, OWN_CONFIG))
 
 
 def check_target(folder: str | Path) -> Path:
@@ -51,28 +55,52 @@ def check_target(folder: str | Path) -> Path:
     return folder
 
 
-def publish(folder: str | Path, values: Mapping[str, Any], tensors: Tensors, card: Callable[[Contents], str]) -> Path:
+def publish(
+    folder: str | Path,
+    values: Mapping[str, Any],
+    tensors: Tensors,
+    card: Callable[[Contents], str],
+    peft: PeftFiles | None = None,
+) -> Path:
     """Write ``tensors`` (by group) and the fields ``values`` of `Contents`, all but what follows from the tensors.
 
-    The folder appears whole, after it has been read back, or not at all.
+    ``peft``: what PEFT's own files hold, where it can load the adapter. The folder appears whole, after it has been read
+    back, or not at all.
     """
     folder = check_target(folder)
-    weights = safetensors.save(flat(tensors), {"format": "pt"})
-    summed = FileSum(sha256=hashlib.sha256(weights).hexdigest(), bytes=len(weights))
-    fields = {**values, "format": FORMAT, "mitrain_version": __version__, "tensors": summed.to_dict(), "checksum": ""}
-    contents = parse_contents(fields, folder / CONFIG)
+    config_name, weights_name = (OWN_CONFIG, OWN_WEIGHTS) if peft else (CONFIG, WEIGHTS)
+    weights, beside = safetensors.save(flat(tensors), {"format": "pt"}), peft_contents(peft)
+    fields = {**values, "format": FORMAT, "mitrain_version": __version__, "tensors": summed(weights), "checksum": ""}
+    fields["peft"] = {name: summed(content) for name, content in beside.items()} or None
+    contents = parse_contents(fields, folder / config_name)
     contents = contents.model_copy(update={"checksum": checksum(contents.to_dict())})
+    text = json.dumps(contents.to_dict(), indent=2, sort_keys=True, allow_nan=False)
     try:
         with atomic_folder(folder) as work:
-            (work / WEIGHTS).write_bytes(weights)
+            for name, content in beside.items():
+                (work / name).write_bytes(content)
+            (work / weights_name).write_bytes(weights)
             (work / CARD).write_text(card(contents), encoding="utf-8")
-            (work / CONFIG).write_text(json.dumps(contents.to_dict(), indent=2, sort_keys=True, allow_nan=False))
+            (work / config_name).write_text(text)
             read(work)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {str(folder)!r} ({error.strerror or error}): make room there or give another folder"
         ) from None
     return folder
+
+
+def peft_contents(peft: PeftFiles | None) -> dict[str, bytes]:
+    """The content of PEFT's two files, by their names."""
+    if peft is None:
+        return {}
+    settings, tensors = peft
+    text = json.dumps(settings, indent=2, sort_keys=True).encode()
+    return {CONFIG: text, WEIGHTS: safetensors.save(flat_group(tensors), {"format": "pt"})}
+
+
+def summed(content: bytes) -> dict[str, Any]:
+    return FileSum(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)).to_dict()
 
 
 def count(trained: Iterable[nn.Module], base: nn.Module) -> Parameters:
@@ -86,7 +114,7 @@ def count(trained: Iterable[nn.Module], base: nn.Module) -> Parameters:
 def method_fields(adapter: Mapping[str, Any], base: PretrainedConfig, name: str, counts: Parameters) -> dict[str, Any]:
     """The fields of `Contents` that every adapter has; ``adapter``: its settings with the method's ``name``."""
     return {
-        "peft_type": adapter["name"].upper(),
+        "peft_type": f"MITRAIN_{adapter['name'].upper()}",  # no method of PEFT's: it refuses the folder
         "base_model_name_or_path": name,
         "base": base_shape(base).to_dict(),
         "adapter": dict(adapter),
@@ -97,11 +125,11 @@ def method_fields(adapter: Mapping[str, Any], base: PretrainedConfig, name: str,
 
 def flat(tensors: Tensors) -> dict[str, Tensor]:
     """group.name → a contiguous copy on the CPU that shares memory with nothing."""
-    return {
-        f"{group}.{name}": tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        for group, named in tensors.items()
-        for name, tensor in named.items()
-    }
+    return flat_group({f"{group}.{name}": tensor for group, named in tensors.items() for name, tensor in named.items()})
+
+
+def flat_group(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, t in named.items()}
 
 
 def checksum(fields: Mapping[str, Any]) -> str:
@@ -117,7 +145,8 @@ def read(folder: str | Path) -> Published:
         raise CheckpointError(
             f"{str(folder)!r} is no exported adapter (it has no {CONFIG}): give one from mitrain export"
         )
-    path = folder / CONFIG
+    own = os.path.lexists(folder / OWN_CONFIG)
+    path, weights = (folder / name for name in ((OWN_CONFIG, OWN_WEIGHTS) if own else (CONFIG, WEIGHTS)))
     values = parse_json(read_regular(path, CONFIG_LIMIT, MEND), path, MEND, finite=True)
     version = values.get("format")
     if type(version) is not int or version < 1:
@@ -132,7 +161,21 @@ def read(folder: str | Path) -> Published:
         raise CheckpointError(
             f"{path} is corrupted or was edited (its checksum differs; only base_model_name_or_path may change): {MEND}"
         )
-    return Published(folder, contents, read_tensors(folder / WEIGHTS, contents.tensors))
+    tensors = read_tensors(weights, contents.tensors)
+    check_peft(folder, contents)
+    return Published(folder, contents, tensors)
+
+
+def check_peft(folder: Path, contents: Contents) -> None:
+    """CheckpointError where PEFT's files are not the exported ones: what PEFT loads would differ from what we load."""
+    for name, expected in (contents.peft or {}).items():
+        if name not in (CONFIG, WEIGHTS) or expected.bytes > contents.tensors.bytes + CONFIG_LIMIT:
+            raise CheckpointError(f"{folder / OWN_CONFIG} names no file of PEFT's: {name[:60]!r}: {MEND}")
+        content = read_regular(folder / name, expected.bytes, MEND)
+        if summed(content) != expected.to_dict():
+            raise CheckpointError(
+                f"{folder / name} was changed after the export ({OWN_WEIGHTS} still holds the exported weights): {MEND}"
+            )
 
 
 def parse_contents(values: Mapping[str, Any], path: Path) -> Contents:

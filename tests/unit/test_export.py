@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -239,6 +240,13 @@ def test_every_architecture_has_a_fingerprint_that_its_copy_shares(name, tmp_pat
     other = next(n for n in NAMES if n != name)
     with pytest.raises(ModelError, match="does not match what the adapter was trained on: model_type"):
         mitrain.load_adapter(tiny(other), tmp_path / "mit")
+
+
+def test_threads_share_a_predictor(predictor, images):
+    expected = [predictor.predict(path, PROMPT) for path in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda path: predictor.predict(path, PROMPT), [*images, *images, *images]))
+    assert found == expected * 3
 
 
 def test_deepspeed_is_not_needed(exported, images, monkeypatch):

@@ -1,0 +1,97 @@
+"""What PEFT can load of ours it loads, with equal outputs; what it cannot it refuses, and never as an adapter of zeros."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from folders import llm_folder, vision_folder
+from peft import PeftModel
+from tiny import scramble
+from transformers import AutoModel, AutoModelForCausalLM
+
+import mitrain
+from mitrain import adapters, config, pretrained
+from mitrain.errors import CheckpointError
+from mitrain.reading import Words
+
+IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+MASK = torch.ones_like(IDS)
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "mitrain.json", "mitrain.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return llm_folder(tmp_path_factory.mktemp("peft") / "llm", layers=2)
+
+
+def llm(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def attached(folder, settings, **more):
+    """An attached adapter with random parameters, and its model."""
+    model = llm(folder)
+    adapter = adapters.build(config.choose("adapter", settings))
+    adapter.attach({"text": model, **more})
+    scramble(adapter)
+    return adapter.eval(), model
+
+
+def by_peft(folder, saved):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        return PeftModel.from_pretrained(llm(folder), saved)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "lora", "rank": 3, "alpha": 5, "targets": ["q", "v", "mlp"], "layers": [1]},
+        {"name": "ia3"},
+        {"name": "prompt", "tokens": 2},
+        {"name": "prefix", "tokens": 3},
+    ],
+    ids=lambda settings: settings["name"],
+)
+@torch.no_grad()
+def test_peft_gives_what_the_adapter_gave(folder, tmp_path, settings):
+    adapter, model = attached(folder, settings)
+    hidden = adapter.read(Words(IDS, MASK), None).text
+    expected = model.lm_head(hidden)
+    adapter.save_pretrained(tmp_path / "saved")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == FILES
+    found = by_peft(folder, tmp_path / "saved")(input_ids=IDS, attention_mask=MASK).logits
+    assert torch.equal(found[:, -IDS.shape[1] :], expected)
+    assert not torch.allclose(llm(folder)(IDS).logits, expected, atol=1e-2)
+    again, _ = mitrain.load_adapter(llm(folder), tmp_path / "saved")
+    assert torch.equal(again.read(Words(IDS, MASK), None).text, hidden)
+    assert "PeftModel.from_pretrained" in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_peft_does_not_take_what_is_not_its_own(folder, tmp_path):
+    image = AutoModel.from_pretrained(vision_folder(tmp_path / "vision", layers=2))
+    both = attached(folder, {"name": "lora", "where": "both"}, image=image)[0]
+    mit = mitrain.attach(llm(folder), mitrain.MiTConfig(modalities={"image": 6}, layers=[1]))
+    for name, adapter in (("both", both), ("mit", mit)):
+        adapter.save_pretrained(tmp_path / name)
+        assert "PeftModel" not in (tmp_path / name / "README.md").read_text()
+        with pytest.raises(KeyError, match="MITRAIN_"):
+            PeftModel.from_pretrained(llm(folder), tmp_path / name)
+
+
+def test_files_of_peft_that_were_changed_or_forged_are_refused(folder, tmp_path):
+    attached(folder, {"name": "ia3"})[0].save_pretrained(tmp_path / "saved")
+    values = json.loads((tmp_path / "saved" / "mitrain.json").read_text())
+    values["peft"]["adapter_model.safetensors"]["bytes"] = 20 << 30
+    forged = {**values, "checksum": pretrained.folder.checksum(values)}
+    weights, own = tmp_path / "saved" / "adapter_model.safetensors", tmp_path / "saved" / "mitrain.json"
+    kept = own.read_text()
+    own.write_text(json.dumps(forged))
+    with pytest.raises(CheckpointError, match="names no file of PEFT's"):
+        pretrained.read(tmp_path / "saved")
+    own.write_text(kept)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors was changed after the export"):
+        pretrained.read(tmp_path / "saved")
