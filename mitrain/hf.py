@@ -226,6 +226,14 @@ def empty_model(factory: Any, config: PretrainedConfig, **kwargs: Any) -> PreTra
         return factory.from_config(config, **kwargs)
 
 
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two ways of computing the same numbers gave the same but for rounding, measured by the largest of them."""
+    if found.shape != expected.shape or not bool(found.isfinite().all()):
+        return False
+    bound = torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max())
+    return float((found - expected).abs().max()) <= bound
+
+
 @contextlib.contextmanager
 def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Inside, those of ``parameters`` that are sharded over ranks (ZeRO-3) are gathered; all ranks do it together."""

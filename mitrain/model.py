@@ -18,7 +18,7 @@ from mitrain.adapters.base import Adapter
 from mitrain.backbones import ModelConfig, Shard, TextBackbone, VisionEncoder
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw
-from mitrain.errors import ConfigError
+from mitrain.errors import ConfigError, DataError
 from mitrain.features import FeatureNorm, ImageFeatures, Progress, no_progress
 from mitrain.files import cache_home
 from mitrain.fingerprint import digest
@@ -101,6 +101,18 @@ class Model:
         """
         named = {"text": self.text.base(), **{f"encoder{i}": e.base() for i, e in enumerate(self.encoders)}}
         return {f"{name}.{part}": digest([value]) for name, parts in named.items() for part, value in parts.items()}
+
+    def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
+        """`Task.texts`; where a text cannot be read, the error names its sample."""
+        try:
+            return self.task.texts(samples, every_candidate)
+        except DataError:
+            for sample in samples:
+                try:
+                    self.task.texts([sample], every_candidate)
+                except DataError as error:
+                    raise DataError(f"sample {sample.id!r}: {error}") from None
+            raise
 
     def images(self, root: Path, bad: BadSamples | None = None, cached: bool = True) -> ImageFeatures:
         """The encoders' view of the image files under ``root``."""
@@ -215,7 +227,7 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
                 encoders[0].identity()  # the pretrained weights', before anything is put into them
         adapter.attach(backbones, checkpoint=config.train.checkpoint_activations, backend=backend)
         cache = None if empty else cache_root(config)
-        states = TextStates(text, adapter.first_layer("text"), cache, always=adapter.walks)
+        states = TextStates(text, adapter.first_layer("text"), cache, adapter.walks, adapter.aside)
         pictures = None
         if "image" in adapter.places:
             pictures = PictureStates(encoders[0], adapter.first_layer("image"), cache)

@@ -46,7 +46,7 @@ def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any
     for line in cautions(chosen, f"the split {split!r}", getattr(run.model.task, "known", None)):
         log.warning(line)
     run.model.prepare(images, sorted({s.image for s in chosen}), run.config.features.eval_views)
-    run.model.states.prepare(run.model.task.texts(chosen, True))
+    run.model.states.prepare(run.model.texts(chosen, True))
     return chosen, images
 
 

@@ -5,8 +5,12 @@ Shapes: B samples, T tokens, D width of the text model, N picture tokens, c widt
 """
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +21,42 @@ from mitrain.data.cache import FeatureCache, Item
 from mitrain.data.images import open_image
 from mitrain.features import ENCODE_BATCH, ImageFeatures, Progress, no_progress
 
+log = logging.getLogger(__name__)
+
 
 class TextStates:
     """What leaves the frozen trunk of ``depth`` layers, per text (a row of token ids).
 
-    ``always``: also where nothing is cached, for methods that run the layers themselves.
+    ``always``: also where nothing is cached, for methods that run the layers themselves. ``aside`` takes off what changes
+    the model meanwhile.
     """
 
-    def __init__(self, text: TextBackbone, depth: int, cache: Path | None, always: bool = False):
-        self.text, self.depth, self.always = text, depth, always
-        self.cached = cache is not None and depth > 0
-        identity = text.identity(depth) if self.cached else {}
-        self.store = FeatureCache(cache / "texts" if self.cached else None, identity, {"states": "float32"})
+    def __init__(
+        self,
+        text: TextBackbone,
+        depth: int,
+        cache: Path | None,
+        always: bool = False,
+        aside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
+        self.text, self.depth, self.always, self.aside = text, depth, always, aside
+        self.wanted = cache is not None and depth > 0
+        identity = text.identity(depth) if self.wanted else {}
+        self.store = FeatureCache(cache / "texts" if self.wanted else None, identity, {"states": "float32"})
+
+    @cached_property
+    def cached(self) -> bool:
+        """Whether states are kept: where that is wanted and the model can go on from them, which it is asked once."""
+        if not self.wanted or self.always:
+            return self.wanted
+        with self.aside():
+            able = self.text.replays(self.depth)
+        if not able:
+            log.warning(
+                "%s cannot go on from the cached states of its lower layers: texts run through all layers every time",
+                type(self.text.model).__name__,
+            )
+        return able
 
     @staticmethod
     def key(row: Sequence[int]) -> str:

@@ -114,9 +114,10 @@ class Trainer:
                 for name in paths:
                     self.model.prepare(self.images, paths[name], views[name], bar.update)
         with self.watch.phase("encode texts"):
-            rows = self.model.task.texts(self.train, False) + self.model.task.texts(self.val, True)
+            rows = self.model.texts(self.train, False) + self.model.texts(self.val, True)
             with self._bar(len(rows), "encode texts") as bar:
                 self.model.states.prepare(rows, bar.update)
+            self.model.task.rehearse(self.val)
             self.model.norm.fit(self.images.pooled(paths["train"]))
             with self.engine.whole(write=True):
                 self.model.train(False)

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D hidden width.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mitrain.errors import ModelError
-from mitrain.hf import layer_owner
+from mitrain.hf import agree, layer_owner
 from mitrain.reading import Words
+
+log = logging.getLogger(__name__)
 
 
 class StandIn(nn.Module):
@@ -108,3 +111,21 @@ def last_hidden(model: PreTrainedModel, words: Words) -> Tensor:
     with replay(model, words.depth, words.states):
         found = model.base_model(inputs_embeds=words.states, attention_mask=words.mask, use_cache=False)
     return found.last_hidden_state
+
+
+@torch.no_grad()
+def reproduces(model: PreTrainedModel, depth: int, ids: Tensor, mask: Tensor) -> bool:
+    """Whether `replay` of what leaves the ``depth`` bottom layers gives what the whole model gives for ``ids`` (B, T).
+
+    It does not where the layers above read more than that: embeddings of their own, several streams, projections before
+    the first layer. What is asked is the model, by running it both ways.
+    """
+    expected = last_hidden(model, Words(ids, mask))
+    shown = mask[..., None].to(expected.dtype)
+    try:
+        states = trunk_states(model, depth, input_ids=ids, attention_mask=mask) * shown
+        found = last_hidden(model, Words(ids, mask, states, depth))
+    except Exception as error:  # a model that cannot be replayed fails in a way of its own
+        log.debug("%s is not replayed: %r", type(model).__name__, error)
+        return False
+    return states.shape[:2] == ids.shape and agree(found * shown, expected * shown)

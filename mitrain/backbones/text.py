@@ -29,6 +29,7 @@ from mitrain.backbones.tokens import WHOLE, Tokens, shared_start
 from mitrain.errors import ConfigError, DataError, ModelError
 from mitrain.reading import Words
 
+PROBE = "The picture shows a thing that lies on the left of another."
 LARGE_LOGITS = 2**28
 """Bytes of fp32 logits from which on the loss runs over parts of the vocabulary."""
 
@@ -116,7 +117,13 @@ class TextBackbone:
             raise ModelError(
                 f"the tokenizer of {str(source)!r} has no end-of-text token: answers could not end; use another"
             )
-        return cls(model if shard else model.to(device), tokenizer, dtype, quantize, shard is not None, source)
+        made = cls(model if shard else model.to(device), tokenizer, dtype, quantize, shard is not None, source)
+        if tokenizer.eos_token_id >= made.vocabulary:
+            raise ModelError(
+                f"the tokenizer of {str(source)!r} ends texts with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}),"
+                f" and the language model embeds {made.vocabulary} tokens: give the tokenizer that belongs to it"
+            )
+        return made
 
     @classmethod
     def empty(cls, config: PretrainedConfig) -> "TextBackbone":
@@ -164,13 +171,16 @@ class TextBackbone:
         model can read raises DataError. ``strip`` as in `Tokens.ids`.
         """
         opening, ids, closing = self.texts.opening, self.texts.ids(text, frame, strip=strip), self.texts.closing
+        self._embedded(ids, text)
         if most is not None:
             return [*opening, *ids[: max(most - len(opening) - len(closing), 1)], *closing]
         return self._readable([*opening, *ids, *closing], text)
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text of any length by itself, without opening and closing tokens."""
-        return self.texts.ids(text)
+        ids = self.texts.ids(text)
+        self._embedded(ids, text)
+        return ids
 
     def prompt(self, text: str, frame: Sequence[str] = WHOLE) -> list[int]:
         """Token ids of a text that an answer follows: opened, not closed."""
@@ -187,14 +197,46 @@ class TextBackbone:
 
     def _readable(self, ids: list[int], text: str) -> list[int]:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self._embedded(ids, text)
         if limit and len(ids) > limit:
             raise DataError(f"a text of {len(ids)} tokens is longer than the model's {limit}: shorten {text[:60]!r}…")
         return ids
 
+    def _embedded(self, ids: Sequence[int], text: str) -> None:
+        """DataError where ``text`` has a token that the model has no embedding for."""
+        if ids and max(ids) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise DataError(
+                f"the text {text[:60]!r} has the token {token!r} (id {max(ids)}), and the language model embeds"
+                f" {self.vocabulary} tokens: take it out of the text, or give the tokenizer that belongs to the model"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model can read and, where it speaks, say."""
+        said = getattr(self.model.get_output_embeddings(), "out_features", None)
+        read = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        return min(n for n in (said, read, self.model.config.get_text_config().vocab_size) if n)
+
+    @property
+    def pad_id(self) -> int:
+        """What stands where the mask hides it: the tokenizer's padding if the model embeds it, else its end of text."""
+        padding = self.tokenizer.pad_token_id
+        return padding if padding is not None and padding < self.vocabulary else self.tokenizer.eos_token_id
+
+    def probe(self, side: str = "right") -> tuple[Tensor, Tensor]:
+        """``input_ids`` and ``attention_mask`` of two short texts, one of them padded: to try the model on."""
+        row = [i % self.vocabulary for i in self.tokenizer(PROBE)["input_ids"]][:6]
+        return self.pad([row, row[: max(len(row) // 2, 1)]], side)
+
+    def replays(self, depth: int) -> bool:
+        """Whether the model can go on from what leaves its ``depth`` bottom layers."""
+        return trunk.reproduces(self.model, depth, *self.probe())
+
     def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]:
         """``input_ids`` and ``attention_mask``, both (B, T)."""
         length = max(map(len, rows))
-        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id or 0, dtype=torch.long)
+        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
         mask = torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
             where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)

@@ -6,10 +6,11 @@ full vocabulary on the answer's tokens; scored by likelihood among answers to ch
 Shapes: B samples, R rows (a sample and one of its candidates), T tokens, V vocabulary.
 """
 
+import logging
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from torch import Tensor
 
 from mitrain import dist
 from mitrain.config import Section
+from mitrain.errors import ModelError
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
+from mitrain.tasks.speech import decoding, greedy
 from mitrain.tasks.template import frame_of, template_with
 
+log = logging.getLogger(__name__)
 SCORE_ROWS = 112
 MOST_ANSWERS = 100
 """Of how many training answers to its prompt one is chosen for a sample without candidates; beyond, the model speaks."""
@@ -116,8 +120,20 @@ class AnswerTask(Task):
         values = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64)
         return list(values.split([len(names) for names in offered]))
 
+    @cached_property
+    def decoding(self) -> dict[str, Any]:
+        return decoding(self.parts)
+
+    def rehearse(self, samples: Sequence[Any]) -> None:
+        try:
+            self.decoding  # noqa: B018
+        except ModelError as error:
+            if self.must_generate(samples):
+                raise
+            log.warning("this run will not be able to generate (predict, eval --generate): %s", error)
+
     def generate(self, batch: Batch, num_beams: int = 1) -> list[str]:
-        """What the model says on its own: greedy (or beam) decoding with a KV cache."""
+        """What the model says on its own: greedy (or beam) decoding, as `decoding` found it to be right."""
         return [said for said, _ in self._spoken(batch, num_beams)]
 
     @torch.no_grad()
@@ -125,21 +141,9 @@ class AnswerTask(Task):
         """What the model says of each sample, and whether all its logits were numbers."""
         text, numbers = self.parts.text, Numbers(len(batch.samples))
         ids, mask = text.pad([self._prompt_ids(s.prompt) for s in batch.samples], side="left")
+        options = {"max_new_tokens": self.config.max_new_tokens, "num_beams": num_beams, **self.decoding}
         with self.parts.adapter.bind(self.parts.adapter.modalities_of(batch.features), copies=num_beams):
-            out = text.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=self.config.max_new_tokens,
-                synced_gpus=text.sharded,
-                num_beams=num_beams,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=text.tokenizer.eos_token_id,
-                pad_token_id=text.tokenizer.pad_token_id,
-                logits_processor=[numbers],
-            )
+            out = greedy(self.parts, ids, mask, logits_processor=[numbers], **options)
         said = text.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return list(zip([words.strip() for words in said], numbers.all, strict=True))
 

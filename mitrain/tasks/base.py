@@ -23,8 +23,12 @@ class TextModel(Protocol):
     tokenizer: Any
     width: int
     device: torch.device
+    dtype: torch.dtype
     sharded: bool
 
+    @property
+    def pad_id(self) -> int: ...
+    def probe(self, side: str = "right") -> tuple[Tensor, Tensor]: ...
     def tokens(
         self, text: str, *, frame: Sequence[str] = ..., most: int | None = None, strip: str | None = " "
     ) -> list[int]: ...
@@ -61,6 +65,8 @@ class Reader(Protocol):
     places: tuple[str, ...]
     fuses: bool
 
+    @property
+    def feature_widths(self) -> Mapping[str, int]: ...
     def bind(self, features: Mapping[str, Any], copies: int = 1) -> AbstractContextManager: ...
     def modalities_of(self, feature: Tensor | None) -> Mapping[str, Any]: ...
     def read(self, words: Words | None, picture: Picture | None) -> Reading: ...
@@ -151,6 +157,9 @@ class Task(nn.Module):
     def must_generate(self, samples: Sequence[Any]) -> bool:
         """Whether some of ``samples`` can be scored only by letting the model speak."""
         return False
+
+    def rehearse(self, samples: Sequence[Any]) -> None:
+        """Say, or refuse, before the first step what could not be done with ``samples`` after it."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum, count) over the batch."""
