@@ -20,7 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mitrain import __version__
+from mitrain import __version__, dist
+from mitrain.errors import RankError
 from mitrain.provenance import versions
 
 MARK = "sha256:"
@@ -54,6 +55,11 @@ def code() -> dict[str, str]:
     return {"mitrain": __version__, "sources": digest(files), **versions(("torch", "transformers"))}
 
 
+def code_parts() -> dict[str, str]:
+    """The code alone: what ranks can compare before they have loaded anything."""
+    return {f"code.{name}": value for name, value in code().items()}
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested sections as ``{"train.lr": "0.001"}``: values are JSON."""
     found: dict[str, str] = {}
@@ -79,6 +85,29 @@ def digest(values: Iterable[Any]) -> str:
     while part := list(islice(rest, 1024)):
         seen.update(json.dumps(part, sort_keys=True, default=repr).encode())
     return MARK + seen.hexdigest()
+
+
+def require_same(own: Mapping[str, str]) -> None:
+    """All ranks together; RankError on each of them that names what differs from rank 0's parts, and on which ranks."""
+    first, *others = dist.gather(dict(own))
+    where: dict[str, list[int]] = {}
+    for rank, found in enumerate(others, 1):
+        for name in dict.fromkeys([*first, *found]):
+            if first.get(name) != found.get(name):
+                where.setdefault(name, []).append(rank)
+    if where:
+        phrases = [unlike(name, [first, *others], ranks) for name, ranks in where.items()]
+        raise RankError(
+            f"the ranks would not run the same: {listed(phrases)}; give all of them the same arguments, files and versions"
+        )
+
+
+def unlike(name: str, parts: Sequence[Mapping[str, str]], ranks: Sequence[int]) -> str:
+    """As "config.seed is 0 on rank 0, 1 on rank 2" and, of digests, "data.train.answer of ranks 1, 3 is not rank 0's"."""
+    here, there = parts[0].get(name), parts[ranks[0]].get(name)
+    if here is not None and here.startswith(MARK):
+        return f"{name} of rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:SHOWN]))} is not rank 0's"
+    return f"{name} is {brief(here)} on rank 0, {brief(there)} on rank {ranks[0]}"
 
 
 def differences(there: Mapping[str, str], here: Mapping[str, str], ignoring: Iterable[str] = ()) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mitrain import figures, runs, schema
+from mitrain import dist, figures, runs, schema
+from mitrain.backbones.digests import frozen_digest
 from mitrain.cautions import cautions
 from mitrain.data.captions import CaptionSample
 from mitrain.data.images import BadSamples, open_image
@@ -23,6 +24,7 @@ from mitrain.errors import ConfigError, DataError, UserError
 from mitrain.evaluate import Evaluation, evaluate
 from mitrain.features import ImageFeatures
 from mitrain.files import atomic_folder, write_atomic
+from mitrain.fingerprint import digest, fingerprint, require_same
 from mitrain.floors import floors_of
 from mitrain.model import resolve_data
 from mitrain.parsing import is_whole
@@ -43,11 +45,22 @@ def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any
         raise DataError(f"no sample of the split {split!r} can be read: check the data folder {root}")
     if run.config.task.section_name == "answer":
         recall(run, scoring=True)
+    if dist.world() > 1:
+        require_same(
+            fingerprint(run.config.to_dict(), {split: chosen}, images.key, run.model.base) | trained_parts(run)
+        )
     for line in cautions(chosen, f"the split {split!r}", getattr(run.model.task, "known", None)):
         log.warning(line)
     run.model.prepare(images, sorted({s.image for s in chosen}), run.config.features.eval_views)
     run.model.states.prepare(run.model.texts(chosen, True))
     return chosen, images
+
+
+def trained_parts(run: Run) -> dict[str, str]:
+    """The checkpoint, and the answers that training gave, for `mitrain.fingerprint`."""
+    parts = {f"checkpoint.{name}": frozen_digest(module) for name, module in run.model.trainable.items()}
+    parts["data.train.answers"] = sorted(getattr(run.model.task, "known", {}).items())
+    return {"checkpoint.step": str(run.saved.step), **{name: digest([value]) for name, value in parts.items()}}
 
 
 def score_split(

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from mitrain import checkpoint, dist, resume, runs
 from mitrain.cautions import cautions
 from mitrain.checkpoint import Checkpoint
-from mitrain.config import digest
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit, portion
@@ -36,7 +35,7 @@ from mitrain.errors import CheckpointError, ConfigError, DataError
 from mitrain.evaluate import evaluate
 from mitrain.features import ImageFeatures
 from mitrain.files import write_json
-from mitrain.fingerprint import fingerprint
+from mitrain.fingerprint import fingerprint, require_same
 from mitrain.guard import Heartbeat, SkipBudget, StopRequest, diverged
 from mitrain.model import Model, build, resolve_data
 from mitrain.ownership import owned
@@ -81,8 +80,6 @@ class Trainer:
         self._encode()
         if dist.world() > 1:
             checkpoint.seed_rank(config.seed, 0, dist.rank())
-        splits = {"train": self.train, "val": self.val}
-        self.fingerprint = fingerprint(config.to_dict(), splits, self.images.key, self.model.base)
         self.loader: Loader[Any] = Loader(self.train, config.train.batch, config.seed)
         self.skips = SkipBudget(total=config.train.max_skipped)
 
@@ -103,6 +100,9 @@ class Trainer:
         config, bad = self.config, BadSamples(self.config.data.bad_samples)
         self.images: ImageFeatures = self.model.images(config.data.image_root(self.root), bad)
         self.train, self.val = self._usable(self.train, "train"), self._usable(self.val, "val")
+        splits = {"train": self.train, "val": self.val}
+        self.fingerprint = fingerprint(config.to_dict(), splits, self.images.key, self.model.base)
+        require_same(self.fingerprint)
         for line in cautions(self.val, "the split 'val'", getattr(self.model.task, "known", None)):
             log.warning(line)
         paths = {name: sorted({s.image for s in part}) for name, part in (("train", self.train), ("val", self.val))}
@@ -134,8 +134,6 @@ class Trainer:
 
     def _usable(self, samples: Sequence[Any], split: str) -> list[Any]:
         kept = self.images.readable(samples)
-        if len(set(dist.gather(digest([sample.id for sample in kept])))) > 1:
-            raise DataError(f"the ranks read different samples of the split {split!r}: give all the same data folder")
         if not kept:
             raise DataError(f"no sample of the split {split!r} can be read: check data.root and data.images")
         return kept

@@ -25,6 +25,8 @@ from mitrain.cli.shared import Parser
 from mitrain.cli.train import add_train
 from mitrain.errors import UserError
 
+SMALLER = "lower train.batch, train.eval_batch or the data's picture size, take more ranks, or set model.quantize=int8"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -58,6 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
         place = f" {error.filename!r}" if error.filename else ""
         complain(arguments, error, f"cannot read or write{place} ({error.strerror or error}): check room and access")
         return UserError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        complain(arguments, error, f"out of memory ({reason(error)}): {SMALLER}")
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("mitrain: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -67,6 +74,22 @@ def complain(arguments: argparse.Namespace, error: Exception, text: str) -> None
     """An error's line; of several ranks each names itself, and one that passes on rank 0's error is silent."""
     if not getattr(error, "told", False):
         print(f"mitrain{f', rank {arguments.rank}' if arguments.rank else ''}: {text}", file=sys.stderr)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of Python, or of torch, whose allocators on the CPU and on a GPU say it each in their own way."""
+    words = ("CUDA out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(word in str(error) for word in words)
+    )
+
+
+def reason(error: Exception) -> str:
+    """What was asked for, as far as the error says it: its first line, without torch's place in its sources."""
+    lines = str(error).rpartition("] ")[2].splitlines()
+    return lines[0][:120].rstrip(".") if lines else "no reason given"
 
 
 def as_json(value: Any) -> str:

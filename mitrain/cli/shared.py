@@ -1,6 +1,7 @@
 """What every command needs: its parser, its ranks, and a way to speak."""
 
 import argparse
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Nam
     """A command that all ranks run together, where there are several; rank 0 speaks."""
 
     def joined(arguments: argparse.Namespace) -> Any:
-        from mitrain import dist, launchers
+        from mitrain import dist, fingerprint, launchers
 
         arguments.rank = dist.place().rank
         if dist.names_set(os.environ):
@@ -45,9 +46,19 @@ def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Nam
         if arguments.rank:
             logging.getLogger().setLevel(logging.ERROR)
         with dist.started():
+            if dist.world() > 1:
+                fingerprint.require_same(asked(arguments) | fingerprint.code_parts())
             return run(arguments)
 
     return joined
+
+
+def asked(arguments: argparse.Namespace) -> dict[str, str]:
+    """The command and its arguments, but what only concerns how this process speaks."""
+    shown = {
+        name: value for name, value in vars(arguments).items() if name not in ("run", "rank", "json", "local_rank")
+    }
+    return {f"arguments.{name}": json.dumps(value) for name, value in sorted(shown.items())}
 
 
 def say(arguments: argparse.Namespace, text: str) -> None:

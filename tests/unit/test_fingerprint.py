@@ -3,9 +3,13 @@
 import json
 from dataclasses import replace
 
+import pytest
+
+from mitrain import fingerprint as module
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
-from mitrain.fingerprint import MARK, differences, fingerprint, flat, listed
+from mitrain.errors import RankError
+from mitrain.fingerprint import MARK, differences, digest, fingerprint, flat, listed, require_same
 
 SAMPLES = [AnswerSample(f"s{i}", f"{i}.png", "What is it?", "cat", ("cat", "dog")) for i in range(3)]
 CONFIG = {"seed": 0, "train": {"lr": 1e-3, "steps": 10}, "model": {"vision": [{"name": "v"}]}, "wandb": {}}
@@ -83,3 +87,20 @@ def test_a_message_is_bounded():
     assert listed(phrases, 2) == "p0; p1; and 7 more" and listed(phrases[:2], 2) == "p0; p1"
     (long,) = differences({"config.name": "x" * 500}, {"config.name": "y" * 500})
     assert len(long) < 200
+
+
+def test_ranks_that_differ_are_named_with_what_differs(monkeypatch):
+    own = {"config.seed": "0", "data.train.answer": digest(["a"]), "code.torch": "2.13", "base.text": digest(["b"])}
+    there = {**own, "config.seed": "1", "data.train.answer": digest(["c"])}
+    monkeypatch.setattr(module.dist, "gather", lambda value: [own, own, there])
+    with pytest.raises(RankError) as error:
+        require_same(own)
+    assert str(error.value) == (
+        "the ranks would not run the same: config.seed is 0 on rank 0, 1 on rank 2; data.train.answer of rank 2 is not"
+        " rank 0's; give all of them the same arguments, files and versions"
+    )
+    monkeypatch.setattr(module.dist, "gather", lambda value: [own, {**there, "code.torch": "2.12"}, there])
+    with pytest.raises(RankError, match=r"answer of ranks 1, 2 is not rank 0's; code.torch is 2.13 on rank 0, 2.12 on"):
+        require_same(own)
+    monkeypatch.setattr(module.dist, "gather", lambda value: [own, dict(own)])
+    require_same(own)
