@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mitrain.data.captions import CaptionSample
-from mitrain.data.labels import LabelSample
+from mitrain.data.labels import LabelSample, look_alikes
 from mitrain.data.records import AnswerSample
 from mitrain.errors import DataError
 from mitrain.tasks.answer import MOST_ANSWERS
 from mitrain.tasks.ranks import Gallery
+
+SHOWN = 5  # pairs of answers that are named
 
 
 def cautions(samples: Sequence[Any], split: str, known: Mapping[str, Sequence[str]] | None = None) -> list[str]:
@@ -30,7 +32,10 @@ def cautions(samples: Sequence[Any], split: str, known: Mapping[str, Sequence[st
 
 
 def of_answers(samples: Sequence[Any], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
-    found = only_one([sample.answer for sample in samples], split, "answer")
+    answers = [sample.answer for sample in samples]
+    alike = look_alikes(dict.fromkeys(answers))
+    found = [f"{split}: the answers {one} and {other} count as two" for one, other in alike[:SHOWN]]
+    found += only_one(answers, split, "answer")
     without = [sample for sample in samples if len(set(sample.candidates)) < 2]
     if not without:
         return found

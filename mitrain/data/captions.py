@@ -13,7 +13,7 @@ from typing import Any
 
 from mitrain.data.labels import report_left_out
 from mitrain.data.refcoco import once
-from mitrain.data.rows import as_text, check_columns, read_rows, read_table, unique
+from mitrain.data.rows import as_text, check_columns, listed, read_rows, read_table, unique
 from mitrain.errors import DataError
 
 REQUIRED = ("image", "text")
@@ -53,7 +53,7 @@ def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Captio
     for line, row in read_rows(path, columns, REQUIRED):
         where = f"{path}:{line}"
         image, name, thing = (as_text(row.get(columns[f]), columns[f], where) for f in ("image", "id", "object"))
-        given = row.get(columns["text"])
+        given = listed(row.get(columns["text"]))
         texts = [as_text(t, columns["text"], where) for t in (given if isinstance(given, list) else [given])]
         for field, there in (("image", image), ("text", texts and all(texts))):
             if not there:

@@ -6,17 +6,20 @@ separated by ``|`` (or what is said).
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mitrain.config import nearest
-from mitrain.data.rows import as_text, check_columns, read_rows, split_cell, unique
+from mitrain.data.rows import as_text, check_columns, listed, read_rows, split_cell, unique
 from mitrain.errors import DataError
 
 REQUIRED = ("image", "label")
 FIELDS = ("image", "text", "label", "id", "object", "kind")
+BITS = {"0", "1", "0.0", "1.0"}
+"""What a one-hot vector is made of."""
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ def placed(
 
 
 def one_label(value: Any, name: str, where: str, _separator: str) -> tuple[str, ...]:
-    if isinstance(value, list):
+    if isinstance(listed(value), list):
         raise DataError(f"{where}: {name!r} is a list: give one label, or set data.multilabel=true")
     label = as_text(value, name, where)
     if not label:
@@ -85,11 +88,15 @@ def one_label(value: Any, name: str, where: str, _separator: str) -> tuple[str, 
 
 
 def several_labels(value: Any, name: str, where: str, separator: str) -> tuple[str, ...]:
-    """Labels in their order, each once."""
-    value = [] if value is None else split_cell(value, separator)
+    """Labels in their order, each once; a cell may hold them as a list, too."""
+    value = [] if value is None else split_cell(listed(value), separator)
     found = [as_text(v, name, where) for v in (value if isinstance(value, list) else [value])]
     if not all(found):
         raise DataError(f"{where}: {name!r} holds an empty label: remove it")
+    if len(set(found)) < len(found) and set(found) <= BITS:
+        raise DataError(
+            f"{where}: {name!r} is a vector of zeros and ones, {str(value)[:60]}: give the names of the labels instead"
+        )
     return tuple(dict.fromkeys(found))
 
 
@@ -98,20 +105,41 @@ def class_names(samples: Sequence[LabelSample], where: str) -> tuple[str, ...]:
     names = tuple(sorted({label for sample in samples for label in sample.labels}))
     if len(names) < 2:
         raise DataError(f"{where} has {len(names)} different label(s): a classification needs two or more")
-    folded: dict[str, str] = {}
-    for name in names:
-        if name != folded.setdefault(name.casefold(), name):
-            log.warning("%s has the labels %r and %r, which count as two", where, folded[name.casefold()], name)
+    if all(len(set(sample.labels)) == len(names) for sample in samples):
+        log.warning("%s gives every sample all %d labels: nothing tells them apart", where, len(names))
+    for one, other in look_alikes(names):
+        log.warning("%s has the labels %s and %s, which count as two", where, one, other)
     return names
+
+
+def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of names that a reader takes for one, written so that their difference can be seen."""
+    first: dict[str, str] = {}
+    pairs = [(first.setdefault(core(name), name), name) for name in names]
+    return [(ascii(a), ascii(b)) if composed(a) == composed(b) else (repr(a), repr(b)) for a, b in pairs if a != b]
+
+
+def core(name: str) -> str:
+    """A name without letter case, invisible characters, and ways to compose letters or to write numbers."""
+    seen = "".join(c for c in composed(name) if unicodedata.category(c) != "Cf").strip()
+    try:
+        return repr(float(seen))
+    except ValueError:
+        return " ".join(seen.casefold().split())
+
+
+def composed(name: str) -> str:
+    return unicodedata.normalize("NFKC", name)
 
 
 def check_known(labels: Sequence[str], known: Collection[str], where: str) -> tuple[str, ...]:
     """The labels, if each is among the classes ``known`` (none known: all are)."""
     for label in labels if known else ():
         if label not in known:
+            alike = sorted(name for name in known if core(name) == core(label))
+            hint = f" (did you mean {alike[0]!r}?)" if alike else nearest(label, known)
             raise DataError(
-                f"{where}: the label {label[:80]!r} is no class{nearest(label, known)}: correct it, or name all classes"
-                " in data.classes"
+                f"{where}: the label {label[:80]!r} is no class{hint}: correct it, or name all classes in data.classes"
             )
     return tuple(labels)
 

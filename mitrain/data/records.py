@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mitrain.data.rows import as_text, check_columns, is_table, read_rows, split_cell, unique
+from mitrain.data.rows import as_text, check_columns, is_table, listed, read_rows, split_cell, unique
 from mitrain.errors import DataError
 
 REQUIRED = ("image", "prompt", "answer")
@@ -54,7 +54,7 @@ def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Answer
     """Every record with its place, FILE:LINE."""
     for line, row in read_rows(path, columns, REQUIRED):
         if is_table(path) and columns["candidates"] in row:
-            row[columns["candidates"]] = split_cell(row[columns["candidates"]], SEPARATOR)
+            row[columns["candidates"]] = split_cell(listed(row[columns["candidates"]]), SEPARATOR)
         where = f"{path}:{line}"
         yield where, to_sample(row, where, columns, default_id=f"{path.name}:{line}")
 
@@ -65,6 +65,8 @@ def to_sample(row: Mapping[str, Any], where: str, columns: Mapping[str, str], de
     for field in REQUIRED:
         if not texts[field]:
             raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")
+    if isinstance(listed(texts["answer"]), list):
+        raise DataError(f"{where}: {columns['answer']!r} is a list, {texts['answer'][:60]}: give one answer")
     candidates = values["candidates"] or []
     if not isinstance(candidates, list):
         raise DataError(f'{where}: {columns["candidates"]!r} is no list: write ["yes", "no"]')

@@ -5,6 +5,8 @@ One record a line; every fault is a DataError that names file and line.
 
 import csv
 import io
+import warnings
+from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +19,8 @@ from mitrain.parsing import Unreadable
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bzip2, xz, zstandard
+
+LONGEST_LIST = 10_000  # characters of a cell that is looked at as a list
 
 Row = tuple[int, dict[str, Any]]  # line number, cells by column
 
@@ -185,6 +189,20 @@ def as_text(value: Any, name: str, where: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
         return str(value)
     raise DataError(f"{where}: {name!r} is a {type(value).__name__}: give text")
+
+
+def listed(value: Any) -> Any:
+    """The list that a cell holds in JSON's or Python's writing, as pandas saves one; else the value as it is."""
+    if not (isinstance(value, str) and value[:1] == "[" and value[-1:] == "]" and len(value) < LONGEST_LIST):
+        return value
+    for read in (parsing.parse_json, literal_eval):
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                found = read(value)
+        except (Unreadable, ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return found if isinstance(found, list) else value
+    return value
 
 
 def split_cell(value: Any, separator: str) -> Any:

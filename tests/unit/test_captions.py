@@ -181,3 +181,8 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, changes, sent
     for read in (lambda: read_karpathy(root, None, "train"), lambda: read_captions(root / "own.jsonl")):
         samples = read_or_refused(read, DataError)
         assert samples is None or all(s.text.strip() and s.image for s in samples)
+
+
+def test_a_list_in_a_cell_is_several_captions(tmp_path):
+    (tmp_path / "a.csv").write_text('image,text\na.png,"[""a dog"", ""a cat""]"\n')
+    assert [s.text for s in read_captions(tmp_path / "a.csv")] == ["a dog", "a cat"]

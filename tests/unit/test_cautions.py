@@ -58,6 +58,11 @@ def test_one_answer_and_one_label_are_pointed_out():
     assert cautions(labels("ab", "ba"), "val")[0].startswith("val: every sample has all 2 labels")
 
 
+def test_answers_that_look_alike_are_pointed_out():
+    samples = [answer(text, ("1", "1.0", "2")) for text in ("1", "1.0", "2")]
+    assert cautions(samples, "val") == ["val: the answers '1' and '1.0' count as two"]
+
+
 def test_rankings_that_cannot_be_wrong_are_named():
     (line,) = cautions(captions([(str(i), f"t{i}") for i in range(6)]), "val")
     assert line.startswith("val: i2t_r10, t2i_r10 cannot be wrong among 6 images and 6 texts")

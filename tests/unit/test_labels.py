@@ -170,3 +170,51 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, rows, noise, 
     samples = read_or_refused(lambda: read_labels(path, multilabel=multilabel), DataError)
     for sample in samples or ():
         assert sample.image.strip() and (multilabel or len(sample.labels) == 1) and all(sample.labels)
+
+
+@pytest.mark.parametrize("cell", ["\"['cat', 'dog']\"", '"[""cat"", ""dog""]"', "cat|dog"])
+def test_a_list_in_a_cell_is_several_labels_or_refused(tmp_path, cell):
+    (tmp_path / "a.csv").write_text(f"image,text,label\nx.png,t,{cell}\ny.png,t,[other]\n")
+    assert [s.labels for s in read_labels(tmp_path / "a.csv", multilabel=True)] == [("cat", "dog"), ("[other]",)]
+    if cell != "cat|dog":
+        with pytest.raises(DataError, match=r"a\.csv:2: 'label' is a list: .*data.multilabel=true"):
+            read_labels(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("vector", ["[1, 0, 0]", "0|1|0", "[0.0, 1.0, 1.0]"])
+def test_a_vector_of_zeros_and_ones_is_no_list_of_labels(tmp_path, vector):
+    (tmp_path / "a.csv").write_text(f'image,text,label\nx.png,t,"{vector}"\n')
+    with pytest.raises(DataError, match=r"a\.csv:2: 'label' is a vector of zeros and ones, .*: give the names"):
+        read_labels(tmp_path / "a.csv", multilabel=True)
+    if "|" not in vector:
+        with pytest.raises(DataError, match="a vector of zeros and ones"):
+            read_labels(write(tmp_path / "a.jsonl", ROW | {"label": json.loads(vector)}), multilabel=True)
+    assert read_labels(write(tmp_path / "b.jsonl", ROW | {"label": [1, 0]}), multilabel=True)[0].labels == ("1", "0")
+
+
+def test_every_sample_with_all_labels_is_pointed_out(tmp_path, caplog):
+    write(tmp_path / "train.jsonl", ROW | {"label": [1, 0]}, ROW | {"id": "b", "label": [0, 1]})
+    assert section(multilabel=True).class_names(tmp_path) == ("0", "1")
+    assert "gives every sample all 2 labels: nothing tells them apart" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shown"),
+    [
+        ("1", "1.0", ("'1'", "'1.0'")),
+        ("01", "1", ("'01'", "'1'")),
+        ("caf\u00e9", "cafe\u0301", ("'caf\\xe9'", "'cafe\\u0301'")),
+        ("dog", "dog\u200b", ("'dog'", "'dog\\u200b'")),
+        ("Dog", "dog", ("'Dog'", "'dog'")),
+    ],
+)
+def test_labels_that_look_alike_are_told_apart_in_a_warning(tmp_path, caplog, one, other, shown):
+    write(tmp_path / "train.jsonl", ROW | {"label": one}, ROW | {"id": "b", "label": other}, ROW | {"id": "c"})
+    assert len(section().class_names(tmp_path)) == 3
+    found = {caplog.records[0].args[1], caplog.records[0].args[2]}
+    assert len(caplog.records) == 1 and found == set(shown)
+
+
+def test_the_class_of_the_same_number_is_what_was_meant(tmp_path):
+    with pytest.raises(DataError, match=r"the label '0' is no class \(did you mean '0\.0'\?\)"):
+        read_labels(write(tmp_path / "a.jsonl", ROW | {"label": 0}), known=("0.0", "1.0"))

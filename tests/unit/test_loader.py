@@ -17,6 +17,13 @@ def test_every_epoch_holds_every_sample_once_in_another_order():
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
 
 
+def test_a_sample_is_drawn_with_other_choices_in_every_epoch():
+    loader = Loader(list(range(6)), 6, seed=1)
+    epochs = [{d.sample: d.random.random() for d in loader.next()} for _ in range(4)]
+    assert all(len({epoch[sample] for epoch in epochs}) == 4 for sample in range(6))
+    assert len({choice for epoch in epochs for choice in epoch.values()}) == 24
+
+
 def test_batches_are_full_across_epochs():
     loader = Loader(list(range(7)), 5, seed=1)
     assert all(len(loader.next()) == 5 for _ in range(7))

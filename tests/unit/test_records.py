@@ -136,3 +136,11 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, rows, noise, 
     path.write_bytes(start + "\n".join(map(json.dumps, rows)).encode() + noise)
     samples = read_or_refused(lambda: read_records(path), DataError)
     assert samples is None or all(isinstance(sample, AnswerSample) for sample in samples)
+
+
+def test_a_list_in_a_cell_is_candidates_and_no_answer(tmp_path):
+    (tmp_path / "a.csv").write_text("image,prompt,answer,candidates\na.png,p,cat,\"['cat', 'dog']\"\n")
+    assert read_records(tmp_path / "a.csv")[0].candidates == ("cat", "dog")
+    (tmp_path / "a.csv").write_text("image,prompt,answer\na.png,p,\"['cat', 'dog']\"\n")
+    with pytest.raises(DataError, match=r"a\.csv:2: 'answer' is a list, .*: give one answer"):
+        read_records(tmp_path / "a.csv")

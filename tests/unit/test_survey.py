@@ -96,6 +96,14 @@ def test_everything_that_two_splits_share_is_found(tmp_path, make):
     assert "train and test share the same object: 1 (33.3 % of test), e.g. thing 2" in text
 
 
+def test_a_leak_is_a_share_of_the_split_that_is_scored(tmp_path):
+    train, test = answers(tmp_path, "train", 6, 0), answers(tmp_path, "test", 2, 10)
+    test[0] = replace(test[0], object="thing 2")
+    report, text = survey({"train": train, "test": test}, tmp_path)
+    (found,) = report["shared"]
+    assert found["count"] == 1 and found["share"] == 0.5 and "1 (50.0 % of test)" in text
+
+
 def test_missing_and_broken_pictures_are_counted_and_named(tmp_path):
     samples = answers(tmp_path, "train", 4, 0)
     (tmp_path / "train1.png").unlink()

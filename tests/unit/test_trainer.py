@@ -10,6 +10,8 @@ from folders import colour_records, llm_folder, vision_folder
 from mitrain import adapters, checkpoint, runs, schema
 from mitrain.adapters.mit import MiT
 from mitrain.errors import UserError
+from mitrain.evaluate import Evaluation
+from mitrain.scoring import score_run
 from mitrain.trainer import Trainer
 
 LR = 0.5
@@ -187,3 +189,30 @@ def test_a_run_that_applied_no_step_has_failed(world, monkeypatch):
     ):
         trainer.fit()
     assert not checkpoint.begun(trainer.folder) and not (trainer.folder / "summary.json").exists()
+
+
+def test_best_is_replaced_by_what_is_better_alone(world, monkeypatch):
+    scores = iter([0.5, 0.5, 0.75, 0.75, 0.25])
+    monkeypatch.setattr("mitrain.trainer.evaluate", lambda *_, **__: Evaluation({"accuracy": next(scores)}, []))
+    config = configured(world, steps=5, batch=4, lr=1e-3, eval_every=1, save_every=1, keep=5)
+    outcome = Trainer(config, runs.create(config, world / "runs"), quiet=True).fit()
+    assert (outcome.best, outcome.best_step) == (0.75, 3)
+    assert checkpoint.load(checkpoint.best(outcome.folder)).step == 3
+
+
+def test_an_answer_without_candidates_can_be_wrong(world, caplog):
+    """Blind to the pictures, the model gives the four colours one answer: a quarter is right, whatever it is."""
+    config = configured(world, batch=4, lr=1e-3)
+    splits = {split: f"open-{split}.jsonl" for split in ("train", "val")}
+    for split, name in splits.items():
+        rows = map(json.loads, (world / "data" / f"{split}.jsonl").read_text().splitlines())
+        rows = [{key: value for key, value in row.items() if key != "candidates"} for row in rows]
+        (world / "data" / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"splits": splits})})
+    outcome = Trainer(config, runs.create(config, world / "runs"), quiet=True).fit()
+    assert "4 of 4 samples offer no choice (0 have one candidate" in caplog.text
+    for control in ("none", "shuffle", "frozen"):
+        found = score_run(outcome.folder, split="val", control=control)
+        assert found["scored_by"] == {"training answers": 4} and found["samples"] == 4
+        assert control != "frozen" or found["accuracy"] == 0.25
+    assert outcome.best < 1
