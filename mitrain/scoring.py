@@ -200,7 +200,9 @@ def predict_ranking(run: Run, images: ImageFeatures, path: Path, text: str, cand
     found = run.model.task.fits(one(run, images, CaptionSample(path.name, path.name, text)), texts)
     require_finite([path.name] * (not all(map(math.isfinite, found))), 1, str(run.folder))
     ranked = dict(sorted(zip(texts, found, strict=True), key=lambda pair: -pair[1]))
-    values = {"image": str(path), "text": text, "rank": list(ranked).index(text) + 1, "scores": ranked}
+    values: dict[str, Any] = {"image": str(path), "text": text, "scores": ranked}
+    if len(texts) > 1:
+        values["rank"] = list(ranked).index(text) + 1
     return Answer(values, [f"{score:7.3f}  {words}" for words, score in ranked.items()])
 
 

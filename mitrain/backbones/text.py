@@ -25,7 +25,7 @@ from mitrain.backbones import blip, stream
 from mitrain.backbones.chunked_loss import chunked_cross_entropy
 from mitrain.backbones.digests import frozen_digest, settings_of, tokenizer_of, weights_of
 from mitrain.backbones.stream import Shard
-from mitrain.backbones.tokens import WHOLE, Tokens, shared_start
+from mitrain.backbones.tokens import WHOLE, Tokens
 from mitrain.errors import ConfigError, DataError, ModelError
 from mitrain.reading import Words
 
@@ -183,17 +183,13 @@ class TextBackbone:
         return ids
 
     def prompt(self, text: str, frame: Sequence[str] = WHOLE) -> list[int]:
-        """Token ids of a text that an answer follows: opened, not closed."""
-        return self._readable([*self.texts.opening, *self.texts.ids(text, frame)], text)
+        """`Tokens.prompt` of a text that the model can read; else DataError."""
+        return self._readable(self.texts.prompt(text, frame), text)
 
     def answered(self, text: str, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
-        """Token ids of a prompt with a blank and its answer behind it, tokenized as one text; and where the answer begins.
-
-        Behind a special token at the frame's end there is no blank.
-        Where the tokenizer joins the prompt's end and the answer into one token, the answer begins with that.
-        """
-        row = [*self.texts.opening, *self.texts.ids(text, frame, f" {answer}")]
-        return self._readable(row, text), max(1, shared_start(row, self.prompt(text, frame)))
+        """`Tokens.answered` of texts that the model can read; else DataError."""
+        row, start = self.texts.answered(text, answer, frame)
+        return self._readable(row, text), start
 
     def _readable(self, ids: list[int], text: str) -> list[int]:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

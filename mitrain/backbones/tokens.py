@@ -43,6 +43,19 @@ class Tokens:
         parts = [self._encoded(p, True) if i % 2 == 0 else self._id(p) for i, p in enumerate(pieces)]
         return [token for part in parts for token in part]
 
+    def prompt(self, text: str, frame: Sequence[str] = WHOLE) -> list[int]:
+        """Ids of a text that an answer follows: opened, not closed."""
+        return [*self.opening, *self.ids(text, frame)]
+
+    def answered(self, text: str, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
+        """Ids of a prompt with a blank and its answer behind it, tokenized as one text; and where the answer begins.
+
+        Behind a special token at the frame's end there is no blank. Where the tokenizer joins the prompt's end and the
+        answer into one token, the answer begins with that; a row's first token is never an answer's.
+        """
+        row = [*self.opening, *self.ids(text, frame, f" {answer}")]
+        return row, max(1, shared_start(row, self.prompt(text, frame)))
+
     def _pieces(self, text: str, frame: Sequence[str]) -> list[str]:
         """Plain text and the frame's special tokens in turn; plain text is first and last."""
         pieces = [""]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from mitrain import dist, hf, schema
 from mitrain.backbones import TextBackbone
+from mitrain.backbones.tokens import Tokens
 from mitrain.bench.cells import Cell, Plan
 from mitrain.bench.measured import Measured, Subject
 from mitrain.data.sources import limit
@@ -112,7 +113,7 @@ class Texts:
     """Prompts with their answers, ``plan.batch`` a step, of which each rank has its share."""
 
     def __init__(self, config: RunConfig, tokenizer: Any, plan: Plan):
-        self.tokenizer, self.batch = tokenizer, plan.batch
+        self.tokenizer, self.texts, self.batch = tokenizer, Tokens(tokenizer), plan.batch
         root = resolve_data(config.data)
         samples = limit(config.data.read(root, "train"), plan.samples)
         self.batches: Iterator[list[Any]] = (
@@ -134,7 +135,6 @@ class Texts:
 
     def row(self, sample: Any) -> tuple[list[int], list[int]]:
         """Token ids, and the same as labels where they are the answer's or its end."""
-        prompt = self.tokenizer(sample.prompt)["input_ids"]
-        answer = self.tokenizer(" " + sample.answer, add_special_tokens=False)["input_ids"]
-        answer = [*answer, self.tokenizer.eos_token_id]
-        return [*prompt, *answer], [*([-100] * len(prompt)), *answer]
+        row, start = self.texts.answered(sample.prompt, sample.answer)
+        row = [*row, self.tokenizer.eos_token_id]
+        return row, [*([-100] * start), *row[start:]]

@@ -68,10 +68,13 @@ def test_a_prompt_and_its_answer_are_one_text(post):
 
 def test_an_answer_begins_where_its_row_leaves_the_prompts():
     backbone = Shaped(words(OPENED))
-    backbone.prompt = lambda text, frame: [1, *backbone.plain("what is dog")]  # as where "it" and "cat" made one token
+    backbone.texts.prompt = lambda text, frame: [
+        1,
+        *backbone.plain("what is dog"),
+    ]  # as where "it" and "cat" made one token
     row, start = backbone.answered("what is it", "cat")
     assert named(backbone, row[start:]) == ["▁it", "▁cat"]
-    backbone.prompt = lambda text, frame: [7]
+    backbone.texts.prompt = lambda text, frame: [7]
     assert backbone.answered("what is it", "cat")[1] == 1  # the first token has none before it to be predicted from
 
 
