@@ -1,32 +1,38 @@
 """What a run reports: a JSONL file always, one readable console line, wandb if asked for, and where the time went.
 
 ``metrics.jsonl`` is the record: one JSON object a line, appended by single writes, strictly valid (a value that is
-not finite is null). Everything else is a view of it. wandb stands behind one door here and can never stop a run.
+not finite is null). Everything else is a view of it. wandb runs in a process of its own (`wandb_process`)
+and can neither stop a run nor hold it up.
 """
 
+import importlib.util
 import json
 import logging
 import math
-import netrc
 import os
 import re
 import resource
-import socket
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
-from urllib.parse import urlsplit
 
 import torch
 
 from mitrain.config import Section
-from mitrain.errors import MissingExtraError, UserError, need_extra
+from mitrain.errors import UserError, need_extra
 from mitrain.files import write_atomic
+from mitrain.wandb_process import FAILED
 
 log = logging.getLogger(__name__)
+
+MOST_KEPT = 16 << 20  # bytes of numbers that wandb may lag behind
+FINISH_S = 30.0
 
 
 class Board(Protocol):
@@ -248,71 +254,109 @@ class WandbConfig(Section):
 
 
 class Wandb:
-    """wandb as a ``Board``; with ``enabled: false`` it does nothing and wandb is not imported.
+    """wandb as a ``Board``, in a process of its own; with ``enabled: false`` it does nothing and none is started.
 
-    A run folder's name is its wandb id, so a resumed run goes on in the same place. Whatever wandb raises is logged
-    once, and the run goes on without it. Only the package missing is an error (MissingExtraError), at the start.
+    A run folder's name is its wandb id, so a resumed run goes on in the same place. ``log`` never waits: what wandb has
+    not taken yet is kept, up to `MOST_KEPT` bytes. Where wandb fails, hangs or ends, the run says so once and goes on
+    without it; at the end it waits `FINISH_S` seconds. Only the package missing is an error (MissingExtraError).
     """
 
     def __init__(self, config: WandbConfig, run_dir: str | Path, settings: Mapping[str, Any]):
-        self.run: Any = None
+        self.process: subprocess.Popen | None = None
+        self.kept = bytearray()
         if config.enabled:
-            self._safely(lambda: self._start(config, Path(run_dir), settings))
+            if not is_installed("wandb"):
+                need_extra("wandb", "wandb", "wandb.enabled=true")
+            try:
+                self._start({**named(config, Path(run_dir)), "config": plain(settings)})
+            except OSError as error:  # no room for its words, no process left
+                self._lost(str(error))
 
-    def _start(self, config: WandbConfig, run_dir: Path, settings: Mapping[str, Any]) -> None:
-        wandb = need_extra("wandb", "wandb", "wandb.enabled=true")
-        quiet = wandb.Settings(silent=True, console="off")
-        self.run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            name=run_dir.name,
-            id=re.sub(r"[^A-Za-z0-9_.-]", "-", run_dir.name),
-            resume="allow",
-            dir=str(run_dir),
-            config=dict(settings),
-            mode=config.mode if config.mode != "auto" else automatic_mode(quiet.base_url),
-            settings=quiet,
+    def _start(self, options: Mapping[str, Any]) -> None:
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - its life is the process's
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "mitrain.wandb_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self.said,
+            bufsize=0,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
+        os.set_blocking(self.process.stdin.fileno(), False)
+        self._send({"init": options})
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        if self.run:
-            self._safely(lambda: self.run.log(dict(values), step=step))
+        if self.process:
+            self._send({"log": dict(values), "step": step})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        self.kept += json.dumps(message).encode() + b"\n"
+        try:
+            while self.kept:
+                del self.kept[: os.write(self.process.stdin.fileno(), self.kept[:65536])]
+        except BlockingIOError:
+            if len(self.kept) > MOST_KEPT:
+                self._lost(f"it does not take its numbers, {len(self.kept)} bytes of them")
+        except OSError:  # the pipe has no reader
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)  # for its exit code
+            self._lost(self._ending())
 
     def finish(self) -> None:
-        if self.run:
-            self._safely(lambda: self.run.finish())
-
-    def _safely(self, call: Callable[[], Any]) -> None:
+        """Wait for wandb to finish, for a while."""
+        if not self.process:
+            return
         try:
-            call()
-        except MissingExtraError:
+            self.process.communicate(bytes(self.kept), timeout=FINISH_S)
+        except subprocess.TimeoutExpired:
+            self._lost(f"it has not finished in {FINISH_S:g} s")
+        except BaseException:
+            self._end()
             raise
-        except Exception as error:  # whatever it is, a logger must not end a training run
-            self.run = None
-            log.warning("wandb failed (%s: %s): going on without it", type(error).__name__, str(error)[:200])
+        else:
+            if self.process.returncode:
+                self._lost(self._ending())
+            self._end()
+
+    def _ending(self) -> str:
+        """How the process ended: what wandb raised, or the exit code."""
+        self.said.seek(0)
+        lines = self.said.read().decode("utf-8", "replace").splitlines()
+        raised = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
+        return raised[-1] if raised else f"its process ended with {self.process.poll()}"
+
+    def _lost(self, why: str) -> None:
+        log.warning("wandb failed (%s): going on without it", why)
+        self._end()
+
+    def _end(self) -> None:
+        """Leave nothing behind: neither the process nor those it has started."""
+        process, self.process = self.process, None
+        if process:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdin.close()
+            self.said.close()
 
 
-def automatic_mode(base_url: str) -> str:
-    """$WANDB_MODE if set; else online if there is a key for the server and it answers, and offline if not."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    url = urlsplit(base_url)
-    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
-    return "online" if has_key(host) and answers(host, port) else "offline"
+def named(config: WandbConfig, run_dir: Path) -> dict[str, Any]:
+    """What `wandb.init` is given beside the settings."""
+    return {
+        "project": config.project,
+        "entity": config.entity,
+        "name": run_dir.name,
+        "id": re.sub(r"[^A-Za-z0-9_.-]", "-", run_dir.name),
+        "resume": "allow",
+        "dir": str(run_dir),
+        "mode": config.mode,
+    }
 
 
-def has_key(host: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+def is_installed(package: str) -> bool:
+    """Whether ``package`` could be imported, without importing it."""
     try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # sys.modules holds something else in its place
         return False
-
-
-def answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=3).close()
-    except OSError:
-        return False
-    return True

@@ -1,11 +1,10 @@
 """The metrics file through interruptions, the console line, the stopwatch's sums, and a wandb that fails."""
 
+import importlib
 import io
 import json
-import logging
 import socket
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ import torch
 
 from mitrain import telemetry
 from mitrain.errors import MissingExtraError, UserError
-from mitrain.telemetry import Metrics, Stopwatch, Wandb, WandbConfig, amount, automatic_mode, duration, plain
+from mitrain.telemetry import Metrics, Stopwatch, Wandb, WandbConfig, amount, duration, plain
+from mitrain.wandb_process import automatic_mode, has_key
 
 
 def train(metrics: Metrics, first: int, last: int, **changes) -> None:
@@ -162,74 +162,114 @@ def test_the_stopwatch_reports_inside_a_phase():
     assert watch.report() == {"train": 4, "other": 0}
 
 
-class FakeRun:
-    def __init__(self, fails: bool):
-        self.fails = fails
-        self.logged = []
-
+FAKE = """
+import json, os, sys, time
+class Settings:
+    base_url = "http://localhost:1"
+    def __init__(self, **settings):
+        self.given = settings
+class Run:
     def log(self, values, step):
-        self.logged.append((step, values))
-        if self.fails:
-            raise ConnectionError("server gone")
-
+        note([step, values])
+        {log}
     def finish(self):
-        self.logged.append("finished")
+        note("finished")
+        {finish}
+def note(what):
+    print(json.dumps(what), file=open({notes!r}, "a"))
+def init(settings, **options):
+    note([options, settings.given])
+    {init}
+    return Run()
+"""
 
 
 @pytest.fixture
-def wandb(monkeypatch):
-    """A stand-in for the package: ``run`` is what init returns, ``options`` what it was given."""
-    module = types.ModuleType("wandb")
-    module.run, module.options = FakeRun(fails=False), {}
-    module.Settings = lambda **kwargs: types.SimpleNamespace(base_url="http://localhost:1", **kwargs)
-
-    def init(**kwargs):
-        module.options.update(kwargs)
-        return module.run
-
-    module.init = init
-    monkeypatch.setitem(sys.modules, "wandb", module)
+def wandb(tmp_path, monkeypatch):
+    """Installs a package of that name that does something at ``log``, ``finish`` or ``init``; returns what it was told."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/nonexistent")
-    return module
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+
+    def install(log: str = "pass", finish: str = "pass", init: str = "pass"):
+        (tmp_path / "packages").mkdir()
+        notes = tmp_path / "notes"
+        text = FAKE.format(log=log, finish=finish, init=init, notes=str(notes))
+        (tmp_path / "packages" / "wandb.py").write_text(text)
+        importlib.invalidate_caches()
+        return lambda: lines(notes)
+
+    return install
 
 
-def test_wandb_gets_what_the_file_gets(tmp_path, wandb):
+def reported(tmp_path, steps: int = 5, wait=lambda board: None) -> None:
+    """Train ``steps`` steps with wandb; each of them is in the file, whatever wandb does."""
     board = Wandb(WandbConfig(enabled=True), tmp_path / "quickstart-2026", {"lr": 0.1})
-    metrics = Metrics(tmp_path / "m.jsonl", total_steps=5, board=board)
+    metrics = Metrics(tmp_path / "m.jsonl", steps, board=board)
     train(metrics, 1, 1)
-    metrics.event("val", 1, {"accuracy": 0.5})
+    wait(board)
+    train(metrics, 2, steps)
     metrics.close()
-    (first, values), second, end = wandb.run.logged
-    assert first == 1 and values["train/loss"] == 1.0 and values["train/samples"] == 8
-    assert second == (1, {"val/accuracy": 0.5}) and end == "finished"
-    assert wandb.options["config"] == {"lr": 0.1} and wandb.options["mode"] == "offline"
-    assert (wandb.options["id"], wandb.options["resume"]) == ("quickstart-2026", "allow")
-    assert wandb.options["settings"].silent and wandb.options["settings"].console == "off"
+    assert [line["step"] for line in lines(tmp_path / "m.jsonl")] == list(range(1, steps + 1))
 
 
-def test_wandb_failing_is_logged_once_and_the_run_goes_on(tmp_path, wandb, caplog):
-    wandb.run = FakeRun(fails=True)
-    metrics = Metrics(tmp_path / "m.jsonl", 5, board=Wandb(WandbConfig(enabled=True), tmp_path, {}))
-    with caplog.at_level(logging.WARNING):
-        train(metrics, 1, 5)
-        metrics.close()
-    assert len(wandb.run.logged) == 1 and len(lines(tmp_path / "m.jsonl")) == 5
+def test_wandb_gets_what_the_file_gets(tmp_path, wandb, caplog):
+    told = wandb()
+    reported(tmp_path, 3)
+    (options, settings), *logged, end = told()
+    assert [step for step, _ in logged] == [1, 2, 3] and end == "finished"
+    assert logged[0][1]["train/loss"] == 1.0 and logged[0][1]["train/samples"] == 8
+    assert options["config"] == {"lr": 0.1} and options["mode"] == "offline"
+    assert (options["id"], options["resume"]) == ("quickstart-2026", "allow")
+    assert settings == {"silent": True, "console": "off"} and not caplog.records
+
+
+def ended(board: Wandb) -> None:
+    board.process.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ({"log": 'raise ConnectionError("server gone")'}, "ConnectionError: server gone"),
+        ({"log": "sys.exit(3)"}, "SystemExit: 3"),
+        ({"log": "os._exit(7)"}, "its process ended with 7"),
+        ({"init": "raise AttributeError('init')"}, "AttributeError: init"),
+        ({"init": "sys.exit()"}, "SystemExit: "),
+        ({"finish": "raise OSError('disk')"}, "OSError: disk"),
+        ({"finish": "os.kill(os.getpid(), 9)"}, "its process ended with -9"),
+    ],
+)
+def test_wandb_failing_is_said_once_and_the_run_goes_on(tmp_path, wandb, caplog, where, why):
+    told = wandb(**where)
+    reported(tmp_path, wait=ended if "finish" not in where else lambda board: None)
+    assert [record.getMessage() for record in caplog.records] == [f"wandb failed ({why}): going on without it"]
+    assert len(told()) <= 2 or "finish" in where
+
+
+def test_wandb_hanging_holds_nothing_up_and_is_left_at_the_end(tmp_path, wandb, caplog, monkeypatch):
+    """Far more is reported than a pipe takes."""
+    monkeypatch.setattr(telemetry, "FINISH_S", 0.3)
+    wandb(log="time.sleep(600)")
+    boards = []
+    reported(tmp_path, 600, wait=lambda board: boards.append(board.process))
     assert [record.getMessage() for record in caplog.records] == [
-        "wandb failed (ConnectionError: server gone): going on without it"
+        "wandb failed (it has not finished in 0.3 s): going on without it"
     ]
+    assert boards[0].returncode == -9
 
 
-def test_wandb_failing_at_the_start_does_not_stop_a_run(tmp_path, wandb, caplog):
-    del wandb.init
-    board = Wandb(WandbConfig(enabled=True), tmp_path, {})
-    board.log({"a": 1}, step=1)
-    board.finish()
-    assert "AttributeError" in caplog.text and len(caplog.records) == 1
+def test_wandb_that_lags_too_far_behind_is_given_up(tmp_path, wandb, caplog, monkeypatch):
+    monkeypatch.setattr(telemetry, "MOST_KEPT", 1000)
+    wandb(log="time.sleep(600)")
+    reported(tmp_path, 600)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("wandb failed (it does not take its numbers, ")
 
 
-def test_wandb_is_not_imported_unless_enabled_and_named_if_missing(tmp_path, monkeypatch):
+def test_wandb_is_not_started_unless_enabled_and_named_if_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     board = Wandb(WandbConfig(), tmp_path, {})
     board.log({"a": 1}, step=1)
@@ -251,13 +291,13 @@ def test_online_only_with_a_key_and_a_server_that_answers(tmp_path, monkeypatch,
 
 def test_a_key_may_stand_in_netrc(tmp_path, monkeypatch, wandb):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert not telemetry.has_key("my.server")
+    assert not has_key("my.server")
     netrc = tmp_path / ".netrc"
     netrc.write_text("machine my.server login user password secret\n")
     netrc.chmod(0o600)
-    assert telemetry.has_key("my.server") and not telemetry.has_key("other.server")
+    assert has_key("my.server") and not has_key("other.server")
     netrc.write_text("machine")
-    assert not telemetry.has_key("my.server")
+    assert not has_key("my.server")
 
 
 def test_the_real_wandb_works_offline_without_a_key(tmp_path, monkeypatch, caplog):
