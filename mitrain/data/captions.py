@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.data.labels import report_left_out
-from mitrain.data.refcoco import once
+from mitrain.data.references import once
 from mitrain.data.rows import as_text, check_columns, listed, read_rows, read_table, unique
 from mitrain.errors import DataError
 

@@ -469,3 +469,78 @@ def test_the_written_pickles_are_what_python_2_would_write():
     value = [{"a": 1, "b": ["x'y", -2]}]
     for protocol in (0, 2):
         assert pickle.load(io.BytesIO(python2_pickle(value, protocol)), encoding="latin1") == value
+
+
+# ids, and what tools other than the authors' write
+
+
+def changed_instances(root, change) -> None:
+    path = root / "refcoco" / "instances.json"
+    tables = json.loads(path.read_text())
+    change(tables)
+    path.write_text(json.dumps(tables))
+
+
+@pytest.mark.parametrize("kind", [str, float, lambda number: f"{number}.0"])
+def test_equal_ids_in_other_spellings_match(tmp_path, kind):
+    root = refer_folder(tmp_path, [ref(1, "val", "x")], [annotation(1, SQUARE)])
+    expected = read_refer(root, "refcoco", None, "val")
+
+    def spell(tables):
+        for row in (*tables["images"], *tables["annotations"], *tables["categories"]):
+            row |= {key: kind(row[key]) for key in ("id", "image_id", "category_id") if key in row}
+
+    changed_instances(root, spell)
+    assert read_refer(root, "refcoco", None, "val") == expected and expected[0].object == "person"
+
+
+TOP = [[0, 0, 3, 0, 3, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: t["annotations"].append(t["annotations"][0] | {"segmentation": TOP}),
+            "annotation 2 has the id '101' of",
+        ),
+        (
+            lambda t: t["annotations"].append(t["annotations"][0] | {"id": "101"}),
+            "annotation 2 has the id '101' of another",
+        ),
+        (lambda t: t["images"].append(t["images"][0] | {"height": 5}), "image 1 has the id '1' of another image"),
+        (lambda t: t["categories"].append({"id": 7, "name": "dog"}), "category 1 has the id '7' of another category"),
+    ],
+)
+def test_an_id_that_stands_twice_is_refused_by_name(tmp_path, change, said):
+    root = refer_folder(tmp_path, [ref(1, "val", "x")], [annotation(1, SQUARE), annotation(2, SQUARE)])
+    changed_instances(root, change)
+    refused(lambda: read_refer(root, "refcoco", None, "val"), said + r".*: make ids unique")
+
+
+def test_a_sentence_that_stands_twice_is_refused_and_an_equal_annotation_counts_once(tmp_path):
+    root = refer_folder(tmp_path, [ref(1, "val", "x"), ref(1, "train", "y")], [annotation(1, SQUARE)])
+    refused(lambda: read_refer(root, "refcoco", None, "val"), "ref_id=1 with sent_id=10 stands twice: make ids unique")
+    root = refer_folder(tmp_path, [ref(1, "val", "x")], [annotation(1, SQUARE)] * 2)
+    assert len(read_refer(root, "refcoco", None, "val")) == 1
+
+
+@pytest.mark.parametrize("name", ["refs(unc).json", "grefs(unc).json"])
+def test_references_as_json_of_several_targets_and_of_none(tmp_path, name, caplog):
+    root = refer_folder(tmp_path, [ref(1, "val", "x")], [annotation(1, SQUARE), annotation(2, TOP)])
+    one, both, none, empty = (
+        ref(number, "val", text) for number, text in enumerate(["one", "both", "none", "empty"], 1)
+    )
+    refs = [one | {"ann_id": [101]}, both | {"ann_id": [101, 102.0]}, none | {"ann_id": [-1]}, empty | {"ann_id": []}]
+    (root / "refcoco" / name).write_text(json.dumps(refs))
+    refused(
+        lambda: read_refer(root, "refcoco", "unc", "val"),
+        r"refs\(unc\)\.p and .*refs\(unc\)\.json .*: remove all but one",
+    )
+    (root / "refcoco" / "refs(unc).p").unlink()
+    first, second = read_refer(root, "refcoco", None, "val")
+    square, top = np.zeros(SIZE, bool), np.zeros(SIZE, bool)
+    square[1:5, 2:8] = top[0:1, 0:3] = True
+    assert np.array_equal(first.mask(), square) and np.array_equal(second.mask(), square | top)
+    assert (first.expression, second.expression, second.object) == ("one", "both", "person") and not second.fault()
+    assert "left out 2 sentences without a target in the split val" in caplog.text
