@@ -78,9 +78,11 @@ def quiet() -> Iterator[None]:
 def load(factory: Any, source: str | Path, what: str, **kwargs: Any) -> Any:
     """``factory.from_pretrained(source)`` with remote code off and every failure told in one line; weights: `load_model`.
 
-    A checkpoint cannot switch remote code on: the argument is always False.
+    A checkpoint cannot switch remote code on: the argument is always False. No hub is asked: a mistyped name would be
+    looked for there for a minute, and found where somebody else has taken it.
     """
-    return attempt(lambda place: factory.from_pretrained(place, trust_remote_code=False, **kwargs), source, what)
+    local = {"trust_remote_code": False, "local_files_only": True}
+    return attempt(lambda place: factory.from_pretrained(place, **local, **kwargs), source, what)
 
 
 def attempt(read: Callable[[str], Any], source: str | Path, what: str) -> Any:
@@ -122,7 +124,9 @@ def read_config(source: str | Path, what: str) -> PretrainedConfig:
             " installed: give a folder with the base's own files alone, or merge the adapter into it"
         )
     config = load(AutoConfig, source, f"{what}'s configuration")
-    written, _ = attempt(PretrainedConfig.get_config_dict, source, f"{what}'s configuration")
+    written, _ = attempt(
+        lambda place: PretrainedConfig.get_config_dict(place, local_files_only=True), source, f"{what}'s configuration"
+    )
     if kernel := next(kernels_of(written), None):
         raise ModelError(
             f"the config.json of the {what} {str(source)!r} names code to be fetched and run ({kernel}): remove that key"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 import torch
+from pydantic import model_validator
 
 from mitrain.config import Section
 from mitrain.errors import UserError, need_extra
@@ -251,6 +252,13 @@ class WandbConfig(Section):
     project: str = "mitrain"
     entity: str | None = None
     mode: Literal["auto", "online", "offline"] = "auto"
+
+    @model_validator(mode="after")
+    def _say_what_has_no_effect(self) -> "WandbConfig":
+        if self.model_fields_set and "enabled" not in self.model_fields_set:
+            given = ", ".join(f"wandb.{name}" for name in sorted(self.model_fields_set))
+            log.warning("nothing is logged to wandb: %s has no effect without wandb.enabled=true", given)
+        return self
 
 
 class Wandb:

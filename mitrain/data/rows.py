@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from mitrain import parsing
 from mitrain.config import nearest
+from mitrain.data.foreign import advice
 from mitrain.errors import DataError
 from mitrain.parsing import Unreadable
 
@@ -35,6 +36,8 @@ def read_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -
     asked = {name: field for field, name in columns.items() if name != field}
     seen: set[str] = set()
     for line, row in all_rows(Path(path), columns, required):
+        if not seen and any(columns[field] not in row for field in required) and (known := advice(row)):
+            raise DataError(f"{path}:{line}: the record is of {known}")
         seen.update(row)
         yield line, row
     for name in asked.keys() - seen if seen else ():
@@ -118,8 +121,11 @@ def rows_of_jsonl(file: TextIO, path: Path) -> Iterator[Row]:
 def rows_of_json(path: Path) -> Iterator[Row]:
     rows = read_whole(path)
     if not isinstance(rows, list):
+        known = advice(rows)
         raise DataError(
-            f"{str(path)!r} holds a {type(rows).__name__} instead of a list: give one object a line (.jsonl)"
+            f"{str(path)!r} holds {known}"
+            if known
+            else f"{str(path)!r} holds a {type(rows).__name__} instead of a list: give one object a line (.jsonl)"
         )
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
@@ -188,7 +194,8 @@ def as_text(value: Any, name: str, where: str) -> str:
         return value.strip()
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
         return str(value)
-    raise DataError(f"{where}: {name!r} is a {type(value).__name__}: give text")
+    one = ", one of them (of VQA's ten answers the most frequent)" if isinstance(value, list) else ""
+    raise DataError(f"{where}: {name!r} is a {type(value).__name__}: give text{one}")
 
 
 def listed(value: Any) -> Any:

@@ -133,9 +133,9 @@ def run_client(command: list[str], failure: str, remedy: str, folder: Path) -> N
 
 
 def reason(stderr: str) -> str:
-    """The first error in a client's stderr (pip's last one only sums up), else its last line."""
+    """The first error in a client's stderr (pip's last one only sums up), else its last line, where a traceback ends."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"(ERROR|E): ", line)]
+    errors = [line for line in lines if re.match(r"(ERROR|E): (?!Exception:)", line)]
     return (errors or lines[-1:] or [""])[0][:300]
 
 

@@ -107,6 +107,10 @@ def test_a_wheel_with_another_hash_is_refused_and_not_kept(pip: Client, tmp_path
         ("WARNING: Retrying\nERROR: Could not find it\nERROR: No matching distribution", "(ERROR: Could not find it)"),
         ("/usr/bin/python: No module named pip", "No module named pip"),
         ("", "exit code 1"),
+        (
+            'ERROR: Exception:\nTraceback (most recent call last):\n  File "x.py"\nOSError: [Errno 28] No space left',
+            "(OSError: [Errno 28] No space left)",
+        ),
     ],
 )
 def test_what_pip_complains_of_is_told(pip: Client, tmp_path: Path, stderr: str, shown: str):

@@ -99,6 +99,16 @@ def test_faults_of_jsonl(tmp_path, rows, match):
         ('image,prompt,answer\na,b,"c', r"a\.csv:2: not valid CSV"),
         ('image,prompt,answer\na,"b"x,c\n', r"a\.csv:2: not valid CSV"),
         ("image,prompt,answer\na," + "b" * 200_000 + ",c\n", r"a\.csv:2: not valid CSV"),
+        (
+            'image,prompt,answer\na,b,c\n\na,"b,c\nd,e,f\ng,h,i\n',
+            r"a\.csv:4: not valid CSV \(a quote that is not closed, read to",
+        ),
+        (
+            'image,prompt,answer\na,"b,c\nd,e,f\ng,"h,i\n',
+            r"a\.csv:2: not valid CSV \(.*, read to line 4\): close its quotes",
+        ),
+        ('image,prompt,answer\na,"b\nc",d\ne,f\n', r"a\.csv:4: no 'answer'"),
+        ('image,prompt,answer\na,"b\nc",\n', r"a\.csv:2: no 'answer'"),
         ("image,prompt,answer\n", "holds no records"),
         ("", "holds no records"),
     ],
@@ -144,3 +154,48 @@ def test_a_list_in_a_cell_is_candidates_and_no_answer(tmp_path):
     (tmp_path / "a.csv").write_text("image,prompt,answer\na.png,p,\"['cat', 'dog']\"\n")
     with pytest.raises(DataError, match=r"a\.csv:2: 'answer' is a list, .*: give one answer"):
         read_records(tmp_path / "a.csv")
+
+
+SENTENCES = {"images": [{"sentences": [], "split": "train"}], "dataset": "coco"}
+COCO = {"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1, "id": 1, "caption": "a dog"}]}
+TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "dog"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (
+            [{"id": "1", "image": "0.png", "conversations": TURNS}],
+            r"a\.json:1: the record is of conversations, as LLaVA's",
+        ),
+        ([{"messages": TURNS, "images": ["0.png"]}], "the record is of conversations"),
+        ({"questions": [{"image_id": 1, "question_id": 1, "question": "?"}]}, "holds VQA's questions.* join both by"),
+        ({"annotations": [{"question_id": 1, "multiple_choice_answer": "dog"}]}, "holds VQA's answers.* join both by"),
+        (COCO, r"holds COCO's captions: write .*data\.name=karpathy"),
+        ({"images": [], "annotations": [{"id": 1, "segmentation": []}]}, r"holds COCO's instances: data\.name=refcoco"),
+        (SENTENCES, r"holds Karpathy's captions: data\.name=karpathy"),
+        ([{"image": "0.png", "prompt": "?", "answer": ["dog", "cat"]}], "'answer' is a list: give text, one of them"),
+        ({"rows": []}, "holds a dict instead of a list"),
+    ],
+)
+def test_a_format_of_others_is_named_with_the_way_to_convert_it(tmp_path, value, said):
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    with pytest.raises(DataError, match=said):
+        read_records(tmp_path / "a.json")
+
+
+def test_hostile_files_are_refused(tmp_path):
+    with open(tmp_path / "sparse.json", "wb") as file:
+        file.truncate(20 << 30)
+    with pytest.raises(DataError, match="longer than"):
+        read_records(tmp_path / "sparse.json")
+    with open(tmp_path / "sparse.jsonl", "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(DataError, match="more than .* characters in line 1"):
+        read_records(tmp_path / "sparse.jsonl")
+    for name in ("zero.jsonl", "zero.csv", "zero.json"):
+        (tmp_path / name).symlink_to("/dev/zero")
+        with pytest.raises(DataError, match="is not a plain file"):
+            read_records(tmp_path / name)
+    with pytest.raises(DataError, match="the key 'answer' stands twice"):
+        read_records(write(tmp_path / "a.jsonl", '{"image": "a", "prompt": "b", "answer": "c", "answer": "d"}'))

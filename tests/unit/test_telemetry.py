@@ -308,3 +308,14 @@ def test_the_real_wandb_works_offline_without_a_key(tmp_path, monkeypatch, caplo
     board.finish()
     assert caplog.records == []
     assert list(tmp_path.glob("run: 1/wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"), [({}, ""), ({"mode": "online", "project": "x"}, "wandb.mode, wandb.project")]
+)
+def test_wandb_settings_without_effect_are_named(caplog, values, said):
+    assert not WandbConfig(**values).enabled
+    assert (said in caplog.text) and (not said) == (not caplog.text)
+    caplog.clear()
+    assert not WandbConfig(enabled=False, **values).enabled and WandbConfig(enabled=True, **values).enabled
+    assert not caplog.text

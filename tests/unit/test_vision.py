@@ -5,8 +5,9 @@ import pytest
 import torch
 from folders import vision_folder
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
+from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
 
+from mitrain import hf
 from mitrain.backbones import VisionConfig, VisionEncoder
 from mitrain.backbones.digests import frozen_digest
 from mitrain.backbones.vision import VIEWS, augment, pad_square
@@ -129,3 +130,15 @@ def test_the_digest_names_the_weights(dinov2):
         next(two.model.parameters()).view(-1)[0] += 1e-3
     assert frozen_digest(one.model) != frozen_digest(two.model)
     assert encoder(dinov2, size=42).identity() != one.identity()
+
+
+def test_no_hub_is_asked_for_a_name_that_is_not_here(monkeypatch):
+    asked = []
+    monkeypatch.setattr("httpx.Client.send", lambda *given, **more: asked.append(given) or 1 / 0)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *given, **more: asked.append(given) or 1 / 0)
+    for factory, source in ((AutoModel, "no-such/model"), (AutoConfig, "nosuchmodel")):
+        with pytest.raises(ModelError, match="cannot load"):
+            hf.load(factory, source, "image encoder")
+    with pytest.raises(ModelError, match="cannot load"):
+        hf.read_config("no-such/model", "image encoder")
+    assert not asked

@@ -1,0 +1,28 @@
+"""Formats of other projects that no reader here takes: known by their keys, so that an error can name the conversion."""
+
+from typing import Any
+
+RECORD = '{"image": …, "prompt": …, "answer": …} a line'
+CAPTION = '{"image": …, "text": …} a line'
+
+
+def advice(value: Any) -> str:
+    """What a JSON file's value or a record is, and how it becomes what is read here; "" where it is nothing known."""
+    if not isinstance(value, dict):
+        return ""
+    listed = {key: item[0] if item else None for key, item in value.items() if isinstance(item, list)}
+    first = listed.get("annotations")
+    inner = first if isinstance(first, dict) else {}
+    if "conversations" in listed or "messages" in listed:
+        return f"conversations, as LLaVA's: write one question with its answer, {RECORD}"
+    if "questions" in listed:
+        return f"VQA's questions, whose answers are in another file: join both by question_id and write {RECORD}"
+    if "multiple_choice_answer" in inner or "answers" in inner:
+        return f"VQA's answers, whose questions are in another file: join both by question_id and write {RECORD}"
+    if "caption" in inner:
+        return f"COCO's captions: write {CAPTION}, or read Karpathy's dataset_coco.json with data.name=karpathy"
+    if "segmentation" in inner or "bbox" in inner:
+        return "COCO's instances: data.name=refcoco reads them, beside the references that speak of them"
+    if isinstance(listed.get("images"), dict) and "sentences" in listed["images"]:
+        return "Karpathy's captions: data.name=karpathy reads them"
+    return ""
