@@ -50,6 +50,7 @@ def export(
     settings = {"name": run_config.adapter.section_name, **model.adapter.config.to_dict()}
     fields = pretrained.method_fields(settings, model.text.model.config, run_config.model.llm, counts)
     fields["run"] = run_part(run_config, model, saved, metrics).to_dict()
+    fields["frozen"] = runs.frozen_of(saved) or None
     tensors = {name: saved.tensors[name] for name in model.trainable}
     tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
     licences, alone = known_licences(), model.adapter.places == ("text",)
@@ -170,15 +171,17 @@ def from_pretrained(
     *,
     base: str | Path | None = None,
     encoders: Sequence[str | Path] | None = None,
+    allow_changes: bool = False,
     **model: Any,
 ) -> Pretrained:
     """Load what ``mitrain export`` wrote, on the frozen models that it names.
 
-    ``base`` and ``encoders``: their folders or names here, where they differ. Further keywords are keys of the
+    ``base`` and ``encoders``: their folders or names here, where they differ; with ``allow_changes`` also models of the
+    same shape with other weights, of which a line is said. Further keywords are keys of the
     configuration's section ``model``, as quantize="int8", dtype="bf16", device="cpu". Raises ModelError where the base
-    is of another shape, with every difference, and CheckpointError for a damaged folder.
+    is of another shape or has other weights, with every difference, and CheckpointError for a damaged folder.
     """
-    return Pretrained(runs.open_published(folder, base, encoders, **model))
+    return Pretrained(runs.open_published(folder, base, encoders, allow_changes, **model))
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, FeatureNorm | None]:

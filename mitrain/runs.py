@@ -8,6 +8,7 @@ runs/NAME-TIME/
     .owner               while a process trains in it, see `mitrain.ownership`
 """
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +21,15 @@ from mitrain.backbones.vision import Preprocess
 from mitrain.checkpoint import Checkpoint
 from mitrain.engine import ZeroConfig
 from mitrain.engine.zero import gather_as_needed, sharding
-from mitrain.errors import CheckpointError, ConfigError
+from mitrain.errors import CheckpointError, ConfigError, ModelError
 from mitrain.files import write_atomic
 from mitrain.fingerprint import differences, flat, listed
 from mitrain.model import Model, build, resolve_model, settled
 from mitrain.ownership import OWNERSHIP
 from mitrain.pretrained import EncoderShape, Published
 from mitrain.schema import RunConfig
+
+log = logging.getLogger(__name__)
 
 
 def create(run_config: RunConfig, parent: str | Path) -> Path:
@@ -117,22 +120,45 @@ class Run:
     answers: Mapping[str, Sequence[str]] | None = None
 
 
-def open_run(folder: str | Path, which: str = "best") -> Run:
-    """Rebuild a run's model and load its ``best`` or ``latest`` checkpoint, or what was exported of it."""
+def open_run(folder: str | Path, which: str = "best", allow_changes: bool = False) -> Run:
+    """Rebuild a run's model and load its ``best`` or ``latest`` checkpoint, or what was exported of it.
+
+    ModelError where the frozen models are not those it was trained on, unless ``allow_changes``.
+    """
     folder = Path(folder)
     if pretrained.is_published(folder):
         if which != "best":
             raise CheckpointError(
                 f"{str(folder)!r} is an export and holds one checkpoint: leave out --checkpoint {which}"
             )
-        return open_published(folder)
+        return open_published(folder, allow_changes=allow_changes)
     run_config, saved = read_config(folder), newest(folder, which)
     spread = run_config.zero if dist.world() > 1 else ZeroConfig()  # one process holds everything whatever the stage
     model = build(run_config, shard=sharding(spread, run_config.train.optimizer))
+    check_frozen(frozen_of(saved), model, folder, allow_changes)
     restore(model, saved)
     if spread.stage == 3:
         gather_as_needed(model.frozen, spread)
     return Run(folder, run_config, model, saved)
+
+
+def frozen_of(saved: Checkpoint) -> dict[str, str]:
+    """The digests of the frozen models that a checkpoint was trained on; of an earlier version's, none."""
+    found = saved.state.get("fingerprint")
+    parts = found.items() if isinstance(found, dict) else ()
+    return {str(name).removeprefix("base."): str(value) for name, value in parts if str(name).startswith("base.")}
+
+
+def check_frozen(there: Mapping[str, str], model: Model, folder: str | Path, allow_changes: bool) -> None:
+    """Compare the frozen models of ``model`` with those that the run was trained on; all ranks together."""
+    found = dist.first(differences(there, model.base) or None) if there else None
+    if found and not allow_changes:
+        raise ModelError(
+            f"the frozen models are not those that {str(folder)!r} was trained on ({listed(found)}): bring those back, or"
+            " take these all the same with --allow-changes (in Python: allow_changes=True)"
+        )
+    if found:
+        log.warning("%s was trained on other frozen models: %s", folder, listed(found))
 
 
 def newest(folder: str | Path, which: str) -> Checkpoint:
@@ -159,12 +185,17 @@ def without_checkpoint(folder: Path) -> NoReturn:
 
 
 def open_published(
-    folder: str | Path, base: str | Path | None = None, encoders: Sequence[str | Path] | None = None, **changes: Any
+    folder: str | Path,
+    base: str | Path | None = None,
+    encoders: Sequence[str | Path] | None = None,
+    allow_changes: bool = False,
+    **changes: Any,
 ) -> Run:
     """Rebuild an exported run's model on its frozen weights.
 
     ``base`` and ``encoders``: other places of the same language model and image encoders; ``changes``: other values of
-    `ModelConfig`, as quantize="int8". ModelError where the base or an encoder is of another shape.
+    `ModelConfig`, as quantize="int8". ModelError where the base or an encoder is of another shape or, unless
+    ``allow_changes``, has other weights.
     """
     published = pretrained.read(folder)
     part = published.contents.run
@@ -184,6 +215,7 @@ def open_published(
         pretrained.require_same(saved.shape, encoder_shape(encoder), what, "give another with encoders=")
         values = saved.preprocess
         encoder.preprocess = Preprocess(values.size, tuple(values.mean), tuple(values.std), values.resize)
+    check_frozen(published.contents.frozen or {}, model, folder, allow_changes)
     saved_run = Checkpoint(Path(folder), part.step, part.best, published.tensors, {})
     restore(model, saved_run)
     return Run(Path(folder), run_config, model, saved_run, part.answers or {})

@@ -97,11 +97,12 @@ def score_run(
     generate: bool = False,
     seed: int = 0,
     floors: bool = False,
+    allow_changes: bool = False,
 ) -> dict[str, Any]:
     """The metrics of a run's checkpoint on a split under a control, and those of the ``floors`` if asked for."""
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples {samples} scores nothing: give at least 1")
-    run = runs.open_run(folder, which)
+    run = runs.open_run(folder, which, allow_changes)
     chosen, images = split_of(run, split, samples)
     found = score_split(run, chosen, images, control, generate, seed)
     beside = {"floors": floors_of(run, split, chosen, images)} if floors else {}
@@ -125,10 +126,11 @@ def predict_one(
     candidates: Sequence[str] | None = None,
     out: str | None = None,
     which: str = "best",
+    allow_changes: bool = False,
 ) -> Answer:
     """Answer a prompt about a picture, or segment an expression in it."""
     check_words(text, candidates)
-    return ask(runs.open_run(folder, which), image, text, candidates=candidates, out=out)
+    return ask(runs.open_run(folder, which, allow_changes), image, text, candidates=candidates, out=out)
 
 
 def ask(

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mitrain.cli.shared import add_checkpoint, command, on_ranks, say
+from mitrain.cli.shared import add_allow_changes, add_checkpoint, command, on_ranks, say
 
 
 def add_eval(commands: Any) -> None:
@@ -20,6 +20,7 @@ def add_eval(commands: Any) -> None:
         " (default: none)",
     )
     add_checkpoint(sub)
+    add_allow_changes(sub)
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over the split")
     sub.add_argument(
         "--generate", action="store_true", help="also let the model speak and count exact matches (answer)"
@@ -44,6 +45,7 @@ def run_eval(arguments: argparse.Namespace) -> Any:
         generate=arguments.generate,
         seed=arguments.seed,
         floors=arguments.floors,
+        allow_changes=arguments.allow_changes,
     )
     for line in metric_lines(metrics):
         say(arguments, line)
@@ -71,6 +73,7 @@ def add_predict(commands: Any) -> None:
     )
     sub.add_argument("--out", metavar="DIR", help="where image, overlay, expression and mask are written (segment)")
     add_checkpoint(sub)
+    add_allow_changes(sub)
 
 
 def run_predict(arguments: argparse.Namespace) -> Any:
@@ -84,6 +87,7 @@ def run_predict(arguments: argparse.Namespace) -> Any:
         candidates=candidates,
         out=arguments.out,
         which=arguments.checkpoint,
+        allow_changes=arguments.allow_changes,
     )
     for line in result.lines:
         say(arguments, line)

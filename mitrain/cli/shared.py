@@ -73,6 +73,12 @@ def add_checkpoint(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def add_allow_changes(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--allow-changes", action="store_true", help="also on frozen models with other weights than it was trained on"
+    )
+
+
 def refused(check: Callable[[Any], None], found: Any) -> Any:
     """``found``; where ``check`` refuses it, the error takes it along to be printed as JSON all the same."""
     try:

@@ -57,8 +57,9 @@ class RunPart(Strict):
 class Contents(Strict):
     """adapter_config.json. ``adapter``: the method's name and settings. ``tensors``: adapter_model.safetensors.
 
-    ``peft``: the two files beside it that PEFT reads, of a method that PEFT can load. ``checksum`` covers everything but
-    itself and ``base_model_name_or_path``, which may be edited.
+    ``frozen``: digests of the models that it was trained on, by name (`mitrain.model.Model.base`). ``peft``: the two files
+    beside it that PEFT reads, of a method that PEFT can load. ``checksum`` covers everything but itself and
+    ``base_model_name_or_path``, which may be edited.
     """
 
     format: int
@@ -70,11 +71,10 @@ class Contents(Strict):
     parameters: Parameters
     tensors: FileSum
     run: RunPart | None
+    frozen: dict[str, str] | None = None
     peft: dict[str, FileSum] | None = None
     checksum: str
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        if self.peft is None:
-            del values["peft"]
-        return values
+        return {name: value for name, value in values.items() if name not in ("frozen", "peft") or value is not None}

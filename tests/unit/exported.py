@@ -54,14 +54,14 @@ def make_run(world: Path, task: str = "answer") -> Path:
     config = make_config(world, task)
     folder = runs.create(config, world / "runs")
     model = build(config)
-    lines = []
+    lines, state = [], {"fingerprint": {f"base.{name}": value for name, value in model.base.items()}}
     for step in (BEST, LAST):
         for module in model.trainable.values():
             scramble(module, seed=step, spread=0.5)
             for buffer in module.buffers():
                 buffer.add_(torch.rand(buffer.shape, generator=torch.Generator().manual_seed(step)))
         tensors = {name: checkpoint.only_trainable(module) for name, module in model.trainable.items()}
-        checkpoint.save(folder, step, tensors, {}, best=step == BEST)
+        checkpoint.save(folder, step, tensors, state, best=step == BEST)
         values = {"accuracy": step / 10, "samples": 4, "control": "none", "broken": float("nan")}
         lines += [{"kind": "train", "step": step, "loss": 1.0}, {"kind": "val", "step": step, "time": 1.0, **values}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "val", "st')

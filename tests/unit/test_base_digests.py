@@ -5,13 +5,18 @@ import shutil
 
 import pytest
 import torch
+from exported import make_run, make_world
 from folders import llm_folder, vision_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mitrain
 from mitrain import quant
 from mitrain.backbones import TextBackbone, VisionConfig, VisionEncoder
 from mitrain.backbones.digests import weights_of
+from mitrain.cli import main
+from mitrain.errors import ModelError
+from mitrain.export import export
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +92,41 @@ def test_an_encoder_is_named_by_its_weights_configuration_and_preprocessing(tmp_
     assert differing(first, of(edited(folder, tmp_path / "two", lambda t: t["layernorm.bias"].add_(1)))) == {"weights"}
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
     assert differing(first, of(folder)) == {"preprocess"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = make_world(tmp_path_factory.mktemp("frozen"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        run = make_run(path)
+        export(run, path / "exported")
+        yield path, run
+
+
+@pytest.mark.parametrize(("part", "name"), [("llm", "text.weights"), ("vision", "encoder0.weights")])
+def test_a_run_and_its_export_know_the_models_they_were_trained_on(world, part, name, capsys, caplog):
+    path, run = world
+    image, words = str(next((path / "data" / "images").glob("*.png"))), "the colour of this picture is"
+    asked = [["predict", "--image", image, "--text", words], ["eval", "--split", "test"]]
+    file = path / part / "model.safetensors"
+    before = file.read_bytes()
+    edited(path / part, path / f"other {part}", lambda tensors: next(iter(tensors.values())).add_(0.5))
+    try:
+        file.write_bytes((path / f"other {part}" / "model.safetensors").read_bytes())
+        for folder in (run, path / "exported"):
+            for command, *options in asked:
+                assert main([command, str(folder), *options]) == 2
+                said = capsys.readouterr().err
+                assert f"not those that '{folder}' was trained on ({name} differs)" in said and said.count("\n") == 1
+                assert main([command, str(folder), *options, "--allow-changes"]) == 0
+                assert f"{folder} was trained on other frozen models: {name} differs" in caplog.text
+                capsys.readouterr()
+        with pytest.raises(ModelError, match=f"{name} differs"):
+            mitrain.from_pretrained(path / "exported")
+        assert mitrain.from_pretrained(path / "exported", allow_changes=True)
+    finally:
+        file.write_bytes(before)
+    for folder in (run, path / "exported"):
+        assert main(["predict", str(folder), "--image", image, "--text", words]) == 0
+    assert mitrain.from_pretrained(path / "exported", quantize="int8", dtype="bf16", base=path / "llm")
