@@ -3,7 +3,8 @@
 Shapes: B samples, e width of the infused feature (all encoders concatenated), N patches, c channels.
 """
 
-import hashlib
+import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -12,15 +13,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
+from mitrain import hf
 from mitrain.backbones import VisionEncoder
 from mitrain.backbones.vision import VIEWS
 from mitrain.config import Section
-from mitrain.data.cache import FeatureCache, Item
-from mitrain.data.images import BadSamples, open_image
+from mitrain.data.cache import FeatureCache
+from mitrain.data.images import BadSamples, Decoded, Size, read_image
+from mitrain.data.segments import Item
 from mitrain.errors import DataError
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int], object]
 ENCODE_BATCH = 8  # on a CPU larger batches only cost memory traffic
@@ -100,6 +106,8 @@ class ImageFeatures:
     ):
         self.encoders, self.root, self.max_pixels, self.bad, self.aside = encoders, root, max_pixels, bad, aside
         self._keys: dict[str, str | None] = {}
+        self._sizes: dict[str, Size] = {}  # of pictures whose annotations state one
+        self._notes: dict[str, list[str]] = defaultdict(list)  # how pictures are read, where not plainly: which
         dtypes = {"pooled": "float32", "levels": "float16"}
         self.cached = cache is not None
         places = [cache / "images" if cache else None for _ in encoders]
@@ -116,8 +124,10 @@ class ImageFeatures:
         """The content's address; None for a file that cannot be read (counted and named by the budget)."""
         if image not in self._keys:
             try:
-                open_image(self.root, image, self.max_pixels)
-                self._keys[image] = hashlib.sha256((self.root / image).read_bytes()).hexdigest()
+                found = self._read(image)
+                self._keys[image] = found.digest
+                if found.note:
+                    self._notes[found.note].append(image)
             except DataError as error:
                 if self.bad is None:
                     raise
@@ -125,20 +135,44 @@ class ImageFeatures:
                 self._keys[image] = None
         return self._keys[image]
 
+    def picture(self, image: str) -> Image.Image:
+        """The picture whose address is `key`. DataError where the file is not the same any more."""
+        found = self._read(image)
+        if found.digest != self._keys.setdefault(image, found.digest):
+            raise DataError(
+                f"{found.where} was replaced while it was being used: leave the pictures alone, start again"
+            )
+        return found.upright()
+
+    def _read(self, image: str) -> Decoded:
+        """The picture, as its annotation means it where this states a size."""
+        found = read_image(self.root, image, self.max_pixels)
+        return found.annotated(self._sizes[image], self.max_pixels) if image in self._sizes else found
+
     def usable(self, images: Sequence[str]) -> list[bool]:
         """Which of ``images`` can be read."""
         return [self.key(image) is not None for image in images]
 
     def readable(self, samples: Sequence[Any]) -> list[Any]:
-        """The samples whose picture and mask can be read; the budget counts and names the others."""
+        """The samples whose picture and mask can be read and fit together; the budget counts and names the others."""
         kept = []
+        self._sizes.update({s.image: s.size for s in samples if getattr(s, "size", None)})
         for sample, usable in zip(samples, self.usable([s.image for s in samples]), strict=True):
             fault = sample.fault()
             if fault and self.bad is not None:
                 self.bad.skip(sample.id, fault)
             elif usable:
                 kept.append(sample)
+        if self.bad is not None:
+            self.bad.check_share(len(samples) - len(kept), len(samples))
+        self._say_notes()
         return kept
+
+    def _say_notes(self) -> None:
+        """One line for each way in which pictures differ from what their annotations say of them."""
+        for note, images in self._notes.items():
+            log.warning("%d pictures are read %s, which fits their annotations: %r first", len(images), note, images[0])
+        self._notes.clear()
 
     def prepare(self, images: Sequence[str], views: int = 1, progress: Progress = no_progress) -> int:
         """Encode what is not in the cache yet; returns how many encodings that were."""
@@ -158,7 +192,7 @@ class ImageFeatures:
     def _encode(
         self, encoder: VisionEncoder, wanted: Sequence[tuple[str, int]], keys: Sequence[str]
     ) -> dict[str, Item]:
-        images = [open_image(self.root, image, self.max_pixels) for image, _ in wanted]
+        images = [self.picture(image) for image, _ in wanted]
         with self.aside():  # one call, on every rank: its weights may be sharded
             out = encoder.encode(images, [view for _, view in wanted])
         items: dict[str, Item] = {}
@@ -170,12 +204,10 @@ class ImageFeatures:
 
     def _items(self, index: int, images: Sequence[str], views: Sequence[int]) -> list[Item]:
         encoder, store = self.encoders[index], self.stores[index]
-        keys = [f"{self.key(image)}/{view}" for image, view in zip(images, views, strict=True)]
-        absent = [i for i, key in enumerate(keys) if key not in store]
-        if absent:
-            wanted = [(images[i], views[i]) for i in absent]
-            new = {k: store.rounded(v) for k, v in self._encode(encoder, wanted, [keys[i] for i in absent]).items()}
-        return [store[key] if key in store else new[key] for key in keys]
+        wanted = [(image, view) for image, view in zip(images, views, strict=True)]
+        by_key = {f"{self.key(image)}/{view}": (image, view) for image, view in wanted}
+        keys = [f"{self.key(image)}/{view}" for image, view in wanted]
+        return store.read(keys, partial(self._encode_keys, encoder, by_key), hf.is_spread(encoder))
 
     def pooled(self, images: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
         """(B, e) float32: all encoders' global features side by side."""

@@ -256,6 +256,11 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_spread(module: nn.Module) -> bool:
+    """Whether a frozen module's weights lie in shards on all ranks, which then must run it together."""
+    return is_sharded(next(module.parameters()))
+
+
 def elements(parameter: Tensor) -> int:
     """How many elements the whole parameter has, also where this rank holds a shard of it."""
     return parameter.ds_numel if is_sharded(parameter) else parameter.numel()

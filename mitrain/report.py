@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mitrain import figures, runs
-from mitrain.data.images import open_image
+from mitrain.data.images import annotated_image, open_image
 from mitrain.errors import ConfigError
 from mitrain.evaluate import Evaluation
 from mitrain.files import write_atomic, write_json
@@ -168,5 +168,6 @@ def mask_panels(pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -
         truth = sample.mask()
         union = np.count_nonzero(truth | prediction.mask)
         iou = np.count_nonzero(truth & prediction.mask) / union if union else 0.0
-        picture = figures.outlined(figures.overlay(open_image(root, sample.image, max_pixels), prediction.mask), truth)
+        picture = annotated_image(root, sample.image, sample.size, max_pixels)
+        picture = figures.outlined(figures.overlay(picture, prediction.mask), truth)
         yield figures.Panel(picture, [sample.expression, f"IoU {iou:.2f}"], iou >= 0.5)

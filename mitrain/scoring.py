@@ -39,7 +39,7 @@ def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any
     """A split's samples (at most ``samples``, evenly spread) that can be read, and their images' features."""
     data = run.config.data
     root = resolve_data(data)
-    images = run.model.images(data.image_root(root), BadSamples(data.bad_samples))
+    images = run.model.images(data.image_root(root), BadSamples(data.bad_samples, data.bad_share))
     chosen = images.readable(limit(data.read(root, split), samples))
     if not chosen:
         raise DataError(f"no sample of the split {split!r} can be read: check the data folder {root}")
@@ -106,6 +106,8 @@ def score_run(
     chosen, images = split_of(run, split, samples)
     found = score_split(run, chosen, images, control, generate, seed)
     beside = {"floors": floors_of(run, split, chosen, images)} if floors else {}
+    if len(images.bad):
+        beside["bad_samples"] = len(images.bad)
     return {**found.metrics, "split": split, "step": run.saved.step, "run": str(folder), **beside}
 
 

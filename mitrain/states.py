@@ -6,9 +6,9 @@ Shapes: B samples, T tokens, D width of the text model, N picture tokens, c widt
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mitrain import hf
 from mitrain.backbones import TextBackbone, VisionEncoder
-from mitrain.data.cache import FeatureCache, Item
-from mitrain.data.images import open_image
+from mitrain.data.cache import FeatureCache
+from mitrain.data.segments import Item
 from mitrain.features import ENCODE_BATCH, ImageFeatures, Progress, no_progress
 
 log = logging.getLogger(__name__)
@@ -78,8 +79,13 @@ class TextStates:
         """(B, T, D), right-padded with zeros; None when there is no cache and the model must run from its bottom."""
         if not self.cached:
             return self._padded(self.text.trunk(rows, self.depth)) if self.always else None
-        items = [self.store[key]["states"] if (key := self.key(row)) in self.store else self._now(row) for row in rows]
-        return self._padded([torch.from_numpy(np.array(item)) for item in items])
+        by_key = {self.key(row): row for row in rows}
+
+        def compute(keys: Sequence[str]) -> dict[str, Item]:
+            return {key: {"states": self._now(by_key[key])} for key in keys}
+
+        items = self.store.read([self.key(row) for row in rows], compute, hf.is_spread(self.text.model))
+        return self._padded([torch.from_numpy(np.array(item["states"])) for item in items])
 
     def _padded(self, items: Sequence[Tensor]) -> Tensor:
         out = torch.zeros(len(items), max(map(len, items)), self.text.width, dtype=self.text.dtype)
@@ -105,23 +111,22 @@ class PictureStates:
         """Compute what is not in the cache yet; returns how many pictures' views that were."""
         if not self.cached:
             return 0
-        by_key = {f"{images.key(path)}/{view}": (path, view) for view in range(views) for path in paths}
+        wanted = [(path, view) for view in range(views) for path in paths]
+        by_key = {f"{images.key(path)}/{view}": (path, view) for path, view in wanted}
+        return self.store.fill(by_key, partial(self._compute, images, by_key), ENCODE_BATCH, progress)
 
-        def compute(keys: Sequence[str]) -> dict[str, Item]:
-            return dict(zip(keys, self._compute(images, [by_key[key] for key in keys]), strict=True))
-
-        return self.store.fill(by_key, compute, ENCODE_BATCH, progress)
-
-    def _compute(self, images: ImageFeatures, wanted: Sequence[tuple[str, int]]) -> list[Item]:
-        pictures = [open_image(images.root, path, images.max_pixels) for path, _ in wanted]
+    def _compute(
+        self, images: ImageFeatures, by_key: Mapping[str, tuple[str, int]], keys: Sequence[str]
+    ) -> dict[str, Item]:
+        wanted = [by_key[key] for key in keys]
+        pictures = [images.picture(path) for path, _ in wanted]
         states = self.encoder.entering(self.depth, pictures, [view for _, view in wanted])
-        return [self.store.rounded({"states": row.float().cpu().numpy()}) for row in states]
+        return {key: {"states": row.float().cpu().numpy()} for key, row in zip(keys, states, strict=True)}
 
     def batch(self, images: ImageFeatures, paths: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
         """(B, N, c) float32 of the pictures' ``views`` (0, as they are, where none are given)."""
         wanted = list(zip(paths, views or [0] * len(paths), strict=True))
         keys = [f"{images.key(path)}/{view}" for path, view in wanted]
-        absent = [i for i, key in enumerate(keys) if key not in self.store]
-        new = dict(zip(absent, self._compute(images, [wanted[i] for i in absent]), strict=True)) if absent else {}
-        items = [new[i] if i in new else self.store[key] for i, key in enumerate(keys)]
+        compute = partial(self._compute, images, dict(zip(keys, wanted, strict=True)))
+        items = self.store.read(keys, compute, hf.is_spread(self.encoder))
         return torch.from_numpy(np.stack([item["states"] for item in items]).astype(np.float32))

@@ -97,7 +97,7 @@ class Trainer:
 
     def _encode(self) -> None:
         """Run everything frozen once, and take the statistics that follow from it."""
-        config, bad = self.config, BadSamples(self.config.data.bad_samples)
+        config, bad = self.config, BadSamples(self.config.data.bad_samples, self.config.data.bad_share)
         self.images: ImageFeatures = self.model.images(config.data.image_root(self.root), bad)
         self.train, self.val = self._usable(self.train, "train"), self._usable(self.val, "val")
         splits = {"train": self.train, "val": self.val}

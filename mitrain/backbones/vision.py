@@ -27,6 +27,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 POOLING = ("pooler", "head", "visual_projection")
 VIEWS = 6
+LONGEST = 4096  # side of the largest picture made on the way to the encoder's, whose own is at most as large
 View = int
 
 
@@ -39,7 +40,7 @@ class VisionConfig(Section):
     """
 
     name: str
-    size: int | None = Field(None, ge=14, le=4096)
+    size: int | None = Field(None, ge=14, le=LONGEST)
     layer: int | None = Field(None, ge=1)
     pool: Literal["auto", "cls", "mean", "cls+mean"] = "auto"
     levels: tuple[int, ...] = ()
@@ -49,7 +50,7 @@ class VisionConfig(Section):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """RGB image → (3, S, S) float32, normalised per channel."""
+    """RGB image → (3, S, S) float32, normalised per channel. However long and thin it is, at most 4096² pixels are made."""
 
     size: int
     mean: tuple[float, float, float]
@@ -57,6 +58,8 @@ class Preprocess:
     resize: str
 
     def __call__(self, image: Image.Image, view: View = 0) -> Tensor:
+        if image.height * self.size > LONGEST**2:  # PIL scales the width of all rows first
+            image = bounded(image, LONGEST)
         image = augment(image, view)
         if self.resize == "pad":
             image = pad_square(image)
@@ -68,10 +71,19 @@ class Preprocess:
 
 def pad_square(image: Image.Image, scale: float = 1.0) -> Image.Image:
     """``image`` centred on a white square whose side is its longer side divided by ``scale``."""
+    image = bounded(image, LONGEST * scale)
     side = round(max(image.size) / scale)
     canvas = Image.new("RGB", (side, side), "white")
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
+
+
+def bounded(image: Image.Image, longest: float) -> Image.Image:
+    """``image`` with its longer side at most ``longest``: what is made of it then takes memory of that side's square."""
+    share = longest / max(image.size)
+    if share >= 1:
+        return image
+    return image.resize([max(1, round(side * share)) for side in image.size], Image.Resampling.BICUBIC)
 
 
 def augment(image: Image.Image, view: View) -> Image.Image:

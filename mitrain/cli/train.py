@@ -51,12 +51,17 @@ def run_train(arguments: argparse.Namespace) -> Any:
     with owned(folder):
         trainer, outcome = fitted(arguments, folder, config)
     say(arguments, trainer.watch.table())
+    bad = len(trainer.images.bad)
+    skipped = f" ({bad} bad samples skipped)" if bad else ""
     if outcome.stopped:
-        say(arguments, f"stopped by {outcome.stopped} after step {outcome.step}: mitrain train --resume {folder}")
+        say(
+            arguments,
+            f"stopped by {outcome.stopped} after step {outcome.step}{skipped}: mitrain train --resume {folder}",
+        )
     else:
         say(
             arguments,
-            f"best val {outcome.best:.4f} at step {outcome.best_step}; next: mitrain eval {folder} --split test",
+            f"best val {outcome.best:.4f} at step {outcome.best_step}{skipped}; next: mitrain eval {folder} --split test",
         )
     return {
         "run": str(folder),
@@ -64,6 +69,7 @@ def run_train(arguments: argparse.Namespace) -> Any:
         "best": outcome.best,
         "best_step": outcome.best_step,
         "stopped": outcome.stopped,
+        "bad_samples": bad,
     }
 
 

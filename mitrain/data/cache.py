@@ -1,32 +1,35 @@
-"""A cache for what is frozen: computed once, addressed by content, memory-mapped.
+"""A cache for what is frozen: computed once, addressed by content, checked whenever it is read.
 
 A cache is a folder named by everything its values depend on (weights, layer, preprocessing, precision); inside are
-*segments*, each published whole under a name of its own:
+*segments* (``segments.py``), each published whole under a name of its own:
 
     <root>/<address>/identity.json
-    <root>/<address>/<segment>/index.json     item key → first row and number of rows of each array
-    <root>/<address>/<segment>/<array>.npy    the rows of all the segment's items, one after another
+    <root>/<address>/<segment>/...
 
 An interrupted fill loses at most the segment under way. Two processes that fill at once write segments of their own;
 an item that stands in both is read from either. Items are dictionaries of 2-D float arrays (rows, width).
+A segment in which anything is found to be wrong is named once and taken away; its items are computed again.
 """
 
 import json
 import logging
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mitrain import dist
 from mitrain.config import digest
-from mitrain.errors import DataError
+from mitrain.data.segments import Index, Item, read_item, write_segment
+from mitrain.errors import DataError, ModelError
 from mitrain.files import atomic_folder, write_json
 
 log = logging.getLogger(__name__)
 
-Item = dict[str, np.ndarray]
+Compute = Callable[[Sequence[str]], dict[str, Item]]
 SEGMENT_ITEMS = 512
 
 
@@ -36,9 +39,12 @@ class FeatureCache:
     def __init__(self, root: Path | None, identity: dict, dtypes: dict[str, str]):
         self.dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
         self.folder: Path | None = None
-        self._where: dict[str, tuple[dict[str, np.ndarray], dict[str, list[int]]]] = {}
+        self._memory: dict[str, Item] = {}
+        self._where: dict[str, dict[Path, list[Any]]] = {}  # key → the segments that hold it, and where
+        self._known: set[Path] = set()  # segments, sound or not, that were looked at
+        self._checked: set[str] = set()  # keys that this process has read before
         if root is not None:
-            self.folder = root / digest({**identity, "stored as": dtypes, "layout": 1})
+            self.folder = root / digest({**identity, "stored as": dtypes, "layout": 2})
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "identity.json").exists():
                 write_json(self.folder / "identity.json", identity)
@@ -47,53 +53,92 @@ class FeatureCache:
     def refresh(self) -> None:
         """Take in the segments that other processes have published."""
         for index in sorted(self.folder.glob("[!.]*/index.json")):
-            try:
-                self._open(index.parent, json.loads(index.read_text()))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                log.warning("cache segment %s is damaged (%s): its items are computed again", index.parent, error)
+            if index.parent not in self._known:
+                try:
+                    self._take_in(index.parent, json.loads(index.read_bytes()))
+                except (OSError, ValueError, AttributeError, RecursionError) as error:
+                    self._discard(index.parent, error)
 
-    def _open(self, segment: Path, index: dict[str, dict[str, list[int]]]) -> None:
-        arrays: dict[str, np.ndarray] = {}
-        for places in index.values():
-            for name, (first, rows) in places.items():
-                if name not in arrays:
-                    arrays[name] = np.load(segment / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                if first < 0 or first + rows > len(arrays[name]):
-                    raise ValueError(f"rows {first}..{first + rows} are not in {name}.npy")
-        for key, places in index.items():
-            self._where.setdefault(key, (arrays, places))
+    def _take_in(self, segment: Path, index: Index) -> None:
+        self._known.add(segment)
+        for key, entry in index.items():
+            self._where.setdefault(key, {})[segment] = entry
 
     def __contains__(self, key: str) -> bool:
-        return key in self._where
+        return key in self._where or key in self._memory
 
-    def __getitem__(self, key: str) -> Item:
-        arrays, places = self._where[key]
-        return {name: arrays[name][first : first + rows] for name, (first, rows) in places.items()}
+    def get(self, key: str) -> Item | None:
+        """The item; None where there is none, or none that is undamaged."""
+        while segments := self._where.get(key):
+            segment, entry = next(iter(segments.items()))
+            try:
+                item = read_item(segment, key, entry, self.dtypes)
+            except (OSError, ValueError) as error:
+                self._discard(segment, error)
+            else:
+                self._checked.add(key)
+                return item
+        return self._memory.get(key)
+
+    def _discard(self, segment: Path, error: Exception) -> None:
+        """Forget a damaged segment, and delete it, but not where the disk or its permissions are at fault."""
+        log.warning("cache segment %s is damaged (%s): its items are computed again", segment, error)
+        self._known.add(segment)
+        for key in [key for key, segments in self._where.items() if segment in segments]:
+            self._checked.discard(key)
+            del self._where[key][segment]
+            if not self._where[key]:
+                del self._where[key]
+        if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+            shutil.rmtree(segment, ignore_errors=True)
+
+    def read(self, keys: Sequence[str], compute: Compute, together: bool = False) -> list[Item]:
+        """The items of ``keys``, in their order; what is not there, or no longer whole, is computed and not stored.
+
+        ``together``: ``compute`` runs on all ranks at once, as the weights are spread over them.
+        """
+        unique = list(dict.fromkeys(keys))
+        there = sum(key in self for key in unique)
+        held = {key: item for key in unique if (item := self.get(key)) is not None}
+        if len(held) < there and together and dist.world() > 1:
+            raise DataError(f"the cache {self.folder} was damaged while the ranks were reading it: resume the run")
+        absent = [key for key in unique if key not in held]
+        if absent:
+            held.update({key: self.rounded(item) for key, item in compute(absent).items()})
+        return [held[key] for key in keys]
 
     def fill(
         self,
         keys: Iterable[str],
-        compute: Callable[[Sequence[str]], dict[str, Item]],
+        compute: Compute,
         batch: int = 32,
         progress: Callable[[int], object] = lambda done: None,
     ) -> int:
         """Compute the items of ``keys`` that are missing, ``batch`` at a time; returns how many this process computed.
 
-        ``compute`` may leave items out (samples that cannot be read). Ranks that share a folder share the work: each
-        takes every n-th, and what then is still missing (their folders were not the same one).
+        Items that are there are read once, so that damaged ones count as missing. ``compute`` may leave items out
+        (samples that cannot be read). Ranks that share a folder share the work: each takes every n-th, and what then
+        is still missing (their folders were not the same one).
         """
         keys = list(dict.fromkeys(keys))
-        missing, spare = [key for key in keys if key not in self], keys[:1]
+        missing, spare = self._missing(keys), keys[:1]
         if self.folder is None or dist.world() == 1:
             return self._compute(missing, compute, batch, progress, spare)
+        missing = list(dict.fromkeys(key for part in dist.gather(missing) for key in part))
         computed = self._compute(missing[dist.rank() :: dist.world()], compute, batch, progress, spare)
         self.refresh()
-        return computed + self._compute([key for key in missing if key not in self], compute, batch, progress, spare)
+        return computed + self._compute(self._missing(keys), compute, batch, progress, spare)
+
+    def _missing(self, keys: Sequence[str]) -> list[str]:
+        for key in keys:
+            if key in self._where and key not in self._checked:
+                self.get(key)
+        return [key for key in keys if key not in self]
 
     def _compute(
         self,
         missing: Sequence[str],
-        compute: Callable[[Sequence[str]], dict[str, Item]],
+        compute: Compute,
         batch: int,
         progress: Callable[[int], object],
         spare: Sequence[str],
@@ -120,31 +165,26 @@ class FeatureCache:
         return computed
 
     def rounded(self, item: Item) -> Item:
-        """The item in the precision it is stored with."""
-        return {name: np.asarray(array, self.dtypes[name]) for name, array in item.items()}
+        """The item in the precision it is stored with; ModelError where a value is not finite in it."""
+        with np.errstate(over="ignore"):
+            stored = {name: np.asarray(array, self.dtypes[name]) for name, array in item.items()}
+        for name, array in stored.items():
+            if not np.isfinite(array).all():
+                whole = np.isfinite(item[name]).all()
+                mend = "take other layers" if whole else "check its weights, or set model.dtype=fp32"
+                raise ModelError(f"a frozen model's {name} are not finite in {array.dtype}, as they are kept: {mend}")
+        return stored
 
     def _publish(self, items: dict[str, Item]) -> None:
-        index: dict[str, dict[str, list[int]]] = {key: {} for key in items}
-        arrays: dict[str, np.ndarray] = {}
-        for name in {n for item in items.values() for n in item}:
-            row, parts = 0, []
-            for key, item in items.items():
-                if name in item:
-                    index[key][name] = [row, len(item[name])]
-                    row += len(item[name])
-                    parts.append(item[name])
-            arrays[name] = np.concatenate(parts)
         if self.folder is None:
-            self._where.update({key: (arrays, places) for key, places in index.items()})
+            self._memory.update(items)
             return
         segment = self.folder / uuid.uuid4().hex[:16]
         try:
             with atomic_folder(segment) as work:
-                for name, array in arrays.items():
-                    np.save(work / f"{name}.npy", array, allow_pickle=False)
-                write_json(work / "index.json", index)
+                index = write_segment(work, items)
         except OSError as error:
             raise DataError(
                 f"cannot write the cache {self.folder} ({error}): free space there, set MITRAIN_CACHE, or give cache=false"
             ) from None
-        self._open(segment, index)
+        self._take_in(segment, index)

@@ -1,32 +1,54 @@
 """Pictures from a folder that others filled: every kind becomes plain RGB, every trap a DataError.
 
-Paths come from annotation files, so they are held to stay under the data's folder; the header's size is checked
-before anything is decoded, so that a small file cannot fill the memory. What cannot be read is skipped within a
-budget, counted and named.
+Paths come from annotation files, so they are held to stay under the data's folder as they are written; links in that
+folder are its owner's and are followed. The header's size is checked before anything is decoded, so that a small file
+cannot fill the memory. What cannot be read is skipped within a budget, counted and named.
 """
 
+import hashlib
+import io
 import logging
+import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from mitrain.data.kinds import CONVERT, FORMATS, kind_of
 from mitrain.errors import DataError
 
 MAX_PIXELS = 50_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program
+MAX_BYTES = 1 << 30  # of a picture's file, which is read whole: its digest is of the bytes that are decoded
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 NAMED = 5  # bad samples that the final message names; the log names all
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by the EXIF tag's value
+
+Size = tuple[int, int]  # height, width
 
 log = logging.getLogger(__name__)
 
 
 class BadSamples:
-    """Counts distinct bad samples, and stops the run with DataError when there are more than ``budget``."""
+    """Counts distinct bad samples, and stops the run with DataError when there are too many.
 
-    def __init__(self, budget: int):
-        self.budget = budget
+    Too many: more than ``budget`` of the run's, or more than ``share`` of the samples of a split.
+    """
+
+    def __init__(self, budget: int, share: float = 0.1):
+        self.budget, self.share = budget, share
         self.reasons: dict[str, str] = {}  # name of the sample → what is wrong with it
 
     def __len__(self) -> int:
@@ -44,47 +66,182 @@ class BadSamples:
                 "- mend or remove them, or raise the budget"
             )
 
+    def check_share(self, lost: int, samples: int) -> None:
+        """Raise DataError where too many of a split's ``samples`` are ``lost``."""
+        if lost > self.share * samples:
+            raise DataError(
+                f"{lost} of {samples} samples cannot be used, more than the share data.bad_share={self.share:g}: "
+                f"{self.summary()} - mend or remove them, or raise data.bad_share"
+            )
+
     def summary(self) -> str:
         first = [f"{name} ({reason})" for name, reason in list(self.reasons.items())[:NAMED]]
         more = len(self) - len(first)
         return "; ".join(first) + (f"; and {more} more" if more else "")
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """A picture file's first frame as it is stored, in RGB.
+
+    ``digest``: sha256 of the very bytes that were decoded. ``turn``: what its EXIF tag asks for, none where the tag is
+    damaged. ``where``: the file in messages. ``note``: how an annotation of another size was brought together with it.
+    """
+
+    stored: Image.Image
+    digest: str
+    turn: Image.Transpose | None
+    where: str
+    note: str = ""
+
+    def upright(self) -> Image.Image:
+        """Turned as its EXIF tag says."""
+        return self.stored if self.turn is None else self.stored.transpose(self.turn)
+
+    def annotated(self, size: Size, max_pixels: int = MAX_PIXELS) -> "Decoded":
+        """The picture as an annotation of ``size`` means it: of this size, or evenly scaled.
+
+        That is the upright one, or the stored one where only this has the annotation's proportions. Raises DataError
+        where neither has, and where a turned picture has them either way: then nobody can know which one was annotated.
+        """
+        upright = self.upright()
+        stands, lies = likeness(upright, size), likeness(self.stored, size)
+        sizes = f"{upright.width} x {upright.height} pixels, its annotation is made for {size[1]} x {size[0]}"
+        if not max(stands, lies):
+            raise DataError(f"{self.where} has {sizes}: get matching files")
+        if size[0] * size[1] > max_pixels:
+            raise DataError(f"{self.where} has {sizes}, {max_pixels} pixels are allowed: scale both down")
+        if self.turn is not None and stands == lies:
+            raise DataError(
+                f"{self.where} is turned by its EXIF tag, and its annotation fits it turned and unturned: "
+                "save the picture upright, without the tag"
+            )
+        scaled = "as a scaled copy of what was annotated" if max(stands, lies) == 1 else ""
+        if stands >= lies:
+            return replace(self, note=scaled)
+        note = " and ".join(filter(None, ["as it is stored, not turned as its EXIF tag says", scaled]))
+        return replace(self, digest=f"{self.digest}-as-stored", turn=None, note=note)
+
+
+def likeness(picture: Image.Image, size: Size) -> int:
+    """2: of that very size. 1: evenly scaled, to less than a pixel. 0: neither."""
+    height, width = size
+    if picture.size == (width, height):
+        return 2
+    return int(abs(picture.width * height - picture.height * width) < max(height, width))
+
+
 def open_image(root: Path, relative: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture ``root/relative`` as RGB: first frame, upright by its EXIF tag, transparency on white.
 
-    Raises DataError, naming the file, where the path leaves ``root`` (through a link too), the file is missing or no
-    readable picture, or it holds more than ``max_pixels`` pixels.
+    Raises DataError, naming the file, where the path leads out of ``root``, the file is missing or no readable picture,
+    or it holds more than ``max_pixels`` pixels.
     """
-    path = contained(root, relative)
+    return read_image(root, relative, max_pixels).upright()
+
+
+def annotated_image(root: Path, relative: str, size: Size, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture that an annotation of ``size`` was made on, scaled to that size; DataError as of `open_image`."""
+    picture = read_image(root, relative, max_pixels).annotated(size, max_pixels).upright()
+    return picture if picture.size == size[::-1] else picture.resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+def read_image(root: Path, relative: str, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """The picture ``root/relative`` as it is stored; DataError as of `open_image`. The file is read once."""
+    path, where = contained(root, relative), f"{relative!r} in {str(root)!r}"
+    content = read_whole(path, where)
     try:
-        # a damaged EXIF block is only warned of: the picture is read without it
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+        with quiet(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
             if width * height <= max_pixels:
-                return as_rgb(ImageOps.exif_transpose(image))
+                image.load()  # the pixels first: what is wrong with the EXIF block is no reason to refuse them
+                turn = orientation(image)
+                mend_transparency(image, content)
+                return Decoded(as_rgb(image), hashlib.sha256(content).hexdigest(), turn, where)
+    except UnidentifiedImageError:
+        what = kind_of(content)
+        why = f"it is {what}" if what else "its content is of no kind that is known"
+        raise DataError(f"{where} is not a readable picture ({why}): {CONVERT}") from None
     except Exception as error:  # a decoder may raise anything when the file is torn or hostile
-        raise DataError(f"{relative!r} in {str(root)!r} is not a readable picture ({error}): replace it") from None
-    raise DataError(
-        f"{relative!r} in {str(root)!r} has {width} x {height} pixels, {max_pixels} are allowed: scale it down"
-    )
+        raise DataError(f"{where} is not a readable picture ({error}): replace it") from None
+    raise DataError(f"{where} has {width} x {height} pixels, {max_pixels} are allowed: scale it down")
+
+
+def read_whole(path: Path, where: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= MAX_BYTES:
+                return file.read(MAX_BYTES)
+    except OSError as error:
+        raise DataError(f"{where} cannot be opened ({error.strerror}): make it readable") from None
+    raise DataError(f"{where} has {size} bytes, {MAX_BYTES} are allowed: this is no picture to train on")
+
+
+class Hush:
+    """How many threads decode just now, and what ends their silence."""
+
+    lock, users, ends = threading.Lock(), 0, None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, nothing is warned of: a damaged EXIF block, for one, says no word and the picture is read without it.
+
+    Python keeps one list of filters for all threads. The first to come hides it and the last to go puts it back, as two
+    that each put back what they found would leave the other's silence behind.
+    """
+    with Hush.lock:
+        if not Hush.users:
+            Hush.ends = warnings.catch_warnings(action="ignore")
+            Hush.ends.__enter__()
+        Hush.users += 1
+    try:
+        yield
+    finally:
+        with Hush.lock:
+            Hush.users -= 1
+            if not Hush.users:
+                Hush.ends.__exit__()
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # PIL raises whatever the block's damage leads to, and other things for other formats
+        return None
 
 
 def contained(root: Path, relative: str) -> Path:
-    """The file ``relative`` as an absolute path, if it is one and lies under ``root`` once all links are followed."""
+    """The file ``relative`` in ``root``, if it is one and its path, as it is written, stays below ``root``."""
     if not isinstance(relative, str) or not relative or "\0" in relative:
         raise DataError(f"{str(relative)[:80]!r} is not a path of a picture in {str(root)!r}: correct the annotation")
-    try:
-        folder = Path(root).resolve()
-        path = (folder / relative).resolve()
-        inside, there = path.is_relative_to(folder), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a ring of links, a lone surrogate
-        raise DataError(f"{relative[:80]!r} in {str(root)!r} cannot be opened ({error}): correct the path") from None
-    if not inside:
+    bases = [Path(os.path.abspath(root)), Path(root).resolve()]  # a whole path may name either
+    path = Path(os.path.normpath(bases[0] / relative))
+    if not any(path.is_relative_to(base) for base in bases):
         raise DataError(f"{relative[:200]!r} leads out of the data folder {str(root)!r}: give paths below it")
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise DataError(
+            f"{relative[:80]!r} in {str(root)!r} cannot be opened ({error.strerror}): correct the path"
+        ) from None
     if not there:
-        raise DataError(f"no picture {relative[:200]!r} in {str(root)!r}: put it there or correct the path")
+        link = ", only a link that leads to none" if path.is_symlink() else ""
+        raise DataError(f"no picture {relative[:200]!r} in {str(root)!r}{link}: put it there or correct the path")
     return path
+
+
+def mend_transparency(image: Image.Image, content: bytes) -> None:
+    """Bring the transparent colour of a PNG to the scale of its pixels, which PIL decodes to 8 bits."""
+    clear = image.info.get("transparency")
+    if image.format != "PNG" or clear is None:
+        return
+    depth = content[24]
+    if image.mode == "RGB" and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif image.mode == "L" and depth < 8:
+        image.info["transparency"] = clear * 255 // ((1 << depth) - 1)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -100,10 +257,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """Grey values of 16 bits → 8 bits (PIL's own conversion would clip them)."""
-    values = np.asarray(image).astype(np.int64)
-    if image.mode == "I" and values.max(initial=0) <= 255:
-        return image.convert("L")
+    """Grey values of 16 bits → 8 bits (PIL's own conversion would clip them), with opacity where a value is transparent."""
+    values, clear = np.asarray(image).astype(np.int64), image.info.get("transparency")
     if values.max(initial=0) >= 1 << 16:
         raise ValueError("grey values of 32 bits have no agreed scale")
-    return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
+    shift = 0 if image.mode == "I" and values.max(initial=0) <= 255 else 8
+    grey = Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
+    if clear is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))

@@ -17,13 +17,15 @@ class DataSection(Section):
     """What every kind of data has: where it is, and how much may be wrong with it.
 
     ``source`` names a prepared data set (mitrain data prepare); ``root`` is a folder of one's own. ``bad_samples`` is how
-    many unreadable samples are skipped (and named) before a run stops. ``max_pixels`` bounds every image.
+    many unreadable samples are skipped (and named) before a run stops, and ``bad_share`` which part of a split's samples
+    may be missing. ``max_pixels`` bounds every image.
     """
 
     source: str | None = None
     root: str | None = None
     source_seed: int = 0
     bad_samples: int = Field(20, ge=0)
+    bad_share: float = Field(0.1, ge=0, le=1)
     max_pixels: int = Field(50_000_000, ge=1)
 
     @model_validator(mode="after")

@@ -16,10 +16,10 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from mitrain.data.captions import CaptionSample
-from mitrain.data.images import MAX_PIXELS, open_image
+from mitrain.data.images import MAX_PIXELS, Decoded, Size, annotated_image, open_image, read_image
 from mitrain.data.labels import LabelSample
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
@@ -38,11 +38,15 @@ Samples = Sequence[AnswerSample] | Sequence[CaptionSample] | Sequence[LabelSampl
 
 @dataclass(frozen=True)
 class Picture:
-    """``digest`` of its pixels and ``size`` (height, width), or the ``error`` that stopped us from reading it."""
+    """``digest`` of its pixels, or the ``error`` that stopped us from reading it.
+
+    ``misfit``: why it is not the picture that its annotation was made on. ``note``: how the two were brought together.
+    """
 
     digest: str = ""
-    size: tuple[int, int] = (0, 0)
     error: str = ""
+    misfit: str = ""
+    note: str = ""
 
 
 def survey(
@@ -66,14 +70,24 @@ def survey(
 def read_pictures(samples: Samples, root: Path, max_pixels: int) -> dict[str, Picture]:
     """path → what is there."""
     found: dict[str, Picture] = {}
-    for path in dict.fromkeys(sample.image for sample in samples):
+    for path, size in {sample.image: getattr(sample, "size", None) for sample in samples}.items():
         try:
-            image = open_image(root, path, max_pixels)
-            digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-            found[path] = Picture(digest, (image.height, image.width))
+            decoded = read_image(root, path, max_pixels)
         except DataError as error:
             found[path] = Picture(error=str(error))
+            continue
+        image = decoded.upright()
+        digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        found[path] = Picture(digest, "", *fit(decoded, size, max_pixels))
     return found
+
+
+def fit(picture: Decoded, size: Size | None, max_pixels: int) -> tuple[str, str]:
+    """Misfit and note of a picture and its annotation's ``size``."""
+    try:
+        return "", picture.annotated(size, max_pixels).note if size else ""
+    except DataError as error:
+        return str(error), ""
 
 
 # one split
@@ -83,8 +97,10 @@ def describe(samples: Samples, pictures: Mapping[str, Picture]) -> dict[str, Any
     broken = {path: picture.error for path, picture in pictures.items() if picture.error}
     if isinstance(samples[0], ReferSample):
         details = describe_masks(samples)
-        whole = {sample.image: sample.size for sample in samples if not pictures[sample.image].error}
-        details["wrong_sizes"] = sum(pictures[path].size != size for path, size in whole.items())
+        misfits = {path: picture.misfit for path, picture in pictures.items() if picture.misfit}
+        details["wrong_sizes"] = len(misfits)
+        details["wrong_size_examples"] = dict(list(misfits.items())[:EXAMPLES])
+        details["read"] = dict(Counter(picture.note for picture in pictures.values() if picture.note))
     elif isinstance(samples[0], LabelSample):
         details = describe_labels(samples)
     elif isinstance(samples[0], CaptionSample):
@@ -238,8 +254,9 @@ def row_of(split: str, samples: Samples, root: Path, max_pixels: int, seed: int)
     for number, sample in enumerate(chosen):
         left = number * (THUMBNAIL + 8) + 4
         try:
-            picture = overlaid(open_image(root, sample.image, max_pixels), sample)
-            row.paste(ImageOps.contain(picture, (THUMBNAIL, THUMBNAIL)), (left, 4))
+            picture = shown(sample, root, max_pixels)
+            scale = THUMBNAIL / max(picture.size)
+            row.paste(picture.resize([max(1, round(scale * side)) for side in picture.size]), (left, 4))
             text = caption(sample)
         except DataError as error:
             text = str(error)
@@ -258,15 +275,13 @@ def caption(sample: Sample) -> str:
     return f"{sample.prompt} -> {sample.answer}"
 
 
-def overlaid(picture: Image.Image, sample: Sample) -> Image.Image:
-    """The picture with the target's mask in red."""
+def shown(sample: Sample, root: Path, max_pixels: int) -> Image.Image:
+    """The sample's picture, the target's mask in red."""
     if not isinstance(sample, ReferSample):
-        return picture
-    pixels, mask = np.asarray(picture).copy(), sample.mask()
-    if mask.shape != pixels.shape[:2]:
-        raise DataError(f"{sample.image!r} has not the size that its annotation states: get matching files")
+        return open_image(root, sample.image, max_pixels)
+    pixels, mask = np.array(annotated_image(root, sample.image, sample.size, max_pixels)), sample.mask()
     pixels[mask] = (pixels[mask] + RED) // 2
-    return Image.fromarray(pixels.astype(np.uint8))
+    return Image.fromarray(pixels)
 
 
 def wrapped(text: str, draw: ImageDraw.ImageDraw) -> list[str]:

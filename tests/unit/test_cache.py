@@ -1,9 +1,16 @@
 """The feature cache: equal to what was computed, whole after an interruption, shared between processes."""
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from mitrain import dist
+from mitrain.data import segments
 from mitrain.data.cache import FeatureCache
+from mitrain.errors import DataError, ModelError
 
 KEYS = [f"k{i}" for i in range(11)]
 
@@ -34,15 +41,15 @@ def test_values_come_back_and_are_computed_once(tmp_path, kept):
     assert cache.fill(KEYS + KEYS, compute, batch=4) == 11
     assert cache.fill(KEYS, compute) == 0 and sorted(compute.seen) == sorted(KEYS)
     for key in KEYS:
-        np.testing.assert_array_equal(cache[key]["a"], item(key)["a"])
-        assert cache[key]["b"].dtype == np.float16
+        np.testing.assert_array_equal(cache.get(key)["a"], item(key)["a"])
+        assert cache.get(key)["b"].dtype == np.float16
 
 
 def test_another_process_reads_what_was_published(tmp_path):
     open_cache(tmp_path).fill(KEYS, Computer())
     again = open_cache(tmp_path)
     assert all(key in again for key in KEYS)
-    assert isinstance(again["k3"]["a"].base, np.memmap)
+    assert again.fill(KEYS, Computer()) == 0
 
 
 def test_identity_separates(tmp_path):
@@ -57,14 +64,141 @@ def test_an_interruption_keeps_what_was_done(tmp_path):
     assert again.fill(KEYS, compute) == 3 and compute.seen == ["k8", "k9", "k10"]
 
 
-def test_a_damaged_segment_is_computed_again(tmp_path, caplog):
-    cache = open_cache(tmp_path)
+def halved(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def moved(path):
+    np.save(path, np.roll(np.load(path), 1, axis=0))
+
+
+def without_numbers(path):
+    np.save(path, np.full_like(np.load(path), np.nan))
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def exchanged(path):
+    """The index with the places of two keys exchanged."""
+    index = json.loads(path.read_text())
+    index["k0"], index["k3"] = index["k3"], index["k0"]
+    path.write_text(json.dumps(index))
+
+
+def without_an_array(path):
+    index = json.loads(path.read_text())
+    del index["k4"][1]["a"]
+    path.write_text(json.dumps(index))
+
+
+def far_away(path):
+    index = json.loads(path.read_text())
+    index["k4"][1]["a"] = [1 << 70, 1 << 80, 1 << 90]
+    path.write_text(json.dumps(index))
+
+
+def senseless(path):
+    path.write_text(json.dumps({key: [{"a": 7}] for key in KEYS}))
+
+
+def a_list(path):
+    path.write_text("[1, 2]")
+
+
+DAMAGES = [(change, "a.npy") for change in (halved, moved, without_numbers, flipped, Path.unlink)]
+DAMAGES += [
+    (change, "index.json") for change in (halved, flipped, exchanged, without_an_array, far_away, senseless, a_list)
+]
+
+
+def all_right(cache) -> bool:
+    stored = {key: cache.rounded(item(key)) for key in KEYS}
+    return all(np.array_equal(cache.get(key)[name], stored[key][name]) for key in KEYS for name in "ab")
+
+
+@pytest.mark.parametrize(("change", "name"), DAMAGES)
+def test_a_damaged_segment_is_named_once_and_computed_again(tmp_path, caplog, change, name):
+    change(next(open_cache_with_all(tmp_path).folder.glob(f"*/{name}")))
+    again, compute = open_cache(tmp_path), Computer()
+    assert again.fill(KEYS, compute) == 11 and again.fill(KEYS, compute) == 0 and all_right(again)
+    assert [record.message.count("is damaged") for record in caplog.records] == [1]
+    caplog.clear()
+    later = open_cache(tmp_path)
+    assert later.fill(KEYS, Computer()) == 0 and all_right(later) and not caplog.records
+
+
+def open_cache_with_all(root):
+    cache = open_cache(root)
     cache.fill(KEYS, Computer())
-    broken = next(cache.folder.glob("*/a.npy"))
-    broken.write_bytes(broken.read_bytes()[:50])
+    return cache
+
+
+@pytest.mark.parametrize(("change", "name"), [damage for damage in DAMAGES if damage[1] == "a.npy"])
+def test_damage_to_what_a_process_reads_from_is_noticed_and_computed(tmp_path, caplog, change, name):
+    cache, compute = open_cache_with_all(tmp_path), Computer()
+    cache.get("k0")
+    change(next(cache.folder.glob(f"*/{name}")))
+    found = cache.read(["k10", "k2", "k10"], compute)
+    for key, values in zip(("k10", "k2", "k10"), found, strict=True):
+        np.testing.assert_array_equal(values["a"], item(key)["a"])
+    deleted_under_a_reader = change is Path.unlink  # whoever has it open keeps it
+    assert compute.seen == ([] if deleted_under_a_reader else ["k10", "k2"])
+    assert len(caplog.records) == (0 if deleted_under_a_reader else 1)
+
+
+def test_a_sound_copy_of_an_item_is_taken_where_another_is_damaged(tmp_path, caplog):
+    one, two = open_cache(tmp_path), open_cache(tmp_path)
+    one.fill(KEYS, Computer())
+    flipped(next(one.folder.glob("*/a.npy")))
+    two.fill(KEYS, Computer())
     again = open_cache(tmp_path)
-    assert "damaged" in caplog.text and "k0" not in again
-    assert again.fill(KEYS, Computer()) == 11
+    assert again.fill(KEYS, Computer()) == 0 and all_right(again)
+
+
+def test_what_cannot_be_opened_for_now_is_not_deleted(tmp_path, monkeypatch):
+    cache = open_cache_with_all(tmp_path)
+
+    def refuse(*_):
+        raise OSError(24, "Too many open files")
+
+    segments.opened.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(segments.os, "open", refuse)
+        assert cache.get("k0") is None
+    assert open_cache(tmp_path).fill(KEYS, Computer()) == 0
+
+
+def test_more_segments_than_files_are_held_open(tmp_path):
+    cache, compute = open_cache(tmp_path), Computer()
+    for key in KEYS:
+        cache.fill([key], compute)
+    assert all_right(cache) and len(list(cache.folder.glob("*/index.json"))) == 11
+    segments.opened.cache_clear()
+    before = len(os.listdir("/proc/self/fd"))
+    assert all_right(cache)
+    assert len(os.listdir("/proc/self/fd")) - before <= segments.OPEN_FILES
+    segments.opened.cache_clear()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_values_that_are_not_finite_as_they_are_kept_are_refused(tmp_path, value):
+    cache = open_cache(tmp_path)
+    with pytest.raises(ModelError, match="b are not finite in float16"):
+        cache.fill(["k0"], lambda keys: {k: {**item(k), "b": np.full((1, 2), value, np.float32)} for k in keys})
+    assert not list(cache.folder.glob("*/index.json"))
+
+
+def test_ranks_that_hold_the_weights_together_do_not_compute_alone(tmp_path, monkeypatch):
+    cache = open_cache_with_all(tmp_path)
+    flipped(next(cache.folder.glob("*/a.npy")))
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    with pytest.raises(DataError, match="damaged while the ranks were reading it: resume"):
+        cache.read(["k10"], lambda keys: pytest.fail("computed by one rank"), together=True)
 
 
 def test_items_left_out_stay_missing(tmp_path):
@@ -79,4 +213,4 @@ def test_two_writers_do_not_disturb_each_other(tmp_path):
     two.fill(KEYS[4:], Computer())
     again = open_cache(tmp_path)
     for key in KEYS:
-        np.testing.assert_array_equal(again[key]["a"], item(key)["a"])
+        np.testing.assert_array_equal(again.get(key)["a"], item(key)["a"])

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from folders import colour_records, llm_folder, vision_folder
+from PIL import Image
 
 from mitrain.backbones import TextBackbone, VisionConfig, VisionEncoder
 from mitrain.data.images import BadSamples
@@ -68,13 +70,77 @@ def test_a_bad_image_is_named_and_counted_then_stops(world, caplog):
 
 
 def test_a_broken_mask_is_named_and_counted_then_stops(world, caplog):
-    found = features(world, None, BadSamples(1))
+    found = features(world, None, BadSamples(1, 1.0))
     whole, torn = ([[2, 1, 8, 1, 8, 5]], {"size": [20, 24], "counts": [3]})
     samples = [ReferSample(f"s{i}", IMAGES[i], "x", (20, 24), mask) for i, mask in enumerate((whole, torn, whole))]
     assert found.readable(samples) == [samples[0], samples[2]]
     assert "skipped s1 (1 of at most 1): its segmentation is broken" in caplog.text
     with pytest.raises(DataError, match="more than data.bad_samples=1: s1 .*; s3 "):
         found.readable([replace(samples[1], id="s3")])
+
+
+def test_a_split_of_which_too_much_is_missing_is_refused(world):
+    samples = [ReferSample(f"s{i}", f"images/gone{i}.png", "x", (20, 24), [[2, 1, 8, 1, 8, 5]]) for i in range(2)]
+    samples += [ReferSample("s9", IMAGES[0], "x", (20, 24), [[2, 1, 8, 1, 8, 5]])]
+    with pytest.raises(DataError, match=r"2 of 3 samples cannot be used.*bad_share=0.1: images/gone0\.png"):
+        features(world, None, BadSamples(20)).readable(samples)
+
+
+def test_a_picture_that_is_not_what_was_annotated_is_a_bad_sample(world, caplog):
+    folder = world[2] / "images"
+    image, exif = Image.new("RGB", (40, 30), "red"), Image.Exif()
+    image.paste("blue", (0, 0, 20, 30))
+    exif[0x0112] = 6
+    image.save(folder / "turned.png", exif=exif)
+    image.save(folder / "upright.png")
+    image.resize((20, 15)).save(folder / "half.png")
+    image.crop((0, 0, 40, 20)).save(folder / "other.png")
+    names = ["turned", "upright", "half", "other"]
+    samples = [ReferSample(name, f"images/{name}.png", "x", (30, 40), [[2, 1, 8, 1, 8, 5]]) for name in names]
+    found = features(world, None, BadSamples(1, 0.5))
+    assert found.readable(samples) == samples[:3]
+    assert "other.png' in" in caplog.text and "40 x 20 pixels, its annotation is made for 40 x 30" in caplog.text
+    assert "1 pictures are read as it is stored" in caplog.text and "as a scaled copy" in caplog.text
+    assert found.picture("images/turned.png").tobytes() == image.tobytes()  # not turned: so its mask lies
+    assert torch.equal(*found.pooled(["images/turned.png", "images/upright.png"]))
+    assert found.key("images/turned.png") != features(world, None).key("images/turned.png")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_picture_replaced_after_it_was_named_is_refused_and_not_stored(world, tmp_path, cached):
+    path = world[2] / "images" / "shifty.png"
+    Image.new("RGB", (20, 20), "red").save(path)
+    found = features(world, tmp_path if cached else None)
+    old = found.key("images/shifty.png")
+    Image.new("RGB", (20, 20), "blue").save(path)
+    with pytest.raises(DataError, match=r"shifty\.png' in .* was replaced while it was being used"):
+        found.prepare(["images/shifty.png"])
+        found.pooled(["images/shifty.png"])
+    again = features(world, tmp_path)
+    assert again.prepare(["images/shifty.png"]) == 2 and again.key("images/shifty.png") != old
+    assert not any(f"{old}/0" in store for store in again.stores)
+
+
+def test_a_picture_is_read_once_for_its_name_and_its_pixels(world, monkeypatch):
+    """What lies there when the file is opened a second time could be another picture."""
+    opened = []
+    monkeypatch.setattr("mitrain.data.images.read_whole", lambda path, _: opened.append(path) or path.read_bytes())
+    found = features(world, None)
+    found.key(IMAGES[0])
+    assert len(opened) == 1
+    found.picture(IMAGES[0])
+    assert len(opened) == 2
+
+
+def test_damaged_features_are_noticed_in_mid_run(world, tmp_path, caplog):
+    found, plain = features(world, tmp_path), features(world, None)
+    found.prepare(IMAGES)
+    for path in tmp_path.glob("images/*/*/*.npy"):
+        rows = np.load(path)
+        np.save(path, np.roll(rows, 1, axis=0))
+    torch.testing.assert_close(found.pooled(IMAGES), plain.pooled(IMAGES))
+    assert len(caplog.records) == 2  # one segment of each encoder
+    assert features(world, tmp_path).prepare(IMAGES) == 2 * len(IMAGES)
 
 
 def test_text_states_equal_the_trunk(world, tmp_path):

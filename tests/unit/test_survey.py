@@ -159,8 +159,19 @@ def test_a_text_of_any_length_costs_the_sheet_and_the_report_a_few_words(tmp_pat
 
 
 def test_a_picture_of_another_size_than_its_annotation_is_reported_on_the_sheet(tmp_path):
-    train = expressions(tmp_path, "train", 1, 0)
-    Image.new("RGB", (80, 60)).save(tmp_path / "train0.png")
+    train = expressions(tmp_path, "train", 3, 0)
+    Image.new("RGB", (80, 61)).save(tmp_path / "train0.png")
+    Image.new("RGB", (80, 60)).save(tmp_path / "train1.png")
     report, text = survey({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
-    assert report["splits"]["train"]["wrong_sizes"] == 1
+    found = report["splits"]["train"]
+    assert found["wrong_sizes"] == 1 and list(found["wrong_size_examples"]) == ["train0.png"]
+    assert found["read"] == {"as a scaled copy of what was annotated": 1}
     assert "wrong_sizes: 1" in text
+
+
+def test_a_thin_picture_has_its_place_on_the_sheet(tmp_path):
+    train = answers(tmp_path, "train", 2, 0)
+    Image.new("L", (4000, 1)).save(tmp_path / "train0.png")
+    Image.new("L", (1, 4000)).save(tmp_path / "train1.png")
+    report, _ = survey({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
+    assert report["splits"]["train"]["broken_pictures"] == 0

@@ -8,9 +8,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
 
 from mitrain import hf
-from mitrain.backbones import VisionConfig, VisionEncoder
+from mitrain.backbones import VisionConfig, VisionEncoder, vision
 from mitrain.backbones.digests import frozen_digest
-from mitrain.backbones.vision import VIEWS, augment, pad_square
+from mitrain.backbones.vision import VIEWS, Preprocess, augment, pad_square
 from mitrain.errors import ConfigError, ModelError
 
 
@@ -121,6 +121,44 @@ def test_padding_keeps_the_picture_and_its_shape():
     padded = np.asarray(pad_square(image))
     assert padded.shape == (40, 40, 3) and (padded[:5] == 255).all()
     np.testing.assert_array_equal(padded[5:35], np.asarray(image))
+
+
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+@pytest.mark.parametrize("size", [(40_000, 1), (1, 100_000)])
+def test_what_is_made_of_a_thin_picture_is_bounded(monkeypatch, size, resize):
+    image, made, new, scale = Image.new("RGB", size, "red"), [], Image.new, Image.Image.resize
+
+    def resized(self, shape, *rest):
+        made.append(shape[0] * self.height)  # PIL scales the width of all rows first
+        return scale(self, shape, *rest)
+
+    monkeypatch.setattr(
+        Image, "new", lambda mode, shape, *rest: made.append(shape[0] * shape[1]) or new(mode, shape, *rest)
+    )
+    monkeypatch.setattr(Image.Image, "resize", resized)
+    monkeypatch.setattr(vision, "LONGEST", 512)
+    preprocess = Preprocess(28, (0.0,) * 3, (1.0,) * 3, resize)
+    for view in range(VIEWS):
+        pixels = preprocess(image, view)
+        padded = resize == "pad" or view // 2 == 1
+        assert pixels.shape == (3, 28, 28) and (pixels[0] == 1).all()
+        assert pixels[1].mean() > 0.9 if padded else (pixels[1] == 0).all()
+    assert max(made) <= 512**2
+
+
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+def test_the_bound_changes_no_ordinary_picture(resize):
+    """Features of earlier versions stay what they were: padded whole, then scaled."""
+    image = images(1)[0].resize((900, 301))
+    preprocess = Preprocess(56, (0.0,) * 3, (1.0,) * 3, resize)
+    for view in range(VIEWS):
+        plain = augment(image, view)
+        if resize == "pad":
+            canvas = Image.new("RGB", (max(plain.size),) * 2, "white")
+            canvas.paste(plain, ((canvas.width - plain.width) // 2, (canvas.height - plain.height) // 2))
+            plain = canvas
+        expected = np.asarray(plain.resize((56, 56), Image.Resampling.BICUBIC), np.float32) / 255
+        assert np.array_equal(preprocess(image, view).numpy(), expected.transpose(2, 0, 1))
 
 
 def test_the_digest_names_the_weights(dinov2):
