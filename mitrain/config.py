@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from mitrain import parsing
 from mitrain.errors import ConfigError
 
-LARGEST = 1 << 63
+LARGEST, LARGEST_FLOAT = 1 << 63, 3.4e38
 STYLED = tuple("'\"|>!")  # how text begins in YAML that says itself where it ends
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 PATTERNS = {NAME: "take letters, digits and . _ - (64 at most, first a letter or digit)"}
@@ -110,13 +111,15 @@ def parse(schema: type[Section], values: Any, where: str = "") -> Any:
 
 
 def check_values(value: Any, where: str) -> None:
-    """ConfigError for what no setting means: whole numbers beyond 64 bits, halves of characters, a NUL in a name."""
+    """ConfigError for what no setting means: numbers beyond 64 bits or float32, halves of characters, a NUL in a name."""
     if isinstance(value, Mapping | list | tuple):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             check_values(key, where)
             check_values(item, f"{where}.{key}".lstrip("."))
     elif isinstance(value, int) and abs(value) >= LARGEST:
         raise ConfigError(f"{where} is a number of {value.bit_length()} bits: give one below 2^63")
+    elif isinstance(value, float) and LARGEST_FLOAT < abs(value) < math.inf:
+        raise ConfigError(f"{where}={value:g} is more than float32 holds: give a smaller number")
     elif isinstance(value, str) and (not parsing.is_whole(value) or "\0" in value):
         raise ConfigError(f"{where}={value[:60]!r} holds half a character, or none (NUL): write it in UTF-8")
 

@@ -51,13 +51,13 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
 
     template: template_with("text") = "{text}"
     readout: tuple[Readout, ...] = Field(("last",), min_length=1)
-    dim: int = Field(128, ge=2)
+    dim: int = Field(128, ge=2, le=1 << 16)
     temperature: float = Field(0.07, gt=0.01, lt=1)
     matching: float = Field(1.0, ge=0)
     rerank: int = Field(10, ge=0)
     max_tokens: int = Field(64, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
-    queue: int = Field(0, ge=0)
+    queue: int = Field(0, ge=0, le=1 << 24)
     momentum: float = Field(0.995, ge=0, lt=1)
     distil: float = Field(0.4, ge=0, lt=1)
     ramp: int = Field(0, ge=0)

@@ -35,13 +35,13 @@ class SegmentConfig(Section, kind="task", name="segment"):
     template: template_with("expression") = "{expression}"
     readout: tuple[Readout, ...] = ("last",)
     decoder: Literal["film", "unet"] = "film"
-    dim: int = Field(64, ge=4)
-    heads: int = Field(4, ge=1)
-    ffn: int = Field(2048, ge=4)
+    dim: int = Field(64, ge=4, le=1 << 16)
+    heads: int = Field(4, ge=1, le=1 << 10)
+    ffn: int = Field(2048, ge=4, le=1 << 18)
     film: Literal["first", "every"] = "first"
     coords: bool = False
     loss: Literal["ce", "bce", "focal", "dice", "ce+dice", "bce+dice", "focal+dice"] = "ce"
-    unet_width: int = Field(512, ge=1)
+    unet_width: int = Field(512, ge=1, le=1 << 16)
     loss_size: int = Field(56, ge=8, le=1024)
 
 

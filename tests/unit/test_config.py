@@ -183,6 +183,7 @@ def given(*assignments):
         ("whole=1.5", "whole=1.5: give a whole number"),
         ("number=x", "number='x': give a number"),
         ("number=1e999", "number=inf: Input should be a finite number"),
+        ("number=1e300", "number=1e+300 is more than float32 holds"),
         ("flag=2", "flag=2: give true or false"),
         (f"whole={10**100}", "whole is a number of 333 bits: give one below 2^63"),
         (f"anything.a=[{-(2**63)}]", "anything.a.0 is a number of 64 bits"),
