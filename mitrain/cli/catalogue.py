@@ -60,9 +60,9 @@ def run_prepare(arguments: argparse.Namespace) -> Any:
     folders = {}
     for name in arguments.names:
         if arguments.what == "models":
-            folder = prepare.ensure_model(name, archive=archive)
+            folder = prepare.ensure_model(name, archive=archive, repair=True)
         else:
-            folder = prepare.ensure_data(name, archive=archive, seed=arguments.seed)
+            folder = prepare.ensure_data(name, archive=archive, seed=arguments.seed, repair=True)
         folders[name] = str(folder)
         say(arguments, f"{name}: {folder}")
     return folders

