@@ -5,13 +5,14 @@ then renamed, so that an interruption at any moment leaves the old content or th
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from mitrain.waiting import timeout
 
 log = logging.getLogger(__name__)
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POLL_S = 0.1
 SILENT_S = 2.0  # that a wait for a lock may take unsaid
 EMPTY_S = 3.0  # after which a marker without a name in it belongs to nobody: writing it takes microseconds
@@ -55,13 +57,12 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path, temporary), open(temporary, "xb") as file:  # with the user's umask, unlike tempfile's
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -70,8 +71,39 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     fsync_path(path.parent)
 
 
+def beside(path: Path, mark: str = "") -> Path:
+    """A hidden name in the same folder that nothing has yet."""
+    return path.with_name(f".{path.name}.{mark}{secrets.token_hex(4)}")
+
+
+@contextlib.contextmanager
+def naming(path: Path, hidden: Path | None = None) -> Iterator[None]:
+    """Let a failed write inside say that it was of ``path``: of most the system names no file, or the ``hidden`` one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (*FULL, errno.EIO) and error.filename in (None, str(hidden)):
+            error.filename = str(path)
+        raise
+
+
+def remedy(error: OSError) -> str:
+    """What to do about a write that failed, to go before "or give another folder"."""
+    if error.errno in FULL:
+        return "make room there"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "get the right to write there"
+    if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        return "use a file system that can do this"
+    return "check the path and the disk"
+
+
+def as_json(value: object) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
 def write_json(path: str | Path, value: object) -> None:
-    write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    write_atomic(path, as_json(value))
 
 
 @contextlib.contextmanager
@@ -82,15 +114,20 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    work = beside(target)
+    work.mkdir()
+    readable = work.stat().st_mode & 0o666
     try:
-        yield work
+        with naming(target):
+            yield work
         for path in work.rglob("*"):
+            if path.is_file():
+                path.chmod(readable)  # as the umask has it: safetensors' own writer makes files for their owner alone
             fsync_path(path)
         fsync_path(work)
-        os.chmod(work, 0o755)
         if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+            old = beside(target, "old.")
+            old.mkdir()
             os.replace(target, old / target.name)
             os.replace(work, target)
             shutil.rmtree(old, ignore_errors=True)

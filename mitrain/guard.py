@@ -11,14 +11,14 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
 from mitrain.errors import UserError
 
 MEND = "lower train.lr or train.optimizer.clip"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def diverged(what: str, step: int, saved: int) -> UserError:
@@ -85,7 +85,7 @@ class SkipBudget:
 
 
 class StopRequest:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a request to stop at the next step boundary.
+    """Turns SIGINT, SIGTERM, SIGUSR1 and SIGHUP (unless nohup ignores it) into a request to stop at the next step boundary.
 
     ``requested`` is the signal's name once one has come. A second SIGINT raises KeyboardInterrupt at once, or, inside
     ``with stop.shield():`` (a checkpoint is being written), when the shielded block has ended. The former handlers
@@ -102,6 +102,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._former[number] = signal.signal(number, self._handle)
         return self
 
@@ -140,7 +142,8 @@ class StopRequest:
 
 def say(line: str) -> None:
     """Write to standard error by one system call: safe in a signal handler, where ``print`` may be re-entered."""
-    os.write(2, f"\n{line}\n".encode())
+    with suppress(OSError):  # the terminal may be what has gone
+        os.write(2, f"\n{line}\n".encode())
 
 
 class Heartbeat:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from mitrain import hf, pretrained, runs
 from mitrain.errors import CheckpointError
-from mitrain.files import atomic_folder, write_json
+from mitrain.files import atomic_folder, remedy, write_json
 from mitrain.model import Model
 
 
@@ -41,7 +41,7 @@ def export_merged(run_dir: str | Path, out: str | Path, which: str = "best") -> 
             write_json(work / "merged.json", contents)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {str(out)!r} ({error.strerror or error}): make room there or give another folder"
+            f"cannot write {str(out)!r} ({error.strerror or error}): {remedy(error)} or give another folder"
         ) from None
     return {"folder": str(out), "files": sorted(path.name for path in out.iterdir()), "step": run.saved.step}
 

@@ -6,7 +6,7 @@ RUN/.owner.job   under Slurm: the job, and how often it was requeued
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import SoftFileLock, Timeout
@@ -51,6 +51,35 @@ def take(lock: SoftFileLock, folder: Path) -> None:
         write_atomic(folder / JOB, " ".join(job))
     else:
         (folder / JOB).unlink(missing_ok=True)
+
+
+class Standing:
+    """A folder that rank 0 writes to for long: notices when it was moved or deleted, which a write would make anew."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.handle = folder, os.open(folder, os.O_RDONLY) if dist.is_main() else None
+
+    def fault(self) -> str | None:
+        """What became of the folder, or None while it is where it was."""
+        if self.handle is None:
+            return None
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.folder), os.fstat(self.handle)):
+                return None
+        place = Path(f"/proc/self/fd/{self.handle}")
+        now = os.readlink(place) if place.exists() or place.is_symlink() else ""
+        if not now or now.endswith(" (deleted)"):
+            return f"{self.folder} was deleted or moved away: start again"
+        return f"{self.folder} was moved to {now}: go on with mitrain train --resume {now}"
+
+    def check(self, step: int) -> None:
+        """CheckpointError where the folder is no longer there: nothing is written in its place."""
+        if found := self.fault():
+            raise CheckpointError(f"at step {step} the run folder {found}")
+
+    def close(self) -> None:
+        if self.handle is not None:
+            os.close(self.handle)
 
 
 def slurm_job() -> tuple[str, str] | None:

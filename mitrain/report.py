@@ -4,10 +4,12 @@ Runs of the same name are seeds of one experiment and are averaged; a run's rows
 is the one whose predictions are drawn.
 """
 
+import shutil
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from mitrain import figures, runs
 from mitrain.data.images import annotated_image, open_image
 from mitrain.errors import ConfigError
 from mitrain.evaluate import Evaluation
-from mitrain.files import write_atomic, write_json
+from mitrain.files import as_json, remedy, write_atomic
 from mitrain.floors import floors_of
 from mitrain.model import resolve_data
 from mitrain.provenance import commit, versions
@@ -39,6 +41,7 @@ def report(
 ) -> dict[str, Any]:
     """Score every run on every split under its controls; write results.json, table.md and a figure per split to ``out``."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    pictures: dict[str, bytes] = {}
     task: tuple[Any, str] | None = None
     for position, folder in enumerate(folders):
         run = runs.open_run(folder)
@@ -49,7 +52,7 @@ def report(
         for split in splits:
             own = score_with_controls(run, split, samples)
             if position == 0:
-                write_figure(run, split, own.pop("figure"), out)
+                pictures[f"{run.config.name}-{split}.png"] = figure(run, *own.pop("figure"))
             own.pop("figure", None)
             for label, values in own.items():
                 rows[split, label].append({**values, "run": Path(folder).name, "seed": run.config.seed})
@@ -60,9 +63,23 @@ def report(
         "rows": [row(s, label, found) for name in splits for (s, label), found in rows.items() if s == name],
     }
     results["markdown"] = table(results)
-    write_json(out / "results.json", {k: v for k, v in results.items() if k != "markdown"})
-    write_atomic(out / "table.md", results["markdown"])
+    document = as_json({k: v for k, v in results.items() if k != "markdown"})
+    write(out, {**pictures, "results.json": document, "table.md": results["markdown"]})
     return results
+
+
+def write(out: Path, files: dict[str, bytes | str]) -> None:
+    """Write ``files`` to the folder ``out``; a folder that was not there is gone again where that fails."""
+    made = not out.exists()
+    try:
+        for name, content in files.items():
+            write_atomic(out / name, content)
+    except OSError as error:
+        if made:
+            shutil.rmtree(out, ignore_errors=True)
+        raise ConfigError(
+            f"cannot write the report to {str(out)!r} ({error.strerror or error}): {remedy(error)} or give another --out"
+        ) from None
 
 
 def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, Any]:
@@ -141,11 +158,11 @@ def provenance(folders: Sequence[str], splits: Sequence[str], samples: int | Non
     }
 
 
-def write_figure(run: Run, split: str, drawn: tuple[list[Any], Evaluation], out: Path) -> None:
-    samples, found = drawn
-    picture = figures.sheet([panel for _, panel in panels(run, samples, found, PANELS)])
-    out.mkdir(parents=True, exist_ok=True)
-    picture.save(out / f"{run.config.name}-{split}.png")
+def figure(run: Run, samples: list[Any], found: Evaluation) -> bytes:
+    """A PNG of some of the predictions."""
+    buffer = BytesIO()
+    figures.sheet([panel for _, panel in panels(run, samples, found, PANELS)]).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def panels(run: Run, samples: Sequence[Any], found: Evaluation, count: int) -> list[tuple[Any, figures.Panel]]:

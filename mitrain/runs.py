@@ -11,6 +11,7 @@ runs/NAME-TIME/
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ from mitrain.checkpoint import Checkpoint
 from mitrain.engine import ZeroConfig
 from mitrain.engine.zero import gather_as_needed, sharding
 from mitrain.errors import CheckpointError, ConfigError, ModelError
-from mitrain.files import write_atomic
+from mitrain.files import remedy, write_atomic
 from mitrain.fingerprint import differences, flat, listed
 from mitrain.model import Model, build, resolve_model, settled
 from mitrain.ownership import OWNERSHIP
@@ -44,10 +45,8 @@ def create(run_config: RunConfig, parent: str | Path) -> Path:
             attempt += 1
             folder = Path(parent) / f"{run_config.name}-{stamp}-{attempt}"
         except OSError as error:
-            raise ConfigError(
-                f"cannot make the run folder {folder} ({error.strerror}): give another with --runs"
-            ) from None
-    write_config(run_config, folder)
+            raise cannot_make(folder, error, "--runs") from None
+    begin(run_config, folder, "--runs")
     return folder
 
 
@@ -69,13 +68,26 @@ def create_or_find(run_config: RunConfig, folder: str | Path, allow_changes: boo
         folder.mkdir(parents=True, exist_ok=True)
         strange = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise ConfigError(
-            f"cannot make the run folder {folder} ({error.strerror}): give another with --run-dir"
-        ) from None
+        raise cannot_make(folder, error, "--run-dir") from None
     if strange:
         raise ConfigError(f"{folder} is no run folder and holds {strange[0]!r}: give another with --run-dir")
-    write_config(run_config, folder)
+    begin(run_config, folder, "--run-dir")
     return folder
+
+
+def begin(run_config: RunConfig, folder: Path, option: str) -> None:
+    """Write the configuration into a new run folder, which does not stay empty where that fails."""
+    try:
+        write_config(run_config, folder)
+    except OSError as error:
+        with suppress(OSError):
+            folder.rmdir()
+        raise cannot_make(folder, error, option) from None
+
+
+def cannot_make(folder: Path, error: OSError, option: str) -> ConfigError:
+    why = error.strerror or error
+    return ConfigError(f"cannot make the run folder {folder} ({why}): {remedy(error)} or give another with {option}")
 
 
 def forget(folder: Path) -> None:

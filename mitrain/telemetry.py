@@ -27,7 +27,7 @@ from pydantic import model_validator
 
 from mitrain.config import Section
 from mitrain.errors import UserError, need_extra
-from mitrain.files import write_atomic
+from mitrain.files import remedy, write_atomic
 from mitrain.wandb_process import FAILED
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Metrics:
         try:
             self._file.write(line.encode() + b"\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}): make room there and resume") from None
+            raise UserError(f"cannot write {self.path} ({error.strerror}): {remedy(error)} and resume") from None
         if self.board:
             self.board.log({f"{kind}/{key}": value for key, value in values.items()}, step)
 
@@ -133,7 +133,8 @@ class Metrics:
     def _print(self, step: int, text: str) -> None:
         if self.console:
             width = len(str(self.total_steps))
-            print(f"step {step:>{width}}/{self.total_steps}  {text}", file=self.console, flush=True)
+            with suppress(OSError):  # a terminal that was closed must not end the run
+                print(f"step {step:>{width}}/{self.total_steps}  {text}", file=self.console, flush=True)
 
 
 class NoMetrics:

@@ -38,7 +38,7 @@ from mitrain.files import write_json
 from mitrain.fingerprint import fingerprint, require_same
 from mitrain.guard import Heartbeat, SkipBudget, StopRequest, diverged
 from mitrain.model import Model, build, resolve_data
-from mitrain.ownership import owned
+from mitrain.ownership import Standing, owned
 from mitrain.schema import RunConfig
 from mitrain.tasks.base import Batch
 from mitrain.telemetry import Metrics, NoMetrics, Stopwatch, Wandb
@@ -188,7 +188,8 @@ class Trainer:
         train = self.config.train
         begun = step = self.resume()
         heart = Heartbeat(train.hang_minutes)
-        with closing(self._metrics(step)) as metrics, StopRequest() as stop, heart:
+        self.standing = Standing(self.folder)
+        with closing(self._metrics(step)) as metrics, closing(self.standing), StopRequest() as stop, heart:
             stopped = dist.first(stop.requested)
             while step < train.steps and not stopped:
                 result, seconds = self._step()
@@ -202,7 +203,7 @@ class Trainer:
                 if last and not self.engine.applied:
                     raise self.skips.failed(step)
                 improved = self._evaluate(step, metrics) if step % train.eval_every == 0 or last else False
-                stopped = dist.first(stop.requested)
+                stopped = dist.first(stop.requested or self.standing.fault())
                 if improved or last or step % train.save_every == 0 or stopped:
                     with stop.shield(), self.watch.phase("save"):
                         self._save(step, improved)
@@ -318,6 +319,7 @@ class Trainer:
             raise diverged(f"{found} is not finite", step, self.saved)
 
     def _write(self, step: int, improved: bool, tensors: dict[str, dict[str, Tensor]], more: dict[str, Any]) -> None:
+        self.standing.check(step)
         state = {
             **more,
             "loader": self.loader.state(),

@@ -29,7 +29,7 @@ from mitrain.checkpoint.manifest import (
 )
 from mitrain.checkpoint.modules import not_finite
 from mitrain.errors import CheckpointError
-from mitrain.files import atomic_folder
+from mitrain.files import atomic_folder, remedy
 
 FOLDER_NAME = re.compile(r"step-(\d{8,12})(?:\.(\d{1,6}))?", re.ASCII)
 GROUP_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}", re.ASCII)
@@ -69,7 +69,7 @@ def save(
     except OSError as error:
         raise CheckpointError(
             f"cannot write the checkpoint of step {step} to {folder} ({error.strerror or error}): "
-            "make room there or give another run folder; earlier checkpoints are untouched"
+            f"{remedy(error)} or give another run folder; earlier checkpoints are untouched"
         ) from None
     return target
 

@@ -24,6 +24,7 @@ from mitrain.cli.publish import add_export, add_report
 from mitrain.cli.shared import Parser
 from mitrain.cli.train import add_train
 from mitrain.errors import UserError
+from mitrain.files import remedy
 
 SMALLER = "lower train.batch, train.eval_batch or the data's picture size, take more ranks, or set model.quantize=int8"
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         place = f" {error.filename!r}" if error.filename else ""
-        complain(arguments, error, f"cannot read or write{place} ({error.strerror or error}): check room and access")
+        complain(arguments, error, f"cannot read or write{place} ({error.strerror or error}): {remedy(error)}")
         return UserError.exit_code
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -73,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
 def complain(arguments: argparse.Namespace, error: Exception, text: str) -> None:
     """An error's line; of several ranks each names itself, and one that passes on rank 0's error is silent."""
     if not getattr(error, "told", False):
-        print(f"mitrain{f', rank {arguments.rank}' if arguments.rank else ''}: {text}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            print(f"mitrain{f', rank {arguments.rank}' if arguments.rank else ''}: {text}", file=sys.stderr)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -18,7 +18,6 @@ def save(state: Mapping[str, Tensor], config: Mapping[str, Any], target: Path) -
     """Write ``model.safetensors`` and ``config.json``: the same bytes for the same weights."""
     tensors = {name: tensor.contiguous() for name, tensor in sorted(state.items())}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    (target / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone
     write_json(target / "config.json", dict(config))
 
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from mitrain import __version__, config, hf
 from mitrain.errors import CheckpointError, ConfigError
-from mitrain.files import atomic_folder
+from mitrain.files import atomic_folder, remedy
 from mitrain.pretrained.contents import Contents, FileSum, Parameters
 from mitrain.pretrained.shapes import base_shape
 from mitrain.untrusted import is_finite, parse_json, parse_tensors, read_regular
@@ -85,7 +85,7 @@ def publish(
             read(work)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {str(folder)!r} ({error.strerror or error}): make room there or give another folder"
+            f"cannot write {str(folder)!r} ({error.strerror or error}): {remedy(error)} or give another folder"
         ) from None
     return folder
 

@@ -1,5 +1,6 @@
 """Files are whole or absent."""
 
+import errno
 import logging
 import os
 import re
@@ -51,6 +52,48 @@ def test_atomic_folder_publishes_replaces_and_cleans_up(tmp_path):
         (work / "f").write_text("three")
         raise KeyboardInterrupt
     assert (target / "f").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("mask", "file", "folder"), [(0o077, 0o600, 0o700), (0o002, 0o664, 0o775), (0o022, 0o644, 0o755)]
+)
+def test_what_is_written_has_the_mode_that_the_umask_gives(tmp_path, mask, file, folder):
+    before = os.umask(mask)
+    try:
+        files.write_atomic(tmp_path / "deep" / "a.txt", "a")
+        with files.atomic_folder(tmp_path / "whole") as work:
+            (work / "inner").mkdir()
+            (work / "inner" / "b").write_text("b")
+            (work / "inner" / "b").chmod(0o600)  # as safetensors leaves it
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"deep": folder, "deep/a.txt": file, "whole": folder, "whole/inner": folder, "whole/inner/b": file}
+
+
+def test_a_full_disk_is_said_of_the_file_that_was_to_be(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        files.write_atomic(tmp_path / "a.txt", "a")
+    assert caught.value.filename == str(tmp_path / "a.txt") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "make room there"),
+        (errno.EDQUOT, "make room there"),
+        (errno.EPERM, "get the right to write there"),
+        (errno.EROFS, "get the right to write there"),
+        (errno.ENOLCK, "use a file system that can do this"),
+        (errno.EIO, "check the path and the disk"),
+    ],
+)
+def test_the_advice_is_the_faults_own(number, says):
+    assert files.remedy(OSError(number, "x")) == says
 
 
 def test_cache_home_follows_the_environment(monkeypatch, tmp_path):

@@ -62,7 +62,7 @@ def run_with_signals(body: str, *numbers: signal.Signals) -> subprocess.Complete
 
 
 TRAIN = """
-for run in range(3):
+for run in range(4):
     with StopRequest() as stop:
         for step in range(3):
             ready()
@@ -74,11 +74,21 @@ for run in range(3):
 
 
 def test_the_first_signal_asks_and_the_step_is_finished():
-    done = run_with_signals(TRAIN, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    done = run_with_signals(TRAIN, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     assert done.returncode == 0
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         assert f"stopped by {name} after step 0\nsaved\n" in done.stdout
         assert f"{name}: stopping after this step" in done.stderr
+
+
+def test_nohup_stays_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 TWICE = """

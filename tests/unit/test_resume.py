@@ -196,3 +196,27 @@ def test_the_generators_go_on_where_they_were(world, tmp_path, monkeypatch):
     shutil.rmtree(stopped / "checkpoints" / f"step-{STEPS:08d}")
     assert main(["train", "--resume", str(stopped), "--json"]) == 0
     assert all(torch.equal(tensor, weights(stopped)[name]) for name, tensor in weights(whole).items())
+
+
+# the same answers wherever it is asked
+
+
+def test_a_run_answers_alike_from_another_folder(world, tmp_path, monkeypatch, capsys):
+    config = yaml.safe_load((world / "config.yaml").read_text())
+    config["model"].update(llm="llm", vision=[{"name": "./vision"}])
+    config["data"]["root"] = "data"
+    (world / "relative.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(world)
+    assert main(["train", "relative.yaml", "train.steps=2", "--run-dir", "here", "--json"]) == 0
+    picture = next((world / "data" / "images").glob("*.png"))
+    ask = ["predict", str(world / "here"), "--image", str(picture), "--text", "the colour of this picture is", "--json"]
+    answers = []
+    for place in (world, tmp_path):
+        monkeypatch.chdir(place)
+        capsys.readouterr()
+        assert main(ask) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+        assert main(["eval", str(world / "here"), "--json"]) == 0
+    assert answers[0] == answers[1] and len(answers[0]["probabilities"]) == 4
+    monkeypatch.chdir(world)
+    assert main(["train", "relative.yaml", "train.steps=2", "--run-dir", "here", "--json"]) == 0  # found again

@@ -1,5 +1,7 @@
 """Run folders that are made or found, as job scripts need them."""
 
+import errno
+
 import pytest
 
 from mitrain import runs, schema
@@ -80,3 +82,14 @@ def test_a_resumed_run_stays_whatever_refuses_it(tmp_path, monkeypatch):
     monkeypatch.setattr("mitrain.trainer.Trainer", refuse)
     runs.write_config(configured(), tmp_path)
     assert main(["train", "--resume", str(tmp_path)]) == 2 and (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("make", [runs.create, runs.create_or_find])
+def test_a_disk_that_is_full_at_the_start_leaves_no_folder(tmp_path, monkeypatch, make):
+    def full(path, _content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_atomic", full)
+    with pytest.raises(UserError, match=rf"run folder {tmp_path}/.*No space left on device\): make room there or give"):
+        make(configured(), tmp_path / "runs")
+    assert [path for path in tmp_path.rglob("*") if path.is_file() or path.name != "runs"] == []

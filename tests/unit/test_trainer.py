@@ -1,6 +1,7 @@
 """The training loop: what an adapter's regulariser does to a step, and what becomes of a model that diverges."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,33 @@ def test_an_answer_without_candidates_can_be_wrong(world, caplog):
         assert found["scored_by"] == {"training answers": 4} and found["samples"] == 4
         assert control != "frozen" or found["accuracy"] == 0.25
     assert outcome.best < 1
+
+
+# a run folder that goes away
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_moved_run_folder_is_named_and_not_made_anew(world, undisturbed, tmp_path, again):
+    config, moved = configured(world, **DIVERGING), tmp_path / "moved"
+    folder = runs.create(config, world / "runs")
+
+    def move(trainer: Trainer) -> None:
+        folder.rename(moved)
+        if again:
+            folder.mkdir()
+
+    with pytest.raises(UserError, match=f"at step 3 the run folder .* was moved to {moved}: go on with mitrain train"):
+        spoilt_after(Trainer(config, folder, quiet=True), 3, move).fit()
+    assert list(folder.rglob("*")) == [] and folder.exists() == again
+    (moved / ".owner").unlink()  # its owner, this process, would have ended
+    assert Trainer(config, moved, quiet=True).fit().step == 6
+    resumed = checkpoint.load(checkpoint.latest(moved)).tensors["adapter"]
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in undisturbed["adapter"].items())
+
+
+def test_a_deleted_run_folder_is_named_and_not_made_anew(world):
+    config = configured(world, **DIVERGING | {"save_every": 6})
+    folder = runs.create(config, world / "runs")
+    with pytest.raises(UserError, match="at step 1 the run folder .* was deleted or moved away"):
+        spoilt_after(Trainer(config, folder, quiet=True), 1, lambda trainer: shutil.rmtree(folder)).fit()
+    assert not folder.exists()
