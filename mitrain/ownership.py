@@ -4,6 +4,7 @@ RUN/.owner       there while a process trains in RUN, with its pid, host and sta
 RUN/.owner.job   under Slurm: the job, and how often it was requeued
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +42,7 @@ def take(lock: SoftFileLock, folder: Path) -> None:
     if job and requeued(folder, job):
         lock.break_lock()
     try:
-        lock.acquire(timeout=PATIENCE_S, poll_interval=POLL_S, cancel_check=Wait(lock, PATIENCE_S).look)
+        lock.acquire(timeout=PATIENCE_S, poll_interval=POLL_S, cancel_check=Wait(lock, math.inf).look)
     except Timeout:
         raise CheckpointError(
             f"{holder(folder / MARKER)} trains in {folder}: wait for it or stop it, or give another folder with"
