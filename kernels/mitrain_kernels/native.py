@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -34,11 +35,18 @@ class NativeError(Exception):
     """Why there is no compiled library."""
 
 
+class UntrustedError(NativeError):
+    """What another user could have written is not run."""
+
+
 @cache
 def load(source: Path) -> ctypes.CDLL | None:
     """The library of a C file that has ``use_pool`` and ``use_gemm``; None, now and later, where it cannot be had."""
     try:
         library = open_library(source)
+    except UntrustedError as error:
+        log.warning("%s is not used, torch does its work: %s", source.name, error)
+        return None
     except (NativeError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.info("%s is not used, torch does its work: %s", source.name, " ".join(str(error).split()))
         return None
@@ -56,10 +64,26 @@ def open_library(source: Path) -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NativeError(f"no compiler: none of {', '.join(COMPILERS)} is on the path")
-    built = cache_folder() / f"{source.stem}-{identity(source, compiler)}.so"
+    folder = cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_own(folder)
+    built = folder / f"{source.stem}-{identity(source, compiler)}.so"
     if not is_whole(built):
         build(source, compiler, built)
+    check_own(built)
     return ctypes.CDLL(str(built))
+
+
+def check_own(path: Path) -> None:
+    """UntrustedError where anyone but this user and root can change a file or folder, or put another in its place."""
+    about, around = path.lstat(), path.parent.stat()
+    for one, found, shared in ((path, about, 0), (path.parent, around, stat.S_ISVTX)):
+        if found.st_uid not in (0, os.geteuid()):
+            raise UntrustedError(f"{one} belongs to user {found.st_uid}, who could have put any code there: remove it")
+        if found.st_mode & 0o022 and not found.st_mode & shared:
+            raise UntrustedError(f"{one} can be written by other users: chmod go-w, or set XDG_CACHE_HOME elsewhere")
+    if stat.S_ISLNK(about.st_mode):
+        raise UntrustedError(f"{path} is a link, and leads to what others may change: remove it")
 
 
 def cache_folder() -> Path:
@@ -92,7 +116,6 @@ def build(source: Path, compiler: str, target: Path) -> None:
 
     A checksum goes behind the machine code, where no loader looks: opening half a library would end the process.
     """
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
         made = Path(folder) / "made.so"
         command = [compiler, *FLAGS, str(source), "-o", str(made), "-lm"]
@@ -101,6 +124,7 @@ def build(source: Path, compiler: str, target: Path) -> None:
             raise NativeError(f"{compiler} failed: {done.stderr.strip()[:200]}")
         code = made.read_bytes()
         made.write_bytes(code + hashlib.sha256(code).digest())
+        made.chmod(0o700)
         made.replace(target)
 
 

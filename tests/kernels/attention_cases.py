@@ -133,6 +133,13 @@ def make(case, dtype=torch.float64, seed=0, device="cpu"):
     return inputs, options_of(case, device)
 
 
+def faint(case, dtype=torch.float32):
+    """Values and v_add so small that the root's ε² counts, and ε in its place would be all that counts."""
+    inputs, options = make(case, dtype)
+    small = {n: (inputs[n].detach() * by).requires_grad_() for n, by in (("v", 1e-6), ("v_add", 1e-3))}
+    return inputs | small, options
+
+
 def options_of(case, device="cpu"):
     options = {n: getattr(case, n) for n in ("gate", "causal", "window", "softcap", "scale")}
     options["base"] = torch.arange(case.samples, device=device) % 2 if case.base == "mixed" else case.base
@@ -228,6 +235,37 @@ def assert_backend_right(case, backend, dtype=torch.float64, device="cpu", upstr
     got = run(infused_attention, inputs, upstream, backend=backend, **options, **more)
     assert_right(got, inputs, upstream, **options)
     return got
+
+
+HIDDEN = ("maps", "q", "k", "v", "upstream")
+WORST = (float("nan"), float("inf"), 3e38)
+
+
+def with_hidden(inputs, upstream, options, what, value):
+    """Inputs and upstream gradient with ``value`` where missing modalities or padding hide it: in maps, or one tensor."""
+    missing, valid = ~options["present"][:, :, None, None], options["key_padding"]
+    hidden = ~valid[:, None, -upstream.shape[2] :, None]
+    changed = dict(inputs)
+    for name in ("k_mul", "v_mul", "v_add", "k_add") if what == "maps" else (what,):
+        if name in inputs:
+            rows = missing if what == "maps" else ~valid[:, None, :, None] if name in "kv" else hidden
+            changed[name] = inputs[name].detach().masked_fill(rows, value).requires_grad_(inputs[name].requires_grad)
+    return changed, upstream.masked_fill(hidden, value) if what == "upstream" else upstream
+
+
+def assert_hidden_is_nothing(case, backend, what, value, dtype=torch.float32, trains=True):
+    """What is hidden counts as 0, in the output and in every gradient, that of hidden queries apart."""
+    inputs, options = make(case, dtype)
+    inputs, upstream = inputs if trains else frozen(inputs, *inputs), upstream_of(inputs)
+    full, full_upstream = with_hidden(inputs, upstream, options, what, value)
+    got = run(infused_attention, full, full_upstream, backend=backend, **options)
+    clean, clean_upstream = with_hidden(inputs, upstream, options, what, 0)
+    expected, allowed = truth(clean, clean_upstream, **options), allowed_error(clean, clean_upstream)
+    hidden = ~options["key_padding"][:, None, -upstream.shape[2] :, None]
+    for name, result in got.items():
+        error = result.double() - expected[name]
+        error = error.masked_fill(hidden, 0) if name == "q" else error
+        assert largest(error) <= allowed * max(1.0, largest(expected[name])), (name, error)  # NaN is not
 
 
 def frozen(inputs, *names):

@@ -15,10 +15,13 @@ from attention_cases import (
     Case,
     assert_backend_right,
     assert_right,
+    faint,
+    largest,
     make,
     poisoned,  # noqa: F401
     run,
     some,
+    truth,
     upstream_of,
 )
 from mitrain_kernels import native
@@ -56,6 +59,19 @@ def without_native(monkeypatch):
 
 
 # The contract, both ways
+
+
+@needs_compiler
+@pytest.mark.parametrize("compiled", [True, False])
+@some([Case(), Case("sequence", padding="left"), Case("token")])
+def test_the_root_adds_epsilon_squared(case, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(sdpa_native, "library", lambda: None)
+    inputs, options = faint(case)
+    got = run(infused_attention, inputs, upstream_of(inputs), **options, backend="sdpa")
+    assert_right(got, inputs, upstream_of(inputs), **options)
+    other = truth(inputs, upstream_of(inputs), **options, eps=1e-3)  # its square is ε
+    assert largest(got["v"] - other["v"]) > 0.1 * largest(other["v"])
 
 
 @needs_compiler
@@ -311,6 +327,67 @@ def test_where_nothing_can_be_kept(cache, called, caplog):
     cache.write_text("a file where the folder should be")
     fall_back(caplog, "File exists")
     assert not called
+
+
+def planted(folder):
+    """A library that anybody could have put there: whole by its checksum, and it tells when it is opened."""
+    folder.mkdir(exist_ok=True)
+    compiler = next(filter(None, map(shutil.which, native.COMPILERS)))
+    source = folder.parent / "evil.c"
+    source.write_text('#include <stdlib.h>\n__attribute__((constructor)) void run(void) { setenv("PLANTED", "1", 1); }')
+    target = folder / f"{sdpa_native.SOURCE.stem}-{native.identity(sdpa_native.SOURCE, compiler)}.so"
+    native.build(source, compiler, target)
+    return target
+
+
+def everyone(path):
+    path.chmod(path.stat().st_mode | 0o022)
+
+
+def given_away(path):
+    os.chown(path, 65534, 65534)
+
+
+def linked(path):
+    away = path.with_name(path.name + "-elsewhere")
+    path.rename(away)
+    path.symlink_to(away)
+
+
+HARMS = [
+    ("folder", everyone, "can be written by other users"),
+    ("file", everyone, "can be written by other users"),
+    ("around", everyone, "can be written by other users"),
+    ("folder", linked, "is a link"),
+    ("file", linked, "is a link"),
+    *((what, given_away, "belongs to user 65534") for what in ("folder", "file", "around")),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("what", "harm", "reason"), HARMS, ids=lambda x: getattr(x, "__name__", x))
+def test_what_others_could_have_written_is_not_run(what, harm, reason, cache, called, caplog):
+    """Nor mapped: its constructor would have run. One line says so, and torch does the work."""
+    if harm is given_away and os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    file = planted(cache)
+    harm({"folder": cache, "file": file, "around": cache.parent}[what])
+    fall_back(caplog, reason)
+    (level,) = {record.levelname for record in caplog.records if record.name == native.log.name}
+    maps = Path("/proc/self/maps")
+    assert level == "WARNING" and not called
+    assert not maps.exists() or str(cache.parent) not in maps.read_text()
+
+
+@needs_compiler
+def test_what_is_built_is_its_users_alone(cache):
+    before = os.umask(0)
+    try:
+        native.load(sdpa_native.SOURCE)
+    finally:
+        os.umask(before)
+    (built,) = cache.iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (cache, built)] == [0o700, 0o700]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

@@ -13,6 +13,7 @@ from mitrain_kernels.infused_attention import library
 from mitrain_kernels.infused_attention.call import Call, Setting
 from mitrain_kernels.infused_attention.folded import infused_attention_folded, rows_that_see, visible_keys
 from mitrain_kernels.infused_attention.gate import GateSums, prefix_sums
+from mitrain_kernels.infused_attention.hidden import shield, without_hidden, without_missing
 from mitrain_kernels.infused_attention.reference import infused_attention_reference
 from mitrain_kernels.infused_attention.triton_tiles import INTERPRETED
 
@@ -30,6 +31,12 @@ def each_sequence(run: Callable[[Call], Result], call: Call) -> Result:
     return torch.cat([run(one)[0] for one in call.sequences()], dim=2), None
 
 
+def recorded(call: Call, form: Callable[..., Tensor], **more: Any) -> Tensor:
+    """The output of a form that autograd records; what padding hides is kept from it, and from its gradients."""
+    q, k, v = (without_hidden(x, call.key_padding) for x in (call.q, call.k, call.v))
+    return shield(form(q, k, v, **call.maps, **options(call), **more), call.key_padding)
+
+
 def reference_limit(call: Call) -> str | None:
     return None if call.state_in is None else "the definition reads all values and takes no state"
 
@@ -37,7 +44,7 @@ def reference_limit(call: Call) -> str | None:
 def run_reference(call: Call) -> Result:
     if call.cu_seqlens is not None:
         return each_sequence(run_reference, call)
-    output = infused_attention_reference(call.q, call.k, call.v, **call.maps, **options(call))
+    output = recorded(call, infused_attention_reference)
     return output, new_sums(call) if call.return_state else None
 
 
@@ -55,12 +62,15 @@ def run_sdpa(call: Call) -> Result:
     if call.cu_seqlens is not None:
         return each_sequence(run_sdpa, call)
     if not has_own_backward(call):
-        output = infused_attention_folded(call.q, call.k, call.v, **call.maps, **options(call), before=call.state_in)
+        output = recorded(call, infused_attention_folded, before=call.state_in)
         return output, new_sums(call) if call.return_state else None
     mask, (tq, tk) = call.mask, (call.q.shape[2], call.k.shape[2])
     if mask is None and (call.key_padding is not None or call.window is not None or (call.causal and 1 < tq < tk)):
         mask = visible_keys(call.q, call.k, call.key_padding, call.causal, call.window)
     sees = rows_that_see(tq, tk, call.key_padding, call.causal, call.window)
+    if call.mask is not None and call.mask.is_floating_point() and sees is not None:
+        # a row of one finite number, however low, is a row of equal scores
+        mask = call.mask.masked_fill(~sees[..., None], float("-inf"))
     return run_operator(call, "sdpa", mask, call.causal, sees)
 
 
@@ -68,7 +78,8 @@ def new_sums(call: Call) -> GateSums:
     """The gate's sums for the tokens that ``state_in`` does not know."""
     new = slice(0 if call.state_in is None else -call.q.shape[2], None)
     valid = None if call.key_padding is None else call.key_padding[:, new]
-    return prefix_sums(call.v[:, :, new], call.v_add, valid, call.state_in)
+    v_add, *_ = without_missing(call.present, call.v_add)
+    return prefix_sums(call.v[:, :, new], v_add, valid, call.state_in)
 
 
 def triton_limit(call: Call) -> str | None:

@@ -75,7 +75,8 @@ class Call:
     @property
     def trains(self) -> bool:
         """Whether autograd records this call."""
-        tensors = (self.q, self.k, self.v, *self.maps.values())
+        alive = [] if self.k_add is None or self.k_add_is_dead else [self.k_add]
+        tensors = (self.q, self.k, self.v, *self.maps.values(), *alive)
         return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
     def sequences(self) -> list["Call"]:

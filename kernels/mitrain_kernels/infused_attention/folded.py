@@ -24,6 +24,7 @@ from mitrain_kernels.infused_attention.gate import (
     token_sums,
     whole_sums,
 )
+from mitrain_kernels.infused_attention.hidden import without_missing
 from mitrain_kernels.infused_attention.reference import EPSILON, GATES
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -61,6 +62,7 @@ def folded_coefficients(
 
     Gate 'prefix' gives one row per token of ``v``; the other gates one row for all. Arguments as in the reference.
     """
+    k_mul, v_mul, v_add = without_missing(present, k_mul, v_mul, v_add)
     values, sums = folded_gate(v, v_add, head_logit, present, gate, key_padding, before, eps)
     alpha, gamma, delta = coefficients(values, k_mul, v_mul, v_add, base)
     return (alpha.to(v.dtype), gamma.to(v.dtype), delta.to(v.dtype)), sums
@@ -98,6 +100,7 @@ def infused_keys_values(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values under the gate 'token', (B, H, T, d) each: MiT's Eq. 4 read per token, so it cannot fold."""
     heads = v_add.shape[2]
+    k_mul, v_mul, v_add, k_add = without_missing(present, k_mul, v_mul, v_add, k_add)
     own = token_sums(v, v_add, None)
     gate = gate_values(head_logit, v_add, own, present, eps)
     alpha, gamma, delta = coefficients(gate, k_mul, v_mul, v_add, base)
@@ -225,6 +228,7 @@ def infused_attention_folded(
     if gate == "token":
         maps = {"k_mul": k_mul, "v_mul": v_mul, "v_add": v_add, "head_logit": head_logit}
         return plain(q, *infused_keys_values(k, v, **maps, k_add=k_add, present=present, base=base, eps=eps))
+    k_mul, v_mul, v_add, alive = without_missing(present, k_mul, v_mul, v_add, k_add)
     summed = slice(0 if before is None else -q.shape[2], None)
     valid = None if key_padding is None else key_padding[:, summed]
     values, _ = folded_gate(v[:, :, summed], v_add, head_logit, present, gate, valid, before, eps)
@@ -233,6 +237,6 @@ def infused_attention_folded(
     sees = rows_that_see(q.shape[2], k.shape[2], key_padding, causal, window)
     delta = delta if sees is None else delta * sees[..., None]
     if softcap is not None and k_add is not None:
-        moved = (q * coefficients(values, k_mul, v_mul, k_add)[2].to(q.dtype)).sum(-1, keepdim=True)
+        moved = (q * coefficients(values, k_mul, v_mul, alive)[2].to(q.dtype)).sum(-1, keepdim=True)
         return torch.addcmul(delta, plain_attention(q * alpha, k, v, seen, scale, softcap, moved), gamma)
     return keep_dead(torch.addcmul(delta, plain(q * alpha, k, v), gamma), k_add)

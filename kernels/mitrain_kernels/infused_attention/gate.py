@@ -110,6 +110,11 @@ def whole_sums(v: Tensor, v_add: Tensor, valid: Tensor | None = None) -> GateSum
         return GateSums(*(x.sum(-1, keepdim=True) for x in token_sums(v, v_add, valid)))
 
 
+def opened(logit: Tensor, present: Tensor | None) -> Tensor:
+    """σ(logit) (M, B, H, T'), 0 where ``present`` (M, B) bool is False, whatever is in the logit there."""
+    return torch.sigmoid(logit if present is None else logit.masked_fill(~present[:, :, None, None], float("-inf")))
+
+
 def hide_missing(gate: Tensor, present: Tensor | None) -> Tensor:
     """The gate (M, B, H, T') with 0 where ``present`` (M, B) bool is False."""
     return gate if present is None else gate.masked_fill(~present[:, :, None, None], 0)
@@ -125,19 +130,18 @@ def cosine_gate(
     norm = v_add.square().sum(-1).view(M, B, G, H // G, 1)
     root = (norm * energy[:, :, None] + eps**2).rsqrt().view(sums.dot.shape)
     cosine = sums.dot * root
-    value = torch.sigmoid(cosine + head_logit[:, None, :, None])
-    return Gate(hide_missing(value, present), cosine, root)
+    return same_gate(head_logit, cosine, root, present)
 
 
 def same_gate(head_logit: Tensor, cosine: Tensor, root: Tensor, present: Tensor | None) -> Gate:
     """The gate again from its cosine and root."""
-    return Gate(hide_missing(torch.sigmoid(cosine + head_logit[:, None, :, None]), present), cosine, root)
+    return Gate(opened(cosine + head_logit[:, None, :, None], present), cosine, root)
 
 
 def constant_gate(head_logit: Tensor, batch: int, present: Tensor | None, cosine: bool = True) -> Tensor:
     """The gate without a cosine, (M, B, H, 1): σ(L), or 1 for the gate 'none'."""
     logit = wide(head_logit)[:, None, :, None].expand(-1, batch, -1, -1)
-    return hide_missing(torch.sigmoid(logit) if cosine else torch.ones_like(logit), present)
+    return opened(logit, present) if cosine else hide_missing(torch.ones_like(logit), present)
 
 
 def gate_values(

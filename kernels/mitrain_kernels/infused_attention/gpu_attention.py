@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mitrain_kernels.infused_attention.backends import Result, options
+from mitrain_kernels.infused_attention.backends import Result, recorded
 from mitrain_kernels.infused_attention.call import Call
 from mitrain_kernels.infused_attention.folded import folded_coefficients, infused_attention_folded, keep_dead
 
@@ -51,7 +51,7 @@ def run_flash(call: Call) -> Result:
     if call.cu_seqlens is not None:
         return run_packed(call, packed_flash(call)), None
     attend = unpadded_flash(call) if call.key_padding is not None else plain_flash(call)
-    return infused_attention_folded(call.q, call.k, call.v, **call.maps, **options(call), attend=attend), None
+    return recorded(call, infused_attention_folded, attend=attend), None
 
 
 def flash_options(call: Call) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def run_flex(call: Call) -> Result:
     attend = flex_attend(call)
     if call.cu_seqlens is not None:
         return run_packed(call, attend), None
-    return infused_attention_folded(call.q, call.k, call.v, **call.maps, **options(call), attend=attend), None
+    return recorded(call, infused_attention_folded, attend=attend), None
 
 
 @cache
@@ -151,6 +151,8 @@ def flex_attend(call: Call) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return cap * torch.tanh(score / cap)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # on a CPU it refuses tensors that require a gradient, even if none is recorded
+            q, k, v = (x.detach() for x in (q, k, v))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile.*")
             grouped = q.shape[1] != k.shape[1]

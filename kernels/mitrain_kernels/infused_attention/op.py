@@ -58,14 +58,21 @@ def infused_attention(
         k_mul, v_mul, v_add, k_add: (M, B, H, d), M >= 0. head_logit (M, H). present (M, B) bool, False: missing.
         gate: 'prefix' | 'sequence' | 'token' | 'head' | 'none'. base: 1, 0 or (B,).
         key_padding (B, Tk) bool, True for a token. window: key j is visible to query i if i − j < window.
-        mask (B or 1, 1, Tq, Tk): the visibility that causal, window and key_padding say, ready-made (bool or additive),
-            for backends that need one; it saves making it in every layer.
+        mask (B or 1, 1, Tq, Tk): the visibility that causal, window and key_padding say, ready-made (bool or additive,
+            -inf or the lowest finite number where hidden), for backends that need one; it saves making it in every layer.
         state_in: the gate's sums before the queries (gate 'prefix'), so that only the queries' values are summed;
             return_state: also return the sums of the new tokens, of which ``.last()`` goes into the next call.
         backend: 'reference' | 'sdpa' | 'flash' | 'flex' | 'triton' | 'auto'.
 
     Returns:
         (B, H, Tq, d) in q's type; with return_state also the sums. A query that sees no key gives 0.
+
+    What is hidden counts as 0 in every backend, in the output and in the gradients, whatever it holds: the maps of a
+    missing modality (and its logit, where all samples lack it), and NaN or infinity in keys, values, queries and
+    upstream gradients of tokens that key_padding hides. Only a hidden query's own row may then be anything.
+
+    Gradients come in their inputs' types. Under v_add = 0 or values of 0 the gate's cosine rises by up to 1/eps, so that
+    true gradients of v_add and v can exceed 65,504, float16's highest number: they arrive there as infinity.
 
     Raises:
         ValueError: arguments that do not fit together, or a backend that cannot do what is asked, in one line.

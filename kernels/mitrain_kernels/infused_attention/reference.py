@@ -9,6 +9,8 @@ Shapes: B batch, H query heads, G key/value heads (query head h reads key/value 
 import torch
 from torch import Tensor
 
+from mitrain_kernels.infused_attention.hidden import without_missing
+
 GATES = ("sequence", "prefix", "token", "head", "none")
 EPSILON = 1e-6
 
@@ -41,7 +43,8 @@ def infused_attention_reference(
     where:
         q (B, H, Tq, d), k and v (B, G, Tk, d), after rotary embedding; queries are the last Tq of the Tk positions.
         k_mul, k_add, v_mul, v_add (M, B, H, d): one vector per modality, sample and query head. No k_add means 0.
-        head_logit L (M, H). present (M, B) bool: False is a missing modality, whose gate is 0.
+        head_logit L (M, H). present (M, B) bool: False is a missing modality, whose gate is 0, whatever
+            its maps hold.
         gate g: σ(L + cos) with cos = Σ_j V_j·v_add / √(Σ_j ‖V_j‖² · n · ‖v_add‖² + eps²), the n sums running over
             'sequence' all valid keys | 'prefix' the valid keys up to the query | 'token' the key j alone;
             'head' σ(L) without the cosine | 'none' 1.
@@ -57,6 +60,7 @@ def infused_attention_reference(
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     valid = torch.ones(B, Tk, dtype=torch.bool, device=q.device) if key_padding is None else key_padding.bool()
     k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
+    k_mul, v_mul, v_add, k_add = without_missing(present, k_mul, v_mul, v_add, k_add)
     i = torch.arange(Tk - Tq, Tk, device=q.device)[:, None]
     j = torch.arange(Tk, device=q.device)
     seen = valid[:, None, None, :] & ((j <= i) if causal else (j == j))  # (B, 1, Tq, Tk)
@@ -71,10 +75,11 @@ def infused_attention_reference(
     else:
         dot, square, count = dot[..., None, :], square[..., None, :], torch.ones_like(count)[..., None, :]
     cos = dot / (square * count * v_add.square().sum(-1)[..., None, None] + eps**2).sqrt()  # (M, B, H, Tq|1, Tk|1)
-    logit = head_logit[:, None, :, None, None]
-    g = torch.sigmoid(logit + cos if gate in GATES[:3] else logit.expand(-1, B, -1, 1, 1))[..., None]
+    logit = head_logit[:, None, :, None, None].expand(-1, B, -1, 1, 1)
+    logit = logit if present is None else logit.masked_fill(~present[:, :, None, None, None], float("-inf"))
+    g = torch.sigmoid(logit + cos if gate in GATES[:3] else logit)[..., None]
     g = torch.ones_like(g) if gate == "none" else g
-    g = g if present is None else g * present[:, :, None, None, None, None].to(g.dtype)
+    g = g if present is None else g.masked_fill(~present[:, :, None, None, None, None], 0)
 
     base = base.view(B, 1, 1, 1, 1) if isinstance(base, Tensor) else base
     k_mul, v_mul, v_add = (x[:, :, :, None, None] for x in (k_mul, v_mul, v_add))

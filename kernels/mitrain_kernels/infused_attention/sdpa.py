@@ -35,6 +35,7 @@ from mitrain_kernels.infused_attention.gate import (
     same_gate,
     whole_sums,
 )
+from mitrain_kernels.infused_attention.hidden import finite, without_hidden, without_missing
 from mitrain_kernels.infused_attention.sdpa_backward import Outside, attention_backward
 
 
@@ -58,12 +59,35 @@ def make_gate(maps: Maps, sums: GateSums | None, setting: Setting, new: int) -> 
     return Gate(value, value.new_empty(0), value.new_empty(0))
 
 
-def forward(inputs: Sequence[Tensor], setting: Setting, before: GateSums | None, trains: bool) -> tuple[Tensor, ...]:
+def forward(
+    inputs: Sequence[Tensor | None], setting: Setting, before: GateSums | None, trains: bool
+) -> tuple[Tensor, ...]:
     """The output, plain attention's A, an empty tensor, the gate's cosine and root, its sums (empty without a cosine).
 
     inputs: q, k, v, k_mul, v_mul, v_add, head_logit, and a k_add that is dead here. Attention itself runs in q's type,
     everything around it in at least float32. trains: a backward pass needs A (else it is empty).
+
+    What padding or a missing modality hides is looked at only where the output is not finite, which NaN makes it.
     """
+    found = forward_once(inputs, setting, before, trains)
+    if not hides(setting) or finite(found[0]):
+        return found
+    return forward_once(shown(inputs, setting), setting, before, trains)
+
+
+def hides(setting: Setting) -> bool:
+    return setting.valid is not None or setting.present is not None
+
+
+def shown(inputs: Sequence[Tensor | None], setting: Setting) -> list[Tensor | None]:
+    """The inputs with 0 for what is hidden and could spread."""
+    tokens = (without_hidden(x, setting.valid) for x in inputs[:3])
+    return [*tokens, *without_missing(setting.present, *inputs[3:6]), *inputs[6:]]
+
+
+def forward_once(
+    inputs: Sequence[Tensor | None], setting: Setting, before: GateSums | None, trains: bool
+) -> tuple[Tensor, ...]:
     q, k, v, *maps = inputs[:7]
     dtype, exact = k.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v, maps = rows(q), rows(k), rows(v), Maps(*cast(maps, exact))
@@ -97,7 +121,7 @@ def rows(x: Tensor) -> Tensor:
 
 def backward(
     upstream: Tensor,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
     setting: Setting,
     attended: Tensor,
     logsumexp: Tensor,
@@ -110,6 +134,23 @@ def backward(
     logsumexp: empty, the weights are computed from the scores again. kept: the gate's cosine and root, and its sums'
     square and count. continued: the sums went on from a state, so that only the queries' own values are in them.
     """
+    rest = (attended, kept, continued, needs)
+    found = backward_once(upstream, inputs, setting, *rest)
+    _, dk, dv, dk_mul, _, dv_add, *_ = found  # sums over the queries: what is wrong in a row shows in one of them
+    if not hides(setting) or finite(dk, dv, dk_mul, dv_add):
+        return found
+    return backward_once(without_hidden(upstream, setting.valid), shown(inputs, setting), setting, *rest)
+
+
+def backward_once(
+    upstream: Tensor,
+    inputs: Sequence[Tensor | None],
+    setting: Setting,
+    attended: Tensor,
+    kept: Sequence[Tensor],
+    continued: bool,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
     q, k, v, *maps = inputs[:7]
     maps = Maps(*cast(maps, torch.promote_types(q.dtype, torch.float32)))
     if sdpa_native.takes(q, v, len(maps.v_add), setting, continued) and sdpa_native.takes_backward(v):

@@ -19,6 +19,7 @@ from mitrain_kernels.infused_attention.triton_tile import (
     shift,
     softmax_step,
     store_tile,
+    without_hidden,
 )
 
 
@@ -89,7 +90,7 @@ def forward_kernel(
         VALID += wide * valid_b
     base = tl.load(BASE + sample)
     gates = GATE + start.to(tl.int64) * gate_t
-    q = load_tile(Q, start, q_t, rows, keep, D, BD)
+    q = without_hidden(load_tile(Q, start, q_t, rows, keep, D, BD), VALID, position, keep)
     if not TOKEN:
         q = (q.to(tl.float32) * factor(gates, gate_m, gate_t, rows, keep, KM, map_m, base, M, D, BD)).to(q.dtype)
     low, high = key_range(start + past, start + past + BM - 1, keys, window, BN, CAUSAL, WINDOW)

@@ -9,6 +9,12 @@ import triton.language as tl
 from mitrain_kernels.infused_attention.triton_tile import load_tile, load_vector, sample_span
 
 
+@triton.jit
+def opened(cosine, logit, there):
+    """σ(logit + cosine), 0 where the modality is missing (``there`` 0), whatever its logit."""
+    return tl.where(there > 0.0, 1.0 / (1.0 + tl.exp(-(cosine + logit))), 0.0)
+
+
 @triton.jit(do_not_specialize=["tokens", "offset"])
 def sums_kernel(
     V, VA, VALID, BOUNDS, DOT, SQUARE, v_b, v_h, v_t, valid_b, dot_m, dot_b, dot_h, square_b, square_h,
@@ -104,7 +110,7 @@ def gate_kernel(
                 root = 1.0 / tl.sqrt(square * count * norm + eps * eps)
                 cosine = dot * root
                 at = gates + m * gate_m + start + columns
-                tl.store(GATE + at, there / (1.0 + tl.exp(-(cosine + logit))), mask=inside)
+                tl.store(GATE + at, opened(cosine, logit, there), mask=inside)
                 tl.store(COSINE + at, cosine, mask=inside)
                 tl.store(ROOT + at, root, mask=inside)
                 tl.store(totals + m * total_m + start + columns, dot, mask=inside)
@@ -113,7 +119,7 @@ def gate_kernel(
         if WHOLE:
             root = 1.0 / tl.sqrt(square_before * count_before * norm + eps * eps)
             cosine = dot_before * root
-            tl.store(GATE + gates + m * gate_m, there / (1.0 + tl.exp(-(cosine + logit))))
+            tl.store(GATE + gates + m * gate_m, opened(cosine, logit, there))
             tl.store(COSINE + gates + m * gate_m, cosine)
             tl.store(ROOT + gates + m * gate_m, root)
             tl.store(totals + m * total_m, dot_before)
@@ -132,7 +138,7 @@ def whole_gradient(UPSTREAM, COSINE, ROOT, there, logit, tokens, early, BT: tl.c
         inside = (start + columns < tokens) & (start + columns >= early)
         dgate += tl.sum(tl.load(UPSTREAM + start + columns, mask=inside, other=0.0), 0)
     cosine, root = tl.load(COSINE), tl.load(ROOT)
-    gate = there / (1.0 + tl.exp(-(cosine + logit)))
+    gate = opened(cosine, logit, there)
     return dgate * gate * (1.0 - gate), cosine, root
 
 
@@ -196,7 +202,7 @@ def gate_backward_kernel(
                 root = tl.load(ROOT + at, mask=gated, other=0.0)
                 count = tl.load(counts + start + columns - early, mask=gated, other=0.0)
                 energy = tl.load(wholes + start + columns - early, mask=gated, other=0.0) * count
-                gate = there / (1.0 + tl.exp(-(cosine + logit)))
+                gate = opened(cosine, logit, there)
                 e = tl.load(upstream + start + columns, mask=gated, other=0.0) * gate * (1.0 - gate)
                 own_dot = e * root
                 w = own_dot * cosine * root

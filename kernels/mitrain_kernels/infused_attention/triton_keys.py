@@ -20,13 +20,14 @@ from mitrain_kernels.infused_attention.triton_tile import (
     store_tile,
     store_vector,
     unbend,
+    without_hidden,
 )
 
 
 @triton.jit
 def key_gradients(
-    k, v, dk, dv, Q, DOUT, LSE, DELTA, low, high, stride_q, stride_d, past, key, keep, queries, window, softcap, scale,
-    base, GATE, gate_m, gate_t, KM, VM, map_m,
+    k, v, dk, dv, Q, DOUT, LSE, DELTA, low, high, stride_q, stride_d, past, VALID, key, keep, queries, window, softcap,
+    scale, base, GATE, gate_m, gate_t, KM, VM, map_m,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TOKEN: tl.constexpr,
 ):  # fmt: skip
@@ -40,8 +41,8 @@ def key_gradients(
         position = start + rows + past
         lse = tl.load(LSE + start + rows, mask=there, other=float("inf"))
         delta = tl.load(DELTA + start + rows, mask=there, other=0.0)
-        q = load_tile(Q, start, stride_q, rows, there, D, BD)
-        inward = load_tile(DOUT, start, stride_d, rows, there, D, BD)
+        q = without_hidden(load_tile(Q, start, stride_q, rows, there, D, BD), VALID, position, there)
+        inward = without_hidden(load_tile(DOUT, start, stride_d, rows, there, D, BD), VALID, position, there)
         if not TOKEN:
             gates = GATE + start * gate_t
             alpha = factor(gates, gate_m, gate_t, rows, there, KM, map_m, base, M, D, BD)
@@ -162,8 +163,8 @@ def key_kernel(
         gates = GATE + wide * gate_b + head * gate_h + first * gate_t
         dk, dv = key_gradients(
             k, v, dk, dv, queries_at, upstream_at, LSE + scalars, DELTA + scalars, low, high, q_t, d_t, past,
-            start + columns, keep, queries, window, softcap, scale, base, gates, gate_m, gate_t, KM + place, VM + place,
-            map_m, M, D, BD, BM, CAUSAL, WINDOW, SOFTCAP, TOKEN,
+            VALID, start + columns, keep, queries, window, softcap, scale, base, gates, gate_m, gate_t, KM + place,
+            VM + place, map_m, M, D, BD, BM, CAUSAL, WINDOW, SOFTCAP, TOKEN,
         )  # fmt: skip
     dk *= scale
     values = load_tile(V, start, v_t, columns, keep, D, BD).to(tl.float32)

@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from mitrain_kernels.infused_attention.call import Setting
-from mitrain_kernels.infused_attention.gate import GateSums, constant_gate, hide_missing, prefix_sums
+from mitrain_kernels.infused_attention.gate import GateSums, constant_gate, opened, prefix_sums
+from mitrain_kernels.infused_attention.hidden import without_missing
 from mitrain_kernels.infused_attention.triton_decode import merge_kernel, split_kernel
 from mitrain_kernels.infused_attention.triton_forward import forward_kernel
 from mitrain_kernels.infused_attention.triton_gate import gate_backward_kernel, gate_kernel, sums_kernel, values_kernel
@@ -55,7 +56,8 @@ class Problem:
     def __init__(self, inputs: Sequence[Tensor | None], setting: Setting):
         q, k, v, k_mul, v_mul, v_add, logit, k_add = inputs
         self.q, self.k, self.v = rows(q), rows(k), rows(v)
-        self.maps = [k_mul.contiguous(), v_mul.contiguous(), v_add.contiguous()]
+        self.maps = [x.contiguous() for x in without_missing(setting.present, k_mul, v_mul, v_add)]
+        k_add, *_ = without_missing(setting.present, k_add)
         self.k_add = k_add.contiguous() if k_add is not None and setting.kind == "token" else None
         self.logit = logit.float().contiguous()
         self.setting = setting
@@ -70,6 +72,7 @@ class Problem:
         self.valid = None if setting.valid is None else setting.valid.contiguous().view(torch.uint8)
         base = setting.base
         self.base = base.float() if isinstance(base, Tensor) else q.new_full((self.B,), base, dtype=torch.float32)
+        v_add = self.maps[2]
         self.norm = torch.linalg.vecdot(v_add.float(), v_add.float()).contiguous() if setting.kind in COSINE else None
         self.present = None if setting.present is None else setting.present.contiguous().view(torch.uint8)
 
@@ -237,9 +240,8 @@ def backward(
     p = Problem(inputs, setting)
     cosine, root, square, count = kept
     if setting.kind in COSINE:
-        value = hide_missing(torch.sigmoid(cosine + p.logit[:, None, :, None]), setting.present)
-        if p.packed and setting.present is not None and setting.kind != "sequence":
-            value = hide_missing_packed(torch.sigmoid(cosine + p.logit[:, None, :, None]), setting)
+        logit, each = cosine + p.logit[:, None, :, None], p.packed and setting.kind != "sequence"
+        value = opened_packed(logit, setting) if each else opened(logit, setting.present)
     else:
         value = constant_gate(p.logit, p.B, setting.present, cosine=setting.kind == "head")
     upstream = rows(upstream)
@@ -252,11 +254,13 @@ def backward(
         )
 
 
-def hide_missing_packed(value: Tensor, setting: Setting) -> Tensor:
+def opened_packed(logit: Tensor, setting: Setting) -> Tensor:
     """The gates (M, 1, H, R) of packed sequences, 0 where ``present`` (M, S) is False."""
+    if setting.present is None:
+        return torch.sigmoid(logit)
     lengths = setting.cu_seqlens[1:] - setting.cu_seqlens[:-1]
     there = setting.present.repeat_interleave(lengths.long(), dim=1)
-    return value * there[:, None, None].to(value.dtype)
+    return torch.sigmoid(logit.masked_fill(~there[:, None, None], float("-inf")))
 
 
 def query_side(p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, value: Tensor, wants_q: bool) -> tuple:

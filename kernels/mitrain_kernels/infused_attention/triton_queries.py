@@ -22,6 +22,7 @@ from mitrain_kernels.infused_attention.triton_tile import (
     store_tile,
     store_vector,
     unbend,
+    without_hidden,
 )
 
 
@@ -131,6 +132,7 @@ def query_kernel(
     lse = tl.load(LSE + scalars + rows, mask=keep, other=float("inf"))
     shown = keep & (lse != float("inf"))
     dout = load_tile(DOUT, start, d_t, rows, shown, D, BD).to(tl.float32)
+    dout = without_hidden(dout, VALID, position, keep)
     attended = load_tile(ATTENDED, start, o_t, rows, shown, D, BD).to(tl.float32)
     dgates = DGATE + wide * out_b + head * out_h + first + start + rows
     inward = dout
@@ -141,7 +143,7 @@ def query_kernel(
         inward = dout * factor(gates, gate_m, gate_t, rows, shown, VM, map_m, base, M, D, BD)
     delta = tl.sum(inward * attended, 1)
     tl.store(DELTA + scalars + rows, delta, mask=keep)
-    q = load_tile(Q, start, q_t, rows, keep, D, BD)
+    q = without_hidden(load_tile(Q, start, q_t, rows, keep, D, BD), VALID, position, keep)
     if not TOKEN:
         q = (q.to(tl.float32) * factor(gates, gate_m, gate_t, rows, shown, KM, map_m, base, M, D, BD)).to(q.dtype)
     inward = inward.to(q.dtype)
@@ -154,7 +156,8 @@ def query_kernel(
     )  # fmt: skip
     dinner *= scale
     if not TOKEN:
-        raw = load_tile(Q, start, q_t, rows, shown, D, BD).to(tl.float32) * dinner
+        raw = without_hidden(load_tile(Q, start, q_t, rows, shown, D, BD), VALID, position, keep)
+        raw = raw.to(tl.float32) * dinner
         query_shares(raw, gates, gate_m, gate_t, rows, shown, keep, KM, map_m, dgates, out_m, part, M, D, BD)
         dinner *= factor(gates, gate_m, gate_t, rows, shown, KM, map_m, base, M, D, BD)
     if DQ is not None:

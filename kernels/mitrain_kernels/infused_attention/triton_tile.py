@@ -6,6 +6,7 @@ Shapes: a tile has rows (queries or keys) × BD columns, of which the first D ar
 import triton
 import triton.language as tl
 
+ORDINARY = tl.constexpr(2.0**50)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -30,6 +31,17 @@ def load_tile(base, start, stride, rows, keep, D: tl.constexpr, BD: tl.constexpr
         tile = tl.load(pointers, mask=keep[:, None], other=0.0)
     else:
         tile = tl.load(pointers, mask=keep[:, None] & (columns < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def without_hidden(tile, VALID, position, keep):
+    """The tile (rows, BD) with 0 for what is not a number, infinite or immense (hidden.py) in rows that VALID hides.
+
+    VALID at the sample's first key, or None; position: the rows' keys."""
+    if VALID is not None:
+        shown = tl.load(VALID + position, mask=keep, other=1) != 0
+        tile = tl.where(shown[:, None] | (tl.abs(tile.to(tl.float32)) < ORDINARY), tile, tl.zeros_like(tile))
     return tile
 
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 from attention_cases import (
     GATES,
+    HIDDEN,
     NAMES,
     Case,
+    assert_hidden_is_nothing,
     assert_right,
+    faint,
     frozen,
     largest,
     make,
@@ -52,6 +55,9 @@ CASES = [
     small("prefix", lengths=(4, 18), window=4, base="mixed", layout="tokens first"),
     small("prefix", layout="columns", tq=7, scale=0.5),
     small("token", layout="tokens first", d=5, tk=12),
+    *(
+        small("prefix", B=1, H=1, tq=4, tk=tk) for tk in (18, 19)
+    ),  # the first query sees one key less than a tile, or all
 ]
 
 
@@ -85,6 +91,28 @@ def test_padded_keys_and_values_may_hold_anything(case, poisoned):
     got = assert_kernel_right(case, hidden=("k", "v"))
     rows = slice(-2, None) if case.padding == "right" else slice(0, 2)
     assert all(largest(got[name][0, :, rows]) == 0.0 for name in ("k", "v"))
+
+
+@some([small(gate, B=1, tk=18) for gate in ("prefix", "sequence", "token")])
+def test_the_root_adds_epsilon_squared(case, poisoned):
+    inputs, options = faint(case)
+    got = run(infused_attention, inputs, upstream_of(inputs), backend="triton", **options)
+    assert_right(got, inputs, upstream_of(inputs), **options)
+
+
+@pytest.mark.parametrize("what", HIDDEN)
+@some([small(gate, M=2, H=1, present=True, padding="right", tk=18) for gate in ("prefix", "sequence", "token")])
+def test_nothing_that_is_hidden_counts(case, what, poisoned):
+    assert_hidden_is_nothing(case, "triton", what, torch.nan if what in "qkv" else torch.inf)
+
+
+@some([small(gate, M=2, H=1, tk=5) for gate in ("prefix", "token", "sequence", "head")])
+def test_a_modality_that_no_sample_has_may_have_a_logit_that_is_nan(case, poisoned):
+    inputs, options = make(case, torch.float32)
+    inputs["head_logit"] = torch.cat([inputs["head_logit"].detach()[:1], torch.full((1, 1), torch.nan)])
+    options["present"] = torch.tensor([[True, True], [False, False]])
+    got = run(infused_attention, inputs, upstream_of(inputs), backend="triton", **options)
+    assert all(x.isfinite().all() for x in got.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
