@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "untrusted",
     ),  # L0: arithmetic, files, what a Hugging Face model looks like
     ("schedule", "quant", "pretrained", "trunk", "stack", "ownership"),
-    ("adapters", "backbones", "prepare", "tasks", "data"),  # L1: one paper, format or task per file
+    ("doctor", "adapters", "backbones", "prepare", "tasks", "data"),  # L1: one paper, format or task per file
     # L2: machinery, handed its objects
     (
         "engine",

@@ -1,4 +1,5 @@
-"""The command line: ``mitrain train | eval | predict | models | data | report | export | bench | compare``.
+"""The command line: ``mitrain train | eval | predict | models | data | report | export | bench | compare |
+doctor``.
 
 Results go to stdout (with ``--json`` one JSON document and nothing else), progress and notices to stderr. The user's
 own mistakes end in one line and exit code 2, an interruption in 130; anything else is a bug and shows its traceback.
@@ -20,6 +21,7 @@ from mitrain.cli.ask import add_eval, add_predict
 from mitrain.cli.bench import add_bench
 from mitrain.cli.catalogue import add_catalogue
 from mitrain.cli.compare import add_compare
+from mitrain.cli.doctor import add_doctor
 from mitrain.cli.publish import add_export, add_report
 from mitrain.cli.shared import Parser
 from mitrain.cli.train import add_train
@@ -132,4 +134,5 @@ def parser() -> Parser:
     add_export(commands)
     add_bench(commands)
     add_compare(commands)
+    add_doctor(commands)
     return top

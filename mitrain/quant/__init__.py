@@ -1,6 +1,7 @@
 """Frozen weights in 8 and 4 bits: the only room that imports bitsandbytes, and it runs without."""
 
 from mitrain.quant.embedding import FrozenInt8Embedding
+from mitrain.quant.kernels import nf4_fault
 from mitrain.quant.linear import FrozenInt8Linear, FrozenLinear, FrozenNF4Linear
 from mitrain.quant.replace import PRECISIONS, Precision, dequantised, linear_places, quantise, split_of, storage
 
@@ -13,6 +14,7 @@ __all__ = [
     "Precision",
     "dequantised",
     "linear_places",
+    "nf4_fault",
     "quantise",
     "split_of",
     "storage",

@@ -10,9 +10,11 @@ Nothing here needs bitsandbytes, unless ``use("bitsandbytes")`` asks for it.
 import contextlib
 import importlib
 import logging
+import math
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +95,41 @@ def dequantise_nf4(packed: Tensor, absmax: Tensor, block: int, count: int, dtype
         return unpack(functional, packed, absmax, block, count, dtype)
     tell("nf4", "torch", kind)
     return formats.dequantise_blocks(packed, absmax, block, count, dtype)
+
+
+NF4_COLUMNS = (32, 64, 96, 128, 160, 576)
+
+
+def nf4_fault() -> dict[str, Any] | None:
+    """What bitsandbytes' nf4 kernel makes of matrices on this CPU, where it is not the format's definition; else None."""
+    functional = bitsandbytes()
+    errors = {} if functional is None else {n: nf4_error(functional, n) for n in NF4_COLUMNS}
+    wrong = {n: error for n, error in errors.items() if not error <= 1e-5}
+    if not wrong:
+        return None
+    return {
+        "package": "bitsandbytes",
+        "what": "bitsandbytes' dequantize_4bit is wrong on this CPU for matrices of these columns:",
+        "measured": ", ".join(f"{n} (off by {error:.2g})" for n, error in wrong.items()),
+        "columns": list(wrong),
+        "means": "mitrain hands it flat rows alone and is right; transformers' own 4-bit models are wrong here",
+    }
+
+
+def nf4_error(functional: ModuleType, columns: int) -> float:
+    """The largest difference to the definition in float64, of 48 rows of N(0, 1); infinite where it does not run."""
+    weight = torch.randn(48, columns, generator=torch.Generator().manual_seed(0))
+    packed, absmax = formats.quantise_blocks(weight)
+    exact = formats.dequantise_blocks(packed, absmax, formats.NF4_BLOCK, weight.numel(), torch.float64)
+    state = functional.QuantState(
+        absmax=absmax, shape=weight.shape, dtype=torch.float32, blocksize=formats.NF4_BLOCK, quant_type="nf4"
+    )
+    try:
+        found = functional.dequantize_4bit(packed, state)
+    except Exception as error:  # another interface, or a library that does not load
+        log.info("bitsandbytes' nf4 kernel does not run: %s", error)
+        return math.inf
+    return float((found.double().reshape(-1) - exact).abs().max())
 
 
 def int8_product(x: Tensor, payload: Tensor) -> Tensor:

@@ -233,6 +233,26 @@ def test_no_matrix_takes_a_path_of_bitsandbytes_that_depends_on_the_cpu(columns,
     assert torch.allclose(with_avx512(layer.qweight, state).double(), truth, rtol=1e-6) == (columns % 64 == 0)
 
 
+@pytest.mark.parametrize("fault", [True, False])
+def test_a_known_fault_is_measured_where_one_is(fault, monkeypatch):
+    def right(packed, state):
+        return formats.dequantise_blocks(packed, state.absmax, 64, 48 * state.shape[1], state.dtype).view(state.shape)
+
+    made = SimpleNamespace(QuantState=lambda **fields: SimpleNamespace(**fields))
+    made.dequantize_4bit = with_avx512 if fault else right
+    monkeypatch.setattr(kernels, "bitsandbytes", lambda: made)
+    found = kernels.nf4_fault()
+    assert found["columns"] == [32, 96, 160] if fault else found is None
+    monkeypatch.setattr(kernels, "bitsandbytes", lambda: None)
+    assert kernels.nf4_fault() is None
+
+
+def test_a_kernel_that_does_not_run_is_a_fault(monkeypatch):
+    made = SimpleNamespace(QuantState=lambda **fields: None)
+    monkeypatch.setattr(kernels, "bitsandbytes", lambda: made)
+    assert "32 (off by inf)" in kernels.nf4_fault()["measured"]
+
+
 def test_the_kernels_choice_is_logged_once(caplog):
     kernels.tell.cache_clear()
     with caplog.at_level("INFO", "mitrain.quant.kernels"), kernels.use("torch"):
