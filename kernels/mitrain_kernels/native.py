@@ -65,7 +65,8 @@ def open_library(source: Path) -> ctypes.CDLL:
     if compiler is None:
         raise NativeError(f"no compiler: none of {', '.join(COMPILERS)} is on the path")
     folder = cache_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for one in (*reversed(folder.parents), folder):  # not parents=True, which leaves their mode to the umask
+        one.mkdir(mode=0o700, exist_ok=True)
     check_own(folder)
     built = folder / f"{source.stem}-{identity(source, compiler)}.so"
     if not is_whole(built):
@@ -77,13 +78,13 @@ def open_library(source: Path) -> ctypes.CDLL:
 def check_own(path: Path) -> None:
     """UntrustedError where anyone but this user and root can change a file or folder, or put another in its place."""
     about, around = path.lstat(), path.parent.stat()
+    if stat.S_ISLNK(about.st_mode):
+        raise UntrustedError(f"{path} is a link, and leads to what others may change: remove it")
     for one, found, shared in ((path, about, 0), (path.parent, around, stat.S_ISVTX)):
         if found.st_uid not in (0, os.geteuid()):
             raise UntrustedError(f"{one} belongs to user {found.st_uid}, who could have put any code there: remove it")
         if found.st_mode & 0o022 and not found.st_mode & shared:
             raise UntrustedError(f"{one} can be written by other users: chmod go-w, or set XDG_CACHE_HOME elsewhere")
-    if stat.S_ISLNK(about.st_mode):
-        raise UntrustedError(f"{path} is a link, and leads to what others may change: remove it")
 
 
 def cache_folder() -> Path:
