@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel
 
-from mitrain import adapters, checkpoint, config, prepare, pretrained, runs, schema, scoring
+from mitrain import adapters, checkpoint, config, hf, prepare, pretrained, runs, schema, scoring
 from mitrain.adapters.base import Adapter
 from mitrain.backbones import VisionEncoder
 from mitrain.checkpoint import Checkpoint
@@ -20,13 +20,12 @@ from mitrain.errors import CheckpointError, ConfigError, DataError, ModelError, 
 from mitrain.features import FeatureNorm
 from mitrain.model import Model, build, resolve_data
 from mitrain.pretrained import EncoderPart, PreprocessPart, RunPart
+from mitrain.pretrained.contents import ANSWER_LENGTH, ANSWERS_KEPT, PROMPTS_KEPT
 from mitrain.schema import RunConfig
 from mitrain.tasks.answer import answers_by_prompt
 
 QUEUE = "slow."
 """Of retrieval's head what serves training alone: the momentum copies and their queue."""
-PROMPTS_KEPT = 256
-"""Of how many different training prompts the answers are exported; of more, none."""
 
 
 def export(
@@ -97,7 +96,10 @@ def training_answers(run_config: RunConfig) -> dict[str, list[str]] | None:
     except DataError:
         return None
     answers = answers_by_prompt(portion(samples, run_config.train.fraction))
-    return {prompt: list(found) for prompt, found in answers.items()} if len(answers) <= PROMPTS_KEPT else None
+    if len(answers) > PROMPTS_KEPT:
+        return None
+    few = {prompt: list(found) for prompt, found in answers.items() if len(found) <= ANSWERS_KEPT}
+    return {prompt: found for prompt, found in few.items() if max(map(len, found), default=0) <= ANSWER_LENGTH}
 
 
 def recorded(path: Path, step: int) -> dict[str, dict[str, Any]]:
@@ -190,8 +192,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, F
     Returns the adapter (``detach()`` takes it off) and, of an exported run, the module that turns encoders' features
     (B, e) into what is infused. Raises ModelError where the model is of another shape; it is then left as it was.
     """
+    contents, _ = pretrained.read_contents(Path(folder))
+    runs.check_amount(contents.tensors.bytes // 4, hf.count_parameters(model), folder)
     published = pretrained.read(folder)
-    contents = published.contents
     here = pretrained.base_shape(model.config)
     pretrained.require_same(contents.base, here, "this language model", "load the one that the adapter names")
     try:

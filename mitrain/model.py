@@ -177,11 +177,18 @@ def encoders_of(config: ModelConfig, device: torch.device, shard: Shard | None =
     return [VisionEncoder(v, None if v.shape else resolve_model(v.name), dtype, device, shard) for v in config.vision]
 
 
-def build(config: RunConfig, *, empty: bool = False, shard: Shard | None = None) -> Model:
+def build(
+    config: RunConfig,
+    *,
+    empty: bool = False,
+    shard: Shard | None = None,
+    encoders: list[VisionEncoder] | None = None,
+) -> Model:
     """Load the backbones, attach the adapter, make the head.
 
     ``empty`` builds everything without weights (meta device), for counting; models are then described by their shapes
-    or their configurations alone. ``shard`` spreads the frozen weights over the ranks while they are read.
+    or their configurations alone. ``shard`` spreads the frozen weights over the ranks while they are read. ``encoders``:
+    where they are loaded already.
     """
     if empty:
         shape = config.model.llm_shape
@@ -207,7 +214,7 @@ def build(config: RunConfig, *, empty: bool = False, shard: Shard | None = None)
             config.model.quantize_embedding,
             shard,
         )
-    encoders = encoders_of(config.model, torch.device("cpu") if empty else text.device, shard)
+    encoders = encoders or encoders_of(config.model, torch.device("cpu") if empty else text.device, shard)
     return assemble(config, text, encoders, empty=empty)
 
 

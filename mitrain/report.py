@@ -21,6 +21,7 @@ from mitrain.errors import ConfigError
 from mitrain.evaluate import Evaluation
 from mitrain.files import as_json, remedy, write_atomic
 from mitrain.floors import floors_of
+from mitrain.markdown import code, plain
 from mitrain.model import resolve_data
 from mitrain.provenance import commit, versions
 from mitrain.runs import Run
@@ -130,12 +131,10 @@ def table(results: dict[str, Any]) -> str:
         "|---" * (len(columns) + 4) + "|",
     ]
     for r in results["rows"]:
-        cells = [cell(r, key) for _, key in columns]
-        lines.append(
-            f"| {r['split']} | {r['label']} | {' | '.join(cells)} | {r['mean']['samples']:.0f} | {r['seeds']} |"
-        )
+        cells = [plain(r["split"]), plain(r["label"]), *(cell(r, key) for _, key in columns)]
+        lines.append(f"| {' | '.join(cells)} | {r['mean']['samples']:.0f} | {r['seeds']} |")
     made = results["made"]
-    lines += ["", f"Made by `{made['command']}` on {made['date']}, commit {made['commit']}, {made['versions']}."]
+    lines += ["", f"Made by {code(made['command'])} on {made['date']}, commit {made['commit']}, {made['versions']}."]
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,7 @@ runs/NAME-TIME/
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mitrain import checkpoint, config, dist, parsing, pretrained, schema
+from mitrain import checkpoint, config, dist, hf, parsing, pretrained, schema
 from mitrain.backbones import ModelConfig, TextBackbone, VisionEncoder
 from mitrain.backbones.vision import Preprocess
 from mitrain.checkpoint import Checkpoint
@@ -25,12 +26,15 @@ from mitrain.engine.zero import gather_as_needed, sharding
 from mitrain.errors import CheckpointError, ConfigError, ModelError
 from mitrain.files import remedy, write_atomic
 from mitrain.fingerprint import differences, flat, listed
-from mitrain.model import Model, build, resolve_model, settled
+from mitrain.model import Model, build, encoders_of, resolve_model, settled
 from mitrain.ownership import OWNERSHIP
-from mitrain.pretrained import EncoderShape, Published
+from mitrain.pretrained import Contents, EncoderShape
 from mitrain.schema import RunConfig
 
 log = logging.getLogger(__name__)
+
+FEW, BESIDE_FROZEN = 1 << 28, 4
+"""An export may hold so many numbers, or so many for each one of the frozen models."""
 
 
 def create(run_config: RunConfig, parent: str | Path) -> Path:
@@ -209,47 +213,76 @@ def open_published(
     `ModelConfig`, as quantize="int8". ModelError where the base or an encoder is of another shape or, unless
     ``allow_changes``, has other weights.
     """
-    published = pretrained.read(folder)
-    part = published.contents.run
+    contents, _ = pretrained.read_contents(Path(folder))
+    part = contents.run
     if part is None:
         raise CheckpointError(
             f"{str(folder)!r} holds an adapter without encoders and task: mitrain.load_adapter(model, folder) attaches it"
         )
-    run_config = published_config(published, base, encoders, changes)
+    run_config = published_config(folder, contents, base, encoders, changes)
     llm = resolve_model(run_config.model.llm)
     here = pretrained.base_shape(TextBackbone.read_config(llm))
-    pretrained.require_same(
-        published.contents.base, here, f"the language model {str(llm)!r}", "give another with base="
-    )
-    model = build(run_config)
-    for encoder, saved in zip(model.encoders, part.encoders, strict=True):
+    pretrained.require_same(contents.base, here, f"the language model {str(llm)!r}", "give another with base=")
+    seeing = encoders_of(run_config.model, hf.place(run_config.model.device))
+    for encoder, saved in zip(seeing, part.encoders, strict=True):
         what = f"the image encoder {encoder.config.name!r}"
         pretrained.require_same(saved.shape, encoder_shape(encoder), what, "give another with encoders=")
         values = saved.preprocess
         encoder.preprocess = Preprocess(values.size, tuple(values.mean), tuple(values.std), values.resize)
-    check_frozen(published.contents.frozen or {}, model, folder, allow_changes)
+    published = pretrained.read(folder, trained_shapes(run_config, seeing, folder))
+    model = build(run_config, encoders=seeing)
+    check_frozen(contents.frozen or {}, model, folder, allow_changes)
     saved_run = Checkpoint(Path(folder), part.step, part.best, published.tensors, {})
     restore(model, saved_run)
     return Run(Path(folder), run_config, model, saved_run, part.answers or {})
 
 
+def trained_shapes(
+    run_config: RunConfig, encoders: list[VisionEncoder], folder: str | Path
+) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of what a run trains, made without memory: what its export must hold, and no more.
+
+    CheckpointError where `check_amount` has one.
+    """
+    twin = build(run_config, empty=True, encoders=encoders)
+    shapes = {
+        f"{part}.{name}": tuple(tensor.shape)
+        for part, module in twin.trainable.items()
+        for name, tensor in module.state_dict().items()
+    }
+    twin.adapter.detach()
+    check_amount(sum(map(math.prod, shapes.values())), twin.pretrained, folder)
+    return shapes
+
+
+def check_amount(trained: int, frozen: int, folder: str | Path) -> None:
+    """CheckpointError where an export claims more trained numbers than anyone trains beside so many frozen ones."""
+    if trained > max(FEW, BESIDE_FROZEN * frozen):
+        raise CheckpointError(
+            f"{str(folder)!r} describes {trained:,} trained numbers beside {frozen:,} frozen ones, which is no adapter:"
+            " export it again or take another copy"
+        )
+
+
 def published_config(
-    published: Published, base: str | Path | None, encoders: Sequence[str | Path] | None, changes: Mapping[str, Any]
+    folder: str | Path,
+    contents: Contents,
+    base: str | Path | None,
+    encoders: Sequence[str | Path] | None,
+    changes: Mapping[str, Any],
 ) -> RunConfig:
     """The configuration of an exported run, its frozen models replaced as asked."""
-    contents, part = published.contents, published.contents.run
+    part = contents.run
     try:
         saved = schema.from_dict(with_base(part.config, contents.base_model_name_or_path))
     except ConfigError as error:
-        raise CheckpointError(f"{published.path}: the exported configuration is not understood ({error})") from None
+        raise CheckpointError(f"{folder}: the exported configuration is not understood ({error})") from None
     model = saved.model.to_dict() | dict(changes)
     if base is not None:
         model["llm"] = str(base)
     vision = model["vision"]
     if len(part.encoders) != len(vision):
-        raise CheckpointError(
-            f"{published.path} describes {len(part.encoders)} of {len(vision)} encoders: export it again"
-        )
+        raise CheckpointError(f"{folder} describes {len(part.encoders)} of {len(vision)} encoders: export it again")
     names = [v["name"] for v in vision] if encoders is None else [str(e) for e in encoders]
     if len(names) != len(vision):
         raise ConfigError(

@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "files",
         "costs",
         "hf",
+        "markdown",
         "launchers",
         "provenance",
         "reading",

@@ -22,12 +22,15 @@ from mitrain.backbones import blip, efficientnet_lite, stream
 from mitrain.backbones.digests import frozen_digest, settings_of, weights_of
 from mitrain.config import Section, read_file
 from mitrain.errors import ConfigError, ModelError
+from mitrain.pretrained.shapes import LARGEST, SMALLEST
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 POOLING = ("pooler", "head", "visual_projection")
 VIEWS = 6
 LONGEST = 4096  # side of the largest picture made on the way to the encoder's, whose own is at most as large
+PATCHES = 1 << 14
+"""The most patches of a picture: attention over more takes minutes for one."""
 View = int
 
 
@@ -302,11 +305,19 @@ def preprocessing(config: VisionConfig, settings: Any, folder: str | Path | None
         size = config.size or int(usual[0] if isinstance(usual, list | tuple) else usual)
     except (TypeError, ValueError):
         raise ModelError(f"{path} is malformed: image_mean and image_std must be three numbers each") from None
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ModelError(f"{path} is malformed: image_mean and image_std must be three numbers each, std above 0")
+    sane = all(SMALLEST <= s <= LARGEST for s in std) and all(-LARGEST <= m <= LARGEST for m in mean)
+    if len(mean) != 3 or len(std) != 3 or not sane:
+        raise ModelError(
+            f"{path} is malformed: image_mean and image_std must be three numbers each, std {SMALLEST} to {LARGEST:g}"
+        )
     patch = getattr(settings, "patch_size", None)
     if isinstance(patch, int) and size % patch:
         raise ConfigError(
             f"model.vision {config.name!r} size={size} is no multiple of its patch {patch}: give {size // patch * patch}"
+        )
+    if isinstance(patch, int) and (size // patch) ** 2 > PATCHES:
+        raise ConfigError(
+            f"model.vision {config.name!r} size={size} makes {(size // patch) ** 2} patches of a picture, more than"
+            f" {PATCHES}: give at most {int(PATCHES**0.5) * patch}"
         )
     return Preprocess(size, mean, std, config.resize)

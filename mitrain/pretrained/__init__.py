@@ -27,6 +27,7 @@ from mitrain.pretrained.folder import (
     method_fields,
     publish,
     read,
+    read_contents,
 )
 from mitrain.pretrained.shapes import BaseShape, EncoderShape, base_shape, require_same
 
@@ -50,5 +51,6 @@ __all__ = [
     "model_card",
     "publish",
     "read",
+    "read_contents",
     "require_same",
 ]

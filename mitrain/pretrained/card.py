@@ -1,14 +1,17 @@
 """The model card: what a published adapter is, what it was made of, how it scores, and how it is loaded."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mitrain.markdown import code, plain, table
 from mitrain.pretrained.contents import Contents, RunPart
 
 BY_PEFT = 'peft.PeftModel.from_pretrained(model, "THIS_FOLDER")  # the adapter alone, by PEFT without mitrain'
 UNKNOWN = "not known to mitrain"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LEFT_OUT = ("model", "adapter", "data", "wandb")
 
 
@@ -21,9 +24,9 @@ def model_card(contents: Contents, licences: Mapping[str, str] | None = None, al
     run = contents.run
     blocks = [
         front_matter(contents),
-        f"# {title(contents)}",
-        f"A {contents.adapter['name']} adapter trained with mitrain {contents.mitrain_version}. The frozen weights are"
-        " not in this folder.",
+        f"# {plain(title(contents))}",
+        f"A {plain(contents.adapter['name'])} adapter trained with mitrain {plain(contents.mitrain_version)}. The frozen"
+        " weights are not in this folder.",
         "\n".join(["## Base", "", *base_lines(contents, licences)]),
         "\n".join(["## Method", "", *settings_lines(contents.adapter), "", parameter_line(contents)]),
     ]
@@ -49,9 +52,9 @@ def title(contents: Contents) -> str:
 
 
 def front_matter(contents: Contents) -> str:
-    lines = ["---", "library_name: mitrain", f"tags: [mitrain, adapter, {contents.adapter['name']}]"]
+    lines = ["---", "library_name: mitrain", f"tags: [mitrain, adapter, {json.dumps(contents.adapter['name'])}]"]
     name = contents.base_model_name_or_path
-    if name.count("/") == 1 and shown(name) == name and not Path(name).exists():
+    if HUB_NAME.fullmatch(name) and not Path(name).exists():
         lines.append(f"base_model: {name}")
     return "\n".join([*lines, "---"])
 
@@ -59,14 +62,14 @@ def front_matter(contents: Contents) -> str:
 def base_lines(contents: Contents, licences: Mapping[str, str]) -> list[str]:
     base, name = contents.base, contents.base_model_name_or_path
     return [
-        f"Language model: `{shown(name)}`, licence: {licences.get(name, UNKNOWN)}.",
+        f"Language model: {code(shown(name))}, licence: {licences.get(name, UNKNOWN)}.",
         "",
-        *table(["", ""], [[key.replace("_", " "), str(value)] for key, value in base.to_dict().items()]),
+        *table(["", ""], [[key.replace("_", " "), plain(value)] for key, value in base.to_dict().items()]),
     ]
 
 
 def settings_lines(settings: Mapping[str, Any]) -> list[str]:
-    return table(["setting", "value"], [[key, f"`{json.dumps(value)}`"] for key, value in settings.items()])
+    return table(["setting", "value"], [[plain(key), code(json.dumps(value))] for key, value in settings.items()])
 
 
 def parameter_line(contents: Contents) -> str:
@@ -87,14 +90,16 @@ def encoder_lines(run: RunPart, licences: Mapping[str, str]) -> list[str]:
         own = {key: value for key, value in setting.items() if key != "name" and value not in (None, [], "auto")}
         size, resize = part.preprocess.size, part.preprocess.resize
         name, licence = shown(setting["name"]), licences.get(setting["name"], UNKNOWN)
-        rows.append([f"`{name}`", str(part.shape.width), f"{size} px, {resize}", f"`{json.dumps(own)}`", licence])
+        rows.append([code(name), str(part.shape.width), f"{size} px, {resize}", code(json.dumps(own)), licence])
     return table(["encoder", "feature width", "images", "settings", "licence"], rows)
 
 
 def data_lines(run: RunPart, licences: Mapping[str, str]) -> list[str]:
     data = run.config["data"]
     name = data.get("source")
-    what = f"`{name}`, prepared by mitrain" if name else data.get("dataset") or "A data set of the user's own"
+    what = (
+        f"{code(name)}, prepared by mitrain" if name else plain(data.get("dataset") or "A data set of the user's own")
+    )
     line = f"{what}. Licence: {licences.get(name, UNKNOWN)}."
     answers = (
         f"Training prompts whose answers are in `adapter_config.json`: {len(run.answers)}; for others give candidates."
@@ -111,7 +116,7 @@ def metric_line(run: RunPart) -> str:
 
 def metric_table(run: RunPart) -> list[str]:
     rows = [
-        [split, str(run.step), name, f"{value:.4f}" if isinstance(value, float) else str(value)]
+        [plain(split), str(run.step), plain(name), f"{value:.4f}" if isinstance(value, float) else plain(value)]
         for split, metrics in run.metrics.items()
         for name, value in flattened(metrics)
     ]
@@ -128,7 +133,8 @@ def flattened(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 def training(run: RunPart) -> str:
     kept = {key: value for key, value in run.config.items() if key not in LEFT_OUT}
-    return json.dumps(kept, indent=2, ensure_ascii=False)
+    text = json.dumps(kept, indent=2, ensure_ascii=False)
+    return re.sub("[<>&`]", lambda found: f"\\u{ord(found[0]):04x}", text)  # inside strings alone; JSON still
 
 
 def loading_lines(contents: Contents, alone: bool) -> list[str]:
@@ -142,10 +148,5 @@ def loading_lines(contents: Contents, alone: bool) -> list[str]:
         *(["model(input_ids=ids, infused=adapter.modalities_of(normalize(features)))"] if contents.run else []),
         *([BY_PEFT] if contents.peft else []),
     ]
-    code = ["import mitrain", *(whole if contents.run else []), *(attached if alone else [])]
-    return [f"The frozen language model (`{name}`) must have the shape above.", "", "```python", *code, "```"]
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
+    lines = ["import mitrain", *(whole if contents.run else []), *(attached if alone else [])]
+    return [f"The frozen language model ({code(name)}) must have the shape above.", "", "```python", *lines, "```"]

@@ -1,10 +1,10 @@
 """adapter_config.json (or mitrain.json), field by field; what is missing, unknown or of another type is refused."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mitrain.pretrained.shapes import BaseShape, EncoderShape, Strict
+from mitrain.pretrained.shapes import LARGEST, SMALLEST, BaseShape, EncoderShape, Strict
 
 
 class FileSum(Strict):
@@ -22,12 +22,22 @@ class Parameters(Strict):
     frozen: int = Field(ge=0)
 
 
+PROMPTS_KEPT = 256
+"""Of how many different training prompts the answers are exported; of more, none."""
+ANSWERS_KEPT = 1000
+"""Of how many answers of at most `ANSWER_LENGTH` characters a prompt's are exported; where it has more, none of them."""
+ANSWER_LENGTH = 1000
+
+Answer = Annotated[str, Field(max_length=ANSWER_LENGTH)]
+Answers = Annotated[list[Answer], Field(max_length=ANSWERS_KEPT)]
+
+
 class PreprocessPart(Strict):
     """How an image becomes an encoder's input: ``size`` in pixels, mean and standard deviation of each channel."""
 
     size: int = Field(ge=14, le=4096)
-    mean: list[float] = Field(min_length=3, max_length=3)
-    std: list[float] = Field(min_length=3, max_length=3)
+    mean: list[Annotated[float, Field(ge=-LARGEST, le=LARGEST)]] = Field(min_length=3, max_length=3)
+    std: list[Annotated[float, Field(ge=SMALLEST, le=LARGEST)]] = Field(min_length=3, max_length=3)
     resize: Literal["squash", "pad"]
 
 
@@ -48,7 +58,7 @@ class RunPart(Strict):
 
     config: dict[str, Any]
     encoders: list[EncoderPart]
-    answers: dict[str, list[str]] | None
+    answers: Annotated[dict[str, Answers], Field(max_length=PROMPTS_KEPT)] | None
     step: int = Field(ge=0)
     best: bool
     metrics: dict[str, dict[str, Any]]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -18,7 +19,7 @@ from mitrain.errors import CheckpointError, ConfigError
 from mitrain.files import atomic_folder, remedy
 from mitrain.pretrained.contents import Contents, FileSum, Parameters
 from mitrain.pretrained.shapes import base_shape
-from mitrain.untrusted import is_finite, parse_json, parse_tensors, read_regular
+from mitrain.untrusted import is_finite, parse_json, parse_tensors, read_regular, regular_size
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -30,6 +31,7 @@ EDITABLE = ("checksum", "base_model_name_or_path")
 MEND = "export it again or take another copy"
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
+Shapes = Mapping[str, tuple[int, ...]]
 PeftFiles = tuple[dict[str, Any], dict[str, Tensor]]
 """What PEFT's two files hold: its configuration, and its tensors by PEFT's names."""
 
@@ -138,15 +140,28 @@ def checksum(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def read(folder: str | Path) -> Published:
-    """Read a published adapter; CheckpointError, in one line, for whatever is torn, forged or of a later format."""
+def read(folder: str | Path, shapes: Shapes | None = None) -> Published:
+    """Read a published adapter; CheckpointError, in one line, for whatever is torn, forged or of a later format.
+
+    ``shapes``: what the tensors must be (group.name → shape); others are refused before any is read.
+    """
     folder = Path(folder)
+    contents, weights = read_contents(folder)
+    if shapes is not None:
+        check_shapes(weights, contents.tensors, shapes)
+    tensors = read_tensors(weights, contents.tensors)
+    check_peft(folder, contents)
+    return Published(folder, contents, tensors)
+
+
+def read_contents(folder: Path) -> tuple[Contents, Path]:
+    """A published adapter's configuration, and the file of its tensors."""
     if not is_published(folder):
         raise CheckpointError(
             f"{str(folder)!r} is no exported adapter (it has no {CONFIG}): give one from mitrain export"
         )
     own = os.path.lexists(folder / OWN_CONFIG)
-    path, weights = (folder / name for name in ((OWN_CONFIG, OWN_WEIGHTS) if own else (CONFIG, WEIGHTS)))
+    path, weights = (real(folder / name) for name in ((OWN_CONFIG, OWN_WEIGHTS) if own else (CONFIG, WEIGHTS)))
     values = parse_json(read_regular(path, CONFIG_LIMIT, MEND), path, MEND, finite=True)
     version = values.get("format")
     if type(version) is not int or version < 1:
@@ -161,9 +176,7 @@ def read(folder: str | Path) -> Published:
         raise CheckpointError(
             f"{path} is corrupted or was edited (its checksum differs; only base_model_name_or_path may change): {MEND}"
         )
-    tensors = read_tensors(weights, contents.tensors)
-    check_peft(folder, contents)
-    return Published(folder, contents, tensors)
+    return contents, weights
 
 
 def check_peft(folder: Path, contents: Contents) -> None:
@@ -171,18 +184,57 @@ def check_peft(folder: Path, contents: Contents) -> None:
     for name, expected in (contents.peft or {}).items():
         if name not in (CONFIG, WEIGHTS) or expected.bytes > contents.tensors.bytes + CONFIG_LIMIT:
             raise CheckpointError(f"{folder / OWN_CONFIG} names no file of PEFT's: {name[:60]!r}: {MEND}")
-        content = read_regular(folder / name, expected.bytes, MEND)
+        content = read_regular(real(folder / name), expected.bytes, MEND)
         if summed(content) != expected.to_dict():
             raise CheckpointError(
                 f"{folder / name} was changed after the export ({OWN_WEIGHTS} still holds the exported weights): {MEND}"
             )
 
 
+def real(path: Path) -> Path:
+    """``path``, or what it is a link to where the Hub's cache keeps a repository: files beside its snapshots, in blobs.
+
+    Other links are refused by one line: they may lead to anything.
+    """
+    if not path.is_symlink():
+        return path
+    folder, target = path.parent.resolve(), path.resolve()
+    if folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs":
+        return target
+    raise CheckpointError(
+        f"{path} is a link, and not within a repository of the Hub's cache: copy the folder with cp -rL"
+    )
+
+
 def parse_contents(values: Mapping[str, Any], path: Path) -> Contents:
     try:
         return config.parse(Contents, dict(values))
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: {str(error)[:400]}") from None
+
+
+def check_shapes(path: Path, expected: FileSum, shapes: Shapes) -> None:
+    """CheckpointError where the file's header, all that is read here, does not describe tensors of ``shapes``."""
+    size = regular_size(path, MEND)
+    if size != expected.bytes:
+        raise CheckpointError(f"{path} is torn or corrupted ({size} bytes, {CONFIG} says {expected.bytes}): {MEND}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({str(error)[:100]}): {MEND}") from None
+    wrong = [f"{name} is missing" for name in sorted(shapes.keys() - found.keys())]
+    wrong += [f"{name[:60]} is unknown" for name in sorted(found.keys() - shapes.keys())]
+    wrong += [
+        f"{name} has shape {list(found[name])}, here {list(shape)}"
+        for name, shape in sorted(shapes.items())
+        if found.get(name, shape) != shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"{path} does not fit the adapter's own configuration: {'; '.join(wrong[:3])}{more}: {MEND}"
+        )
 
 
 def read_tensors(path: Path, expected: FileSum) -> dict[str, dict[str, Tensor]]:

@@ -6,6 +6,9 @@ from transformers import PretrainedConfig
 from mitrain.config import Section
 from mitrain.errors import ModelError
 
+SMALLEST, LARGEST = 1e-3, 1e3
+"""Bounds of the standard deviations, and of the means' size, by which channels of values from 0 to 1 are normalised."""
+
 
 class Strict(Section):
     """A section of a file that only mitrain writes: no number is read from a text, no text from a number."""

@@ -205,8 +205,8 @@ def poison(tensors: dict[str, torch.Tensor]) -> None:
     ("change", "says"),
     [
         (lambda t: t.update({"adapter.more": torch.ones(1)}), "more is unknown"),
-        (lambda t: t.update({"base.weight": torch.ones(1)}), "'base.weight', which is of no part of an adapter"),
-        (lambda t: t.update({"adapter": torch.ones(1)}), "'adapter', which is of no part of an adapter"),
+        (lambda t: t.update({"base.weight": torch.ones(1)}), "base.weight is unknown"),
+        (lambda t: t.update({"adapter": torch.ones(1)}), "adapter is unknown"),
         (lambda t: t.pop("features.mean"), "mean is missing"),
         (lambda t: t.update({"features.mean": torch.ones(2)}), "mean has shape [2], here [48]"),
         (lambda t: t.pop("adapter.infused.1.head_logit"), "infused.1.head_logit is missing"),
