@@ -8,7 +8,6 @@ one layer at most. The embedding, the head and the last norm are layers in this 
 Checkpoints in which bitsandbytes' int8 or nf4 stands beside the names are taken over without it.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from mitrain import hf
+from mitrain import hf, parsing
 from mitrain.errors import ModelError
 from mitrain.quant import FrozenInt8Linear, FrozenLinear
 from mitrain.quant.convert import INT8_PARTS, NF4_PARTS, fill_int8, fill_nf4, stored_as
@@ -50,7 +49,7 @@ class Weights:
         for name in FILES:
             path = hf.find(source, name)
             if path is not None and path.suffix == ".json":
-                table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+                table = weight_map(path)
                 found = {file: hf.find(source, file) for file in set(table.values())}
                 return cls({tensor: found[file] for tensor, file in table.items()}) if all(found.values()) else None
             if path is not None:
@@ -76,6 +75,17 @@ class Weights:
             hf.check_shapes([(name, tensor.shape, shape)], folder, "model in")
         hf.check_finite(name, tensor, folder, "model in")
         return tensor
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """Of a checkpoint in several files, each tensor's file. Raises ModelError."""
+    try:
+        table = parsing.read_json(path)["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{str(path)!r} is no index of weights ({error}): get the original file") from None
+    if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+        raise ModelError(f"{str(path)!r} is no index of weights (it names no files): get the original file")
+    return table
 
 
 def stored_precision(config: PretrainedConfig, source: str | Path) -> str | None:

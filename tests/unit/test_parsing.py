@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mitrain import parsing
+from mitrain.backbones.stream import Weights
+from mitrain.errors import ModelError
 from mitrain.parsing import DEPTH, LINE, NODES, Unreadable, dump_yaml, parse_json, parse_yaml, read_bytes
 
 TENFOLD = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]\n" for i in range(9))
@@ -135,3 +137,10 @@ def test_a_line_without_end_is_refused(tmp_path):
     path.write_text("a\n" + "b" * LINE + "\n")
     with open(path, encoding="utf-8") as file, pytest.raises(Unreadable, match=f"{LINE} characters in line 2"):
         list(parsing.lines_of(file))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 10_000])
+def test_a_broken_index_of_weights_is_named(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"index\.json' is no index of weights"):
+        Weights.of(tmp_path)
