@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from mitrain import runs, schema
+from mitrain import report, runs, schema
 from mitrain.cli import main
 from mitrain.errors import UserError
 
@@ -93,3 +93,23 @@ def test_a_disk_that_is_full_at_the_start_leaves_no_folder(tmp_path, monkeypatch
     with pytest.raises(UserError, match=rf"run folder {tmp_path}/.*No space left on device\): make room there or give"):
         make(configured(), tmp_path / "runs")
     assert [path for path in tmp_path.rglob("*") if path.is_file() or path.name != "runs"] == []
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_report_on_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, there):
+    """It names the folder; one that was there before stays, with what it held."""
+
+    def full(path, content):
+        if path.name == "table.md":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+
+    monkeypatch.setattr(report, "write_atomic", full)
+    out = tmp_path / "report"
+    if there:
+        out.mkdir()
+        (out / "notes").write_text("mine")
+    with pytest.raises(UserError, match=rf"report to '{out}' \(No space left on device\): make room there or give"):
+        report.write(out, {"results.json": "{}", "table.md": "x"})
+    assert out.exists() == there and (not there or (out / "notes").read_text() == "mine")
