@@ -10,6 +10,7 @@ from folders import colour_records, llm_folder, vision_folder
 
 from mitrain import adapters, checkpoint, runs, schema
 from mitrain.adapters.mit import MiT
+from mitrain.cli import main
 from mitrain.errors import UserError
 from mitrain.evaluate import Evaluation
 from mitrain.scoring import score_run
@@ -247,3 +248,16 @@ def test_a_deleted_run_folder_is_named_and_not_made_anew(world):
     with pytest.raises(UserError, match="at step 1 the run folder .* was deleted or moved away"):
         spoilt_after(Trainer(config, folder, quiet=True), 1, lambda trainer: shutil.rmtree(folder)).fit()
     assert not folder.exists()
+
+
+def test_the_last_line_counts_the_bad_samples(world, tmp_path, capsys):
+    config = configured(world).to_dict()
+    shutil.copytree(world / "data", tmp_path / "data")
+    (tmp_path / "data" / "images" / "3.png").unlink()
+    (tmp_path / "config.yaml").write_text(
+        json.dumps(config | {"data": config["data"] | {"root": str(tmp_path / "data")}})
+    )
+    assert main(["train", str(tmp_path / "config.yaml"), "data.bad_share=0.2", "--run-dir", str(tmp_path / "run")]) == 0
+    assert "at step 1 (1 bad samples skipped); next" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["train", str(tmp_path / "config.yaml"), "data.bad_share=0.05", "--run-dir", str(tmp_path / "no")]) == 2
+    assert "1 of 12 samples cannot be used" in capsys.readouterr().err
