@@ -9,6 +9,9 @@ from types import ModuleType
 
 from mitrain.terminal import printable
 
+LONGEST = 4000
+"""Characters of a message; what a file says of itself may have millions, and the end says what to do."""
+
 
 class UserError(Exception):
     """Bad input of any kind. The message is one line and ends with what to do."""
@@ -16,7 +19,9 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__(printable(" ".join(str(message).split())))
+        words = " ".join(str(message).split())
+        middle = "" if len(words) <= LONGEST else " […] "
+        super().__init__(printable(words if not middle else words[: LONGEST // 2] + middle + words[-LONGEST // 2 :]))
 
 
 class ConfigError(UserError):

@@ -6,6 +6,7 @@ No architecture is named here: the decoder's layers are found as the one ``Modul
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -88,7 +89,7 @@ def load(factory: Any, source: str | Path, what: str, **kwargs: Any) -> Any:
 def attempt(read: Callable[[str], Any], source: str | Path, what: str) -> Any:
     """``read(source)``; ModelError for whatever transformers raises of a folder, an id or a file."""
     local = Path(source).expanduser()
-    source = str(local) if local.exists() else str(source)
+    source = str(local) if os.path.exists(local) else str(source)
     try:
         with quiet():
             return read(source)
@@ -104,7 +105,7 @@ def attempt(read: Callable[[str], Any], source: str | Path, what: str) -> Any:
 def find(source: str | Path, name: str) -> Path | None:
     """The file ``name`` of a folder, or of a Hugging Face id in the local cache; None where it has none."""
     local = Path(source).expanduser()
-    if local.is_dir():
+    if os.path.isdir(local):  # False for a name that no file can have, where pathlib raises
         return local / name if (local / name).is_file() else None
     try:
         found = cached_file(str(source), name, local_files_only=True, _raise_exceptions_for_missing_entries=False)

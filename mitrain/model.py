@@ -3,6 +3,7 @@
 Only three things in it are ever trained or saved: the adapter's tensors, the task head's, and the feature statistics.
 """
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def settled(config: RunConfig) -> RunConfig:
 def placed(name: str) -> str:
     """The absolute path of a folder that is there; any other name, as a prepared model's, as it is."""
     path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
+    return str(path.absolute()) if os.path.exists(path) else name
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The model card: what a published adapter is, what it was made of, how it scores, and how it is loaded."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ def title(contents: Contents) -> str:
 def front_matter(contents: Contents) -> str:
     lines = ["---", "library_name: mitrain", f"tags: [mitrain, adapter, {json.dumps(contents.adapter['name'])}]"]
     name = contents.base_model_name_or_path
-    if HUB_NAME.fullmatch(name) and not Path(name).exists():
+    if HUB_NAME.fullmatch(name) and not os.path.exists(name):
         lines.append(f"base_model: {name}")
     return "\n".join([*lines, "---"])
 

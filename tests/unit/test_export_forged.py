@@ -68,6 +68,17 @@ def test_forged_settings_are_one_line(copied, change, says):
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
 
 
+@pytest.mark.parametrize("place", ["model", "task"])
+def test_a_huge_name_is_told_in_short(copied, place):
+    def change(values):
+        config = values["run"]["config"]
+        (config["model"]["vision"][0] if place == "model" else config["task"])["name"] = "x" * 1_000_000
+
+    with pytest.raises(UserError, match="cannot load the image encoder|is not known") as refused:
+        mitrain.from_pretrained(forged(copied, change))
+    assert len(str(refused.value)) < 4100
+
+
 def test_sparse_weights_are_refused_unread(world, copied, monkeypatch):
     """20 GiB that take no place on the disk, by a header that describes one huge tensor or by what follows a true one."""
     header = json.dumps({"adapter.x": {"dtype": "F32", "shape": [5 << 30], "data_offsets": [0, 20 << 30]}}).encode()
