@@ -19,6 +19,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mitrain import hf, pretrained
 from mitrain.adapters.base import Adapter
@@ -43,7 +44,9 @@ def library() -> Any:
 
 
 class InjectedConfig(Section):
-    """``where``: which frozen models are changed. ``targets``: which projections of their ``layers``."""
+    """``where``: which frozen models are changed. ``targets``: which projections of their ``layers``; one that makes
+    queries, keys and values at once (GPT-2, GPT-NeoX, Phi-3) is changed whole.
+    """
 
     where: Where = "text"
     layers: Annotated[str | list[int], AfterValidator(parse_layers)] = "all"
@@ -118,7 +121,7 @@ class Injected(Adapter):
         whole = {id(module): name for name, module in model.named_modules()}
         names = []
         for owner, attribute, module in found:
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear | Conv1D):
                 raise ModelError(
                     f"{self.method} needs float projections, and the {side} model's are {type(module).__name__}:"
                     " set model.quantize=none"
@@ -311,4 +314,9 @@ def within_layer(name: str) -> str:
 def last_of_each_layer(model: nn.Module, names: list[str]) -> set[str]:
     """Of feed-forward projections the one that gives the hidden width back, per layer."""
     width = model.config.get_text_config().hidden_size
-    return {name for name in names if model.get_submodule(name).out_features == width}
+    widths = {
+        name: module.nf if isinstance(module, Conv1D) else module.out_features
+        for name in names
+        for module in [model.get_submodule(name)]
+    }
+    return {name for name, out in widths.items() if out == width}

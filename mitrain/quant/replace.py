@@ -69,14 +69,23 @@ def quantise(
     frozen_kind(precision)
     found = list(linear_places(model, skip))
     if not found:
+        others = sorted({type(m).__name__ for m in hf.decoder_layers(model).modules() if is_matrix(m)} - {"Linear"})
+        why = f"its layers' matrices are {' and '.join(others)}" if others else "none of its layers' matrices is frozen"
         raise ModelError(
-            f"{type(model).__name__} has no frozen linear layers to quantise: freeze it first, or set model.quantize=none"
+            f"{type(model).__name__} cannot be held in low bits, which is done for frozen Linear layers alone ({why}): set"
+            " model.quantize=none" + ("" if others else ", or freeze it first")
         )
     for place in found:
         place.put(quantised(place.module, precision))
     if embedding:
         quantise_embedding(model)
     return model
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module has a matrix of its own."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.ndim == 2
 
 
 def linear_places(model: PreTrainedModel, skip: Collection[str] = ()) -> Iterator[Place]:

@@ -1,9 +1,12 @@
 """What users would pick instead: LoRA, IA³, prompt and prefix tuning, visual tokens, full fine-tuning, by hand."""
 
+import logging
+
 import pytest
 import torch
 from attached import attached, bert, close, dino, inputs, made, pixels, places, whole
 from tiny import scramble, tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mitrain import schema
 from mitrain.adapters.peft import within_layer
@@ -178,6 +181,57 @@ def test_full_fine_tuning_trains_the_models_and_can_step_aside(layers):
     with torch.no_grad():
         adapter.merge()
         close(whole(model, words), changed.text)
+
+
+def fused(kind):
+    """A tiny decoder whose queries, keys and values come from one projection, in float64."""
+    shape = {"vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "pad_token_id": 0,
+             "initializer_range": 0.3}  # fmt: skip
+    more = {"gpt2": {"n_positions": 64}, "phi3": {"num_key_value_heads": 2, "intermediate_size": 48},
+            "gpt_neox": {"intermediate_size": 48}}[kind]  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **more), dtype=torch.float64).eval()
+
+
+FUSED = {"gpt2": "c_attn", "phi3": "qkv_proj", "gpt_neox": "query_key_value"}
+LAST = {"gpt2": "mlp.c_proj", "phi3": "mlp.down_proj", "gpt_neox": "mlp.dense_4h_to_h"}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_a_fused_projection_is_changed_whole_and_said(kind, method, caplog):
+    with caplog.at_level(logging.WARNING):
+        adapter, model, image = attached(method, {"rank": 2, "alpha": 6} if method == "lora" else {}, fused(kind))
+    assert "at once" in caplog.text and FUSED[kind] in caplog.text
+    changed = {within_layer(key.replace("/", ".")).split(".lora")[0].split(".ia3")[0] for key in adapter.weights}
+    assert {path.rpartition(".")[2] for path in changed if "mlp" not in path} == {FUSED[kind]}
+    assert method == "lora" or {path for path in changed if "mlp" in path} == {LAST[kind]}
+    words, picture = inputs(adapter, model, image)
+    with torch.no_grad():
+        close(adapter.read(words, picture).text, whole(fused(kind), words))
+        scramble(adapter)
+        found, by_hand = adapter.read(words, picture), fused(kind)
+        turned = (lambda w: w.t()) if kind == "gpt2" else (lambda w: w)  # Conv1D holds (in, out)
+        for key, a in adapter.weights.items():
+            path = ".".join(key.split("/lora_A")[0].split("/ia3_l")[0].split("/")[1:])
+            if "/lora_A/" in key:
+                weight = by_hand.get_submodule(path).weight
+                weight += turned(3 * adapter.weights[key.replace("/lora_A/", "/lora_B/")] @ a)
+            elif "/ia3_l" in key:
+                place = by_hand.get_submodule(path)
+                place.weight *= turned(a)
+                if a.shape[1] == 1 and place.bias is not None:  # what comes out is scaled, bias and all
+                    place.bias *= a[:, 0]
+        close(found.text, whole(by_hand, words))
+        adapter.merge()
+        close(whole(model, words), found.text)
+
+
+def test_matrices_of_another_kind_are_named_by_quantising():
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel cannot be held in low bits, .* matrices are Conv1D\): set"):
+        quantise(fused("gpt2").requires_grad_(False), "int8")
+    with pytest.raises(ModelError, match=r"none of its layers' matrices is frozen\): .* or freeze it first"):
+        quantise(tiny("llama"), "int8")
 
 
 def test_quantised_projections_are_refused_in_one_line():
