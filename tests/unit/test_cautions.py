@@ -48,12 +48,17 @@ def test_answers_without_a_choice_say_how_they_are_scored():
         "val: 1 samples have an answer that training never gave"
     )
     assert "0 are ranked" in cautions(samples, "val")[0]
-    assert "0 are ranked" in cautions(samples, "val", {"p": tuple(f"{i}" for i in range(101))})[0]
+    for count, ranked in ((1, 0), (2, 2), (100, 2), (101, 0)):
+        known = {"p": ("a", "b", *map(str, range(2, count)))[:count]}
+        assert f"{ranked} are ranked" in cautions(samples, "val", known)[0]
 
 
 def test_one_answer_and_one_label_are_pointed_out():
-    (line,) = cautions([answer("a", ("a", "b"))] * 2, "val")
-    assert line.startswith("val: every sample has the answer 'a', so that always giving it is right")
+    (line,) = cautions([answer("a" * 70, ("a" * 70, "b"))], "val")
+    assert line == (
+        f"val: every sample has the answer {'a' * 60!r}, so that always giving it is right every time:"
+        " a score says nothing of the pictures"
+    )
     assert "the label 'a'" in cautions(labels("a", "a"), "val")[0]
     assert cautions(labels("ab", "ba"), "val")[0].startswith("val: every sample has all 2 labels")
 

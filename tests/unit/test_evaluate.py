@@ -70,6 +70,16 @@ def test_scores_of_what_is_no_number_and_of_nothing_are_refused():
         evaluate(model, None, [])
 
 
+@pytest.mark.parametrize(("asked", "must"), [(False, False), (True, False), (False, True)])
+def test_every_batch_is_generated_where_a_sample_of_the_split_needs_it(asked, must):
+    model, seen = Echo("samples"), []
+    sound = model.predict
+    model.must_generate = lambda samples: must and len(samples) == 12
+    model.predict = lambda batch, generate=False: seen.append(generate) or sound(batch)
+    evaluate(model, None, answers(), batch=5, generate=asked)
+    assert seen == [asked or must] * 3
+
+
 def test_shuffling_does_not_look_at_objects_and_counts_what_stays_within_one():
     """Two pictures an object: over seeds a blind permutation gives some sample its object's other picture, no-image none."""
     own = {s.image: s.object for s in answers()}

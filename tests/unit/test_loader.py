@@ -48,6 +48,15 @@ def test_a_cursor_of_other_data_is_refused():
         Loader(list(range(8)), 2, 0).load_state({"epoch": 0, "position": 0, "samples": 9})
 
 
+@pytest.mark.parametrize(("epoch", "position"), [(-1, 0), (0, -1), (0.0, 0), (True, 0), (0, 9)])
+def test_what_is_no_cursor_is_refused(epoch, position):
+    loader = Loader(list(range(8)), 2, 0)
+    with pytest.raises(ValueError, match=f"no cursor has epoch={epoch} and position={position}"):
+        loader.load_state({"epoch": epoch, "position": position, "samples": 8})
+    loader.load_state({"epoch": 1, "position": 8, "samples": 8})
+    assert loader.state() == {"epoch": 1, "position": 8, "samples": 8} and loader.next()[0].epoch == 2
+
+
 def test_every_sample_comes_once_an_epoch_whatever_the_ranks_and_through_a_change_of_them():
     """Ranks 2, then 3, then 1, each with loaders of their own that continue from the cursor that was saved."""
     samples, batch, seed = list(range(31)), 7, 3

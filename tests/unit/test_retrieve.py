@@ -129,6 +129,7 @@ def test_reranking_orders_the_candidates_alone():
     right = np.array([[False, True], [False, False], [True, False]])
     scores = np.array([[0.1, 0.2], [5.0, 6.0], [1.0, 1.0]])
     assert reranked(np.array([2, 7, 1]), right, scores).tolist() == [1, 7, 2]
+    assert reranked(np.array([2, 1, 1]), right, scores).tolist() == [1, 3, 2]  # below all candidates, at the least
 
 
 # the task
