@@ -50,7 +50,7 @@ class TrainConfig(Section):
     fraction: float = Field(1.0, gt=0, le=1)
     log_every: int = Field(10, ge=1)
     max_skipped: int = Field(10, ge=0)
-    hang_minutes: float = Field(30, ge=0)
+    hang_minutes: float = Field(30, ge=0, le=1e6)
 
 
 class RunConfig(Section):

@@ -95,7 +95,7 @@ def test_every_setting_with_odd_values():
 @pytest.mark.parametrize("number", [10**100, 2**62])
 @pytest.mark.parametrize(
     "key",
-    [*("task.dim", "task.queue", "task.ffn", "task.unet_width", "task.heads")],
+    [*("train.hang_minutes", "task.dim", "task.queue", "task.ffn", "task.unet_width", "task.heads")],
 )
 def test_no_size_is_beyond_what_a_tensor_can_have(tmp_path, capsys, key, number):
     values = BASE
