@@ -136,8 +136,10 @@ def backward(
     """
     rest = (attended, kept, continued, needs)
     found = backward_once(upstream, inputs, setting, *rest)
-    _, dk, dv, dk_mul, _, dv_add, *_ = found  # sums over the queries: what is wrong in a row shows in one of them
-    if not hides(setting) or finite(dk, dv, dk_mul, dv_add):
+    _, dk, dv, dk_mul, _, dv_add, dlogit, _ = (
+        found  # sums over the queries: what is wrong in a row shows in one of them
+    )
+    if not hides(setting) or finite(dk, dv, dk_mul, dv_add, dlogit):
         return found
     return backward_once(without_hidden(upstream, setting.valid), shown(inputs, setting), setting, *rest)
 
