@@ -17,8 +17,9 @@ def base(tmp_path_factory):
     """A world whose configuration names its models and data from the folder it is used in, and a finished run."""
     path = make_world(tmp_path_factory.mktemp("unequal"))
     config = yaml.safe_load((path / "config.yaml").read_text())
-    config["model"] = {"llm": "./llm", "vision": [{"name": "./vision", "layer": 2}]}
-    config["data"]["root"] = "data"
+    here = "/proc/self/cwd"  # one absolute name for a folder of each rank's own, as on hosts that share no disk
+    config["model"] = {"llm": f"{here}/llm", "vision": [{"name": f"{here}/vision", "layer": 2}]}
+    config["data"]["root"] = f"{here}/data"
     config["train"]["steps"] = 2
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     return path
