@@ -1,6 +1,5 @@
 """Run folders that are not as their run left them: damaged checkpoints, other data, other settings, two owners."""
 
-import fcntl
 import json
 import os
 import signal
@@ -10,9 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from mitrain import prepare
 from mitrain.bench.faults import world
-from mitrain.bench.faults.lab import Lab, Left
+from mitrain.bench.faults.lab import LIMIT_S, Lab, Left
 from mitrain.bench.faults.suite import Found, fault, refused_at_start
+from mitrain.files import file_lock
 
 STOP = 6
 
@@ -26,10 +27,10 @@ def stopped(lab: Lab, case: Path, config: Path | None = None) -> Path:
     return run
 
 
-def refused_resume(lab: Lab, run: Path, mend: Callable[[], object], *needles: str) -> Found:
+def refused_resume(lab: Lab, run: Path, mend: Callable[[], object], *needles: str, notices: int = 0) -> Found:
     """Resume is refused and touches nothing; with the fault mended it goes on to the undisturbed end."""
     before = (run / "metrics.jsonl").read_bytes()
-    found = refused_at_start(lab.run("train", "--resume", run), *needles)
+    found = refused_at_start(lab.run("train", "--resume", run), *needles, notices=notices)
     if (run / "metrics.jsonl").read_bytes() != before:
         found.end_state = "cut metrics.jsonl"
     mend()
@@ -66,7 +67,7 @@ def every_checkpoint_damaged(lab: Lab, case: Path) -> Found:
     paths = [folder / "adapter.safetensors" for folder in (run / "checkpoints").glob("step-*")]
     for path in paths:
         flip(path)
-    return refused_resume(lab, run, lambda: [flip(path) for path in paths], "checkpoint")
+    return refused_resume(lab, run, lambda: [flip(path) for path in paths], "checkpoint", notices=2)
 
 
 @fault("refused", quick=True)
@@ -128,8 +129,8 @@ def two_jobs_in_one_folder(lab: Lab, case: Path) -> Found:
     first = lab.start(*arguments, inject=("send", STOP, "SIGSTOP"), fired=fired)
     while not fired.exists():
         time.sleep(0.05)
-    found = refused_at_start(lab.run(*arguments), str(first.pid))
-    os.kill(first.pid, signal.SIGCONT)
+    found = refused_at_start(lab.run(*arguments), str(first.pid), notices=1)
+    first.send(signal.SIGCONT)
     ended = first.wait()
     found.lost_steps, found.resumed_equal = 0, ended.code == 0 and Left.of(run).equals(lab.undisturbed())
     return found
@@ -137,16 +138,16 @@ def two_jobs_in_one_folder(lab: Lab, case: Path) -> Found:
 
 @fault("obeyed")
 def lock_held_by_a_stopped_process(lab: Lab, case: Path) -> Found:
-    """It is said that something is waited for, and SIGTERM ends the waiting."""
-    run = stopped(lab, case)
-    with open(run / "checkpoints" / ".lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        process = lab.start("train", "--resume", run)
-        deadline = time.monotonic() + 60
-        while ".lock" not in process.said("err") and time.monotonic() < deadline:
+    """It is said who is waited for, and SIGTERM ends the waiting."""
+    target = prepare.place("data", prepare.DATASETS["digits"], seed=0)
+    with file_lock(case / "cache" / "data" / f".{target.name}.held"):
+        process = lab.start("data", "prepare", "digits", MITRAIN_CACHE=str(case / "cache"))
+        deadline = time.monotonic() + LIMIT_S
+        while "waiting for" not in process.said("err") and time.monotonic() < deadline:
             time.sleep(0.1)
         start = time.monotonic()
-        os.kill(process.pid, signal.SIGTERM)
-        ended = process.wait(30)
-    state = "hung" if ended.code is None else "obeyed" if ".lock" in ended.err else "silent"
+        process.send(signal.SIGTERM)
+        ended = process.wait()
+    told = f"process {os.getpid()}" in ended.err
+    state = "hung" if ended.code is None else "obeyed" if told else "silent"
     return Found(True, state, time.monotonic() - start, said=" / ".join(ended.lines[:1]))

@@ -69,15 +69,15 @@ def fault(wanted: str, most_lost: int = 0, quick: bool = False) -> Callable[[Any
     return register
 
 
-def refused_at_start(ended: Ended, *needles: str, fired: bool = True) -> Found:
-    """A fault that stood there before the command: refused in one line that holds ``needles``."""
+def refused_at_start(ended: Ended, *needles: str, fired: bool = True, notices: int = 0) -> Found:
+    """A fault that stood there before the command: refused in one line that holds ``needles``, after so many ``notices``."""
     state = ended.state
-    if state == "refused" and len(set(ended.lines)) != 1:
+    if state == "refused" and len(ended.lines) != 1 + notices:
         state = f"refused in {len(ended.lines)} lines"
     missing = [needle for needle in needles if needle not in ended.err]
     if state == "refused" and missing:
         state = f"refused without {missing[0]!r}"
-    return Found(fired, state, ended.seconds, said=" / ".join(ended.lines[:2]))
+    return Found(fired, state, ended.seconds, said=" / ".join(ended.lines[-1:]))
 
 
 def interrupted(
