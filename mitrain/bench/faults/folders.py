@@ -1,18 +1,22 @@
 """Run folders that are not as their run left them: damaged checkpoints, other data, other settings, two owners."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from safetensors.torch import load_file, save_file
 
 from mitrain import prepare
 from mitrain.bench.faults import world
 from mitrain.bench.faults.lab import LIMIT_S, Lab, Left
 from mitrain.bench.faults.suite import Found, fault, refused_at_start
+from mitrain.checkpoint.manifest import checksum
 from mitrain.files import file_lock
 
 STOP = 6
@@ -129,7 +133,7 @@ def two_jobs_in_one_folder(lab: Lab, case: Path) -> Found:
     first = lab.start(*arguments, inject=("send", STOP, "SIGSTOP"), fired=fired)
     while not fired.exists():
         time.sleep(0.05)
-    found = refused_at_start(lab.run(*arguments), str(first.pid), notices=1)
+    found = refused_at_start(lab.run(*arguments), str(first.pid))
     first.send(signal.SIGCONT)
     ended = first.wait()
     found.lost_steps, found.resumed_equal = 0, ended.code == 0 and Left.of(run).equals(lab.undisturbed())
@@ -151,3 +155,38 @@ def lock_held_by_a_stopped_process(lab: Lab, case: Path) -> Found:
     told = f"process {os.getpid()}" in ended.err
     state = "hung" if ended.code is None else "obeyed" if told else "silent"
     return Found(True, state, time.monotonic() - start, said=" / ".join(ended.lines[:1]))
+
+
+@fault("refused")
+def checkpoints_gone(lab: Lab, case: Path) -> Found:
+    """Resume is not a new start on top of the old numbers."""
+    run = stopped(lab, case)
+    away = case / "checkpoints"
+    shutil.move(run / "checkpoints", away)
+    return refused_resume(lab, run, lambda: shutil.move(away, run / "checkpoints"), "checkpoint")
+
+
+@fault("went on", most_lost=world.EVERY)
+def newest_checkpoint_not_finite(lab: Lab, case: Path) -> Found:
+    """Signed like a good one, and yet not taken: the one before is."""
+    run = stopped(lab, case)
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    spoil(newest)
+    ended = lab.run("train", "--resume", run)
+    equal = ended.code == 0 and Left.of(run).equals(lab.undisturbed())
+    state = ended.state if "not finite" in ended.err and newest.name in ended.err else "silent"
+    return Found(True, state, ended.seconds, world.EVERY, equal, " / ".join(ended.lines[:1]))
+
+
+def spoil(folder: Path) -> None:
+    """A checkpoint with a NaN in it and checksums that agree."""
+    file, manifest = folder / "adapter.safetensors", folder / "manifest.json"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    values = json.loads(manifest.read_text(encoding="utf-8"))
+    content = file.read_bytes()
+    values["files"][file.name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    values.pop("checksum")
+    values["checksum"] = checksum(values)
+    manifest.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")

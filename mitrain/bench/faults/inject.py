@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,24 +155,32 @@ def replaced_while_read(target: str, source: str) -> None:
     before(ImageFeatures, "prepare", 1, lambda: (fired(), shutil.copyfile(source, target)))
 
 
-def telemetry(how: str) -> None:
-    """A stand-in for wandb whose ``log`` hangs, or ends the process."""
+def poison_moment(step: int) -> None:
+    """One of the optimizer's second moments becomes infinite before the STEP-th step."""
+    from mitrain.trainer import Trainer
 
-    class Run:
-        id, url, summary = "stand-in", "", {}
+    original, calls = Trainer._step, []
 
-        def log(self, *_: Any, **__: Any) -> None:
+    def poisoned(trainer: Any) -> Any:
+        calls.append(1)
+        if len(calls) == step:
             fired()
-            if how == "hangs":
-                time.sleep(3600)
-            sys.exit("wandb ends the process")
+            state = trainer.engine.optimizer.state
+            next(iter(state.values()))["exp_avg_sq"].view(-1)[0] = float("inf")
+        return original(trainer)
 
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_, **__: None
+    Trainer._step = poisoned
 
-    module = types.ModuleType("wandb")
-    module.init = lambda *_, **__: Run()
-    module.Settings = module.Error = lambda *_, **__: None
-    module.run, module.__version__ = None, "0"
-    module.log, module.finish = Run().log, lambda *_, **__: None
-    sys.modules["wandb"] = module
+
+def no_gradient() -> None:
+    """Every loss is NaN."""
+    from mitrain.trainer import Trainer
+
+    original = Trainer.loss
+
+    def spoilt(trainer: Any, batch: Any) -> Any:
+        fired()
+        total, count = original(trainer, batch)
+        return total * float("nan"), count
+
+    Trainer.loss = spoilt

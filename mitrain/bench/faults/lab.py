@@ -179,6 +179,8 @@ def be_command(place: Path, words: list[str], injection: Injection | None, env: 
     """A command's whole life."""
     os.setsid()
     os.environ.update(env)
+    if "PYTHONPATH" in env:  # which a fork has not read
+        sys.path.insert(0, env["PYTHONPATH"])
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT, 0o600), number)
     torch.set_num_threads(1)

@@ -104,13 +104,13 @@ def rank_with_another_base(lab: Lab, case: Path) -> Found:
 
 
 @fault("refused")
-def rank_with_another_configuration(lab: Lab, case: Path) -> Found:
-    return differing(lab, case, rate)
-
-
-def rate(here: Path) -> None:
-    file = here / "config.yaml"
-    file.write_text(file.read_text(encoding="utf-8").replace("lr: 0.01", "lr: 0.02"), encoding="utf-8")
+def rank_with_other_arguments(lab: Lab, case: Path) -> Found:
+    run = case / "run"
+    argv = [["train", lab.world / "config.yaml", f"train.lr={rate}", "--run-dir", run] for rate in (0.01, 0.02)]
+    found = refused_on_both([p.wait() for p in lab.start_ranks(argv)], "rank")
+    if (run / "metrics.jsonl").exists():
+        found.end_state = "took a step"
+    return found
 
 
 def answers(here: Path) -> None:

@@ -1,5 +1,6 @@
 """The feature cache and the models on disk: damaged, cut, replaced."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -142,3 +143,30 @@ def base_weights_of_nan(lab: Lab, case: Path) -> Found:
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, file, {"format": "pt"})
     return refused_at_start(lab.run("train", here / "config.yaml", "--run-dir", case / "run"), "finite")
+
+
+@fault("refused")
+def kernel_named_in_a_models_configuration(lab: Lab, case: Path) -> Found:
+    """Nothing is fetched for it."""
+    here = lab.other_world(case)
+    file = here / "llm" / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) | {"_attn_implementation": "owner/kernel"}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    return refused_at_start(lab.run("train", here / "config.yaml", "--run-dir", case / "run"), "owner/kernel")
+
+
+@fault("refused")
+def adapter_beside_the_base(lab: Lab, case: Path) -> Found:
+    """Whatever is installed: it is not put into the base unasked."""
+    here = lab.other_world(case)
+    (here / "llm" / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    return refused_at_start(lab.run("train", here / "config.yaml", "--run-dir", case / "run"), "adapter_config.json")
+
+
+@fault("refused")
+def most_pictures_missing(lab: Lab, case: Path) -> Found:
+    here = lab.other_world(case)
+    for number in range(18):
+        (here / "data" / "images" / f"{number}.png").unlink()
+    ended = lab.run("train", here / "config.yaml", "--run-dir", case / "run")
+    return Found(True, ended.state, ended.seconds, said=" / ".join(ended.lines[-1:]))

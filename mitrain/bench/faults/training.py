@@ -90,20 +90,58 @@ def run_folder_moved(lab: Lab, case: Path) -> Found:
 
 @fault("went on")
 def wandb_hangs(lab: Lab, case: Path) -> Found:
-    return beside(lab, case, "hangs")
+    return beside(lab, case, "time.sleep(600)")
 
 
 @fault("went on")
 def wandb_ends_the_process(lab: Lab, case: Path) -> Found:
-    return beside(lab, case, "exits")
+    return beside(lab, case, "sys.exit()")
 
 
 def beside(lab: Lab, case: Path, how: str) -> Found:
-    """Telemetry that fails costs nothing: the run ends well, with the same numbers."""
+    """Telemetry that fails costs nothing: the run ends well, with the same numbers, and what is lost is said once."""
     run, fired = case / "run", case / "fired"
+    (case / "wandb.py").write_text(STAND_IN.format(fired=str(fired), how=how), encoding="utf-8")
     options = ("wandb.enabled=true", "wandb.mode=offline")
-    arguments = ("train", lab.world / "config.yaml", *options, "--run-dir", run)
-    process = lab.start(*arguments, inject=("telemetry", how), fired=fired)
-    ended = process.wait()
+    ended = lab.run("train", lab.world / "config.yaml", *options, "--run-dir", run, PYTHONPATH=str(case))
     equal = ended.code == 0 and Left.of(run).equals(lab.undisturbed())
-    return Found(fired.exists(), ended.state, ended.seconds, 0, equal, " / ".join(ended.lines[:2]))
+    told = [line for line in ended.lines if "wandb" in line]
+    state = ended.state if len(told) == 1 else f"said {len(told)} times"
+    return Found(fired.exists(), state, ended.seconds, 0, equal, " / ".join(told[:1]))
+
+
+STAND_IN = """
+import pathlib, sys, time
+
+
+class Run:
+    def log(self, *_, **__):
+        pathlib.Path({fired!r}).write_text("0")
+        {how}
+
+    def finish(self):
+        pass
+
+
+def init(*_, **__):
+    return Run()
+
+
+def Settings(**_):
+    return Run()
+"""
+
+
+@fault("finite", most_lost=EVERY)
+def moment_turns_infinite(lab: Lab, case: Path) -> Found:
+    """A number of the optimizer's state, with which a weight would never move again."""
+    return finite(interrupt(lab, case, "poison_moment", 5), case / "run")
+
+
+@fault("refused")
+def no_step_is_applied(lab: Lab, case: Path) -> Found:
+    """Every gradient is skipped: a failed run, without a summary."""
+    run, fired = case / "run", case / "fired"
+    ended = lab.start("train", lab.world / "config.yaml", "--run-dir", run, inject=("no_gradient",), fired=fired).wait()
+    state = "published" if (run / "summary.json").exists() else ended.state
+    return Found(fired.exists(), state, ended.seconds, said=" / ".join(ended.lines[-1:]))
