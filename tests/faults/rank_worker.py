@@ -7,14 +7,13 @@ import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from crash_worker import Killer
 
 import mitrain.trainer
 from mitrain import checkpoint
+from mitrain.bench.faults.inject import before
 from mitrain.cli import main
 from mitrain.trainer import Trainer
 
@@ -39,19 +38,6 @@ def fail_at(moment: str, how: signal.Signals) -> None:
     else:
         operation = int(moment.removeprefix("save-"))
         before(checkpoint, "save", 2, lambda: Killer(operation).__enter__())
-
-
-def before(owner: Any, name: str, call: int, act: Callable[[], object]) -> None:
-    """Let ``act()`` come before the CALL-th call of ``owner.name``, counted from 1."""
-    original, calls = getattr(owner, name), []
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
-            act()
-        return original(*args, **kwargs)
-
-    setattr(owner, name, wrapped)
 
 
 def train_on_hosts(first: str, second: str, *arguments: str) -> int:

@@ -87,10 +87,8 @@ def full_disk(step: int, limit: int = 4096) -> None:
     before_step(step, fill)
 
 
-def poison(step: int) -> None:
-    """One trained number becomes infinite before the STEP-th step."""
-    import torch
-
+def poison(step: int, what: str) -> None:
+    """One trained number (``weight``) or one of the optimizer's (``moment``) becomes infinite before the STEP-th step."""
     from mitrain.trainer import Trainer
 
     original, calls = Trainer._step, []
@@ -99,8 +97,9 @@ def poison(step: int) -> None:
         calls.append(1)
         if len(calls) == step:
             fired()
-            with torch.no_grad():
-                next(iter(trainer.model.trainable["adapter"].parameters())).view(-1)[0] = float("inf")
+            weight = next(iter(trainer.model.trainable["adapter"].parameters())).data
+            moments = next(iter(trainer.engine.optimizer.state.values()))
+            (weight if what == "weight" else moments["exp_avg_sq"]).view(-1)[0] = float("inf")
         return original(trainer)
 
     Trainer._step = poisoned
@@ -153,23 +152,6 @@ def replaced_while_read(target: str, source: str) -> None:
     from mitrain.features import ImageFeatures
 
     before(ImageFeatures, "prepare", 1, lambda: (fired(), shutil.copyfile(source, target)))
-
-
-def poison_moment(step: int) -> None:
-    """One of the optimizer's second moments becomes infinite before the STEP-th step."""
-    from mitrain.trainer import Trainer
-
-    original, calls = Trainer._step, []
-
-    def poisoned(trainer: Any) -> Any:
-        calls.append(1)
-        if len(calls) == step:
-            fired()
-            state = trainer.engine.optimizer.state
-            next(iter(state.values()))["exp_avg_sq"].view(-1)[0] = float("inf")
-        return original(trainer)
-
-    Trainer._step = poisoned
 
 
 def no_gradient() -> None:

@@ -52,7 +52,7 @@ def out_of_memory(lab: Lab, case: Path) -> Found:
 @fault("finite", most_lost=3 * EVERY, quick=True)
 def weight_turns_infinite(lab: Lab, case: Path) -> Found:
     """Nothing that is not finite is published, the run fails, and the last good checkpoint goes on to the same end."""
-    found = interrupt(lab, case, "poison", 5)
+    found = interrupt(lab, case, "poison", 5, "weight")
     return finite(found, case / "run")
 
 
@@ -135,7 +135,7 @@ def Settings(**_):
 @fault("finite", most_lost=EVERY)
 def moment_turns_infinite(lab: Lab, case: Path) -> Found:
     """A number of the optimizer's state, with which a weight would never move again."""
-    return finite(interrupt(lab, case, "poison_moment", 5), case / "run")
+    return finite(interrupt(lab, case, "poison", 5, "moment"), case / "run")
 
 
 @fault("refused")
