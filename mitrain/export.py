@@ -1,7 +1,9 @@
 """Publishing a run's adapter, and loading it again with or without the rest of mitrain around it."""
 
 import json
+import logging
 import math
+import os
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -23,6 +25,8 @@ from mitrain.pretrained import EncoderPart, PreprocessPart, RunPart
 from mitrain.pretrained.contents import ANSWER_LENGTH, ANSWERS_KEPT, PROMPTS_KEPT
 from mitrain.schema import RunConfig
 from mitrain.tasks.answer import answers_by_prompt
+
+log = logging.getLogger(__name__)
 
 QUEUE = "slow."
 """Of retrieval's head what serves training alone: the momentum copies and their queue."""
@@ -47,15 +51,17 @@ def export(
         metrics[split] = {key: value for key, value in found.items() if key not in ("split", "step", "run", "control")}
     counts = pretrained.count(model.trainable.values(), model.text.model)
     settings = {"name": run_config.adapter.section_name, **model.adapter.config.to_dict()}
-    fields = pretrained.method_fields(settings, model.text.model.config, run_config.model.llm, counts)
-    fields["run"] = run_part(run_config, model, saved, metrics).to_dict()
+    base = pretrained.without_home(run_config.model.llm)
+    fields = pretrained.method_fields(settings, model.text.model.config, base, counts)
+    fields["run"] = run_part(run_config, model, saved, metrics, Path(out)).to_dict()
     fields["frozen"] = runs.frozen_of(saved) or None
     tensors = {name: saved.tensors[name] for name in model.trainable}
     tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
     licences, alone = known_licences(), model.adapter.places == ("text",)
-    peft = model.adapter.peft_files(tensors["adapter"], run_config.model.llm)
+    peft = model.adapter.peft_files(tensors["adapter"], base)
     card = lambda contents: pretrained.model_card(contents, licences, alone)  # noqa: E731
     folder = pretrained.publish(out, fields, tensors, card, peft)
+    tell_folders([base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["vision"])])
     return {
         "folder": str(folder),
         "files": sorted(path.name for path in folder.iterdir()),
@@ -66,10 +72,11 @@ def export(
     }
 
 
-def run_part(run_config: RunConfig, model: Model, saved: Checkpoint, metrics: dict[str, dict[str, Any]]) -> RunPart:
-    values = run_config.to_dict()
-    del values["wandb"], values["model"]["llm"]
-    values["model"]["device"] = "auto"  # which devices there are is the loading machine's to say
+def run_part(
+    run_config: RunConfig, model: Model, saved: Checkpoint, metrics: dict[str, dict[str, Any]], out: Path
+) -> RunPart:
+    values = pretrained.settings_from(run_config.to_dict(), out)
+    del values["model"]["llm"]
     values["task"] |= {"queue": 0} if "queue" in values["task"] else {}
     return RunPart(
         config=values,
@@ -79,6 +86,12 @@ def run_part(run_config: RunConfig, model: Model, saved: Checkpoint, metrics: di
         best=saved.best,
         metrics=metrics,
     )
+
+
+def tell_folders(models: Sequence[str]) -> None:
+    """A line about the ``models`` that an export can only name by their folders on this machine."""
+    if local := [name for name in models if os.path.isdir(os.path.expanduser(name))]:
+        log.warning("the export names folders of this machine (%s): others give base= and encoders=", ", ".join(local))
 
 
 def encoder_part(encoder: VisionEncoder) -> EncoderPart:
@@ -208,6 +221,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, F
             f"{published.path}: {adapter.method} attaches to the image encoder too, not to a language model alone: open a"
             " run's export with mitrain.from_pretrained"
         )
+    check_room(adapters.build(section), model, published)
     adapter.attach({"text": model})
     try:
         checkpoint.restore(adapter, published.tensors["adapter"], f"adapter in {published.path}")
@@ -216,6 +230,17 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, F
         raise
     adapter.eval()
     return adapter, norm
+
+
+def check_room(twin: Adapter, model: PreTrainedModel, published: pretrained.Published) -> None:
+    """CheckpointError where the settings make more numbers than the saved file has bytes; no memory is taken for them."""
+    twin.attach({"text": hf.weightless(model)})
+    count, held = hf.count_parameters(twin), published.contents.tensors.bytes
+    if count > held:
+        raise CheckpointError(
+            f"{published.path} describes {count:,} trained numbers, and its weights have {held:,} bytes: export it again"
+            " or take another copy"
+        )
 
 
 def feature_norm(published: pretrained.Published) -> FeatureNorm | None:

@@ -5,6 +5,7 @@ No architecture is named here: the decoder's layers are found as the one ``Modul
 """
 
 import contextlib
+import copy
 import logging
 import os
 import warnings
@@ -229,6 +230,13 @@ def empty_model(factory: Any, config: PretrainedConfig, **kwargs: Any) -> PreTra
     """A model without storage (meta device): names, shapes and counts only."""
     with torch.device("meta"), quiet():
         return factory.from_config(config, **kwargs)
+
+
+def weightless(model: nn.Module) -> Any:
+    """A copy of a model without storage (meta device)."""
+    tensors = {id(t): torch.empty_like(t, device="meta") for t in [*model.parameters(), *model.buffers()]}
+    parameters = {id(p): nn.Parameter(tensors[id(p)], p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, tensors | parameters)
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:

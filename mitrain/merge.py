@@ -32,7 +32,7 @@ def export_merged(run_dir: str | Path, out: str | Path, which: str = "best") -> 
         "method": run.config.adapter.section_name,
         "step": run.saved.step,
         "models": sorted(changed),
-        "config": run.config.to_dict(),
+        "config": pretrained.settings_from(run.config.to_dict(), out),
     }
     try:
         with atomic_folder(out) as work:

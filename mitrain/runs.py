@@ -10,6 +10,7 @@ runs/NAME-TIME/
 
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -278,19 +279,19 @@ def published_config(
     except ConfigError as error:
         raise CheckpointError(f"{folder}: the exported configuration is not understood ({error})") from None
     model = saved.model.to_dict() | dict(changes)
-    if base is not None:
-        model["llm"] = str(base)
+    model["llm"] = os.path.expanduser(base or model["llm"])
     vision = model["vision"]
     if len(part.encoders) != len(vision):
         raise CheckpointError(f"{folder} describes {len(part.encoders)} of {len(vision)} encoders: export it again")
-    names = [v["name"] for v in vision] if encoders is None else [str(e) for e in encoders]
+    names = [os.path.expanduser(name) for name in ([v["name"] for v in vision] if encoders is None else encoders)]
     if len(names) != len(vision):
         raise ConfigError(
             f"{len(names)} encoders were given, the adapter has {len(vision)}: give one for each, in order"
         )
     sizes = [encoder.preprocess.size for encoder in part.encoders]
     model["vision"] = [{**v, "name": n, "size": size} for v, n, size in zip(vision, names, sizes, strict=True)]
-    return saved.model_copy(update={"model": config.parse(ModelConfig, model, "model")})
+    data = saved.data.model_copy(update={"root": pretrained.data_seen(saved.data.root, Path(folder))})
+    return saved.model_copy(update={"model": config.parse(ModelConfig, model, "model"), "data": data})
 
 
 def with_base(values: Mapping[str, Any], name: str) -> dict[str, Any]:

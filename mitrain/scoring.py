@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,16 @@ from mitrain.tasks.answer import answers_by_prompt
 from mitrain.tasks.base import Batch, Prediction, require_finite
 
 log = logging.getLogger(__name__)
+
+
+def place_data(run: Run, root: str | None) -> None:
+    """Let ``root`` be the folder of a run's data, if given; DataError where the folder is not there."""
+    if root is not None:
+        data = run.config.data.model_copy(update={"source": None, "root": root})
+        run.config = run.config.model_copy(update={"data": data})
+    folder = run.config.data.root
+    if folder is not None and not os.path.isdir(os.path.expanduser(folder)):
+        raise DataError(f"the folder {folder!r} is not there: give the data's folder with --data")
 
 
 def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any], ImageFeatures]:
@@ -98,11 +109,16 @@ def score_run(
     seed: int = 0,
     floors: bool = False,
     allow_changes: bool = False,
+    root: str | None = None,
 ) -> dict[str, Any]:
-    """The metrics of a run's checkpoint on a split under a control, and those of the ``floors`` if asked for."""
+    """The metrics of a run's checkpoint on a split under a control, and those of the ``floors`` if asked for.
+
+    ``root``: the folder of the data, where it is another than the run's.
+    """
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples {samples} scores nothing: give at least 1")
     run = runs.open_run(folder, which, allow_changes)
+    place_data(run, root)
     chosen, images = split_of(run, split, samples)
     found = score_split(run, chosen, images, control, generate, seed)
     beside = {"floors": floors_of(run, split, chosen, images)} if floors else {}

@@ -217,9 +217,10 @@ class Adapter(nn.Module, ABC):
             raise ModelError(f"this {self.method} adapter is not attached to a language model: call attach() first")
         model = self._backbones["text"]
         settings = {"name": self.method, **self.config.to_dict()}
-        fields = pretrained.method_fields(settings, model.config, model.name_or_path, pretrained.count([self], model))
+        base = pretrained.without_home(model.name_or_path)
+        fields = pretrained.method_fields(settings, model.config, base, pretrained.count([self], model))
         tensors = self.state_dict()
-        peft = self.peft_files(tensors, model.name_or_path)
+        peft = self.peft_files(tensors, base)
         return pretrained.publish(folder, fields, {"adapter": tensors}, pretrained.model_card, peft)
 
     def undo(self, function: Any, *args: Any) -> None:

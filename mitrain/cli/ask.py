@@ -21,6 +21,7 @@ def add_eval(commands: Any) -> None:
     )
     add_checkpoint(sub)
     add_allow_changes(sub)
+    sub.add_argument("--data", metavar="DIR", help="the data's folder, where it is another than the run's data.root")
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over the split")
     sub.add_argument(
         "--generate", action="store_true", help="also let the model speak and count exact matches (answer)"
@@ -46,6 +47,7 @@ def run_eval(arguments: argparse.Namespace) -> Any:
         seed=arguments.seed,
         floors=arguments.floors,
         allow_changes=arguments.allow_changes,
+        root=arguments.data,
     )
     for line in metric_lines(metrics):
         say(arguments, line)

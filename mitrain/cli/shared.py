@@ -38,6 +38,7 @@ def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Nam
     """A command that all ranks run together, where there are several; rank 0 speaks."""
 
     def joined(arguments: argparse.Namespace) -> Any:
+        glance(arguments)
         from mitrain import dist, fingerprint, launchers
 
         arguments.rank = dist.place().rank
@@ -51,6 +52,15 @@ def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Nam
             return run(arguments)
 
     return joined
+
+
+def glance(arguments: argparse.Namespace) -> None:
+    """Refuse a configuration that cannot be read before torch is imported, which takes seconds."""
+    from mitrain import config
+
+    launched = os.environ.keys() & {"RANK", "SLURM_PROCID"}  # there rank 0 reads it and speaks for all
+    if getattr(arguments, "config", None) and not arguments.resume and not launched:
+        config.read_file(arguments.config)
 
 
 def asked(arguments: argparse.Namespace) -> dict[str, str]:

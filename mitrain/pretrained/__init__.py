@@ -29,6 +29,7 @@ from mitrain.pretrained.folder import (
     read,
     read_contents,
 )
+from mitrain.pretrained.places import data_seen, settings_from, without_home
 from mitrain.pretrained.shapes import BaseShape, EncoderShape, base_shape, require_same
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "base_shape",
     "check_target",
     "count",
+    "data_seen",
     "is_published",
     "method_fields",
     "model_card",
@@ -53,4 +55,6 @@ __all__ = [
     "read",
     "read_contents",
     "require_same",
+    "settings_from",
+    "without_home",
 ]

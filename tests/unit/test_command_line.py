@@ -1,5 +1,8 @@
 """What stands on the command line, before any command runs."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mitrain.cli import main, parser
@@ -44,3 +47,12 @@ def test_a_mistake_is_one_line(capsys, words, said):
 def test_half_a_character_is_refused_before_anything_is_opened(capsys, option, said):
     assert main(["predict", "nowhere", "--image", "a.png", *option]) == 2
     assert capsys.readouterr().err == f"mitrain: {said} holds half a character: write it in UTF-8\n"
+
+
+def test_a_configuration_that_cannot_be_read_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "run.yaml").write_text("a: &a [*a]\n")
+    code = "import sys, mitrain.cli as c; print(c.main(['train', sys.argv[1]]), 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run.yaml")], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["2", "False"] and "refers to *a in line 1" in done.stderr

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from exported import PROMPT, make_config, make_run, make_world, resigned
+from transformers import AutoModelForCausalLM
 
 import mitrain
 from mitrain import pretrained
@@ -66,6 +67,19 @@ def test_forged_settings_are_one_line(copied, change, says):
     with pytest.raises(UserError, match=says) as refused:
         mitrain.from_pretrained(copied)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
+
+
+@pytest.mark.parametrize("settings", [{"rank": 1 << 20}, {"rank": None, "modalities": {"image": 1 << 24}}])
+def test_settings_that_imply_huge_tensors_are_refused_before_any_is_made(world, copied, settings):
+    """In float32 4 GiB and 12 GiB, of a file of a few KiB."""
+    forged(copied, lambda values: values["adapter"].update(settings))
+    model = AutoModelForCausalLM.from_pretrained(world / "llm")
+    before = model(torch.tensor([[1, 2]])).logits
+    with pytest.raises(
+        CheckpointError, match=r"describes [\d,]{9,} trained numbers, and its weights have [\d,]+ bytes"
+    ):
+        mitrain.load_adapter(model, copied)
+    assert torch.equal(model(torch.tensor([[1, 2]])).logits, before)
 
 
 @pytest.mark.parametrize("place", ["model", "task"])

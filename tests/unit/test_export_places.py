@@ -1,0 +1,87 @@
+"""What is published names nobody's folders but those of the models, and their home as ~; it opens where it was made."""
+
+import json
+import shutil
+
+import pytest
+from exported import PROMPT, make_run, make_world
+
+import mitrain
+from mitrain.cli import main
+from mitrain.errors import DataError
+from mitrain.export import export
+from mitrain.pretrained import data_seen, settings_from, without_home
+from mitrain.scoring import score_run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = make_world(tmp_path_factory.mktemp("alice"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        patch.setenv("HOME", str(path))
+        yield path
+
+
+@pytest.fixture(scope="module")
+def run(world):
+    return make_run(world)
+
+
+@pytest.fixture(scope="module")
+def exported(world, run):
+    export(run, world / "out" / "adapter")
+    return world / "out" / "adapter"
+
+
+def test_no_file_of_it_names_the_home_or_the_data(world, exported):
+    values = json.loads((exported / "adapter_config.json").read_text())
+    assert values["base_model_name_or_path"] == "~/llm" and values["run"]["config"]["data"]["root"] == "../../data"
+    assert values["run"]["config"]["model"]["vision"][0]["name"] == "~/vision"
+    assert not any(str(world).encode() in path.read_bytes() for path in exported.iterdir())
+
+
+def test_it_opens_where_it_was_made_and_says_what_it_names(world, run, exported, tmp_path, capsys, caplog):
+    image = next((world / "data" / "images").glob("*.png"))
+    expected = mitrain.from_pretrained(exported).predict(image, PROMPT)
+    moved = shutil.copytree(exported, tmp_path / "moved")
+    assert main(["predict", str(moved), "--image", str(image), "--text", PROMPT, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+    assert main(["export", str(run), "--out", str(tmp_path / "again")]) == 0
+    assert "folders of this machine (~/llm, ~/vision): others give base=" in caplog.text
+
+
+def test_its_data_is_found_beside_it_or_given(world, run, exported, tmp_path):
+    expected = score_run(run, split="test", control="none")
+    assert score_run(exported, split="test", control="none") == {**expected, "run": str(exported)}
+    moved = shutil.copytree(exported, tmp_path / "far" / "away" / "adapter")
+    with pytest.raises(DataError, match="give the data's folder with --data"):
+        score_run(moved, split="test", control="none")
+    found = score_run(moved, split="test", control="none", root=str(world / "data"))
+    assert found == {**expected, "run": str(moved)}
+    assert main(["eval", str(moved), "--data", str(world / "data")]) == 0
+
+
+def test_which_paths_are_kept(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/alice")
+    assert [without_home(name) for name in ("/home/alice/m", "/home/alicent/m", "owner/m", "minilm")] == [
+        "~/m", "/home/alicent/m", "owner/m", "minilm",
+    ]  # fmt: skip
+    data = {"root": "/data/bob/pets", "splits": {"train": "/data/bob/lists/a.csv", "val": "v.csv"}, "images": None}
+    model = {"llm": "/home/alice/m", "vision": [{"name": "/models/v"}], "device": "cuda"}
+    values = {"model": model, "data": data, "wandb": {"project": "x"}, "zero": {"config": "/etc/z.json"}, "seed": 1}
+    found = settings_from(values, "/data/out")
+    assert found == {
+        "model": {"llm": "~/m", "vision": [{"name": "/models/v"}], "device": "auto"},
+        "data": {"root": "../bob/pets", "splits": {"train": "../lists/a.csv", "val": "v.csv"}, "images": None},
+        "seed": 1,
+    }
+    assert settings_from(values, "/home/alice/out")["data"]["root"] == "pets"
+    monkeypatch.setenv("HOME", "/")
+    assert without_home("/models/m") == "/models/m"
+
+
+def test_the_roots_of_earlier_exports_stay(tmp_path):
+    (tmp_path / "data").mkdir()
+    assert data_seen(str(tmp_path / "data"), tmp_path / "x") == str(tmp_path / "data")
+    assert data_seen("mine", tmp_path) == "mine" and data_seen(None, tmp_path) is None
