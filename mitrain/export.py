@@ -170,6 +170,8 @@ class Pretrained:
             raise ConfigError("the text is empty: give the prompt, or the expression to segment")
         if not isinstance(image, Image.Image):
             return self._ask(image, text, candidates)
+        if 0 in image.size:
+            raise DataError(f"the picture has no pixels ({image.width} × {image.height}): give another")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "image.png"
             image.convert("RGBA" if image.has_transparency_data else "RGB").save(path)
@@ -221,6 +223,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, F
             f"{published.path}: {adapter.method} attaches to the image encoder too, not to a language model alone: open a"
             " run's export with mitrain.from_pretrained"
         )
+    adapter.check_free({"text": model})
     check_room(adapters.build(section), model, published)
     adapter.attach({"text": model})
     try:

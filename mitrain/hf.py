@@ -232,11 +232,10 @@ def empty_model(factory: Any, config: PretrainedConfig, **kwargs: Any) -> PreTra
         return factory.from_config(config, **kwargs)
 
 
-def weightless(model: nn.Module) -> Any:
-    """A copy of a model without storage (meta device)."""
-    tensors = {id(t): torch.empty_like(t, device="meta") for t in [*model.parameters(), *model.buffers()]}
-    parameters = {id(p): nn.Parameter(tensors[id(p)], p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, tensors | parameters)
+def weightless(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same configuration without storage (meta device), and without what is attached to ``model``."""
+    with torch.device("meta"), quiet():
+        return type(model)(copy.deepcopy(model.config))  # attaching changes it
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:

@@ -275,15 +275,16 @@ def published_config(
     """The configuration of an exported run, its frozen models replaced as asked."""
     part = contents.run
     try:
-        saved = schema.from_dict(with_base(part.config, contents.base_model_name_or_path))
+        saved = schema.from_dict(with_base(part.config, os.path.expanduser(contents.base_model_name_or_path)))
     except ConfigError as error:
         raise CheckpointError(f"{folder}: the exported configuration is not understood ({error})") from None
     model = saved.model.to_dict() | dict(changes)
-    model["llm"] = os.path.expanduser(base or model["llm"])
+    if base is not None:
+        model["llm"] = str(base)
     vision = model["vision"]
     if len(part.encoders) != len(vision):
         raise CheckpointError(f"{folder} describes {len(part.encoders)} of {len(vision)} encoders: export it again")
-    names = [os.path.expanduser(name) for name in ([v["name"] for v in vision] if encoders is None else encoders)]
+    names = [os.path.expanduser(v["name"]) for v in vision] if encoders is None else [str(e) for e in encoders]
     if len(names) != len(vision):
         raise ConfigError(
             f"{len(names)} encoders were given, the adapter has {len(vision)}: give one for each, in order"

@@ -173,6 +173,8 @@ def ask(
 def check_words(text: str, candidates: Sequence[str] | None) -> None:
     if not text.strip():
         raise ConfigError("--text is empty: give the prompt, or the expression to segment")
+    if isinstance(candidates, str):
+        raise ConfigError(f"candidates={candidates[:40]!r} is one text: give a list of them")
     for name, words in (("--text", text), *(("--candidates", words) for words in candidates or ())):
         if not is_whole(words):
             raise ConfigError(f"{name} {words[:40]!r} holds half a character: write it in UTF-8")

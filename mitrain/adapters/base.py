@@ -163,11 +163,7 @@ class Adapter(nn.Module, ABC):
         """
         if self._backbones:
             raise ModelError(f"this {self.method} adapter is attached already: call detach() first")
-        for name, backbone in backbones.items():
-            if hasattr(backbone, self.method):
-                raise ModelError(
-                    f"the {name} model has a {self.method} adapter (or attribute) already: detach it first"
-                )
+        self.check_free(backbones)
         if missing := [name for name in self.places if name not in backbones]:
             raise ModelError(
                 f"{self.method} attaches to {' and '.join(self.places)} models: give it the {missing[0]} model"
@@ -192,6 +188,14 @@ class Adapter(nn.Module, ABC):
             self.detach()
             raise
         return self
+
+    def check_free(self, backbones: Mapping[str, PreTrainedModel]) -> None:
+        """ModelError where one of the ``backbones`` has such an adapter."""
+        for name, backbone in backbones.items():
+            if hasattr(backbone, self.method):
+                raise ModelError(
+                    f"the {name} model has a {self.method} adapter (or attribute) already: detach it first"
+                )
 
     def detach(self) -> None:
         """Leave the backbones exactly as found; the adapter keeps its parameters and can be attached again."""

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import mitrain
 from mitrain import scoring
 from mitrain.cli import main
-from mitrain.errors import CheckpointError, ConfigError, ModelError
+from mitrain.errors import CheckpointError, ConfigError, DataError, ModelError
 from mitrain.export import export
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
@@ -77,6 +77,10 @@ def test_a_picture_in_memory_is_as_good_as_its_file(predictor, images):
     assert found == {**predictor.predict(images[1], PROMPT, candidates=["red", "blue"]), "image": None}
     with pytest.raises(ConfigError, match="the text is empty"):
         predictor.predict(images[1], " ")
+    with pytest.raises(DataError, match="has no pixels"):
+        predictor.predict(Image.new("RGB", (0, 3)), PROMPT)
+    with pytest.raises(ConfigError, match="candidates='red,blue' is one text: give a list"):
+        predictor.predict(images[1], PROMPT, candidates="red,blue")
 
 
 def test_the_data_is_not_needed(world, predictor, images):
@@ -185,6 +189,8 @@ def test_a_base_of_another_shape_is_refused_with_every_difference(world, exporte
 def test_wrong_overrides_are_the_users(exported):
     with pytest.raises(ConfigError, match="did you mean 'quantize'"):
         mitrain.from_pretrained(exported, quantise="int8")
+    with pytest.raises(ConfigError, match="model.llm=3: give text"):
+        mitrain.from_pretrained(exported, llm=3)
     with pytest.raises(ConfigError, match="2 encoders were given, the adapter has 1"):
         mitrain.from_pretrained(exported, encoders=["a", "b"])
 
@@ -199,6 +205,8 @@ def test_it_attaches_to_a_model_in_memory(world, exported, predictor):
         with predictor.adapter.bind({"image": predictor.model.norm(features)}):
             expected = predictor.model.text.model(IDS).logits
     assert torch.equal(found, expected) and not torch.equal(found, plain)
+    with pytest.raises(ModelError, match="has a mit adapter .* already: detach it first"):
+        mitrain.load_adapter(model, exported)
     adapter.detach()
     assert torch.equal(model(IDS).logits, plain)
 
