@@ -230,15 +230,19 @@ class TextBackbone:
         return trunk.reproduces(self.model, depth, *self.probe())
 
     def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]:
-        """``input_ids`` and ``attention_mask``, both (B, T)."""
+        """``input_ids`` and ``attention_mask``, both (B, T).
+
+        Behind the mask stands the text's own last (or first) token. A padding token is often embedded as zeros, which a
+        model that scales states by their own size, as Gemma 3n, has no gradient at: 0 × inf, NaN in the whole batch.
+        """
         length = max(map(len, rows))
-        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
-        mask = torch.zeros(len(rows), length, dtype=torch.long)
-        for i, row in enumerate(rows):
-            where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-            ids[i, where] = torch.tensor(row, dtype=torch.long)
-            mask[i, where] = 1
-        return ids.to(self.device), mask.to(self.device)
+        ids, mask = [], []
+        for row in rows:
+            own, hidden = list(row), length - len(row)
+            edge = [own[-1 if side == "right" else 0] if own else self.pad_id] * hidden
+            ids.append(own + edge if side == "right" else edge + own)
+            mask.append([1] * len(own) + [0] * hidden if side == "right" else [0] * hidden + [1] * len(own))
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
     def logits(self, ids: Tensor, mask: Tensor, keep: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor:
         """(B, len(keep), V): what the frozen head says at the positions ``keep`` (a 1-D index tensor)."""

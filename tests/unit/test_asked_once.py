@@ -1,6 +1,7 @@
 """What is asked of a model once, before training: whether its layers can be replayed, whether it speaks with a cache."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,12 @@ STRANGE = {  # layers that read more than what the layer below hands them
         {"num_key_value_heads": 1, "num_global_key_value_heads": 1, "head_dim": 8, "global_head_dim": 16,
          "sliding_window": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 67,
          "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "several streams": (
+        "gemma3n_text",
+        {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 4, "num_kv_shared_layers": 1,
+         "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4, "vocab_size_per_layer_input": 67,
+         "hidden_size_per_layer_input": 8, "laurel_rank": 4, "altup_num_inputs": 2},
     ),
     "convolutions": ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"] * 2}),
 }  # fmt: skip
@@ -63,7 +70,7 @@ def test_decoders_that_hand_on_states_alone_are_replayed(name, dtype, tokenizer)
     assert all(text.replays(depth) for depth in (1, 3, 4))
 
 
-@pytest.mark.parametrize("name", ["narrow embedding", "embeddings per layer"])
+@pytest.mark.parametrize("name", ["narrow embedding", "embeddings per layer", "several streams"])
 def test_what_cannot_be_replayed_runs_from_the_bottom_and_says_so(name, tokenizer, tmp_path, caplog):
     losses = []
     for cache in (None, tmp_path):
@@ -73,6 +80,22 @@ def test_what_cannot_be_replayed_runs_from_the_bottom_and_says_so(name, tokenize
         losses.append(task.loss(Batch(SAMPLES, FEATURES))[0])
     assert torch.equal(*losses)
     assert [r.getMessage() for r in caplog.records if "cannot go on from" in r.getMessage()] != []
+
+
+def test_padding_that_is_embedded_as_zeros_leaves_a_gradient(tokenizer):
+    """What sees nothing but zeros stays zero, and Gemma 3n scales what enters and leaves its layers by its own size."""
+    losses, gradients = [], []
+    samples = [replace(SAMPLES[0], prompt=" ".join([SAMPLES[0].prompt] * 3)), SAMPLES[1]]  # by more than the window
+    for rows in (samples[:1], samples[1:], samples):
+        task = task_on(strange("several streams", tokenizer))
+        assert not task.parts.text.model.get_input_embeddings().weight[tokenizer.pad_token_id].any()
+        loss = task.loss(Batch(rows, FEATURES[[samples.index(s) for s in rows]]))[0]
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in task.parts.adapter.parameters() if p.grad is not None]))
+    torch.testing.assert_close(losses[0] + losses[1], losses[2])
+    assert gradients[2].any()
+    torch.testing.assert_close(gradients[0] + gradients[1], gradients[2], rtol=1e-4, atol=1e-5)
 
 
 class Counting(nn.Module):
