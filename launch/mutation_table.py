@@ -6,56 +6,83 @@ A change that alters nothing is equivalent: docs/results/mutation/equivalent.jso
 import json
 import platform
 import subprocess
+import sys
 import time
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 OUT = Path("docs/results/mutation")
 NOTICED = {1, 3, 36, -24, 24, 152, 255, -11, -9}  # a failed test, a time-out, a crash
-UNTESTED = {5, 33}
+COUNTED = ("mutants", "tried", "noticed", "equivalent", "survived")
 
 
 def main() -> None:
     reasons = json.loads((OUT / "equivalent.json").read_text(encoding="utf-8"))
-    rows = [row(path, reasons) for path in sorted(Path("mutants").rglob("*.py.meta"))]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    chosen = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["mutmut"]["only_mutate"]
+    verdicts = {
+        path: json.loads(Path(f"mutants/{path}.meta").read_text("utf-8"))["exit_code_by_key"] for path in chosen
+    }
+    if sys.argv[1:] == ["--left"]:
+        print(
+            *(name for codes in verdicts.values() for name, code in codes.items() if again(name, code, reasons)),
+            sep="\n",
+        )
+        return
+    rows = [row(path, codes, reasons) for path, codes in verdicts.items()]
     made = {
         "command": "bash launch/mutate.sh",
-        "commit": commit.stdout.strip(),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "clean": not git("status", "--porcelain", "--", "mitrain", "kernels", "tests", "launch", "pyproject.toml"),
         "date": time.strftime("%Y-%m-%d"),
         "versions": f"mutmut {version('mutmut')}, Python {platform.python_version()}, torch {version('torch')}",
     }
-    rows = [r for r in rows if r["mutants"]]
-    (OUT / "results.json").write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (OUT / "results.json").write_text(
+        json.dumps({"made": made, "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (OUT / "table.md").write_text(table(made, rows), encoding="utf-8")
 
 
-def row(path: Path, reasons: dict[str, str]) -> dict[str, object]:
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def again(name: str, code: int | None, reasons: dict[str, str]) -> bool:
+    """Whether a change has not been tried, or not been noticed, and is not known to alter nothing."""
+    return code not in NOTICED and name not in reasons
+
+
+def row(path: str, codes: dict[str, int | None], reasons: dict[str, str]) -> dict[str, object]:
     """Counts of one module, and the names of the changes that no test noticed."""
-    codes = json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"]
     tried = {name: code for name, code in codes.items() if code is not None}
-    left = [name for name, code in tried.items() if code not in NOTICED]
+    survived = sorted(name for name, code in tried.items() if again(name, code, reasons))
+    noticed = sum(code in NOTICED for code in tried.values())
     return {
-        "module": str(path.relative_to("mutants")).removesuffix(".meta"),
+        "module": path,
         "mutants": len(codes),
         "tried": len(tried),
-        "noticed": len(tried) - len(left),
-        "equivalent": sum(name in reasons for name in left),
-        "untested": sum(tried[name] in UNTESTED for name in left if name not in reasons),
-        "unnoticed": sorted(name for name in left if name not in reasons),
+        "noticed": noticed,
+        "equivalent": len(tried) - noticed - len(survived),
+        "survived": len(survived),
+        "unnoticed": survived,
     }
 
 
-def table(made: dict[str, str], rows: list[dict]) -> str:
+def table(made: dict[str, object], rows: list[dict]) -> str:
     """The Markdown table: a row per module, and one of all."""
-    names = ("mutants", "tried", "noticed", "equivalent")
-    total = {"module": "all", **{name: sum(r[name] for r in rows) for name in names}}
-    lines = ["| module | mutants | tried | noticed | equivalent | noticed of the others |", "|---" * 6 + "|"]
+    total = {"module": "all of these", **{name: sum(r[name] for r in rows) for name in COUNTED}}
+    lines = [f"| module | {' | '.join(COUNTED)} | noticed of the others |", "|---" * 7 + "|"]
     for r in [*rows, total]:
         others = r["tried"] - r["equivalent"]
         share = f"{100 * r['noticed'] / others:.1f} %" if others else "–"
-        lines.append(f"| {r['module']} | {' | '.join(str(r[name]) for name in names)} | {share} |")
-    lines += ["", f"Made by `{made['command']}` on {made['date']}, commit {made['commit']}, {made['versions']}."]
+        lines.append(f"| {r['module']} | {' | '.join(str(r[name]) for name in COUNTED)} | {share} |")
+    state = "a clean tree" if made["clean"] else "a tree with changes"
+    lines += [
+        "",
+        f"Made by `{made['command']}` on {made['date']}, commit {made['commit']} ({state}), {made['versions']}.",
+        "Each change was tried with the tests that `[tool.mutmut]` in pyproject.toml selects, without a GPU; of the others"
+        " (`equivalent.json` says which and why not) the survivors stand in `results.json`. No other module was tried.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,7 @@
 """Ranks and masks against torchmetrics, where both count alike: no ties, and no sample whose masks are both empty."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex
 from torchmetrics.retrieval import RetrievalHitRate
 
 from mitrain.tasks.masks import MaskMetrics
-from mitrain.tasks.ranks import DEPTHS, Gallery, both_ways, rank_metrics
+from mitrain.tasks.ranks import DEPTHS, Gallery, both_ways, chance, hit, rank_metrics
 
 
 def hit_rate(scores, right, depth):
@@ -32,6 +34,29 @@ def test_recall_both_ways(seed):
     for depth in DEPTHS:
         assert own[f"i2t_r{depth}"] == pytest.approx(hit_rate(pictures @ said.T, right, depth), abs=1e-6)
         assert own[f"t2i_r{depth}"] == pytest.approx(hit_rate(said @ pictures.T, right.T, depth), abs=1e-6)
+
+
+def test_what_chance_finds_is_counted_over_all_draws():
+    for count in range(1, 7):
+        for right in range(1, count + 1):
+            for depth in range(1, 9):
+                draws = list(itertools.combinations(range(count), min(depth, count)))
+                assert hit(right, count, depth) == pytest.approx(np.mean([min(d) < right for d in draws]), abs=1e-12)
+
+
+def test_chance_by_hand():
+    """Twelve pictures, of which two share one of the eleven texts: twelve captions to find, each of them right for one
+    picture or for two."""
+    found = chance(Gallery([f"{i}" for i in range(12)], ["x", "x", *(f"t{i}" for i in range(10))]))
+    for way in ("i2t", "t2i"):
+        for depth in DEPTHS:
+            two = 1 - (12 - depth) * (11 - depth) / (12 * 11)
+            assert found[f"{way}_r{depth}"] == pytest.approx((10 * depth / 12 + 2 * two) / 12)
+        assert found[f"{way}_mean_rank"] == pytest.approx((10 * 13 / 2 + 2 * 13 / 3) / 12)
+    assert found["recall_mean"] == pytest.approx(np.mean([found[f"i2t_r{depth}"] for depth in DEPTHS]))
+    assert set(found) == {f"{w}_{m}" for w in ("i2t", "t2i") for m in ("r1", "r5", "r10", "mean_rank")} | {
+        "recall_mean"
+    }
 
 
 @pytest.mark.parametrize("seed", range(4))

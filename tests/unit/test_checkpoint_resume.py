@@ -55,6 +55,7 @@ def test_random_states_come_back_through_json():
         lambda s: s.pop("torch"),
         lambda s: s.update(torch="AAAA"),
         lambda s: s.update(torch="not base64!"),
+        lambda s: s.update(torch=f"!{s['torch']}"),
         lambda s: s.update(numpy=3),
         lambda s: s["numpy"].update(bit_generator="PCG64"),
         lambda s: s["python"].update(words="AAAA"),
@@ -68,6 +69,36 @@ def test_a_broken_random_state_is_one_line(break_it):
     with pytest.raises(CheckpointError, match="random state"):
         checkpoint.set_rng_state(broken)
     checkpoint.set_rng_state(state)
+
+
+def test_why_a_random_state_is_broken_is_said_shortly(monkeypatch):
+    state = checkpoint.rng_state()
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.set_rng_state({"python": state["python"]})
+    assert str(error.value) == "the saved random state cannot be read ('numpy'): take another checkpoint"
+    monkeypatch.setattr(random, "setstate", lambda _: (_ for _ in ()).throw(ValueError("x" * 100)))
+    with pytest.raises(CheckpointError, match=rf"\({'x' * 80}\)"):
+        checkpoint.set_rng_state(state)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_each_cuda_device_gets_its_own_state_back_and_those_of_absent_ones_are_left_out(monkeypatch, devices):
+    kept = [torch.tensor([1, 2, 255], dtype=torch.uint8), torch.tensor([4, 0, 6], dtype=torch.uint8)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: kept)
+    state, taken = json.loads(json.dumps(checkpoint.rng_state())), {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda new, device: taken.update({device: new}))
+    checkpoint.set_rng_state(state)
+    assert list(taken) == list(range(min(devices, 2)))
+    assert all(torch.equal(new, kept[device]) and new.dtype == torch.uint8 for device, new in taken.items())
+
+
+def test_the_numbers_after_a_seed_are_these_on_every_machine():
+    """A run that goes on with another number of ranks draws what it would have drawn with an earlier version."""
+    checkpoint.seed_rank(5, 8, 1)
+    drawn = random.getrandbits(32), int(np.random.randint(2**31)), torch.initial_seed()
+    assert drawn == (3517532243, 1800884107, 13914246928854520525)
 
 
 @pytest.fixture
@@ -119,7 +150,7 @@ def test_one_process_takes_over_the_single_state_of_format_1(place):
     state = checkpoint.rng_state()
     expected = draw()
     assert checkpoint.resume_rng(state, 0, 1) is True and draw() == expected
-    assert len(checkpoint.rng_of_ranks()) == 1
+    assert checkpoint.rng_of_ranks() == [checkpoint.rng_state()]
 
 
 @pytest.mark.parametrize("saved", [None, [], "x", 3, [None], [{"python": 1}]])

@@ -203,7 +203,11 @@ def test_metrics_at_the_edges():
     nothing = label_metrics(truth, np.zeros((2, 2)), multilabel=True)
     assert nothing["f1_micro"] == 0.0
     broken = label_metrics(truth, np.full((2, 2), np.nan), multilabel=False)
-    assert math.isnan(broken["accuracy"]) and broken["samples"] == 2
+    scored = ("accuracy", "f1_micro", "f1_macro")
+    assert broken.keys() == {*scored, "samples", "majority"} and broken["samples"] == 2 and broken["majority"] == 1
+    assert all(math.isnan(broken[name]) for name in scored)
+    nobody = label_metrics(np.zeros((2, 2), bool), np.zeros((2, 2)), multilabel=True)
+    assert [nobody[f"f1_{name}"] for name in ("micro", "macro", "weighted", "samples")] == [0.0] * 4
 
 
 def test_scores_do_not_depend_on_the_order_in_which_ranks_predicted(folder):

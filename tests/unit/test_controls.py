@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mitrain.errors import DataError
-from mitrain.tasks.controls import majority_answers, other_expressions, other_images
+from mitrain.tasks.controls import majority_answers, names_any, objects_by_scene, other_expressions, other_images
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -112,8 +112,10 @@ def test_majority_ties_go_to_the_alphabetically_first():
 
 
 def test_majority_without_training_answers_is_refused():
-    with pytest.raises(DataError, match="training split is empty"):
+    with pytest.raises(DataError, match="^the majority answer needs training answers: the training split is empty$"):
         majority_answers([], [], ["k"])
+    with pytest.raises(ValueError, match="shorter"):
+        majority_answers(["a", "b"], ["k"], ["k"])
 
 
 EXPRESSIONS = ["the left frog", "the cup", "the frog near the cup", "teddy bear", "bear at the top", "a Rose"]
@@ -158,10 +160,25 @@ def test_expressions_are_seeded():
     texts = [f"the thing{i}" for i in range(30)]
     names, scenes = [f"thing{i}" for i in range(30)], [i // 3 for i in range(30)]
     first = other_expressions(texts, names, scenes, seed=1)
+    assert other_expressions(texts, names, scenes) == other_expressions(texts, names, scenes, seed=0) != first
     assert other_expressions(texts, names, scenes, seed=1) == first
+    assert len(set(first.index[:3])) == 3  # each sample of a scene is given one of its own
     assert other_expressions(texts, names, scenes, seed=2) != first
 
 
+def test_an_expression_without_words_names_nothing():
+    assert names_any({"", "cat"}, ["  ", " a cat ", " a dog "], ["dog", "cat", ""], {}).tolist() == [False, True, True]
+
+
+def test_columns_of_unequal_length_are_refused():
+    with pytest.raises(ValueError, match="shorter|longer"):
+        objects_by_scene(["cat"], ["a", "b"], {})
+    with pytest.raises(ValueError, match="shorter|longer"):
+        names_any({"cat"}, [" cat ", " dog "], ["cat"], {})
+
+
 def test_a_single_scene_is_refused():
-    with pytest.raises(DataError, match="all samples are of the scene 's'"):
+    with pytest.raises(
+        DataError, match="^all samples are of the scene 's': the other-expression control needs two scenes$"
+    ):
         other_expressions(["a cat", "a dog"], ["cat", "dog"], ["s", "s"])

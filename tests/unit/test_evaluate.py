@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mitrain import figures
+from mitrain import dist, figures
 from mitrain.cli import parser
 from mitrain.data.labels import LabelSample
 from mitrain.data.records import AnswerSample
@@ -66,7 +66,9 @@ def test_scores_of_what_is_no_number_and_of_nothing_are_refused():
     message = "val at step 7: 2 of 12 samples are scored with numbers that are not finite .*'3'.*lower train.lr"
     with pytest.raises(UserError, match=message):
         evaluate(model, None, answers(), batch=5, what="val at step 7")
-    with pytest.raises(DataError, match="no sample to score"):
+    with pytest.raises(UserError, match="^evaluation: 2 of 12 samples"):
+        evaluate(model, None, answers())
+    with pytest.raises(DataError, match="^evaluation: there is no sample to score; give a split that has some$"):
         evaluate(model, None, [])
 
 
@@ -78,6 +80,51 @@ def test_every_batch_is_generated_where_a_sample_of_the_split_needs_it(asked, mu
     model.predict = lambda batch, generate=False: seen.append(generate) or sound(batch)
     evaluate(model, None, answers(), batch=5, generate=asked)
     assert seen == [asked or must] * 3
+
+
+def test_a_plain_evaluation_shows_each_sample_its_own_picture_in_batches_of_32():
+    model, counts, handed = Echo("samples"), [], []
+    sound = model.evaluation_batch
+    model.evaluation_batch = lambda *a, **k: handed.append(a[2]) or sound(*a, **k)
+    pictures = object()
+    found = evaluate(model, pictures, answers(70), progress=counts.append)
+    assert found.metrics == {"own image": 70, "samples": 70, "control": "none"}
+    assert [p.id for p in found.predictions] == [s.id for s in answers(70)]
+    assert counts == [32, 32, 6] and handed == [pictures] * 3
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1, 5])
+@pytest.mark.parametrize("shuffles", ["samples", "images"])
+def test_a_control_is_drawn_from_the_seed_as_the_task_shuffles(seed, shuffles):
+    given = {} if seed is None else {"seed": seed}
+    found = evaluate(Echo(shuffles), None, answers(), control="shuffle", batch=12, **given)
+    _, paths, clashes = controlled(answers(), shuffles, "shuffle", seed or 0)
+    assert [p.image for p in found.predictions] == paths and found.metrics["control_clashes"] == clashes[
+        "control_clashes"
+    ]
+
+
+@pytest.mark.parametrize(("world", "rank", "own"), [(2, 0, [0, 10]), (2, 1, [5, 5]), (3, 2, [10]), (4, 3, [0])])
+def test_ranks_take_the_batches_in_turn_and_keep_those_of_their_own(monkeypatch, world, rank, own):
+    """Three batches of 12 samples. A rank that has none, or no more, predicts another again and does not keep it."""
+    model, gathered, counts = Echo("samples"), [], []
+    sound = model.evaluation_batch
+    starts = []
+    model.evaluation_batch = lambda samples, *a, **k: starts.append(int(samples[0].id)) or sound(samples, *a, **k)
+    whole = {start: [Prediction(str(i), "", {}) for i in range(start, min(start + 5, 12))] for start in (0, 5, 10)}
+    rounds = [len(range(0, 12, 5)[r::world]) for r in range(world)]
+
+    def gather(value):
+        gathered.append(value)
+        return rounds if isinstance(value, int) else [value, whole]
+
+    for name, value in (("rank", rank), ("world", world)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, "gather", gather)
+    found = evaluate(model, None, answers(), batch=5, progress=counts.append)
+    assert starts == own and list(gathered[1]) == list(range(0, 12, 5)[rank::world])
+    assert counts == [min(5, 12 - start) for start in gathered[1]]
+    assert [p.id for p in found.predictions] == [s.id for s in answers()]
 
 
 def test_shuffling_does_not_look_at_objects_and_counts_what_stays_within_one():
@@ -117,13 +164,60 @@ def test_the_other_text_is_another_objects_and_leaves_the_image(seed):
     ("samples", "shuffles"), [(answers(), "samples"), (expressions(), "expressions"), (labelled(), "images")]
 )
 def test_only_texts_beside_pictures_are_exchanged(samples, shuffles):
-    with pytest.raises(ConfigError, match="use shuffle or no-image"):
+    with pytest.raises(ConfigError) as error:
         controlled(samples, shuffles, "other-text", 0)
+    assert str(error.value) == (
+        "the control other-text exchanges the texts that `classify` reads beside its pictures; this task has none: "
+        "use shuffle or no-image"
+    )
 
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_the_command_line_offers_every_control(control):
     assert parser().parse_args(["eval", "run", "--control", control]).control == control
+
+
+@pytest.mark.parametrize("control", ["shuffle", "no-image"])
+def test_all_samples_of_an_image_are_given_the_same_other_one_and_clashes_count_images(control):
+    """Eight pictures of two samples each, two pictures an object."""
+    samples = [AnswerSample(f"{i}", f"{i // 2}.png", "p", "a", (), "k", f"o{i // 4}") for i in range(16)]
+    own, seen = {s.image: s.object for s in samples}, set()
+    for seed in range(8):
+        shown, paths, extra = controlled(samples, "images", control, seed)
+        assert shown == samples and paths[::2] == paths[1::2] and sorted(paths[::2]) == sorted(own)
+        assert all(path != s.image for s, path in zip(samples, paths, strict=True))
+        same = sum(own[path] == s.object for s, path in zip(samples[::2], paths[::2], strict=True))
+        assert extra == {"control_clashes": {"object": same}} and (control == "shuffle" or same == 0)
+        seen.add(tuple(paths))
+    assert len(seen) > 1
+
+
+def test_samples_without_an_object_are_objects_of_their_own():
+    samples = [replace(s, object="") for s in answers()]
+    _, paths, extra = controlled(samples, "samples", "no-image", 0)
+    assert extra == {"control_clashes": {"object": 0}} and sorted(paths) == sorted(s.image for s in samples)
+
+
+@pytest.mark.parametrize(
+    ("samples", "shuffles", "control"),
+    [
+        (answers(), "samples", "no-image"),
+        (answers(), "images", "shuffle"),
+        (expressions(), "expressions", "shuffle"),
+        (labelled(), "samples", "other-text"),
+    ],
+)
+def test_every_control_is_drawn_from_its_seed(samples, shuffles, control):
+    drawn = [str(controlled(samples, shuffles, control, seed)) for seed in (*range(6), *range(6))]
+    assert drawn[:6] == drawn[6:] and len(set(drawn)) > 1
+
+
+def test_one_text_for_most_samples_cannot_be_exchanged():
+    with pytest.raises(DataError) as error:
+        controlled([replace(s, text="same") for s in labelled()], "samples", "other-text", 0)
+    assert str(error.value) == (
+        "the other-text control is impossible: one text makes up more than half of the 12 samples; evaluate more samples"
+    )
 
 
 def test_shuffled_expressions_name_nothing_of_the_scene():

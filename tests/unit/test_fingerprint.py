@@ -1,14 +1,18 @@
 """What two processes, or a run and its checkpoint, must have in common."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
+from source_tree import ROOT
 
 from mitrain import fingerprint as module
+from mitrain import resume, schema
+from mitrain.checkpoint import Checkpoint
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
-from mitrain.errors import RankError
+from mitrain.errors import ConfigError, RankError
 from mitrain.fingerprint import MARK, differences, digest, fingerprint, flat, listed, require_same
 
 SAMPLES = [AnswerSample(f"s{i}", f"{i}.png", "What is it?", "cat", ("cat", "dog")) for i in range(3)]
@@ -104,3 +108,76 @@ def test_ranks_that_differ_are_named_with_what_differs(monkeypatch):
         require_same(own)
     monkeypatch.setattr(module.dist, "gather", lambda value: [own, dict(own)])
     require_same(own)
+
+
+# what a checkpoint's fingerprint is compared with
+
+
+def saved(tmp_path, **state):
+    return Checkpoint(tmp_path / "step-3", 3, False, {}, state)
+
+
+def test_a_checkpoint_keeps_all_but_the_configuration_which_it_has_in_full(tmp_path):
+    own = of()
+    kept = resume.recorded(own)
+    assert kept == {name: value for name, value in own.items() if not name.startswith("config.")}
+    assert (
+        resume.fingerprint_of(saved(tmp_path, fingerprint=kept, config=CONFIG)) == own
+    )  # no configuration of ours: as it is
+    assert resume.fingerprint_of(saved(tmp_path, fingerprint={"code.n": 3})) == {"code.n": "3"}
+    assert resume.fingerprint_of(saved(tmp_path, fingerprint=["x"], config="y")) == {}
+
+
+def test_a_saved_configuration_gets_the_defaults_that_have_come_since(tmp_path):
+    config = schema.load(ROOT / "configs" / "quickstart.yaml").to_dict()
+    older = json.loads(json.dumps(config))
+    del older["train"]["hang_minutes"]
+    assert resume.completed(older) == config != older
+    assert resume.completed(None) == {} and resume.completed(CONFIG) is CONFIG
+
+
+def test_the_same_run_goes_on_without_a_word(tmp_path, caplog):
+    own = of()
+    with caplog.at_level(logging.INFO):
+        resume.compare(saved(tmp_path, fingerprint=resume.recorded(own), config=CONFIG), own, False)
+        spread = {**CONFIG, "zero": 3, "kernels": {"gate": "x"}}
+        there = saved(tmp_path, fingerprint=resume.recorded(own), config={**spread, "wandb": {"what": "p"}})
+        resume.compare(there, own, False)
+    assert caplog.messages == []
+
+
+def test_what_decides_a_run_is_refused_without_the_word_and_named_with_it(tmp_path, caplog):
+    own, there = of(), of([replace(SAMPLES[0], answer="dog"), *SAMPLES[1:]], base={"text": f"{MARK}bb"})
+    found = saved(tmp_path, fingerprint=resume.recorded(there), config={**CONFIG, "seed": 5})
+    named = "seed is 5 there, 0 here; data.train.answer differs; base.text differs"
+    with pytest.raises(ConfigError) as error, caplog.at_level(logging.INFO):
+        resume.compare(found, own, False)
+    assert str(error.value) == (
+        f"this is not the run that wrote {found.path}: {named}; undo that, start a new run, or go on all the same with"
+        " --allow-changes"
+    )
+    assert caplog.messages == []
+    with caplog.at_level(logging.WARNING):
+        resume.compare(found, own, True)
+    assert caplog.messages == [f"going on from {found.path} with changes: {named}"]
+
+
+def test_other_code_and_what_was_not_recorded_are_named_and_go_on(tmp_path, caplog):
+    own = of()
+    older = {**resume.recorded(own), "code.mitrain": "0.0"}
+    with caplog.at_level(logging.WARNING):
+        resume.compare(saved(tmp_path, fingerprint=older, config=CONFIG), own, False)
+        resume.compare(saved(tmp_path), own, False)
+    path, here = tmp_path / "step-3", own["code.mitrain"]
+    assert caplog.messages == [
+        f"{path} was written by other code: code.mitrain is 0.0 there, {here} here",
+        f"{path} does not say what its run's config and data and base and code was: it is not compared",
+    ]
+
+
+def test_what_another_rank_finds_changed_is_refused_here_too(tmp_path, monkeypatch):
+    own, told = of(), []
+    monkeypatch.setattr(resume.dist, "first", lambda value: told.append(value) or ["config.seed is 5 there, 0 here"])
+    with pytest.raises(ConfigError, match=": seed is 5 there, 0 here; undo"):
+        resume.compare(saved(tmp_path, fingerprint=resume.recorded(own), config=CONFIG), own, False)
+    assert told == [None]

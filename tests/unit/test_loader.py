@@ -44,8 +44,25 @@ def test_the_seed_decides():
 
 
 def test_a_cursor_of_other_data_is_refused():
-    with pytest.raises(ValueError, match="9 samples, here are 8"):
+    with pytest.raises(ValueError, match="^the cursor is for 9 samples, here are 8$"):
         Loader(list(range(8)), 2, 0).load_state({"epoch": 0, "position": 0, "samples": 9})
+    with pytest.raises(ValueError, match=f"^the cursor is for {'x' * 20} samples, here are 8$"):
+        Loader(list(range(8)), 2, 0).load_state({"epoch": 0, "position": 0, "samples": "x" * 30})
+    with pytest.raises(ValueError, match="^a loader needs at least one sample$"):
+        Loader([], 2, 0)
+
+
+def test_of_other_data_the_next_epoch_begins_where_that_is_allowed():
+    samples = list(range(8))
+    here, plain, same = (Loader(samples, 8, 3) for _ in range(3))
+    here.load_state({"epoch": 4, "position": 5, "samples": 9}, other_samples=True)
+    assert here.state() == {"epoch": 5, "position": 0, "samples": 8}
+    plain.load_state({"epoch": 5, "position": 0, "samples": 8})
+    assert draws(here, 2) == draws(plain, 2)
+    same.load_state({"epoch": 4, "position": 5, "samples": 8}, other_samples=True)
+    assert same.state() == {"epoch": 4, "position": 5, "samples": 8}
+    with pytest.raises(ValueError, match="the cursor is for 9 samples, here are 8"):
+        here.load_state({"epoch": "4", "position": 5, "samples": 9}, other_samples=True)
 
 
 @pytest.mark.parametrize(("epoch", "position"), [(-1, 0), (0, -1), (0.0, 0), (True, 0), (0, 9)])
@@ -53,6 +70,8 @@ def test_what_is_no_cursor_is_refused(epoch, position):
     loader = Loader(list(range(8)), 2, 0)
     with pytest.raises(ValueError, match=f"no cursor has epoch={epoch} and position={position}"):
         loader.load_state({"epoch": epoch, "position": position, "samples": 8})
+    with pytest.raises(ValueError, match=f"^no cursor has epoch={'x' * 20} and position={'y' * 20}$"):
+        loader.load_state({"epoch": "x" * 30, "position": "y" * 30, "samples": 8})
     loader.load_state({"epoch": 1, "position": 8, "samples": 8})
     assert loader.state() == {"epoch": 1, "position": 8, "samples": 8} and loader.next()[0].epoch == 2
 

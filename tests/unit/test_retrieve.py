@@ -81,6 +81,7 @@ def test_ranks_of_several_captions_and_of_shared_texts(monkeypatch, chunk):
         texts[4] = texts[0]  # the same text
         found = both_ways(gallery, images, texts)
         assert [f.tolist() for f in found] == list(by_hand(images, texts))
+        assert [f.dtype for f in found] == [np.int64] * 2
 
 
 def test_equal_scores_find_nothing():
@@ -121,7 +122,7 @@ def test_a_recall_that_cannot_be_wrong_is_none_and_no_part_of_the_mean():
     for images, texts in (["a", "a"], ["x", "y"]), (["a", "b"], ["x", "x"]):
         gallery = Gallery(images, texts)
         assert gallery.decided() == gallery.depths()
-    with pytest.raises(DataError, match="no ranking of so few images and texts could be wrong"):
+    with pytest.raises(DataError, match="^no ranking of so few images and texts could be wrong: score more of them$"):
         rank_metrics(np.ones(1), np.ones(2), gallery.depths())
 
 
@@ -145,6 +146,34 @@ def test_the_contrast_is_a_cross_entropy_over_right_partners(folder):
     right = right / right.sum(1, keepdim=True)
     expected = 0.5 * (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) * 6
     assert float(total.detach()) == pytest.approx(float(expected), rel=1e-5) and float(count) == 6
+    each_ranks_rows_and_gradients_are_those_of_the_definition()
+
+
+def each_ranks_rows_and_gradients_are_those_of_the_definition():
+    """A rank's loss is that of its own rows, its gradient that of the whole batch by its own vectors and, by the
+    sharpness, of its own rows; pictures travel only where they are matched."""
+    images, words = F.normalize(FEATURES.double(), dim=-1), F.normalize(FEATURES.double().roll(2, 0), dim=-1)
+    right = torch.tensor([[IMAGES[i] == IMAGES[j] or TEXTS[i] == TEXTS[j] for j in range(6)] for i in range(6)])
+    right = right / right.sum(1, keepdim=True, dtype=torch.float64)
+    whole = [x.clone().requires_grad_() for x in (images, words, torch.tensor(5.0, dtype=torch.float64))]
+    logits = whole[2] * whole[0] @ whole[1].T
+    rows = sum(F.cross_entropy(x, right, reduction="none") for x in (logits, logits.T)) / 2
+    by_vectors = torch.autograd.grad(rows.sum(), whole[:2], retain_graph=True)
+    shares = [slice(0, 2), slice(2, 6)]
+    for rank, share in enumerate(shares):
+        sent = [(images[s], words[s], None, [(x.image, x.text) for x in samples()[s]]) for s in shares]
+        own = [x.detach().clone().requires_grad_() for x in (images[share], words[share], whole[2])]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "rank", lambda rank=rank: rank)
+            patch.setattr(dist, "gather", lambda value: sent if value[2] is None else None)
+            everyone = Everyone(own[0], own[1], batch(share), False)
+        loss = everyone.contrast(own[2])
+        loss.backward()
+        (by_sharpness,) = torch.autograd.grad(rows[share].sum(), whole[2:], retain_graph=True)
+        torch.testing.assert_close(loss, rows[share].sum())
+        for found, expected in zip(own, (by_vectors[0][share], by_vectors[1][share], by_sharpness), strict=True):
+            torch.testing.assert_close(found.grad, expected)
+        assert everyone.picture is None and everyone.texts == TEXTS and everyone.count == share.stop - share.start
 
 
 def gradients(task):
@@ -218,7 +247,7 @@ def test_the_hardest_partner_is_wrong_and_the_most_similar():
         assert int(text[i]) in wrong and int(image[i]) in wrong
         assert float(images[i] @ texts[text[i]]) == pytest.approx(max(float(images[i] @ texts[j]) for j in wrong))
         assert float(images[image[i]] @ texts[i]) == pytest.approx(max(float(images[j] @ texts[i]) for j in wrong))
-    assert known.tolist() == [1.0] * 6
+    assert known.tolist() == [1.0] * 6 and known.dtype == images.dtype
     alone = Everyone(images[2:4], texts[2:4], batch(slice(2, 4)), True)  # two captions of one image: nothing is wrong
     assert alone.hardest()[2].tolist() == [0.0, 0.0]
 
