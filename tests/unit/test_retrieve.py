@@ -165,7 +165,7 @@ def each_ranks_rows_and_gradients_are_those_of_the_definition():
         own = [x.detach().clone().requires_grad_() for x in (images[share], words[share], whole[2])]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dist, "rank", lambda rank=rank: rank)
-            patch.setattr(dist, "gather", lambda value: sent if value[2] is None else None)
+            patch.setattr(dist, "gather", lambda value, sent=sent: sent if value[2] is None else None)
             everyone = Everyone(own[0], own[1], batch(share), False)
         loss = everyone.contrast(own[2])
         loss.backward()
