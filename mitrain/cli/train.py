@@ -41,7 +41,7 @@ def add_train(commands: Any) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> Any:
-    from mitrain import dist
+    from mitrain import dist, runs
     from mitrain.ownership import owned
 
     if arguments.dry_run and not arguments.resume and arguments.config:
@@ -49,6 +49,8 @@ def run_train(arguments: argparse.Namespace) -> Any:
     folder, config = dist.from_main(lambda: begun(arguments))
     dist.say(f"run folder: {folder}", file=sys.stderr)
     with owned(folder):
+        if arguments.at:  # until now another job could begin the folder, or remove it
+            dist.from_main(lambda: runs.create_or_find(config, folder, arguments.allow_changes))
         trainer, outcome = fitted(arguments, folder, config)
     say(arguments, trainer.watch.table())
     bad = len(trainer.images.bad)

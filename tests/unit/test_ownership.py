@@ -128,3 +128,19 @@ def test_a_run_that_is_refused_before_its_first_step_leaves_no_folder(config, tm
     (tmp_path / "data" / "val.jsonl").write_text(json.dumps({"nothing": 1}) + "\n")
     assert main(["train", str(config), "--run-dir", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_two_jobs_begin_at_once_is_not_trained_under_the_others_configuration(
+    config, tmp_path, monkeypatch, capfd
+):
+    run, alone = tmp_path / "run", ownership.owned
+
+    def owned_late(folder):
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace("steps: 2\n", "steps: 7\n"))
+        return alone(folder)
+
+    monkeypatch.setattr(ownership, "owned", owned_late)
+    assert main(["train", str(config), "--run-dir", str(run)]) == 2
+    assert "run of another configuration (train.steps is 7 there, 2 here)" in capfd.readouterr().err
+    assert runs.read_config(run).train.steps == 7 and not (run / "checkpoints").exists()
