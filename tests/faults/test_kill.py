@@ -36,10 +36,12 @@ def fresh(template: Path, run: Path) -> Path:
 
 
 def test_kills_at_random_moments_lose_at_most_the_step_being_written(worker, tmp_path):
-    moments, saved, torn = random.Random(0), 0, 0
-    for _ in range(15):
+    moments, longest, saved, torn, kills = random.Random(0), 0.25, 0, 0, 0
+    while kills < 15 or not (saved and torn):
+        assert kills < 60, "no kill fell into a write"
+        kills += 1
         pid = worker.start("loop", tmp_path)
-        time.sleep(moments.uniform(0.01, 0.25))
+        time.sleep(moments.uniform(0.01, longest))
         os.kill(pid, signal.SIGKILL)
         ending = worker.wait()
         assert ending.status == -signal.SIGKILL
@@ -47,8 +49,8 @@ def test_kills_at_random_moments_lose_at_most_the_step_being_written(worker, tmp
         newest = checkpoint.latest(tmp_path)
         step = checkpoint.load(newest).step if newest else 0
         assert saved <= step <= saved + 1
+        longest *= 1 if step else 1.5  # a busy machine saves its first later
         saved, torn = step, torn + bool(hidden(tmp_path))
-    assert saved > 0 and torn > 0, "no kill fell into a write"
 
 
 @pytest.fixture(scope="module")
