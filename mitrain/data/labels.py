@@ -18,7 +18,7 @@ from mitrain.errors import DataError
 
 REQUIRED = ("image", "label")
 FIELDS = ("image", "text", "label", "id", "object", "kind")
-BITS = {"0", "1", "0.0", "1.0"}
+BITS = {"0", "1", "0.0", "1.0", "0.", "1."}
 """What a one-hot vector is made of."""
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ One record a line; every fault is a DataError that names file and line.
 
 import csv
 import io
+import re
 import warnings
 from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,10 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bzip2, xz, zstandard
 
 LONGEST_LIST = 10_000  # characters of a cell that is looked at as a list
+
+ARRAY_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[-+]?\d[-+.\de]*""")
+ARRAY = re.compile(rf"\[\s*(?:{ARRAY_ITEM.pattern})(?:\s+(?:{ARRAY_ITEM.pattern}))+\s*\]")
+"""As numpy writes one, without commas; Python would read its texts as one long text."""
 
 Row = tuple[int, dict[str, Any]]  # line number, cells by column
 
@@ -199,15 +204,19 @@ def as_text(value: Any, name: str, where: str) -> str:
 
 
 def listed(value: Any) -> Any:
-    """The list that a cell holds in JSON's or Python's writing, as pandas saves one; else the value as it is."""
-    if not (isinstance(value, str) and value[:1] == "[" and value[-1:] == "]" and len(value) < LONGEST_LIST):
+    """The list, tuple, set or array that a cell holds as JSON, Python or numpy write it; else the value as it is."""
+    if not (isinstance(value, str) and value[:1] + value[-1:] in ("[]", "()", "{}") and len(value) < LONGEST_LIST):
         return value
+    if ARRAY.fullmatch(value):
+        return [item.strip("'\"") for item in ARRAY_ITEM.findall(value)]
     for read in (parsing.parse_json, literal_eval):
         try:
             with warnings.catch_warnings(action="ignore"):
                 found = read(value)
         except (Unreadable, ValueError, SyntaxError, RecursionError, MemoryError):
             continue
+        texts = isinstance(found, tuple | set) and all(isinstance(item, str) for item in found)  # "(3, 4)" is a text
+        found = sorted(found) if texts and isinstance(found, set) else list(found) if texts else found
         return found if isinstance(found, list) else value
     return value
 

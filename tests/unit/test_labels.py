@@ -172,7 +172,12 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, rows, noise, 
         assert sample.image.strip() and (multilabel or len(sample.labels) == 1) and all(sample.labels)
 
 
-@pytest.mark.parametrize("cell", ["\"['cat', 'dog']\"", '"[""cat"", ""dog""]"', "cat|dog"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "\"['cat', 'dog']\"", '"[""cat"", ""dog""]"', "\"('cat', 'dog')\"", "\"{'dog', 'cat'}\"", "['cat' 'dog']", "cat|dog",
+    ],
+)  # fmt: skip
 def test_a_list_in_a_cell_is_several_labels_or_refused(tmp_path, cell):
     (tmp_path / "a.csv").write_text(f"image,text,label\nx.png,t,{cell}\ny.png,t,[other]\n")
     assert [s.labels for s in read_labels(tmp_path / "a.csv", multilabel=True)] == [("cat", "dog"), ("[other]",)]
@@ -181,15 +186,20 @@ def test_a_list_in_a_cell_is_several_labels_or_refused(tmp_path, cell):
             read_labels(tmp_path / "a.csv")
 
 
-@pytest.mark.parametrize("vector", ["[1, 0, 0]", "0|1|0", "[0.0, 1.0, 1.0]"])
+@pytest.mark.parametrize("vector", ["[1, 0, 0]", "0|1|0", "[0.0, 1.0, 1.0]", "[1 0 0]", "[0. 1. 0.]"])
 def test_a_vector_of_zeros_and_ones_is_no_list_of_labels(tmp_path, vector):
     (tmp_path / "a.csv").write_text(f'image,text,label\nx.png,t,"{vector}"\n')
     with pytest.raises(DataError, match=r"a\.csv:2: 'label' is a vector of zeros and ones, .*: give the names"):
         read_labels(tmp_path / "a.csv", multilabel=True)
-    if "|" not in vector:
+    if "," in vector:
         with pytest.raises(DataError, match="a vector of zeros and ones"):
             read_labels(write(tmp_path / "a.jsonl", ROW | {"label": json.loads(vector)}), multilabel=True)
     assert read_labels(write(tmp_path / "b.jsonl", ROW | {"label": [1, 0]}), multilabel=True)[0].labels == ("1", "0")
+
+
+@pytest.mark.parametrize("label", ["(3, 4)", "(cat)", "[a cat]", "('cat')", "{a, b}"])
+def test_text_in_brackets_is_a_text(tmp_path, label):
+    assert read_labels(write(tmp_path / "a.jsonl", ROW | {"label": label}))[0].labels == (label,)
 
 
 def test_every_sample_with_all_labels_is_pointed_out(tmp_path, caplog):
