@@ -151,12 +151,13 @@ class AnswerTask(Task):
         scores = self.candidate_scores(batch)
         speaks = generate or self.must_generate(batch.samples)
         said = self._spoken(batch) if speaks else [(None, True)] * len(scores)
-        return [self._prediction(s, *found) for s, *found in zip(batch.samples, scores, said, strict=True)]
+        return [
+            self._prediction(s, score, *spoken) for s, score, spoken in zip(batch.samples, scores, said, strict=True)
+        ]
 
-    def _prediction(self, sample: Any, score: Tensor, said: tuple[str | None, bool]) -> Prediction:
-        words, numbers = said
+    def _prediction(self, sample: Any, score: Tensor, words: str | None, numbers: bool = True) -> Prediction:
         values = {"prompt": sample.prompt, "answer": sample.answer, "kind": sample.kind}
-        if len(score):
+        if self.offered(sample):
             values |= self._chosen(sample, score)
         else:
             values |= {"predicted": words, "correct": same_text(words, sample.answer), "scored_by": "generation"}

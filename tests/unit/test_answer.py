@@ -133,14 +133,14 @@ def test_a_batch_of_both_kinds_keeps_its_order(folder):
 @pytest.mark.parametrize("truth", ["blue", "red", "yellow"])
 def test_ties_count_against_the_truth(folder, truth):
     sample = AnswerSample("0", "0.png", "p", truth, ("yellow", "blue", "red"))
-    prediction = make(folder)._prediction(sample, torch.tensor([-1.0, -1.0, -1.0]), (None, True))
+    prediction = make(folder)._prediction(sample, torch.tensor([-1.0, -1.0, -1.0]), None)
     assert prediction.values["correct"] is False and prediction.values["predicted"] == {"blue": "red"}.get(
         truth, "blue"
     )
     best = make(folder)._prediction(
         sample,
         torch.tensor([-1.0, -1.0, -1.0]).index_fill(0, torch.tensor([sample.candidates.index(truth)]), -0.5),
-        (None, True),
+        None,
     )
     assert best.values["correct"] is True
 
