@@ -41,6 +41,7 @@ def test_a_budget_of_zero_allows_none():
 def run_with_signals(body: str, *numbers: signal.Signals) -> subprocess.CompletedProcess:
     """Run ``body`` in a new process; every line "ready" that it prints is answered by the next signal."""
     script = "import os, sys, time, signal\nfrom mitrain.guard import StopRequest\n"
+    script += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # ignored where the tests run under nohup
     script += "def ready():\n    print('ready', flush=True)\n    sys.stdin.readline()\n" + body
     process = subprocess.Popen(
         [sys.executable, "-c", script],

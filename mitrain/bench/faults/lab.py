@@ -178,6 +178,7 @@ class Lab:
 def be_command(place: Path, words: list[str], injection: Injection | None, env: dict[str, str]) -> None:
     """A command's whole life."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     os.environ.update(env)
     if "PYTHONPATH" in env:  # which a fork has not read
         sys.path.insert(0, env["PYTHONPATH"])
