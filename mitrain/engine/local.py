@@ -196,7 +196,9 @@ class LocalEngine:
                 raise CheckpointError(f"the saved optimizer state {key!r} belongs to no parameter here: {SAME}")
             if not tensor.is_floating_point():
                 raise CheckpointError(f"the saved optimizer state {key!r} is of {tensor.dtype}: {OTHER}")
-            shape = torch.Size() if slot == "step" else self.params[name].shape
+            param = self.params[name]
+            # ZeRO-3 leaves an empty tensor behind where the parameter is not gathered; its whole shape stays beside it.
+            shape = torch.Size() if slot == "step" else getattr(param, "ds_shape", param.shape)
             if tensor.shape != shape:
                 found = f"shape {list(tensor.shape)}, here {list(shape)}"
                 raise CheckpointError(f"the saved optimizer state {key!r} has {found}: {SAME}")
