@@ -9,17 +9,18 @@ The command line and the packaging must not pay for torch and transformers: they
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from mitrain.adapters.mit import MiT, MiTConfig, attach
-    from mitrain.export import from_pretrained, load_adapter
+from mitrain.core.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from mitrain.inference.export import from_pretrained, load_adapter
+    from mitrain.methods.mit.mit import MiT, MiTConfig, attach
+
 __all__ = ["MiT", "MiTConfig", "__version__", "attach", "from_pretrained", "load_adapter"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("MiT", "MiTConfig", "attach"):
-        return getattr(import_module("mitrain.adapters.mit"), name)
+        return getattr(import_module("mitrain.methods.mit.mit"), name)
     if name in ("from_pretrained", "load_adapter"):
-        return getattr(import_module("mitrain.export"), name)
+        return getattr(import_module("mitrain.inference.export"), name)
     raise AttributeError(f"module 'mitrain' has no attribute {name!r}")

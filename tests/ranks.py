@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (".", "kernels", "tests", "tests/unit", "tests/dist", "tests/faults")
 PATH = os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)
 IMPORTED = (
-    "mitrain.cli mitrain.trainer mitrain.scoring PIL.Image transformers.models.llama.modeling_llama"
+    "mitrain.cli mitrain.training.trainer mitrain.inference.scoring PIL.Image transformers.models.llama.modeling_llama"
     " transformers.models.dinov2.modeling_dinov2 transformers.conversion_mapping"
 ).split()
 DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer")

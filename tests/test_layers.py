@@ -62,12 +62,12 @@ FRONT_SHOWS = ("adapters", "export")
 
 # Optional or heavy packages, each behind one door; a folder ends with a slash.
 DOORS: dict[str, tuple[str, ...]] = {
-    "deepspeed": ("mitrain/engine/",),
-    "bitsandbytes": ("mitrain/quant/",),
-    "peft": ("mitrain/bench/", "mitrain/adapters/peft.py"),
-    "wandb": ("mitrain/telemetry.py", "mitrain/wandb_process.py"),
+    "deepspeed": ("mitrain/training/engine/",),
+    "bitsandbytes": ("mitrain/models/quant/",),
+    "peft": ("benchmarks/", "mitrain/methods/peft.py"),
+    "wandb": ("mitrain/training/telemetry.py", "mitrain/training/wandb_process.py"),
     "triton": ("kernels/mitrain_kernels/",),
-    "mitrain_kernels": ("mitrain/adapters/", "mitrain/backbones/", "kernels/mitrain_kernels/"),
+    "mitrain_kernels": ("mitrain/methods/", "mitrain/models/", "kernels/mitrain_kernels/"),
 }
 
 
@@ -134,34 +134,44 @@ def fault_of(path: str, source: str) -> str:
 
 
 def test_imports_upwards_and_sideways_are_seen():
-    assert "does not stand below" in fault_of("mitrain/config.py", "from mitrain.trainer import Trainer")
-    assert "does not stand below" in fault_of("mitrain/config.py", "def f():\n    from mitrain import trainer")
+    assert "does not stand below" in fault_of("mitrain/core/config.py", "from mitrain.training.trainer import Trainer")
+    assert "does not stand below" in fault_of("mitrain/core/config.py", "def f():\n    from mitrain import trainer")
     assert "does not stand below" in fault_of("mitrain/data/x.py", "import mitrain.tasks.base")
     assert "does not stand below" in fault_of("mitrain/data/x.py", "from ..tasks import base")
-    assert "does not stand below" in fault_of("mitrain/guard.py", "importlib.import_module('mitrain.model')")
-    assert faults({"mitrain/data/x.py": "from .images import open_image\nfrom mitrain.errors import DataError"}) == []
+    assert "does not stand below" in fault_of(
+        "mitrain/training/guard.py", "importlib.import_module('mitrain.training.build')"
+    )
+    assert (
+        faults({"mitrain/data/x.py": "from .images import open_image\nfrom mitrain.core.errors import DataError"}) == []
+    )
 
 
 def test_the_front_is_no_passage():
-    assert "nobody inside" in fault_of("mitrain/trainer.py", "from mitrain import attach")
-    assert "the front shows only" in fault_of("mitrain/__init__.py", "from mitrain.trainer import Trainer")
-    assert faults({"mitrain/prepare/x.py": "from mitrain import __version__"}) == []
+    assert "nobody inside" in fault_of("mitrain/training/trainer.py", "from mitrain import attach")
+    assert "the front shows only" in fault_of("mitrain/__init__.py", "from mitrain.training.trainer import Trainer")
+    assert faults({"examples/demo/mitrain_demo/x.py": "from mitrain import __version__"}) == []
 
 
 def test_doors_are_seen():
-    assert "only mitrain/telemetry.py, mitrain/wandb_process.py" in fault_of("mitrain/trainer.py", "import wandb.sdk")
-    assert "only mitrain/telemetry.py, mitrain/wandb_process.py" in fault_of(
-        "mitrain/trainer.py", "need_extra('wandb', 'wandb', 'logging')"
+    assert "only mitrain/training/telemetry.py, mitrain/training/wandb_process.py" in fault_of(
+        "mitrain/training/trainer.py", "import wandb.sdk"
     )
-    assert "only mitrain/engine/" in fault_of("mitrain/checkpoint.py", "def f():\n    import deepspeed")
-    assert "only mitrain/quant/" in fault_of("mitrain/backbones/x.py", "from bitsandbytes import nn")
-    assert "only kernels/mitrain_kernels/" in fault_of("mitrain/adapters/x.py", "import triton.language as tl")
-    assert "may import mitrain_kernels" in fault_of("mitrain/model.py", "from mitrain_kernels import infused_attention")
-    assert "the kernels know nobody" in fault_of("kernels/mitrain_kernels/x.py", "from mitrain.errors import UserError")
-    assert faults({"mitrain/telemetry.py": "need_extra('wandb', 'wandb', 'logging')"}) == []
+    assert "only mitrain/training/telemetry.py, mitrain/training/wandb_process.py" in fault_of(
+        "mitrain/training/trainer.py", "need_extra('wandb', 'wandb', 'logging')"
+    )
+    assert "only mitrain/training/engine/" in fault_of("mitrain/checkpoint.py", "def f():\n    import deepspeed")
+    assert "only mitrain/models/quant/" in fault_of("mitrain/models/x.py", "from bitsandbytes import nn")
+    assert "only kernels/mitrain_kernels/" in fault_of("mitrain/methods/x.py", "import triton.language as tl")
+    assert "may import mitrain_kernels" in fault_of(
+        "mitrain/training/build.py", "from mitrain_kernels import infused_attention"
+    )
+    assert "the kernels know nobody" in fault_of(
+        "kernels/mitrain_kernels/x.py", "from mitrain.core.errors import UserError"
+    )
+    assert faults({"mitrain/training/telemetry.py": "need_extra('wandb', 'wandb', 'logging')"}) == []
 
 
 def test_new_rooms_and_standard_names_are_seen():
     assert "give 'newroom' its place" in fault_of("mitrain/newroom.py", "")
     assert "give 'newroom' its place" in fault_of("mitrain/newroom/x.py", "")
-    assert "standard library" in fault_of("mitrain/adapters/select.py", "")
+    assert "standard library" in fault_of("mitrain/methods/select.py", "")

@@ -9,7 +9,7 @@ from folders import llm_folder
 from source_tree import ROOT
 
 from mitrain.cli import parser
-from mitrain.config import read_yaml
+from mitrain.core.config import read_yaml
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mitrain import __version__, terminal
 from mitrain.cli.ask import add_eval, add_predict
 from mitrain.cli.bench import add_bench
 from mitrain.cli.catalogue import add_catalogue
@@ -25,8 +24,10 @@ from mitrain.cli.doctor import add_doctor
 from mitrain.cli.publish import add_export, add_report
 from mitrain.cli.shared import Parser
 from mitrain.cli.train import add_train
-from mitrain.errors import UserError
-from mitrain.files import remedy
+from mitrain.core import terminal
+from mitrain.core.errors import UserError
+from mitrain.core.files import remedy
+from mitrain.core.version import __version__
 
 SMALLER = "lower train.batch, train.eval_batch or the data's picture size, take more ranks, or set model.quantize=int8"
 
@@ -101,7 +102,7 @@ def as_json(value: Any) -> str:
     try:
         return json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
     except ValueError:
-        from mitrain.telemetry import plain
+        from mitrain.training.telemetry import plain
 
         return json.dumps(plain(value), indent=2, sort_keys=True, allow_nan=False)
 

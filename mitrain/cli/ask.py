@@ -35,7 +35,7 @@ def add_eval(commands: Any) -> None:
 
 
 def run_eval(arguments: argparse.Namespace) -> Any:
-    from mitrain.scoring import score_run
+    from mitrain.inference.scoring import score_run
 
     metrics = score_run(
         arguments.run_dir,
@@ -79,7 +79,7 @@ def add_predict(commands: Any) -> None:
 
 
 def run_predict(arguments: argparse.Namespace) -> Any:
-    from mitrain.scoring import predict_one
+    from mitrain.inference.scoring import predict_one
 
     candidates = [c.strip() for c in arguments.candidates.split(",") if c.strip()] if arguments.candidates else None
     result = predict_one(

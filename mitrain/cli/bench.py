@@ -52,7 +52,7 @@ def add_faults(verbs: Any) -> None:
 
 
 def run_faults(arguments: argparse.Namespace) -> Any:
-    from mitrain.bench.faults import cases, suite
+    from benchmarks.faults import cases, suite
 
     chosen = suite.chosen(cases.CASES, arguments.quick, arguments.only)
     out = Path(arguments.out or ("runs/faults-quick" if arguments.quick else "runs/faults"))
@@ -66,8 +66,8 @@ def run_faults(arguments: argparse.Namespace) -> Any:
 
 
 def run_load(arguments: argparse.Namespace) -> Any:
-    from mitrain.bench import load
-    from mitrain.errors import ConfigError
+    from benchmarks import load
+    from mitrain.core.errors import ConfigError
 
     if arguments.ranks < 1:
         raise ConfigError(f"--ranks {arguments.ranks} loads nothing: give at least 1")
@@ -79,8 +79,8 @@ def run_load(arguments: argparse.Namespace) -> Any:
 
 
 def run_parity(arguments: argparse.Namespace) -> Any:
-    from mitrain.bench import cells, parity
-    from mitrain.errors import ConfigError
+    from benchmarks import cells, parity
+    from mitrain.core.errors import ConfigError
 
     steps = arguments.steps or (5 if arguments.quick else 20)
     if steps < 1 or arguments.batch < 2 or arguments.batch % 2:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.cli.shared import command, say
-from mitrain.errors import ConfigError
+from mitrain.core.errors import ConfigError
 
 
 def add_catalogue(commands: Any, what: str, text: str) -> None:
@@ -29,12 +29,12 @@ def add_catalogue(commands: Any, what: str, text: str) -> None:
 
 
 def run_list(arguments: argparse.Namespace) -> Any:
-    from mitrain import prepare
+    from mitrain.core import prepared
 
-    recipes = prepare.MODELS if arguments.what == "models" else prepare.DATASETS
+    recipes = prepared.MODELS if arguments.what == "models" else prepared.DATASETS
     rows = []
     for recipe in recipes.values():
-        done = prepare.prepared(arguments.what, recipe.name)
+        done = prepared.prepared(arguments.what, recipe.name)
         rows.append(
             {
                 "name": recipe.name,
@@ -52,7 +52,7 @@ def run_list(arguments: argparse.Namespace) -> Any:
 
 
 def run_prepare(arguments: argparse.Namespace) -> Any:
-    from mitrain import prepare
+    from mitrain.core import prepared
 
     archive = Path(arguments.archive) if arguments.archive else None
     if archive and len(arguments.names) > 1:
@@ -60,16 +60,16 @@ def run_prepare(arguments: argparse.Namespace) -> Any:
     folders = {}
     for name in arguments.names:
         if arguments.what == "models":
-            folder = prepare.ensure_model(name, archive=archive, repair=True)
+            folder = prepared.ensure_model(name, archive=archive, repair=True)
         else:
-            folder = prepare.ensure_data(name, archive=archive, seed=arguments.seed, repair=True)
+            folder = prepared.ensure_data(name, archive=archive, seed=arguments.seed, repair=True)
         folders[name] = str(folder)
         say(arguments, f"{name}: {folder}")
     return folders
 
 
 def run_inspect(arguments: argparse.Namespace) -> Any:
-    from mitrain.scoring import inspect_data
+    from mitrain.inference.scoring import inspect_data
 
     found, text = inspect_data(arguments.config, arguments.overrides, Path(arguments.out))
     say(arguments, text)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.cli.shared import command, refused, say
-from mitrain.errors import ConfigError
+from mitrain.core.errors import ConfigError
 
 
 def add_compare(commands: Any) -> None:
@@ -72,7 +72,7 @@ def run_study(arguments: argparse.Namespace, study: Any, out: Path) -> Any:
 
 def run_ledger(arguments: argparse.Namespace) -> Any:
     from mitrain.compare import ledger
-    from mitrain.files import write_atomic, write_json
+    from mitrain.core.files import write_atomic, write_json
 
     if arguments.seeds or arguments.only or arguments.list or arguments.limit:
         raise ConfigError(f"{arguments.study} is a ledger: --seeds, --only, --list and --limit are for a study")
@@ -111,7 +111,7 @@ def seeds_of(text: str | None) -> list[int] | None:
 
 
 def list_text(cells: list[dict[str, Any]]) -> str:
-    from mitrain.telemetry import duration
+    from mitrain.training.telemetry import duration
 
     def time(cell: dict[str, Any]) -> str:
         return ("took " if cell["done"] else "at most " if cell["at_most"] else "about ") + duration(cell["seconds"])

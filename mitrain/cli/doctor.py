@@ -11,8 +11,8 @@ def add_doctor(commands: Any) -> None:
 
 
 def run_doctor(arguments: argparse.Namespace) -> dict[str, Any]:
-    from mitrain import doctor
+    from mitrain.cli import machine
 
-    found = doctor.examine()
-    say(arguments, doctor.as_text(found))
+    found = machine.examine()
+    say(arguments, machine.as_text(found))
     return found

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.cli.shared import add_checkpoint, command, say
-from mitrain.errors import ConfigError
+from mitrain.core.errors import ConfigError
 
 
 def add_report(commands: Any) -> None:
@@ -19,7 +19,7 @@ def add_report(commands: Any) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> Any:
-    from mitrain.report import report
+    from mitrain.inference.report import report
 
     result = report(
         arguments.run_dirs, Path(arguments.out), arguments.splits.split(","), arguments.samples, quiet=arguments.json
@@ -45,7 +45,7 @@ def add_export(commands: Any) -> None:
 def run_export(arguments: argparse.Namespace) -> Any:
     if arguments.merge:
         return run_merge(arguments)
-    from mitrain.export import export
+    from mitrain.inference.export import export
 
     splits = [split.strip() for split in arguments.splits.split(",") if split.strip()]
     made = export(arguments.run_dir, arguments.out, arguments.checkpoint, splits, arguments.samples)
@@ -55,7 +55,7 @@ def run_export(arguments: argparse.Namespace) -> Any:
 
 
 def run_merge(arguments: argparse.Namespace) -> Any:
-    from mitrain.merge import export_merged
+    from mitrain.inference.merge import export_merged
 
     if arguments.splits or arguments.samples:
         raise ConfigError("--merge writes no model card: leave out --splits and --samples")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from mitrain.errors import UserError
+from mitrain.core.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +39,8 @@ def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Nam
 
     def joined(arguments: argparse.Namespace) -> Any:
         glance(arguments)
-        from mitrain import dist, fingerprint, launchers
+        from mitrain.core import dist, launchers
+        from mitrain.training import fingerprint
 
         arguments.rank = dist.place().rank
         if dist.names_set(os.environ):
@@ -56,7 +57,7 @@ def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Nam
 
 def glance(arguments: argparse.Namespace) -> None:
     """Refuse a configuration that cannot be read before torch is imported, which takes seconds."""
-    from mitrain import config
+    from mitrain.core import config
 
     launched = os.environ.keys() & {"RANK", "SLURM_PROCID"}  # there rank 0 reads it and speaks for all
     if getattr(arguments, "config", None) and not arguments.resume and not launched:

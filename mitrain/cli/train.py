@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.cli.shared import command, on_ranks, say
-from mitrain.errors import ConfigError, UserError
+from mitrain.core.errors import ConfigError, UserError
 
 
 def add_train(commands: Any) -> None:
@@ -41,8 +41,9 @@ def add_train(commands: Any) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> Any:
-    from mitrain import dist, runs
-    from mitrain.ownership import owned
+    from mitrain.core import dist
+    from mitrain.core.ownership import owned
+    from mitrain.training import runs
 
     if arguments.dry_run and not arguments.resume and arguments.config:
         return run_dry(arguments)
@@ -77,8 +78,9 @@ def run_train(arguments: argparse.Namespace) -> Any:
 
 def fitted(arguments: argparse.Namespace, folder: Path, config: Any) -> tuple[Any, Any]:
     """The trainer and its outcome; the folder of a new run that is refused before its first step is removed."""
-    from mitrain import dist, runs
-    from mitrain.trainer import Trainer
+    from mitrain.core import dist
+    from mitrain.training import runs
+    from mitrain.training.trainer import Trainer
 
     try:
         trainer = Trainer(config, folder, quiet=arguments.json, allow_changes=arguments.allow_changes)
@@ -91,8 +93,8 @@ def fitted(arguments: argparse.Namespace, folder: Path, config: Any) -> tuple[An
 
 def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
     """The run folder, new or the one to resume, and its configuration."""
-    from mitrain import runs, schema
-    from mitrain.model import settled
+    from mitrain.training import runs, schema
+    from mitrain.training.build import settled
 
     if arguments.resume:
         changes = [arguments.config, *arguments.overrides] if arguments.config else []
@@ -111,8 +113,8 @@ def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
 
 
 def run_dry(arguments: argparse.Namespace) -> Any:
-    from mitrain import schema
-    from mitrain.dryrun import dry_run
+    from mitrain.training import schema
+    from mitrain.training.dryrun import dry_run
 
     config = schema.load(arguments.config, arguments.overrides)
     report = dry_run(config, memory_gb=arguments.memory, ranks=arguments.ranks)

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mitrain import __version__, config, schema
 from mitrain.compare.study import Also, Axis, Study, TaskPart, as_mapping, laid_over
-from mitrain.config import digest, nearest
-from mitrain.errors import ConfigError
-from mitrain.provenance import versions
-from mitrain.schema import RunConfig
+from mitrain.core import config
+from mitrain.core.config import digest, nearest
+from mitrain.core.errors import ConfigError
+from mitrain.core.provenance import versions
+from mitrain.core.version import __version__
+from mitrain.training import schema
+from mitrain.training.schema import RunConfig
 
 FORMAT = 1
 """To be raised when a cell measures something else than before: kept rows are then measured again."""

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mitrain import parsing
 from mitrain.compare import processes
 from mitrain.compare.cells import MATTERS, Cell, Place, chosen, places, resolve
 from mitrain.compare.page import page
@@ -24,9 +23,10 @@ from mitrain.compare.plots import plots
 from mitrain.compare.processes import STOPPED
 from mitrain.compare.study import Study
 from mitrain.compare.table import table
-from mitrain.errors import ConfigError, UserError
-from mitrain.files import file_lock, write_atomic, write_json
-from mitrain.provenance import commit, machine, versions
+from mitrain.core import parsing
+from mitrain.core.errors import ConfigError, UserError
+from mitrain.core.files import file_lock, write_atomic, write_json
+from mitrain.core.provenance import commit, machine, versions
 
 Row = dict[str, Any]
 Measure = Callable[[Cell, Path, float], Row]

@@ -4,12 +4,13 @@ from typing import Any
 
 from pydantic import Field
 
-from mitrain import config, costs
 from mitrain.compare.measures import parameters
-from mitrain.config import Section
-from mitrain.errors import ConfigError
-from mitrain.model import Model, build
-from mitrain.schema import RunConfig
+from mitrain.core import config
+from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError
+from mitrain.models import costs
+from mitrain.training.build import Model, build
+from mitrain.training.schema import RunConfig
 
 
 class CountOptions(Section):

@@ -12,7 +12,7 @@ from mitrain.compare.compare import Job
 from mitrain.compare.rules import Missing, Rows
 from mitrain.compare.study import Claim, Ledger, Study, read
 from mitrain.compare.table import text
-from mitrain.errors import ConfigError
+from mitrain.core.errors import ConfigError
 
 Row = dict[str, Any]
 CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "open"

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from mitrain import hf
-from mitrain.bench.resident import frozen_tensors, optimizer_bytes, storages
-from mitrain.model import Model
+from mitrain.compare.resident import frozen_tensors, optimizer_bytes, storages
+from mitrain.models import loading
 from mitrain.tasks.base import Batch
-from mitrain.trainer import Trainer
+from mitrain.training.build import Model
+from mitrain.training.trainer import Trainer
 
 
 class Saved:
@@ -62,8 +62,8 @@ def parameters(model: Model) -> dict[str, Any]:
     trained = trained_parameters(model)
     own = {id(p) for part in (*model.trainable.values(),) for p in part.parameters()} | {id(p) for p in trained}
     frozen = {id(p): p for part in model.frozen.values() for p in part.parameters() if id(p) not in own}
-    numbers = [sum(hf.elements(p) for p in group) for group in (trained, frozen.values())]
-    head = sum(hf.elements(p) for p in model.task.parameters() if p.requires_grad)
+    numbers = [sum(loading.elements(p) for p in group) for group in (trained, frozen.values())]
+    head = sum(loading.elements(p) for p in model.task.parameters() if p.requires_grad)
     return {
         "trainable_parameters": numbers[0],
         "adapter_parameters": numbers[0] - head,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mitrain.files import write_atomic
+from mitrain.core.files import write_atomic
 
 GRACE_S = 20.0
 """For which a process that is asked to stop may save where it is."""

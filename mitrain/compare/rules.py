@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from mitrain.config import nearest
-from mitrain.errors import ConfigError
+from mitrain.core.config import nearest
+from mitrain.core.errors import ConfigError
 
 Row = Mapping[str, Any]
 LONGEST, DEEPEST = 2000, 40

@@ -22,11 +22,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from mitrain import config
 from mitrain.compare import rules
-from mitrain.config import NAME, Section, nearest
-from mitrain.errors import ConfigError
-from mitrain.evaluate import Control
+from mitrain.core import config
+from mitrain.core.config import NAME, Section, nearest
+from mitrain.core.errors import ConfigError
+from mitrain.training.evaluate import Control
 
 CONTROLS: tuple[Control, ...] = ("no-image", "shuffle")
 

@@ -16,22 +16,22 @@ from typing import Any
 
 from PIL import Image
 
-from mitrain import runs, schema
 from mitrain.compare import counts, measures
 from mitrain.compare.processes import STOPPED, end_with
 from mitrain.compare.study import TaskPart
-from mitrain.config import nearest, parse
+from mitrain.core.config import nearest, parse
+from mitrain.core.errors import ConfigError, UserError
+from mitrain.core.files import file_lock, write_json
 from mitrain.data.sources import limit
-from mitrain.errors import ConfigError, UserError
-from mitrain.evaluate import Evaluation, controlled
-from mitrain.export import export
-from mitrain.files import file_lock, write_json
-from mitrain.floors import floors_of
-from mitrain.model import settled
-from mitrain.report import flatten, panels
-from mitrain.runs import Run
-from mitrain.scoring import score_split, split_of
-from mitrain.trainer import Trainer
+from mitrain.inference.export import export
+from mitrain.inference.report import flatten, panels
+from mitrain.inference.scoring import score_split, split_of
+from mitrain.training import runs, schema
+from mitrain.training.baselines import floors_of
+from mitrain.training.build import settled
+from mitrain.training.evaluate import Evaluation, controlled
+from mitrain.training.runs import Run
+from mitrain.training.trainer import Trainer
 
 SIDE = 144
 """Pixels of a side of the pictures that the page shows."""

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from mitrain import dist
-from mitrain.config import digest
+from mitrain.core import dist
+from mitrain.core.config import digest
+from mitrain.core.errors import DataError, ModelError
+from mitrain.core.files import atomic_folder, write_json
 from mitrain.data.segments import Index, Item, read_item, write_segment
-from mitrain.errors import DataError, ModelError
-from mitrain.files import atomic_folder, write_json
 
 log = logging.getLogger(__name__)
 

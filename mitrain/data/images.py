@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from mitrain.core.errors import DataError
 from mitrain.data.kinds import CONVERT, FORMATS, kind_of
-from mitrain.errors import DataError
 
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 1 << 30  # of a picture's file, which is read whole: its digest is of the bytes that are decoded

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mitrain.files import write_json
+from mitrain.core.files import write_json
 
 OPEN_FILES = 64  # held open at most: a large cache has more files than a process may open
 

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mitrain.config import Section
-from mitrain.data import captions, food101, labels, mmimdb, snli_ve
-from mitrain.data.records import read_records
-from mitrain.data.refcoco import image_folder, read_refer, split_names
-from mitrain.errors import ConfigError, DataError
+from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError, DataError
+from mitrain.data.formats import captions, food101, labels, mmimdb, snli_ve
+from mitrain.data.formats.records import read_records
+from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
 
 
 class DataSection(Section):

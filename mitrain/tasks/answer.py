@@ -17,11 +17,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mitrain import dist
-from mitrain.config import Section
-from mitrain.errors import ModelError
+from mitrain.core import dist
+from mitrain.core.config import Section
+from mitrain.core.errors import ModelError
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
-from mitrain.tasks.speech import decoding, greedy
+from mitrain.tasks.generation import decoding, greedy
 from mitrain.tasks.template import frame_of, template_with
 
 log = logging.getLogger(__name__)

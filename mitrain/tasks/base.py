@@ -12,12 +12,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from mitrain.errors import UserError
-from mitrain.reading import Picture, Reading, Words
+from mitrain.core.errors import UserError
+from mitrain.models.batch import Picture, Reading, Words
 
 
 class TextModel(Protocol):
-    """The part of `mitrain.backbones.TextBackbone` that tasks use."""
+    """The part of `mitrain.models.TextBackbone` that tasks use."""
 
     model: Any
     tokenizer: Any
@@ -51,7 +51,7 @@ class TextModel(Protocol):
 
 
 class States(Protocol):
-    """The part of `mitrain.features.TextStates` that tasks use."""
+    """The part of `mitrain.data.features.TextStates` that tasks use."""
 
     depth: int
 
@@ -59,7 +59,7 @@ class States(Protocol):
 
 
 class Reader(Protocol):
-    """The part of `mitrain.adapters.base.Adapter` that tasks use."""
+    """The part of `mitrain.methods.base.Adapter` that tasks use."""
 
     method: str
     places: tuple[str, ...]
@@ -125,7 +125,7 @@ class Task(nn.Module):
     """Base of the tasks; its parameters are the task's trainable head.
 
     ``metric``: what the best step is chosen by. ``decodes``: reads patch tokens. ``speaks``: can generate text.
-    ``shuffles``: what the control of that name exchanges (`mitrain.evaluate`). ``columns``: title and metric of a table's
+    ``shuffles``: what the control of that name exchanges (`mitrain.training.evaluate`). ``columns``: title and metric of a table's
     columns; ``controls``: which controls it has rows for.
     """
 

@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mitrain.config import Section
-from mitrain.errors import ConfigError, DataError
-from mitrain.reading import Picture
+from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError, DataError
+from mitrain.models.batch import Picture
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
 from mitrain.tasks.label_metrics import label_metrics
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mitrain import dist
-from mitrain.reading import Picture
+from mitrain.core import dist
+from mitrain.models.batch import Picture
 from mitrain.tasks.base import Batch
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mitrain.errors import DataError
+from mitrain.core.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitrain import costs
-from mitrain.errors import ConfigError, ModelError
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.models import costs
 
 NORM_EPS = 1e-6
 FILM_PLACES = ("first", "every")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mitrain.errors import ConfigError, DataError
+from mitrain.core.errors import ConfigError, DataError
 
 CLASS_WEIGHTS = (0.9, 1.1)  # background, foreground: MiT's release
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # Lin et al., ICCV 2017

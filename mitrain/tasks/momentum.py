@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mitrain import dist
+from mitrain.core import dist
 
 Vectors = tuple[Tensor, Tensor]
 """Of pictures and of texts, (B, d) each."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mitrain.errors import DataError
+from mitrain.core.errors import DataError
 
 CHUNK = 256  # rows of the similarity matrix that exist at a time
 DEPTHS = (1, 5, 10)

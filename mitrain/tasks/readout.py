@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mitrain.errors import ConfigError
-from mitrain.reading import STATES, Picture, Words, mean_over
+from mitrain.core.errors import ConfigError
+from mitrain.models.batch import STATES, Picture, Words, mean_over
 from mitrain.tasks.base import Batch, Parts
 
 FIT_SAMPLES = 512

@@ -20,10 +20,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mitrain import dist
-from mitrain.config import Section
-from mitrain.errors import ConfigError
-from mitrain.reading import Picture
+from mitrain.core import dist
+from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError
+from mitrain.models.batch import Picture
 from mitrain.tasks.base import Batch, Parts, Prediction, Task, require_finite
 from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.momentum import MomentumQueue

@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mitrain import costs
-from mitrain.config import Section
-from mitrain.errors import ConfigError
-from mitrain.reading import Picture
+from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError
+from mitrain.models import costs
+from mitrain.models.batch import Picture
 from mitrain.tasks import decoders, masks
 from mitrain.tasks.base import Batch, Parts, Prediction, Task
 from mitrain.tasks.readout import See, read_out, runs_text, statistics

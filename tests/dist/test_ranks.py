@@ -11,8 +11,8 @@ import torch
 from ranks import PATH, ROOT, SAMPLES, STEPS, losses, make_world, run_folder
 from worker import CLIPPED, trained
 
-from mitrain import checkpoint
-from mitrain.checkpoint.folder import survey
+from mitrain.training import checkpoint
+from mitrain.training.checkpoint.folder import survey
 from mitrain.cli import main
 
 RANKS = 2

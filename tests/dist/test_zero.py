@@ -10,9 +10,9 @@ from ranks import STEPS, losses, make_world, run_folder
 from zero_worker import NARROW, POISONED, SPREADS
 
 import mitrain
-from mitrain.checkpoint.folder import survey
+from mitrain.training.checkpoint.folder import survey
 from mitrain.cli import main
-from mitrain.scoring import predict_one
+from mitrain.inference.scoring import predict_one
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mitrain import fingerprint
+from mitrain.training import fingerprint
 from mitrain.cli import main
 
 
@@ -24,7 +24,7 @@ def command(world: str, spoiled: str, *words: str) -> int:
 
 def out_of_memory(world: str, *words: str) -> int:
     """Rank 1 has no memory for its second share of a batch."""
-    from mitrain.trainer import Trainer
+    from mitrain.training.trainer import Trainer
 
     accumulate, calls = Trainer._accumulate, []
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mitrain import dist
+from mitrain.core import dist
 from mitrain.cli import main
 from mitrain.data.cache import FeatureCache
-from mitrain.engine import Group, LocalEngine, OptimizerConfig
-from mitrain.errors import UserError
-from mitrain.guard import StopRequest
-from mitrain.trainer import Trainer
+from mitrain.training.engine import Group, LocalEngine, OptimizerConfig
+from mitrain.core.errors import UserError
+from mitrain.training.guard import StopRequest
+from mitrain.training.trainer import Trainer
 
 CLIPPED = (OptimizerConfig(clip=0.05), OptimizerConfig(clip=0.01, clip_by="value"), OptimizerConfig(clip=None))
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mitrain import dist
+from mitrain.core import dist
 from mitrain.cli import main
-from mitrain.engine import Engine, Group, LocalEngine, OptimizerConfig, ZeroConfig
-from mitrain.engine.counting import counted_gathers
-from mitrain.engine.zero import ZeroEngine, checked_json, sharding
-from mitrain.errors import ConfigError
-from mitrain.trainer import Trainer
+from mitrain.training.engine import Engine, Group, LocalEngine, OptimizerConfig, ZeroConfig
+from mitrain.training.engine.counting import counted_gathers
+from mitrain.training.engine.zero import ZeroEngine, checked_json, sharding
+from mitrain.core.errors import ConfigError
+from mitrain.training.trainer import Trainer
 
 CLIP = OptimizerConfig(clip=0.5)
 SPREADS = (

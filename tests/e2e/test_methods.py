@@ -20,12 +20,12 @@ from transformers import (
 )
 
 import mitrain
-from mitrain import runs, schema
-from mitrain.adapters import METHODS
 from mitrain.cli import main
 from mitrain.compare.counts import count
-from mitrain.errors import ModelError
-from mitrain.reading import Words
+from mitrain.core.errors import ModelError
+from mitrain.methods import METHODS
+from mitrain.models.batch import Words
+from mitrain.training import runs, schema
 
 
 @pytest.fixture(scope="module")

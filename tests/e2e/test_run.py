@@ -10,9 +10,9 @@ import yaml
 from folders import colour_records, llm_folder, vision_folder
 from PIL import Image
 
-from mitrain import checkpoint, runs
 from mitrain.cli import main
-from mitrain.trainer import Trainer
+from mitrain.training import checkpoint, runs
+from mitrain.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ exit status (``ended``) come back on standard output. WHAT is
     loop      save checkpoints until killed; a child resumes from the newest and checks what it holds
     save      save one more checkpoint
     train     train to `LAST_STEP` with a checkpoint at every step, from the newest one
-    trainer   the same with `mitrain.trainer.Trainer`, in the run folder of a configuration
+    trainer   the same with `mitrain.training.trainer.Trainer`, in the run folder of a configuration
     export    publish an adapter in FOLDER
 
 and N says when the child kills itself: right before the N-th file operation of the save that `Killer` watches, or, if
@@ -30,7 +30,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from mitrain import checkpoint, parsing, pretrained, untrusted
+from mitrain.core import parsing, safe_io
+from mitrain.methods import export_format
+from mitrain.training import checkpoint
 
 LAST_STEP = 3
 WATCHED = 2  # the save that is disturbed: the second, which also rotates the first away
@@ -43,7 +45,7 @@ LOOKS = {
 
 The same holds of whatever the `READERS` do, which only read.
 """
-READERS = (parsing.__file__, untrusted.__file__)
+READERS = (parsing.__file__, safe_io.__file__)
 
 
 class Killer:
@@ -151,8 +153,8 @@ def train(folder: Path, at: int) -> int:
 
 
 def trainer(folder: Path, at: int) -> int:
-    from mitrain import runs
-    from mitrain.trainer import Trainer
+    from mitrain.training import runs
+    from mitrain.training.trainer import Trainer
 
     checkpoint.save = watched(at)
     return Trainer(runs.read_config(folder), folder, quiet=True).fit().step
@@ -161,10 +163,10 @@ def trainer(folder: Path, at: int) -> int:
 def export(folder: Path, at: int) -> int:
     """Publish the step's content in the new folder ``FOLDER/adapter``."""
     base = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=20)
-    counts = pretrained.Parameters(trainable=1, frozen=2)
-    fields = pretrained.method_fields({"name": "mit"}, base, "base", counts)
+    counts = export_format.Parameters(trainable=1, frozen=2)
+    fields = export_format.method_fields({"name": "mit"}, base, "base", counts)
     with Killer(at):
-        pretrained.publish(folder / "adapter", fields, {"adapter": content(1)["adapter"]}, pretrained.model_card)
+        export_format.publish(folder / "adapter", fields, {"adapter": content(1)["adapter"]}, export_format.model_card)
     return 1
 
 
@@ -177,7 +179,7 @@ def main() -> None:
     for line in sys.stdin:
         what, folder, at = line.split()
         if what == "trainer":
-            importlib.import_module("mitrain.trainer")  # once, not in every child
+            importlib.import_module("mitrain.training.trainer")  # once, not in every child
         pid = os.fork()
         if pid == 0:
             commands = {"loop": loop, "save": save, "train": train, "trainer": trainer, "export": export}

@@ -11,11 +11,11 @@ import subprocess
 import torch
 from crash_worker import Killer
 
-import mitrain.trainer
-from mitrain import checkpoint
-from mitrain.bench.faults.inject import before
+import mitrain.training.trainer
+from benchmarks.faults.inject import before
 from mitrain.cli import main
-from mitrain.trainer import Trainer
+from mitrain.training import checkpoint
+from mitrain.training.trainer import Trainer
 
 
 def train(*arguments: str) -> int:
@@ -34,7 +34,7 @@ def fail_at(moment: str, how: signal.Signals) -> None:
     if moment == "in-step":  # two micro-batches a step: between those of step 4
         before(Trainer, "_accumulate", 8, lambda: os.kill(os.getpid(), how))
     elif moment == "evaluate":
-        before(mitrain.trainer, "evaluate", 2, lambda: os.kill(os.getpid(), how))
+        before(mitrain.training.trainer, "evaluate", 2, lambda: os.kill(os.getpid(), how))
     else:
         operation = int(moment.removeprefix("save-"))
         before(checkpoint, "save", 2, lambda: Killer(operation).__enter__())

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from mitrain import checkpoint, pretrained
-from mitrain.errors import CheckpointError
+from mitrain.core.errors import CheckpointError
+from mitrain.methods import export_format
+from mitrain.training import checkpoint
 
 NUMBERS = 4096
 KB = 1024
@@ -26,8 +27,8 @@ def save(run: Path, step: int) -> Path:
 
 def publish(folder: Path) -> Path:
     base = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=20)
-    fields = pretrained.method_fields({"name": "mit"}, base, "base", pretrained.Parameters(trainable=1, frozen=2))
-    return pretrained.publish(folder, fields, {"adapter": {"w": torch.zeros(NUMBERS)}}, pretrained.model_card)
+    fields = export_format.method_fields({"name": "mit"}, base, "base", export_format.Parameters(trainable=1, frozen=2))
+    return export_format.publish(folder, fields, {"adapter": {"w": torch.zeros(NUMBERS)}}, export_format.model_card)
 
 
 def refused(write: Callable[[], object], says: str) -> None:
@@ -63,7 +64,7 @@ def test_a_write_that_fails_leaves_no_export(tmp_path, size):
     with longest_file(size):
         refused(lambda: publish(tmp_path / "adapter"), "cannot write .*adapter")
     assert list(tmp_path.iterdir()) == []
-    assert pretrained.read(publish(tmp_path / "adapter"))
+    assert export_format.read(publish(tmp_path / "adapter"))
 
 
 @pytest.fixture
@@ -110,4 +111,4 @@ def test_a_full_disk_leaves_no_export(small_disk):
         refused(lambda: publish(small_disk / "adapter"), "No space left on device")
         assert [p.name for p in small_disk.iterdir()] == ["ballast"]
     (small_disk / "ballast").unlink()
-    assert pretrained.read(publish(small_disk / "adapter"))
+    assert export_format.read(publish(small_disk / "adapter"))

@@ -14,7 +14,8 @@ import torch
 from crash_worker import LAST_STEP, WATCHED
 from crashes import Worker
 
-from mitrain import checkpoint, pretrained
+from mitrain.methods import export_format
+from mitrain.training import checkpoint
 
 MUTATIONS = {"open", "write", "__exit__", "fsync", "chmod", "replace", "unlink", "rmdir", "mkdir"}
 
@@ -125,9 +126,9 @@ def test_a_kill_at_any_file_operation_of_an_export_leaves_nothing_or_all(worker,
         there = (folder / "adapter").exists()
         outcomes.append(there)
         if there:
-            assert pretrained.read(folder / "adapter").tensors["adapter"]["weight"].shape == (128, 128)
+            assert export_format.read(folder / "adapter").tensors["adapter"]["weight"].shape == (128, 128)
         else:
-            assert worker.run("export", folder).status == 0 and pretrained.read(folder / "adapter")
+            assert worker.run("export", folder).status == 0 and export_format.read(folder / "adapter")
     assert operation > 15 and outcomes == sorted(outcomes) and set(outcomes) == {False, True}
     for size in (1, 500, 40_000):
         folder = tmp_path / f"torn{size}"
@@ -140,7 +141,7 @@ def test_the_trainer_itself_killed_at_any_file_operation_goes_on_with_the_same_l
     """`mitrain train --resume` after a kill in its second save; losses from metrics.jsonl, bit for bit."""
     from folders import colour_records, llm_folder, vision_folder
 
-    from mitrain import runs, schema
+    from mitrain.training import runs, schema
 
     llm_folder(tmp_path / "llm", layers=2)
     vision_folder(tmp_path / "vision", layers=2)

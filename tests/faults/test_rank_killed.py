@@ -6,8 +6,8 @@ import re
 import pytest
 from ranks import STEPS, losses, make_world, run_folder
 
-from mitrain import checkpoint
-from mitrain.checkpoint.folder import survey
+from mitrain.training import checkpoint
+from mitrain.training.checkpoint.folder import survey
 
 RANKS = 2
 SIGKILL = -9

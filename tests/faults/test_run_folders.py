@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from refusals import read_or_refused
 from safetensors import torch as safetensors
 
-from mitrain import runs, schema
 from mitrain.cli import main
-from mitrain.errors import UserError
-from mitrain.trainer import Trainer
+from mitrain.core.errors import UserError
+from mitrain.training import runs, schema
+from mitrain.training.trainer import Trainer
 
 COMMANDS = ("eval", "predict", "resume", "report")
 STEPS, STOPPED = 3, 2

@@ -6,8 +6,8 @@ import sys
 import threading
 
 from mitrain.cli import main
-from mitrain.guard import StopRequest
-from mitrain.trainer import Trainer
+from mitrain.training.guard import StopRequest
+from mitrain.training.trainer import Trainer
 
 STEP = 3
 

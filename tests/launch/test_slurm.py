@@ -7,7 +7,7 @@ import pytest
 from ranks import ROOT, need
 from slurm_cluster import PROGRAMS, Cluster
 
-from mitrain.checkpoint.folder import survey
+from mitrain.training.checkpoint.folder import survey
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -8,10 +8,11 @@ from tiny import VOCABULARY, text, tiny
 from torch import Tensor
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, PreTrainedModel
 
-from mitrain import adapters, config
-from mitrain.adapters.base import Adapter
-from mitrain.reading import Picture, Words
-from mitrain.trunk import trunk_states
+from mitrain import methods
+from mitrain.core import config
+from mitrain.methods.base import Adapter
+from mitrain.models.batch import Picture, Words
+from mitrain.models.frozen import trunk_states
 
 FEATURE = 5
 """Width of the encoders' global feature."""
@@ -32,7 +33,7 @@ def dino() -> PreTrainedModel:
 def made(name: str, values: dict[str, Any] | None = None) -> Adapter:
     """The method ``name``, with ``values`` or the settings for tiny models, not attached."""
     settings = section(name) if values is None else {"name": name, **values}
-    return adapters.build(config.choose("adapter", settings), {"image": FEATURE})
+    return methods.build(config.choose("adapter", settings), {"image": FEATURE})
 
 
 def places(adapter: Adapter, model: PreTrainedModel, image: PreTrainedModel) -> dict[str, PreTrainedModel]:

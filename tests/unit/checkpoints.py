@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mitrain import checkpoint
-from mitrain.checkpoint.manifest import checksum
+from mitrain.training import checkpoint
+from mitrain.training.checkpoint.manifest import checksum
 
 
 def tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:

@@ -8,9 +8,10 @@ import torch
 from folders import colour_records, llm_folder, vision_folder
 from tiny import scramble
 
-from mitrain import checkpoint, pretrained, runs, schema
-from mitrain.model import build
-from mitrain.schema import RunConfig
+from mitrain.methods import export_format
+from mitrain.training import checkpoint, runs, schema
+from mitrain.training.build import build
+from mitrain.training.schema import RunConfig
 
 BEST, LAST = 4, 6
 PROMPT = "the colour of this picture is"
@@ -70,4 +71,4 @@ def make_run(world: Path, task: str = "answer") -> Path:
 
 def resigned(values: dict[str, Any]) -> dict[str, Any]:
     """``values`` of adapter_config.json with a checksum that vouches for them: what a forger would do."""
-    return {**values, "checksum": pretrained.folder.checksum(values)}
+    return {**values, "checksum": export_format.folder.checksum(values)}

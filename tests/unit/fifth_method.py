@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mitrain import trunk
-from mitrain.adapters.base import Adapter
-from mitrain.adapters.selection import select_layers
-from mitrain.config import Section
-from mitrain.reading import Picture, Reading, Words
-from mitrain.stack import Stack
+from mitrain.core.config import Section
+from mitrain.methods.base import Adapter
+from mitrain.methods.selection import select_layers
+from mitrain.models import frozen
+from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.layers import Stack
 
 
 class GatedConfig(Section, kind="adapter", name="gated"):
@@ -84,7 +84,7 @@ class Gated(Adapter):
             if picture is not None and picture.infused:
                 with torch.no_grad():
                     self._picture, _ = self._image.read_picture(picture)
-            text = trunk.last_hidden(self._backbones["text"], words)
+            text = frozen.last_hidden(self._backbones["text"], words)
         finally:
             self._picture = None
         return Reading(text, words.mask, picture and picture.feature)

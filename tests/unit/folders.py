@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from mitrain.bench.faults.world import COLOURS, WORDS, records
-from mitrain.bench.faults.world import image_encoder as vision_folder
-from mitrain.bench.faults.world import language_model as llm_folder
-from mitrain.bench.faults.world import picture as colour_image
+from benchmarks.faults.world import COLOURS, WORDS, records
+from benchmarks.faults.world import image_encoder as vision_folder
+from benchmarks.faults.world import language_model as llm_folder
+from benchmarks.faults.world import picture as colour_image
 
 __all__ = ["COLOURS", "WORDS", "colour_image", "colour_records", "llm_folder", "vision_folder"]
 

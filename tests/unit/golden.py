@@ -10,7 +10,7 @@ import torch
 from source_tree import ROOT
 from torch import Tensor
 
-from mitrain import checkpoint
+from mitrain.training import checkpoint
 
 GOLDEN = ROOT / "tests" / "golden"
 STEP, SEED, RANKS = 7, 11, 2

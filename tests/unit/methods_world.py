@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from folders import colour_records, llm_folder, vision_folder
 
-from mitrain import schema
-from mitrain.adapters.base import Adapter
-from mitrain.model import build
+from mitrain.methods.base import Adapter
+from mitrain.training import schema
+from mitrain.training.build import build
 
 SMALL: dict[str, dict[str, Any]] = {
     "pmf": {"fusion_layers": 1},

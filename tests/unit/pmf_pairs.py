@@ -8,10 +8,10 @@ from tiny_encoders import pixels, sound, tiny_encoder
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mitrain.adapters.pmf import PMF
-from mitrain.adapters.pmf_config import PMFConfig
-from mitrain.reading import Picture, Words
-from mitrain.trunk import trunk_states
+from mitrain.methods.pmf.config import PMFConfig
+from mitrain.methods.pmf.pmf import PMF
+from mitrain.models.batch import Picture, Words
+from mitrain.models.frozen import trunk_states
 
 PAIRS = {
     "bert+vit": ("bert", "vit"),

@@ -6,9 +6,9 @@ from mitrain_kernels.infused_attention import infused_attention_reference
 from tiny import features, tiny
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mitrain.adapters.attention import Infusion, LayerMaps, infused_forward
-from mitrain.adapters.condition import make_condition
-from mitrain.errors import ModelError
+from mitrain.core.errors import ModelError
+from mitrain.methods.condition import make_condition
+from mitrain.methods.mit.attention import Infusion, LayerMaps, infused_forward
 
 B, H, G, D, T, M = 3, 4, 2, 8, 7, 2
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mitrain.adapters.condition import make_condition
-from mitrain.errors import ModelError
+from mitrain.core.errors import ModelError
+from mitrain.methods.condition import make_condition
 
 WIDTHS = {"image": 6, "audio": 3}
 

@@ -10,8 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import mitrain
 from mitrain import MiTConfig
-from mitrain.adapters import ffn
-from mitrain.adapters.ffn import InfusedFeedForward, infuse, is_swiglu
+from mitrain.methods.mit import ffn
+from mitrain.methods.mit.ffn import InfusedFeedForward, infuse, is_swiglu
 
 FUSED = ("llama", "qwen2", "qwen3", "mistral")
 CONFIG = MiTConfig(modalities={"image": 6}, layers=[2, 3])
@@ -187,7 +187,7 @@ def test_an_attach_that_fails_puts_the_blocks_back(monkeypatch):
     def fail(*_):
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(mitrain.adapters.mit.MiT, "set_checkpointing", fail)
+    monkeypatch.setattr(mitrain.methods.mit.mit.MiT, "set_checkpointing", fail)
     with pytest.raises(RuntimeError, match="stop"):
         mitrain.attach(model, CONFIG)
     assert [layer.mlp for layer in model.model.layers] == blocks

@@ -12,8 +12,9 @@ from tiny import scramble, tiny
 from transformers import AutoModelForCausalLM
 
 import mitrain
-from mitrain import adapters, config
-from mitrain.errors import ModelError
+from mitrain import methods
+from mitrain.core import config
+from mitrain.core.errors import ModelError
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 FEATURES = torch.randn(16, 1, 6, generator=torch.Generator().manual_seed(0))
@@ -36,7 +37,7 @@ def test_a_model_is_not_saved_without_its_adapter(tmp_path, settings):
     folder = llm_folder(tmp_path / "llm", layers=2)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     plain = model(IDS).logits
-    adapter = adapters.build(config.choose("adapter", settings), {"image": 6})
+    adapter = methods.build(config.choose("adapter", settings), {"image": 6})
     adapter.attach({"text": model})
     for part in (model, model.base_model):
         with pytest.raises(ModelError, match=f"has a {adapter.method} adapter attached, which save_pretrained"):

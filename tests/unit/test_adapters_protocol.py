@@ -9,10 +9,10 @@ from tiny import GROUPED, features, text, tiny
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from mitrain.adapters.base import Adapter
-from mitrain.errors import ModelError
-from mitrain.reading import Picture, Reading, Words
-from mitrain.trunk import trunk_states
+from mitrain.core.errors import ModelError
+from mitrain.methods.base import Adapter
+from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.frozen import trunk_states
 
 
 class SharedUpdate(Adapter):

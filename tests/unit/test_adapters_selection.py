@@ -2,8 +2,8 @@
 
 import pytest
 
-from mitrain.adapters.selection import parse_layers, select_layers
-from mitrain.errors import ConfigError
+from mitrain.core.errors import ConfigError
+from mitrain.methods.selection import parse_layers, select_layers
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import torch
 from folders import COLOURS, llm_folder
 from tiny import scramble
 
-from mitrain import adapters
-from mitrain.adapters.mit import MiTConfig
-from mitrain.backbones import TextBackbone
-from mitrain.data.records import AnswerSample
-from mitrain.states import TextStates
+from mitrain import methods
+from mitrain.data.formats.records import AnswerSample
+from mitrain.data.states import TextStates
+from mitrain.methods.mit.mit import MiTConfig
+from mitrain.models import TextBackbone
 from mitrain.tasks.answer import AnswerConfig, AnswerTask, same_text
 from mitrain.tasks.base import Batch, Parts
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 def make(folder, cache=None, **config):
     text = TextBackbone.load(folder, torch.float32)
-    adapter = adapters.build(MiTConfig(layers=[1, 2]), {"image": 6})
+    adapter = methods.build(MiTConfig(layers=[1, 2]), {"image": 6})
     adapter.attach({"text": text.model})
     scramble(adapter)
     return AnswerTask(AnswerConfig(**config), Parts(text, adapter, TextStates(text, 1, cache)))

@@ -10,13 +10,13 @@ from tiny import NAMES, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mitrain import adapters, trunk
-from mitrain.adapters.mit import MiTConfig
-from mitrain.backbones import TextBackbone
-from mitrain.data.records import AnswerSample
-from mitrain.errors import ModelError
-from mitrain.states import TextStates
-from mitrain.tasks import speech
+from mitrain import methods
+from mitrain.core.errors import ModelError
+from mitrain.data.formats.records import AnswerSample
+from mitrain.data.states import TextStates
+from mitrain.methods.mit.mit import MiTConfig
+from mitrain.models import TextBackbone, frozen
+from mitrain.tasks import generation
 from mitrain.tasks.answer import AnswerConfig, AnswerTask
 from mitrain.tasks.base import Batch, Parts
 
@@ -57,7 +57,7 @@ def strange(name, tokenizer):
 
 
 def task_on(text, cache=None, layers="last half", **settings):
-    adapter = adapters.build(MiTConfig(layers=layers, **settings), {"image": 6})
+    adapter = methods.build(MiTConfig(layers=layers, **settings), {"image": 6})
     adapter.attach({"text": text.model})
     states = TextStates(text, adapter.first_layer("text"), cache, aside=adapter.aside)
     return AnswerTask(AnswerConfig(max_new_tokens=4), Parts(text, adapter, states))
@@ -143,9 +143,9 @@ def test_a_usual_model_speaks_with_its_cache(tokenizer):
 
 def test_a_cache_that_gives_other_numbers_is_not_used(tokenizer, monkeypatch):
     task = task_on(TextBackbone(tiny(), tokenizer))
-    true = speech.logits
-    monkeypatch.setattr(speech, "logits", lambda parts, use_cache: [x + use_cache for x in true(parts, use_cache)])
-    assert speech.decoding(task.parts) == {"use_cache": False}
+    true = generation.logits
+    monkeypatch.setattr(generation, "logits", lambda parts, use_cache: [x + use_cache for x in true(parts, use_cache)])
+    assert generation.decoding(task.parts) == {"use_cache": False}
 
 
 def test_a_run_that_cannot_generate_is_told_before_its_first_step(tokenizer, caplog):
@@ -162,4 +162,4 @@ def test_nothing_is_compared_that_is_not_finite():
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    assert not trunk.reproduces(model, 1, ids, torch.ones_like(ids))
+    assert not frozen.reproduces(model, 1, ids, torch.ones_like(ids))

@@ -6,12 +6,12 @@ from tiny import scramble, text
 from tiny_pair import DEPTH, WIDTH, aurora, batch, blip, dinov2, pair, pixels
 from torch import nn
 
-from mitrain import adapters
-from mitrain.adapters.aurora import Aurora
-from mitrain.adapters.aurora_config import AuroraConfig
-from mitrain.errors import ModelError
-from mitrain.reading import Picture, Words
-from mitrain.trunk import last_hidden, trunk_states
+from mitrain import methods
+from mitrain.core.errors import ModelError
+from mitrain.methods.aurora.aurora import Aurora
+from mitrain.methods.aurora.config import AuroraConfig
+from mitrain.models.batch import Picture, Words
+from mitrain.models.frozen import last_hidden, trunk_states
 
 KINDS = ["bert", "llama", "blip"]
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64, a few dozen operations deep on values near 1
@@ -193,7 +193,7 @@ def test_what_does_not_fold_is_refused_and_nothing_is_changed():
 
 
 def test_quantised_weights_are_tuned_and_not_merged():
-    from mitrain.quant.linear import FrozenInt8Linear
+    from mitrain.models.quant.linear import FrozenInt8Linear
 
     backbones = pair(dtype=torch.float32)
     layer = backbones["image"].encoder.layer[DEPTH - 1]
@@ -217,7 +217,7 @@ def test_the_adapter_is_found_by_name_and_taken_off_without_a_trace():
     backbones = pair()
     words, picture = batch(backbones)
     before = last_hidden(backbones["text"], words)
-    adapter = adapters.build(AuroraConfig(rank=3, dropout=0.0), {"image": WIDTH})
+    adapter = methods.build(AuroraConfig(rank=3, dropout=0.0), {"image": WIDTH})
     adapter.attach(backbones)
     owned = {id(m) for b in backbones.values() for n, m in b.named_modules() if not n.startswith("aurora")}
     assert isinstance(adapter, Aurora) and not any(id(m) in owned for m in adapter.modules())

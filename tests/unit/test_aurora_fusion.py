@@ -9,9 +9,9 @@ from tiny import scramble, tiny
 from tiny_pair import DEPTH, WIDTH, aurora, batch, dinov2, pair
 from torch.nn import functional as F
 
-from mitrain.adapters.aurora_fusion import RESIDUAL, distinct, enhanced, gated, orthogonal, spread_of
-from mitrain.errors import ModelError
-from mitrain.reading import Picture, Words
+from mitrain.core.errors import ModelError
+from mitrain.methods.aurora.fusion import RESIDUAL, distinct, enhanced, gated, orthogonal, spread_of
+from mitrain.models.batch import Picture, Words
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 

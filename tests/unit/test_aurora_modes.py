@@ -9,10 +9,10 @@ from tiny_pair import WIDTH, aurora, pair
 from torch.nn import functional as F
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from mitrain import config
-from mitrain.adapters.aurora import Aurora
-from mitrain.adapters.aurora_config import AuroraConfig, parameter_count, rank_for
-from mitrain.errors import ConfigError, ModelError
+from mitrain.core import config
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.methods.aurora.aurora import Aurora
+from mitrain.methods.aurora.config import AuroraConfig, parameter_count, rank_for
 
 BASE, LAYERS = 768, 12  # BLIP-base: both encoders
 

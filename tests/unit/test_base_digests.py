@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mitrain
-from mitrain import quant
-from mitrain.backbones import TextBackbone, VisionConfig, VisionEncoder
-from mitrain.backbones.digests import weights_of
 from mitrain.cli import main
-from mitrain.errors import ModelError
-from mitrain.export import export
+from mitrain.core.errors import ModelError
+from mitrain.inference.export import export
+from mitrain.models import TextBackbone, VisionConfig, VisionEncoder, quant
+from mitrain.models.digests import weights_of
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from attached import attached, bert, close, dino, inputs, made, pixels, places, 
 from tiny import scramble, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mitrain import schema
-from mitrain.adapters.peft import within_layer
-from mitrain.errors import ConfigError, ModelError
-from mitrain.model import build
-from mitrain.quant.replace import quantise
-from mitrain.reading import Picture, Words
-from mitrain.trunk import trunk_states
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.methods.peft import within_layer
+from mitrain.models.batch import Picture, Words
+from mitrain.models.frozen import trunk_states
+from mitrain.models.quant.replace import quantise
+from mitrain.training import schema
+from mitrain.training.build import build
 
 
 def test_lora_is_a_low_rank_update_and_merges():

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from mitrain.bench.faults import cases, suite
-from mitrain.bench.faults.lab import Ended, Left
-from mitrain.bench.faults.suite import Case, Found, verdict
+from benchmarks.faults import cases, suite
+from benchmarks.faults.lab import Ended, Left
+from benchmarks.faults.suite import Case, Found, verdict
 from mitrain.cli import main
-from mitrain.errors import ConfigError
+from mitrain.core.errors import ConfigError
 
 GOOD = Found(True, "refused", 1.0, 1, True, "mitrain: no")
 

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from mitrain.bench import load
+from benchmarks import load
 
 MIB = 2**20
 

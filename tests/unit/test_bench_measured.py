@@ -6,11 +6,11 @@ import yaml
 from ranks import make_world
 from torch import nn
 
-from mitrain import schema
-from mitrain.bench import cells, parity
-from mitrain.bench.cells import OURS, Cell, Plan
-from mitrain.bench.measured import Measured
-from mitrain.bench.resident import optimizer_bytes, resident_bytes, whole_bytes
+from benchmarks import cells, parity
+from benchmarks.cells import OURS, Cell, Plan
+from benchmarks.measured import Measured
+from mitrain.compare.resident import optimizer_bytes, resident_bytes, whole_bytes
+from mitrain.training import schema
 
 
 class Hoarder(nn.Module):

@@ -5,12 +5,12 @@ from dataclasses import asdict
 
 import pytest
 
-from mitrain.bench import cells, judge, parity, ranks
-from mitrain.bench.cells import EXACT, OURS, Cell, Plan
-from mitrain.bench.measured import Measured, permuted
-from mitrain.bench.table import COLUMNS, table
+from benchmarks import cells, judge, parity, ranks
+from benchmarks.cells import EXACT, OURS, Cell, Plan
+from benchmarks.measured import Measured, permuted
+from benchmarks.table import COLUMNS, table
 from mitrain.cli import main
-from mitrain.config import digest
+from mitrain.core.config import digest
 
 PLAN = Plan("x.yaml", steps=2)
 FOUND = {
@@ -93,7 +93,9 @@ def test_permuted_batches_hold_the_same_samples():
 
 def test_the_batch_is_permuted_before_the_ranks_share_it(monkeypatch):
     taken = []
-    monkeypatch.setattr("mitrain.trainer.Trainer._accumulate", lambda self, draws, share: taken.extend(draws[share]))
+    monkeypatch.setattr(
+        "mitrain.training.trainer.Trainer._accumulate", lambda self, draws, share: taken.extend(draws[share])
+    )
     measured = object.__new__(Measured)
     measured.order = 7
     measured._accumulate(list("abcd"), slice(0, 2))
@@ -193,7 +195,7 @@ def boom(cell: Cell, plan: Plan, out) -> None:
 
 
 def refuse(cell: Cell, plan: Plan, out) -> None:
-    from mitrain.errors import ModelError
+    from mitrain.core.errors import ModelError
 
     raise ModelError("the model is gone: bring it back")
 

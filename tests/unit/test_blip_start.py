@@ -9,15 +9,15 @@ from safetensors.torch import load_file, save_file
 from tiny_pair import aurora, blip, pixels
 from transformers import AutoTokenizer, BlipForImageTextRetrieval
 
-from mitrain.backbones import TextBackbone
-from mitrain.backbones import blip as checkpoint
-from mitrain.data.captions import CaptionSample
-from mitrain.reading import Picture
-from mitrain.states import TextStates
+from mitrain.data.formats.captions import CaptionSample
+from mitrain.data.states import TextStates
+from mitrain.models import TextBackbone
+from mitrain.models import blip as checkpoint
+from mitrain.models.batch import Picture
+from mitrain.models.frozen import trunk_states
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.retrieve import RetrieveConfig, RetrieveTask
-from mitrain.trunk import trunk_states
 
 TEXTS = ["a red square", "green on the left", "blue"]
 OWN = {"readout": ("cls",), "dim": 8}  # as wide as the checkpoint's common space

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mitrain import dist
+from mitrain.core import dist
+from mitrain.core.errors import DataError, ModelError
 from mitrain.data import segments
 from mitrain.data.cache import FeatureCache
-from mitrain.errors import DataError, ModelError
 
 KEYS = [f"k{i}" for i in range(11)]
 

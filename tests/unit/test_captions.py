@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused
 
-from mitrain.data.captions import CaptionSample, read_captions, read_karpathy
-from mitrain.errors import DataError
+from mitrain.core.errors import DataError
+from mitrain.data.formats.captions import CaptionSample, read_captions, read_karpathy
 
 
 def image(name, split, *captions, **more):

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from mitrain.cautions import cautions
-from mitrain.data.captions import CaptionSample
-from mitrain.data.labels import LabelSample
-from mitrain.data.records import AnswerSample
-from mitrain.data.refcoco import ReferSample
-from mitrain.errors import DataError
+from mitrain.core.errors import DataError
+from mitrain.data.formats.captions import CaptionSample
+from mitrain.data.formats.labels import LabelSample
+from mitrain.data.formats.records import AnswerSample
+from mitrain.data.formats.refcoco import ReferSample
+from mitrain.training.cautions import cautions
 
 EMPTY, HALF, FULL = ({"size": [6, 8], "counts": counts} for counts in ([48], [24, 24], [0, 48]))
 

@@ -14,8 +14,9 @@ from checkpoints import flip_a_bit, save, steps, tensors
 from tiny import tiny
 
 import mitrain
-from mitrain import checkpoint, files
-from mitrain.errors import CheckpointError
+from mitrain.core import files
+from mitrain.core.errors import CheckpointError
+from mitrain.training import checkpoint
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mitrain import checkpoint
+from mitrain.training import checkpoint
 
 VERSIONS = range(1, checkpoint.FORMAT + 1)
 

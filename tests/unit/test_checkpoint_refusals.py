@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from refusals import read_or_refused
 from safetensors import torch as safetensors
 
-from mitrain import checkpoint
-from mitrain.errors import CheckpointError
+from mitrain.core.errors import CheckpointError
+from mitrain.training import checkpoint
 
 
 def entry(**changes) -> dict:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from mitrain import checkpoint, dist
-from mitrain.errors import CheckpointError
+from mitrain.core import dist
+from mitrain.core.errors import CheckpointError
+from mitrain.training import checkpoint
 
 
 def test_only_trainable_takes_parameters_and_buffers_and_refuses_frozen_weights():
@@ -168,7 +169,7 @@ import numpy as np
 import torch
 from torch import nn
 from mitrain import checkpoint
-from mitrain.engine import Group, LocalEngine, OptimizerConfig
+from mitrain.training.engine import Group, LocalEngine, OptimizerConfig
 
 def train(run, first, last):
     """Train steps [first, last) of a net with dropout and batch norm on data from all three random generators."""

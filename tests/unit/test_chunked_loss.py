@@ -7,11 +7,10 @@ from tiny import tiny
 from torch import nn
 from tracked import Tracked
 
-from mitrain import quant
-from mitrain.backbones import text
-from mitrain.backbones.chunked_loss import chunked_cross_entropy
-from mitrain.errors import ModelError
-from mitrain.quant import FrozenInt8Linear, FrozenNF4Linear
+from mitrain.core.errors import ModelError
+from mitrain.models import quant, text
+from mitrain.models.chunked_loss import chunked_cross_entropy
+from mitrain.models.quant import FrozenInt8Linear, FrozenNF4Linear
 
 
 def setting(n: int = 7, width: int = 12, vocabulary: int = 101, kind: type | None = None, bias: bool = True):

@@ -9,17 +9,17 @@ from folders import llm_folder
 from tiny import scramble
 from torch.nn import functional as F
 
-from mitrain import adapters
-from mitrain.adapters.mit import MiTConfig
-from mitrain.backbones import TextBackbone
-from mitrain.data.labels import LabelSample
-from mitrain.errors import ConfigError, DataError
-from mitrain.probe import probe_labels
-from mitrain.reading import Picture
-from mitrain.states import TextStates
+from mitrain import methods
+from mitrain.core.errors import ConfigError, DataError
+from mitrain.data.formats.labels import LabelSample
+from mitrain.data.states import TextStates
+from mitrain.methods.mit.mit import MiTConfig
+from mitrain.models import TextBackbone
+from mitrain.models.batch import Picture
 from mitrain.tasks.base import Batch, Parts, Prediction
 from mitrain.tasks.classify import ClassifyConfig, ClassifyTask, class_weights
 from mitrain.tasks.label_metrics import label_metrics
+from mitrain.training.probe import probe_labels
 
 CLASSES = ("red", "green", "blue")
 FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 def make(folder, cache=None, multilabel=False, classes=CLASSES, **config):
     text = TextBackbone.load(folder, torch.float32)
-    adapter = adapters.build(MiTConfig(layers=[1, 2]), {"image": 6})
+    adapter = methods.build(MiTConfig(layers=[1, 2]), {"image": 6})
     adapter.attach({"text": text.model})
     scramble(adapter)
     torch.manual_seed(0)

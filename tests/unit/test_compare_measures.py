@@ -8,7 +8,7 @@ from torch import nn
 from mitrain.compare import cells, counts, study
 from mitrain.compare.counts import count
 from mitrain.compare.measures import Saved, attention_flops, step_ms
-from mitrain.errors import ConfigError
+from mitrain.core.errors import ConfigError
 
 STUDIES = ROOT / "configs" / "studies"
 

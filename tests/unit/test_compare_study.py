@@ -5,8 +5,8 @@ import yaml
 
 from mitrain.compare import cells, study
 from mitrain.compare.cells import Place
-from mitrain.config import parse
-from mitrain.errors import ConfigError
+from mitrain.core.config import parse
+from mitrain.core.errors import ConfigError
 
 BASE = {
     "name": "base",

@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from mitrain import config, parsing
 from mitrain.cli import main
-from mitrain.config import Section
-from mitrain.errors import ConfigError
+from mitrain.core import config, parsing
+from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError
 
 TENFOLD = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mitrain.errors import DataError
+from mitrain.core.errors import DataError
 from mitrain.tasks.controls import majority_answers, names_any, objects_by_scene, other_expressions, other_images
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=60)

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 import mitrain
-from mitrain.costs import (
+from mitrain.core.errors import ConfigError
+from mitrain.models.costs import (
     LlmShape,
     Memory,
     Split,
@@ -30,7 +31,6 @@ from mitrain.costs import (
     mit_layer_parameters,
     training_memory,
 )
-from mitrain.errors import ConfigError
 
 LLAMA2_7B = {
     "hidden_size": 4096,

@@ -6,10 +6,10 @@ import pytest
 import tiny_deb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mitrain_demo import deb
 from refusals import read_or_refused
 
-from mitrain.errors import PrepareError
-from mitrain.prepare import deb
+from mitrain.core.errors import PrepareError
 
 FILES = {"./usr/share/x/a.png": b"picture", "./usr/share/x/deep/b.txt": b"words" * 99, "./usr/share/y/c.png": b"other"}
 

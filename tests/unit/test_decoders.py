@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from saved import saved_bytes
 from torch import Tensor
 
-from mitrain.costs import film_decoder_parameters, mask_loss_activations
-from mitrain.errors import ConfigError, ModelError
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.models.costs import film_decoder_parameters, mask_loss_activations
 from mitrain.tasks.decoders import FilmDecoder, UnetDecoder, patch_coordinates, resize, to_map, unet_sizes
 from mitrain.tasks.masks import LOSSES, mask_loss
 

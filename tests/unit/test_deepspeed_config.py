@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from mitrain.config import parse
-from mitrain.engine import OptimizerConfig, ZeroConfig
-from mitrain.engine.deepspeed_config import deepspeed_json
-from mitrain.engine.zero import sharding
-from mitrain.errors import ConfigError
+from mitrain.core.config import parse
+from mitrain.core.errors import ConfigError
+from mitrain.training.engine import OptimizerConfig, ZeroConfig
+from mitrain.training.engine.deepspeed_config import deepspeed_json
+from mitrain.training.engine.zero import sharding
 
 PLAIN = OptimizerConfig(clip=0.5)
 

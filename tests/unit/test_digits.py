@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mitrain_demo import digits
 from sklearn.datasets import load_digits
 
+from mitrain.data.formats.records import read_records
+from mitrain.data.formats.refcoco import read_refer
 from mitrain.data.images import open_image
-from mitrain.data.records import read_records
-from mitrain.data.refcoco import read_refer
-from mitrain.prepare import digits
 
 
 @pytest.fixture(scope="module")

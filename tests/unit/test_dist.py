@@ -5,9 +5,9 @@ import socket
 import pytest
 import torch
 
-from mitrain import dist
-from mitrain.dist import Place, place
-from mitrain.errors import RankError
+from mitrain.core import dist
+from mitrain.core.dist import Place, place
+from mitrain.core.errors import RankError
 
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **MEET}

@@ -4,8 +4,9 @@ import json
 
 import torch
 
-from mitrain import doctor, provenance, quant
-from mitrain.cli import main
+from mitrain.cli import machine, main
+from mitrain.core import provenance
+from mitrain.models import quant
 
 
 def test_the_document_is_this_machines(capsys):
@@ -36,5 +37,5 @@ def test_a_fault_is_a_line_with_what_it_means(capsys, monkeypatch):
 def test_flags_are_words_of_the_first_kind_of_line(tmp_path):
     about = tmp_path / "cpuinfo"
     about.write_text("model name\t: avx512f by name only\nflags\t\t: fpu avx2 amx_tile\n")
-    assert doctor.cpu_flags(about) == {"fpu", "avx2", "amx_tile"}
-    assert doctor.cpu_flags(tmp_path / "absent") == set()
+    assert machine.cpu_flags(about) == {"fpu", "avx2", "amx_tile"}
+    assert machine.cpu_flags(tmp_path / "absent") == set()

@@ -3,8 +3,9 @@
 import pytest
 from source_tree import ROOT
 
-from mitrain import costs, schema
-from mitrain.dryrun import dry_run
+from mitrain.models import costs
+from mitrain.training import schema
+from mitrain.training.dryrun import dry_run
 
 CONFIG = ROOT / "configs" / "mit-llama2-7b-refcoco.yaml"
 LEVELS, CONDITION, GRID = [1024] * 3, 4096, (24, 24)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel
 
-from mitrain.backbones.efficientnet_lite import (
+from mitrain.models.efficientnet_lite import (
     ConvNorm,
     EfficientNetLiteConfig,
     EfficientNetLiteModel,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mitrain.config import parse
-from mitrain.engine import Group, LocalEngine, OptimizerConfig, cut_group
-from mitrain.errors import CheckpointError, ConfigError, ModelError
+from mitrain.core.config import parse
+from mitrain.core.errors import CheckpointError, ConfigError, ModelError
+from mitrain.training.engine import Group, LocalEngine, OptimizerConfig, cut_group
 
 PLAIN = OptimizerConfig(name="sgd", clip=None)
 

@@ -7,15 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mitrain import dist, figures
 from mitrain.cli import parser
-from mitrain.data.labels import LabelSample
-from mitrain.data.records import AnswerSample
-from mitrain.data.refcoco import ReferSample
-from mitrain.errors import ConfigError, DataError, UserError
-from mitrain.evaluate import CONTROLS, controlled, evaluate
-from mitrain.probe import probe_accuracy
+from mitrain.core import dist
+from mitrain.core.errors import ConfigError, DataError, UserError
+from mitrain.data.formats.labels import LabelSample
+from mitrain.data.formats.records import AnswerSample
+from mitrain.data.formats.refcoco import ReferSample
+from mitrain.inference import figures
 from mitrain.tasks.base import Batch, Prediction
+from mitrain.training.evaluate import CONTROLS, controlled, evaluate
+from mitrain.training.probe import probe_accuracy
 
 
 def answers(count=12):

@@ -16,10 +16,10 @@ from tiny import NAMES, scramble, tiny
 from transformers import AutoModelForCausalLM
 
 import mitrain
-from mitrain import scoring
 from mitrain.cli import main
-from mitrain.errors import CheckpointError, ConfigError, DataError, ModelError
-from mitrain.export import export
+from mitrain.core.errors import CheckpointError, ConfigError, DataError, ModelError
+from mitrain.inference import scoring
+from mitrain.inference.export import export
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 
@@ -263,7 +263,7 @@ def test_deepspeed_is_not_needed(exported, images, monkeypatch):
 
 
 def test_many_prompts_are_not_published(world, monkeypatch):
-    monkeypatch.setattr(mitrain.export, "PROMPTS_KEPT", 0)
-    assert mitrain.export.training_answers(make_config(world)) is None
-    monkeypatch.setattr(mitrain.export, "PROMPTS_KEPT", 1)
-    assert mitrain.export.training_answers(make_config(world)) == {PROMPT: ["blue", "green", "red", "yellow"]}
+    monkeypatch.setattr(mitrain.inference.export, "PROMPTS_KEPT", 0)
+    assert mitrain.inference.export.training_answers(make_config(world)) is None
+    monkeypatch.setattr(mitrain.inference.export, "PROMPTS_KEPT", 1)
+    assert mitrain.inference.export.training_answers(make_config(world)) == {PROMPT: ["blue", "green", "red", "yellow"]}

@@ -10,10 +10,10 @@ from exported import PROMPT, make_config, make_run, make_world, resigned
 from transformers import AutoModelForCausalLM
 
 import mitrain
-from mitrain import pretrained
-from mitrain.backbones.vision import VisionConfig, preprocessing
-from mitrain.errors import CheckpointError, ConfigError, ModelError, UserError
-from mitrain.export import export
+from mitrain.core.errors import CheckpointError, ConfigError, ModelError, UserError
+from mitrain.inference.export import export
+from mitrain.methods import export_format
+from mitrain.models.vision import VisionConfig, preprocessing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -101,7 +101,7 @@ def test_sparse_weights_are_refused_unread(world, copied, monkeypatch):
         file.truncate(8 + len(header) + (20 << 30))
     size = (copied / WEIGHTS).stat().st_size
     forged(copied, lambda values: values.update(tensors={"sha256": "0" * 64, "bytes": size}))
-    monkeypatch.setattr(pretrained.folder, "read_tensors", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(export_format.folder, "read_tensors", lambda *_: pytest.fail("read"))
     with pytest.raises(CheckpointError, match=r"does not fit the adapter's own configuration: .* is missing"):
         mitrain.from_pretrained(copied)
     model = torch.nn.Linear(2, 2)
@@ -148,7 +148,7 @@ def test_other_links_are_refused_with_what_to_do(copied, tmp_path):
     (copied / CONFIG).symlink_to(tmp_path / "config")
     for folder, name in ((snapshot, WEIGHTS), (copied, CONFIG)):
         with pytest.raises(CheckpointError, match=rf"{name} is a link, and not within.*: copy the folder with cp -rL"):
-            pretrained.read(folder)
+            export_format.read(folder)
 
 
 EVIL = "x<script>alert(1)</script>`|\n# h\x1b[0m ![a](b) & *c*"
@@ -163,7 +163,7 @@ def test_names_are_text_in_the_card(world, copied):
         run["config"]["task"]["template"] = f"{EVIL} ```\n {{prompt}}"
         run["metrics"] = {EVIL: {EVIL: 1.0}}
 
-    card = pretrained.model_card(pretrained.read(forged(copied, change)).contents)
+    card = export_format.model_card(export_format.read(forged(copied, change)).contents)
     assert card.isprintable() or all(c.isprintable() or c == "\n" for c in card)
     block = card.split("```json\n")[1].split("```")[0]
     for raw in ("<script", "</script", "![a]", "`|", "\n# h"):
@@ -174,7 +174,7 @@ def test_names_are_text_in_the_card(world, copied):
 
 
 def test_many_answers_are_not_exported(monkeypatch, world):
-    monkeypatch.setattr(mitrain.export, "ANSWERS_KEPT", 3)
-    assert mitrain.export.training_answers(make_config(world)) == {}
+    monkeypatch.setattr(mitrain.inference.export, "ANSWERS_KEPT", 3)
+    assert mitrain.inference.export.training_answers(make_config(world)) == {}
     with pytest.raises(ConfigError, match="is no multiple|patches of a picture"):
         preprocessing(VisionConfig(name="x", size=4088), type("S", (), {"patch_size": 14}), None, "vit")

@@ -11,9 +11,11 @@ from tiny import scramble
 from transformers import AutoModel, AutoModelForCausalLM
 
 import mitrain
-from mitrain import adapters, config, pretrained
-from mitrain.errors import CheckpointError
-from mitrain.reading import Words
+from mitrain import methods
+from mitrain.core import config
+from mitrain.core.errors import CheckpointError
+from mitrain.methods import export_format
+from mitrain.models.batch import Words
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 MASK = torch.ones_like(IDS)
@@ -32,7 +34,7 @@ def llm(folder):
 def attached(folder, settings, **more):
     """An attached adapter with random parameters, and its model."""
     model = llm(folder)
-    adapter = adapters.build(config.choose("adapter", settings))
+    adapter = methods.build(config.choose("adapter", settings))
     adapter.attach({"text": model, **more})
     scramble(adapter)
     return adapter.eval(), model
@@ -85,13 +87,13 @@ def test_files_of_peft_that_were_changed_or_forged_are_refused(folder, tmp_path)
     attached(folder, {"name": "ia3"})[0].save_pretrained(tmp_path / "saved")
     values = json.loads((tmp_path / "saved" / "mitrain.json").read_text())
     values["peft"]["adapter_model.safetensors"]["bytes"] = 20 << 30
-    forged = {**values, "checksum": pretrained.folder.checksum(values)}
+    forged = {**values, "checksum": export_format.folder.checksum(values)}
     weights, own = tmp_path / "saved" / "adapter_model.safetensors", tmp_path / "saved" / "mitrain.json"
     kept = own.read_text()
     own.write_text(json.dumps(forged))
     with pytest.raises(CheckpointError, match="names no file of PEFT's"):
-        pretrained.read(tmp_path / "saved")
+        export_format.read(tmp_path / "saved")
     own.write_text(kept)
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="adapter_model.safetensors was changed after the export"):
-        pretrained.read(tmp_path / "saved")
+        export_format.read(tmp_path / "saved")

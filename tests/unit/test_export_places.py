@@ -8,10 +8,10 @@ from exported import PROMPT, make_run, make_world
 
 import mitrain
 from mitrain.cli import main
-from mitrain.errors import DataError
-from mitrain.export import export
-from mitrain.pretrained import data_seen, settings_from, without_home
-from mitrain.scoring import score_run
+from mitrain.core.errors import DataError
+from mitrain.inference.export import export
+from mitrain.inference.scoring import score_run
+from mitrain.methods.export_format import data_seen, settings_from, without_home
 
 
 @pytest.fixture(scope="module")

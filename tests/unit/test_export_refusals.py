@@ -20,10 +20,10 @@ from refusals import read_or_refused
 from safetensors import torch as safetensors
 
 import mitrain
-from mitrain import pretrained
 from mitrain.cli import main
-from mitrain.errors import CheckpointError, UserError
-from mitrain.export import export
+from mitrain.core.errors import CheckpointError, UserError
+from mitrain.inference.export import export
+from mitrain.methods import export_format
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -112,7 +112,7 @@ def test_every_field_must_be_there_and_of_its_type(copied):
         for new in (..., wrong) if required else (wrong,):
             forged = put(values, place, new)
             (copied / FILES[0]).write_text(json.dumps(forged if "checksum" in place else resigned(forged)))
-            message = refused(lambda: pretrained.read(copied))
+            message = refused(lambda: export_format.read(copied))
             assert str(copied) in message and (str(place[-1]) in message or "format" in place)
             checked += 1
     assert checked > 80
@@ -141,7 +141,7 @@ def get(values: Any, path: tuple) -> Any:
 )
 def test_what_a_forger_may_write(copied, change, says):
     with_config(copied, lambda values: values.update(change))
-    assert says in refused(lambda: pretrained.read(copied))
+    assert says in refused(lambda: export_format.read(copied))
 
 
 NOT_JSON = [
@@ -159,17 +159,17 @@ NOT_JSON = [
 @pytest.mark.parametrize("content", NOT_JSON)
 def test_hostile_json_is_one_line(copied, content):
     (copied / FILES[0]).write_bytes(content)
-    assert FILES[0] in refused(lambda: pretrained.read(copied))
+    assert FILES[0] in refused(lambda: export_format.read(copied))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_byte_anywhere_is_seen(pristine, copied, name):
     """But in the base's name, which may be edited, and between the words of the JSON."""
-    original, content = pretrained.read(pristine).contents, (pristine / name).read_bytes()
+    original, content = export_format.read(pristine).contents, (pristine / name).read_bytes()
     seen = 0
     for at in range(0, len(content), max(1, len(content) // 300)):
         (copied / name).write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
-        found = read_or_refused(lambda: pretrained.read(copied), CheckpointError)
+        found = read_or_refused(lambda: export_format.read(copied), CheckpointError)
         editable = {"base_model_name_or_path": original.base_model_name_or_path}
         assert found is None or found.contents.model_copy(update=editable) == original
         seen += found is None
@@ -181,7 +181,7 @@ def test_a_truncated_file_is_seen(copied, name):
     content = (copied / name).read_bytes()
     for length in (*range(0, len(content), max(1, len(content) // 60)), len(content) - 1):
         (copied / name).write_bytes(content[:length])
-        assert name in refused(lambda: pretrained.read(copied))
+        assert name in refused(lambda: export_format.read(copied))
 
 
 @pytest.mark.parametrize("damage", [missing, torn, linked, dangling, folder, pipe])

@@ -8,12 +8,12 @@ import torch
 from folders import colour_records, llm_folder, vision_folder
 from PIL import Image
 
-from mitrain.backbones import TextBackbone, VisionConfig, VisionEncoder
+from mitrain.core.errors import DataError
+from mitrain.data.features import FeatureConfig, FeatureNorm, ImageFeatures
+from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.images import BadSamples
-from mitrain.data.refcoco import ReferSample
-from mitrain.errors import DataError
-from mitrain.features import FeatureConfig, FeatureNorm, ImageFeatures
-from mitrain.states import TextStates
+from mitrain.data.states import TextStates
+from mitrain.models import TextBackbone, VisionConfig, VisionEncoder
 
 IMAGES = [f"images/{i}.png" for i in range(6)]
 

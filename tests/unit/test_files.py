@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mitrain import files
-from mitrain.errors import RankError, UserError
-from mitrain.waiting import within
+from mitrain.core import files
+from mitrain.core.errors import RankError, UserError
+from mitrain.core.waiting import within
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,7 +106,7 @@ def test_cache_home_follows_the_environment(monkeypatch, tmp_path):
 
 def test_file_lock_makes_a_second_process_wait(tmp_path):
     code = (
-        "import sys, time; from mitrain.files import file_lock\n"
+        "import sys, time; from mitrain.core.files import file_lock\n"
         f"with file_lock({str(tmp_path / 'l')!r}): print('held', flush=True); time.sleep(float(sys.argv[1]))"
     )
     first = subprocess.Popen([sys.executable, "-c", code, "30"], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -6,13 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from mitrain import fingerprint as module
-from mitrain import resume, schema
-from mitrain.checkpoint import Checkpoint
-from mitrain.data.records import AnswerSample
-from mitrain.data.refcoco import ReferSample
-from mitrain.errors import ConfigError, RankError
-from mitrain.fingerprint import MARK, differences, digest, fingerprint, flat, listed, require_same
+from mitrain.core.errors import ConfigError, RankError
+from mitrain.data.formats.records import AnswerSample
+from mitrain.data.formats.refcoco import ReferSample
+from mitrain.training import fingerprint as module
+from mitrain.training import resume, schema
+from mitrain.training.checkpoint import Checkpoint
+from mitrain.training.fingerprint import (
+    MARK,
+    differences,
+    digest,
+    fingerprint,
+    flat,
+    listed,
+    require_same,
+)
 
 SAMPLES = [AnswerSample(f"s{i}", f"{i}.png", "What is it?", "cat", ("cat", "dog")) for i in range(3)]
 CONFIG = {"seed": 0, "train": {"lr": 1e-3, "steps": 10}, "model": {"vision": [{"name": "v"}]}, "wandb": {}}

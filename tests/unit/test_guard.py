@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from mitrain.errors import UserError
-from mitrain.guard import Heartbeat, SkipBudget, StopRequest
+from mitrain.core.errors import UserError
+from mitrain.training.guard import Heartbeat, SkipBudget, StopRequest
 
 
 def test_skips_in_a_row_end_the_run_and_applied_steps_forgive():
@@ -40,7 +40,7 @@ def test_a_budget_of_zero_allows_none():
 
 def run_with_signals(body: str, *numbers: signal.Signals) -> subprocess.CompletedProcess:
     """Run ``body`` in a new process; every line "ready" that it prints is answered by the next signal."""
-    script = "import os, sys, time, signal\nfrom mitrain.guard import StopRequest\n"
+    script = "import os, sys, time, signal\nfrom mitrain.training.guard import StopRequest\n"
     script += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # ignored where the tests run under nohup
     script += "def ready():\n    print('ready', flush=True)\n    sys.stdin.readline()\n" + body
     process = subprocess.Popen(
@@ -161,7 +161,7 @@ def test_in_another_thread_only_requests_count():
 
 HANG = """
 import threading
-from mitrain.guard import Heartbeat
+from mitrain.training.guard import Heartbeat
 def stuck_here():
     time.sleep({sleep})
 with Heartbeat(minutes={minutes}) as heart:

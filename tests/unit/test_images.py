@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, features
 from refusals import read_or_refused
 
+from mitrain.core.errors import DataError
 from mitrain.data.images import BadSamples, annotated_image, open_image, read_image
-from mitrain.errors import DataError
 
 GREY = np.arange(16, dtype=np.uint8).reshape(4, 4) * 16
 

@@ -5,10 +5,10 @@ import torch
 from tiny import features, text, tiny
 
 import mitrain
-from mitrain.adapters import attention, ffn
-from mitrain.adapters.kernels import KernelConfig, feed_forward_backend
-from mitrain.adapters.mit_config import MiTConfig
-from mitrain.errors import ModelError
+from mitrain.core.errors import ModelError
+from mitrain.methods.kernels import KernelConfig, feed_forward_backend
+from mitrain.methods.mit import attention, ffn
+from mitrain.methods.mit.config import MiTConfig
 
 
 def logits(backend, **settings):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused
 
-from mitrain import config
-from mitrain.data.labels import LabelSample, read_labels
+from mitrain.core import config
+from mitrain.core.errors import DataError
+from mitrain.data.formats.labels import LabelSample, read_labels
 from mitrain.data.sources import LabelledConfig
-from mitrain.errors import DataError
 
 ROW = {"id": "a", "image": "a.png", "text": "a red apple", "label": "food"}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mitrain import launchers
-from mitrain.launchers import Process, is_launcher, status
+from mitrain.core import launchers
+from mitrain.core.launchers import Process, is_launcher, status
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = "from mitrain import launchers; launchers.end_with_launcher(); print(len(launchers.launchers()), flush=True); input()"

@@ -11,7 +11,7 @@ from test_compare_study import BASE, STUDY
 from mitrain.cli import main
 from mitrain.compare import cells, ledger, study
 from mitrain.compare.compare import Job
-from mitrain.errors import ConfigError
+from mitrain.core.errors import ConfigError
 
 STUDIES = ROOT / "configs" / "studies"
 CLAIM = {

@@ -6,7 +6,7 @@ import pytest
 
 from mitrain.compare import rules
 from mitrain.compare.rules import Missing, Rows
-from mitrain.errors import ConfigError
+from mitrain.core.errors import ConfigError
 
 
 def row(method, seed=0, value=0.5, axis=None, at=None, task="t", status="ok", **more):

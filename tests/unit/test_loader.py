@@ -2,9 +2,9 @@
 
 import pytest
 
-from mitrain import dist
+from mitrain.core import dist
+from mitrain.core.dist import Place
 from mitrain.data.loader import Loader
-from mitrain.dist import Place
 
 
 def draws(loader, batches):

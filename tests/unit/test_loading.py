@@ -12,10 +12,9 @@ from tiny_mope import tiny_swin
 from tiny_pair import blip
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
-from mitrain import hf
-from mitrain.backbones import TextBackbone, VisionConfig, VisionEncoder
-from mitrain.backbones.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
-from mitrain.errors import ModelError
+from mitrain.core.errors import ModelError
+from mitrain.models import TextBackbone, VisionConfig, VisionEncoder, loading
+from mitrain.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
 PRECISIONS = ("none", "int8", "int8-activations", "nf4", "sharded")
 
@@ -231,4 +230,4 @@ def test_a_quantised_encoder_is_refused(tmp_path):
 
 
 def test_a_list_of_names_is_short():
-    assert hf.counted(["a"]) == "1 tensor (a)" and hf.counted(list("abcd")) == "4 tensors (a, b, c, …)"
+    assert loading.counted(["a"]) == "1 tensor (a)" and loading.counted(list("abcd")) == "4 tensors (a, b, c, …)"

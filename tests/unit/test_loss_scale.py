@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from mitrain.engine import FP16_SCALE, Group, LocalEngine, OptimizerConfig
-from mitrain.engine.base import LossScale
-from mitrain.errors import CheckpointError
+from mitrain.core.errors import CheckpointError
+from mitrain.training.engine import FP16_SCALE, Group, LocalEngine, OptimizerConfig
+from mitrain.training.engine.base import LossScale
 
 PLAIN = OptimizerConfig(name="sgd", clip=None)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score, jaccard_score
 
-from mitrain.errors import ConfigError, DataError
+from mitrain.core.errors import ConfigError, DataError
 from mitrain.tasks.masks import LOSSES, MaskMetrics, floor_masks, mask_loss, predict_masks
 
 EPS = np.finfo(np.float64).eps

@@ -6,11 +6,11 @@ from attached import attached, close, dino, inputs, made, places
 from tiny import CONFIGS, scramble, tiny
 from transformers import AutoModel, AutoModelForCausalLM
 
-from mitrain import hf
-from mitrain.adapters import METHODS, build
-from mitrain.config import KINDS, Section
-from mitrain.errors import ConfigError, ModelError
-from mitrain.reading import Picture, Reading, Words
+from mitrain.core.config import KINDS, Section
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.methods import METHODS, build
+from mitrain.models import loading
+from mitrain.models.batch import Picture, Reading, Words
 
 VARIANTS = [
     ("lora", {"where": "both", "rank": 2, "alpha": 6}),
@@ -48,7 +48,7 @@ def test_settings_of_no_method_are_refused():
     class Stray(Section):
         """Of no adapter."""
 
-    with pytest.raises(ConfigError, match=r"Stray .*METHODS of mitrain/adapters/__init__.py"):
+    with pytest.raises(ConfigError, match=r"Stray .*METHODS of mitrain/methods/__init__.py"):
         build(Stray())
 
 
@@ -119,7 +119,10 @@ def test_padding_and_batch_neighbours_do_not_matter_and_alone_each_reads_itself(
 def test_without_weights_a_method_has_the_same_tensors(name):
     """A dry run and an export build it on models without storage."""
     kind, shape = CONFIGS["llama"]
-    model, image = hf.empty_model(AutoModelForCausalLM, kind(**shape)), hf.empty_model(AutoModel, dino().config)
+    model, image = (
+        loading.empty_model(AutoModelForCausalLM, kind(**shape)),
+        loading.empty_model(AutoModel, dino().config),
+    )
     real, empty = attached(name)[0], made(name)
     with torch.device("meta"):
         empty.attach(places(empty, model, image))

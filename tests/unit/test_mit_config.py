@@ -6,11 +6,12 @@ from tiny import tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import mitrain
-from mitrain import adapters, config
-from mitrain.adapters.decoder import LayerShape
-from mitrain.adapters.mit import MiT
-from mitrain.adapters.mit_config import MiTConfig, parameter_count
-from mitrain.errors import ConfigError
+from mitrain import methods
+from mitrain.core import config
+from mitrain.core.errors import ConfigError
+from mitrain.methods.decoder import LayerShape
+from mitrain.methods.mit.config import MiTConfig, parameter_count
+from mitrain.methods.mit.mit import MiT
 
 LLAMA_2_7B = {
     "hidden_size": 4096,
@@ -69,15 +70,15 @@ def test_a_wrong_setting_is_one_line(values, message):
 
 def test_build():
     section = choose(layers="last half")
-    adapter = adapters.build(section, {"image": 6})
+    adapter = methods.build(section, {"image": 6})
     assert isinstance(adapter, MiT) and adapter.feature_widths == {"image": 6}
-    assert adapters.build(choose(modalities={"image": 6}), {"image": 6}).feature_widths == {"image": 6}
+    assert methods.build(choose(modalities={"image": 6}), {"image": 6}).feature_widths == {"image": 6}
     with pytest.raises(ConfigError, match=r"the encoders give \{'image': 7\}"):
-        adapters.build(choose(modalities={"image": 6}), {"image": 7})
+        methods.build(choose(modalities={"image": 6}), {"image": 7})
     with pytest.raises(ConfigError, match=r"adapter.modalities is empty"):
-        adapters.build(section)
+        methods.build(section)
     with pytest.raises(ConfigError, match="is of no name in METHODS"):
-        adapters.build(config.Section())
+        methods.build(config.Section())
 
 
 def test_the_layers_must_exist_in_the_model():

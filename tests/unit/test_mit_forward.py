@@ -6,7 +6,7 @@ from tiny import NAMES, features, scramble, text, tiny
 
 import mitrain
 from mitrain import MiTConfig
-from mitrain.adapters import attention
+from mitrain.methods.mit import attention
 
 # A model in float64 still rounds to float32 inside its norms and rotary tables (transformers does so); a bit that
 # flips there moves the logits by some 1e-6. GPT-NeoX has no such rounding.

@@ -10,8 +10,8 @@ from transformers import DynamicCache, StaticCache
 
 import mitrain
 from mitrain import MiTConfig
-from mitrain.adapters.gate_cache import GateHistory
-from mitrain.errors import ModelError
+from mitrain.core.errors import ModelError
+from mitrain.methods.mit.gate_cache import GateHistory
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
 ROUNDED = 1e-5  # transformers' norms round to float32 inside a float64 model

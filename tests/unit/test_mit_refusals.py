@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import mitrain
 from mitrain import MiTConfig
-from mitrain.adapters.mit import MiT
-from mitrain.errors import ModelError
+from mitrain.core.errors import ModelError
+from mitrain.methods.mit.mit import MiT
 
 SMALL = {**GROUPED, "num_hidden_layers": 2}
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 
 import mitrain
 from mitrain import MiTConfig
-from mitrain.errors import ModelError
+from mitrain.core.errors import ModelError
 
 
 def attached(name="llama", dtype=torch.float64, **settings):
@@ -291,7 +291,7 @@ def test_checkpointing_refuses_a_cache():
 def test_attach_with_checkpointing():
     model, other = tiny(), tiny()
     mit = mitrain.MiTConfig(modalities={"image": 6}, layers=[3])
-    adapter = mitrain.adapters.build(mit)
+    adapter = mitrain.methods.build(mit)
     adapter.attach({"text": model}, checkpoint=True)
     assert type(model.model.layers[3]).__name__ == "CheckpointedLayer"
     adapter.detach()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mitrain import dist
+from mitrain.core import dist
 from mitrain.tasks.momentum import MomentumQueue, number
 
 WIDTH = 4

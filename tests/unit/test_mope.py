@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_mope import SMALL, Pair, attached, model_of
 
-from mitrain.adapters.mope import MoPE
-from mitrain.adapters.mope_config import MoPEConfig
-from mitrain.errors import ModelError
-from mitrain.reading import Picture, Words
+from mitrain.core.errors import ModelError
+from mitrain.methods.mope.config import MoPEConfig
+from mitrain.methods.mope.mope import MoPE
+from mitrain.models.batch import Picture, Words
 
 EXACT = {"rtol": 0, "atol": 1e-11}
 PAIRS = {

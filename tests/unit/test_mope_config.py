@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
-from mitrain import adapters, config
-from mitrain.adapters.mope import MoPE
-from mitrain.adapters.mope_config import MoPEConfig, Shape, parameter_count
-from mitrain.errors import ConfigError
+from mitrain import methods
+from mitrain.core import config
+from mitrain.core.errors import ConfigError
+from mitrain.methods.mope.config import MoPEConfig, Shape, parameter_count
+from mitrain.methods.mope.mope import MoPE
 
 DIMS, DEPTHS, TEXT = (128, 256, 512, 1024), (2, 2, 18, 2), 768
 WHOLE = 12_032  # Σ depth · width of Swin-B
@@ -133,5 +134,5 @@ def test_a_wrong_setting_is_one_line(values, message):
 
 def test_the_method_is_built_by_name():
     section = config.choose("adapter", {"name": "mope", "experts": 2})
-    assert isinstance(adapters.build(section, {"image": 384}), MoPE)
+    assert isinstance(methods.build(section, {"image": 384}), MoPE)
     assert MoPEConfig(**section.to_dict()) == section

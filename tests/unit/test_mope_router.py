@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mitrain.adapters.mope_config import MoPEConfig
-from mitrain.adapters.mope_router import (
+from mitrain.methods.mope.config import MoPEConfig
+from mitrain.methods.mope.router import (
     ConditionRouter,
     MultimodalRouter,
     importance_loss,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_mope import attached, tiny_swin
 
-from mitrain.adapters.mope_swin import SwinWalk, attend, grid_of, merge_patches, run_block
-from mitrain.checkpoint import only_trainable, restore
-from mitrain.errors import ModelError
-from mitrain.trunk import trunk_states
+from mitrain.core.errors import ModelError
+from mitrain.methods.mope.swin import SwinWalk, attend, grid_of, merge_patches, run_block
+from mitrain.models.frozen import trunk_states
+from mitrain.training.checkpoint import only_trainable, restore
 
 EXACT = {"rtol": 0, "atol": 1e-11}
 ROWS, SIDE, WINDOW, COUNT = 3, 8, 4, 2

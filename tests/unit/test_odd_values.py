@@ -4,10 +4,11 @@ import random
 
 import pytest
 
-from mitrain import config, parsing, schema
 from mitrain.cli import main
-from mitrain.config import KINDS, Section, section_in
-from mitrain.errors import ConfigError
+from mitrain.core import config, parsing
+from mitrain.core.config import KINDS, Section, section_in
+from mitrain.core.errors import ConfigError
+from mitrain.training import schema
 
 ODD = ["", "null", "true", "0", "-1", "1", str(2**31), str(2**62), str(10**100), "9" * 5000, "1e-300", "1e300", "1e400"]
 ODD += [

@@ -9,10 +9,11 @@ import pytest
 import yaml
 from folders import colour_records, llm_folder, vision_folder
 
-from mitrain import ownership, runs
 from mitrain.cli import main
-from mitrain.errors import CheckpointError
-from mitrain.ownership import JOB, MARKER, owned
+from mitrain.core import ownership
+from mitrain.core.errors import CheckpointError
+from mitrain.core.ownership import JOB, MARKER, owned
+from mitrain.training import runs
 
 ELSEWHERE = "71\nnode-9\n"  # an owner whose end nobody here can know
 
@@ -113,8 +114,8 @@ def test_a_second_job_ends_in_one_line_and_touches_nothing(config, tmp_path, cap
 
 
 def test_a_trainer_in_python_owns_its_folder_too(config, tmp_path):
-    from mitrain import schema
-    from mitrain.trainer import Trainer
+    from mitrain.training import schema
+    from mitrain.training.trainer import Trainer
 
     folder = runs.create(schema.load(str(config), []), tmp_path / "runs")
     trainer = Trainer(runs.read_config(folder), folder, quiet=True)

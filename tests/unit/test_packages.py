@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from mitrain_demo import packages
+from mitrain_demo.packages import debian_package, pypi_wheel, unpack_one
 
-from mitrain.errors import PrepareError
-from mitrain.prepare import packages
-from mitrain.prepare.packages import debian_package, pypi_wheel, unpack_one
+from mitrain.core.errors import PrepareError
 
 CONTENT = b"a wheel, more or less"
 SHA = hashlib.sha256(CONTENT).hexdigest()

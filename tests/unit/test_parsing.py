@@ -8,10 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mitrain import parsing
-from mitrain.backbones.stream import Weights
-from mitrain.errors import ModelError
-from mitrain.parsing import DEPTH, LINE, NODES, Unreadable, dump_yaml, parse_json, parse_yaml, read_bytes
+from mitrain.core import parsing
+from mitrain.core.errors import ModelError
+from mitrain.core.parsing import (
+    DEPTH,
+    LINE,
+    NODES,
+    Unreadable,
+    dump_yaml,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+)
+from mitrain.models.stream import Weights
 
 TENFOLD = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]\n" for i in range(9))
 

@@ -3,9 +3,9 @@
 import pytest
 from transformers import AutoModel, BertConfig, PreTrainedModel, ViTConfig
 
-from mitrain import hf
-from mitrain.adapters.pmf import PMF
-from mitrain.adapters.pmf_config import PMFConfig, parameter_count
+from mitrain.methods.pmf.config import PMFConfig, parameter_count
+from mitrain.methods.pmf.pmf import PMF
+from mitrain.models import loading
 
 CLASSES = 101  # of UPMC Food-101
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -14,8 +14,8 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
 def backbones(**sizes: int) -> dict[str, PreTrainedModel]:
     """bert-*-uncased and vit-*-patch16-224."""
     return {
-        "text": hf.empty_model(AutoModel, BertConfig(**sizes)),
-        "image": hf.empty_model(AutoModel, ViTConfig(**sizes)),
+        "text": loading.empty_model(AutoModel, BertConfig(**sizes)),
+        "image": loading.empty_model(AutoModel, ViTConfig(**sizes)),
     }
 
 
@@ -47,7 +47,7 @@ def test_base_encoders(base, layers, millions):
 
 
 def test_the_share_of_all_parameters(base):
-    sizes = [hf.count_parameters(model) for model in base.values()]
+    sizes = [loading.count_parameters(model) for model in base.values()]
     assert [round(size / 1e6, 2) for size in sizes] == [109.48, 86.39]
     shares = {}
     for layers in (1, 2, 3, 4, 5, 12):
@@ -76,6 +76,6 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_arithmetic_counts_what_is_made(base, settings):
     """Also where the widths differ: BERT-base beside a ViT of width 384."""
-    config, small = PMFConfig(**settings), {**base, "image": hf.empty_model(AutoModel, ViTConfig(hidden_size=384))}
+    config, small = PMFConfig(**settings), {**base, "image": loading.empty_model(AutoModel, ViTConfig(hidden_size=384))}
     assert trained(base, config) == parameter_count(config, 768, 768)
     assert trained(small, config) == parameter_count(config, 768, 384)

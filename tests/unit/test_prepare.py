@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from mitrain import prepare
-from mitrain.errors import PrepareError
-from mitrain.files import sha256_file
-from mitrain.prepare import DATASETS, MODELS, Recipe, ensure_data, ensure_model
+from mitrain.core import prepared
+from mitrain.core.errors import PrepareError
+from mitrain.core.files import sha256_file
+from mitrain.core.prepared import DATASETS, MODELS, Recipe, ensure_data, ensure_model
 
 
 class Toy:
@@ -80,7 +80,7 @@ def test_prepared_once_with_provenance(toy: Toy, cache: Path, capsys: pytest.Cap
 def test_what_is_damaged_afterwards_is_named_and_made_again_when_asked(toy: Toy, ensure, damage):
     folder = ensure("toy")
     damage(folder / "half")
-    prepare.intact.compared.cache_clear()  # another process
+    prepared.intact.compared.cache_clear()  # another process
     with pytest.raises(PrepareError, match=r"toy.*/half is damaged .* with mitrain (models|data) prepare toy$"):
         ensure("toy")
     assert toy.builds == 1 and ensure("toy", repair=True) == folder
@@ -98,7 +98,7 @@ def flip(path: Path) -> None:
 def test_a_bit_that_turned_over_before_this_process_is_noticed_though_size_and_time_stay(toy: Toy):
     folder = ensure_model("toy")
     flip(folder / "model")
-    prepare.intact.compared.cache_clear()  # another process
+    prepared.intact.compared.cache_clear()  # another process
     with pytest.raises(PrepareError, match="/model is damaged"):
         ensure_model("toy")
 
@@ -214,4 +214,4 @@ def test_every_recipe_says_all_and_its_build_exists(recipe: Recipe):
     assert recipe.summary and recipe.licence and recipe.package
     assert callable(recipe.builder())
     assert re.fullmatch(r"[0-9a-f]{64}", recipe.sha256) or not recipe.package.startswith("PyPI")
-    assert (recipe.fetch is prepare.no_archives) == (recipe.size_mb == 0)
+    assert (recipe.fetch is prepared.no_archives) == (recipe.size_mb == 0)

@@ -8,6 +8,8 @@ import onnx
 import pytest
 import torch
 from gguf import GGUFWriter
+from mitrain_demo import dinov2, efficientnet_lite0, minilm, smollm2
+from mitrain_demo.weights import load_whole
 from onnx import helper, numpy_helper
 from transformers import (
     AutoModelForCausalLM,
@@ -20,11 +22,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from mitrain.backbones.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
-from mitrain.errors import PrepareError
-from mitrain.files import cache_home, sha256_file
-from mitrain.prepare import dinov2, efficientnet_lite0, minilm, smollm2
-from mitrain.prepare.weights import load_whole
+from mitrain.core.errors import PrepareError
+from mitrain.core.files import cache_home, sha256_file
+from mitrain.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
 REAL_CACHE = cache_home()
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import tiny_deb
 import tiny_packages
+from mitrain_demo import captions, emoji, entailment, openclipart, stamps
+from mitrain_demo.duplicates import fingerprint, merged, near_pairs
+from mitrain_demo.splits import split_groups
 from PIL import Image, ImageDraw
 
-from mitrain.data.captions import read_captions, read_karpathy
+from mitrain.core.errors import PrepareError
+from mitrain.core.files import cache_home
+from mitrain.data.formats.captions import read_captions, read_karpathy
+from mitrain.data.formats.labels import read_labels
+from mitrain.data.formats.snli_ve import read_snli_ve
 from mitrain.data.images import open_image
-from mitrain.data.labels import read_labels
-from mitrain.data.snli_ve import read_snli_ve
-from mitrain.errors import PrepareError
-from mitrain.files import cache_home
-from mitrain.prepare import captions, emoji, entailment, openclipart, stamps
-from mitrain.prepare.duplicates import fingerprint, merged, near_pairs
-from mitrain.prepare.splits import split_groups
 
 SETS = {
     "tuxpaint-captions": (captions, tiny_packages.stamps),

@@ -2,7 +2,7 @@
 
 import subprocess
 
-from mitrain import provenance
+from mitrain.core import provenance
 
 
 def test_a_commit_is_marked_by_changed_code_and_not_by_results(tmp_path, monkeypatch):

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused
 
-from mitrain.data import food101, mmimdb, snli_ve, sources
-from mitrain.errors import DataError
+from mitrain.core.errors import DataError
+from mitrain.data import sources
+from mitrain.data.formats import food101, mmimdb, snli_ve
 
 # UPMC-Food101
 

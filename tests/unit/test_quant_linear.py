@@ -8,8 +8,8 @@ from saved import saved_bytes
 from torch import nn
 from tracked import Tracked
 
-from mitrain.errors import ConfigError, MissingExtraError, ModelError
-from mitrain.quant import FrozenInt8Linear, FrozenNF4Linear, formats, kernels, weights
+from mitrain.core.errors import ConfigError, MissingExtraError, ModelError
+from mitrain.models.quant import FrozenInt8Linear, FrozenNF4Linear, formats, kernels, weights
 
 KINDS = [FrozenInt8Linear, FrozenNF4Linear]
 SHAPES = [(1, 1), (5, 7), (64, 32), (37, 96), (130, 33)]
@@ -255,7 +255,7 @@ def test_a_kernel_that_does_not_run_is_a_fault(monkeypatch):
 
 def test_the_kernels_choice_is_logged_once(caplog):
     kernels.tell.cache_clear()
-    with caplog.at_level("INFO", "mitrain.quant.kernels"), kernels.use("torch"):
+    with caplog.at_level("INFO", "mitrain.models.quant.kernels"), kernels.use("torch"):
         for _ in range(3):
             FrozenNF4Linear.of(linear())(rows())
     assert [r.message for r in caplog.records] == ["nf4 on cpu: torch"]

@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 from tracked import Tracked
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mitrain import hf, quant
-from mitrain.backbones import TextBackbone, stream
-from mitrain.errors import ConfigError, ModelError
-from mitrain.quant import convert, formats
-from mitrain.states import TextStates
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.data.states import TextStates
+from mitrain.models import TextBackbone, loading, quant, stream
+from mitrain.models.quant import convert, formats
 
 LOW = quant.PRECISIONS[1:]
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -26,8 +25,8 @@ def folder(tmp_path_factory):
 
 
 def by_hand(folder, precision, embedding=False):
-    model = hf.load(AutoModelForCausalLM, folder, "model", dtype=torch.float32)
-    hf.freeze(model)
+    model = loading.load(AutoModelForCausalLM, folder, "model", dtype=torch.float32)
+    loading.freeze(model)
     return quant.quantise(model, precision, embedding=embedding)
 
 
@@ -63,7 +62,7 @@ def test_other_names_are_loaded_whole(folder, tmp_path):
 
 
 def test_shards_are_read(folder, tmp_path):
-    model = hf.load(AutoModelForCausalLM, folder, "model", dtype=torch.float32)
+    model = loading.load(AutoModelForCausalLM, folder, "model", dtype=torch.float32)
     sharded = shutil.copytree(folder, tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors"))
     model.save_pretrained(sharded, max_shard_size="40KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2

@@ -7,17 +7,18 @@ from tiny import features, scramble, text, tiny
 from torch import nn
 from tracked import Tracked
 
-from mitrain import MiTConfig, attach, hf, quant
-from mitrain.costs import frozen_bytes
-from mitrain.errors import ConfigError, ModelError
-from mitrain.quant import FrozenInt8Embedding, FrozenInt8Linear, FrozenNF4Linear, formats
+from mitrain import MiTConfig, attach
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.models import loading, quant
+from mitrain.models.costs import frozen_bytes
+from mitrain.models.quant import FrozenInt8Embedding, FrozenInt8Linear, FrozenNF4Linear, formats
 
 LOW = quant.PRECISIONS[1:]
 
 
 def frozen(name: str = "llama", **changes: object):
     model = tiny(name, **changes)
-    hf.freeze(model)
+    loading.freeze(model)
     return model
 
 
@@ -75,7 +76,7 @@ def test_one_matrix_is_held_twice_at_a_time(monkeypatch):
 def test_bytes_are_what_the_arithmetic_says(precision, embedding):
     model = frozen(tie_word_embeddings=embedding)
     layers, table = quant.split_of(model, embedding)
-    rest = 4 * (hf.count_parameters(model) - layers.linear - table.linear)
+    rest = 4 * (loading.count_parameters(model) - layers.linear - table.linear)
     expected = frozen_bytes(layers, quant.storage(precision)) + frozen_bytes(table, "int8") + rest
     quant.quantise(model, precision, embedding=embedding)
     held = {id(p): p.numel() * p.element_size() for p in model.parameters()}

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused
 
-from mitrain.data.records import AnswerSample, read_records
-from mitrain.errors import DataError
+from mitrain.core.errors import DataError
+from mitrain.data.formats.records import AnswerSample, read_records
 
 ROW = {"id": "a", "image": "a.png", "prompt": "What is it?", "answer": "cat", "candidates": ["cat", "dog"]}
 

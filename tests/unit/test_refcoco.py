@@ -16,10 +16,10 @@ from pycocotools import mask as coco
 from refusals import read_or_refused
 from tiny_refer import SQUARE, annotation, python2_pickle, ref, refer_folder
 
+from mitrain.core.errors import DataError
+from mitrain.data.formats.refcoco import ReferSample, image_folder, read_refer, split_names
+from mitrain.data.formats.rle import decode_mask, decompress
 from mitrain.data.images import open_image
-from mitrain.data.refcoco import ReferSample, image_folder, read_refer, split_names
-from mitrain.data.rle import decode_mask, decompress
-from mitrain.errors import DataError
 
 SIZE = (9, 12)
 

@@ -13,10 +13,11 @@ import yaml
 from checkpoints import signed
 from folders import colour_image, colour_records, llm_folder, vision_folder
 
-from mitrain import adapters, checkpoint, runs, schema
-from mitrain.adapters.mit import MiT
+from mitrain import methods
 from mitrain.cli import main
-from mitrain.trainer import Trainer
+from mitrain.methods.mit.mit import MiT
+from mitrain.training import checkpoint, runs, schema
+from mitrain.training.trainer import Trainer
 
 STEPS, STOPPED = 4, 2
 
@@ -166,7 +167,7 @@ def test_an_earlier_checkpoint_goes_on_and_says_what_it_cannot_compare(run, capl
 
 
 def test_other_code_is_named_and_goes_on(run, caplog, monkeypatch):
-    monkeypatch.setattr("mitrain.fingerprint.code", lambda: {"mitrain": "9.9"})
+    monkeypatch.setattr("mitrain.training.fingerprint.code", lambda: {"mitrain": "9.9"})
     with caplog.at_level(logging.WARNING):
         assert main(["train", "--resume", str(run), "--json"]) == 0
     assert "was written by other code: code.mitrain is" in caplog.text and "9.9 here" in caplog.text
@@ -189,7 +190,7 @@ class Drawing(MiT):
 
 
 def test_the_generators_go_on_where_they_were(world, tmp_path, monkeypatch):
-    monkeypatch.setitem(adapters.METHODS, "mit", Drawing)
+    monkeypatch.setitem(methods.METHODS, "mit", Drawing)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main(["train", str(world / "config.yaml"), "--run-dir", str(whole), "--json"]) == 0
     shutil.copytree(whole, stopped)

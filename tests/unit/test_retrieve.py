@@ -7,13 +7,14 @@ from folders import llm_folder
 from tiny import scramble
 from torch.nn import functional as F
 
-from mitrain import adapters, dist
-from mitrain.adapters.mit import MiTConfig
-from mitrain.backbones import TextBackbone
-from mitrain.data.captions import CaptionSample
-from mitrain.errors import DataError, UserError
-from mitrain.reading import Picture
-from mitrain.states import TextStates
+from mitrain import methods
+from mitrain.core import dist
+from mitrain.core.errors import DataError, UserError
+from mitrain.data.formats.captions import CaptionSample
+from mitrain.data.states import TextStates
+from mitrain.methods.mit.mit import MiTConfig
+from mitrain.models import TextBackbone
+from mitrain.models.batch import Picture
 from mitrain.tasks import ranks
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.contrast import Everyone
@@ -46,7 +47,7 @@ def folder(tmp_path_factory):
 
 def make(folder, **config):
     text = TextBackbone.load(folder, torch.float32)
-    adapter = adapters.build(MiTConfig(layers=[1, 2]), {"image": 5})
+    adapter = methods.build(MiTConfig(layers=[1, 2]), {"image": 5})
     adapter.attach({"text": text.model})
     scramble(adapter)
     torch.manual_seed(0)

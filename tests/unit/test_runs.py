@@ -4,9 +4,10 @@ import errno
 
 import pytest
 
-from mitrain import report, runs, schema
 from mitrain.cli import main
-from mitrain.errors import UserError
+from mitrain.core.errors import UserError
+from mitrain.inference import report
+from mitrain.training import runs, schema
 
 
 def configured(**train):
@@ -67,7 +68,7 @@ def test_a_refused_run_leaves_no_folder_unless_it_had_begun(tmp_path, monkeypatc
             (folder / "metrics.jsonl").write_text("{}\n")
         raise UserError("not with this model")
 
-    monkeypatch.setattr("mitrain.trainer.Trainer", refuse)
+    monkeypatch.setattr("mitrain.training.trainer.Trainer", refuse)
     runs.write_config(configured(), tmp_path)
     assert main(["train", str(tmp_path / "config.yaml"), place, str(tmp_path / "made")]) == 2
     assert capsys.readouterr().err.endswith("mitrain: not with this model\n")
@@ -79,7 +80,7 @@ def test_a_resumed_run_stays_whatever_refuses_it(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise UserError("not on this machine")
 
-    monkeypatch.setattr("mitrain.trainer.Trainer", refuse)
+    monkeypatch.setattr("mitrain.training.trainer.Trainer", refuse)
     runs.write_config(configured(), tmp_path)
     assert main(["train", "--resume", str(tmp_path)]) == 2 and (tmp_path / "config.yaml").exists()
 

@@ -8,14 +8,14 @@ from random import Random
 import numpy as np
 import pytest
 import tiny_deb
+from mitrain_demo import compose, refcoco_files, scenes
+from mitrain_demo.backgrounds import background, clouds, gradient, pattern, plain
 from PIL import Image
 
+from mitrain.core.errors import PrepareError
+from mitrain.core.files import cache_home
+from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
 from mitrain.data.images import open_image
-from mitrain.data.refcoco import image_folder, read_refer, split_names
-from mitrain.errors import PrepareError
-from mitrain.files import cache_home
-from mitrain.prepare import compose, refcoco_files, scenes
-from mitrain.prepare.backgrounds import background, clouds, gradient, pattern, plain
 
 FEW = {"train": 12, "val": 4, "testA": 4, "testB": 4}
 PREPARED = cache_home() / "data" / "tuxpaint-scenes-1-seed0"

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from mitrain.config import parse
-from mitrain.errors import ConfigError
-from mitrain.schedule import ScheduleConfig
+from mitrain.core.config import parse
+from mitrain.core.errors import ConfigError
+from mitrain.training.schedule import ScheduleConfig
 
 
 def curve(total: int, **settings) -> list[float]:

@@ -3,9 +3,9 @@
 import pytest
 from source_tree import ROOT
 
-from mitrain import schema
-from mitrain.dryrun import dry_run
-from mitrain.errors import ConfigError
+from mitrain.core.errors import ConfigError
+from mitrain.training import schema
+from mitrain.training.dryrun import dry_run
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LLAMA = [path for path in CONFIGS if "llama" in path.name]
@@ -55,7 +55,7 @@ def test_contradictions_are_one_line(changes, words):
 
 
 def test_weights_are_asked_for_before_training():
-    from mitrain.model import build
+    from mitrain.training.build import build
 
     with pytest.raises(ConfigError, match="without weights"):
         build(schema.load(LLAMA[0]))

@@ -6,12 +6,12 @@ import torch
 from folders import llm_folder
 from tiny import scramble
 
-from mitrain import adapters
-from mitrain.adapters.mit import MiTConfig
-from mitrain.backbones import TextBackbone
-from mitrain.data.refcoco import ReferSample
-from mitrain.errors import ConfigError
-from mitrain.states import TextStates
+from mitrain import methods
+from mitrain.core.errors import ConfigError
+from mitrain.data.formats.refcoco import ReferSample
+from mitrain.data.states import TextStates
+from mitrain.methods.mit.mit import MiTConfig
+from mitrain.models import TextBackbone
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.segment import SegmentConfig, SegmentTask
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 def make(folder, method=None, **config):
     torch.manual_seed(0)
     text = TextBackbone.load(folder, torch.float32)
-    adapter = adapters.build(method or MiTConfig(layers=[1, 2]), {"image": 6})
+    adapter = methods.build(method or MiTConfig(layers=[1, 2]), {"image": 6})
     adapter.attach({"text": text.model})
     parts = Parts(text, adapter, TextStates(text, adapter.first_layer("text"), None))
     return SegmentTask(SegmentConfig(**{**SETTINGS, **config}), parts, WIDTHS, GRID, PATCH, 1)
@@ -121,6 +121,6 @@ def test_a_bag_of_embeddings_needs_no_language_model(folder, monkeypatch):
 
 
 def adapters_none():
-    from mitrain.adapters.none import NoneConfig
+    from mitrain.methods.none import NoneConfig
 
     return NoneConfig()

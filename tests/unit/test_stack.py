@@ -25,9 +25,9 @@ from transformers import (
     WhisperModel,
 )
 
-from mitrain.errors import ModelError
-from mitrain.stack import Stack
-from mitrain.trunk import trunk_states
+from mitrain.core.errors import ModelError
+from mitrain.models.frozen import trunk_states
+from mitrain.models.layers import Stack
 
 # The layers, masks and rotary tables are the model's own, so both ways do the same operations on the same numbers: what
 # may differ is the order of the sums in matrix products, some 50 roundings of 1.1e-16 on values below 5.

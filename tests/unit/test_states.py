@@ -4,10 +4,10 @@ import pytest
 import torch
 from folders import colour_records, llm_folder, vision_folder
 
-from mitrain.backbones import TextBackbone, VisionConfig, VisionEncoder
+from mitrain.data.features import ImageFeatures
 from mitrain.data.images import open_image
-from mitrain.features import ImageFeatures
-from mitrain.states import PictureStates, TextStates
+from mitrain.data.states import PictureStates, TextStates
+from mitrain.models import TextBackbone, VisionConfig, VisionEncoder
 
 IMAGES = [f"images/{i}.png" for i in range(4)]
 

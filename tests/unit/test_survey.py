@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mitrain.data.labels import LabelSample
-from mitrain.data.records import AnswerSample
-from mitrain.data.refcoco import ReferSample
-from mitrain.data.survey import survey, wrapped
+from mitrain.data.formats.labels import LabelSample
+from mitrain.data.formats.records import AnswerSample
+from mitrain.data.formats.refcoco import ReferSample
+from mitrain.data.inspection import survey, wrapped
 
 FULL = {"size": [6, 8], "counts": [0, 48]}
 HALF = {"size": [6, 8], "counts": [24, 24]}

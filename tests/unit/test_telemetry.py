@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from mitrain import telemetry
-from mitrain.errors import MissingExtraError, UserError
-from mitrain.telemetry import Metrics, Stopwatch, Wandb, WandbConfig, amount, duration, plain
-from mitrain.wandb_process import automatic_mode, has_key
+from mitrain.core.errors import MissingExtraError, UserError
+from mitrain.training import telemetry
+from mitrain.training.telemetry import Metrics, Stopwatch, Wandb, WandbConfig, amount, duration, plain
+from mitrain.training.wandb_process import automatic_mode, has_key
 
 
 def train(metrics: Metrics, first: int, last: int, **changes) -> None:

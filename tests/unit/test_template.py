@@ -2,8 +2,8 @@
 
 import pytest
 
-from mitrain import config
-from mitrain.errors import ConfigError
+from mitrain.core import config
+from mitrain.core.errors import ConfigError
 from mitrain.tasks import answer, classify, retrieve, segment  # noqa: F401 - importing makes the sections known
 from mitrain.tasks.template import LONGEST, frame_of
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from mitrain import terminal
 from mitrain.cli import main
-from mitrain.errors import UserError
+from mitrain.core import terminal
+from mitrain.core.errors import UserError
 
 HOSTILE = "a\x1b]0;title\x07\x1b[31m\x9b1m\x7f\r\u202egpj.exe\u2028b\ud800"
 SHOWN = "a\\x1b]0;title\\x07\\x1b[31m\\x9b1m\\x7f\\r\\u202egpj.exe\\u2028b\\ud800"

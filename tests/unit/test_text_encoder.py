@@ -8,10 +8,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, PreTrainedTokenizerFast
 
-from mitrain.adapters.mit import MiT, MiTConfig
-from mitrain.backbones import TextBackbone
-from mitrain.backbones.text import factory
-from mitrain.errors import ConfigError
+from mitrain.core.errors import ConfigError
+from mitrain.methods.mit.mit import MiT, MiTConfig
+from mitrain.models import TextBackbone
+from mitrain.models.text import factory
 
 
 @pytest.fixture(scope="module")

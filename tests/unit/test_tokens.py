@@ -4,9 +4,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mitrain.backbones import TextBackbone
-from mitrain.backbones.tokens import Tokens
-from mitrain.errors import DataError
+from mitrain.core.errors import DataError
+from mitrain.models import TextBackbone
+from mitrain.models.tokens import Tokens
 from mitrain.tasks.template import frame_of
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]

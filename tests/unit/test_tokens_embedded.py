@@ -8,11 +8,11 @@ from folders import llm_folder
 from test_answer import FEATURES, make, samples
 from transformers import AutoTokenizer
 
-from mitrain.backbones import TextBackbone
-from mitrain.data.records import AnswerSample
-from mitrain.errors import DataError, ModelError
-from mitrain.model import Model
+from mitrain.core.errors import DataError, ModelError
+from mitrain.data.formats.records import AnswerSample
+from mitrain.models import TextBackbone
 from mitrain.tasks.base import Batch
+from mitrain.training.build import Model
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,14 @@ import pytest
 import torch
 from folders import colour_records, llm_folder, vision_folder
 
-from mitrain import adapters, checkpoint, runs, schema
-from mitrain.adapters.mit import MiT
+from mitrain import methods
 from mitrain.cli import main
-from mitrain.errors import UserError
-from mitrain.evaluate import Evaluation
-from mitrain.scoring import score_run
-from mitrain.trainer import Trainer
+from mitrain.core.errors import UserError
+from mitrain.inference.scoring import score_run
+from mitrain.methods.mit.mit import MiT
+from mitrain.training import checkpoint, runs, schema
+from mitrain.training.evaluate import Evaluation
+from mitrain.training.trainer import Trainer
 
 LR = 0.5
 TRAIN = {"steps": 1, "lr": LR, "optimizer": {"name": "sgd", "clip": None}, "schedule": {"name": "constant"}}
@@ -55,7 +56,7 @@ def configured(world: Path, **train) -> schema.RunConfig:
 
 def trained(world: Path, method: type[MiT], monkeypatch, **train) -> tuple[dict, dict]:
     """The adapter's tensors before and after training."""
-    monkeypatch.setitem(adapters.METHODS, "mit", method)
+    monkeypatch.setitem(methods.METHODS, "mit", method)
     config = configured(world, **train)
     trainer = Trainer(config, runs.create(config, world / "runs"), quiet=True)
     before = {name: p.detach().clone() for name, p in trainer.model.adapter.named_parameters()}
@@ -195,7 +196,9 @@ def test_a_run_that_applied_no_step_has_failed(world, monkeypatch):
 
 def test_best_is_replaced_by_what_is_better_alone(world, monkeypatch):
     scores = iter([0.5, 0.5, 0.75, 0.75, 0.25])
-    monkeypatch.setattr("mitrain.trainer.evaluate", lambda *_, **__: Evaluation({"accuracy": next(scores)}, []))
+    monkeypatch.setattr(
+        "mitrain.training.trainer.evaluate", lambda *_, **__: Evaluation({"accuracy": next(scores)}, [])
+    )
     config = configured(world, steps=5, batch=4, lr=1e-3, eval_every=1, save_every=1, keep=5)
     outcome = Trainer(config, runs.create(config, world / "runs"), quiet=True).fit()
     assert (outcome.best, outcome.best_step) == (0.75, 3)

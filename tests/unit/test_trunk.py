@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import DEPTH, NAMES, text, tiny
 
-from mitrain.trunk import replay, trunk_states
+from mitrain.models.frozen import replay, trunk_states
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,13 +8,13 @@ from random import Random
 
 import pytest
 import tiny_deb
+from mitrain_demo import stamps, tuxpaint
 from PIL import Image
 
+from mitrain.core.errors import PrepareError
+from mitrain.core.files import cache_home
+from mitrain.data.formats.records import read_records
 from mitrain.data.images import open_image
-from mitrain.data.records import read_records
-from mitrain.errors import PrepareError
-from mitrain.files import cache_home
-from mitrain.prepare import stamps, tuxpaint
 
 SPLITS = list(tuxpaint.SHARES)
 PREPARED = cache_home() / "data" / "tuxpaint-1-seed0"

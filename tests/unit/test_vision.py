@@ -7,11 +7,10 @@ from folders import vision_folder
 from PIL import Image
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
 
-from mitrain import hf
-from mitrain.backbones import VisionConfig, VisionEncoder, vision
-from mitrain.backbones.digests import frozen_digest
-from mitrain.backbones.vision import VIEWS, Preprocess, augment, pad_square
-from mitrain.errors import ConfigError, ModelError
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.models import VisionConfig, VisionEncoder, loading, vision
+from mitrain.models.digests import frozen_digest
+from mitrain.models.vision import VIEWS, Preprocess, augment, pad_square
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +175,7 @@ def test_no_hub_is_asked_for_a_name_that_is_not_here(monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", lambda *given, **more: asked.append(given) or 1 / 0)
     for factory, source in ((AutoModel, "no-such/model"), (AutoConfig, "nosuchmodel")):
         with pytest.raises(ModelError, match="cannot load"):
-            hf.load(factory, source, "image encoder")
+            loading.load(factory, source, "image encoder")
     with pytest.raises(ModelError, match="cannot load"):
-        hf.read_config("no-such/model", "image encoder")
+        loading.read_config("no-such/model", "image encoder")
     assert not asked

@@ -8,10 +8,10 @@ from tiny_encoders import pixels, tiny_encoder
 from torch import Tensor
 from transformers import PreTrainedModel, SwinConfig, SwinModel
 
-from mitrain.adapters.mope import MoPE
-from mitrain.adapters.mope_config import MoPEConfig
-from mitrain.reading import Picture, Reading, Words
-from mitrain.trunk import trunk_states
+from mitrain.methods.mope.config import MoPEConfig
+from mitrain.methods.mope.mope import MoPE
+from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.frozen import trunk_states
 
 SMALL = {"length": 2, "experts": 3, "other_length": 2}
 SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": (2, 2, 2), "num_heads": (2, 2, 4)}

@@ -13,10 +13,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mitrain.adapters.aurora import Aurora
-from mitrain.adapters.aurora_config import AuroraConfig
-from mitrain.reading import Picture, Words
-from mitrain.trunk import trunk_states
+from mitrain.methods.aurora.aurora import Aurora
+from mitrain.methods.aurora.config import AuroraConfig
+from mitrain.models.batch import Picture, Words
+from mitrain.models.frozen import trunk_states
 
 WIDTH, DEPTH = 16, 3
 SMALL = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4}

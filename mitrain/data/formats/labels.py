@@ -1,0 +1,151 @@
+"""Pictures with a text and one or several labels, from JSONL or CSV: a user's own columns by name.
+
+JSONL: ``{"image": "a.jpg", "text": "a red apple", "label": "food"}``, or a list of labels where samples have several;
+``id``, ``object`` and ``kind`` are optional and other keys are ignored. CSV: the same by its header, several labels
+separated by ``|`` (or what is said).
+"""
+
+import logging
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mitrain.core.config import nearest
+from mitrain.core.errors import DataError
+from mitrain.data.formats.rows import as_text, check_columns, listed, read_rows, split_cell, unique
+
+REQUIRED = ("image", "label")
+FIELDS = ("image", "text", "label", "id", "object", "kind")
+BITS = {"0", "1", "0.0", "1.0", "0.", "1."}
+"""What a one-hot vector is made of."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabelSample:
+    """A picture (its path below the data's folder), a text and the labels that both together have.
+
+    ``object`` names what must not be shared by splits.
+    """
+
+    id: str
+    image: str
+    text: str
+    labels: tuple[str, ...]
+    object: str = ""
+    kind: str = ""
+
+    def fault(self) -> str:
+        """What is wrong with the sample beside its picture: nothing, or it would not have been read."""
+        return ""
+
+
+def read_labels(
+    path: Path,
+    columns: Mapping[str, str] | None = None,
+    multilabel: bool = False,
+    separator: str = "|",
+    known: Collection[str] = (),
+) -> list[LabelSample]:
+    """Every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
+
+    ``columns`` maps our fields to the file's names where they differ. With ``multilabel`` a label is a list, or a text
+    split at ``separator``, and may be empty; without, there is exactly one. Where classes are ``known``, others are
+    refused. Raises DataError with the file and line of the first thing that is wrong.
+    """
+    path, columns = Path(path), check_columns(columns or {}, FIELDS)
+    samples = unique(placed(path, columns, several_labels if multilabel else one_label, separator, frozenset(known)))
+    if not samples:
+        raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
+    return samples
+
+
+def placed(
+    path: Path, columns: Mapping[str, str], read: Callable[..., tuple[str, ...]], separator: str, known: frozenset[str]
+) -> Iterator[tuple[str, LabelSample]]:
+    """Every record with its place, FILE:LINE."""
+    for line, row in read_rows(path, columns, REQUIRED):
+        where = f"{path}:{line}"
+        texts = {f: as_text(row.get(columns[f]), columns[f], where) for f in FIELDS if f != "label"}
+        if not texts["image"]:
+            raise DataError(f"{where}: no {columns['image']!r}: fill it in, or map another with columns.image=NAME")
+        if columns["label"] not in row:
+            raise DataError(f"{where}: no {columns['label']!r}: add it, or map another with columns.label=NAME")
+        labels = check_known(read(row[columns["label"]], columns["label"], where, separator), known, where)
+        yield where, LabelSample(**texts | {"id": texts["id"] or f"{path.name}:{line}"}, labels=labels)
+
+
+def one_label(value: Any, name: str, where: str, _separator: str) -> tuple[str, ...]:
+    if isinstance(listed(value), list):
+        raise DataError(f"{where}: {name!r} is a list: give one label, or set data.multilabel=true")
+    label = as_text(value, name, where)
+    if not label:
+        raise DataError(f"{where}: {name!r} is empty: give one label")
+    return (label,)
+
+
+def several_labels(value: Any, name: str, where: str, separator: str) -> tuple[str, ...]:
+    """Labels in their order, each once; a cell may hold them as a list, too."""
+    value = [] if value is None else split_cell(listed(value), separator)
+    found = [as_text(v, name, where) for v in (value if isinstance(value, list) else [value])]
+    if not all(found):
+        raise DataError(f"{where}: {name!r} holds an empty label: remove it")
+    if len(set(found)) < len(found) and set(found) <= BITS:
+        raise DataError(
+            f"{where}: {name!r} is a vector of zeros and ones, {str(value)[:60]}: give the names of the labels instead"
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def class_names(samples: Sequence[LabelSample], where: str) -> tuple[str, ...]:
+    """The labels that samples have, in alphabetical order. DataError where they are fewer than two."""
+    names = tuple(sorted({label for sample in samples for label in sample.labels}))
+    if len(names) < 2:
+        raise DataError(f"{where} has {len(names)} different label(s): a classification needs two or more")
+    if all(len(set(sample.labels)) == len(names) for sample in samples):
+        log.warning("%s gives every sample all %d labels: nothing tells them apart", where, len(names))
+    for one, other in look_alikes(names):
+        log.warning("%s has the labels %s and %s, which count as two", where, one, other)
+    return names
+
+
+def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of names that a reader takes for one, written so that their difference can be seen."""
+    first: dict[str, str] = {}
+    pairs = [(first.setdefault(core(name), name), name) for name in names]
+    return [(ascii(a), ascii(b)) if composed(a) == composed(b) else (repr(a), repr(b)) for a, b in pairs if a != b]
+
+
+def core(name: str) -> str:
+    """A name without letter case, invisible characters, and ways to compose letters or to write numbers."""
+    seen = "".join(c for c in composed(name) if unicodedata.category(c) != "Cf").strip()
+    try:
+        return repr(float(seen))
+    except ValueError:
+        return " ".join(seen.casefold().split())
+
+
+def composed(name: str) -> str:
+    return unicodedata.normalize("NFKC", name)
+
+
+def check_known(labels: Sequence[str], known: Collection[str], where: str) -> tuple[str, ...]:
+    """The labels, if each is among the classes ``known`` (none known: all are)."""
+    for label in labels if known else ():
+        if label not in known:
+            alike = sorted(name for name in known if core(name) == core(label))
+            hint = f" (did you mean {alike[0]!r}?)" if alike else nearest(label, known)
+            raise DataError(
+                f"{where}: the label {label[:80]!r} is no class{hint}: correct it, or name all classes in data.classes"
+            )
+    return tuple(labels)
+
+
+def report_left_out(samples: Sequence[LabelSample], left_out: Mapping[str, int], where: str) -> None:
+    """Say how many samples were left out, by reason."""
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        log.warning("%s: left out %s; %d samples remain", where, reasons, len(samples))

@@ -1,0 +1,84 @@
+"""Questions about pictures from JSONL or CSV: one record a line, a user's own columns by name.
+
+JSONL: ``{"image": "a.jpg", "prompt": "This is a", "answer": "cat"}``; ``id``, ``candidates`` (a list), ``kind`` and
+``object`` are optional and other keys are ignored. CSV: the same by its header, candidates separated by ``|``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mitrain.core.errors import DataError
+from mitrain.data.formats.rows import (
+    as_text,
+    check_columns,
+    is_table,
+    listed,
+    read_rows,
+    split_cell,
+    unique,
+)
+
+REQUIRED = ("image", "prompt", "answer")
+FIELDS = (*REQUIRED, "id", "candidates", "kind", "object")
+SEPARATOR = "|"  # of the candidates in a CSV cell
+
+
+@dataclass(frozen=True)
+class AnswerSample:
+    """A picture (its path below the data's folder), a question and its answer.
+
+    ``candidates`` are the answers to choose from (none: open); ``object`` names what must not be shared by splits.
+    """
+
+    id: str
+    image: str
+    prompt: str
+    answer: str
+    candidates: tuple[str, ...] = ()
+    kind: str = ""
+    object: str = ""
+
+    def fault(self) -> str:
+        """What is wrong with the sample beside its picture: nothing, or it would not have been read."""
+        return ""
+
+
+def read_records(path: Path, columns: Mapping[str, str] | None = None) -> list[AnswerSample]:
+    """Every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
+
+    ``columns`` maps our fields to the file's names where they differ, for example ``{"prompt": "question"}``.
+    Raises DataError with the file and line of the first thing that is wrong.
+    """
+    path, columns = Path(path), check_columns(columns or {}, FIELDS)
+    samples = unique(placed(path, columns))
+    if not samples:
+        raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
+    return samples
+
+
+def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, AnswerSample]]:
+    """Every record with its place, FILE:LINE."""
+    for line, row in read_rows(path, columns, REQUIRED):
+        if is_table(path) and columns["candidates"] in row:
+            row[columns["candidates"]] = split_cell(listed(row[columns["candidates"]]), SEPARATOR)
+        where = f"{path}:{line}"
+        yield where, to_sample(row, where, columns, default_id=f"{path.name}:{line}")
+
+
+def to_sample(row: Mapping[str, Any], where: str, columns: Mapping[str, str], default_id: str) -> AnswerSample:
+    values = {field: row.get(name) for field, name in columns.items()}
+    texts = {field: as_text(values[field], columns[field], where) for field in FIELDS if field != "candidates"}
+    for field in REQUIRED:
+        if not texts[field]:
+            raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")
+    if isinstance(listed(texts["answer"]), list):
+        raise DataError(f"{where}: {columns['answer']!r} is a list, {texts['answer'][:60]}: give one answer")
+    candidates = values["candidates"] or []
+    if not isinstance(candidates, list):
+        raise DataError(f'{where}: {columns["candidates"]!r} is no list: write ["yes", "no"]')
+    choices = tuple(dict.fromkeys(as_text(choice, columns["candidates"], where) for choice in candidates))
+    if choices and texts["answer"] not in choices:
+        raise DataError(f"{where}: the answer {texts['answer'][:80]!r} is not among the candidates: add it")
+    return AnswerSample(**texts | {"id": texts["id"] or default_id}, candidates=choices)

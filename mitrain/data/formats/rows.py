@@ -1,0 +1,236 @@
+"""Rows of a user's own JSONL, CSV or TSV file, with the columns under the user's own names.
+
+One record a line; every fault is a DataError that names file and line.
+"""
+
+import csv
+import io
+import re
+import warnings
+from ast import literal_eval
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from mitrain.core import parsing
+from mitrain.core.config import nearest
+from mitrain.core.errors import DataError
+from mitrain.core.parsing import Unreadable
+from mitrain.data.formats.foreign import advice
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bzip2, xz, zstandard
+
+LONGEST_LIST = 10_000  # characters of a cell that is looked at as a list
+
+ARRAY_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[-+]?\d[-+.\de]*""")
+ARRAY = re.compile(rf"\[\s*(?:{ARRAY_ITEM.pattern})(?:\s+(?:{ARRAY_ITEM.pattern}))+\s*\]")
+"""As numpy writes one, without commas; Python would read its texts as one long text."""
+
+Row = tuple[int, dict[str, Any]]  # line number, cells by column
+
+
+def read_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Row]:
+    """Line number and cells of every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
+
+    A ``.json`` file with one list of objects, as BLIP's are, is read too; its records are numbered from 1. ``columns``
+    maps our fields to the file's names; those ``required`` must stand in a CSV file's header, and a name that differs
+    from the field's is a column that somebody asked for: one that no record has is refused.
+    """
+    asked = {name: field for field, name in columns.items() if name != field}
+    seen: set[str] = set()
+    for line, row in all_rows(Path(path), columns, required):
+        if not seen and any(columns[field] not in row for field in required) and (known := advice(row)):
+            raise DataError(f"{path}:{line}: the record is of {known}")
+        seen.update(row)
+        yield line, row
+    for name in asked.keys() - seen if seen else ():
+        there = ", ".join(sorted(seen))[:200]
+        raise DataError(
+            f"{str(path)!r} has no {name!r}{nearest(name, seen)} in any record, only {there}: "
+            f"correct columns.{asked[name]}={name}"
+        )
+
+
+def all_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Row]:
+    try:
+        if path.suffix.lower() == ".json":
+            yield from rows_of_json(path)
+            return
+        with open_text(path) as file:
+            if path.suffix.lower() in DELIMITERS:
+                yield from rows_of_csv(file, path, columns, required)
+            else:
+                yield from rows_of_jsonl(file, path)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    except Unreadable as error:
+        raise DataError(f"{str(path)!r} {error}: give a JSONL or CSV file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {str(path)!r} ({error}): give a JSONL or CSV file") from None
+
+
+def open_text(path: Path) -> TextIO:
+    return io.TextIOWrapper(parsing.open_regular(path), encoding="utf-8-sig", newline="")
+
+
+def read_whole(path: Path) -> Any:
+    """The value in a JSON file. Raises Unreadable, UnicodeDecodeError and OSError."""
+    return parsing.parse_json(parsing.read_bytes(path, parsing.DATA_BYTES).decode("utf-8-sig"))
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
+    """The fault of a file that could not be decoded: compressed, or of another encoding."""
+    with open(path, "rb") as file:
+        packed = file.read(8).startswith(PACKED)
+    if packed:
+        return DataError(f"{str(path)!r} is compressed, or a spreadsheet: unpack it, or save it as text in UTF-8")
+    return DataError(f"{str(path)!r} is not UTF-8 text ({error}): save it as UTF-8")
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The one JSON object that a file holds."""
+    try:
+        value = read_whole(path)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    except Unreadable as error:
+        raise DataError(f"{str(path)!r} {error}: get the original file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {str(path)!r} ({error}): get the original file") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{str(path)!r} holds a {type(value).__name__} instead of an object: get the original file")
+    return value
+
+
+def is_table(path: Path) -> bool:
+    """Whether the file's cells are plain text (CSV, TSV), so that lists in them need a separator."""
+    return Path(path).suffix.lower() in DELIMITERS
+
+
+def check_columns(columns: Mapping[str, str], fields: Sequence[str]) -> dict[str, str]:
+    """Every field with the file's name for it."""
+    for field in columns:
+        if field not in fields:
+            raise DataError(f"columns.{field} is not a field{nearest(field, fields)}: map {', '.join(fields)}")
+    return {field: columns.get(field, field) for field in fields}
+
+
+def rows_of_jsonl(file: TextIO, path: Path) -> Iterator[Row]:
+    for line, text in enumerate(parsing.lines_of(file), start=1):
+        if text.strip():
+            yield line, json_object(text, f"{path}:{line}")
+
+
+def rows_of_json(path: Path) -> Iterator[Row]:
+    rows = read_whole(path)
+    if not isinstance(rows, list):
+        known = advice(rows)
+        raise DataError(
+            f"{str(path)!r} holds {known}"
+            if known
+            else f"{str(path)!r} holds a {type(rows).__name__} instead of a list: give one object a line (.jsonl)"
+        )
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: a {type(row).__name__} instead of an object: write {{...}}")
+        yield number, row
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        row = parsing.parse_json(text)
+    except Unreadable as error:
+        raise DataError(f"{where}: {str(error).removeprefix('is ')}: write one object a line") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__} instead of an object: write {{...}} a line")
+    return row
+
+
+def rows_of_csv(file: TextIO, path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Row]:
+    header: list[str] | None = None
+    for line, cells in cells_of_csv(file, path):
+        if header is None:
+            names = [cell.strip() for cell in cells]
+            header = check_header(names, path, columns, required) if any(names) else None
+        elif len(cells) > len(header):
+            raise DataError(f"{path}:{line}: {len(cells)} cells under {len(header)} columns: quote commas")
+        elif cells:
+            yield line, dict(zip(header, cells, strict=False))
+
+
+def cells_of_csv(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Cells of every row, blank ones among them, and the line that it begins in."""
+    reader = csv.reader(parsing.lines_of(file), delimiter=DELIMITERS.get(path.suffix.lower(), ","), strict=True)
+    begin = 1
+    try:
+        for cells in reader:
+            yield begin, cells
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        problem = "a quote that is not closed" if "end of data" in str(error) else str(error)
+        over = f", read to line {reader.line_num}" if reader.line_num > begin else ""
+        mend = "close its quotes, or use JSONL for long texts" if over or "limit" in problem else "quote the cell"
+        raise DataError(f"{path}:{begin}: not valid CSV ({problem}{over}): {mend}") from None
+
+
+def check_header(header: list[str], path: Path, columns: Mapping[str, str], required: Sequence[str]) -> list[str]:
+    for field in required:
+        name = columns[field]
+        if header.count(name) != 1:
+            if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
+                raise DataError(
+                    f"{path}:1: cells are parted by {other!r}: part them by commas, or by tabs in a .tsv file"
+                )
+            problem = "two columns" if name in header else "no column"
+            raise DataError(
+                f"{path}:1: {problem} {name!r} for {field}{'' if name in header else nearest(name, header)}: "
+                f"the header has {', '.join(header)[:200]}; map it with columns.{field}=NAME"
+            )
+    return header
+
+
+def as_text(value: Any, name: str, where: str) -> str:
+    """Strings without blanks around them, numbers as text, nothing as nothing; ``name`` is the column's."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
+        return str(value)
+    one = ", one of them (of VQA's ten answers the most frequent)" if isinstance(value, list) else ""
+    raise DataError(f"{where}: {name!r} is a {type(value).__name__}: give text{one}")
+
+
+def listed(value: Any) -> Any:
+    """The list, tuple, set or array that a cell holds as JSON, Python or numpy write it; else the value as it is."""
+    if not (isinstance(value, str) and value[:1] + value[-1:] in ("[]", "()", "{}") and len(value) < LONGEST_LIST):
+        return value
+    if ARRAY.fullmatch(value):
+        return [item.strip("'\"") for item in ARRAY_ITEM.findall(value)]
+    for read in (parsing.parse_json, literal_eval):
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                found = read(value)
+        except (Unreadable, ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        texts = isinstance(found, tuple | set) and all(isinstance(item, str) for item in found)  # "(3, 4)" is a text
+        found = sorted(found) if texts and isinstance(found, set) else list(found) if texts else found
+        return found if isinstance(found, list) else value
+    return value
+
+
+def split_cell(value: Any, separator: str) -> Any:
+    """A cell of several values as their list; what is no text stays as it is."""
+    return [part.strip() for part in value.split(separator) if part.strip()] if isinstance(value, str) else value
+
+
+def unique(samples: Iterator[tuple[str, Any]]) -> list[Any]:
+    """The samples of (place, sample) pairs; DataError where two have one id."""
+    kept: dict[str, Any] = {}
+    for where, sample in samples:
+        if sample.id in kept:
+            raise DataError(f"{where}: the id {sample.id[:80]!r} stands twice: make ids unique")
+        kept[sample.id] = sample
+    return list(kept.values())

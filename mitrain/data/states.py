@@ -1,0 +1,131 @@
+"""What enters the first layer that a method changes: of the text model per text, of the image encoder per picture.
+
+Everything below is frozen, so it is computed once (or, with the cache off, whenever it is asked for).
+Shapes: B samples, T tokens, D width of the text model, N picture tokens, c width of the image encoder's layers.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mitrain.data.cache import FeatureCache
+from mitrain.data.features import ENCODE_BATCH, ImageFeatures, Progress, no_progress
+from mitrain.data.segments import Item
+from mitrain.models import TextBackbone, VisionEncoder, loading
+
+log = logging.getLogger(__name__)
+
+
+class TextStates:
+    """What leaves the frozen trunk of ``depth`` layers, per text (a row of token ids).
+
+    ``always``: also where nothing is cached, for methods that run the layers themselves. ``aside`` takes off what changes
+    the model meanwhile.
+    """
+
+    def __init__(
+        self,
+        text: TextBackbone,
+        depth: int,
+        cache: Path | None,
+        always: bool = False,
+        aside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
+        self.text, self.depth, self.always, self.aside = text, depth, always, aside
+        self.wanted = cache is not None and depth > 0
+        identity = text.identity(depth) if self.wanted else {}
+        self.store = FeatureCache(cache / "texts" if self.wanted else None, identity, {"states": "float32"})
+
+    @cached_property
+    def cached(self) -> bool:
+        """Whether states are kept: where that is wanted and the model can go on from them, which it is asked once."""
+        if not self.wanted or self.always:
+            return self.wanted
+        with self.aside():
+            able = self.text.replays(self.depth)
+        if not able:
+            log.warning(
+                "%s cannot go on from the cached states of its lower layers: texts run through all layers every time",
+                type(self.text.model).__name__,
+            )
+        return able
+
+    @staticmethod
+    def key(row: Sequence[int]) -> str:
+        return hashlib.sha256(np.asarray(row, dtype=np.int64).tobytes()).hexdigest()
+
+    def prepare(self, rows: Sequence[Sequence[int]], progress: Progress = no_progress) -> int:
+        """Compute what is not in the cache yet, similar lengths together; returns how many texts that were."""
+        if not self.cached:
+            return 0
+        by_key = {self.key(row): row for row in sorted(rows, key=len)}
+
+        def compute(keys: Sequence[str]) -> dict[str, Item]:
+            states = self.text.trunk([by_key[key] for key in keys], self.depth)
+            return {key: {"states": s.float().cpu().numpy()} for key, s in zip(keys, states, strict=True)}
+
+        return self.store.fill(by_key, compute, progress=progress)
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> Tensor | None:
+        """(B, T, D), right-padded with zeros; None when there is no cache and the model must run from its bottom."""
+        if not self.cached:
+            return self._padded(self.text.trunk(rows, self.depth)) if self.always else None
+        by_key = {self.key(row): row for row in rows}
+
+        def compute(keys: Sequence[str]) -> dict[str, Item]:
+            return {key: {"states": self._now(by_key[key])} for key in keys}
+
+        items = self.store.read([self.key(row) for row in rows], compute, loading.is_spread(self.text.model))
+        return self._padded([torch.from_numpy(np.array(item["states"])) for item in items])
+
+    def _padded(self, items: Sequence[Tensor]) -> Tensor:
+        out = torch.zeros(len(items), max(map(len, items)), self.text.width, dtype=self.text.dtype)
+        for i, item in enumerate(items):
+            out[i, : len(item)] = item
+        return out.to(self.text.device)
+
+    def _now(self, row: Sequence[int]) -> np.ndarray:
+        return self.text.trunk([row], self.depth)[0].float().cpu().numpy()
+
+
+class PictureStates:
+    """What enters layer ``depth`` of an image encoder, per picture and view, kept in 16 bits."""
+
+    def __init__(self, encoder: VisionEncoder, depth: int, cache: Path | None):
+        self.encoder, self.depth, self.cached = encoder, depth, cache is not None
+        identity = {**encoder.identity(), "enters layer": depth} if cache else {}
+        self.store = FeatureCache(cache / "pictures" if cache else None, identity, {"states": "float16"})
+
+    def prepare(
+        self, images: ImageFeatures, paths: Sequence[str], views: int = 1, progress: Progress = no_progress
+    ) -> int:
+        """Compute what is not in the cache yet; returns how many pictures' views that were."""
+        if not self.cached:
+            return 0
+        wanted = [(path, view) for view in range(views) for path in paths]
+        by_key = {f"{images.key(path)}/{view}": (path, view) for path, view in wanted}
+        return self.store.fill(by_key, partial(self._compute, images, by_key), ENCODE_BATCH, progress)
+
+    def _compute(
+        self, images: ImageFeatures, by_key: Mapping[str, tuple[str, int]], keys: Sequence[str]
+    ) -> dict[str, Item]:
+        wanted = [by_key[key] for key in keys]
+        pictures = [images.picture(path) for path, _ in wanted]
+        states = self.encoder.entering(self.depth, pictures, [view for _, view in wanted])
+        return {key: {"states": row.float().cpu().numpy()} for key, row in zip(keys, states, strict=True)}
+
+    def batch(self, images: ImageFeatures, paths: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
+        """(B, N, c) float32 of the pictures' ``views`` (0, as they are, where none are given)."""
+        wanted = list(zip(paths, views or [0] * len(paths), strict=True))
+        keys = [f"{images.key(path)}/{view}" for path, view in wanted]
+        compute = partial(self._compute, images, dict(zip(keys, wanted, strict=True)))
+        items = self.store.read(keys, compute, loading.is_spread(self.encoder))
+        return torch.from_numpy(np.stack([item["states"] for item in items]).astype(np.float32))

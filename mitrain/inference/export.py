@@ -1,0 +1,261 @@
+"""Publishing a run's adapter, and loading it again with or without the rest of mitrain around it."""
+
+import json
+import logging
+import math
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import PreTrainedModel
+
+from mitrain import methods
+from mitrain.core import config, prepared
+from mitrain.core.errors import CheckpointError, ConfigError, DataError, ModelError, UserError
+from mitrain.data.features import FeatureNorm
+from mitrain.data.sources import portion
+from mitrain.inference import scoring
+from mitrain.methods import export_format
+from mitrain.methods.base import Adapter
+from mitrain.methods.export_format import EncoderPart, PreprocessPart, RunPart
+from mitrain.methods.export_format.contents import ANSWER_LENGTH, ANSWERS_KEPT, PROMPTS_KEPT
+from mitrain.models import VisionEncoder, loading
+from mitrain.tasks.answer import answers_by_prompt
+from mitrain.training import checkpoint, runs, schema
+from mitrain.training.build import Model, build, resolve_data
+from mitrain.training.checkpoint import Checkpoint
+from mitrain.training.schema import RunConfig
+
+log = logging.getLogger(__name__)
+
+QUEUE = "slow."
+"""Of retrieval's head what serves training alone: the momentum copies and their queue."""
+
+
+def export(
+    run_dir: str | Path, out: str | Path, which: str = "best", splits: Sequence[str] = (), samples: int | None = None
+) -> dict[str, Any]:
+    """Write a run's ``best`` or ``latest`` checkpoint to the new folder ``out``; returns what was written.
+
+    Without the frozen weights: they are neither loaded nor exported. ``splits`` are scored first, which does load them,
+    and join the val metrics of the checkpoint's step in the model card. Nothing is written where anything fails.
+    """
+    export_format.check_target(out)
+    run_config, saved = runs.read_config(run_dir), runs.newest(run_dir, which)
+    model = build(run_config, empty=True)
+    for name, module in model.trainable.items():
+        checkpoint.check_fit(module, saved.tensors.get(name, {}), f"{name} in {saved.path}")
+    metrics = recorded(Path(run_dir) / "metrics.jsonl", saved.step)
+    for split in splits:
+        found = scoring.score_run(run_dir, split=split, control="none", which=which, samples=samples)
+        metrics[split] = {key: value for key, value in found.items() if key not in ("split", "step", "run", "control")}
+    counts = export_format.count(model.trainable.values(), model.text.model)
+    settings = {"name": run_config.adapter.section_name, **model.adapter.config.to_dict()}
+    base = export_format.without_home(run_config.model.llm)
+    fields = export_format.method_fields(settings, model.text.model.config, base, counts)
+    fields["run"] = run_part(run_config, model, saved, metrics, Path(out)).to_dict()
+    fields["frozen"] = runs.frozen_of(saved) or None
+    tensors = {name: saved.tensors[name] for name in model.trainable}
+    tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
+    licences, alone = known_licences(), model.adapter.places == ("text",)
+    peft = model.adapter.peft_files(tensors["adapter"], base)
+    card = lambda contents: export_format.model_card(contents, licences, alone)  # noqa: E731
+    folder = export_format.publish(out, fields, tensors, card, peft)
+    tell_folders([base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["vision"])])
+    return {
+        "folder": str(folder),
+        "files": sorted(path.name for path in folder.iterdir()),
+        "step": saved.step,
+        "bytes": export_format.read(folder).contents.tensors.bytes,
+        "parameters": counts.to_dict(),
+        "metrics": metrics,
+    }
+
+
+def run_part(
+    run_config: RunConfig, model: Model, saved: Checkpoint, metrics: dict[str, dict[str, Any]], out: Path
+) -> RunPart:
+    values = export_format.settings_from(run_config.to_dict(), out)
+    del values["model"]["llm"]
+    values["task"] |= {"queue": 0} if "queue" in values["task"] else {}
+    return RunPart(
+        config=values,
+        encoders=[encoder_part(encoder) for encoder in model.encoders],
+        answers=training_answers(run_config),
+        step=saved.step,
+        best=saved.best,
+        metrics=metrics,
+    )
+
+
+def tell_folders(models: Sequence[str]) -> None:
+    """A line about the ``models`` that an export can only name by their folders on this machine."""
+    if local := [name for name in models if os.path.isdir(os.path.expanduser(name))]:
+        log.warning("the export names folders of this machine (%s): others give base= and encoders=", ", ".join(local))
+
+
+def encoder_part(encoder: VisionEncoder) -> EncoderPart:
+    used = encoder.preprocess
+    preprocess = PreprocessPart(size=used.size, mean=list(used.mean), std=list(used.std), resize=used.resize)
+    return EncoderPart(shape=runs.encoder_shape(encoder), preprocess=preprocess)
+
+
+def training_answers(run_config: RunConfig) -> dict[str, list[str]] | None:
+    """The answers that training samples had, by prompt; None for other tasks, missing data or too many prompts."""
+    if run_config.task.section_name != "answer":
+        return None
+    try:
+        samples = run_config.data.read(resolve_data(run_config.data), "train")
+    except DataError:
+        return None
+    answers = answers_by_prompt(portion(samples, run_config.train.fraction))
+    if len(answers) > PROMPTS_KEPT:
+        return None
+    few = {prompt: list(found) for prompt, found in answers.items() if len(found) <= ANSWERS_KEPT}
+    return {prompt: found for prompt, found in few.items() if max(map(len, found), default=0) <= ANSWER_LENGTH}
+
+
+def recorded(path: Path, step: int) -> dict[str, dict[str, Any]]:
+    """The metrics of ``val`` that a run's metrics.jsonl has of a step; none where the file is missing or damaged."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, UnicodeDecodeError):
+        return found
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict) and values.get("kind") == "val" and values.get("step") == step:
+            found["val"] = {k: v for k, v in values.items() if k not in ("kind", "step", "time", "control") and sane(v)}
+    return found
+
+
+def sane(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def known_licences() -> dict[str, str]:
+    return {name: recipe.licence for table in (prepared.MODELS, prepared.DATASETS) for name, recipe in table.items()}
+
+
+class Pretrained:
+    """An exported run on its frozen weights, ready to predict; made by `from_pretrained`.
+
+    Threads may share it: their predictions take turns, for a prediction puts stand-ins into the model while it runs.
+    """
+
+    def __init__(self, run: runs.Run):
+        self.run = run
+        self._turn = threading.Lock()
+
+    @property
+    def model(self) -> Model:
+        """The assembled parts: ``text.model`` (transformers), ``encoders``, ``adapter``, ``norm``, ``task``."""
+        return self.run.model
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.run.model.adapter
+
+    def predict(
+        self, image: str | Path | Image.Image, text: str, candidates: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """What ``mitrain predict --json`` prints for one picture (a file or a PIL image) and a prompt or expression.
+
+        Of the task `segment` also ``mask``, (H, W) bool. Raises a `mitrain.core.errors.UserError` for what cannot be read.
+        """
+        if not text.strip():
+            raise ConfigError("the text is empty: give the prompt, or the expression to segment")
+        if not isinstance(image, Image.Image):
+            return self._ask(image, text, candidates)
+        if 0 in image.size:
+            raise DataError(f"the picture has no pixels ({image.width} × {image.height}): give another")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "image.png"
+            image.convert("RGBA" if image.has_transparency_data else "RGB").save(path)
+            return {**self._ask(path, text, candidates), "image": None}
+
+    def _ask(self, image: str | Path, text: str, candidates: Sequence[str] | None) -> dict[str, Any]:
+        with self._turn:
+            found = scoring.ask(self.run, image, text, candidates=candidates)
+        return found.values if found.mask is None else {**found.values, "mask": found.mask}
+
+
+def from_pretrained(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    encoders: Sequence[str | Path] | None = None,
+    allow_changes: bool = False,
+    **model: Any,
+) -> Pretrained:
+    """Load what ``mitrain export`` wrote, on the frozen models that it names.
+
+    ``base`` and ``encoders``: their folders or names here, where they differ; with ``allow_changes`` also models of the
+    same shape with other weights, of which a line is said. Further keywords are keys of the
+    configuration's section ``model``, as quantize="int8", dtype="bf16", device="cpu". Raises ModelError where the base
+    is of another shape or has other weights, with every difference, and CheckpointError for a damaged folder.
+    """
+    return Pretrained(runs.open_published(folder, base, encoders, allow_changes, **model))
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, FeatureNorm | None]:
+    """Attach a published adapter to a transformers model that is in memory already.
+
+    Returns the adapter (``detach()`` takes it off) and, of an exported run, the module that turns encoders' features
+    (B, e) into what is infused. Raises ModelError where the model is of another shape; it is then left as it was.
+    """
+    contents, _ = export_format.read_contents(Path(folder))
+    runs.check_amount(contents.tensors.bytes // 4, loading.count_parameters(model), folder)
+    published = export_format.read(folder)
+    here = export_format.base_shape(model.config)
+    export_format.require_same(contents.base, here, "this language model", "load the one that the adapter names")
+    try:
+        section = config.choose("adapter", contents.adapter)
+        adapter = methods.build(section)
+        norm = feature_norm(published)
+    except UserError as error:
+        raise CheckpointError(f"{published.path}: {error}") from None
+    if adapter.places != ("text",):
+        raise ModelError(
+            f"{published.path}: {adapter.method} attaches to the image encoder too, not to a language model alone: open a"
+            " run's export with mitrain.from_pretrained"
+        )
+    adapter.check_free({"text": model})
+    check_room(methods.build(section), model, published)
+    adapter.attach({"text": model})
+    try:
+        checkpoint.restore(adapter, published.tensors["adapter"], f"adapter in {published.path}")
+    except BaseException:
+        adapter.detach()
+        raise
+    adapter.eval()
+    return adapter, norm
+
+
+def check_room(twin: Adapter, model: PreTrainedModel, published: export_format.Published) -> None:
+    """CheckpointError where the settings make more numbers than the saved file has bytes; no memory is taken for them."""
+    twin.attach({"text": loading.weightless(model)})
+    count, held = loading.count_parameters(twin), published.contents.tensors.bytes
+    if count > held:
+        raise CheckpointError(
+            f"{published.path} describes {count:,} trained numbers, and its weights have {held:,} bytes: export it again"
+            " or take another copy"
+        )
+
+
+def feature_norm(published: export_format.Published) -> FeatureNorm | None:
+    """The saved feature statistics, or None for an adapter that was exported without a run."""
+    part, saved = published.contents.run, published.tensors["features"]
+    if part is None:
+        return None
+    values = runs.with_base(part.config, published.contents.base_model_name_or_path)
+    norm = FeatureNorm(len(saved.get("mean", ())), schema.from_dict(values).features)
+    checkpoint.restore(norm, saved, f"features in {published.path}")
+    return norm.requires_grad_(False)

@@ -1,0 +1,80 @@
+"""Folding a run's adapter into the frozen weights: plain models that need neither the adapter nor mitrain.
+
+OUT/text/            the language model or text encoder with its tokenizer, as save_pretrained writes them
+OUT/image/           the image encoder, where the method changes it, with its preprocessing
+OUT/head.safetensors the task's head and feature statistics, by name
+OUT/merged.json      the run's configuration, its step and what was merged
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from mitrain.core.errors import CheckpointError
+from mitrain.core.files import atomic_folder, remedy, write_json
+from mitrain.methods import export_format
+from mitrain.models import loading
+from mitrain.training import runs
+from mitrain.training.build import Model
+
+
+def export_merged(run_dir: str | Path, out: str | Path, which: str = "best") -> dict[str, Any]:
+    """Write a run's backbones with its adapter merged into them to the new folder ``out``; returns what was written.
+
+    ModelError where the method depends on each sample's picture, or a part of it does not fold; nothing is written then.
+    """
+    out = export_format.check_target(out)
+    run = runs.open_run(run_dir, which)
+    model, changed = run.model, set(run.model.adapter.places)
+    run.model.adapter.merge()
+    contents = {
+        "method": run.config.adapter.section_name,
+        "step": run.saved.step,
+        "models": sorted(changed),
+        "config": export_format.settings_from(run.config.to_dict(), out),
+    }
+    try:
+        with atomic_folder(out) as work:
+            write_models(model, changed, work)
+            save_file(head_tensors(model), work / "head.safetensors", metadata={"format": "pt"})
+            write_json(work / "merged.json", contents)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {str(out)!r} ({error.strerror or error}): {remedy(error)} or give another folder"
+        ) from None
+    return {"folder": str(out), "files": sorted(path.name for path in out.iterdir()), "step": run.saved.step}
+
+
+def write_models(model: Model, changed: set[str], folder: Path) -> None:
+    """The merged backbones as Hugging Face's folders."""
+    write(model.text.model, folder / "text")
+    with loading.quiet():
+        model.text.tokenizer.save_pretrained(folder / "text")
+    if "image" in changed:
+        encoder = model.encoders[0]
+        write(encoder.model, folder / "image")
+        used = encoder.preprocess
+        values = {
+            "image_mean": list(used.mean),
+            "image_std": list(used.std),
+            "size": {"height": used.size, "width": used.size},
+        }
+        write_json(folder / "image" / "preprocessor_config.json", values)
+
+
+def write(model: PreTrainedModel, folder: Path) -> None:
+    with loading.quiet():
+        model.save_pretrained(folder)
+
+
+def head_tensors(model: Model) -> dict[str, Any]:
+    """head.* and features.*, each a tensor of its own."""
+    parts: dict[str, nn.Module] = {"head": model.task, "features": model.norm}
+    return {
+        f"{part}.{name}": tensor.detach().cpu().clone().contiguous()
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
+    }

@@ -1,0 +1,190 @@
+"""Tables and figures of finished runs: made from the runs' own checkpoints, never typed.
+
+Runs of the same name are seeds of one experiment and are averaged; a run's rows carry its controls. The first run given
+is the one whose predictions are drawn.
+"""
+
+import shutil
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mitrain.core.errors import ConfigError
+from mitrain.core.files import as_json, remedy, write_atomic
+from mitrain.core.markdown import code, plain
+from mitrain.core.provenance import commit, versions
+from mitrain.data.images import annotated_image, open_image
+from mitrain.inference import figures
+from mitrain.inference.scoring import score_split, split_of
+from mitrain.tasks.base import Task
+from mitrain.training import runs
+from mitrain.training.baselines import floors_of
+from mitrain.training.build import resolve_data
+from mitrain.training.evaluate import Evaluation
+from mitrain.training.runs import Run
+
+LABELS = {
+    "none": "{name}",
+    "no-image": "{name}, another sample's image",
+    "shuffle": "{name}, another scene's expression",
+    "frozen": "{name}, infusion left out",
+}
+PANELS = 16
+
+
+def report(
+    folders: Sequence[str], out: Path, splits: Sequence[str], samples: int | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Score every run on every split under its controls; write results.json, table.md and a figure per split to ``out``."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    pictures: dict[str, bytes] = {}
+    task: tuple[Any, str] | None = None
+    for position, folder in enumerate(folders):
+        run = runs.open_run(folder)
+        own_task = (run.model.task.columns, run.model.task.metric)
+        if task not in (None, own_task):
+            raise ConfigError(f"{folder} is a run of another task than {folders[0]}: report them separately")
+        task = own_task
+        for split in splits:
+            own = score_with_controls(run, split, samples)
+            if position == 0:
+                pictures[f"{run.config.name}-{split}.png"] = figure(run, *own.pop("figure"))
+            own.pop("figure", None)
+            for label, values in own.items():
+                rows[split, label].append({**values, "run": Path(folder).name, "seed": run.config.seed})
+    results = {
+        "columns": task[0],
+        "metric": task[1],
+        "made": provenance(folders, splits, samples),
+        "rows": [row(s, label, found) for name in splits for (s, label), found in rows.items() if s == name],
+    }
+    results["markdown"] = table(results)
+    document = as_json({k: v for k, v in results.items() if k != "markdown"})
+    write(out, {**pictures, "results.json": document, "table.md": results["markdown"]})
+    return results
+
+
+def write(out: Path, files: dict[str, bytes | str]) -> None:
+    """Write ``files`` to the folder ``out``; a folder that was not there is gone again where that fails."""
+    made = not out.exists()
+    try:
+        for name, content in files.items():
+            write_atomic(out / name, content)
+    except OSError as error:
+        if made:
+            shutil.rmtree(out, ignore_errors=True)
+        raise ConfigError(
+            f"cannot write the report to {str(out)!r} ({error.strerror or error}): {remedy(error)} or give another --out"
+        ) from None
+
+
+def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, Any]:
+    """Metrics by row label; the plain evaluation with its samples under "figure"."""
+    chosen, images = split_of(run, split, samples)
+    name = run.config.name
+    plain = score_split(run, chosen, images, "none", generate=run.model.task.speaks, seed=run.config.seed)
+    found: dict[str, Any] = {name: plain.metrics, "figure": (chosen, plain)}
+    blind = not run.model.adapter.fuses
+    for control in run.model.task.controls:
+        if not (blind and control == "frozen"):
+            found[LABELS[control].format(name=name)] = score_split(
+                run, chosen, images, control, seed=run.config.seed
+            ).metrics
+    return found | floors_of(run, split, chosen, images)
+
+
+def row(split: str, label: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row: mean and spread over the seeds of every number."""
+    flat = [flatten(values) for values in found]
+    means = {k: statistics.fmean(f[k] for f in flat) for k in flat[0] if all(k in f for f in flat)}
+    spread = {k: statistics.stdev(f[k] for f in flat) if len(flat) > 1 else 0.0 for k in means}
+    return {
+        "split": split,
+        "label": label,
+        "seeds": len(found),
+        "mean": means,
+        "spread": spread,
+        "runs": [f["run"] for f in found],
+    }
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    out: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{key}@")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "seed":
+            out[prefix + key] = float(value)
+    return out
+
+
+def table(results: dict[str, Any]) -> str:
+    """The Markdown table: one row per label and split."""
+    columns = results["columns"]
+    lines = [
+        "| split | | " + " | ".join(title for title, _ in columns) + " | samples | seeds |",
+        "|---" * (len(columns) + 4) + "|",
+    ]
+    for r in results["rows"]:
+        cells = [plain(r["split"]), plain(r["label"]), *(cell(r, key) for _, key in columns)]
+        lines.append(f"| {' | '.join(cells)} | {r['mean']['samples']:.0f} | {r['seeds']} |")
+    made = results["made"]
+    lines += ["", f"Made by {code(made['command'])} on {made['date']}, commit {made['commit']}, {made['versions']}."]
+    return "\n".join(lines) + "\n"
+
+
+def cell(r: dict[str, Any], key: str) -> str:
+    if key not in r["mean"]:
+        return "–"
+    spread = f" ± {r['spread'][key]:.3f}" if r["seeds"] > 1 else ""
+    return f"{r['mean'][key]:.3f}{spread}"
+
+
+def provenance(folders: Sequence[str], splits: Sequence[str], samples: int | None) -> dict[str, str]:
+    """Command, date, commit and versions: what a committed table needs to be made again."""
+    limited = f" --samples {samples}" if samples else ""
+    found = ", ".join(f"{name} {version}" for name, version in versions(("torch", "transformers")).items())
+    return {
+        "command": f"mitrain report {' '.join(Path(f).name for f in folders)} --splits {','.join(splits)}{limited}",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "versions": found,
+    }
+
+
+def figure(run: Run, samples: list[Any], found: Evaluation) -> bytes:
+    """A PNG of some of the predictions."""
+    buffer = BytesIO()
+    figures.sheet([panel for _, panel in panels(run, samples, found, PANELS)]).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def panels(run: Run, samples: Sequence[Any], found: Evaluation, count: int) -> list[tuple[Any, figures.Panel]]:
+    """Predictions of ``count`` samples spread evenly over ``samples``: not picked. Each with its sample."""
+    step = max(1, len(samples) // count)
+    pairs = list(zip(samples, found.predictions, strict=True))[::step][:count]
+    root = run.config.data.image_root(resolve_data(run.config.data))
+    task, max_pixels = run.model.task, run.config.data.max_pixels
+    made = mask_panels(pairs, root, max_pixels) if task.decodes else text_panels(task, pairs, root, max_pixels)
+    return [(sample, panel) for (sample, _), panel in zip(pairs, made, strict=True)]
+
+
+def text_panels(task: Task, pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:
+    for sample, prediction in pairs:
+        yield figures.Panel(open_image(root, sample.image, max_pixels), *task.lines(sample, prediction))
+
+
+def mask_panels(pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:
+    for sample, prediction in pairs:
+        truth = sample.mask()
+        union = np.count_nonzero(truth | prediction.mask)
+        iou = np.count_nonzero(truth & prediction.mask) / union if union else 0.0
+        picture = annotated_image(root, sample.image, sample.size, max_pixels)
+        picture = figures.outlined(figures.overlay(picture, prediction.mask), truth)
+        yield figures.Panel(picture, [sample.expression, f"IoU {iou:.2f}"], iou >= 0.5)

@@ -1,0 +1,300 @@
+"""Aurora, mode approximation for parameter-efficient tuning of two encoders and their fusion (arXiv 2305.08381).
+
+Low-rank updates of frozen projections, with factors that are shared by image encoder, text model and cross-attention.
+Where the paper and the authors' release differ, both are settings; see aurora_config.py and docs/aurora.md.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mitrain.core.errors import ModelError
+from mitrain.methods.aurora.config import COMPOSED_LAYERS, AuroraConfig, AuroraShape
+from mitrain.methods.aurora.fusion import Fusion, distinct, enhanced, pooled
+from mitrain.methods.aurora.modes import Modes
+from mitrain.methods.aurora.points import (
+    Point,
+    find_points,
+    has_cross_attention,
+    laid_out,
+    vector_counts,
+    widths_of,
+)
+from mitrain.methods.base import Adapter
+from mitrain.models import frozen, loading
+from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.layers import Stack
+
+
+class Aurora(Adapter):
+    """Aurora's updates of the backbones ``text`` and ``image``, and the fusion of the two.
+
+    The parameters are made by the first ``attach``, in float32 or the text model's type if wider. Names in the state
+    dict: ``modes.<down|up|core>.<set>``, ``modes.vectors.<part>``, ``fusion.<gqt|scale>`` and the fixed ``fusion.turn``.
+    Our name ↔ the paper's: down U, up V, core λ (or the release's C), vectors P, gqt (γ, β); `aurora_modes.Modes` has
+    the equations.
+    """
+
+    method: ClassVar[str] = "aurora"
+    places: ClassVar[tuple[str, ...]] = ("text", "image")
+
+    def __init__(self, config: AuroraConfig):
+        super().__init__()
+        self.config = config
+        self.modes: Modes | None = None
+        self.fusion: Fusion | None = None
+        self._points: list[Point] = []
+        self._stacks: dict[str, Stack] = {}
+        self._first: int | None = None
+        self._crossing = False
+        self._aside = False
+        self._widths = (0, 0)
+
+    @property
+    def feature_widths(self) -> Mapping[str, int]:
+        return {}
+
+    def first_layer(self, name: str) -> int:
+        return 0
+
+    def image_width(self, feature: int) -> int:
+        return self._widths[1] or feature
+
+    @property
+    def joint_width(self) -> int:
+        return 0 if self.fusion is None else self.fusion.width
+
+    @property
+    def shape(self) -> AuroraShape:
+        """What the count of parameters follows from; known once attached."""
+        fusion = self.fusion
+        layers = 0 if fusion is None else fusion.layers
+        composed = layers if fusion is not None and fusion.composed else 0
+        return AuroraShape(self.modes.widths, vector_counts(self._points), layers, composed, self._widths[0])
+
+    # Attaching
+
+    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
+        stacks = {name: Stack.of(backbones[name]) for name in self.places}
+        text, image = backbones["text"], stacks["image"]
+        own = has_cross_attention(text)
+        layers = self._fusion_layers(own, stacks["text"].depth)
+        first = first_token(self.config.joint_token, text.config, own and layers > 0)
+        widths = (stacks["text"].width, image.width)
+        points = self._find(backbones, own, layers)
+        hidden = {"vision": widths[1], "text": widths[0], "fusion": widths[0]}
+        factors = widths_of(points, self.config, hidden)
+        points = laid_out(points, self.config, factors)
+        self._make_parameters(points, factors, layers, widths, own, text)
+        self._stacks, self._points, self._widths, self._first = stacks, points, widths, first
+        self.undo(self._forget)
+        for module, own_points, across in by_module(points, own):
+            self.undo(module.register_forward_hook(self._hook(own_points, across)).remove)
+        if self.fusion is not None:
+            self.fusion.place(stacks["text"], self._across, self.undo)
+
+    def _fusion_layers(self, own: bool, depth: int) -> int:
+        asked = self.config.fusion_layers
+        if asked is None:
+            return depth if own else min(COMPOSED_LAYERS, depth)
+        if asked > depth or (own and asked not in (0, depth)):
+            what = f"which has a cross-attention in each of its {depth} layers" if own else f"which has {depth} layers"
+            raise ModelError(
+                f"adapter.fusion_layers={asked} does not fit the text model, {what}: set {depth}, 0 or null"
+            )
+        return asked
+
+    def _find(self, backbones: Mapping[str, PreTrainedModel], own: bool, layers: int) -> list[Point]:
+        config, text = self.config, backbones["text"]
+        points = find_points(backbones["image"], "vision", config.vision) + find_points(text, "text", config.text)
+        if own and layers:
+            return points + find_points(text, "fusion", config.fusion)
+        inside = find_points(text, "text", config.fusion) if layers else []
+        lowest = len(loading.decoder_layers(text)) - layers
+        return points + [replace(point, part="fusion") for point in inside if point.layer >= lowest]
+
+    def _make_parameters(
+        self,
+        points: list[Point],
+        factors: dict[str, int],
+        layers: int,
+        widths: tuple[int, int],
+        own: bool,
+        text: PreTrainedModel,
+    ) -> None:
+        if self.modes is not None:
+            self.modes.check(points, factors)
+            if (self.fusion is not None) != bool(layers):
+                raise ModelError("this Aurora was made for models of other widths or depth: make a new one")
+            if self.fusion is not None:
+                self.fusion.check(layers, widths, not own)
+            return
+        like = torch.empty(0, device=text.device, dtype=torch.promote_types(text.dtype, torch.float32))
+        modes = Modes(self.config, points, factors, like)
+        if layers:
+            self.fusion = Fusion(self.config, layers, widths, not own, like)
+        self.modes = modes
+
+    def _forget(self) -> None:
+        self._stacks, self._points = {}, []
+
+    def _hook(self, own: list[Point], across: list[Point]) -> Callable[..., Tensor]:
+        """What a tuned projection gives becomes W x + ΔW x; ``across``: its updates inside a composed cross-attention."""
+
+        def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if self._aside:
+                return output
+            for point in across if self._crossing else own:
+                added = self.modes(point, args[0]).to(output.dtype)
+                rest = output.shape[-1] - point.offset - point.out
+                output = output + (F.pad(added, (point.offset, rest)) if rest or point.offset else added)
+            return output
+
+        return add
+
+    @contextlib.contextmanager
+    def _across(self) -> Iterator[None]:
+        self._crossing = True
+        try:
+            yield
+        finally:
+            self._crossing = False
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    # Reading
+
+    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+        """See `Adapter.read`. A text or picture that stands in several rows, as in the pairs of a matching loss, goes
+        through its encoder once."""
+        text = mask = image = joint = None
+        if picture is not None:
+            seen, image = self._see(picture)
+        if words is not None:
+            mask, kinds = words.mask, distinct(words.ids.masked_fill(words.mask == 0, -1))
+            entering, text = self._write(words, *kinds)
+        if words is not None and picture is not None and self.fusion is not None:
+            joint = self._joint(mask, entering, text, seen if picture.infused else None, kinds[0])
+        return Reading(text, mask, image, joint)
+
+    def _see(self, picture: Picture) -> tuple[Tensor, Tensor]:
+        """The picture's final tokens (B, N, c) and its vector (B, c)."""
+        stack, hidden = self._stacks["image"], picture.states
+        if hidden is None or picture.depth:
+            raise ModelError("aurora changes every layer of the image encoder: give the states that enter its layer 0")
+        first, group = distinct(hidden)
+        hidden = hidden[first].to(stack.model.device, stack.model.dtype)
+        for index in range(stack.depth):
+            hidden = stack.run(index, hidden)
+        return stack.finish(hidden)[group], stack.summary(hidden)[group]
+
+    def _write(self, words: Words, first: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        """The text's states where they enter the fusion (or the bottom), and its final states: (B, T, D) each."""
+        stack, hidden, mask = self._stacks["text"], words.states, words.mask[first]
+        if words.depth:
+            raise ModelError("aurora changes every layer of the text model: give the states that enter its layer 0")
+        if hidden is None:
+            hidden = frozen.trunk_states(stack.model, 0, input_ids=words.ids[first], attention_mask=mask)
+        else:
+            hidden = hidden[first]
+        entering, lowest = hidden, 0 if self.fusion is None else self.fusion.first
+        for index in range(stack.depth):
+            entering = hidden if index == lowest else entering
+            hidden = stack.run(index, hidden, mask.bool())
+        return entering[group], stack.finish(hidden)[group]
+
+    def _joint(self, mask: Tensor, entering: Tensor, text: Tensor, image: Tensor | None, texts: Tensor) -> Tensor:
+        """(B, D): the fused vector; without ``image`` the text's own. ``texts``: a row of each different text."""
+        own = self._pooled(text, mask)
+        if image is None:
+            return own
+        fused = self._pooled(self.fusion(self._entering(entering), mask.bool(), image.to(text.device)), mask)
+        return enhanced(fused, own[texts]) if self.config.ice else fused
+
+    def _entering(self, hidden: Tensor) -> Tensor:
+        """What enters the fusion (B, T, D), its first token exchanged: the pass starts at the embeddings then."""
+        if self._first is None:
+            return hidden
+        ids = torch.full((1, 1), self._first, device=hidden.device)
+        first = frozen.trunk_states(self._stacks["text"].model, 0, input_ids=ids)
+        return torch.cat([first.to(hidden).expand(len(hidden), -1, -1), hidden[:, 1:]], dim=1)
+
+    def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        name = self.config.joint
+        if name == "auto":
+            composed = "last" if self._stacks["text"].causal else "mean"
+            name = composed if self.fusion.composed else "cls"
+        return pooled(hidden, mask, name)
+
+    # Merging
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add every ΔW_n to its frozen weight, and detach: the backbones then give what they gave with the adapter.
+
+        Exact but for the rounding of the weights' type. Refused, before anything is changed, where a part does not
+        fold: quantised or sharded weights, GQT, ICE, and a composed fusion, whose cross-attention has updates of its
+        own on weights that the text layers use.
+        """
+        if not self._points:
+            raise ModelError("this aurora adapter is not attached: call attach() before merge()")
+        if reason := self._unfoldable():
+            raise ModelError(f"aurora cannot be merged: {reason}")
+        for point in self._points:
+            weight = point.module.weight[point.offset : point.offset + point.out]
+            added = self.modes.delta(point).to(weight.device)
+            weight.copy_(weight.to(torch.promote_types(weight.dtype, added.dtype)) + added)
+        self.detach()
+
+    def _unfoldable(self) -> str | None:
+        config = self.config
+        if self.fusion is not None and self.fusion.composed:
+            return "its composed fusion shares the text layers' weights: train with adapter.fusion_layers=0, or keep it"
+        if self.fusion is not None and config.gqt != "none":
+            return "GQT changes states, not weights: train with adapter.gqt=none, or keep the adapter attached"
+        if self.fusion is not None and config.ice:
+            return "ICE depends on the batch: set adapter.ice=false, or keep the adapter attached"
+        for point in self._points:
+            weight = getattr(point.module, "weight", None)
+            if weight is None or not weight.is_floating_point() or loading.is_sharded(weight):
+                return f"the {point.part} model's weights are quantised or sharded: load it whole, in floats"
+        return None
+
+
+def first_token(asked: int | str, config: PretrainedConfig, own: bool) -> int | None:
+    """The id that stands first in the fused pass; None for the text's own.
+
+    BLIP added two tokens to BERT's: [DEC], its configuration's ``bos_token_id``, and [ENC] behind it, which its
+    multimodal passes begin with. HF's tokenizer files do not list it.
+    """
+    if asked == "none" or (asked == "auto" and not own):
+        return None
+    if not own:
+        raise ModelError("adapter.joint_token is for text models with a cross-attention of their own: set it to none")
+    enc = (config.bos_token_id or 0) + 1 if asked == "auto" else asked
+    if not 0 <= enc < config.vocab_size or (asked == "auto" and enc != config.vocab_size - 1):
+        raise ModelError(
+            f"the text model's {config.vocab_size} tokens have no [ENC] where BLIP has it, behind the token"
+            f" {config.bos_token_id} as the last one: set adapter.joint_token to its id, or to none"
+        )
+    return int(enc)
+
+
+def by_module(points: list[Point], own: bool) -> Iterator[tuple[nn.Module, list[Point], list[Point]]]:
+    """Each tuned module with its points, and with those that it has inside a composed cross-attention."""
+    for module in {point.module: None for point in points}:
+        mine = [point for point in points if point.module is module]
+        across = [point for point in mine if point.part == "fusion" and not own]
+        yield module, [point for point in mine if point not in across], across

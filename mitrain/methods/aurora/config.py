@@ -1,0 +1,131 @@
+"""Aurora's settings: presets for the paper's and the release's forms, and the count of parameters that follows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mitrain.core.config import Section
+from mitrain.methods.presets import filled
+from mitrain.methods.projections import PROJECTIONS, Projection
+
+Part = Literal["vision", "text", "fusion"]
+PARTS: tuple[Part, ...] = ("vision", "text", "fusion")
+ATTENTION: tuple[Projection, ...] = ("q", "k", "v", "o")
+COMPOSED_LAYERS = 2
+"""Fusion layers that are composed where the text model has no cross-attention and the settings name no number."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"rank": 64, "core": "cp", "gqt": "gate", "ice": True},
+    "released": {
+        "rank": 32,
+        "core": "dense",
+        "vision": PROJECTIONS,
+        "text": ("q", "k", "v"),
+        "fusion": ("q", "k", "v"),
+        "gqt": "residual",
+        "ice": True,
+    },
+}
+
+
+class AuroraConfig(Section, kind="adapter", name="aurora"):
+    """Settings of Aurora. A preset fills in what is not given:
+
+        default   CP modes of rank 64 over q, k, v and o of all three parts; GQT as a residual; no ICE, so that a
+                  prediction does not depend on its neighbours in the batch
+        paper     the equations, with the gate as its authors explain it, and ICE
+        released  the authors' code: a dense core of rank 32, the vision MLP, no output projections of the text model;
+                  its ICE without the label leak
+
+    ``vision``, ``text``, ``fusion``: which projections of the image encoder, of the text model and of the
+    cross-attention between them are tuned. ``factors``: one U, V and core for all three, or one for each.
+    ``dropout``: of Ux. ``fusion_layers``: 0 for a dual encoder alone; null for every layer of the text model with a
+    cross-attention of its own, else the last 2. ``fusion_scale``: start of a composed cross-attention's learned
+    factor. ``joint_token``: the token that stands first in the fused pass in place of the text's own; auto: BLIP's
+    [ENC] where the cross-attention is the model's own; none: the text's own. ``joint``: the token that the fused vector
+    is read from; auto: the first where the cross-attention is the model's own, the last of a causal model, else the
+    mean.
+    """
+
+    preset: Literal["default", "paper", "released"] = "default"
+    rank: int = Field(64, ge=1, le=4096)
+    core: Literal["cp", "dense"] = "cp"
+    factors: Literal["shared", "per-modality"] = "shared"
+    vision: tuple[Projection, ...] = ATTENTION
+    text: tuple[Projection, ...] = ATTENTION
+    fusion: tuple[Literal["q", "k", "v", "o"], ...] = ATTENTION
+    dropout: float = Field(0.1, ge=0, lt=1)
+    gqt: Literal["residual", "gate", "none"] = "residual"
+    ice: bool = False
+    fusion_layers: int | None = Field(None, ge=0)
+    fusion_scale: float = 1.0
+    joint_token: int | Literal["auto", "none"] = "auto"
+    joint: Literal["auto", "cls", "mean", "last"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        return filled(values, PRESETS)
+
+    @model_validator(mode="after")
+    def _check_tuned(self) -> "AuroraConfig":
+        for part in PARTS:
+            names = self.tuned(part)
+            if len(set(names)) < len(names):
+                raise ValueError(f"{part}={list(names)} names a projection twice: name each once")
+        if not (self.vision or self.text or (self.fusion and self.fusion_layers != 0)):
+            raise ValueError("no projection is tuned: name some of q, k, v, o, mlp in vision, text or fusion")
+        return self
+
+    def tuned(self, part: Part) -> tuple[Projection, ...]:
+        """The projections of ``part`` that are tuned."""
+        return getattr(self, part)
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the sets of factors."""
+        return ("shared",) if self.factors == "shared" else PARTS
+
+    def set_of(self, part: Part) -> str:
+        """The set of factors that ``part`` is tuned by."""
+        return "shared" if self.factors == "shared" else part
+
+    @property
+    def gqt_pairs(self) -> int:
+        """Pairs (γ, β) in each fusion layer: of the self- and the cross-attention's output, or of the former alone."""
+        return {"residual": 2, "gate": 1, "none": 0}[self.gqt]
+
+
+@dataclass(frozen=True)
+class AuroraShape:
+    """What the count depends on: the width of each set of factors that is used, the vectors p_n of each part, the
+    fusion layers, how many of them are composed, and the text model's width."""
+
+    widths: Mapping[str, int]
+    vectors: Mapping[Part, int]
+    fusion_layers: int
+    composed: int
+    text_width: int
+
+
+def parameter_count(config: AuroraConfig, shape: AuroraShape, rank: int | None = None) -> int:
+    """Trainable parameters without building anything; ``rank``: another than the settings'.
+
+    2 d R + |core| for each set of factors, R for every p_n, 2 D for every pair of GQT, one factor for each composed
+    cross-attention; |core| is R (CP) or R³ (dense).
+    """
+    r = config.rank if rank is None else rank
+    core = r if config.core == "cp" else r**3
+    factors = sum(2 * width * r + core for width in shape.widths.values())
+    gqt = 2 * shape.text_width * config.gqt_pairs * shape.fusion_layers
+    return factors + r * sum(shape.vectors.values()) + gqt + shape.composed
+
+
+def rank_for(config: AuroraConfig, shape: AuroraShape, count: int) -> int:
+    """The largest rank whose count is at most ``count`` (at least 1), to compare settings at equal count."""
+    rank = 1
+    while parameter_count(config, shape, rank + 1) <= count:
+        rank += 1
+    return rank

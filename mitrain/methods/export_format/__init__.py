@@ -1,0 +1,66 @@
+"""Published adapters: a folder with everything that predictions need except the frozen weights.
+
+    DIR/
+        adapter_config.json          method and settings, the base's name and shape, checksums; of a run also its
+                                     configuration, the encoders with their preprocessing, answers, metrics
+        adapter_model.safetensors    adapter.*, and of a run head.* and features.*
+        README.md                    the model card
+
+Of a method that PEFT can load by itself those two names are PEFT's own files, and ours are beside them:
+
+        adapter_config.json, adapter_model.safetensors      as PEFT's save_pretrained writes them
+        mitrain.json, mitrain.safetensors                   the above
+
+docs/checkpoints.md has the format. Written whole or not at all; read as what a stranger may have made.
+"""
+
+from mitrain.methods.export_format.card import model_card
+from mitrain.methods.export_format.contents import (
+    Contents,
+    EncoderPart,
+    Parameters,
+    PreprocessPart,
+    RunPart,
+)
+from mitrain.methods.export_format.folder import (
+    CONFIG,
+    FORMAT,
+    PeftFiles,
+    Published,
+    check_target,
+    count,
+    is_published,
+    method_fields,
+    publish,
+    read,
+    read_contents,
+)
+from mitrain.methods.export_format.places import data_seen, settings_from, without_home
+from mitrain.models.shapes import BaseShape, EncoderShape, base_shape, require_same
+
+__all__ = [
+    "CONFIG",
+    "FORMAT",
+    "BaseShape",
+    "Contents",
+    "EncoderPart",
+    "EncoderShape",
+    "Parameters",
+    "PeftFiles",
+    "PreprocessPart",
+    "Published",
+    "RunPart",
+    "base_shape",
+    "check_target",
+    "count",
+    "data_seen",
+    "is_published",
+    "method_fields",
+    "model_card",
+    "publish",
+    "read",
+    "read_contents",
+    "require_same",
+    "settings_from",
+    "without_home",
+]

@@ -1,0 +1,153 @@
+"""The model card: what a published adapter is, what it was made of, how it scores, and how it is loaded."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mitrain.core.markdown import code, plain, table
+from mitrain.methods.export_format.contents import Contents, RunPart
+
+BY_PEFT = 'peft.PeftModel.from_pretrained(model, "THIS_FOLDER")  # the adapter alone, by PEFT without mitrain'
+UNKNOWN = "not known to mitrain"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+LEFT_OUT = ("model", "adapter", "data", "wandb")
+
+
+def model_card(contents: Contents, licences: Mapping[str, str] | None = None, alone: bool = True) -> str:
+    """Markdown; ``licences`` of models and data by the names that the configuration gives them.
+
+    ``alone``: the adapter can also be attached to a language model by itself.
+    """
+    licences = licences or {}
+    run = contents.run
+    blocks = [
+        front_matter(contents),
+        f"# {plain(title(contents))}",
+        f"A {plain(contents.adapter['name'])} adapter trained with mitrain {plain(contents.mitrain_version)}. The frozen"
+        " weights are not in this folder.",
+        "\n".join(["## Base", "", *base_lines(contents, licences)]),
+        "\n".join(["## Method", "", *settings_lines(contents.adapter), "", parameter_line(contents)]),
+    ]
+    if run:
+        blocks += [
+            "\n".join(["## Image encoders", "", *encoder_lines(run, licences)]),
+            "\n".join(["## Data", "", *data_lines(run, licences)]),
+            "\n".join(["## Metrics", "", metric_line(run), "", *metric_table(run)]),
+            "\n".join(["## Training", "", "```json", training(run), "```"]),
+        ]
+    blocks.append("\n".join(["## Loading", "", *loading_lines(contents, alone)]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def shown(name: str) -> str:
+    """A model's or data set's name; of a folder its last part alone."""
+    return Path(name).name if Path(name).is_absolute() or name.startswith(("~", ".")) else name
+
+
+def title(contents: Contents) -> str:
+    name = contents.run.config.get("name", "adapter") if contents.run else f"{contents.adapter['name']} adapter"
+    return f"{name} on {shown(contents.base_model_name_or_path)}"
+
+
+def front_matter(contents: Contents) -> str:
+    lines = ["---", "library_name: mitrain", f"tags: [mitrain, adapter, {json.dumps(contents.adapter['name'])}]"]
+    name = contents.base_model_name_or_path
+    if HUB_NAME.fullmatch(name) and not os.path.exists(name):
+        lines.append(f"base_model: {name}")
+    return "\n".join([*lines, "---"])
+
+
+def base_lines(contents: Contents, licences: Mapping[str, str]) -> list[str]:
+    base, name = contents.base, contents.base_model_name_or_path
+    return [
+        f"Language model: {code(shown(name))}, licence: {licences.get(name, UNKNOWN)}.",
+        "",
+        *table(["", ""], [[key.replace("_", " "), plain(value)] for key, value in base.to_dict().items()]),
+    ]
+
+
+def settings_lines(settings: Mapping[str, Any]) -> list[str]:
+    return table(["setting", "value"], [[plain(key), code(json.dumps(value))] for key, value in settings.items()])
+
+
+def parameter_line(contents: Contents) -> str:
+    count = contents.parameters
+    if not count.frozen:
+        return f"Trainable parameters: {count.trainable:,}, the language model's own among them: none of it is frozen."
+    share = 100 * count.trainable / count.frozen
+    return (
+        f"Trainable parameters: {count.trainable:,}, {share:.3g} % of the {count.frozen:,} frozen ones of the language"
+        " model."
+    )
+
+
+def encoder_lines(run: RunPart, licences: Mapping[str, str]) -> list[str]:
+    settings = run.config["model"]["vision"]
+    rows = []
+    for setting, part in zip(settings, run.encoders, strict=True):
+        own = {key: value for key, value in setting.items() if key != "name" and value not in (None, [], "auto")}
+        size, resize = part.preprocess.size, part.preprocess.resize
+        name, licence = shown(setting["name"]), licences.get(setting["name"], UNKNOWN)
+        rows.append([code(name), str(part.shape.width), f"{size} px, {resize}", code(json.dumps(own)), licence])
+    return table(["encoder", "feature width", "images", "settings", "licence"], rows)
+
+
+def data_lines(run: RunPart, licences: Mapping[str, str]) -> list[str]:
+    data = run.config["data"]
+    name = data.get("source")
+    what = (
+        f"{code(name)}, prepared by mitrain" if name else plain(data.get("dataset") or "A data set of the user's own")
+    )
+    line = f"{what}. Licence: {licences.get(name, UNKNOWN)}."
+    answers = (
+        f"Training prompts whose answers are in `adapter_config.json`: {len(run.answers)}; for others give candidates."
+        if run.answers
+        else ""
+    )
+    return [line, *(["", answers] if answers else [])]
+
+
+def metric_line(run: RunPart) -> str:
+    chosen = "the best on val" if run.best else "not the best on val"
+    return f"Of the checkpoint at step {run.step} ({chosen}), which is the one in this folder."
+
+
+def metric_table(run: RunPart) -> list[str]:
+    rows = [
+        [plain(split), str(run.step), plain(name), f"{value:.4f}" if isinstance(value, float) else plain(value)]
+        for split, metrics in run.metrics.items()
+        for name, value in flattened(metrics)
+    ]
+    return table(["split", "step", "metric", "value"], rows) if rows else ["None were recorded at this step."]
+
+
+def flattened(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def training(run: RunPart) -> str:
+    kept = {key: value for key, value in run.config.items() if key not in LEFT_OUT}
+    text = json.dumps(kept, indent=2, ensure_ascii=False)
+    return re.sub("[<>&`]", lambda found: f"\\u{ord(found[0]):04x}", text)  # inside strings alone; JSON still
+
+
+def loading_lines(contents: Contents, alone: bool) -> list[str]:
+    name = shown(contents.base_model_name_or_path)
+    whole = [
+        'predictor = mitrain.from_pretrained("THIS_FOLDER")  # or base="path/to/the/language/model", quantize="int8"',
+        'predictor.predict("photo.jpg", "the prompt or the expression")',
+    ]
+    attached = [
+        'adapter, normalize = mitrain.load_adapter(model, "THIS_FOLDER")  # model: a transformers model in memory',
+        *(["model(input_ids=ids, infused=adapter.modalities_of(normalize(features)))"] if contents.run else []),
+        *([BY_PEFT] if contents.peft else []),
+    ]
+    lines = ["import mitrain", *(whole if contents.run else []), *(attached if alone else [])]
+    return [f"The frozen language model ({code(name)}) must have the shape above.", "", "```python", *lines, "```"]

@@ -1,0 +1,104 @@
+"""MiT's settings: presets for the paper's and the release's forms, and the count of parameters that follows."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+from torch import nn
+
+from mitrain.core.config import Section
+from mitrain.methods.decoder import LayerShape
+from mitrain.methods.mit.maps import attention_maps
+from mitrain.methods.presets import filled
+from mitrain.methods.selection import parse_layers
+from mitrain.models.costs import mit_layer_parameters
+
+RELEASED_LAYERS = [13, 17, 21, 25, 29]
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "released": {"layers": RELEASED_LAYERS, "gate": "sequence", "k_add": True, "init": "released"},
+    "paper": {"gate": "token", "base": 0, "k_add": True, "init": "released"},
+}
+
+
+class MiTConfig(Section, kind="adapter", name="mit"):
+    """Settings of MiT. A preset fills in what is not given:
+
+        default   what folds, generates and starts as the frozen model: base 1, gate prefix, identity, no k_add
+        released  the authors' code: base 1, gate sequence, k_add, PyTorch's init, and the layers of their README,
+                  13-17-21-25-29-32, without its 32, which their 0-based counter never reaches in a 32-layer model
+        paper     the equations: base 0, and Eq. 4's cosine read per token (the gate 'token'); the init is the
+                  release's, as the paper's is not known
+
+    ``modalities``: names and feature widths. A run's follow from its encoders: one, ``image``, of all their features, or
+    as many as are named here, one of each encoder in order.
+
+    ``gate``: σ(L + cos(V, v_add)), where the cosine sees all of the text (``sequence``: for pooled read-outs, not
+    causal), the text so far (``prefix``), or the key itself (``token``: does not fold, slower); ``none`` is 1.
+    ``cosine=false`` leaves σ(L). ``k_add`` trains nothing unless the gate is ``token``: softmax cancels it. ``terms``: the
+    attention's maps multiply and add, or do one of the two alone (without v_add the cosine is 0); ``ffn``: whether the
+    feed-forward's activation is multiplied.
+    """
+
+    preset: Literal["default", "released", "paper"] = "default"
+    modalities: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    layers: Annotated[str | list[int], AfterValidator(parse_layers)] = "last third"
+    gate: Literal["sequence", "prefix", "token", "none"] = "prefix"
+    cosine: bool = True
+    base: Literal[0, 1] = 1
+    k_add: bool = False
+    terms: Literal["both", "multiply", "add"] = "both"
+    ffn: bool = True
+    init: Literal["identity", "released"] = "identity"
+    rank: Annotated[int, Field(gt=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        return filled(values, PRESETS)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "MiTConfig":
+        for name in self.modalities:
+            if not name.isidentifier() or hasattr(nn.ModuleDict, name) or name in ("training", "infused"):
+                raise ValueError(f"{name!r} cannot name a modality: take a plain word such as image")
+        return self
+
+    @model_validator(mode="after")
+    def _check_terms(self) -> "MiTConfig":
+        if self.terms == "add" and self.base == 0:
+            raise ValueError("base=0 without multiplying maps leaves no keys: set base=1, or terms to both or multiply")
+        if self.terms == "multiply" and self.k_add:
+            raise ValueError("k_add adds to keys, which terms=multiply leaves out: set k_add=false or terms=both")
+        return self
+
+    @property
+    def kernel_gate(self) -> str:
+        """The gate by the operators' names."""
+        return self.gate if self.gate == "none" or self.cosine else "head"
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Trainable parameters: of each infused layer, of what the layers share, and in all."""
+
+    per_layer: int
+    shared: int
+    layers: int
+
+    @property
+    def total(self) -> int:
+        return self.per_layer * self.layers + self.shared
+
+
+def parameter_count(config: MiTConfig, shape: LayerShape, layers: int) -> ParameterCount:
+    """Count without building anything; ``layers`` infused layers of equal ``shape``.
+
+    A ``rank`` takes the place of every feature's width in the layers' maps (`mitrain.models.costs.mit_layer_parameters`); the
+    layers share the projections to it.
+    """
+    widths = list(config.modalities.values())
+    read = [config.rank or width for width in widths]
+    maps = len(attention_maps(config.k_add, config.terms))
+    per_layer = mit_layer_parameters(read, shape, maps=maps, ffn=config.ffn)
+    return ParameterCount(per_layer, sum(widths) * (config.rank or 0), layers)

@@ -1,0 +1,85 @@
+"""Feed-forward infusion (MiT, arXiv 2403.05060, Eq. 6-7): the activation before the last projection times f(I).
+
+A SiLU-gated block, down(SiLU(gate x) ⊙ up x), is replaced by one that hands its three frozen projections to the
+fused operator; every other block keeps its own code and gets a hook on the last projection.
+
+Shapes: B samples, T tokens, d_ff feed-forward width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from mitrain_kernels.infused_swiglu import infused_swiglu
+from torch import Tensor, nn
+
+from mitrain.methods.decoder import FEED_FORWARDS
+from mitrain.methods.kernels import feed_forward_backend
+from mitrain.models import loading
+
+Factor = Callable[[], Tensor | None]
+"""f of the running forward pass, (B, d_ff); None where nothing is bound."""
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class InfusedFeedForward(nn.Module):
+    """Stands in a layer for its SiLU-gated ``block``, whose projections, hooks and attributes it shares by name."""
+
+    def __init__(self, block: nn.Module, factor: Factor, backend: str = "auto"):
+        super().__init__()
+        self.__dict__.update(block.__dict__)  # the block's own dictionaries of submodules and hooks, not copies
+        self.__dict__.update(_block=block, _factor=factor, _backend=backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self._factor()
+        if factor is None:
+            return self._block.forward(x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        shape = (len(factor), -1, gate.shape[-1])
+        hidden = infused_swiglu(gate.reshape(shape), up.reshape(shape), factor.to(gate.device), backend=self._backend)
+        return self.down_proj(hidden.reshape(gate.shape))
+
+
+def infuse(
+    layer: nn.Module, projection: nn.Module, factor: Factor, dtype: torch.dtype, backend: str = "auto"
+) -> Callable[[], None]:
+    """Multiply what enters ``projection``, the last of ``layer``'s feed-forward, by ``factor()``; returns the undoing.
+
+    dtype: of the model's activations. backend: of infused attention; the feed-forward's follows.
+    """
+    for name in FEED_FORWARDS:
+        block = getattr(layer, name, None) if name else None
+        if block is not None and getattr(block, "down_proj", None) is projection and is_swiglu(block, dtype):
+            setattr(layer, name, InfusedFeedForward(block, factor, feed_forward_backend(backend)))
+            return lambda: setattr(layer, name, block)
+
+    def multiply(module: nn.Module, args: tuple) -> tuple | None:
+        f = factor()
+        return None if f is None else (times(args[0], f), *args[1:])
+
+    return projection.register_forward_pre_hook(multiply).remove
+
+
+def times(hidden: Tensor, factor: Tensor) -> Tensor:
+    """hidden ⊙ f[sample] for hidden (B, T, d_ff) or (B · T, d_ff), in hidden's type."""
+    factor = factor.to(hidden.device, hidden.dtype)
+    return (hidden.reshape(len(factor), -1, hidden.shape[-1]) * factor[:, None]).reshape(hidden.shape)
+
+
+@torch.no_grad()
+def is_swiglu(block: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether ``block`` computes down(SiLU(gate x) ⊙ up x) to the last bit, found by trying.
+
+    Names alone don't tell: some blocks of these three projections scale, clamp, normalise or sparsify in between. The
+    second trial is large enough to meet a clamp.
+    """
+    if any(not hasattr(getattr(block, name, None), "in_features") for name in PROJECTIONS):
+        return False
+    weights = list(block.parameters())
+    if "forward" in block.__dict__ or any(weight.is_meta for weight in weights):  # patched by others, or not there
+        return False
+    x = torch.linspace(-1, 1, block.gate_proj.in_features, dtype=dtype, device=weights[0].device)
+    x = torch.stack([x, 30 * x])[None]
+    with loading.whole(weights):
+        plain = block.down_proj(F.silu(block.gate_proj(x)) * block.up_proj(x))
+        return torch.equal(block.forward(x), plain)

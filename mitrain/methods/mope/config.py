@@ -1,0 +1,169 @@
+"""The settings of conditional prompts and MoPE, and the count of trained parameters that follows from them."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mitrain.core.config import Section
+
+CPT_THRESHOLD, MOPE_THRESHOLD = 0.05, 0.1
+MOPE_NOISE = 1 / 16**2
+IMAGE, TEXT = "image", "text"
+
+
+class MoPEConfig(Section, kind="adapter", name="mope"):
+    """Settings of conditional prompts (``router: cpt``, arXiv 2312.03734) and MoPE (``mope``, arXiv 2403.10568).
+
+    Every default is the authors' release. ``main``: the encoder that predicts; the other one is encoded first, and its
+    vector ψ is the condition. ``length`` l of the static and of the dynamic prompt, ``experts`` k. ``static``,
+    ``dynamic`` and ``mapped`` switch the three prompts; static ones alone read nothing of ψ.
+
+    ``router``: ``mope`` reads the layer's tokens and ψ (``router_reads`` leaves one out) in ``tokens_width`` +
+    ``condition_width`` dimensions and compares them with ``keys``; ``cpt`` is one affine map of ψ. A main model that
+    predicts next tokens must not read its tokens' mean, which holds later ones: ``router_reads: condition``.
+    ``routing: top1`` takes the best expert alone, with the gradient of the dense weights. ``noise``: standard deviation
+    added to the scores in training (none: 1/k² for cpt, 1/16² for mope). ``importance``: weight λ of the loss that
+    keeps experts in use; layers below ``threshold`` γ cost nothing (none: 0.05 for cpt, 0.1 for mope).
+    ``shared_router`` (cpt, every block prompted): the first two layers have one, as in the release, where Swin-B's 24
+    blocks have 23.
+
+    ``other_length``: deep prompts of the other encoder; 0 leaves it frozen as it is. ``mapper_width`` (none: half of
+    ψ's) and ``mapper_norm``: between the mapper's two maps. ``dropout``: on the mapped prompts and the other encoder's.
+    ``stage_start``, for window attention: the first block of each stage takes the prompts that leave the stage before
+    (``carried``) or gets its own (``prompted``). ``feature``: what is predicted from, and ``condition``: what ψ is, of
+    the states after the final norm; ``all`` averages tokens and prompts. ``auto``: ``all`` of a main image encoder, the
+    ``mean`` of a main text encoder, the first token as ψ, and the last token of a causal model; of an encoder without
+    a CLS token ψ is the mean. ``spread``: prompts start uniformly within ±spread (none: see `mope_prompts.spread_of`).
+    """
+
+    main: Literal["image", "text"] = IMAGE
+    length: int = Field(6, ge=1, le=1024)
+    experts: int = Field(4, ge=1, le=1024)
+    static: bool = True
+    dynamic: bool = True
+    mapped: bool = True
+    router: Literal["mope", "cpt"] = "mope"
+    router_reads: Literal["both", "tokens", "condition"] = "both"
+    tokens_width: int = Field(2, ge=1, le=65536)
+    condition_width: int = Field(8, ge=1, le=65536)
+    keys: Literal["frozen", "learned"] = "frozen"
+    routing: Literal["dense", "top1"] = "dense"
+    temperature: float = Field(0.1, gt=0)
+    noise: float | None = Field(None, ge=0)
+    importance: float = Field(0.01, ge=0)
+    threshold: float | None = Field(None, ge=0)
+    shared_router: bool = False
+    other_length: int = Field(4, ge=0, le=1024)
+    mapper_width: int | None = Field(None, ge=1, le=65536)
+    mapper_norm: Literal["layer", "none"] = "layer"
+    dropout: float = Field(0.1, ge=0, lt=1)
+    stage_start: Literal["carried", "prompted"] = "carried"
+    feature: Literal["auto", "all", "mean", "first", "last"] = "auto"
+    condition: Literal["auto", "mean", "first", "last"] = "auto"
+    spread: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "MoPEConfig":
+        if not self.prompts_main and not self.other_length:
+            raise ValueError("nothing is trained: switch static, dynamic or mapped on, or give other_length")
+        if self.router == "cpt" and (self.router_reads == "tokens" or self.keys == "learned"):
+            raise ValueError("router=cpt reads the condition alone and has no keys: set router=mope")
+        if self.shared_router and (self.router != "cpt" or self.stage_start != "prompted" or not self.dynamic):
+            raise ValueError(
+                "shared_router=true is of conditional prompts: set router=cpt, stage_start=prompted, dynamic=true"
+            )
+        return self
+
+    @property
+    def other(self) -> Literal["image", "text"]:
+        """The complementary modality."""
+        return TEXT if self.main == IMAGE else IMAGE
+
+    @property
+    def prompts_main(self) -> bool:
+        return self.static or self.dynamic or self.mapped
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that a layer of the main encoder gets; with all three prompts 2l + 1."""
+        return self.length * (self.static + self.dynamic) + self.mapped
+
+    @property
+    def router_widths(self) -> tuple[int, int]:
+        """Width of the query's part from the tokens and from ψ; a part that reads alone has the whole width."""
+        whole = self.tokens_width + self.condition_width
+        alone = {"tokens": (whole, 0), "condition": (0, whole)}
+        return alone.get(self.router_reads, (self.tokens_width, self.condition_width))
+
+    @property
+    def noise_std(self) -> float:
+        if self.noise is not None:
+            return self.noise
+        return 1 / self.experts**2 if self.router == "cpt" else MOPE_NOISE
+
+    @property
+    def gamma(self) -> float:
+        if self.threshold is not None:
+            return self.threshold
+        return CPT_THRESHOLD if self.router == "cpt" else MOPE_THRESHOLD
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The widths of what is prompted: per prompted layer of the main encoder (``widths``), per stage, of the prompt
+    that enters a main encoder of carried prompts (or 0), of ψ, and per prompted layer of the other encoder."""
+
+    widths: tuple[int, ...]
+    stage_widths: tuple[int, ...]
+    entry: int
+    condition: int
+    others: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Trained parameters by part; frozen keys are not counted."""
+
+    static: int
+    experts: int
+    entry: int
+    router: int
+    mapper: int
+    mapper_stages: int
+    others: int
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+def parameter_count(config: MoPEConfig, shape: Shape) -> ParameterCount:
+    """Count without building anything; one more expert costs l · Σ widths (and under ``cpt`` the router's row)."""
+    tokens, length, hidden = sum(shape.widths), config.length, mapper_width(config, shape.condition)
+    first = shape.condition * hidden + hidden + 2 * hidden * (config.mapper_norm == "layer")
+    second = sum((hidden + 1) * width for width in shape.stage_widths)
+    return ParameterCount(
+        static=length * tokens * config.static,
+        experts=config.experts * length * tokens * config.dynamic,
+        entry=config.prompt_tokens * shape.entry,
+        router=router_count(config, shape.widths, shape.condition) * config.dynamic,
+        mapper=first * config.mapped,
+        mapper_stages=second * config.mapped,
+        others=config.other_length * sum(shape.others),
+    )
+
+
+def router_count(config: MoPEConfig, widths: Sequence[int], condition: int) -> int:
+    """Trained parameters of the routers of layers of these ``widths``."""
+    if config.router == "cpt":
+        return (len(widths) - (config.shared_router and len(widths) > 1)) * (condition + 1) * config.experts
+    of_tokens, of_condition = config.router_widths
+    keys = (of_tokens + of_condition) * config.experts * (config.keys == "learned")
+    return sum((width + 1) * of_tokens + (condition + 1) * of_condition + keys for width in widths)
+
+
+def mapper_width(config: MoPEConfig, condition: int) -> int:
+    """Between the mapper's two maps."""
+    return config.mapper_width or max(1, condition // 2)

@@ -1,0 +1,268 @@
+"""Conditional prompts (arXiv 2312.03734) and MoPE (arXiv 2403.10568): one frozen encoder predicts, and every layer of it
+gets prompts that depend on the other encoder's vector, mixed from experts by a router.
+
+docs/mope.md restates the mathematics and says where the authors' release differs.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mitrain.core.errors import ModelError
+from mitrain.methods.base import Adapter
+from mitrain.methods.mope.config import IMAGE, TEXT, MoPEConfig, Shape
+from mitrain.methods.mope.prompts import LayerPrompts, Mapper, spread_of, uniform
+from mitrain.methods.mope.router import Usage, importance_loss, usage
+from mitrain.methods.mope.swin import SwinWalk, is_swin
+from mitrain.methods.mope.walk import PlainWalk, Prompter, Walk, Walked, pooled
+from mitrain.models import frozen
+from mitrain.models.batch import Picture, Reading, Words
+
+
+class MoPE(Adapter):
+    """Prompts in every layer of a main encoder, conditioned on the vector ψ of the other one (our names ↔ the paper's):
+
+        x̂_i = [cls ; P_s,i ; P_d,i ; P_m,i ; tokens]      dropped again after the layer
+        P_s,i = prompts[i].static                         static prompt
+        P_d,i = Σ_j r_ij E_ij                             dynamic prompt, E_i = prompts[i].experts
+        r_i = softmax(q_i K_i / τ + ε)                    prompts[i].router; K_i its ``keys``, the routing embeddings
+        P_m,i = mapper(ψ)                                 mapped prompt; ``mapper.first`` shared, ``mapper.stages`` per stage
+        L = L_task + λ mean_i ℓ_i                         ``extra_loss``
+
+    ``entry`` enters a Swin's first block where prompts are carried; ``others`` are the other encoder's deep prompts.
+    Parameters are made by the first ``attach``, beside the main model, in float32 or the models' type if wider.
+
+    A pass over words alone or a picture alone leaves the other modality's prompts out: static prompts (the main
+    encoder) or deep prompts (the other) stay, and ``joint`` is None. ``picture.infused=False`` cuts the link, whichever
+    encoder is main: ``joint`` comes from the main encoder with static prompts alone.
+    """
+
+    method: ClassVar[str] = "mope"
+    places: ClassVar[tuple[str, ...]] = (TEXT, IMAGE)
+    walks: ClassVar[bool] = True
+
+    def __init__(self, config: MoPEConfig):
+        super().__init__()
+        self.config = config
+        self.fuses = config.main == TEXT
+        self.prompts = nn.ModuleList()
+        self.mapper: Mapper | None = None
+        self.others = nn.ParameterList()
+        self.register_parameter("entry", None)
+        self.dropout = nn.Dropout(config.dropout)
+        self._shape: Shape | None = None
+        self._walks: dict[str, Walk] = {}
+        self._readouts: dict[str, str] = {}
+        self._checkpointing = False
+        self._weights: Tensor | None = None
+        self._pending: Tensor | None = None
+
+    @property
+    def feature_widths(self) -> Mapping[str, int]:
+        return {}
+
+    @property
+    def joint_width(self) -> int:
+        return self._walks[self.config.main].stage_widths[-1]
+
+    def image_width(self, feature: int) -> int:
+        return self._walks[IMAGE].stage_widths[-1]
+
+    def first_layer(self, name: str) -> int:
+        return 0 if self._prompted(name) else self._walks[name].depth
+
+    def _prompted(self, name: str) -> bool:
+        return self.config.prompts_main if name == self.config.main else self.config.other_length > 0
+
+    # Attaching
+
+    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
+        walks = {name: walk_of(backbones[name], name, self.config) for name in self.places}
+        main, other = walks[self.config.main], walks[self.config.other]
+        readouts = {
+            self.config.main: feature_of(main, self.config),
+            self.config.other: condition_of(other, self.config),
+        }
+        for name, how in readouts.items():
+            check_readout(walks[name], name, how)
+        self._make_parameters(main, other)
+        self._walks, self._readouts = walks, readouts
+        self.undo(self._forget)
+
+    def _forget(self) -> None:
+        self._walks, self._readouts, self._weights, self._pending = {}, {}, None, None
+
+    def _make_parameters(self, main: Walk, other: Walk) -> None:
+        config = self.config
+        condition = other.stage_widths[-1]
+        others = other.widths if config.other_length else ()
+        shape = Shape(main.widths, main.stage_widths, main.entry * config.prompts_main, condition, others)
+        if self._shape is not None:
+            if shape != self._shape:
+                raise ModelError("this MoPE was made for models of other widths or depth: make a new one")
+            return
+        like = next(main.model.parameters())
+        dtype = torch.promote_types(torch.promote_types(main.model.dtype, other.model.dtype), torch.float32)
+        place: dict[str, Any] = {"device": like.device, "dtype": dtype}
+        spread = config.spread or spread_of(main.model.config, main.stage_widths[0])
+        if config.prompts_main:
+            self.prompts.extend(LayerPrompts(config, width, condition, spread, **place) for width in shape.widths)
+        if config.shared_router and len(self.prompts) > 1:
+            self.prompts[1].router = self.prompts[0].router
+        if shape.entry:
+            self.entry = uniform((config.prompt_tokens, shape.entry), spread, **place)
+        if config.mapped:
+            self.mapper = Mapper(config, condition, shape.stage_widths, **place)
+        spread = config.spread or spread_of(other.model.config, other.stage_widths[0])
+        self.others.extend(uniform((config.other_length, width), spread, **place) for width in others)
+        self._shape = shape
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        self._checkpointing = enabled
+
+    # Reading
+
+    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+        if not self._walks:
+            raise ModelError("this mope adapter is not attached: call attach()")
+        if words is not None and picture is not None and len(words.ids) != len(picture):
+            raise ModelError(f"{len(words.ids)} texts and {len(picture)} pictures: give one picture per text")
+        states = {TEXT: self._text_states(words), IMAGE: self._picture_states(picture)}
+        mask = words and words.mask
+        main, other = self.config.main, self.config.other
+        walked, vectors, condition = {}, {}, None
+        if states[other] is not None:
+            walked[other] = self._run_other(states[other], mask)
+            vectors[other] = condition = self._pool(other, walked[other], mask)
+        linked = condition is not None and picture is not None and picture.infused
+        if states[main] is not None:
+            walked[main] = self._run_main(states[main], mask, condition if linked else None)
+            vectors[main] = self._pool(main, walked[main], mask)
+        text = None if words is None else self._walks[TEXT].finish(walked[TEXT].tokens)
+        return Reading(text, mask, vectors.get(IMAGE), vectors.get(main) if len(vectors) == 2 else None)
+
+    def _text_states(self, words: Words | None) -> Tensor | None:
+        if words is None:
+            return None
+        if words.states is not None:
+            return self._checked(TEXT, words.states, words.depth)
+        depth = self.first_layer(TEXT)
+        return frozen.trunk_states(self._backbones[TEXT], depth, input_ids=words.ids, attention_mask=words.mask)
+
+    def _picture_states(self, picture: Picture | None) -> Tensor | None:
+        if picture is None:
+            return None
+        if picture.states is None:
+            raise ModelError("mope runs the image encoder itself: give the states that enter its first prompted layer")
+        return self._checked(IMAGE, picture.states, picture.depth)
+
+    def _checked(self, name: str, states: Tensor, depth: int) -> Tensor:
+        """``states`` if they are what enters the lowest layer that this adapter changes."""
+        wanted, widths = self.first_layer(name), self._walks[name].stage_widths
+        width = widths[0] if wanted == 0 else widths[-1]
+        if depth != wanted or states.shape[-1] != width:
+            raise ModelError(
+                f"the {name} states are of depth {depth} and {states.shape[-1]} wide, but mope starts at depth {wanted} "
+                f"with {width}: compute them for adapter.first_layer({name!r})"
+            )
+        return states
+
+    def _pool(self, name: str, walked: Walked, mask: Tensor | None) -> Tensor:
+        return pooled(self._walks[name], walked, mask if name == TEXT else None, self._readouts[name])
+
+    def _run_other(self, states: Tensor, mask: Tensor | None) -> Walked:
+        """The other encoder with its own deep prompts."""
+        name = self.config.other
+
+        def prompts(index: int, tokens: Tensor, visible: Tensor | None) -> Tensor:
+            return self.dropout(self.others[index].expand(len(tokens), -1, -1))
+
+        return self._run(name, states, mask, prompts, None)
+
+    def _run_main(self, states: Tensor, mask: Tensor | None, condition: Tensor | None) -> Walked:
+        """The main encoder; with ψ ``condition`` (B, c) the routers' weights are kept, without it static prompts only."""
+        walk, clean, mapped = self._walks[self.config.main], [], None
+        if condition is not None and self.prompts:
+            condition = condition.to(next(self.parameters()).dtype)
+            mapped = None if self.mapper is None else self.mapper(condition)
+
+        def prompts(index: int, tokens: Tensor, visible: Tensor | None) -> Tensor:
+            share = None if mapped is None else mapped[walk.stages[index]]
+            found, weights = self.prompts[index](tokens, visible, condition, share)
+            if weights is not None:
+                clean.append(weights)
+            return found
+
+        entry = None if self.entry is None else self.entry.expand(len(states), -1, -1)
+        walked = self._run(self.config.main, states, mask, prompts, entry)
+        if clean:
+            self._remember(torch.stack(clean))
+        return walked
+
+    def _run(self, name: str, states: Tensor, mask: Tensor | None, prompts: Prompter, entry: Tensor | None) -> Walked:
+        if not self._prompted(name):
+            return Walked(states, states[:, :0])
+        return self._walks[name].run(states, mask if name == TEXT else None, prompts, entry, self._checkpointing)
+
+    # Routing
+
+    def _remember(self, weights: Tensor) -> None:
+        self._weights = weights.detach()
+        self._pending = weights if torch.is_grad_enabled() else None
+
+    @property
+    def routing(self) -> Tensor | None:
+        """(n, B, k): the experts' weights in each routed layer of the last pass that routed, without noise."""
+        return self._weights
+
+    def importance(self) -> Usage | None:
+        """How the last pass that routed used the experts of each layer."""
+        return None if self._weights is None else usage(self._weights)
+
+    def usage(self) -> Mapping[str, float]:
+        """`importance` as means over the layers."""
+        found = self.importance()
+        return {} if found is None else {name: float(value.mean()) for name, value in vars(found).items()}
+
+    def extra_loss(self) -> tuple[Tensor, Tensor] | None:
+        """λ · mean over layers of the importance loss of the last pass that routed, times its B samples, and B.
+
+        Each pass's loss is handed out once, and after a pass with gradients alone. Every rank and micro-batch has its
+        own importance, of the samples that it saw; training weights them by the loss's count.
+        """
+        weights, self._pending = self._pending, None
+        if weights is None or not self.config.importance or self.config.experts == 1:
+            return None
+        count = torch.tensor(weights.shape[1], device=weights.device)
+        return self.config.importance * importance_loss(weights, self.config.gamma) * count, count
+
+
+def walk_of(model: PreTrainedModel, name: str, config: MoPEConfig) -> Walk:
+    """How to run ``model``; ModelError if it cannot be run layer by layer."""
+    if is_swin(model):
+        return SwinWalk(model, carried=name == config.main and config.stage_start == "carried")
+    return PlainWalk(model, is_text=name == TEXT)
+
+
+def feature_of(main: Walk, config: MoPEConfig) -> str:
+    """The main encoder's read-out."""
+    if config.feature != "auto":
+        return config.feature
+    return "all" if config.main == IMAGE else "last" if main.causal else "mean"
+
+
+def condition_of(other: Walk, config: MoPEConfig) -> str:
+    """The other encoder's read-out, ψ."""
+    if config.condition != "auto":
+        return config.condition
+    return "last" if other.causal else "first" if other.has_first else "mean"
+
+
+def check_readout(walk: Walk, name: str, how: str) -> None:
+    if how == "first" and not walk.has_first:
+        raise ModelError(f"the {name} model has no CLS token to read: take 'mean' or 'auto'")
+    if how == "last" and name != TEXT:
+        raise ModelError("the last token of a picture means nothing: take 'mean' or 'auto'")

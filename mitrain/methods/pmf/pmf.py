@@ -1,0 +1,242 @@
+"""PMF, prompt-based multimodal fusion (CVPR 2023, arXiv 2304.06306): the last layers of two frozen encoders take turns,
+each asking the other what it saw through a few trained query tokens. docs/pmf.md has the equations.
+
+Shapes: B samples, T text tokens, N picture tokens, D_t and D_v the two widths, M_q, M_c and M_p numbers of prompts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.methods.base import Adapter
+from mitrain.methods.pmf.config import LINKS, PMFConfig
+from mitrain.models import frozen
+from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.layers import Stack
+
+SPREAD = 0.02
+"""Standard deviation of new prompts; the maps start as torch makes linear layers. Both as in the authors' release."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One frozen encoder: its layers, and the first of them that takes part in the fusion."""
+
+    stack: Stack
+    first: int
+
+    def beside(
+        self, index: int, states: Tensor, visible: Tensor | None, before: list[Tensor], after: list[Tensor]
+    ) -> Tensor:
+        """Layer ``index`` on [before ; states ; after]: all rows that leave it.
+
+        states: (B, T, D), those of ``visible`` (B, T) bool, or all. before, after: prompts (M, D) or (B, M, D), which
+        are visible. Those after the tokens get the positions that follow the sample's last visible token, so that the
+        amount of padding, which other samples of the batch decide, does not matter.
+        """
+        batch, count = states.shape[:2]
+        ahead, behind = ([p.to(states.dtype).expand(batch, -1, -1) for p in group] for group in (before, after))
+        first, last = (sum(prompt.shape[1] for prompt in group) for group in (ahead, behind))
+        self._check_window(first + count + last)
+        place = torch.arange(first + count + last, device=states.device).expand(batch, -1)
+        if visible is not None:
+            padding = count - visible.sum(1, keepdim=True)
+            place = place - padding * (place >= first + count)
+            visible = nn.functional.pad(visible, (first, last), value=True)
+        return self.stack.run(index, torch.cat([*ahead, states, *behind], dim=1), visible, place)
+
+    def _check_window(self, tokens: int) -> None:
+        window = self.stack.window
+        if window is not None and tokens > window:
+            raise ModelError(
+                f"{tokens} tokens with their prompts exceed the window of {window} over which"
+                f" {type(self.stack.model).__name__} attends: shorten the texts or use a model without a window"
+            )
+
+
+class Link(nn.Module):
+    """What one fusion layer trains in one direction: the prompts that ask the source, the map, the target's prompts.
+
+    ``query`` q (M_q, D_source) and ``context`` c (M_c, D_source) stand beside the source's tokens in the query pass,
+    ``fusion`` p (M_p, D_target) beside the target's in the fusion pass; ``map`` is g.
+    """
+
+    def __init__(self, config: PMFConfig, widths: Mapping[str, int], name: str, **place: Any):
+        super().__init__()
+        source, target = (widths[side] for side in LINKS[name])
+        counts = {"query": config.query_prompts, "context": config.query_context if config.query_prompts else 0}
+        for kind, count in counts.items():
+            self.register_parameter(kind, prompts(count, source, **place))
+        self.register_parameter("fusion", prompts(config.fusion_context, target, **place))
+        if self.query is None:
+            self.map = None
+        elif config.map == "linear":
+            self.map = nn.Linear(source, target, **place)
+        else:
+            inner = config.inner_width(widths)
+            layers = nn.Linear(source, inner, **place), nn.ReLU(), nn.Linear(inner, target, **place)
+            self.map = nn.Sequential(*layers)
+
+    def ask(self, side: Side, index: int, states: Tensor, visible: Tensor | None) -> Tensor | None:
+        """y (B, M_q, D_target): what the source's layer ``index`` writes into the query prompts, mapped to the target."""
+        if self.query is None or self.map is None:
+            return None
+        context = [] if self.context is None else [self.context]
+        # Under a causal mask the last rows alone see the whole text, and see a context only where it stands before them.
+        before, after = (context, [self.query]) if side.stack.causal else ([], [*context, self.query])
+        answer = side.beside(index, states, visible, before, after)[:, -len(self.query) :]
+        return self.map(answer.to(self.query.dtype))
+
+    def tell(self, side: Side, index: int, states: Tensor, visible: Tensor | None, answer: Tensor | None) -> Tensor:
+        """The target's tokens (B, T, D) after its layer ``index``, which saw ``answer``; the prompts' rows are dropped."""
+        told, count = [prompt for prompt in (self.fusion, answer) if prompt is not None], states.shape[1]
+        if side.stack.causal:  # at the end they would be invisible to the text
+            return side.beside(index, states, visible, told, [])[:, -count:]
+        return side.beside(index, states, visible, [], told)[:, :count]
+
+
+def prompts(count: int, width: int, **place: Any) -> nn.Parameter | None:
+    return nn.Parameter(torch.randn(count, width, **place) * SPREAD) if count else None
+
+
+class PMF(Adapter):
+    """PMF over the last L_f layers of the backbones ``text`` and ``image``.
+
+    For each fusion layer l and direction s→t (docs/pmf.md; our names ↔ the paper's):
+
+        y = g([x_s ; c ; q] through layer l of s, last M_q rows)      (2, 3)   ``query`` q: query prompt
+        x_t' = [x_t ; p ; y] through layer l of t, first rows         (4)      ``context`` c: query context prompt
+
+    with both directions read from the same x_s and x_t; ``fusion`` p: fusion context prompt, ``map`` g: mapping.
+    The papers' two averaged linear heads are one linear head on the concatenation of the text's read-out and the
+    picture's, up to a factor: readout [cls, image], or [last, image] with a causal text model.
+    Names in the state dict: ``fusion.<0 … L_f - 1>.<text_to_image|image_to_text>.<query|context|fusion|map.…>``.
+    """
+
+    method: ClassVar[str] = "pmf"
+    places: ClassVar[tuple[str, ...]] = ("text", "image")
+    walks: ClassVar[bool] = True
+    fuses: ClassVar[bool] = True
+    passes: ClassVar[int] = 2
+    feature_widths: ClassVar[Mapping[str, int]] = {}
+
+    def __init__(self, config: PMFConfig):
+        super().__init__()
+        self.config = config
+        self.fusion = nn.ModuleList()
+        self._sides: dict[str, Side] = {}
+        self._checkpointing = False
+
+    def first_layer(self, name: str) -> int:
+        return self._sides[name].first
+
+    def image_width(self, feature: int) -> int:
+        return self._sides["image"].stack.width
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        self._checkpointing = enabled
+
+    # Attaching
+
+    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
+        stacks, used = {name: Stack.of(backbones[name]) for name in self.places}, self.config.fusion_layers
+        for name, stack in stacks.items():
+            if used > stack.depth:
+                raise ConfigError(
+                    f"adapter.fusion_layers={used}, but the {name} model has {stack.depth} layers: give at most as many"
+                )
+        self._make_parameters(stacks)
+        self._sides = {name: Side(stack, stack.depth - used) for name, stack in stacks.items()}
+        self.undo(setattr, self, "_sides", {})
+        self.undo(self.set_checkpointing, False)
+
+    def _make_parameters(self, stacks: Mapping[str, Stack]) -> None:
+        widths = {name: stack.width for name, stack in stacks.items()}
+        if len(self.fusion):
+            if shapes(self._links(widths, device="meta")) != shapes(self.fusion):
+                raise ModelError("this PMF was made for models of other widths: make a new one")
+            return
+        text = stacks["text"]
+        dtype = torch.promote_types(torch.promote_types(text.model.dtype, stacks["image"].model.dtype), torch.float32)
+        self.fusion = self._links(widths, device=next(text.layers[-1].parameters()).device, dtype=dtype)
+
+    def _links(self, widths: Mapping[str, int], **place: Any) -> nn.ModuleList:
+        layers = range(self.config.fusion_layers)
+        make = partial(Link, self.config, widths, **place)
+        return nn.ModuleList(nn.ModuleDict({name: make(name) for name in self.config.links}) for _ in layers)
+
+    # Reading
+
+    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+        """Both encoders from their first fusion layers up; one alone, or a picture that is not to be seen, unfused.
+
+        ``text``: the text's final states (B, T, D_t). ``image``: (B, D_v), the class token after the image encoder's
+        final norm (see `Stack.summary`).
+        """
+        states: dict[str, Tensor] = {}
+        visible: dict[str, Tensor | None] = {"text": None if words is None else words.mask.bool(), "image": None}
+        if words is not None:
+            states["text"] = self._text_states(words)
+        if picture is not None:
+            if picture.states is None:
+                raise ModelError("pmf reads a picture's tokens, but only its global feature is given")
+            states["image"] = self._checked("image", picture.states, picture.depth)
+        fused = words is not None and picture is not None and picture.infused
+        for step in range(self.config.fusion_layers):
+            states = self._climb(step, states, visible, fused)
+        return Reading(
+            None if words is None else self._sides["text"].stack.finish(states["text"]),
+            None if words is None else words.mask,
+            None if picture is None else self._sides["image"].stack.summary(states["image"]),
+        )
+
+    def _text_states(self, words: Words) -> Tensor:
+        side = self._sides["text"]
+        if words.states is not None:
+            return self._checked("text", words.states, words.depth)
+        return frozen.trunk_states(side.stack.model, side.first, input_ids=words.ids, attention_mask=words.mask)
+
+    def _checked(self, name: str, states: Tensor, depth: int) -> Tensor:
+        """``states`` in the model's type, if they are what enters the first fusion layer."""
+        side = self._sides[name]
+        if depth != side.first:
+            raise ModelError(
+                f"the {name} states are of depth {depth}, but pmf starts at {side.first}: compute them for first_layer"
+            )
+        return states.to(side.stack.model.dtype)
+
+    def _climb(
+        self, step: int, states: dict[str, Tensor], visible: Mapping[str, Tensor | None], fused: bool
+    ) -> dict[str, Tensor]:
+        """The states after one more layer of each encoder."""
+        if fused and self._checkpointing and torch.is_grad_enabled():
+            run = partial(self._layer, step, visible=visible, fused=fused)
+            return checkpoint(run, states, use_reentrant=False, preserve_rng_state=False)
+        return self._layer(step, states, visible, fused)
+
+    def _layer(
+        self, step: int, states: dict[str, Tensor], visible: Mapping[str, Tensor | None], fused: bool
+    ) -> dict[str, Tensor]:
+        sides = {name: self._sides[name] for name in states}
+        at = {name: (side, side.first + step, states[name], visible[name]) for name, side in sides.items()}
+        links = {LINKS[name]: link for name, link in self.fusion[step].items()} if fused else {}
+        answers = {target: (link, link.ask(*at[source])) for (source, target), link in links.items()}
+        found = {}
+        for name, (side, index, hidden, seen) in at.items():
+            if name in answers:
+                link, answer = answers[name]
+                found[name] = link.tell(side, index, hidden, seen, answer)
+            else:
+                found[name] = side.stack.run(index, hidden, seen)
+        return found
+
+
+def shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}

@@ -1,0 +1,115 @@
+"""Visual tokens before the text: what MiT avoids, in the form of LLaVA (arXiv 2304.08485).
+
+A projector of two layers maps the image encoder's patch tokens to the language model's width; the text follows them. With
+a rank, LoRA tunes the language model too.
+
+Shapes: B samples, T text tokens, N patches, P visual tokens, c width of the image encoder, D width of the text model.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.methods.base import Adapter
+from mitrain.methods.peft import LoRA, LoRAConfig, check_room
+from mitrain.models import frozen
+from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.layers import Stack
+
+
+class VisualPrefixConfig(Section, kind="adapter", name="visual-prefix"):
+    """``tokens``: how many visual tokens the patches are averaged to, a square number; none: each patch is one.
+
+    ``lora_rank``: of LoRA on the language model's queries and values; 0: the projector alone is trained.
+    """
+
+    tokens: int | None = Field(16, ge=1)
+    lora_rank: int = Field(0, ge=0, le=65536)
+
+    @field_validator("tokens")
+    @classmethod
+    def _check_square(cls, tokens: int | None) -> int | None:
+        if tokens is not None and math.isqrt(tokens) ** 2 != tokens:
+            raise ValueError(f"{tokens} is no square number: give 1, 4, 9, 16, … or null")
+        return tokens
+
+
+class VisualPrefix(Adapter):
+    """[projector(patches) ; text embeddings] through the whole language model; the text's final states are read.
+
+    projector(x) = W_2 GELU(W_1 x + b_1) + b_2 with inner width D, on the image encoder's final, normalised patch tokens.
+    """
+
+    method: ClassVar[str] = "visual-prefix"
+    places: ClassVar[tuple[str, ...]] = ("text", "image")
+    fuses: ClassVar[bool] = True
+    feature_widths: ClassVar[Mapping[str, int]] = {}
+
+    def __init__(self, config: VisualPrefixConfig):
+        super().__init__()
+        self.config = config
+        self.projector: nn.Sequential | None = None
+        self.lora = LoRA(LoRAConfig(rank=config.lora_rank, alpha=2 * config.lora_rank)) if config.lora_rank else None
+        self._image: Stack | None = None
+        self._text: Stack | None = None
+
+    def first_layer(self, name: str) -> int:
+        return 0 if name == "text" else self._image.depth
+
+    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
+        self._image, self._text = Stack.of(backbones["image"]), Stack.of(backbones["text"])
+        widths, text = (self._image.width, self._text.width), self._text.model
+        if self.projector is None:
+            place = {"device": text.device, "dtype": torch.promote_types(text.dtype, torch.float32)}
+            layers = nn.Linear(widths[0], widths[1], **place), nn.GELU(), nn.Linear(widths[1], widths[1], **place)
+            self.projector = nn.Sequential(*layers)
+        elif (self.projector[0].in_features, self.projector[2].out_features) != widths:
+            raise ModelError("this visual prefix was made for models of other widths: make a new one")
+        if self.lora is not None:
+            self.lora.install({"text": backbones["text"]})
+            self.undo(self.lora.detach)
+
+    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+        image = picture and picture.feature
+        if words is None:
+            return Reading(image=image)
+        if picture is None or not picture.infused:
+            return Reading(frozen.last_hidden(self._text.model, words), words.mask, image)
+        embeddings = self._text.model.get_input_embeddings()(words.ids)
+        visual = self.visual_tokens(picture).to(embeddings)
+        check_room(self._text.model, visual.shape[1], words.ids.shape[1])
+        seen = torch.ones(visual.shape[:2], dtype=words.mask.dtype, device=words.mask.device)
+        inputs = {
+            "inputs_embeds": torch.cat([visual, embeddings], 1),
+            "attention_mask": torch.cat([seen, words.mask], 1),
+        }
+        hidden = self._text.model(**inputs, use_cache=False).last_hidden_state
+        return Reading(hidden[:, visual.shape[1] :], words.mask, image)
+
+    def visual_tokens(self, picture: Picture) -> Tensor:
+        """(B, P, D)."""
+        with torch.no_grad():
+            tokens, _ = self._image.read_picture(picture)
+        return self.projector(self._averaged(tokens).to(self.projector[0].weight.dtype))
+
+    def _averaged(self, tokens: Tensor) -> Tensor:
+        """(B, P, c): the patches of (B, prefix + N, c), averaged over squares of the grid."""
+        side = int((tokens.shape[1]) ** 0.5)
+        patches = tokens[:, -side * side :]
+        if self.config.tokens is None:
+            return patches
+        wanted = math.isqrt(self.config.tokens)
+        if wanted > side:
+            raise ConfigError(
+                f"adapter.tokens={self.config.tokens}: the picture has {side**2} patches: give at most as many, or null"
+            )
+        grid = patches.transpose(1, 2).unflatten(2, (side, side))
+        return F.adaptive_avg_pool2d(grid, wanted).flatten(2).transpose(1, 2)

@@ -1,0 +1,76 @@
+"""What decides what a frozen model computes, as named parts that a run keeps and later processes compare.
+
+Weights count as they lie on the disk: a base is then the same in every precision, on every device and in however many
+files. What is made of them depends on the model's configuration, and on its tokenizer.
+"""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from mitrain.models import loading
+from mitrain.models.stream import Weights
+
+NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Of a model's configuration: what changes nothing that is computed, or what a run's own configuration says."""
+PROBE = "Zwölf Boxkämpfer: 2048 «naïve» foxes, didn't they?\n\tdef f(x): return x**2  # ✓ 你好"
+
+
+def frozen_digest(module: nn.Module) -> str:
+    """sha256 over a frozen module's tensors as they are held: the name of its weights in the caches."""
+    seen = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
+        with loading.whole([tensor]):
+            add(seen, name, tensor)
+    return seen.hexdigest()
+
+
+def add(seen: Any, name: str, tensor: Tensor) -> None:
+    seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    seen.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def tensor_digest(name: str, tensor: Tensor) -> bytes:
+    seen = hashlib.sha256()
+    add(seen, name, tensor)
+    return seen.digest()
+
+
+def weights_of(source: str | Path | None, model: nn.Module) -> str:
+    """A digest of the weights in the folder (or cached id) ``source``; of the loaded ``model`` where it has no source."""
+    weights = None if source is None else Weights.of(source)
+    if weights is None:
+        return frozen_digest(model)
+    stamps = [(path, path.stat()) for path in sorted(set(weights.files.values()))]
+    return stored_digest(str(source), tuple((str(path), s.st_size, s.st_mtime_ns, s.st_ino) for path, s in stamps))
+
+
+@cache
+def stored_digest(source: str, stamps: tuple) -> str:
+    """sha256 over the tensors of a checkpoint, by name, on all cores; once per process while its files stay the same."""
+    weights = Weights.of(source)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(tensor_digest, name, weights.read(name)) for name in sorted(weights.names)]
+        return hashlib.sha256(b"".join(job.result() for job in jobs)).hexdigest()
+
+
+def settings_of(config: PretrainedConfig) -> dict[str, Any]:
+    """What a model's configuration says that its class does not say by itself."""
+    return without(config.to_diff_dict(), NO_MATTER)
+
+
+def without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {k: without(v, names) if isinstance(v, dict) else v for k, v in values.items() if k not in names}
+
+
+def tokenizer_of(tokenizer: Any) -> list[Any]:
+    """The vocabulary, the ids with a meaning of their own, and what becomes of a text with a little of everything."""
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return [sorted(tokenizer.get_vocab().items()), special, tokenizer(PROBE)["input_ids"]]

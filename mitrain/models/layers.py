@@ -1,0 +1,200 @@
+"""Single layers of frozen Hugging Face transformers, run on any number of tokens: for methods that walk layer by layer.
+
+The layers' own modules run, with the mask that the model would make for as many tokens, so what forward hooks do
+(gathering sharded weights, recording) happens as in the model's own forward pass.
+
+Shapes: B batch, T tokens (whatever is in the sequence: text, patches, frames, prompts), D hidden width.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+
+from mitrain.core.errors import ModelError
+from mitrain.models.batch import Picture
+from mitrain.models.loading import stacks
+
+# Encoders add things between their layers that no signature shows, so only those whose layers are checked one by one
+# against the whole model are served. Decoders are told by their structure: causal attention and one rotary embedding.
+ENCODERS = (
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "modernbert"),
+    *("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "siglip_vision_model", "whisper"),
+    *("blip_vision_model", "blip_text_model"),
+)
+SERVED = f"the layers of {{}} cannot be run one by one: use one of {', '.join(ENCODERS)} or a decoder of the Llama kind"
+NORMS = ("norm", "final_norm", "layernorm", "layer_norm", "final_layer_norm", "final_layernorm", "ln_f")
+CLASS_TOKENS = ("cls_token", "class_embedding")
+GIVEN = ("attention_mask", "position_ids", "position_embeddings")
+LEFT_OUT = ("past_key_values", "layer_past", "use_cache", "encoder_hidden_states", "encoder_attention_mask")
+MASKS = {
+    (True, "full_attention"): create_causal_mask,
+    (True, "sliding_attention"): create_sliding_window_causal_mask,
+    (False, "full_attention"): create_bidirectional_mask,
+    (False, "sliding_attention"): create_bidirectional_sliding_window_mask,
+}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers of a frozen model. It holds the model but is no module, so whoever keeps one registers nothing.
+
+    ``depth``: number of layers. ``width``: D. ``causal``: a token sees only those before it. ``window``: the fewest
+    tokens that a layer's attention reaches back, None where every layer sees all.
+    """
+
+    model: PreTrainedModel
+    owner: nn.Module
+    name: str
+    causal: bool
+    rotary: nn.Module | None
+    norms: tuple[nn.Module, ...]
+    class_norm: nn.Module | None
+    has_class: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Stack":
+        """The layers of ``model``: an encoder of ENCODERS or a decoder of the Llama kind; else ModelError."""
+        name = type(model).__name__
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(f"cannot run the layers of {name}: give a Hugging Face model (PreTrainedModel)")
+        base = model.base_model
+        if base.config.sub_configs:
+            raise ModelError(f"{name} joins several models: give one of them, such as its text_model or vision_model")
+        found = stacks(base)
+        if not found:
+            raise ModelError(
+                f"{name} has no stack of equal transformer layers: give a transformer, such as BERT or ViT"
+            )
+        if len(found) > 1 or any(path.split(".")[-1] == "decoder" for path, _ in base.named_modules()):
+            if not base.config.is_encoder_decoder:
+                raise ModelError(SERVED.format(name))
+            raise ModelError(f"{name} is an encoder-decoder, whose layers need one another: give its encoder")
+        owner, attribute = found[0]
+        layers, path = getattr(owner, attribute), path_to(base, owner)
+        rotary = next((module.rotary_emb for module in path if hasattr(module, "rotary_emb")), None)
+        causal = is_causal(layers[0])
+        check_family(base, name, causal, rotary)
+        check_layers(layers, name)
+        norms = [getattr(module, n) for module in reversed(path) for n in NORMS if hasattr(module, n)]
+        last, class_norm = getattr(base, "post_layernorm", None), None
+        if base.config.model_type == "clip_vision_model":
+            class_norm = last  # CLIP normalises nothing but the class token after its last layer
+        elif last is not None:
+            norms.append(last)
+        has_class = any(n.split(".")[-1] in CLASS_TOKENS for n, _ in base.named_parameters())
+        return cls(base, owner, attribute, causal, rotary, tuple(norms), class_norm, has_class)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Read anew each time: a trunk or a checkpointed layer may have taken a place meanwhile."""
+        return getattr(self.owner, self.name)
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def window(self) -> int | None:
+        sliding = any(self._pattern(index) == "sliding_attention" for index in range(self.depth))
+        return self.model.config.sliding_window if sliding else None
+
+    def run(self, index: int, hidden: Tensor, visible: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Layer ``index`` on ``hidden`` (B, T, D): (B, T, D).
+
+        visible: (B, T) bool, False for padding, which no token sees; None: all are seen. positions: (B, T) int64 for
+        rotary embeddings, 0, 1, … where None; a model without them ignores it.
+        """
+        layer, pattern = self.layers[index], self._pattern(index)
+        mask = MASKS[self.causal, pattern](
+            config=self.model.config, inputs_embeds=hidden, attention_mask=visible, past_key_values=None
+        )
+        given: dict[str, Any] = {"attention_mask": mask}
+        if self.rotary is not None:
+            if positions is None:
+                positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            typed = "layer_type" in inspect.signature(self.rotary.forward).parameters
+            given["position_embeddings"] = self.rotary(hidden, positions, *([pattern] if typed else []))
+        out = layer(hidden, **given)
+        return out[0] if isinstance(out, tuple) else out
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """What the model makes of its last layer's output (B, T, D): its final norm, or nothing where it has none."""
+        for norm in self.norms:
+            hidden = norm(hidden)
+        return hidden
+
+    def summary(self, hidden: Tensor) -> Tensor:
+        """(B, D) from the last layer's output (B, T, D): the class token after the final norm.
+
+        Without a class token (Whisper, SigLIP) the mean over the tokens; prompts must be gone by then.
+        """
+        if self.class_norm is not None:
+            return self.class_norm(hidden[:, 0])
+        finished = self.finish(hidden)
+        return finished[:, 0] if self.has_class else finished.mean(1)
+
+    def read_picture(self, picture: Picture) -> tuple[Tensor, Tensor]:
+        """An image encoder's final tokens (B, N, D) and its `summary` (B, D), from the layer that the states enter."""
+        if picture.states is None:
+            raise ModelError("this method reads the image encoder's tokens: give the states that enter its first layer")
+        hidden = picture.states.to(self.model.device, self.model.dtype)
+        for index in range(picture.depth, self.depth):
+            hidden = self.run(index, hidden)
+        return self.finish(hidden), self.summary(hidden)
+
+    def _pattern(self, index: int) -> str:
+        config = self.model.config
+        types = getattr(config, "layer_types", None)
+        if types:
+            return types[index]
+        return "sliding_attention" if getattr(config, "sliding_window", None) is not None else "full_attention"
+
+
+def path_to(base: nn.Module, owner: nn.Module) -> list[nn.Module]:
+    """The modules from ``base`` down to ``owner``, both included."""
+    parts = next(name for name, module in base.named_modules() if module is owner).split(".")
+    path = [base]
+    for part in parts if parts != [""] else []:
+        path.append(getattr(path[-1], part))
+    return path
+
+
+def is_causal(layer: nn.Module) -> bool:
+    return next((bool(module.is_causal) for module in layer.modules() if hasattr(module, "is_causal")), False)
+
+
+def check_family(base: PreTrainedModel, name: str, causal: bool, rotary: nn.Module | None) -> None:
+    """ModelError unless every layer's mask and positions are ones that `Stack.run` makes."""
+    types = set(getattr(base.config, "layer_types", None) or ["full_attention"])
+    if strange := sorted(types - {"full_attention", "sliding_attention"}):
+        raise ModelError(f"{name} has layers of the kind {strange[0]}: only full and sliding attention are supported")
+    if causal and rotary is None:
+        raise ModelError(f"{name} is causal without rotary embeddings: use a decoder of the Llama kind")
+    if not causal and base.config.model_type not in ENCODERS:
+        raise ModelError(SERVED.format(name))
+
+
+def check_layers(layers: nn.ModuleList, name: str) -> None:
+    """ModelError for layers that take more than hidden states, mask and positions, or that read another model."""
+    for layer in layers:
+        parameters = list(inspect.signature(layer.forward).parameters.values())[1:]
+        known = {*GIVEN, *LEFT_OUT}
+        named = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        if strange := [n for n in named if n not in known]:
+            raise ModelError(f"the layers of {name} take {strange[0]}, which mitrain does not know: not supported")
+        if getattr(layer, "add_cross_attention", False) or hasattr(layer, "encoder_attn"):
+            raise ModelError(f"the layers of {name} read another model's states: give a model without cross-attention")

@@ -1,0 +1,29 @@
+"""Frozen weights in 8 and 4 bits: the only room that imports bitsandbytes, and it runs without."""
+
+from mitrain.models.quant.embedding import FrozenInt8Embedding
+from mitrain.models.quant.kernels import nf4_fault
+from mitrain.models.quant.linear import FrozenInt8Linear, FrozenLinear, FrozenNF4Linear
+from mitrain.models.quant.replace import (
+    PRECISIONS,
+    Precision,
+    dequantised,
+    linear_places,
+    quantise,
+    split_of,
+    storage,
+)
+
+__all__ = [
+    "PRECISIONS",
+    "FrozenInt8Embedding",
+    "FrozenInt8Linear",
+    "FrozenLinear",
+    "FrozenNF4Linear",
+    "Precision",
+    "dequantised",
+    "linear_places",
+    "nf4_fault",
+    "quantise",
+    "split_of",
+    "storage",
+]

@@ -1,0 +1,326 @@
+"""The frozen language model with its tokenizer.
+
+Shapes: B batch, T tokens, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from mitrain.core import dist
+from mitrain.core.errors import ConfigError, DataError, ModelError
+from mitrain.models import blip, frozen, loading, quant, stream
+from mitrain.models.batch import Words
+from mitrain.models.chunked_loss import chunked_cross_entropy
+from mitrain.models.digests import frozen_digest, settings_of, tokenizer_of, weights_of
+from mitrain.models.stream import Shard
+from mitrain.models.tokens import WHOLE, Tokens
+
+PROBE = "The picture shows a thing that lies on the left of another."
+LARGE_LOGITS = 2**28
+"""Bytes of fp32 logits from which on the loss runs over parts of the vocabulary."""
+
+
+def factory(config: PretrainedConfig) -> Any:
+    """The transformers class that reads it: a causal language model's, or a plain encoder's.
+
+    An encoder is what transformers knows as a masked language model and what was not made a decoder, as BERT; and the
+    text encoder of BLIP.
+    """
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return AutoModel if encoder or blip.is_blip(config) else AutoModelForCausalLM
+
+
+def is_read(name: str) -> bool:
+    """Whether a tensor of a text model counts: an encoder's pooler is read by no method and no task."""
+    return "pooler" not in name.split(".")
+
+
+class TextBackbone:
+    """A frozen text model, a causal language model or an encoder as BERT; an adapter attaches to ``.model``.
+
+    ``dtype``: of its activations. ``quantize``: how its layers' matrices are held, none for floats. ``sharded``: its
+    weights lie on all ranks, which must therefore run it equally often. ``source``: where they were read.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        dtype: torch.dtype | None = None,
+        quantize: str = "none",
+        sharded: bool = False,
+        source: str | Path | None = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.dtype = dtype or model.dtype
+        self.quantize = quantize
+        self.sharded = sharded
+        self.source = source
+        self._settings = settings_of(model.config)
+        loading.freeze(model)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype,
+        attention: str = "sdpa",
+        device: torch.device | str = "cpu",
+        quantize: str = "none",
+        quantize_embedding: bool = False,
+        shard: Shard | None = None,
+    ) -> "TextBackbone":
+        """``shard``: spreads the weights over the ranks, layer by layer as rank 0 reads them."""
+        config = cls.read_config(source)
+        quantize = checked_precision(quantize, quantize_embedding, config, source)
+        if blip.is_blip(config):
+            if quantize != "none" or shard is not None:
+                raise ConfigError("BLIP's encoders are held whole and in floats: set model.quantize=none, zero.stage=0")
+            model = blip.load(source, "text_encoder", dtype)
+        elif quantize == "none" and shard is None:
+            options = {"config": config, "dtype": dtype, "attn_implementation": attention}
+            model = loading.load_model(factory(config), source, "language model", is_read, **options)
+        else:
+            model = stream.load(
+                factory(config),
+                source,
+                dtype,
+                quantize,
+                embedding=quantize_embedding,
+                device=device,
+                after=stream.keep if shard is None else lambda name, unit: shard(unit),
+                reads=shard is None or dist.is_main(),
+                used=is_read,
+                attn_implementation=attention,
+            )
+        tokenizer = loading.load(AutoTokenizer, source, "tokenizer")
+        if tokenizer.eos_token_id is None and factory(config) is AutoModel:
+            tokenizer.eos_token = tokenizer.sep_token
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {str(source)!r} has no end-of-text token: answers could not end; use another"
+            )
+        made = cls(model if shard else model.to(device), tokenizer, dtype, quantize, shard is not None, source)
+        if tokenizer.eos_token_id >= made.vocabulary:
+            raise ModelError(
+                f"the tokenizer of {str(source)!r} ends texts with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}),"
+                f" and the language model embeds {made.vocabulary} tokens: give the tokenizer that belongs to it"
+            )
+        return made
+
+    @classmethod
+    def empty(cls, config: PretrainedConfig) -> "TextBackbone":
+        """Shapes without weights or a tokenizer, for ``--dry-run``."""
+        if blip.is_blip(config):
+            return cls(blip.empty(config, "text_encoder"), None)
+        return cls(loading.empty_model(factory(config), config), None)
+
+    @staticmethod
+    def read_config(source: str | Path) -> PretrainedConfig:
+        return loading.read_config(source, "language model")
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it has a language head."""
+        return self.model.get_output_embeddings() is not None
+
+    @property
+    def retrieval_maps(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Maps that the checkpoint's own retrieval reads its states with (see `mitrain.models.blip`), or {}."""
+        return blip.maps_of(self.model)
+
+    @property
+    def depth(self) -> int:
+        return len(loading.decoder_layers(self.model))
+
+    @property
+    def width(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @cached_property
+    def texts(self) -> Tokens:
+        return Tokens(self.tokenizer)
+
+    def tokens(
+        self, text: str, *, frame: Sequence[str] = WHOLE, most: int | None = None, strip: str | None = " "
+    ) -> list[int]:
+        """Token ids of ``text`` in its ``frame``, with the tokenizer's own opening and closing tokens, if it has any.
+
+        ``most``: how many ids there may be; a longer text loses its end. Without it, a text that is longer than the
+        model can read raises DataError. ``strip`` as in `Tokens.ids`.
+        """
+        opening, ids, closing = self.texts.opening, self.texts.ids(text, frame, strip=strip), self.texts.closing
+        self._embedded(ids, text)
+        if most is not None:
+            return [*opening, *ids[: max(most - len(opening) - len(closing), 1)], *closing]
+        return self._readable([*opening, *ids, *closing], text)
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text of any length by itself, without opening and closing tokens."""
+        ids = self.texts.ids(text)
+        self._embedded(ids, text)
+        return ids
+
+    def prompt(self, text: str, frame: Sequence[str] = WHOLE) -> list[int]:
+        """`Tokens.prompt` of a text that the model can read; else DataError."""
+        return self._readable(self.texts.prompt(text, frame), text)
+
+    def answered(self, text: str, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
+        """`Tokens.answered` of texts that the model can read; else DataError."""
+        row, start = self.texts.answered(text, answer, frame)
+        return self._readable(row, text), start
+
+    def _readable(self, ids: list[int], text: str) -> list[int]:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self._embedded(ids, text)
+        if limit and len(ids) > limit:
+            raise DataError(f"a text of {len(ids)} tokens is longer than the model's {limit}: shorten {text[:60]!r}…")
+        return ids
+
+    def _embedded(self, ids: Sequence[int], text: str) -> None:
+        """DataError where ``text`` has a token that the model has no embedding for."""
+        if ids and max(ids) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise DataError(
+                f"the text {text[:60]!r} has the token {token!r} (id {max(ids)}), and the language model embeds"
+                f" {self.vocabulary} tokens: take it out of the text, or give the tokenizer that belongs to the model"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model can read and, where it speaks, say."""
+        said = getattr(self.model.get_output_embeddings(), "out_features", None)
+        read = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        return min(n for n in (said, read, self.model.config.get_text_config().vocab_size) if n)
+
+    @property
+    def pad_id(self) -> int:
+        """What stands where the mask hides it: the tokenizer's padding if the model embeds it, else its end of text."""
+        padding = self.tokenizer.pad_token_id
+        return padding if padding is not None and padding < self.vocabulary else self.tokenizer.eos_token_id
+
+    def probe(self, side: str = "right") -> tuple[Tensor, Tensor]:
+        """``input_ids`` and ``attention_mask`` of two short texts, one of them padded: to try the model on."""
+        row = [i % self.vocabulary for i in self.tokenizer(PROBE)["input_ids"]][:6]
+        return self.pad([row, row[: max(len(row) // 2, 1)]], side)
+
+    def replays(self, depth: int) -> bool:
+        """Whether the model can go on from what leaves its ``depth`` bottom layers."""
+        return frozen.reproduces(self.model, depth, *self.probe())
+
+    def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]:
+        """``input_ids`` and ``attention_mask``, both (B, T).
+
+        Behind the mask stands the text's own last (or first) token. A padding token is often embedded as zeros, which a
+        model that scales states by their own size, as Gemma 3n, has no gradient at: 0 × inf, NaN in the whole batch.
+        """
+        length = max(map(len, rows))
+        ids, mask = [], []
+        for row in rows:
+            own, hidden = list(row), length - len(row)
+            edge = [own[-1 if side == "right" else 0] if own else self.pad_id] * hidden
+            ids.append(own + edge if side == "right" else edge + own)
+            mask.append([1] * len(own) + [0] * hidden if side == "right" else [0] * hidden + [1] * len(own))
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+    def logits(self, ids: Tensor, mask: Tensor, keep: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor:
+        """(B, len(keep), V): what the frozen head says at the positions ``keep`` (a 1-D index tensor)."""
+        options = {"attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
+        if states is None:
+            return self.model(input_ids=ids, **options).logits
+        with frozen.replay(self.model, depth, states):
+            return self.model(inputs_embeds=states, **options).logits
+
+    def log_likelihood(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        states: Tensor | None = None,
+        depth: int = 0,
+    ) -> Tensor:
+        """(n,) float: log p of the tokens ``targets`` at ``positions`` of the texts ``rows``, all (n,).
+
+        Logits of more than `LARGE_LOGITS` bytes are never held whole; smaller ones cost one product, not two.
+        """
+        keep, columns = positions.unique(return_inverse=True)
+        head = self.model.get_output_embeddings()
+        if 4 * len(ids) * len(keep) * head.out_features > LARGE_LOGITS and is_plain_head(self.model):
+            hidden = self.hidden(ids, mask, states, depth)[rows, positions]
+            return -chunked_cross_entropy(hidden, head, targets)
+        logits = self.logits(ids, mask, keep, states, depth)[rows, columns]
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def hidden(self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor:
+        """(B, T, D): the hidden states after the final norm."""
+        return frozen.last_hidden(self.model, Words(ids, mask, states, depth))
+
+    def trunk(self, rows: Sequence[Sequence[int]], depth: int) -> list[Tensor]:
+        """What leaves the ``depth`` bottom layers for each row of token ids: a list of (T_i, D)."""
+        ids, mask = self.pad(rows)
+        states = frozen.trunk_states(self.model, depth, input_ids=ids, attention_mask=mask)
+        return [states[i, : len(row)] for i, row in enumerate(rows)]
+
+    @torch.no_grad()
+    def embeddings(self, ids: Tensor) -> Tensor:
+        """(B, T, D): the input embeddings."""
+        return self.model.get_input_embeddings()(ids)
+
+    def base(self) -> dict[str, Any]:
+        """What decides what the model computes of a text, whatever its precision."""
+        told = {} if self.tokenizer is None else {"tokenizer": tokenizer_of(self.tokenizer)}
+        return {"weights": weights_of(self.source, self.model), "settings": self._settings, **told}
+
+    def identity(self, depth: int) -> dict[str, Any]:
+        """What the trunk's states depend on: the caches' address."""
+        layers = loading.decoder_layers(self.model)[:depth]
+        return {
+            "embeddings": frozen_digest(self.model.get_input_embeddings()),
+            "layers": [frozen_digest(layer) for layer in layers],
+            "dtype": str(self.dtype),
+            "type": self.model.config.model_type,
+            "depth": depth,
+            **({} if self.quantize == "none" else {"quantize": self.quantize}),
+        }
+
+
+def checked_precision(quantize: str, embedding: bool, config: PretrainedConfig, source: str | Path) -> str:
+    """``model.quantize``, or what a quantised checkpoint brings; ConfigError where the two contradict."""
+    stored = stream.stored_precision(config, source)
+    if quantize == "none" and stored is None and embedding:
+        raise ConfigError("model.quantize_embedding=true needs low-bit layers too: set model.quantize=int8 or nf4")
+    if quantize != "none" and stored not in (None, quant.storage(quantize)):
+        raise ConfigError(
+            f"{str(source)!r} holds {stored} weights, not {quantize}: set model.quantize={stored}, or give float weights"
+        )
+    return stored if stored and quantize == "none" else quantize
+
+
+def is_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the logits are the linear head's output as it is: no cap and no factor in the configuration."""
+    settings = model.config.get_text_config().to_dict()
+    changes = [value for name, value in settings.items() if "logit" in name and value not in (None, False, 1)]
+    return not changes and isinstance(model.get_output_embeddings(), nn.Linear | quant.FrozenLinear)

@@ -1,0 +1,323 @@
+"""Frozen image encoders: a global feature for the infusion, patch tokens of several levels for a decoder.
+
+Any Hugging Face vision model with the usual interface works; CLIP gives its projected pooled feature, DINOv2 its CLS
+token, others their pooled output. Shapes: B images, S side in pixels, N patches, e feature width, c channel width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import AutoModel, CLIPVisionModelWithProjection, PretrainedConfig
+
+from mitrain.core import dist
+from mitrain.core.config import Section, read_file
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.models import blip, efficientnet_lite, frozen, loading, stream
+from mitrain.models.digests import frozen_digest, settings_of, weights_of
+from mitrain.models.shapes import LARGEST, SMALLEST
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+POOLING = ("pooler", "head", "visual_projection")
+VIEWS = 6
+LONGEST = 4096  # side of the largest picture made on the way to the encoder's, whose own is at most as large
+PATCHES = 1 << 14
+"""The most patches of a picture: attention over more takes minutes for one."""
+View = int
+
+
+class VisionConfig(Section):
+    """One frozen image encoder.
+
+    ``name``: a prepared model's name, a folder or a Hugging Face id. ``size``: side in pixels. ``layer``: read the hidden
+    states after that many layers (none: the top). ``pool``: what the global feature is. ``levels``: hidden states whose
+    patch tokens a decoder reads. ``shape``: a configuration in place of weights, for ``--dry-run`` alone.
+    """
+
+    name: str
+    size: int | None = Field(None, ge=14, le=LONGEST)
+    layer: int | None = Field(None, ge=1)
+    pool: Literal["auto", "cls", "mean", "cls+mean"] = "auto"
+    levels: tuple[int, ...] = ()
+    resize: Literal["squash", "pad"] = "squash"
+    shape: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """RGB image → (3, S, S) float32, normalised per channel. However long and thin it is, at most 4096² pixels are made."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: str
+
+    def __call__(self, image: Image.Image, view: View = 0) -> Tensor:
+        if image.height * self.size > LONGEST**2:  # PIL scales the width of all rows first
+            image = bounded(image, LONGEST)
+        image = augment(image, view)
+        if self.resize == "pad":
+            image = pad_square(image)
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image, dtype=np.float32) / 255.0
+        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32))
+
+
+def pad_square(image: Image.Image, scale: float = 1.0) -> Image.Image:
+    """``image`` centred on a white square whose side is its longer side divided by ``scale``."""
+    image = bounded(image, LONGEST * scale)
+    side = round(max(image.size) / scale)
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+
+def bounded(image: Image.Image, longest: float) -> Image.Image:
+    """``image`` with its longer side at most ``longest``: what is made of it then takes memory of that side's square."""
+    share = longest / max(image.size)
+    if share >= 1:
+        return image
+    return image.resize([max(1, round(side * share)) for side in image.size], Image.Resampling.BICUBIC)
+
+
+def augment(image: Image.Image, view: View) -> Image.Image:
+    """The ``view``-th deterministic variant: 0 as it is, odd ones mirrored, 2-3 smaller, 4-5 cropped by an eighth."""
+    if view % 2:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if view // 2 == 1:
+        image = pad_square(image, 0.75)
+    if view // 2 == 2:
+        w, h = image.size
+        image = image.crop((w // 12, h // 12, w - w // 12, h - h // 12))
+    return image
+
+
+class VisionEncoder(nn.Module):
+    """A frozen encoder with its preprocessing.
+
+    ``width``: e of the global feature. ``level_width``: c of the patch tokens. ``grid``: patches per side.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        folder: str | Path | None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        shard: stream.Shard | None = None,
+    ):
+        super().__init__()
+        efficientnet_lite.register()
+        self.config = config
+        shape = loading.config_from_shape(config.shape, f"model.vision {config.name!r} shape") if config.shape else None
+        model_config = shape or loading.read_config(folder or config.name, "image encoder")
+        if getattr(model_config, "quantization_config", None):
+            raise ModelError(f"the image encoder {config.name!r} is quantised: give its weights in floats")
+        self.kind, self._settings = model_config.model_type, settings_of(model_config)
+        self.source = None if shape else folder or config.name
+        factory = CLIPVisionModelWithProjection if self.kind in ("clip", "clip_vision_model") else AutoModel
+        if blip.is_blip(model_config):
+            self.model = blip_encoder(shape, folder or config.name, dtype, device, shard)
+        elif shape is not None:
+            self.model = empty_vision(factory, shape)
+        else:
+            self.model = load_encoder(factory, folder or config.name, self._reads, dtype, torch.device(device), shard)
+        loading.freeze(self.model)
+        self.settings = getattr(self.model.config, "vision_config", self.model.config)
+        self.preprocess = preprocessing(config, self.settings, folder, self.kind)
+        self._check_levels()
+
+    def _reads(self, name: str) -> bool:
+        """Whether a tensor of the encoder counts: what pools its tokens does where it makes the global feature."""
+        pools = self.config.pool == "auto" and self.config.layer is None
+        return pools or not set(POOLING) & set(name.split("."))
+
+    def _check_levels(self) -> None:
+        depth = getattr(self.settings, "num_hidden_layers", 0)
+        wanted = [*self.config.levels, *([self.config.layer] if self.config.layer else [])]
+        if wanted and depth == 0:
+            raise ConfigError(f"the encoder {self.config.name!r} has no transformer layers: leave out layer and levels")
+        for level in wanted:
+            if not 1 <= level <= depth:
+                raise ConfigError(
+                    f"the encoder {self.config.name!r} has {depth} layers, not a layer {level}: give one of 1..{depth}"
+                )
+        if self.config.pool != "auto" and depth == 0:
+            raise ConfigError(f"the encoder {self.config.name!r} has no CLS token: leave out pool")
+        if wanted and max(wanted) < depth and self.config.pool != "auto":
+            del loading.decoder_layers(self.model)[max(wanted) :]
+            self.settings.num_hidden_layers = max(wanted)
+
+    @property
+    def depth(self) -> int:
+        return getattr(self.settings, "num_hidden_layers", 0)
+
+    @property
+    def level_width(self) -> int:
+        return self.settings.hidden_size
+
+    @property
+    def grid(self) -> int:
+        return self.preprocess.size // self.settings.patch_size
+
+    @property
+    def patch(self) -> int:
+        return self.settings.patch_size
+
+    @property
+    def prefix_tokens(self) -> int:
+        """CLS and register tokens before the patches."""
+        return 1 + getattr(self.settings, "num_register_tokens", 0)
+
+    @property
+    def width(self) -> int:
+        """e of the global feature."""
+        if self.config.pool == "auto":
+            for name in ("projection_dim", "pooled_dim", "hidden_size"):
+                if name == "projection_dim" and not self.kind.startswith("clip"):
+                    continue
+                if getattr(self.settings, name, None):
+                    return getattr(self.settings, name)
+        return self.settings.hidden_size * (2 if self.config.pool == "cls+mean" else 1)
+
+    @cached_property
+    def _digest(self) -> str:
+        return frozen_digest(self.model)
+
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on: the caches' address. The weights are those at the first call."""
+        return {
+            "weights": self._digest,
+            "preprocess": [self.preprocess.size, self.preprocess.mean, self.preprocess.std, self.preprocess.resize],
+            "layer": self.config.layer,
+            "pool": self.config.pool,
+            "levels": list(self.config.levels),
+            "dtype": str(next(self.model.parameters()).dtype),
+        }
+
+    def base(self) -> dict[str, Any]:
+        """What decides what the encoder computes, its preprocessing included, whatever its precision."""
+        used = [self.preprocess.size, self.preprocess.mean, self.preprocess.std]
+        return {"weights": weights_of(self.source, self.model), "settings": self._settings, "preprocess": used}
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], views: Sequence[View] | None = None) -> dict[str, Tensor]:
+        """``pooled`` (B, e) float32 and, where levels are asked for, ``levels`` (B, levels, prefix + N, c) float32.
+
+        ``views``: the variant of each image (0, as it is, where none are given).
+        """
+        pixels = self._pixels(images, views)
+        wanted = {"output_hidden_states": True} if self.depth else {}
+        output = self.model(pixel_values=pixels, **wanted)
+        features = {"pooled": self._pooled(output).float().cpu()}
+        if self.config.levels:
+            levels = [output.hidden_states[level] for level in self.config.levels]
+            features["levels"] = torch.stack(levels, dim=1).float().cpu()
+        return features
+
+    @torch.no_grad()
+    def entering(self, depth: int, images: Sequence[Image.Image], views: Sequence[View] | None = None) -> Tensor:
+        """(B, prefix + N, c): what enters layer ``depth``."""
+        return frozen.trunk_states(self.model, depth, pixel_values=self._pixels(images, views))
+
+    def _pixels(self, images: Sequence[Image.Image], views: Sequence[View] | None) -> Tensor:
+        weight = next(self.model.parameters())
+        views = views or [0] * len(images)
+        pixels = [self.preprocess(image, view) for image, view in zip(images, views, strict=True)]
+        return torch.stack(pixels).to(weight.device, weight.dtype)
+
+    def _pooled(self, output: Any) -> Tensor:
+        if self.config.pool == "auto":
+            for name in ("image_embeds", "pooler_output"):
+                if self.config.layer is None and getattr(output, name, None) is not None:
+                    return getattr(output, name).flatten(1)
+        states = output.hidden_states[self.config.layer] if self.config.layer else output.last_hidden_state
+        patches = states[:, -(self.grid**2) :].mean(1)
+        parts = {"mean": [patches], "cls+mean": [states[:, 0], patches]}.get(self.config.pool, [states[:, 0]])
+        return torch.cat(parts, dim=-1)
+
+
+def load_encoder(
+    factory: Any,
+    source: str | Path,
+    used: Callable[[str], bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: stream.Shard | None,
+) -> nn.Module:
+    """The encoder on ``device``; in shards, layer by layer as rank 0 reads them, where its names allow that."""
+    weights, config = stream.Weights.of(source) if shard else None, loading.read_config(source, "image encoder")
+    if factory is CLIPVisionModelWithProjection:
+        config = getattr(config, "vision_config", config)
+    if weights is not None:
+        model = empty_vision(factory, config).to(dtype)
+        loading.freeze(model)
+        if stream.fits(model, weights):
+            loading.tell_unplaced(stream.unplaced(model, weights), source, "image encoder")
+            stream.fill(model, weights, device, lambda name, unit: shard(unit), reads=dist.is_main())
+            return model
+    model = loading.load_model(factory, source, "image encoder", used, config=config, dtype=dtype).to(device)
+    loading.freeze(model)
+    for _, unit in stream.units(model) if shard else ():
+        shard(unit)
+    return model
+
+
+def blip_encoder(
+    shape: PretrainedConfig | None,
+    source: str | Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shard: stream.Shard | None,
+) -> nn.Module:
+    if shape is not None:
+        return blip.empty(shape, "vision_model")
+    if shard is not None:
+        raise ConfigError("BLIP's encoders are held whole: set zero.stage=0")
+    return blip.load(source, "vision_model", dtype).to(device)
+
+
+def empty_vision(factory: Any, config: Any) -> nn.Module:
+    if factory is CLIPVisionModelWithProjection:
+        with torch.device("meta"), loading.quiet():
+            return CLIPVisionModelWithProjection(config)
+    return loading.empty_model(factory, config)
+
+
+def preprocessing(config: VisionConfig, settings: Any, folder: str | Path | None, kind: str) -> Preprocess:
+    """From the folder's preprocessor_config.json where there is one, else the family's usual constants."""
+    mean, std = CLIP if kind.startswith(("clip", "blip")) else IMAGENET
+    path = Path(folder or config.name) / "preprocessor_config.json"
+    values = read_file(path) if path.is_file() else {}
+    try:
+        mean = tuple(float(x) for x in values.get("image_mean", mean))
+        std = tuple(float(x) for x in values.get("image_std", std))
+        usual = getattr(settings, "image_size", 224)
+        size = config.size or int(usual[0] if isinstance(usual, list | tuple) else usual)
+    except (TypeError, ValueError):
+        raise ModelError(f"{path} is malformed: image_mean and image_std must be three numbers each") from None
+    sane = all(SMALLEST <= s <= LARGEST for s in std) and all(-LARGEST <= m <= LARGEST for m in mean)
+    if len(mean) != 3 or len(std) != 3 or not sane:
+        raise ModelError(
+            f"{path} is malformed: image_mean and image_std must be three numbers each, std {SMALLEST} to {LARGEST:g}"
+        )
+    patch = getattr(settings, "patch_size", None)
+    if isinstance(patch, int) and size % patch:
+        raise ConfigError(
+            f"model.vision {config.name!r} size={size} is no multiple of its patch {patch}: give {size // patch * patch}"
+        )
+    if isinstance(patch, int) and (size // patch) ** 2 > PATCHES:
+        raise ConfigError(
+            f"model.vision {config.name!r} size={size} makes {(size // patch) ** 2} patches of a picture, more than"
+            f" {PATCHES}: give at most {int(PATCHES**0.5) * patch}"
+        )
+    return Preprocess(size, mean, std, config.resize)

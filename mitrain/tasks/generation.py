@@ -1,0 +1,67 @@
+"""How a model is made to speak: with its KV cache where that changes nothing, else a whole pass for every token."""
+
+import logging
+from typing import Any
+
+import torch
+
+from mitrain.core.errors import ModelError
+from mitrain.models.loading import agree
+from mitrain.tasks.base import Parts
+
+log = logging.getLogger(__name__)
+TRIED = 3  # tokens
+
+
+def greedy(parts: Parts, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
+    """What transformers' ``generate`` returns for prompts padded on the left, without the model's own sampling settings."""
+    text = parts.text
+    return text.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        synced_gpus=text.sharded,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=text.tokenizer.eos_token_id,
+        pad_token_id=text.pad_id,
+        **options,
+    )
+
+
+@torch.no_grad()
+def decoding(parts: Parts) -> dict[str, Any]:
+    """Keywords for `greedy` under which the attached model generates what its whole passes say.
+
+    It is asked by a short text: not every layer reads the cache as it was written, nor every method. ModelError where it
+    cannot generate at all.
+    """
+    try:
+        expected = logits(parts, use_cache=False)
+    except ModelError:
+        raise
+    except Exception as error:  # a model that cannot generate fails in a way of its own
+        raise ModelError(
+            f"{type(parts.text.model).__name__} cannot generate ({str(error)[:120]}): use another"
+        ) from None
+    try:
+        if all(map(agree, logits(parts, use_cache=True), expected)):
+            return {}
+        reason = "it answers differently with one"
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+    log.warning(
+        "%s generates without a KV cache, a whole pass for each token: %s", type(parts.text.model).__name__, reason
+    )
+    return {"use_cache": False}
+
+
+def logits(parts: Parts, use_cache: bool) -> list[torch.Tensor]:
+    """(B, V) of each step, up to the first at which two ways of computing them could part."""
+    ids, mask = parts.text.probe("left")
+    place = {"dtype": parts.text.dtype, "device": parts.text.device}
+    features = {name: torch.zeros(len(ids), width, **place) for name, width in parts.adapter.feature_widths.items()}
+    options = {"max_new_tokens": TRIED, "min_new_tokens": TRIED, "use_cache": use_cache}
+    with parts.adapter.bind(features):
+        return list(greedy(parts, ids, mask, return_dict_in_generate=True, output_logits=True, **options).logits)

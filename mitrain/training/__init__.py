@@ -1,0 +1,1 @@
+"""The configuration of a run, what is built of it, its steps and its checkpoints."""

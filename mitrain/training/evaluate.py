@@ -1,0 +1,122 @@
+"""Scoring a split, as it is and under controls that must lose."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args
+
+from mitrain.core import dist
+from mitrain.core.errors import ConfigError, DataError
+from mitrain.tasks import controls
+from mitrain.tasks.base import Batch, Prediction, Task, require_finite
+
+Control = Literal["none", "shuffle", "no-image", "other-text", "frozen"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
+
+
+class Scorable(Protocol):
+    """The part of `mitrain.training.build.Model` that an evaluation uses."""
+
+    task: Task
+
+    def evaluation_batch(
+        self, samples: Sequence[Any], paths: Sequence[str], images: Any, blind: bool = False
+    ) -> Batch: ...
+
+
+@dataclass
+class Evaluation:
+    """Metrics of a split and every sample's prediction."""
+
+    metrics: dict[str, Any]
+    predictions: list[Prediction]
+
+
+def evaluate(
+    model: Scorable,
+    images: Any,
+    samples: Sequence[Any],
+    *,
+    control: str = "none",
+    seed: int = 0,
+    batch: int = 32,
+    generate: bool = False,
+    what: str = "evaluation",
+    progress: Callable[[int], object] = lambda done: None,
+) -> Evaluation:
+    """Score ``samples``.
+
+    ``control``: ``none``; ``no-image``: every sample sees another sample's image (of another object where possible), in
+    every path; ``shuffle``: for `segment` the expression is another scene's, naming no object of this one; for the others
+    the images are permuted without regard to objects (how many stay within one is counted all the same); ``other-text``:
+    for `classify` each sample keeps its image and is given another sample's text (of another object where possible);
+    ``frozen``: the model without infusion.
+
+    UserError where a score would be made of numbers that are not finite; ``what`` says of which evaluation.
+
+    Ranks take the batches in turn, the same batches that one process would make (and one of them again while others still
+    have some), and every rank gets all predictions.
+    """
+    if not samples:
+        raise DataError(f"{what}: there is no sample to score; give a split that has some")
+    shown, paths, clashes = controlled(samples, model.task.shuffles, control, seed)
+    done: dict[int, list[Prediction]] = {}
+    kwargs = {"generate": True} if generate or model.task.must_generate(shown) else {}
+    for start, own in dist.in_step(range(0, len(samples), batch)[dist.rank() :: dist.world()], 0):
+        part = slice(start, start + batch)
+        prepared = model.evaluation_batch(shown[part], paths[part], images, blind=control == "frozen")
+        found = model.task.predict(prepared, **kwargs)
+        if own:
+            done[start] = found
+            progress(len(prepared.samples))
+    parts = {start: part for ranks in dist.gather(done) for start, part in ranks.items()}
+    predictions = [prediction for start in sorted(parts) for prediction in parts[start]]
+    require_finite([p.id for p in predictions if not p.finite], len(predictions), what)
+    metrics = {**model.task.score(samples, predictions), "control": control, **clashes}
+    return Evaluation(metrics, predictions)
+
+
+def controlled(
+    samples: Sequence[Any], shuffles: str, control: str, seed: int
+) -> tuple[list[Any], list[str], dict[str, Any]]:
+    """The samples and image paths to show, and what the control could not fulfil.
+
+    ``shuffles``: see `Task`; with ``images`` all samples of an image are given the same other one.
+    """
+    own = [s.image for s in samples]
+    objects = [s.object or s.id for s in samples]
+    if control in ("none", "frozen"):
+        return list(samples), own, {}
+    if control == "other-text":
+        pairing = controls.other_images(texts_of(samples, shuffles), objects, seed=seed, what="text")
+        exchanged = [replace(s, text=samples[i].text) for s, i in zip(samples, pairing.index, strict=True)]
+        return exchanged, own, {"control_clashes": pairing.clashes}
+    if control == "shuffle" and shuffles == "expressions":
+        pairing = controls.other_expressions(
+            [s.expression for s in samples],
+            [s.object for s in samples],
+            own,
+            {s.image: s.present for s in samples},
+            seed,
+        )
+        swapped = [replace(s, expression=samples[i].expression) for s, i in zip(samples, pairing.index, strict=True)]
+        return swapped, own, {"control_clashes": pairing.clashes}
+    if shuffles == "images":
+        named = dict(zip(own, objects, strict=True))
+        images, objects = list(named), list(named.values())
+    else:
+        images = own
+    pairing = controls.other_images(images, images if control == "shuffle" else objects, seed=seed)
+    shown = {image: images[i] for image, i in zip(images, pairing.index, strict=True)}
+    paths = [shown[image] for image in own] if shuffles == "images" else [own[i] for i in pairing.index]
+    same = sum(objects[i] == objects[j] for i, j in enumerate(pairing.index))  # of shuffle too, which does not avoid it
+    return list(samples), paths, {"control_clashes": {"object": same}}
+
+
+def texts_of(samples: Sequence[Any], shuffles: str) -> list[str]:
+    """The samples' own texts; ConfigError where they are none that stand beside a picture."""
+    if shuffles != "samples" or not all(isinstance(getattr(s, "text", None), str) for s in samples):
+        raise ConfigError(
+            "the control other-text exchanges the texts that `classify` reads beside its pictures; this task has none: "
+            "use shuffle or no-image"
+        )
+    return [s.text for s in samples]

@@ -1,0 +1,140 @@
+"""What decides a run's numbers, as named parts that two processes, or a run and its checkpoint, compare before a step.
+
+A fingerprint is a flat ``{name: value}`` of strings, and is JSON as it stands:
+
+    code.mitrain, code.sources, code.torch …   versions, and a digest of mitrain's own source files
+    config.KEY                                 each value of the resolved configuration, as config.train.lr
+    data.SPLIT.samples, data.SPLIT.FIELD       how many samples, and a digest of each of their fields, in order
+    data.SPLIT.pictures                        a digest of the pictures' contents
+    base.NAME                                  a digest of frozen weights, as the caller made it
+
+A digest tells that a part differs, not where: a checkpoint of a million samples holds as much of it as one of ten.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mitrain.core import dist
+from mitrain.core.errors import RankError
+from mitrain.core.provenance import versions
+from mitrain.core.version import __version__
+
+MARK = "sha256:"
+SHOWN = 6  # differences that a message names
+LONGEST = 60  # characters of a value in a message
+OURS = ("mitrain", "mitrain_kernels", "kernels/mitrain_kernels")  # installed, or in a checkout
+
+
+def fingerprint(
+    config: Mapping[str, Any],
+    splits: Mapping[str, Sequence[Any]],
+    content: Callable[[str], str | None],
+    base: Mapping[str, str],
+) -> dict[str, str]:
+    """The parts of a run on ``splits`` of samples (dataclasses with a field ``image``).
+
+    ``config``: as ``RunConfig.to_dict()`` gives it. ``content``: the digest of a picture's file, as
+    ``ImageFeatures.key``. ``base``: digests of the frozen weights by name.
+    """
+    data = {f"{split}.{name}": value for split, found in splits.items() for name, value in of_samples(found, content)}
+    parts = {"code": code(), "config": flat(config), "data": data, "base": base}
+    return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+@cache
+def code() -> dict[str, str]:
+    """Versions of what computes, and a digest of mitrain's and its kernels' Python files."""
+    root = Path(__file__).parents[1]
+    paths = [path for folder in OURS for path in sorted((root / folder).rglob("*.py"))]
+    files = ((path.parent.name, path.name, path.read_text("utf-8")) for path in paths)
+    return {"mitrain": __version__, "sources": digest(files), **versions(("torch", "transformers"))}
+
+
+def code_parts() -> dict[str, str]:
+    """The code alone: what ranks can compare before they have loaded anything."""
+    return {f"code.{name}": value for name, value in code().items()}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested sections as ``{"train.lr": "0.001"}``: values are JSON."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return found
+
+
+def of_samples(samples: Sequence[Any], content: Callable[[str], str | None]) -> Iterator[tuple[str, str]]:
+    """The count of ``samples``, and by field and for the pictures' contents a digest in their order."""
+    yield "samples", str(len(samples))
+    for field in fields(samples[0]) if samples else ():
+        yield field.name, digest(getattr(sample, field.name) for sample in samples)
+    yield "pictures", digest(content(sample.image) for sample in samples)
+
+
+def digest(values: Iterable[Any]) -> str:
+    """sha256 of plain values in their order, marked as a digest."""
+    seen, rest = hashlib.sha256(), iter(values)
+    while part := list(islice(rest, 1024)):
+        seen.update(json.dumps(part, sort_keys=True, default=repr).encode())
+    return MARK + seen.hexdigest()
+
+
+def require_same(own: Mapping[str, str]) -> None:
+    """All ranks together; RankError on each of them that names what differs from rank 0's parts, and on which ranks."""
+    first, *others = dist.gather(dict(own))
+    where: dict[str, list[int]] = {}
+    for rank, found in enumerate(others, 1):
+        for name in dict.fromkeys([*first, *found]):
+            if first.get(name) != found.get(name):
+                where.setdefault(name, []).append(rank)
+    if where:
+        phrases = [unlike(name, [first, *others], ranks) for name, ranks in where.items()]
+        raise RankError(
+            f"the ranks would not run the same: {listed(phrases)}; give all of them the same arguments, files and versions"
+        )
+
+
+def unlike(name: str, parts: Sequence[Mapping[str, str]], ranks: Sequence[int]) -> str:
+    """As "config.seed is 0 on rank 0, 1 on rank 2" and, of digests, "data.train.answer of ranks 1, 3 is not rank 0's"."""
+    here, there = parts[0].get(name), parts[ranks[0]].get(name)
+    if here is not None and here.startswith(MARK):
+        return f"{name} of rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:SHOWN]))} is not rank 0's"
+    return f"{name} is {brief(here)} on rank 0, {brief(there)} on rank {ranks[0]}"
+
+
+def differences(there: Mapping[str, str], here: Mapping[str, str], ignoring: Iterable[str] = ()) -> list[str]:
+    """A phrase for every part that differs, in ``here``'s order; parts under the names ``ignoring`` do not count.
+
+    As "config.train.lr is 0.001 there, 0.5 here" and, of digests, "data.train.answer differs".
+    """
+    skipped = tuple(f"{name}." for name in ignoring)
+    names = [name for name in dict.fromkeys([*here, *there]) if not f"{name}.".startswith(skipped)]
+    return [phrase(name, there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)]
+
+
+def phrase(name: str, there: str | None, here: str | None) -> str:
+    if there is not None and here is not None and there.startswith(MARK) and here.startswith(MARK):
+        return f"{name} differs"
+    return f"{name} is {brief(there)} there, {brief(here)} here"
+
+
+def brief(value: str | None) -> str:
+    if value is None:
+        return "absent"
+    text = "a digest" if value.startswith(MARK) else value
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def listed(phrases: Sequence[str], most: int = SHOWN) -> str:
+    """One line of at most ``most`` phrases, and how many more there are."""
+    more = f"; and {len(phrases) - most} more" if len(phrases) > most else ""
+    return "; ".join(phrases[:most]) + more

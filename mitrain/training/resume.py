@@ -1,0 +1,66 @@
+"""Whether a run may go on from a checkpoint: it is the same run, or each difference was named and allowed."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from mitrain.core import dist
+from mitrain.core.errors import ConfigError
+from mitrain.training import schema
+from mitrain.training.checkpoint import Checkpoint
+from mitrain.training.fingerprint import differences, flat, listed
+
+DECIDING = ("config", "data", "base")
+"""The parts that decide what a run computes. Other code is named, and goes on: a mended mitrain may finish a run."""
+
+log = logging.getLogger(__name__)
+
+
+def recorded(own: Mapping[str, str]) -> dict[str, str]:
+    """What a checkpoint keeps of a fingerprint: all but the configuration, which it has in full."""
+    return {name: value for name, value in own.items() if not name.startswith("config.")}
+
+
+def fingerprint_of(saved: Checkpoint) -> dict[str, str]:
+    """The fingerprint of the run that wrote ``saved``; of earlier versions the configuration alone, or nothing."""
+    parts, config = (saved.state.get(key) for key in ("fingerprint", "config"))
+    found = {str(name): str(value) for name, value in parts.items()} if isinstance(parts, dict) else {}
+    return found | {f"config.{key}": value for key, value in flat(completed(config)).items()}
+
+
+def completed(config: Any) -> dict[str, Any]:
+    """A saved configuration with the defaults of keys that have come since; as it is where it is not understood."""
+    if not isinstance(config, dict):
+        return {}
+    try:
+        return schema.from_dict(config).to_dict()
+    except ConfigError:
+        return config
+
+
+def compare(saved: Checkpoint, own: Mapping[str, str], allow_changes: bool) -> None:
+    """Name all that differs between the run that wrote ``saved`` and this one; all ranks do it together.
+
+    ConfigError where that changes what is computed, unless ``allow_changes``. Parts that an earlier version did not
+    record are named too: they cannot be compared.
+    """
+    there = fingerprint_of(saved)
+    unknown = [part for part in (*DECIDING, "code") if not any(name.startswith(f"{part}.") for name in there)]
+    spread = [f"config.{key}" for key in schema.SPREAD]
+    changed = dist.first(differences(there, own, [*spread, "code", *unknown]) or None) or []
+    code = differences(there, own, [*DECIDING, *unknown])
+    if changed and not allow_changes:
+        raise ConfigError(
+            f"this is not the run that wrote {saved.path}: {readable(changed)}; undo that, start a new run, or go on all"
+            " the same with --allow-changes"
+        )
+    if changed:
+        log.warning("going on from %s with changes: %s", saved.path, readable(changed))
+    if unknown:
+        log.warning("%s does not say what its run's %s was: it is not compared", saved.path, " and ".join(unknown))
+    if code:
+        log.warning("%s was written by other code: %s", saved.path, readable(code))
+
+
+def readable(phrases: list[str]) -> str:
+    return listed([phrase.removeprefix("config.") for phrase in phrases])

@@ -1,0 +1,89 @@
+"""Learning-rate schedules: linear warm-up, then a decay; pure arithmetic on the step number.
+
+The rate depends on the step and the length of the run alone, so a resumed run continues on the same curve
+without any state of its own. The engine is handed ``ScheduleConfig(...).over(steps)``, a function of the step.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mitrain.core.config import Section
+
+USED_BY = {
+    "power": {"poly"},
+    "every": {"step"},
+    "factor": {"step", "multistep"},
+    "milestones": {"multistep"},
+    "floor": {"linear", "cosine", "poly"},
+}
+
+
+class ScheduleConfig(Section):
+    """Multiplier of every group's learning rate.
+
+    ``warmup``, ``every`` and ``milestones`` are steps; a value between 0 and 1 is a share of the run.
+    ``floor`` is the multiplier at which linear, cosine and poly end. ``poly`` is (1 - progress)^power, with the
+    power 0.9 of DeepLab (Chen et al. 2018, section 4.1); ``step`` and ``multistep`` multiply by ``factor``.
+    """
+
+    name: Literal["constant", "linear", "cosine", "poly", "step", "multistep"] = "cosine"
+    warmup: float = Field(0, ge=0)
+    floor: float = Field(0.0, ge=0, le=1)
+    power: float = Field(0.9, gt=0)
+    every: float | None = Field(None, gt=0)
+    factor: float = Field(0.1, gt=0, le=1)
+    milestones: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "ScheduleConfig":
+        for field, names in USED_BY.items():
+            default = type(self).model_fields[field].default
+            if getattr(self, field) != default and self.name not in names:
+                raise ValueError(f"{field} has no effect on the schedule {self.name!r}: remove it")
+        if self.name == "step" and self.every is None:
+            raise ValueError("the schedule 'step' needs 'every': give the number of steps between two reductions")
+        if self.name == "multistep" and not self.milestones:
+            raise ValueError("the schedule 'multistep' needs 'milestones': list the steps at which to reduce")
+        for value in (self.warmup, self.every or 0, *self.milestones):
+            if value < 0 or (value > 1 and value != int(value)):
+                raise ValueError(f"{value} is neither a whole number of steps nor a share of the run below 1")
+        return self
+
+    def over(self, total: int) -> Callable[[int], float]:
+        """This schedule over ``total`` steps, as a function of the step number (from 0)."""
+        return partial(multiplier, self, total=total)
+
+
+def steps_of(value: float, total: int) -> int:
+    """``value`` as a number of steps: itself, or a share of ``total`` when below 1."""
+    return round(value * total) if value < 1 else int(value)
+
+
+def multiplier(config: ScheduleConfig, step: int, total: int) -> float:
+    """What the peak rate is multiplied by at ``step`` (from 0) of ``total``.
+
+    Step i of the warm-up runs at (i + 1) / warmup, so no step is spent at rate zero; the decay then runs from 1 at
+    the first step after the warm-up to ``floor``, which would be reached at step ``total``.
+    """
+    warmup = steps_of(config.warmup, total)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    match config.name:
+        case "constant":
+            return 1.0
+        case "step":
+            return config.factor ** (step // max(1, steps_of(config.every, total)))
+        case "multistep":
+            return config.factor ** sum(step >= steps_of(m, total) for m in config.milestones)
+        case "linear":
+            shape = 1 - progress
+        case "cosine":
+            shape = (1 + math.cos(math.pi * progress)) / 2
+        case "poly":
+            shape = (1 - progress) ** config.power
+    return config.floor + (1 - config.floor) * shape

@@ -1,0 +1,371 @@
+"""What a run reports: a JSONL file always, one readable console line, wandb if asked for, and where the time went.
+
+``metrics.jsonl`` is the record: one JSON object a line, appended by single writes, strictly valid (a value that is
+not finite is null). Everything else is a view of it. wandb runs in a process of its own (`wandb_process`)
+and can neither stop a run nor hold it up.
+"""
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO
+
+import torch
+from pydantic import model_validator
+
+from mitrain.core.config import Section
+from mitrain.core.errors import UserError, need_extra
+from mitrain.core.files import remedy, write_atomic
+from mitrain.training.wandb_process import FAILED
+
+log = logging.getLogger(__name__)
+
+MOST_KEPT = 16 << 20  # bytes of numbers that wandb may lag behind
+FINISH_S = 30.0
+
+
+class Board(Protocol):
+    """Where metrics go beside the file; wandb's surface."""
+
+    def log(self, values: Mapping[str, Any], step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Metrics:
+    """Takes the numbers of every step and evaluation.
+
+    ``path``: the JSONL file; lines beyond ``resumed_step`` (0 for a new run) belong to a future that an interruption
+    took back and are removed. ``console``: where a line goes every ``every`` steps, or None for silence.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        total_steps: int,
+        console: TextIO | None = None,
+        every: int = 10,
+        resumed_step: int = 0,
+        board: Board | None = None,
+    ):
+        self.total_steps = total_steps
+        self.console = console
+        self.every = every
+        self.board = board
+        self._window = dict.fromkeys(("samples", "tokens", "seconds"), 0.0)
+        self._steps, self._seconds = 0, 0.0
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        truncate_after(self.path, resumed_step)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        samples: float,
+        tokens: float,
+        seconds: float,
+        skipped: str | None = None,
+    ) -> None:
+        """One training step: its number (from 1), mean loss, what it saw and how many seconds it took."""
+        values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "samples": samples, "tokens": tokens}
+        values |= {"seconds": seconds, "memory": memory_bytes()} | ({"skipped": skipped} if skipped else {})
+        self._record("train", step, values)
+        for key in self._window:
+            self._window[key] += values[key]
+        self._steps, self._seconds = self._steps + 1, self._seconds + seconds
+        if skipped:
+            self._print(step, f"skipped: {skipped}")
+        if step % self.every == 0 or step == self.total_steps:
+            self._print(step, self._line(step, values))
+            self._window = dict.fromkeys(self._window, 0.0)
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Anything else that is measured at a step, such as an evaluation; ``kind`` names it ("val", "test")."""
+        self._record(kind, step, values)
+        shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
+        self._print(step, "  ".join([kind, *shown]))
+
+    def close(self) -> None:
+        self._file.close()
+        if self.board:
+            self.board.finish()
+
+    def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        values = plain(values)
+        line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}, allow_nan=False)
+        try:
+            self._file.write(line.encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}): {remedy(error)} and resume") from None
+        if self.board:
+            self.board.log({f"{kind}/{key}": value for key, value in values.items()}, step)
+
+    def _line(self, step: int, values: Mapping[str, float]) -> str:
+        seconds = max(self._window["seconds"], 1e-9)
+        remaining = (self.total_steps - step) * self._seconds / self._steps
+        parts = [
+            f"loss {values['loss']:.4f}",
+            f"lr {values['lr']:.2e}",
+            f"{amount(self._window['samples'] / seconds)} samples/s",
+            f"{amount(self._window['tokens'] / seconds)} tokens/s",
+            f"memory {values['memory'] / 2**30:.1f} GiB",
+            f"eta {duration(remaining)}",
+        ]
+        return "  ".join(parts)
+
+    def _print(self, step: int, text: str) -> None:
+        if self.console:
+            width = len(str(self.total_steps))
+            with suppress(OSError):  # a terminal that was closed must not end the run
+                print(f"step {step:>{width}}/{self.total_steps}  {text}", file=self.console, flush=True)
+
+
+class NoMetrics:
+    """Takes what ``Metrics`` takes and keeps nothing: what every rank but the first reports to."""
+
+    def step(self, step: int, **values: Any) -> None: ...
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the lines of a JSONL file that are torn or belong to a later step than ``step``."""
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} is not a plain file: remove it or give another run folder")
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if is_up_to(line, step)]
+    if kept != lines:
+        write_atomic(path, b"".join(kept))
+
+
+def is_up_to(line: bytes, step: int) -> bool:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return line.endswith(b"\n") and isinstance(value, dict) and type(value.get("step")) is int and value["step"] <= step
+
+
+def plain(value: Any) -> Any:
+    """The JSON form: tensors and NumPy scalars as numbers, what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def memory_bytes() -> int:
+    """The peak so far: allocated on the GPU if there is one, else the resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def amount(value: float) -> str:
+    """Three digits: 0.42, 41.2, 1.24k, 3.1M."""
+    for limit, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """45 s, 2:13 or 1:02:03."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
+
+
+class Stopwatch:
+    """Adds up the time of named phases; the time of an inner phase does not count for the outer one."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.seconds: dict[str, float] = {}
+        self._clock = clock
+        self._names: list[str] = []
+        self._start = self._mark = clock()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._charge()
+        self._names.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._names.pop()
+
+    def _charge(self) -> None:
+        now = self._clock()
+        if self._names:
+            self.seconds[self._names[-1]] = self.seconds.get(self._names[-1], 0.0) + now - self._mark
+        self._mark = now
+
+    def report(self) -> dict[str, float]:
+        """Seconds by phase, the rest as "other"; they add up to the time since the start."""
+        self._charge()
+        return {**self.seconds, "other": self._mark - self._start - sum(self.seconds.values())}
+
+    def table(self) -> str:
+        report = self.report()
+        total = sum(report.values())
+        width = max(map(len, report))
+        lines = [
+            f"  {name:<{width}}  {seconds:8.1f} s  {100 * seconds / max(total, 1e-9):3.0f} %"
+            for name, seconds in report.items()
+        ]
+        return "\n".join([f"where the time went ({duration(total)} in all)", *lines])
+
+
+class WandbConfig(Section):
+    """``mode: auto`` is online when a key is found and the server answers within three seconds, else offline."""
+
+    enabled: bool = False
+    project: str = "mitrain"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline"] = "auto"
+
+    @model_validator(mode="after")
+    def _say_what_has_no_effect(self) -> "WandbConfig":
+        if self.model_fields_set and "enabled" not in self.model_fields_set:
+            given = ", ".join(f"wandb.{name}" for name in sorted(self.model_fields_set))
+            log.warning("nothing is logged to wandb: %s has no effect without wandb.enabled=true", given)
+        return self
+
+
+class Wandb:
+    """wandb as a ``Board``, in a process of its own; with ``enabled: false`` it does nothing and none is started.
+
+    A run folder's name is its wandb id, so a resumed run goes on in the same place. ``log`` never waits: what wandb has
+    not taken yet is kept, up to `MOST_KEPT` bytes. Where wandb fails, hangs or ends, the run says so once and goes on
+    without it; at the end it waits `FINISH_S` seconds. Only the package missing is an error (MissingExtraError).
+    """
+
+    def __init__(self, config: WandbConfig, run_dir: str | Path, settings: Mapping[str, Any]):
+        self.process: subprocess.Popen | None = None
+        self.kept = bytearray()
+        if config.enabled:
+            if not is_installed("wandb"):
+                need_extra("wandb", "wandb", "wandb.enabled=true")
+            try:
+                self._start({**named(config, Path(run_dir)), "config": plain(settings)})
+            except OSError as error:  # no room for its words, no process left
+                self._lost(str(error))
+
+    def _start(self, options: Mapping[str, Any]) -> None:
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - its life is the process's
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "mitrain.training.wandb_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self.said,
+            bufsize=0,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        os.set_blocking(self.process.stdin.fileno(), False)
+        self._send({"init": options})
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        if self.process:
+            self._send({"log": dict(values), "step": step})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        self.kept += json.dumps(message).encode() + b"\n"
+        try:
+            while self.kept:
+                del self.kept[: os.write(self.process.stdin.fileno(), self.kept[:65536])]
+        except BlockingIOError:
+            if len(self.kept) > MOST_KEPT:
+                self._lost(f"it does not take its numbers, {len(self.kept)} bytes of them")
+        except OSError:  # the pipe has no reader
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)  # for its exit code
+            self._lost(self._ending())
+
+    def finish(self) -> None:
+        """Wait for wandb to finish, for a while."""
+        if not self.process:
+            return
+        try:
+            self.process.communicate(bytes(self.kept), timeout=FINISH_S)
+        except subprocess.TimeoutExpired:
+            self._lost(f"it has not finished in {FINISH_S:g} s")
+        except BaseException:
+            self._end()
+            raise
+        else:
+            if self.process.returncode:
+                self._lost(self._ending())
+            self._end()
+
+    def _ending(self) -> str:
+        """How the process ended: what wandb raised, or the exit code."""
+        self.said.seek(0)
+        lines = self.said.read().decode("utf-8", "replace").splitlines()
+        raised = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
+        return raised[-1] if raised else f"its process ended with {self.process.poll()}"
+
+    def _lost(self, why: str) -> None:
+        log.warning("wandb failed (%s): going on without it", why)
+        self._end()
+
+    def _end(self) -> None:
+        """Leave nothing behind: neither the process nor those it has started."""
+        process, self.process = self.process, None
+        if process:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdin.close()
+            self.said.close()
+
+
+def named(config: WandbConfig, run_dir: Path) -> dict[str, Any]:
+    """What `wandb.init` is given beside the settings."""
+    return {
+        "project": config.project,
+        "entity": config.entity,
+        "name": run_dir.name,
+        "id": re.sub(r"[^A-Za-z0-9_.-]", "-", run_dir.name),
+        "resume": "allow",
+        "dir": str(run_dir),
+        "mode": config.mode,
+    }
+
+
+def is_installed(package: str) -> bool:
+    """Whether ``package`` could be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # sys.modules holds something else in its place
+        return False

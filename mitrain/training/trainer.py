@@ -1,0 +1,362 @@
+"""Training, as the algorithm box of a paper:
+
+encode every image and every text once with what is frozen
+for step = 1 … steps:
+    for each micro-batch:  (sum, count) ← task.loss(batch) + adapter.extra_loss();  accumulate the gradient of the sum
+    divide by the total count, clip, update the adapter and the head — or say why not
+    now and then: score val, keep the best; save
+
+On several ranks each computes its share of every micro-batch and of every evaluation; sums and counts are added up over
+the ranks, so the run is the same as that of one process. Rank 0 alone reads and writes the run folder.
+"""
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from mitrain.core import dist
+from mitrain.core.errors import CheckpointError, ConfigError, DataError
+from mitrain.core.files import write_json
+from mitrain.core.ownership import Standing, owned
+from mitrain.data.features import ImageFeatures
+from mitrain.data.images import BadSamples
+from mitrain.data.loader import Draw, Loader
+from mitrain.data.sources import limit, portion
+from mitrain.tasks.base import Batch
+from mitrain.training import checkpoint, resume, runs
+from mitrain.training.build import Model, build, resolve_data
+from mitrain.training.cautions import cautions
+from mitrain.training.checkpoint import Checkpoint
+from mitrain.training.engine import (
+    FP16_SCALE,
+    Engine,
+    Group,
+    LocalEngine,
+    StepResult,
+    Sums,
+    cut_group,
+    regularised,
+)
+from mitrain.training.engine.zero import ZeroEngine, sharding
+from mitrain.training.evaluate import evaluate
+from mitrain.training.fingerprint import fingerprint, require_same
+from mitrain.training.guard import Heartbeat, SkipBudget, StopRequest, diverged
+from mitrain.training.schema import RunConfig
+from mitrain.training.telemetry import Metrics, NoMetrics, Stopwatch, Wandb
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. ``stopped`` is the signal's name if it was asked to stop before its last step."""
+
+    folder: Path
+    step: int
+    best: float
+    best_step: int
+    stopped: str | None
+    phases: dict[str, float]
+
+
+class Trainer:
+    """One run, from its configuration to its best checkpoint.
+
+    ``allow_changes``: go on from a checkpoint of another configuration, other data or other frozen weights.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, *, quiet: bool = False, allow_changes: bool = False):
+        self.config, self.folder, self.quiet = config, folder, quiet or not dist.is_main()
+        self.allow_changes = allow_changes
+        self.watch = Stopwatch()
+        self.best, self.best_step = -math.inf, 0
+        self.saved = 0  # the step of the newest checkpoint
+        with self.watch.phase("load models and data"):
+            self.root = resolve_data(config.data)
+            self.train = portion(config.data.read(self.root, "train"), config.train.fraction)
+            self.val = limit(config.data.read(self.root, "val"), config.train.eval_samples)
+            self.model: Model = self._build()
+            self.model.task.remember(self.train)
+            self.engine = self._make_engine()
+        self._encode()
+        if dist.world() > 1:
+            checkpoint.seed_rank(config.seed, 0, dist.rank())
+        self.loader: Loader[Any] = Loader(self.train, config.train.batch, config.seed)
+        self.skips = SkipBudget(total=config.train.max_skipped)
+
+    def _build(self) -> Model:
+        return build(self.config, shard=sharding(self.config.zero, self.config.train.optimizer))
+
+    def _make_engine(self) -> Engine:
+        train, zero = self.config.train, self.config.zero
+        common = (self._groups(), train.schedule.over(train.steps), train.optimizer)
+        scale = FP16_SCALE if self.config.model.dtype == "fp16" else 1.0
+        if not zero.stage:
+            return LocalEngine(*common, scale)
+        parts = {**self.model.trainable, **(self.model.frozen if zero.stage == 3 else {})}
+        return ZeroEngine(parts, *common, zero, scale)
+
+    def _encode(self) -> None:
+        """Run everything frozen once, and take the statistics that follow from it."""
+        config, bad = self.config, BadSamples(self.config.data.bad_samples, self.config.data.bad_share)
+        self.images: ImageFeatures = self.model.images(config.data.image_root(self.root), bad)
+        self.train, self.val = self._usable(self.train, "train"), self._usable(self.val, "val")
+        splits = {"train": self.train, "val": self.val}
+        self.fingerprint = fingerprint(config.to_dict(), splits, self.images.key, self.model.base)
+        require_same(self.fingerprint)
+        for line in cautions(self.val, "the split 'val'", getattr(self.model.task, "known", None)):
+            log.warning(line)
+        paths = {name: sorted({s.image for s in part}) for name, part in (("train", self.train), ("val", self.val))}
+        views = {"train": config.features.views, "val": config.features.eval_views}
+        with self.watch.phase("encode images"):
+            kinds = len(self.model.encoders) + (self.model.pictures is not None)
+            total = sum(len(paths[name]) * views[name] for name in paths) * kinds
+            with self._bar(total, "encode images") as bar:
+                for name in paths:
+                    self.model.prepare(self.images, paths[name], views[name], bar.update)
+        with self.watch.phase("encode texts"):
+            rows = self.model.texts(self.train, False) + self.model.texts(self.val, True)
+            with self._bar(len(rows), "encode texts") as bar:
+                self.model.states.prepare(rows, bar.update)
+            self.model.task.rehearse(self.val)
+            self.model.norm.fit(self.images.pooled(paths["train"]))
+            with self.engine.whole(write=True):
+                self.model.train(False)
+                self.model.task.fit(self.train, self._see)
+        with self.engine.whole(write=True):
+            for module in self.model.trainable.values():
+                dist.copy_from_main(module.state_dict().values())
+
+    def _see(self, samples: Sequence[Any]) -> Batch:
+        return self.model.evaluation_batch(samples, [s.image for s in samples], self.images)
+
+    def _bar(self, total: int, text: str) -> tqdm:
+        return tqdm(total=total, desc=text, disable=self.quiet or None, file=sys.stderr, leave=False)
+
+    def _usable(self, samples: Sequence[Any], split: str) -> list[Any]:
+        kept = self.images.readable(samples)
+        if not kept:
+            raise DataError(f"no sample of the split {split!r} can be read: check data.root and data.images")
+        return kept
+
+    def _groups(self) -> list[Group]:
+        train = self.config.train
+        rates = {"adapter": train.lr, "head": train.head_lr or train.lr}
+        named = {name: {f"{name}.{n}": p for n, p in self.model.trainable[name].named_parameters()} for name in rates}
+        for start in train.rates:
+            if not any(n.startswith(start) for part in named.values() for n in part):
+                raise ConfigError(f"train.rates names {start!r}, and no trained parameter's name begins so")
+        groups = [Group(name, named[name], rates[name], train.weight_decay) for name in rates]
+        return [part for group in groups for part in cut_group(group, train.rates)]
+
+    def resume(self) -> int:
+        """Continue from the newest usable checkpoint; returns its step (0: from the start)."""
+        saved = dist.from_main(self._newest)
+        if saved is not None:
+            resume.compare(saved, self.fingerprint, self.allow_changes)
+            self._take(saved)
+        if self.allow_changes:
+            dist.from_main(lambda: runs.write_config(self.config, self.folder))
+        return saved.step if saved else 0
+
+    def _take(self, saved: Checkpoint) -> None:
+        with self.engine.whole(write=True):
+            runs.restore(self.model, saved)
+        try:
+            self.engine.load_state_dict(saved.tensors["optimizer"], saved.state["engine"])
+            self.loader.load_state(saved.state["loader"], self.allow_changes)
+            self.skips.load_state_dict(saved.state["skips"])
+            self.best, self.best_step = checked_best(saved.state)
+            self.saved = saved.step
+            checkpoint.resume_rng(saved.state["rng"], self.config.seed, saved.step)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"{saved.path} does not fit this run ({error}): its data or configuration changed; start a new run"
+            ) from None
+
+    def _newest(self) -> Checkpoint | None:
+        found = next(checkpoint.usable(self.folder), None)
+        if found is None and checkpoint.begun(self.folder):
+            runs.without_checkpoint(self.folder)
+        return found
+
+    def fit(self) -> Outcome:
+        """Train to the last step, or until asked to stop; CheckpointError where another process trains in the folder."""
+        with owned(self.folder):
+            return self._fit()
+
+    def _fit(self) -> Outcome:
+        train = self.config.train
+        begun = step = self.resume()
+        heart = Heartbeat(train.hang_minutes)
+        self.standing = Standing(self.folder)
+        with closing(self._metrics(step)) as metrics, closing(self.standing), StopRequest() as stop, heart:
+            stopped = dist.first(stop.requested)
+            while step < train.steps and not stopped:
+                result, seconds = self._step()
+                if step == begun and result.applied:
+                    self._check_reached(result.unreached)
+                step += 1
+                heart.beat()
+                self.skips.record(step, result.reason, self.saved)
+                self._log(metrics, step, result, seconds)
+                last = step == train.steps
+                if last and not self.engine.applied:
+                    raise self.skips.failed(step)
+                improved = self._evaluate(step, metrics) if step % train.eval_every == 0 or last else False
+                stopped = dist.first(stop.requested or self.standing.fault())
+                if improved or last or step % train.save_every == 0 or stopped:
+                    with stop.shield(), self.watch.phase("save"):
+                        self._save(step, improved)
+            outcome = Outcome(
+                self.folder,
+                step,
+                self.best,
+                self.best_step,
+                stopped if step < train.steps else None,
+                self.watch.report(),
+            )
+        if outcome.stopped is None:
+            dist.from_main(lambda: self._finish(outcome))
+        return outcome
+
+    def _metrics(self, step: int) -> Metrics | NoMetrics:
+        if not dist.is_main():
+            return NoMetrics()
+        train = self.config.train
+        console = None if self.quiet else sys.stderr
+        board = Wandb(self.config.wandb, self.folder, self.config.to_dict())
+        return Metrics(self.folder / "metrics.jsonl", train.steps, console, train.log_every, step, board)
+
+    def _log(self, metrics: Metrics | NoMetrics, step: int, result: StepResult, seconds: float) -> None:
+        metrics.step(
+            step,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            samples=self.config.train.batch * self.config.train.accumulate,
+            tokens=self.tokens,
+            seconds=seconds,
+            skipped=result.reason,
+        )
+
+    def _step(self) -> tuple[StepResult, float]:
+        start = time.perf_counter()
+        with self.watch.phase("train"):
+            self.model.train()
+            self.tokens = 0
+            for _ in range(self.config.train.accumulate):
+                draws = self.loader.next()
+                self._accumulate(draws, dist.share(len(draws)))
+                self.tokens += self.model.task.tokens([draw.sample for draw in draws])
+            result = self.engine.step()
+        return result, time.perf_counter() - start
+
+    def _check_reached(self, unreached: Sequence[str]) -> None:
+        """Name what of the adapter gets no gradient; ConfigError where nothing does, which would train the head alone."""
+        own = [f"adapter.{name}" for name, _ in self.model.trainable["adapter"].named_parameters()]
+        without = set(unreached)
+        missed = [name for name in own if name in without]
+        if own and len(missed) == len(own):
+            raise ConfigError(
+                f"the task reads nothing that the method {self.model.adapter.method!r} changes: no gradient reached it in"
+                " the first step. Change task.readout or task.matching, or take adapter.name=none"
+            )
+        if missed:
+            shown = ", ".join(missed[:3]) + (", …" if len(missed) > 3 else "")
+            log.warning("%d of the adapter's %d tensors get no gradient: %s", len(missed), len(own), shown)
+
+    def _accumulate(self, draws: list[Draw[Any]], share: slice) -> None:
+        """The gradients of this rank's share of a micro-batch; of fewer samples than ranks some get none.
+
+        Where the weights lie on all ranks, such a rank runs a sample that does not count.
+        """
+        idle = not draws[share]
+        if idle and not self.engine.lockstep:
+            return
+        batch = self.model.training_batch(draws, self.images, slice(0, 1) if idle else share)
+
+        total, count = self.engine.forward(lambda: self.loss(batch))
+        self.engine.backward(total, 0 if idle else count)
+
+    def loss(self, batch: Batch) -> Sums:
+        """(sum, count) of a batch, the adapter's regulariser included."""
+        return regularised(self.model.task.loss(batch), self.model.adapter.extra_loss())
+
+    def _evaluate(self, step: int, metrics: Metrics | NoMetrics) -> bool:
+        """Score val; whether this is the best so far."""
+        self.model.train(False)
+        with self.engine.whole():
+            self._require_finite(step, self._trained())
+        with self.watch.phase("evaluate"):
+            options = {"batch": self.config.train.eval_batch, "what": f"val at step {step}"}
+            found = evaluate(self.model, self.images, self.val, **options).metrics
+        metrics.event("val", step, found)
+        value = float(found[self.model.task.metric])
+        if not math.isfinite(value):
+            raise diverged(f"val {self.model.task.metric} is {value}", step, self.saved)
+        if value <= self.best:
+            return False
+        self.best, self.best_step = value, step
+        return True
+
+    def _save(self, step: int, improved: bool) -> None:
+        """All ranks together: each may hold a part of the optimizer's state."""
+        optimizer, engine = self.engine.state_dict()
+        random = checkpoint.rng_of_ranks()
+        with self.engine.whole():
+            tensors = {**self._trained(), "optimizer": optimizer}
+            self._require_finite(step, tensors)
+            dist.from_main(lambda: self._write(step, improved, tensors, {"engine": engine, "rng": random}))
+        self.saved = step
+
+    def _trained(self) -> dict[str, dict[str, Tensor]]:
+        return {name: checkpoint.only_trainable(module) for name, module in self.model.trainable.items()}
+
+    def _require_finite(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """UserError on all ranks where ``tensors`` are not finite on any: such a model is neither scored nor saved."""
+        found = dist.first(checkpoint.not_finite(tensors))
+        if found is not None:
+            raise diverged(f"{found} is not finite", step, self.saved)
+
+    def _write(self, step: int, improved: bool, tensors: dict[str, dict[str, Tensor]], more: dict[str, Any]) -> None:
+        self.standing.check(step)
+        state = {
+            **more,
+            "loader": self.loader.state(),
+            "skips": self.skips.state_dict(),
+            "best": self.best if math.isfinite(self.best) else -1.0,
+            "best_step": self.best_step,
+            "config": self.config.to_dict(),
+            "config_hash": self.config.hash,
+            "fingerprint": resume.recorded(self.fingerprint),
+        }
+        checkpoint.save(self.folder, step, tensors, state, keep=self.config.train.keep, best=improved)
+
+    def _finish(self, outcome: Outcome) -> None:
+        summary = {
+            "metric": self.model.task.metric,
+            "best": outcome.best,
+            "best_step": outcome.best_step,
+            "steps": outcome.step,
+            "seconds": {name: round(value, 2) for name, value in outcome.phases.items()},
+            "config_hash": self.config.hash,
+        }
+        write_json(self.folder / "summary.json", summary)
+
+
+def checked_best(state: Mapping[str, Any]) -> tuple[float, int]:
+    """The best score and its step in a checkpoint's state; ValueError where they are none."""
+    best, step = state["best"], state["best_step"]
+    if type(best) not in (int, float) or not math.isfinite(best) or type(step) is not int or step < 0:
+        raise ValueError(f"no score has best={str(best)[:20]} and best_step={str(step)[:20]}")
+    return float(best), step
