@@ -136,7 +136,13 @@ def together(ranks: int, folder: str, precision: str) -> list[dict[str, Any]]:
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks.load", folder, precision],
-            env={**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={
+                **os.environ,
+                **meet,
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            },
             stdout=subprocess.PIPE,
             text=True,
         )

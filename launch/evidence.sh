@@ -8,7 +8,7 @@ set -euo pipefail
 
 what=${1:-all}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash launch/setup.sh
+bash launch/setup.sh demo
 mitrain() { .venv/bin/mitrain "$@"; }
 
 # Train NAME with SEED from CONFIG and overrides, unless that is done; the run's folder is added to $runs.

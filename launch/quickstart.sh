@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
 done
 
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-bash "$launch/setup.sh"
+bash "$launch/setup.sh" demo
 cd "$launch/.."
 mitrain() { .venv/bin/mitrain "$@"; }
 

@@ -22,8 +22,8 @@ fail() { printf 'setup: %s\n' "$*" >&8; exit 2; }
 
 for extra in "$@"; do
     case $extra in
-        gpu | deepspeed | peft | quant | wandb | dev | all) ;;
-        *) fail "unknown extra '$extra': choose from gpu deepspeed peft quant wandb dev all" ;;
+        gpu | deepspeed | demo | peft | quant | wandb | dev | all) ;;
+        *) fail "unknown extra '$extra': choose from gpu deepspeed demo peft quant wandb dev all" ;;
     esac
 done
 
@@ -102,7 +102,7 @@ make_venv() {
 }
 
 install_packages() {
-    local extra wanted=() torch="$venv/torch.txt"
+    local extra wanted=() torch="$venv/torch.txt" ours=(--editable .)
     package_sources
     for extra in ${1//,/ }; do wanted+=(--extra "$extra"); done
     sed -n 's/^torch==\([0-9.]*\).*/torch===\1/p' launch/constraints.txt > "$torch"    # ===: not the CPU build
@@ -111,8 +111,9 @@ install_packages() {
     quietly "installing the pinned packages" uv_install ${sources[@]+"${sources[@]}"} --require-hashes \
         --constraints launch/constraints.txt --constraints "$torch" --build-constraints launch/constraints.txt \
         --requirements pyproject.toml ${wanted[@]+"${wanted[@]}"}
+    case ,$1, in *,demo,* | *,dev,* | *,all,*) ours+=(--editable examples/demo) ;; esac
     quietly "installing mitrain" uv_install ${sources[@]+"${sources[@]}"} --no-deps \
-        --build-constraints launch/constraints.txt --editable .
+        --build-constraints launch/constraints.txt "${ours[@]}"
 }
 
 # One set-up at a time; the lock is on the folder itself and goes with this process.
@@ -122,7 +123,7 @@ if command -v flock > /dev/null; then
 fi
 trap 'fail "interrupted: run this again to start over"' INT TERM
 
-sum=$(cat pyproject.toml launch/constraints.txt launch/torch-cpu.txt launch/uv.txt launch/setup.sh | cksum)
+sum=$(cat pyproject.toml examples/demo/pyproject.toml launch/constraints.txt launch/torch-cpu.txt launch/uv.txt launch/setup.sh | cksum)
 done_root='' done_sum='' done_extras=''
 if [ -f "$stamp" ]; then { read -r done_root; read -r done_sum; read -r done_extras; } < "$stamp"; fi
 # shellcheck disable=SC2086  # the extras are words

@@ -5,6 +5,7 @@ import sys
 import tomllib
 from collections import defaultdict
 from collections.abc import Mapping
+from importlib.metadata import requires
 
 import pytest
 from packaging.requirements import Requirement
@@ -13,7 +14,9 @@ from source_tree import ROOT, imports, our_files
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OPTIONAL = {"deepspeed", "flash-attn", "bitsandbytes", "peft", "wandb"}
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "google": "protobuf"}
-NOT_IMPORTED = {"pip": "run as a program", "triton": "the kernels' interpreter"}
+OF_TRANSFORMERS = {"numpy", "pyyaml", "safetensors", "tokenizers", "tqdm"}
+"""What transformers itself needs, whatever is done with it."""
+NOT_IMPORTED = {"triton": "the kernels' interpreter"}
 HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 
 
@@ -47,7 +50,7 @@ def distributions(files: Mapping[str, str]) -> set[str]:
     """Whose packages the files import, but for the standard library and ourselves."""
     names = {name.split(".")[0] for path, source in files.items() for _, name in imports(path, source)}
     local = {path.stem for path in ROOT.glob("tests/**/*.py")}
-    foreign = names - set(sys.stdlib_module_names) - {"mitrain", "mitrain_kernels", "bench"} - local
+    foreign = names - set(sys.stdlib_module_names) - {"mitrain", "mitrain_kernels", "mitrain_demo", "bench", "benchmarks"} - local
     return {normal(DISTRIBUTION.get(name, name)) for name in foreign}
 
 
@@ -56,7 +59,7 @@ def names_of(requirements: list[str]) -> set[str]:
 
 
 def test_the_dependencies_are_what_is_imported():
-    imported = distributions(our_files()) - OPTIONAL
+    imported = distributions(our_files()) - OPTIONAL - OF_TRANSFORMERS
     declared = names_of(PROJECT["dependencies"])
     assert imported - declared == set(), "imported and not declared"
     assert declared - imported - set(NOT_IMPORTED) == set(), "declared and not imported"
@@ -64,8 +67,25 @@ def test_the_dependencies_are_what_is_imported():
 
 def test_what_the_tests_import_is_declared():
     files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("tests/**/*.py")}
-    declared = names_of(PROJECT["dependencies"]) | names_of(PROJECT["optional-dependencies"]["dev"])
-    assert distributions(files) - declared - OPTIONAL == set(), "imported by a test and not in the extra [dev]"
+    assert distributions(files) - declared("demo", "dev") == set(), "imported by a test and not in the extra [dev]"
+
+
+def test_what_lies_beside_the_package_asks_for_what_it_imports():
+    demo = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("examples/demo/**/*.py")}
+    assert distributions(demo) - declared("demo") == set(), "imported by examples/demo and not in the extra [demo]"
+    benchmarks = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("benchmarks/**/*.py")}
+    assert distributions(benchmarks) - declared("dev") == set(), "imported by a benchmark and not in the extra [dev]"
+
+
+def declared(*extras: str) -> set[str]:
+    """What may be imported where these extras are installed."""
+    of_extras = (PROJECT["optional-dependencies"][extra] for extra in extras)
+    return names_of(PROJECT["dependencies"]).union(OF_TRANSFORMERS, OPTIONAL, *map(names_of, of_extras))
+
+
+def test_transformers_needs_what_is_left_to_it():
+    needed = {normal(Requirement(text).name) for text in requires("transformers")}
+    assert needed >= OF_TRANSFORMERS
 
 
 @pytest.mark.parametrize("requirement", wanted(), ids=lambda requirement: normal(requirement.name))
@@ -104,7 +124,7 @@ def test_the_cpu_build_of_torch_is_the_pinned_version():
 def test_nothing_is_installed_without_its_hash_or_from_the_best_of_several_indexes():
     text = (ROOT / "launch" / "setup.sh").read_text().replace("\\\n", " ")
     installs = [line for line in text.splitlines() if re.search(r"uv_install |pip install |local cpu=", line)]
-    checked = [line for line in installs if re.search(r"--require-hashes|cpu\[@\]|uv_install\(\)|--editable \.$", line)]
+    checked = [line for line in installs if re.search(r"--require-hashes|cpu\[@\]|uv_install\(\)|ours\[@\]", line)]
     assert len(installs) >= 5 and installs == checked
     assert not re.search(r"extra-index-url\)|unsafe|--index ", text)
 

@@ -31,7 +31,9 @@ def add_catalogue(commands: Any, what: str, text: str) -> None:
 def run_list(arguments: argparse.Namespace) -> Any:
     from mitrain.core import prepared
 
-    recipes = prepared.MODELS if arguments.what == "models" else prepared.DATASETS
+    recipes = prepared.recipes(arguments.what)
+    if not recipes:
+        say(arguments, f"no {arguments.what} to prepare: {prepared.DEMO}")
     rows = []
     for recipe in recipes.values():
         done = prepared.prepared(arguments.what, recipe.name)

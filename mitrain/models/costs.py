@@ -315,7 +315,7 @@ def training_memory(trainable: int, frozen: int = 0, precision: str = "fp32", st
 
     AdamW keeps two fp32 moments; weights trained in bf16 or fp16 also an fp32 master copy, and so does DeepSpeed from
     stage 1 on in any case. These are what ZeRO shards from stage 1 on (Rajbhandari et al., SC 2020). The trainable weights
-    stay whole on every rank, and their gradients are whole until a step's end, at every stage (`mitrain.training.engine.zero`).
+    stay whole on every rank, and their gradients are whole until a step's end, at every stage (`engine.zero`).
     """
     size = float_bytes(precision) * trainable
     state = (8 if precision == "fp32" and not check_stage(stage) else 12) * trainable

@@ -125,7 +125,7 @@ class Task(nn.Module):
     """Base of the tasks; its parameters are the task's trainable head.
 
     ``metric``: what the best step is chosen by. ``decodes``: reads patch tokens. ``speaks``: can generate text.
-    ``shuffles``: what the control of that name exchanges (`mitrain.training.evaluate`). ``columns``: title and metric of a table's
+    ``shuffles``: what the control of that name exchanges (`evaluate`). ``columns``: title and metric of a table's
     columns; ``controls``: which controls it has rows for.
     """
 

@@ -35,7 +35,7 @@ from mitrain.training.schema import RunConfig
 
 def resolve_model(name: str) -> str | Path:
     """A prepared model's folder (prepared on first use); a local folder or Hugging Face id as it is."""
-    if name in prepared.MODELS and not Path(name).exists():
+    if not Path(name).exists() and name in prepared.recipes("models"):
         return prepared.ensure_model(name)
     return name
 

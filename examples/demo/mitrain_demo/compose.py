@@ -11,8 +11,9 @@ from functools import cached_property
 from random import Random
 
 import numpy as np
-from mitrain_demo.backgrounds import background
 from PIL import Image, ImageOps
+
+from mitrain_demo.backgrounds import background
 
 OPAQUE = 128  # alpha from which a pixel belongs to the object
 CONTRAST = 24  # mean difference (of 255) of an object from the background that it hides, at least

@@ -10,12 +10,12 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from mitrain_demo.compose import Style, Thing
-from mitrain_demo.scenes import write_scenes
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from mitrain.core.files import write_atomic
+from mitrain_demo.compose import Style, Thing
+from mitrain_demo.scenes import write_scenes
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DRAWINGS = {"train": 800, "val": 100, "test": 200}

@@ -12,14 +12,14 @@ from typing import Any
 
 import onnx
 import torch
-from mitrain_demo.packages import unpack_one
-from mitrain_demo.weights import load_whole, require, save
 from onnx import numpy_helper
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import write_json
+from mitrain_demo.packages import unpack_one
+from mitrain_demo.weights import load_whole, require, save
 
 PREPROCESSOR = {
     "image_mean": [0.485, 0.456, 0.406],

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from mitrain_demo.packages import unpack_one
-from mitrain_demo.weights import require, save
 from torch import Tensor
 
 from mitrain.core.files import write_json
+from mitrain_demo.packages import unpack_one
+from mitrain_demo.weights import require, save
 
 CONFIG = {
     "architectures": ["EfficientNetLiteModel"],

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
+from mitrain.core.errors import PrepareError
+from mitrain.core.files import write_atomic
 from mitrain_demo.duplicates import fingerprint, merged, near_pairs
 from mitrain_demo.pairs import write_karpathy, write_splits, write_summary
 from mitrain_demo.splits import split_groups
 from mitrain_demo.stamps import cut_out
 from mitrain_demo.tuxpaint import on_plain_ground
-from PIL import Image
-
-from mitrain.core.errors import PrepareError
-from mitrain.core.files import write_atomic
 
 NAME = "emoji"
 VENDORS = ("google", "twitter")  # training's, and the one held out

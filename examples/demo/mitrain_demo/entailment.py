@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
+from mitrain.core.files import write_atomic, write_json
 from mitrain_demo.captions import grouped
 from mitrain_demo.stamps import Stamp, read_stamps
 from mitrain_demo.tuxpaint import (
@@ -22,8 +23,6 @@ from mitrain_demo.tuxpaint import (
     split_kinds,
     write_texts,
 )
-
-from mitrain.core.files import write_atomic, write_json
 
 FILES = {"train": "train", "val": "dev", "test": "test"}
 PLAIN = "The picture shows {}."

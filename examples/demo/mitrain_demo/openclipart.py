@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mitrain.core.errors import PrepareError
+from mitrain.core.files import write_atomic
 from mitrain_demo.deb import members
 from mitrain_demo.duplicates import fingerprint, merged, near_pairs
 from mitrain_demo.pairs import write_karpathy, write_splits, write_summary
 from mitrain_demo.splits import split_groups
 from mitrain_demo.stamps import VISIBLE, cut_out
 from mitrain_demo.tuxpaint import on_plain_ground
-from PIL import Image
-from tqdm import tqdm
-
-from mitrain.core.errors import PrepareError
-from mitrain.core.files import write_atomic
 
 NAME = "openclipart"
 LEFT_OUT = ("computer/", "shapes/", "signs_and_symbols/", "geography/", "special/", "logos/", "buttons/")

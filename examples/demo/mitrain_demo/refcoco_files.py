@@ -10,10 +10,10 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-from mitrain_demo.compose import Shown
 from PIL import Image
 
 from mitrain.core.files import write_atomic
+from mitrain_demo.compose import Shown
 
 DATASET, SPLIT_BY = "refcoco", "unc"
 IMAGES = "images/mscoco/images/train2014"

@@ -11,15 +11,15 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from mitrain_demo.compose import OPAQUE, Style, Thing, scene
-from mitrain_demo.refcoco_files import RefCocoWriter
-from mitrain_demo.stamps import Stamp, read_stamps
-from mitrain_demo.tuxpaint import split_kinds
 from PIL import Image
 from tqdm import tqdm
 
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import write_atomic, write_json
+from mitrain_demo.compose import OPAQUE, Style, Thing, scene
+from mitrain_demo.refcoco_files import RefCocoWriter
+from mitrain_demo.stamps import Stamp, read_stamps
+from mitrain_demo.tuxpaint import split_kinds
 
 NAME = "tuxpaint-scenes"
 SCENES = {"train": 1200, "val": 150, "testA": 150, "testB": 150}

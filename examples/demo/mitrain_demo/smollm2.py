@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader, dequantize
-from mitrain_demo.packages import unpack_one
-from mitrain_demo.weights import load_whole, require, save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
@@ -23,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from mitrain.core.errors import PrepareError
 from mitrain.models import loading
+from mitrain_demo.packages import unpack_one
+from mitrain_demo.weights import load_whole, require, save
 
 MODULES = {
     "token_embd": "model.embed_tokens",

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mitrain_demo.deb import members
 from PIL import Image
 from tqdm import tqdm
 
 from mitrain.core.errors import PrepareError
+from mitrain_demo.deb import members
 
 ROOT = "tuxpaint/stamps/"  # below usr/share
 COPYRIGHT = "doc/tuxpaint-stamps-default/copyright"

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from mitrain_demo.stamps import CATEGORIES, Collection, Stamp, read_stamps
 from PIL import Image, ImageStat
 
 from mitrain.core.files import write_atomic, write_json
+from mitrain_demo.stamps import CATEGORIES, Collection, Stamp, read_stamps
 
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 DISTRACTORS = 9  # wrong names beside the right one

