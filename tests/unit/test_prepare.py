@@ -1,4 +1,4 @@
-"""prepare/__init__.py: what every recipe's preparation has in common, on a toy recipe."""
+"""core/prepared.py: what every recipe's preparation has in common, on a toy recipe."""
 
 import errno
 import json
@@ -17,7 +17,8 @@ import pytest
 from mitrain.core import prepared
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import sha256_file
-from mitrain.core.prepared import DATASETS, MODELS, Recipe, ensure_data, ensure_model
+from mitrain.core.prepared import Recipe, ensure_data, ensure_model
+from mitrain_demo import DATASETS, MODELS
 
 
 class Toy:
@@ -215,3 +216,23 @@ def test_every_recipe_says_all_and_its_build_exists(recipe: Recipe):
     assert callable(recipe.builder())
     assert re.fullmatch(r"[0-9a-f]{64}", recipe.sha256) or not recipe.package.startswith("PyPI")
     assert (recipe.fetch is prepared.no_archives) == (recipe.size_mb == 0)
+
+
+def test_where_no_recipes_are_installed_the_message_says_where_they_are(monkeypatch):
+    monkeypatch.setattr(prepared, "entry_points", lambda **asked: ())
+    with pytest.raises(PrepareError, match=r"no model 'toy' to prepare: .*pip install ./examples/demo"):
+        ensure_model("toy")
+
+
+def test_recipes_of_several_packages_stand_beside_one_another(monkeypatch):
+    class Point:
+        def __init__(self, name: str):
+            self.name = name
+
+        def load(self) -> dict[str, str]:
+            return {self.name: f"recipe of {self.name}"}
+
+    asked = []
+    monkeypatch.setattr(prepared, "entry_points", lambda **what: asked.append(what) or (Point("one"), Point("two")))
+    assert prepared.recipes("data") == {"one": "recipe of one", "two": "recipe of two"}
+    assert asked == [{"group": "mitrain.recipes", "name": "data"}]
