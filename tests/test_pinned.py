@@ -50,7 +50,12 @@ def distributions(files: Mapping[str, str]) -> set[str]:
     """Whose packages the files import, but for the standard library and ourselves."""
     names = {name.split(".")[0] for path, source in files.items() for _, name in imports(path, source)}
     local = {path.stem for path in ROOT.glob("tests/**/*.py")}
-    foreign = names - set(sys.stdlib_module_names) - {"mitrain", "mitrain_kernels", "mitrain_demo", "bench", "benchmarks"} - local
+    foreign = (
+        names
+        - set(sys.stdlib_module_names)
+        - {"mitrain", "mitrain_kernels", "mitrain_demo", "bench", "benchmarks"}
+        - local
+    )
     return {normal(DISTRIBUTION.get(name, name)) for name in foreign}
 
 

@@ -28,7 +28,7 @@ def add_eval(commands: Any) -> None:
     )
     sub.add_argument("--seed", type=int, default=0, help="of the control's pairing")
     sub.add_argument(
-        "--floors",
+        "--baselines",
         action="store_true",
         help="also score what needs no model: majority answer and linear probe (answer), masks that no text chose (segment)",
     )
@@ -45,7 +45,7 @@ def run_eval(arguments: argparse.Namespace) -> Any:
         samples=arguments.samples,
         generate=arguments.generate,
         seed=arguments.seed,
-        floors=arguments.floors,
+        baselines=arguments.baselines,
         allow_changes=arguments.allow_changes,
         root=arguments.data,
     )

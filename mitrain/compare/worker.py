@@ -27,7 +27,7 @@ from mitrain.inference.export import export
 from mitrain.inference.report import flatten, panels
 from mitrain.inference.scoring import score_split, split_of
 from mitrain.training import runs, schema
-from mitrain.training.baselines import floors_of
+from mitrain.training.baselines import baselines_of
 from mitrain.training.build import settled
 from mitrain.training.evaluate import Evaluation, controlled
 from mitrain.training.runs import Run
@@ -109,7 +109,7 @@ def scored(run: Run, part: TaskPart, shown: int) -> dict[str, Any]:
     }
     if part.floors:
         beside |= {
-            name: flatten(values).get(metric) for name, values in floors_of(run, part.split, chosen, images).items()
+            name: flatten(values).get(metric) for name, values in baselines_of(run, part.split, chosen, images).items()
         }
     return {
         "metric": metric,

@@ -6,11 +6,11 @@ that they should not, and a sheet of samples to look at.
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,20 +20,13 @@ from PIL import Image, ImageDraw
 
 from mitrain.core.errors import DataError
 from mitrain.core.files import write_atomic
-from mitrain.data.formats.captions import CaptionSample
-from mitrain.data.formats.labels import LabelSample
-from mitrain.data.formats.records import AnswerSample
-from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.images import MAX_PIXELS, Decoded, Size, annotated_image, open_image, read_image
 
 EXAMPLES, LONGEST = 5, 200  # named of each kind of trouble; characters of a name
-FREQUENT = 20  # answers that are listed
-AREAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # edges of the histogram, as shares of the picture
 THUMBNAIL, COLUMNS, LINES = 176, 6, 4  # of the sheet: pixels, samples of a split, lines of text under each
 RED = np.array([230, 30, 30])
 
-Sample = AnswerSample | CaptionSample | LabelSample | ReferSample
-Samples = Sequence[AnswerSample] | Sequence[CaptionSample] | Sequence[LabelSample] | Sequence[ReferSample]
+Samples = Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -50,19 +43,29 @@ class Picture:
 
 
 def survey(
-    splits: Mapping[str, Samples], root: Path, sheet: Path | None = None, max_pixels: int = MAX_PIXELS, seed: int = 0
+    kind: Any,
+    splits: Mapping[str, Samples],
+    root: Path,
+    sheet: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+    seed: int = 0,
 ) -> tuple[dict[str, Any], str]:
     """A report as JSON values and as text to print; ``sheet`` is where the PNG with samples is written.
 
+    ``kind``: the task that the samples are for (a subclass of `mitrain.tasks.base.Task`), which describes them.
     ``root`` is the folder that the samples' pictures are in. Reads every picture once.
     """
     pictures = {split: read_pictures(samples, root, max_pixels) for split, samples in splits.items()}
     report: dict[str, Any] = {
-        "splits": {split: describe(samples, pictures[split]) for split, samples in splits.items()},
-        "shared": [found for one, other in combinations(splits, 2) for found in compare(one, other, splits, pictures)],
+        "splits": {split: describe(kind, samples, pictures[split]) for split, samples in splits.items()},
+        "shared": [
+            found
+            for one, other in combinations(splits, 2)
+            for found in compare(one, other, splits, pictures, kind.texts_apart)
+        ],
     }
     if sheet:
-        write_sheet(splits, root, sheet, max_pixels, seed)
+        write_sheet(kind, splits, root, sheet, max_pixels, seed)
         report["sheet"] = str(sheet)
     return report, as_text(report)
 
@@ -93,20 +96,14 @@ def fit(picture: Decoded, size: Size | None, max_pixels: int) -> tuple[str, str]
 # one split
 
 
-def describe(samples: Samples, pictures: Mapping[str, Picture]) -> dict[str, Any]:
+def describe(kind: Any, samples: Samples, pictures: Mapping[str, Picture]) -> dict[str, Any]:
     broken = {path: picture.error for path, picture in pictures.items() if picture.error}
-    if isinstance(samples[0], ReferSample):
-        details = describe_masks(samples)
+    details = kind.describe(samples)
+    if hasattr(samples[0], "size"):  # the picture that the annotation was made on
         misfits = {path: picture.misfit for path, picture in pictures.items() if picture.misfit}
         details["wrong_sizes"] = len(misfits)
         details["wrong_size_examples"] = dict(list(misfits.items())[:EXAMPLES])
         details["read"] = dict(Counter(picture.note for picture in pictures.values() if picture.note))
-    elif isinstance(samples[0], LabelSample):
-        details = describe_labels(samples)
-    elif isinstance(samples[0], CaptionSample):
-        details = describe_captions(samples)
-    else:
-        details = describe_answers(samples)
     return {
         "samples": len(samples),
         "pictures": len(pictures),
@@ -116,89 +113,21 @@ def describe(samples: Samples, pictures: Mapping[str, Picture]) -> dict[str, Any
     }
 
 
-def describe_answers(samples: Sequence[AnswerSample]) -> dict[str, Any]:
-    kinds = defaultdict(Counter)
-    for sample in samples:
-        kinds[sample.kind or "answer"][sample.answer] += 1
-    return {
-        "objects": len({sample.object for sample in samples if sample.object}),
-        "kinds": {
-            kind: {
-                "samples": answers.total(),
-                "different": len(answers),
-                "majority": round(max(answers.values()) / answers.total(), 4),
-                "answers": dict(answers.most_common(FREQUENT)),
-            }
-            for kind, answers in kinds.items()
-        },
-    }
-
-
-def describe_labels(samples: Sequence[LabelSample]) -> dict[str, Any]:
-    counts = Counter(label for sample in samples for label in sample.labels)
-    return {
-        "objects": len({sample.object for sample in samples if sample.object}),
-        "texts": len({sample.text for sample in samples}),
-        "without_text": sum(not sample.text.strip() for sample in samples),
-        "different": len(counts),
-        "majority": round(max(counts.values(), default=0) / len(samples), 4),
-        "labels_per_sample": round(counts.total() / len(samples), 4),
-        "labels": dict(counts.most_common(FREQUENT)),
-    }
-
-
-def describe_captions(samples: Sequence[CaptionSample]) -> dict[str, Any]:
-    each = Counter(sample.image for sample in samples)
-    texts = Counter(sample.text for sample in samples)
-    return {
-        "objects": len({sample.object for sample in samples if sample.object}),
-        "texts": len(texts),
-        "captions_per_image": dict(sorted(Counter(each.values()).items())),
-        "texts_of_several_samples": sum(count > 1 for count in texts.values()),
-        "mean_words": round(float(np.mean([len(sample.text.split()) for sample in samples])), 2),
-    }
-
-
-def describe_masks(samples: Sequence[ReferSample]) -> dict[str, Any]:
-    areas, broken = [], {}
-    for sample in samples:
-        try:
-            areas.append(float(sample.mask().mean()))
-        except DataError as error:
-            broken[sample.id] = str(error)
-    edges = [0.0, *AREAS, 1.0]
-    places = np.digitize(areas, AREAS, right=True)
-    return {
-        "expressions": len({sample.expression for sample in samples}),
-        "kinds": dict(Counter(sample.kind for sample in samples if sample.kind)),
-        "broken_masks": len(broken),
-        "broken_mask_examples": dict(list(broken.items())[:EXAMPLES]),
-        "empty_masks": areas.count(0.0),
-        "mean_area": round(float(np.mean(areas)), 4) if areas else None,
-        "areas": {
-            f"{100 * low:g}-{100 * high:g} %": int((places == place).sum())
-            for place, (low, high) in enumerate(pairwise(edges))
-        },
-    }
-
-
 # two splits
 
 
 def compare(
-    one: str, other: str, splits: Mapping[str, Samples], pictures: Mapping[str, Mapping[str, Picture]]
+    one: str, other: str, splits: Mapping[str, Samples], pictures: Mapping[str, Mapping[str, Picture]], text: str
 ) -> list[dict[str, Any]]:
-    """What two splits have in common, of what they had better not."""
+    """What two splits have in common, of what they had better not; ``text``: the samples' field of it, if any."""
     checks: dict[str, Callable[[str], set]] = {
         "id": lambda split: {sample.id for sample in splits[split]},
         "picture": lambda split: set(pictures[split]),
         "pixels": lambda split: {picture.digest for picture in pictures[split].values()} - {""},
         "object": lambda split: {sample.object for sample in splits[split]} - {""},
     }
-    if isinstance(splits[one][0], ReferSample):
-        checks["expression"] = lambda split: {sample.expression for sample in splits[split]}
-    if isinstance(splits[one][0], LabelSample | CaptionSample):
-        checks["text"] = lambda split: {sample.text for sample in splits[split]} - {""}
+    if text:
+        checks[text] = lambda split: {getattr(sample, text) for sample in splits[split]} - {""}
     found = []
     for what, values in checks.items():
         mine, yours = values(one), values(other)
@@ -236,9 +165,9 @@ def as_text(report: Mapping[str, Any]) -> str:
 # the sheet
 
 
-def write_sheet(splits: Mapping[str, Samples], root: Path, path: Path, max_pixels: int, seed: int) -> None:
+def write_sheet(kind: Any, splits: Mapping[str, Samples], root: Path, path: Path, max_pixels: int, seed: int) -> None:
     """A PNG with a row of samples drawn from each split: pictures with question and answer, or mask and expression."""
-    rows = [row_of(split, samples, root, max_pixels, seed) for split, samples in splits.items()]
+    rows = [row_of(kind, split, samples, root, max_pixels, seed) for split, samples in splits.items()]
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     for number, row in enumerate(rows):
         sheet.paste(row, (0, number * row.height))
@@ -247,7 +176,7 @@ def write_sheet(splits: Mapping[str, Samples], root: Path, path: Path, max_pixel
     write_atomic(path, buffer.getvalue())
 
 
-def row_of(split: str, samples: Samples, root: Path, max_pixels: int, seed: int) -> Image.Image:
+def row_of(kind: Any, split: str, samples: Samples, root: Path, max_pixels: int, seed: int) -> Image.Image:
     chosen = Random(f"{seed} {split}").sample(list(samples), min(COLUMNS, len(samples)))
     row = Image.new("RGB", (COLUMNS * (THUMBNAIL + 8), THUMBNAIL + 14 * LINES + 8), "white")
     draw = ImageDraw.Draw(row)
@@ -257,7 +186,7 @@ def row_of(split: str, samples: Samples, root: Path, max_pixels: int, seed: int)
             picture = shown(sample, root, max_pixels)
             scale = THUMBNAIL / max(picture.size)
             row.paste(picture.resize([max(1, round(scale * side)) for side in picture.size]), (left, 4))
-            text = caption(sample)
+            text = kind.caption(sample)
         except DataError as error:
             text = str(error)
         for line, words in enumerate(wrapped(f"{split}: {text}", draw)[:LINES]):
@@ -265,19 +194,9 @@ def row_of(split: str, samples: Samples, root: Path, max_pixels: int, seed: int)
     return row
 
 
-def caption(sample: Sample) -> str:
-    if isinstance(sample, ReferSample):
-        return sample.expression
-    if isinstance(sample, CaptionSample):
-        return sample.text
-    if isinstance(sample, LabelSample):
-        return f"{sample.text} -> {', '.join(sample.labels)}"
-    return f"{sample.prompt} -> {sample.answer}"
-
-
-def shown(sample: Sample, root: Path, max_pixels: int) -> Image.Image:
+def shown(sample: Any, root: Path, max_pixels: int) -> Image.Image:
     """The sample's picture, the target's mask in red."""
-    if not isinstance(sample, ReferSample):
+    if not hasattr(sample, "mask"):
         return open_image(root, sample.image, max_pixels)
     pixels, mask = np.array(annotated_image(root, sample.image, sample.size, max_pixels)), sample.mask()
     pixels[mask] = (pixels[mask] + RED) // 2

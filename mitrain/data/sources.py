@@ -1,8 +1,8 @@
 """From a ``data:`` section to lists of samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,10 @@ class DataSection(Section):
     bad_share: float = Field(0.1, ge=0, le=1)
     max_pixels: int = Field(50_000_000, ge=1)
 
+    def settled(self, root: Callable[[], Path]) -> Self:
+        """The section with what follows from the data in the folder ``root()`` written out."""
+        return self
+
     @model_validator(mode="after")
     def _one_place(self) -> "DataSection":
         if (self.source is None) == (self.root is None):
@@ -41,7 +45,6 @@ class RecordsConfig(DataSection, kind="data", name="records"):
     ``columns`` maps those names to the file's own; ``kinds`` keeps only those kinds of question.
     """
 
-    task: Literal["answer"] = "answer"
     splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
     columns: dict[str, str] = {}
     kinds: tuple[str, ...] = ()
@@ -67,9 +70,11 @@ class ClassSection(DataSection):
     """Data of a classification. ``classes`` are all labels there are, in the head's order; left out, they are those of the
     training split. ``multilabel``: whether samples have several."""
 
-    task: Literal["classify"] = "classify"
     classes: tuple[str, ...] = ()
     multilabel: bool = False
+
+    def settled(self, root: Callable[[], Path]) -> Self:
+        return self if self.classes else self.model_copy(update={"classes": self.class_names(root())})
 
     def class_names(self, root: Path) -> tuple[str, ...]:
         """``classes``, or the labels of the training split in alphabetical order."""
@@ -156,7 +161,6 @@ class CaptionsConfig(DataSection, kind="data", name="captions"):
     ``columns`` maps those names to the file's own.
     """
 
-    task: Literal["retrieve"] = "retrieve"
     splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
     columns: dict[str, str] = {}
 
@@ -175,7 +179,6 @@ class KarpathyConfig(DataSection, kind="data", name="karpathy"):
     """COCO or Flickr30k in Karpathy's ``dataset_*.json``. ``file`` is its name; ``images`` the pictures' folder below the
     data's, where it is not a usual one."""
 
-    task: Literal["retrieve"] = "retrieve"
     file: str | None = None
     images: str | None = None
 
@@ -193,7 +196,6 @@ class KarpathyConfig(DataSection, kind="data", name="karpathy"):
 class RefcocoConfig(DataSection, kind="data", name="refcoco"):
     """Referring expressions in the files of RefCOCO, RefCOCO+, RefCOCOg or RefCLEF, and their images."""
 
-    task: Literal["segment"] = "segment"
     dataset: str = "refcoco"
     split_by: str | None = None
     images: str | None = None

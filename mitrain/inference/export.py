@@ -24,6 +24,7 @@ from mitrain.methods.base import Adapter
 from mitrain.methods.export_format import EncoderPart, PreprocessPart, RunPart
 from mitrain.methods.export_format.contents import ANSWER_LENGTH, ANSWERS_KEPT, PROMPTS_KEPT
 from mitrain.models import VisionEncoder, loading
+from mitrain.tasks import TASKS
 from mitrain.tasks.answer import answers_by_prompt
 from mitrain.training import checkpoint, runs, schema
 from mitrain.training.build import Model, build, resolve_data
@@ -106,7 +107,7 @@ def encoder_part(encoder: VisionEncoder) -> EncoderPart:
 
 def training_answers(run_config: RunConfig) -> dict[str, list[str]] | None:
     """The answers that training samples had, by prompt; None for other tasks, missing data or too many prompts."""
-    if run_config.task.section_name != "answer":
+    if not TASKS[run_config.task.section_name].remembers:
         return None
     try:
         samples = run_config.data.read(resolve_data(run_config.data), "train")

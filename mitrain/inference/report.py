@@ -8,23 +8,22 @@ import shutil
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
 from mitrain.core.errors import ConfigError
 from mitrain.core.files import as_json, remedy, write_atomic
 from mitrain.core.markdown import code, plain
 from mitrain.core.provenance import commit, versions
 from mitrain.data.images import annotated_image, open_image
-from mitrain.inference import figures
 from mitrain.inference.scoring import score_split, split_of
-from mitrain.tasks.base import Task
+from mitrain.tasks import figures
 from mitrain.training import runs
-from mitrain.training.baselines import floors_of
+from mitrain.training.baselines import baselines_of
 from mitrain.training.build import resolve_data
 from mitrain.training.evaluate import Evaluation
 from mitrain.training.runs import Run
@@ -96,7 +95,7 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
             found[LABELS[control].format(name=name)] = score_split(
                 run, chosen, images, control, seed=run.config.seed
             ).metrics
-    return found | floors_of(run, split, chosen, images)
+    return found | baselines_of(run, split, chosen, images)
 
 
 def row(split: str, label: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -170,21 +169,14 @@ def panels(run: Run, samples: Sequence[Any], found: Evaluation, count: int) -> l
     step = max(1, len(samples) // count)
     pairs = list(zip(samples, found.predictions, strict=True))[::step][:count]
     root = run.config.data.image_root(resolve_data(run.config.data))
-    task, max_pixels = run.model.task, run.config.data.max_pixels
-    made = mask_panels(pairs, root, max_pixels) if task.decodes else text_panels(task, pairs, root, max_pixels)
-    return [(sample, panel) for (sample, _), panel in zip(pairs, made, strict=True)]
+    return [
+        (sample, run.model.task.panel(sample, prediction, picture_of(sample, root, run.config.data.max_pixels)))
+        for sample, prediction in pairs
+    ]
 
 
-def text_panels(task: Task, pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:
-    for sample, prediction in pairs:
-        yield figures.Panel(open_image(root, sample.image, max_pixels), *task.lines(sample, prediction))
-
-
-def mask_panels(pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:
-    for sample, prediction in pairs:
-        truth = sample.mask()
-        union = np.count_nonzero(truth | prediction.mask)
-        iou = np.count_nonzero(truth & prediction.mask) / union if union else 0.0
-        picture = annotated_image(root, sample.image, sample.size, max_pixels)
-        picture = figures.outlined(figures.overlay(picture, prediction.mask), truth)
-        yield figures.Panel(picture, [sample.expression, f"IoU {iou:.2f}"], iou >= 0.5)
+def picture_of(sample: Any, root: Path, max_pixels: int) -> Image.Image:
+    """The sample's picture, as its annotation was made on it."""
+    if hasattr(sample, "size"):
+        return annotated_image(root, sample.image, sample.size, max_pixels)
+    return open_image(root, sample.image, max_pixels)

@@ -1,10 +1,10 @@
 """What a finished run is asked: a split's metrics, one picture's answer or mask; and what a data set holds."""
 
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,16 @@ from mitrain.core.errors import ConfigError, DataError, UserError
 from mitrain.core.files import atomic_folder, write_atomic
 from mitrain.core.parsing import is_whole
 from mitrain.data.features import ImageFeatures
-from mitrain.data.formats.captions import CaptionSample
-from mitrain.data.formats.labels import LabelSample
-from mitrain.data.formats.records import AnswerSample
-from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.images import BadSamples, open_image
 from mitrain.data.inspection import survey
 from mitrain.data.sources import limit, portion
-from mitrain.inference import figures
 from mitrain.models.digests import frozen_digest
+from mitrain.tasks import TASKS, figures
 from mitrain.tasks.answer import answers_by_prompt
-from mitrain.tasks.base import Batch, Prediction, require_finite
+from mitrain.tasks.base import Answer, Batch, Question, Task, cautions
 from mitrain.training import runs, schema
-from mitrain.training.baselines import floors_of
+from mitrain.training.baselines import baselines_of
 from mitrain.training.build import resolve_data
-from mitrain.training.cautions import cautions
 from mitrain.training.evaluate import Evaluation, evaluate
 from mitrain.training.fingerprint import digest, fingerprint, require_same
 from mitrain.training.runs import Run
@@ -56,13 +51,13 @@ def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any
     chosen = images.readable(limit(data.read(root, split), samples))
     if not chosen:
         raise DataError(f"no sample of the split {split!r} can be read: check the data folder {root}")
-    if run.config.task.section_name == "answer":
+    if run.model.task.remembers:
         recall(run, scoring=True)
     if dist.world() > 1:
         require_same(
             fingerprint(run.config.to_dict(), {split: chosen}, images.key, run.model.base) | trained_parts(run)
         )
-    for line in cautions(chosen, f"the split {split!r}", getattr(run.model.task, "known", None)):
+    for line in cautions(run.model.task, chosen, f"the split {split!r}", getattr(run.model.task, "known", None)):
         log.warning(line)
     run.model.prepare(images, sorted({s.image for s in chosen}), run.config.features.eval_views)
     run.model.states.prepare(run.model.texts(chosen, True))
@@ -109,11 +104,11 @@ def score_run(
     samples: int | None = None,
     generate: bool = False,
     seed: int = 0,
-    floors: bool = False,
+    baselines: bool = False,
     allow_changes: bool = False,
     root: str | None = None,
 ) -> dict[str, Any]:
-    """The metrics of a run's checkpoint on a split under a control, and those of the ``floors`` if asked for.
+    """The metrics of a run's checkpoint on a split under a control, and those of the ``baselines`` if asked for.
 
     ``root``: the folder of the data, where it is another than the run's.
     """
@@ -123,19 +118,10 @@ def score_run(
     place_data(run, root)
     chosen, images = split_of(run, split, samples)
     found = score_split(run, chosen, images, control, generate, seed)
-    beside = {"floors": floors_of(run, split, chosen, images)} if floors else {}
+    beside = {"baselines": baselines_of(run, split, chosen, images)} if baselines else {}
     if len(images.bad):
         beside["bad_samples"] = len(images.bad)
     return {**found.metrics, "split": split, "step": run.saved.step, "run": str(folder), **beside}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A prediction for one picture, as JSON values and as lines to print; ``mask``: (H, W) bool, of `segment`."""
-
-    values: dict[str, Any]
-    lines: list[str]
-    mask: np.ndarray | None = None
 
 
 def predict_one(
@@ -161,15 +147,22 @@ def ask(
     path = Path(image).expanduser()
     images = run.model.images(path.parent, cached=False)
     images.key(path.name)
-    if run.model.task.decodes:
-        return predict_mask(run, images, path, text, Path(out) if out else None)
-    if out:
+    task = run.model.task
+    if out and not task.decodes:
         raise ConfigError("--out writes a mask, which only the task 'segment' has: leave it out")
-    if run.config.task.section_name == "retrieve":
-        return predict_ranking(run, images, path, text, candidates)
-    if not run.model.task.speaks:
-        return predict_labels(run, images, path, text, candidates)
-    return predict_answer(run, images, path, text, candidates)
+    if task.remembers and not candidates:
+        recall(run)
+    picture = cache(lambda: open_image(path.parent, path.name, run.config.data.max_pixels))
+
+    def see(sample: Any) -> Batch:
+        return run.model.evaluation_batch([sample], [sample.image], images)
+
+    answer = task.ask(Question(path, text, candidates or (), see, picture, str(run.folder)))
+    if not out:
+        return answer
+    files = write_mask(Path(out), picture(), text, answer.mask)
+    lines = [*answer.lines, *(f"wrote {name}" for name in files)]
+    return replace(answer, values={**answer.values, "files": files}, lines=lines)
 
 
 def check_words(text: str, candidates: Sequence[str] | None) -> None:
@@ -180,69 +173,6 @@ def check_words(text: str, candidates: Sequence[str] | None) -> None:
     for name, words in (("--text", text), *(("--candidates", words) for words in candidates or ())):
         if not is_whole(words):
             raise ConfigError(f"{name} {words[:40]!r} holds half a character: write it in UTF-8")
-
-
-def one(run: Run, images: ImageFeatures, sample: Any) -> Batch:
-    return run.model.evaluation_batch([sample], [sample.image], images)
-
-
-def predict_answer(run: Run, images: ImageFeatures, path: Path, text: str, candidates: Sequence[str] | None) -> Answer:
-    """What the model says, and the likeliest of the candidates, or of the answers that training gave to this prompt."""
-    if candidates and len(set(candidates)) < 2:
-        raise ConfigError(f"--candidates {candidates[0][:60]} leaves nothing to choose: give two or more, or none")
-    if not candidates:
-        recall(run)
-    sample = AnswerSample(path.name, path.name, text, "", tuple(candidates or ()))
-    found = predicted(run, run.model.task.predict(one(run, images, sample), generate=True))
-    values: dict[str, Any] = {"image": str(path), "prompt": text, "generated": found["generated"]}
-    values["answer"] = found["predicted"]
-    lines = [f"answer: {found['predicted']}", f"says: {found['generated']}"]
-    if "probabilities" in found:
-        values["probabilities"] = found["probabilities"]
-        lines += [f"{p:7.3f}  {candidate}" for candidate, p in found["probabilities"].items()]
-    return Answer(values, lines)
-
-
-def predicted(run: Run, predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The values of one picture's prediction; UserError where they were made of what is no number."""
-    require_finite([p.id for p in predictions if not p.finite], 1, str(run.folder))
-    return predictions[0].values
-
-
-def predict_labels(run: Run, images: ImageFeatures, path: Path, text: str, candidates: Sequence[str] | None) -> Answer:
-    if candidates:
-        raise ConfigError("--candidates are for the task 'answer'; the classes of 'classify' are trained: leave it out")
-    found = predicted(run, run.model.task.predict(one(run, images, LabelSample(path.name, path.name, text, ()))))
-    values = {"image": str(path), "text": text, "labels": found["predicted"], "probabilities": found["probabilities"]}
-    lines = [f"{p:7.3f}  {label}" for label, p in found["probabilities"].items()]
-    return Answer(values, [f"labels: {', '.join(found['predicted']) or '(none)'}", *lines])
-
-
-def predict_ranking(run: Run, images: ImageFeatures, path: Path, text: str, candidates: Sequence[str] | None) -> Answer:
-    """How well ``text`` and the ``candidates`` fit the picture, the best first."""
-    texts = list(dict.fromkeys([text, *(candidates or ())]))
-    found = run.model.task.fits(one(run, images, CaptionSample(path.name, path.name, text)), texts)
-    require_finite([path.name] * (not all(map(math.isfinite, found))), 1, str(run.folder))
-    ranked = dict(sorted(zip(texts, found, strict=True), key=lambda pair: -pair[1]))
-    values: dict[str, Any] = {"image": str(path), "text": text, "scores": ranked}
-    if len(texts) > 1:
-        values["rank"] = list(ranked).index(text) + 1
-    return Answer(values, [f"{score:7.3f}  {words}" for words, score in ranked.items()])
-
-
-def predict_mask(run: Run, images: ImageFeatures, path: Path, text: str, out: Path | None) -> Answer:
-    picture = open_image(path.parent, path.name, run.config.data.max_pixels)
-    sample = ReferSample.unlabelled(path.name, path.name, text, (picture.height, picture.width))
-    predictions = run.model.task.predict(one(run, images, sample))
-    predicted(run, predictions)
-    mask = predictions[0].mask
-    share = float(mask.mean())
-    values: dict[str, Any] = {"image": str(path), "expression": text, "mask_share": share}
-    lines = [f"{text!r}: {int(mask.sum())} of {mask.size} pixels ({100 * share:.1f} %)"]
-    if out:
-        values["files"] = write_mask(out, picture, text, mask)
-        lines += [f"wrote {name}" for name in values["files"]]
-    return Answer(values, lines, mask)
 
 
 def write_mask(out: Path, picture: Image.Image, text: str, mask: np.ndarray) -> list[str]:
@@ -264,15 +194,16 @@ def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[di
     data = run_config.data
     root = resolve_data(data)
     splits = {split: data.read(root, split) for split in data.split_names(root)}
-    report, text = survey(splits, data.image_root(root), out / f"{run_config.name}.png", data.max_pixels)
-    known = answers_by_prompt(splits.get("train", ())) if run_config.task.section_name == "answer" else None
-    report["cautions"] = [line for split, samples in splits.items() for line in told(samples, split, known)]
+    task = TASKS[run_config.task.section_name]
+    report, text = survey(task, splits, data.image_root(root), out / f"{run_config.name}.png", data.max_pixels)
+    known = answers_by_prompt(splits.get("train", ())) if task.remembers else None
+    report["cautions"] = [line for split, samples in splits.items() for line in told(task, samples, split, known)]
     return report, "\n".join([text, *report["cautions"]])
 
 
-def told(samples: Sequence[Any], split: str, known: Mapping[str, Sequence[str]] | None) -> list[str]:
+def told(task: type[Task], samples: Sequence[Any], split: str, known: Mapping[str, Sequence[str]] | None) -> list[str]:
     """The cautions about a split, or why it cannot be scored at all."""
     try:
-        return cautions(samples, split, known)
+        return cautions(task, samples, split, known)
     except DataError as error:
         return [str(error)]

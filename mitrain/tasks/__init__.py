@@ -1,0 +1,11 @@
+"""The tasks by name: the one place where a new task is added, by an import and its class in ``TASKS``."""
+
+from mitrain.tasks.answer import AnswerTask
+from mitrain.tasks.base import Task
+from mitrain.tasks.classify import ClassifyTask
+from mitrain.tasks.retrieve import RetrieveTask
+from mitrain.tasks.segment import SegmentTask
+
+TASKS: dict[str, type[Task]] = {
+    task.settings.section_name: task for task in (AnswerTask, SegmentTask, ClassifyTask, RetrieveTask)
+}

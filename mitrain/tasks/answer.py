@@ -14,18 +14,26 @@ from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from mitrain.core import dist
 from mitrain.core.config import Section
-from mitrain.core.errors import ModelError
-from mitrain.tasks.base import Batch, Parts, Prediction, Task
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.data.formats.labels import look_alikes
+from mitrain.data.formats.records import AnswerSample
+from mitrain.data.sources import RecordsConfig
+from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, only_one
+from mitrain.tasks.figures import Panel
 from mitrain.tasks.generation import decoding, greedy
+from mitrain.tasks.probe import probe_accuracy
 from mitrain.tasks.template import frame_of, template_with
 
 log = logging.getLogger(__name__)
 SCORE_ROWS = 112
+FREQUENT = 20  # answers that `describe` lists
+ALIKE = 5  # pairs of answers that `caution` names
 MOST_ANSWERS = 100
 """Of how many training answers to its prompt one is chosen for a sample without candidates; beyond, the model speaks."""
 
@@ -48,8 +56,11 @@ class AnswerTask(Task):
     `MOST_ANSWERS`, it is right where what the model says equals the answer (`same_text`).
     """
 
+    settings = AnswerConfig
+    formats = (RecordsConfig,)
     metric = "accuracy"
     speaks = True
+    remembers = True
     columns = (("accuracy", "accuracy"), ("exact match", "exact_match"))
 
     def __init__(self, config: AnswerConfig, parts: Parts):
@@ -58,6 +69,18 @@ class AnswerTask(Task):
         self.known: Mapping[str, Sequence[str]] = {}
         self._prompt_ids = cache(lambda prompt: parts.text.prompt(prompt, self.frame))
         self._answered = lru_cache(1 << 17)(lambda prompt, answer: parts.text.answered(prompt, answer, self.frame))
+
+    @classmethod
+    def build(cls, config: AnswerConfig, given: Given) -> "AnswerTask":
+        text, adapter = given.parts.text, given.parts.adapter
+        if not text.speaks:
+            name = type(text.model).__name__
+            raise ConfigError(f"model.llm is a {name}, which has no language head to answer with: take another task")
+        if adapter.walks or adapter.wraps or adapter.places != ("text",):
+            raise ConfigError(
+                f"the method {adapter.method!r} does not work through the language head: take another task"
+            )
+        return cls(config, given.parts)
 
     def remember(self, samples: Sequence[Any]) -> None:
         self.known = answers_by_prompt(samples)
@@ -191,11 +214,79 @@ class AnswerTask(Task):
         ways = Counter(v["scored_by"] for v in values)
         return result | ({"scored_by": dict(ways)} if set(ways) != {"candidates"} else {})
 
-    def lines(self, sample: Any, prediction: Prediction) -> tuple[list[str], bool | None]:
+    def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
+        """The majority answer, and a linear probe on the features that are infused."""
+        found = probe_accuracy(splits.features, *splits.parts)
+        answers = [s.answer for s in splits.chosen]
+        most = max(Counter(answers).values()) / len(answers)
+        counted = {"accuracy": most, "samples": len(answers)}
+        return {"majority answer": counted, "linear probe on the same features": found}
+
+    def ask(self, question: Question) -> Answer:
+        """What the model says, and the likeliest of the candidates, or of the answers that training gave to this prompt."""
+        name, text, candidates = question.path.name, question.text, question.candidates
+        if candidates and len(set(candidates)) < 2:
+            raise ConfigError(f"--candidates {candidates[0][:60]} leaves nothing to choose: give two or more, or none")
+        sample = AnswerSample(name, name, text, "", tuple(candidates))
+        found = question.predicted(self.predict(question.see(sample), generate=True)).values
+        values = {"image": str(question.path), "prompt": text, "generated": found["generated"]}
+        values["answer"] = found["predicted"]
+        lines = [f"answer: {found['predicted']}", f"says: {found['generated']}"]
+        if "probabilities" in found:
+            values["probabilities"] = found["probabilities"]
+            lines += [f"{p:7.3f}  {candidate}" for candidate, p in found["probabilities"].items()]
+        return Answer(values, lines)
+
+    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
         values = prediction.values
         chance = values.get("probabilities", {}).get(values["predicted"])
         said = values["predicted"] if chance is None else f"{values['predicted']} ({chance:.2f})"
-        return [said, f"truth: {sample.answer} [{sample.object}]", sample.prompt], values["correct"]
+        return Panel(picture, [said, f"truth: {sample.answer} [{sample.object}]", sample.prompt], values["correct"])
+
+    @staticmethod
+    def describe(samples: Sequence[AnswerSample]) -> dict[str, Any]:
+        kinds = defaultdict(Counter)
+        for sample in samples:
+            kinds[sample.kind or "answer"][sample.answer] += 1
+        return {
+            "objects": len({sample.object for sample in samples if sample.object}),
+            "kinds": {
+                kind: {
+                    "samples": answers.total(),
+                    "different": len(answers),
+                    "majority": round(max(answers.values()) / answers.total(), 4),
+                    "answers": dict(answers.most_common(FREQUENT)),
+                }
+                for kind, answers in kinds.items()
+            },
+        }
+
+    @staticmethod
+    def caption(sample: AnswerSample) -> str:
+        return f"{sample.prompt} -> {sample.answer}"
+
+    @staticmethod
+    def caution(samples: Sequence[AnswerSample], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
+        answers = [sample.answer for sample in samples]
+        alike = look_alikes(dict.fromkeys(answers))
+        found = [f"{split}: the answers {one} and {other} count as two" for one, other in alike[:ALIKE]]
+        found += only_one(answers, split, "answer")
+        without = [sample for sample in samples if len(set(sample.candidates)) < 2]
+        if not without:
+            return found
+        ranked = [sample for sample in without if 1 < len(known.get(sample.prompt, ())) <= MOST_ANSWERS]
+        unseen = sum(sample.answer not in known[sample.prompt] for sample in ranked)
+        one = sum(len(sample.candidates) > 0 for sample in without)
+        found.append(
+            f"{split}: {len(without)} of {len(samples)} samples offer no choice ({one} have one candidate, which cannot be"
+            f" wrong): {len(ranked)} are ranked among the training answers to their prompt, {len(without) - len(ranked)} are"
+            " right where the model says the answer"
+        )
+        if unseen:
+            found.append(
+                f"{split}: {unseen} samples have an answer that training never gave to their prompt: always wrong"
+            )
+        return found
 
 
 class Numbers:

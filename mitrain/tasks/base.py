@@ -1,87 +1,58 @@
-"""What the trainer and the evaluation ask of a task.
+"""What training, evaluation, prediction and inspection ask of a task.
 
-A task owns the trainable head (if it has one), turns samples and infused features into a loss as (sum, count), and
-scores. It is handed the frozen language model, the adapter and the sources of frozen features; it never loads anything.
+A task is one file: its settings, the file formats whose samples it takes, its trainable head (if it has one), its loss as
+(sum, count), its metrics, the baselines that its scores are read beside, its prediction for one picture, and how its data
+and predictions are described and drawn. It is handed the frozen models and the adapter; it never loads anything.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-import torch
+import numpy as np
+from PIL import Image
 from torch import Tensor, nn
 
-from mitrain.core.errors import UserError
-from mitrain.models.batch import Picture, Reading, Words
-
-
-class TextModel(Protocol):
-    """The part of `mitrain.models.TextBackbone` that tasks use."""
-
-    model: Any
-    tokenizer: Any
-    width: int
-    device: torch.device
-    dtype: torch.dtype
-    sharded: bool
-
-    @property
-    def pad_id(self) -> int: ...
-    def probe(self, side: str = "right") -> tuple[Tensor, Tensor]: ...
-    def tokens(
-        self, text: str, *, frame: Sequence[str] = ..., most: int | None = None, strip: str | None = " "
-    ) -> list[int]: ...
-    def plain(self, text: str) -> list[int]: ...
-    def prompt(self, text: str, frame: Sequence[str] = ...) -> list[int]: ...
-    def answered(self, text: str, answer: str, frame: Sequence[str] = ...) -> tuple[list[int], int]: ...
-    def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]: ...
-    def log_likelihood(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        targets: Tensor,
-        states: Tensor | None = None,
-        depth: int = 0,
-    ) -> Tensor: ...
-    def hidden(self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor: ...
-    def embeddings(self, ids: Tensor) -> Tensor: ...
-
-
-class States(Protocol):
-    """The part of `mitrain.data.features.TextStates` that tasks use."""
-
-    depth: int
-
-    def batch(self, rows: Sequence[Sequence[int]]) -> Tensor | None: ...
-
-
-class Reader(Protocol):
-    """The part of `mitrain.methods.base.Adapter` that tasks use."""
-
-    method: str
-    places: tuple[str, ...]
-    fuses: bool
-
-    @property
-    def feature_widths(self) -> Mapping[str, int]: ...
-    def bind(self, features: Mapping[str, Any], copies: int = 1) -> AbstractContextManager: ...
-    def modalities_of(self, feature: Tensor | None) -> Mapping[str, Any]: ...
-    def read(self, words: Words | None, picture: Picture | None) -> Reading: ...
-    def image_width(self, feature: int) -> int: ...
-    @property
-    def joint_width(self) -> int: ...
+from mitrain.core.config import Section
+from mitrain.core.errors import DataError, UserError
+from mitrain.data.sources import DataSection
+from mitrain.data.states import TextStates
+from mitrain.methods.base import Adapter
+from mitrain.models import TextBackbone, VisionEncoder
+from mitrain.models.batch import Picture
+from mitrain.tasks.figures import Panel
 
 
 @dataclass(frozen=True)
 class Parts:
     """The frozen model, the adapter on it, and the trunk's states."""
 
-    text: TextModel
-    adapter: Reader
-    states: States
+    text: TextBackbone
+    adapter: Adapter
+    states: TextStates
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a task is built from besides its settings.
+
+    ``data``: the section that describes the samples, whose folder ``root()`` gives; ``encoders``: the frozen image encoders;
+    ``batch``: samples of a training step, over all ranks.
+    """
+
+    parts: Parts
+    data: DataSection
+    root: Callable[[], Path]
+    encoders: Sequence[VisionEncoder]
+    batch: int
+
+    @property
+    def image_width(self) -> int:
+        """e, the width of the encoders' features side by side."""
+        return sum(encoder.width for encoder in self.encoders)
 
 
 @dataclass(frozen=True)
@@ -121,20 +92,95 @@ class Prediction:
     finite: bool = True
 
 
+@dataclass(frozen=True)
+class Question:
+    """One picture and a text about it. ``candidates``: what the user lets the model choose from, if anything.
+
+    ``see(sample)``: the batch of one sample with this picture; ``picture()`` decodes it; ``what`` names the run in messages.
+    """
+
+    path: Path
+    text: str
+    candidates: Sequence[str]
+    see: Callable[[Any], "Batch"]
+    picture: Callable[[], Image.Image]
+    what: str
+
+    def predicted(self, predictions: Sequence["Prediction"]) -> "Prediction":
+        """The prediction; UserError where it was made of what is no number."""
+        require_finite([p.id for p in predictions if not p.finite], 1, self.what)
+        return predictions[0]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction for one picture, as JSON values and as lines to print; ``mask``: (H, W) bool, of `segment`."""
+
+    values: dict[str, Any]
+    lines: list[str]
+    mask: np.ndarray | None = None
+
+
+@dataclass
+class Splits:
+    """What baselines are made of: the samples ``chosen`` from a split, and more of the data where they ask for it.
+
+    ``learn()``: the samples that training saw and those of val, whose features are at hand; ``whole()``: all of the split;
+    ``features(samples)``: (n, e), what is infused.
+    """
+
+    chosen: list[Any]
+    learn: Callable[[], tuple[list[Any], list[Any]]]
+    whole: Callable[[], list[Any]]
+    features: Callable[[Sequence[Any]], Tensor]
+    seed: int
+
+    @cached_property
+    def parts(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """The samples of training, of val, and those chosen."""
+        return (*self.learn(), self.chosen)
+
+
 class Task(nn.Module):
     """Base of the tasks; its parameters are the task's trainable head.
 
-    ``metric``: what the best step is chosen by. ``decodes``: reads patch tokens. ``speaks``: can generate text.
-    ``shuffles``: what the control of that name exchanges (`evaluate`). ``columns``: title and metric of a table's
-    columns; ``controls``: which controls it has rows for.
+    ``settings``: its section of the configuration. ``formats``: the data sections whose samples it takes.
+    ``metric``: what the best step is chosen by. ``decodes``: reads patch tokens and predicts masks. ``speaks``: can generate
+    text. ``remembers``: predicts from the answers that training gave (`remember`). ``shuffles``: what the negative control
+    of that name exchanges (`evaluate`). ``columns``: title and metric of a table's columns; ``controls``: which negative
+    controls it has rows for. ``texts_apart``: the samples' field of which two splits had better share nothing.
     """
 
+    settings: ClassVar[type[Section]]
+    formats: ClassVar[tuple[type[DataSection], ...]]
     metric: str
     decodes: bool = False
     speaks: bool = False
+    remembers: bool = False
     shuffles: Literal["samples", "images", "expressions"] = "samples"
     columns: tuple[tuple[str, str], ...] = ()
     controls: tuple[str, ...] = ("no-image", "frozen")
+    texts_apart: str = ""
+
+    @classmethod
+    def build(cls, config: Any, given: Given) -> "Task":
+        """The task with the settings ``config``. ConfigError where they, the models and the data do not go together."""
+        return cls(config, given.parts)
+
+    @staticmethod
+    def describe(samples: Sequence[Any]) -> dict[str, Any]:
+        """Of what kind a split's samples are, for ``data inspect``."""
+        raise NotImplementedError
+
+    @staticmethod
+    def caption(sample: Any) -> str:
+        """A sample in a line of text."""
+        raise NotImplementedError
+
+    @staticmethod
+    def caution(samples: Sequence[Any], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
+        """One line for each thing that decides a part of the score whatever a model says; see `cautions`."""
+        raise NotImplementedError
 
     def __init__(self, parts: Parts):
         super().__init__()
@@ -176,9 +222,41 @@ class Task(nn.Module):
         """The metrics of a split, ``metric`` and ``samples`` among them."""
         raise NotImplementedError
 
-    def lines(self, sample: Any, prediction: Prediction) -> tuple[list[str], bool | None]:
-        """What a figure says below a sample's picture, and whether it went right."""
+    def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
+        """By name, the metrics of what needs no trained model: a score says something only beside them."""
         raise NotImplementedError
+
+    def ask(self, question: Question) -> Answer:
+        """What the model makes of one picture."""
+        raise NotImplementedError
+
+    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
+        """A prediction as a figure shows it: the picture, lines below it, and whether it went right."""
+        raise NotImplementedError
+
+
+def cautions(
+    task: type[Task], samples: Sequence[Any], split: str, known: Mapping[str, Sequence[str]] | None = None
+) -> list[str]:
+    """What of a split's score cannot be wrong, or not be right, whatever a model says, in lines.
+
+    ``known``: the answers of training by their prompts, where they are known. DataError where the whole score is decided, so
+    that nothing is measured.
+    """
+    if not samples:
+        raise DataError(f"{split} holds no sample, so that nothing is scored: give a split that has some")
+    return task.caution(samples, split, known or {})
+
+
+def only_one(values: Sequence[str], split: str, what: str) -> list[str]:
+    """A line where all samples have the same answer or label."""
+    counts = Counter(values)
+    if len(counts) > 1:
+        return []
+    return [
+        f"{split}: every sample has the {what} {values[0][:60]!r}, so that always giving it is right every time:"
+        " a score says nothing of the pictures"
+    ]
 
 
 def require_finite(broken: Sequence[str], total: int, what: str = "the model") -> None:

@@ -5,25 +5,32 @@ The text runs through the language model, the picture reaches it through the inf
 Shapes: B samples, D hidden width, C classes, e width of the infused feature.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
+from mitrain.data.formats.labels import LabelSample
+from mitrain.data.sources import ClassSection
 from mitrain.models.batch import Picture
-from mitrain.tasks.base import Batch, Parts, Prediction, Task
+from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, only_one
+from mitrain.tasks.figures import Panel
 from mitrain.tasks.label_metrics import label_metrics
+from mitrain.tasks.probe import probe_labels
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
 from mitrain.tasks.template import frame_of, template_with
 
 SHOWN = 5  # classes whose probability a prediction names
+FREQUENT = 20  # labels that `describe` lists
 
 Readout = Literal["last", "mean", "cls", "embeddings", "image", "joint"]
 
@@ -46,6 +53,9 @@ class ClassifyConfig(Section, kind="task", name="classify"):
 class ClassifyTask(Task):
     """p = softmax or σ of W x + b, x the standardised read-outs; cross-entropy, or its binary form for every class."""
 
+    settings = ClassifyConfig
+    formats = (ClassSection,)
+    texts_apart = "text"
     columns = (("accuracy", "accuracy"), ("macro F1", "f1_macro"), ("AUROC", "auroc"))
     several = (
         *(("micro F1", "f1_micro"), ("macro F1", "f1_macro"), ("weighted F1", "f1_weighted")),
@@ -71,6 +81,11 @@ class ClassifyTask(Task):
         self.head = nn.Linear(width, len(classes))
         self.dropout = nn.Dropout(config.dropout)
         self._ids = cache(self._row)
+
+    @classmethod
+    def build(cls, config: ClassifyConfig, given: Given) -> "ClassifyTask":
+        classes = given.data.classes or given.data.class_names(given.root())
+        return cls(config, given.parts, classes, given.data.multilabel, given.image_width)
 
     def _row(self, text: str) -> list[int]:
         """Token ids of a filled template; a text that is too long loses its end, the template nothing."""
@@ -160,10 +175,65 @@ class ClassifyTask(Task):
         chances = np.stack([p.vector for p in predictions])
         return label_metrics(truth, chances, self.multilabel, self.config.threshold)
 
-    def lines(self, sample: Any, prediction: Prediction) -> tuple[list[str], bool | None]:
+    def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
+        """The training split's commonest label, and a linear probe on the features that are infused."""
+        truths = [self.targets(part).cpu().numpy() > 0 for part in splits.parts]
+        features = [splits.features(part).numpy() for part in splits.parts]
+        shares = truths[0].mean(0)
+        found = {
+            "majority label": np.tile(np.eye(len(shares))[shares.argmax()], (len(splits.chosen), 1)),
+            "linear probe on the same features": probe_labels(features, truths[:2], self.multilabel),
+        }
+        if self.multilabel:
+            found["training shares"] = np.tile(shares, (len(splits.chosen), 1))
+        threshold = self.config.threshold
+        return {name: label_metrics(truths[2], c, self.multilabel, threshold) for name, c in found.items()}
+
+    def ask(self, question: Question) -> Answer:
+        """The labels, and the likeliest classes with their probabilities."""
+        if question.candidates:
+            raise ConfigError(
+                "--candidates are for the task 'answer'; the classes of 'classify' are trained: leave it out"
+            )
+        name, text = question.path.name, question.text
+        found = question.predicted(self.predict(question.see(LabelSample(name, name, text, ())))).values
+        chances = found["probabilities"]
+        values = {"image": str(question.path), "text": text, "labels": found["predicted"], "probabilities": chances}
+        lines = [f"{p:7.3f}  {label}" for label, p in chances.items()]
+        return Answer(values, [f"labels: {', '.join(found['predicted']) or '(none)'}", *lines])
+
+    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
         values = prediction.values
         said = ", ".join(f"{name} ({values['probabilities'].get(name, 0):.2f})" for name in values["predicted"][:3])
-        return [said or "(none)", f"truth: {', '.join(sample.labels)}", sample.text], values["correct"]
+        truth = f"truth: {', '.join(sample.labels)}"
+        return Panel(picture, [said or "(none)", truth, sample.text], values["correct"])
+
+    @staticmethod
+    def describe(samples: Sequence[LabelSample]) -> dict[str, Any]:
+        counts = Counter(label for sample in samples for label in sample.labels)
+        return {
+            "objects": len({sample.object for sample in samples if sample.object}),
+            "texts": len({sample.text for sample in samples}),
+            "without_text": sum(not sample.text.strip() for sample in samples),
+            "different": len(counts),
+            "majority": round(max(counts.values(), default=0) / len(samples), 4),
+            "labels_per_sample": round(counts.total() / len(samples), 4),
+            "labels": dict(counts.most_common(FREQUENT)),
+        }
+
+    @staticmethod
+    def caption(sample: LabelSample) -> str:
+        return f"{sample.text} -> {', '.join(sample.labels)}"
+
+    @staticmethod
+    def caution(samples: Sequence[LabelSample], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
+        sets = [frozenset(sample.labels) for sample in samples]
+        if not any(sets):
+            raise DataError(f"{split}: no sample has a label, so that no prediction can be right: give labels")
+        names = frozenset().union(*sets)
+        if len(names) > 1 and all(labels == names for labels in sets):
+            return [f"{split}: every sample has all {len(names)} labels, so that always naming all is right every time"]
+        return only_one([", ".join(sorted(labels)) for labels in sets], split, "label")
 
 
 def class_weights(targets: Tensor, multilabel: bool) -> Tensor:

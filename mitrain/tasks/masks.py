@@ -1,4 +1,4 @@
-"""Losses, metrics and floors for segmentation masks.
+"""Losses, metrics and baselines for segmentation masks.
 
 Every loss is a pair (sum, count), so that a mean over accumulated micro-batches and ranks is exact; every metric is a
 vector of plain sums for the same reason. Two-class softmax depends on its logits only through their difference
@@ -149,7 +149,7 @@ def sample_sums(predicted: Mask, target: Mask) -> list[float]:
     return [1, intersection, union, iou, 2 * iou / (1 + iou), *(iou >= t for t in THRESHOLDS)]
 
 
-def floor_masks(instances: Sequence[Mask], seed: int, key: str) -> dict[str, Mask]:
+def baseline_masks(instances: Sequence[Mask], seed: int, key: str) -> dict[str, Mask]:
     """What a model without language could do at best: masks chosen from a scene's true instance masks.
 
     Args:
@@ -161,7 +161,7 @@ def floor_masks(instances: Sequence[Mask], seed: int, key: str) -> dict[str, Mas
         the first object wins a tie.
     """
     if not len(instances):
-        raise DataError(f"the scene of {key!r} has no instance masks: floors need its annotations")
+        raise DataError(f"the scene of {key!r} has no instance masks: baselines need its annotations")
     largest = max(range(len(instances)), key=lambda i: np.count_nonzero(instances[i]))
     central = min(range(len(instances)), key=lambda i: distance_to_centre(instances[i]))
     chosen = random.Random(f"{seed}:{key}").randrange(len(instances))

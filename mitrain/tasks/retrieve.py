@@ -10,24 +10,30 @@ Shapes: B samples, N samples of all ranks, D hidden width, d width of the common
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mitrain.core import dist
 from mitrain.core.config import Section
-from mitrain.core.errors import ConfigError
+from mitrain.core.errors import ConfigError, DataError
+from mitrain.data.formats.captions import CaptionSample
+from mitrain.data.sources import CaptionsConfig, KarpathyConfig
 from mitrain.models.batch import Picture
-from mitrain.tasks.base import Batch, Parts, Prediction, Task, require_finite
+from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, require_finite
 from mitrain.tasks.contrast import Everyone
+from mitrain.tasks.figures import Panel
 from mitrain.tasks.momentum import MomentumQueue
-from mitrain.tasks.ranks import Gallery, both_ways, rank_metrics, reranked
+from mitrain.tasks.probe import ridge
+from mitrain.tasks.ranks import Gallery, both_ways, chance, rank_metrics, reranked
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
 from mitrain.tasks.template import frame_of, template_with
 
@@ -72,8 +78,11 @@ class RetrieveTask(Task):
     cos + m, as BLIP has it, and the matching loss is that of m.
     """
 
+    settings = RetrieveConfig
+    formats = (CaptionsConfig, KarpathyConfig)
     metric = "recall_mean"
     shuffles = "images"
+    texts_apart = "text"
     columns = (
         *(("i→t R@1", "i2t_r1"), ("R@5", "i2t_r5"), ("R@10", "i2t_r10"), ("median", "i2t_median_rank")),
         *(("t→i R@1", "t2i_r1"), ("R@5", "t2i_r5"), ("R@10", "t2i_r10"), ("median", "t2i_median_rank")),
@@ -115,6 +124,14 @@ class RetrieveTask(Task):
             self.slow = MomentumQueue(config.queue, config.dim, trained, *settings)
         self.frame = frame_of(config.template)
         self._ids = cache(self._row)
+
+    @classmethod
+    def build(cls, config: RetrieveConfig, given: Given) -> "RetrieveTask":
+        if given.batch < dist.world():
+            raise ConfigError(
+                f"train.batch={given.batch} is less than a sample for each of {dist.world()} ranks: raise it"
+            )
+        return cls(config, given.parts, given.image_width)
 
     @torch.no_grad()
     def _take_over(self, maps: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
@@ -320,10 +337,66 @@ class RetrieveTask(Task):
             values |= dict(zip(part, found, strict=True)) if own else {}
         return {pair: value for ranks in dist.gather(values) for pair, value in ranks.items()}
 
-    def lines(self, sample: Any, prediction: Prediction) -> tuple[list[str], bool | None]:
+    def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
+        """A random order, and a ridge regression from the infused features to the frozen language model's text states."""
+        features = [splits.features(part).numpy() for part in splits.parts]
+        states = [self.frozen_states([s.text for s in part]) for part in splits.parts]
+        galleries = [Gallery([s.image for s in part], [s.text for s in part]) for part in splits.parts]
+        counts = {"samples": len(splits.chosen), "images": len(galleries[2].images)}
+        found = {
+            "random order": chance(galleries[2]),
+            "ridge regression to the text states": ridge(features, states, galleries),
+        }
+        return {name: values | counts for name, values in found.items()}
+
+    def ask(self, question: Question) -> Answer:
+        """How well the text and the candidates fit the picture, the best first."""
+        name, text = question.path.name, question.text
+        texts = list(dict.fromkeys([text, *question.candidates]))
+        found = self.fits(question.see(CaptionSample(name, name, text)), texts)
+        require_finite([name] * (not all(map(math.isfinite, found))), 1, question.what)
+        ranked = dict(sorted(zip(texts, found, strict=True), key=lambda pair: -pair[1]))
+        values: dict[str, Any] = {"image": str(question.path), "text": text, "scores": ranked}
+        if len(texts) > 1:
+            values["rank"] = list(ranked).index(text) + 1
+        return Answer(values, [f"{score:7.3f}  {words}" for words, score in ranked.items()])
+
+    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
         values = prediction.values
         ranks = f"image → text rank {values['rank_of_text']}, text → image rank {values['rank_of_image']}"
-        return [sample.text, ranks], values["rank_of_image"] == 1
+        return Panel(picture, [sample.text, ranks], values["rank_of_image"] == 1)
+
+    @staticmethod
+    def describe(samples: Sequence[CaptionSample]) -> dict[str, Any]:
+        each = Counter(sample.image for sample in samples)
+        texts = Counter(sample.text for sample in samples)
+        return {
+            "objects": len({sample.object for sample in samples if sample.object}),
+            "texts": len(texts),
+            "captions_per_image": dict(sorted(Counter(each.values()).items())),
+            "texts_of_several_samples": sum(count > 1 for count in texts.values()),
+            "mean_words": round(float(np.mean([len(sample.text.split()) for sample in samples])), 2),
+        }
+
+    @staticmethod
+    def caption(sample: CaptionSample) -> str:
+        return sample.text
+
+    @staticmethod
+    def caution(samples: Sequence[CaptionSample], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
+        gallery = Gallery([sample.image for sample in samples], [sample.text for sample in samples])
+        decided = gallery.decided()
+        if len(decided) == len(gallery.depths()):
+            raise DataError(
+                f"{split}: {len(gallery.images)} image(s) and {len(set(gallery.texts))} different text(s) leave nothing"
+                " that a ranking could get wrong: give more"
+            )
+        if not decided:
+            return []
+        return [
+            f"{split}: {', '.join(decided)} cannot be wrong among {len(gallery.images)} images and {len(gallery.texts)}"
+            " texts and are left out of recall_mean"
+        ]
 
 
 def one_row(index: int) -> slice:

@@ -5,26 +5,34 @@ The (infused) text state conditions the decoder (MiT §3; its release calls this
 Shapes: B samples, T tokens, D hidden width, N patches, c channels, h × w the decoder's output, H × W an image's own size.
 """
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mitrain.core.config import Section
-from mitrain.core.errors import ConfigError
+from mitrain.core.errors import ConfigError, DataError
+from mitrain.data.formats.refcoco import ReferSample
+from mitrain.data.sources import RefcocoConfig
 from mitrain.models import costs
 from mitrain.models.batch import Picture
 from mitrain.tasks import decoders, masks
-from mitrain.tasks.base import Batch, Parts, Prediction, Task
+from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task
+from mitrain.tasks.figures import Panel, outlined, overlay
 from mitrain.tasks.readout import See, read_out, runs_text, statistics
 from mitrain.tasks.template import frame_of, template_with
 
 Readout = Literal["last", "mean", "cls", "embeddings"]
+EXAMPLES = 5  # broken masks that `describe` names
+AREAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # edges of its histogram, as shares of the picture
 
 
 class SegmentConfig(Section, kind="task", name="segment"):
@@ -48,8 +56,11 @@ class SegmentConfig(Section, kind="task", name="segment"):
 class SegmentTask(Task):
     """mask = decoder(patch tokens of several encoder levels; condition = standardised read-outs of the text)."""
 
+    settings = SegmentConfig
+    formats = (RefcocoConfig,)
     metric = "oiou"
     decodes = True
+    texts_apart = "expression"
     shuffles = "expressions"
     columns = (("oIoU", "oiou"), ("mIoU", "miou"), ("P@0.5", "precision@0.5"))
     controls = ("shuffle", "no-image")
@@ -82,6 +93,17 @@ class SegmentTask(Task):
             self.decoder = decoders.FilmDecoder(patch=patch, **chosen, **shape)
         frame = frame_of(config.template)
         self._ids = cache(lambda text: parts.text.tokens(text, frame=frame))
+
+    @classmethod
+    def build(cls, config: SegmentConfig, given: Given) -> "SegmentTask":
+        seeing = [encoder for encoder in given.encoders if encoder.config.levels]
+        if len({(e.grid, e.prefix_tokens) for e in seeing}) > 1:
+            raise ConfigError(
+                "the encoders with levels have different patch grids: give levels to one of them, or equal sizes"
+            )
+        widths = [encoder.level_width for encoder in seeing for _ in encoder.config.levels]
+        shape = (seeing[0].grid, seeing[0].patch, seeing[0].prefix_tokens) if seeing else (1, 1, 0)
+        return cls(config, given.parts, widths, *shape)
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         if not runs_text(self.config.readout):
@@ -139,3 +161,79 @@ class SegmentTask(Task):
         metrics = masks.MaskMetrics()
         metrics.update((p.mask for p in predictions), (s.mask() for s in samples))
         return metrics.compute()
+
+    def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
+        """What masks chosen without language reach, given the true masks of all objects that the split names."""
+        scenes: dict[str, dict[bytes, np.ndarray]] = defaultdict(dict)
+        shown = {s.image for s in splits.chosen}
+        for s in splits.whole():
+            if s.image in shown and not s.fault():
+                mask = s.mask()
+                scenes[s.image][mask.tobytes()] = mask
+        names = {
+            "union": "all objects",
+            "largest": "largest object",
+            "central": "most central object",
+            "random": "random object",
+        }
+        metrics = {kind: masks.MaskMetrics() for kind in names}
+        for s in splits.chosen:
+            for kind, mask in masks.baseline_masks(list(scenes[s.image].values()), splits.seed, s.id).items():
+                metrics[kind].update([mask], [s.mask()])
+        return {f"{names[kind]} (true masks)": found.compute() for kind, found in metrics.items()}
+
+    def ask(self, question: Question) -> Answer:
+        """The mask of what the text refers to, and which share of the picture it is."""
+        name, text, picture = question.path.name, question.text, question.picture()
+        sample = ReferSample.unlabelled(name, name, text, (picture.height, picture.width))
+        mask = question.predicted(self.predict(question.see(sample))).mask
+        share = float(mask.mean())
+        values = {"image": str(question.path), "expression": text, "mask_share": share}
+        return Answer(values, [f"{text!r}: {int(mask.sum())} of {mask.size} pixels ({100 * share:.1f} %)"], mask)
+
+    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
+        truth = sample.mask()
+        union = np.count_nonzero(truth | prediction.mask)
+        iou = np.count_nonzero(truth & prediction.mask) / union if union else 0.0
+        drawn = outlined(overlay(picture, prediction.mask), truth)
+        return Panel(drawn, [sample.expression, f"IoU {iou:.2f}"], iou >= 0.5)
+
+    @staticmethod
+    def describe(samples: Sequence[ReferSample]) -> dict[str, Any]:
+        areas, broken = [], {}
+        for sample in samples:
+            try:
+                areas.append(float(sample.mask().mean()))
+            except DataError as error:
+                broken[sample.id] = str(error)
+        edges = [0.0, *AREAS, 1.0]
+        places = np.digitize(areas, AREAS, right=True)
+        return {
+            "expressions": len({sample.expression for sample in samples}),
+            "kinds": dict(Counter(sample.kind for sample in samples if sample.kind)),
+            "broken_masks": len(broken),
+            "broken_mask_examples": dict(list(broken.items())[:EXAMPLES]),
+            "empty_masks": areas.count(0.0),
+            "mean_area": round(float(np.mean(areas)), 4) if areas else None,
+            "areas": {
+                f"{100 * low:g}-{100 * high:g} %": int((places == place).sum())
+                for place, (low, high) in enumerate(pairwise(edges))
+            },
+        }
+
+    @staticmethod
+    def caption(sample: ReferSample) -> str:
+        return sample.expression
+
+    @staticmethod
+    def caution(samples: Sequence[ReferSample], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
+        masks = [sample.mask() for sample in samples if not sample.fault()]
+        empty, full = sum(not mask.any() for mask in masks), sum(bool(mask.all()) for mask in masks)
+        if empty == len(masks):
+            raise DataError(
+                f"{split}: no mask has an object in it, so that every IoU is 0: give annotations with objects"
+            )
+        found = [f"{split}: {empty} of {len(masks)} masks are empty; their IoU is 0 whatever is found"] if empty else []
+        if full == len(masks):
+            found.append(f"{split}: every mask covers its whole picture, so that marking all is right every time")
+        return found

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mitrain import methods
-from mitrain.core import dist, prepared
+from mitrain.core import prepared
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.files import cache_home
 from mitrain.data.features import FeatureNorm, ImageFeatures, Progress, no_progress
@@ -24,11 +24,8 @@ from mitrain.data.loader import Draw
 from mitrain.data.states import PictureStates, TextStates
 from mitrain.methods.base import Adapter
 from mitrain.models import ModelConfig, Shard, TextBackbone, VisionEncoder, loading
-from mitrain.tasks.answer import AnswerTask
-from mitrain.tasks.base import Batch, Parts, Task
-from mitrain.tasks.classify import ClassifyTask
-from mitrain.tasks.retrieve import RetrieveTask
-from mitrain.tasks.segment import SegmentTask
+from mitrain.tasks import TASKS
+from mitrain.tasks.base import Batch, Given, Parts, Task
 from mitrain.training.fingerprint import digest
 from mitrain.training.schema import RunConfig
 
@@ -53,8 +50,7 @@ def settled(config: RunConfig) -> RunConfig:
     data = config.data.model_copy(update={"root": placed(config.data.root)} if config.data.root else {})
     vision = tuple(part.model_copy(update={"name": placed(part.name)}) for part in config.model.vision)
     model = config.model.model_copy(update={"llm": placed(config.model.llm), "vision": vision})
-    if config.task.section_name == "classify" and not data.classes:
-        data = data.model_copy(update={"classes": data.class_names(resolve_data(data))})
+    data = data.settled(lambda: resolve_data(data))
     return config.model_copy(update={"data": data, "model": model})
 
 
@@ -240,7 +236,10 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
         pictures = None
         if "image" in adapter.places:
             pictures = PictureStates(encoders[0], adapter.first_layer("image"), cache)
-        task = build_task(config, Parts(text, adapter, states), encoders)
+        given = Given(
+            Parts(text, adapter, states), config.data, lambda: resolve_data(config.data), encoders, config.train.batch
+        )
+        task = TASKS[config.task.section_name].build(config.task, given)
     return Model(
         config, text, encoders, adapter, FeatureNorm(width, config.features), task, states, pictures, pretrained
     )
@@ -262,41 +261,6 @@ def changeable(encoders: Sequence[VisionEncoder], adapter: Adapter) -> nn.Module
             f" {encoders[0].config.name!r} has none: put another encoder first in model.vision, as dinov2-vits14"
         )
     return encoders[0].model
-
-
-def build_task(config: RunConfig, parts: Parts, encoders: Sequence[VisionEncoder]) -> Task:
-    if config.task.section_name == "answer":
-        if not parts.text.speaks:
-            raise ConfigError(f"model.llm={config.model.llm!r} has no language head to answer with: take another task")
-        if parts.adapter.walks or parts.adapter.wraps or parts.adapter.places != ("text",):
-            raise ConfigError(
-                f"the method {parts.adapter.method!r} does not work through the language head: take another task"
-            )
-        return AnswerTask(config.task, parts)
-    if config.task.section_name == "classify":
-        classes = config.data.classes or config.data.class_names(resolve_data(config.data))
-        return ClassifyTask(config.task, parts, classes, config.data.multilabel, sum(e.width for e in encoders))
-    if config.task.section_name == "retrieve":
-        if config.train.batch < dist.world():
-            raise ConfigError(
-                f"train.batch={config.train.batch} is less than a sample for each of {dist.world()} ranks: raise it"
-            )
-        return RetrieveTask(config.task, parts, sum(e.width for e in encoders))
-    seeing = [encoder for encoder in encoders if encoder.config.levels]
-    if len({(e.grid, e.prefix_tokens) for e in seeing}) > 1:
-        raise ConfigError(
-            "the encoders with levels have different patch grids: give levels to one of them, or equal sizes"
-        )
-    widths = [encoder.level_width for encoder in seeing for _ in encoder.config.levels]
-    first = seeing[0] if seeing else None
-    return SegmentTask(
-        config.task,
-        parts,
-        widths,
-        first.grid if first else 1,
-        first.patch if first else 1,
-        first.prefix_tokens if first else 0,
-    )
 
 
 def seed_everything(seed: int) -> None:

@@ -5,18 +5,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-import mitrain.data.sources
-import mitrain.methods
-import mitrain.tasks.answer
-import mitrain.tasks.classify
-import mitrain.tasks.retrieve
-import mitrain.tasks.segment  # noqa: F401 - importing a section's module makes its name known
+import mitrain.methods  # noqa: F401 - importing a section's module makes its name known
 from mitrain.core import config
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError
 from mitrain.data.features import FeatureConfig
 from mitrain.methods.kernels import KernelConfig
 from mitrain.models import ModelConfig
+from mitrain.tasks import TASKS
 from mitrain.training.engine import OptimizerConfig, ZeroConfig
 from mitrain.training.schedule import ScheduleConfig
 from mitrain.training.telemetry import WandbConfig
@@ -69,6 +65,15 @@ class RunConfig(Section):
     cache: bool = True
     wandb: WandbConfig = WandbConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, values: Any) -> Any:
+        """Runs and exports of earlier versions also name the task in their section ``data``."""
+        data, task = (values.get(key) for key in ("data", "task")) if isinstance(values, dict) else (None, None)
+        if isinstance(data, dict) and isinstance(task, dict) and data.get("task", 0) == task.get("name"):
+            return {**values, "data": {key: value for key, value in data.items() if key != "task"}}
+        return values
+
     @field_validator("adapter", "task", "data", mode="before")
     @classmethod
     def _by_name(cls, value: Any, info: Any) -> Section:
@@ -79,9 +84,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fitting(self) -> "RunConfig":
-        if self.data.task != self.task.section_name:
+        if not isinstance(self.data, TASKS[self.task.section_name].formats):
+            fitting = " or ".join(repr(name) for name, task in TASKS.items() if isinstance(self.data, task.formats))
             raise ValueError(
-                f"data.name={self.data.section_name!r} serves the task {self.data.task!r}, not {self.task.section_name!r}"
+                f"data.name={self.data.section_name!r} serves the task {fitting}, not {self.task.section_name!r}"
             )
         return self
 

@@ -31,10 +31,9 @@ from mitrain.data.features import ImageFeatures
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit, portion
-from mitrain.tasks.base import Batch
+from mitrain.tasks.base import Batch, cautions
 from mitrain.training import checkpoint, resume, runs
 from mitrain.training.build import Model, build, resolve_data
-from mitrain.training.cautions import cautions
 from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.engine import (
     FP16_SCALE,
@@ -113,7 +112,7 @@ class Trainer:
         splits = {"train": self.train, "val": self.val}
         self.fingerprint = fingerprint(config.to_dict(), splits, self.images.key, self.model.base)
         require_same(self.fingerprint)
-        for line in cautions(self.val, "the split 'val'", getattr(self.model.task, "known", None)):
+        for line in cautions(self.model.task, self.val, "the split 'val'", getattr(self.model.task, "known", None)):
             log.warning(line)
         paths = {name: sorted({s.image for s in part}) for name, part in (("train", self.train), ("val", self.val))}
         views = {"train": config.features.views, "val": config.features.eval_views}

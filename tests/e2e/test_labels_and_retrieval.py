@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fifth_task import RateTask
 from folders import colour_records, llm_folder, vision_folder
 
 from mitrain.cli import main
+from mitrain.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +74,10 @@ def test_one_label(world, capsys):
     found = controls(capsys, run, "none", "no-image", "frozen", "shuffle")
     assert found["none"]["accuracy"] >= 0.8 and found["none"]["auroc"] >= 0.9 and found["none"]["samples"] == 8
     assert max(found[c]["accuracy"] for c in ("no-image", "frozen", "shuffle")) <= 0.5
-    floors = as_json(capsys, "eval", run, "--split", "test", "--floors")["floors"]
+    baselines = as_json(capsys, "eval", run, "--split", "test", "--baselines")["baselines"]
     assert (
-        floors["majority label"]["accuracy"] == 0.25 and floors["linear probe on the same features"]["accuracy"] >= 0.8
+        baselines["majority label"]["accuracy"] == 0.25
+        and baselines["linear probe on the same features"]["accuracy"] >= 0.8
     )
     (world / "data" / "labels-train.jsonl").rename(world / "data" / "gone.jsonl")  # the classes are the run's own
     try:
@@ -96,17 +99,17 @@ def test_floors_learn_from_the_samples_that_the_run_was_trained_on(world, capsys
     config = configuration(world, "labels", {"name": "classify"}, {"name": "labelled"}, "labels")
     few = ("train.fraction=0.125", "train.batch=4", "train.steps=1", "train.eval_every=1")
     run = as_json(capsys, "train", config, *few, "--runs", world / "few")["run"]
-    floors = as_json(capsys, "eval", run, "--split", "test", "--floors")["floors"]
-    assert {floor["accuracy"] for floor in floors.values()} == {0.25}
+    baselines = as_json(capsys, "eval", run, "--split", "test", "--baselines")["baselines"]
+    assert {one["accuracy"] for one in baselines.values()} == {0.25}
 
 
 def test_several_labels(world, capsys):
     data = {"name": "labelled", "multilabel": True}
     config = configuration(world, "several", {"name": "classify", "readout": ["mean"]}, data, "several")
     run = as_json(capsys, "train", config, "--runs", world / "runs")["run"]
-    found = as_json(capsys, "eval", run, "--split", "test", "--floors")
-    assert found["f1_micro"] > found["floors"]["majority label"]["f1_micro"] and found["auroc_classes"] == 4
-    assert set(found["floors"]) == {"majority label", "training shares", "linear probe on the same features"}
+    found = as_json(capsys, "eval", run, "--split", "test", "--baselines")
+    assert found["f1_micro"] > found["baselines"]["majority label"]["f1_micro"] and found["auroc_classes"] == 4
+    assert set(found["baselines"]) == {"majority label", "training shares", "linear probe on the same features"}
 
 
 def test_retrieval(world, capsys):
@@ -116,8 +119,8 @@ def test_retrieval(world, capsys):
     found = controls(capsys, run, "none", "no-image", "frozen")
     assert found["none"]["recall_mean"] > 0.9 and found["none"]["images"] == 8
     assert found["no-image"]["recall_mean"] < 0.7 and found["frozen"]["before_reranking"]["recall_mean"] > 0.9
-    floors = as_json(capsys, "eval", run, "--split", "test", "--floors")["floors"]
-    assert floors["random order"]["i2t_r1"] == 0.25 and "ridge regression to the text states" in floors
+    baselines = as_json(capsys, "eval", run, "--split", "test", "--baselines")["baselines"]
+    assert baselines["random order"]["i2t_r1"] == 0.25 and "ridge regression to the text states" in baselines
     said = as_json(
         capsys, "predict", run, "--image", world / "data" / "images" / "32.png", "--text", "a red square",
         "--candidates", "a blue square,a green square",
@@ -141,3 +144,29 @@ def test_bad_labels_are_one_line_and_leave_no_run(world, capsys):
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "bad-train.jsonl:1: no 'label'" in captured.err
     assert not (world / "none").exists()
+
+
+def test_a_fifth_task_needs_its_own_file_and_an_entry(world, capsys, monkeypatch):
+    """Written in fifth_task.py, which imports of mitrain what any task may; the package knows nothing of it."""
+    monkeypatch.setitem(TASKS, "rate", RateTask)
+    numbers = {"red": "0.1", "green": "0.4", "blue": "0.6", "yellow": "0.9"}
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (world / "data" / f"{split}.jsonl").read_text().splitlines()]
+        made = [r | {"answer": numbers[r["answer"]], "candidates": [], "prompt": "how bright ?"} for r in rows]
+        (world / "data" / f"rates-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    config = configuration(world, "rates", {"name": "rate", "offset": 0.5}, {"name": "records"}, "rates")
+    assert as_json(capsys, "data", "inspect", config)["splits"]["train"]["mean"] == pytest.approx(0.5)
+    assert as_json(capsys, "train", config, "--dry-run")["head_parameters"] == 48 + 1
+    run = as_json(capsys, "train", config, "--runs", world / "runs")["run"]
+    found = as_json(capsys, "eval", run, "--split", "test", "--baselines")
+    other = as_json(capsys, "eval", run, "--split", "test", "--control", "no-image")
+    assert found["closeness"] > max(other["closeness"], found["baselines"]["training mean"]["closeness"]) + 0.05
+    picture = next((world / "data").rglob("*.png"))
+    exported = as_json(capsys, "export", run, "--out", world / "export-rates")["folder"]
+    rates = [
+        as_json(capsys, "predict", folder, "--image", picture, "--text", "how bright ?")["rate"]
+        for folder in (run, exported)
+    ]
+    assert rates[0] == pytest.approx(rates[1], abs=2e-6)
+    table = as_json(capsys, "report", run, "--splits", "test", "--out", world / "report-rates")
+    assert {row["label"] for row in table["rows"]} >= {"rates", "training mean"}

@@ -80,13 +80,13 @@ def test_it_learns_and_the_controls_lose(world, trained, capsys):
 
 
 def test_floors_stand_beside_the_score(world, trained, capsys):
-    found = as_json(capsys, "eval", trained, "--split", "test", "--floors")
-    assert set(found["floors"]) == {"majority answer", "linear probe on the same features"}
-    assert found["floors"]["majority answer"] == {"accuracy": 0.25, "samples": 16}
-    assert found["floors"]["linear probe on the same features"]["accuracy"] >= 0.9
-    code, out, _ = command(capsys, "eval", trained, "--split", "test", "--floors")
+    found = as_json(capsys, "eval", trained, "--split", "test", "--baselines")
+    assert set(found["baselines"]) == {"majority answer", "linear probe on the same features"}
+    assert found["baselines"]["majority answer"] == {"accuracy": 0.25, "samples": 16}
+    assert found["baselines"]["linear probe on the same features"]["accuracy"] >= 0.9
+    code, out, _ = command(capsys, "eval", trained, "--split", "test", "--baselines")
     assert code == 0 and "  majority answer\n    accuracy             0.2500\n" in out
-    assert "floors" not in as_json(capsys, "eval", trained, "--split", "test")
+    assert "baselines" not in as_json(capsys, "eval", trained, "--split", "test")
 
 
 def test_the_run_folder_is_complete(trained):
@@ -239,8 +239,8 @@ def test_segmentation_from_digit_scenes(world, capsys):
     for control in ("none", "shuffle", "no-image"):
         found = as_json(capsys, "eval", made["run"], "--control", control, "--samples", 12)
         assert {"oiou", "miou", "precision", "samples"} <= set(found) and found["samples"] == 12
-    floors = as_json(capsys, "eval", made["run"], "--floors", "--samples", 12)["floors"]
-    assert "all objects (true masks)" in floors and all(floor["samples"] == 12 for floor in floors.values())
+    baselines = as_json(capsys, "eval", made["run"], "--baselines", "--samples", 12)["baselines"]
+    assert "all objects (true masks)" in baselines and all(one["samples"] == 12 for one in baselines.values())
     Image.fromarray(np.full((60, 90, 3), 200, np.uint8)).save(world / "new.png")
     out = world / "prediction"
     found = as_json(capsys, "predict", made["run"], "--image", world / "new.png", "--text", "the seven", "--out", out)

@@ -9,9 +9,19 @@ from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.formats.refcoco import ReferSample
-from mitrain.training.cautions import cautions
+from mitrain.tasks import base
+from mitrain.tasks.answer import AnswerTask
+from mitrain.tasks.classify import ClassifyTask
+from mitrain.tasks.retrieve import RetrieveTask
+from mitrain.tasks.segment import SegmentTask
 
 EMPTY, HALF, FULL = ({"size": [6, 8], "counts": counts} for counts in ([48], [24, 24], [0, 48]))
+
+TASKS = {AnswerSample: AnswerTask, CaptionSample: RetrieveTask, LabelSample: ClassifyTask, ReferSample: SegmentTask}
+
+
+def cautions(samples, split, known=None):
+    return base.cautions(TASKS[type(samples[0])] if samples else AnswerTask, samples, split, known)
 
 
 def answer(text, candidates=(), prompt="p"):

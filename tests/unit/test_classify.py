@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from folders import llm_folder
+from PIL import Image
 from tiny import scramble
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ from mitrain.models.batch import Picture
 from mitrain.tasks.base import Batch, Parts, Prediction
 from mitrain.tasks.classify import ClassifyConfig, ClassifyTask, class_weights
 from mitrain.tasks.label_metrics import label_metrics
-from mitrain.training.probe import probe_labels
+from mitrain.tasks.probe import probe_labels
 
 CLASSES = ("red", "green", "blue")
 FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
@@ -129,7 +130,8 @@ def test_predictions_and_their_lines(folder, multilabel):
         expected = [name for p, name in ranked if p >= 0.4] if multilabel else [ranked[0][1]]
         assert prediction.values["predicted"] == expected
         assert prediction.values["correct"] == (set(expected) == set(sample.labels))
-        lines, right = task.lines(sample, prediction)
+        shown = task.panel(sample, prediction, Image.new("RGB", (4, 4)))
+        lines, right = shown.lines, shown.right
         assert right == prediction.values["correct"] and sample.text in lines
 
 

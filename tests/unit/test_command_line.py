@@ -25,7 +25,7 @@ def test_settings_may_stand_behind_options(words):
     [
         (["train", "c.yaml", "--dry-runn"], "--dry-runn means nothing to mitrain train: see mitrain --help"),
         (["train", "c.yaml", "--dry-run", "stray"], "stray means nothing to mitrain train: see mitrain --help"),
-        (["eval", "run", "--floors", "a=b"], "a=b means nothing to mitrain eval: see mitrain --help"),
+        (["eval", "run", "--baselines", "a=b"], "a=b means nothing to mitrain eval: see mitrain --help"),
         (["compare"], "the following arguments are required: STUDY: see mitrain compare --help"),
         (["eval", "run", "--control", "no"], "argument --control: invalid choice: 'no'"),
     ],

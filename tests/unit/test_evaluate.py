@@ -13,10 +13,10 @@ from mitrain.core.errors import ConfigError, DataError, UserError
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.formats.refcoco import ReferSample
-from mitrain.inference import figures
+from mitrain.tasks import figures
 from mitrain.tasks.base import Batch, Prediction
+from mitrain.tasks.probe import probe_accuracy
 from mitrain.training.evaluate import CONTROLS, controlled, evaluate
-from mitrain.training.probe import probe_accuracy
 
 
 def answers(count=12):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.metrics import f1_score, jaccard_score
 
 from mitrain.core.errors import ConfigError, DataError
-from mitrain.tasks.masks import LOSSES, MaskMetrics, floor_masks, mask_loss, predict_masks
+from mitrain.tasks.masks import LOSSES, MaskMetrics, baseline_masks, mask_loss, predict_masks
 
 EPS = np.finfo(np.float64).eps
 
@@ -235,7 +235,7 @@ def scene() -> list[np.ndarray]:
 
 def test_floors_by_hand():
     masks = scene()
-    floors = floor_masks(masks, seed=0, key="a")
+    floors = baseline_masks(masks, seed=0, key="a")
     assert floors["union"].sum() == 12 + 4 + 7
     assert np.array_equal(floors["largest"], masks[0])
     assert np.array_equal(floors["central"], masks[1])
@@ -245,14 +245,14 @@ def test_central_is_judged_in_both_directions():
     masks = [np.zeros((9, 9), dtype=bool) for _ in range(5)]
     for mask, place in zip(masks, [(4, 1), (1, 4), (4, 4), (7, 4), (4, 7)], strict=True):
         mask[place] = True
-    assert floor_masks(masks, seed=0, key="a")["central"] is masks[2]
+    assert baseline_masks(masks, seed=0, key="a")["central"] is masks[2]
 
 
 def test_the_random_floor_is_seeded_and_uniform():
     masks = scene()
 
     def chosen(seed: int, key: str) -> int:
-        found = floor_masks(masks, seed, key)["random"]
+        found = baseline_masks(masks, seed, key)["random"]
         return next(i for i, mask in enumerate(masks) if mask is found)
 
     draws = [chosen(0, f"sample {i}") for i in range(400)]
@@ -263,4 +263,4 @@ def test_the_random_floor_is_seeded_and_uniform():
 
 def test_a_scene_without_instances_is_refused():
     with pytest.raises(DataError, match="'scene 7' has no instance masks"):
-        floor_masks([], seed=0, key="scene 7")
+        baseline_masks([], seed=0, key="scene 7")

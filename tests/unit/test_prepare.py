@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mitrain_demo import DATASETS, MODELS
 
 from mitrain.core import prepared
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import sha256_file
 from mitrain.core.prepared import Recipe, ensure_data, ensure_model
-from mitrain_demo import DATASETS, MODELS
 
 
 class Toy:

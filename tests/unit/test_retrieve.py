@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from folders import llm_folder
+from PIL import Image
 from tiny import scramble
 from torch.nn import functional as F
 
@@ -275,7 +276,8 @@ def test_at_first_reranking_changes_nothing_and_later_it_does(folder):
     assert later["before_reranking"] == first["before_reranking"]
     assert later["t2i_mean_rank"] != first["t2i_mean_rank"]
     for sample, prediction in zip(samples(), predictions, strict=True):
-        lines, right = task.lines(sample, prediction)
+        shown = task.panel(sample, prediction, Image.new("RGB", (4, 4)))
+        lines, right = shown.lines, shown.right
         assert lines[0] == sample.text and right == (prediction.values["rank_of_image"] == 1)
     blind = task.score(samples(), task.predict(batch(blind=True)))
     assert blind["before_reranking"] == first["before_reranking"] and blind["samples"] == 6 and blind["images"] == 5

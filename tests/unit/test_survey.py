@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mitrain.data import inspection
+from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.formats.refcoco import ReferSample
-from mitrain.data.inspection import survey, wrapped
+from mitrain.data.inspection import wrapped
+from mitrain.tasks.answer import AnswerTask
+from mitrain.tasks.classify import ClassifyTask
+from mitrain.tasks.retrieve import RetrieveTask
+from mitrain.tasks.segment import SegmentTask
 
 FULL = {"size": [6, 8], "counts": [0, 48]}
 HALF = {"size": [6, 8], "counts": [24, 24]}
@@ -60,6 +66,11 @@ class Words:
     def textlength(self, text: str) -> float:
         self.drawn.append(text)
         return 6.0 * len(text)
+
+
+def survey(splits, *rest, **options):
+    tasks = {AnswerSample: AnswerTask, CaptionSample: RetrieveTask, LabelSample: ClassifyTask, ReferSample: SegmentTask}
+    return inspection.survey(tasks[type(next(iter(splits.values()))[0])], splits, *rest, **options)
 
 
 def shared(report) -> dict[str, int]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from mitrain.tasks.ranks import Gallery, both_ways, rank_metrics
+
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
@@ -54,7 +56,7 @@ def answers_for_prompt(
 
 
 def fit(x: np.ndarray, labels: Sequence[str], strength: float) -> "LogisticRegression":
-    from sklearn.exceptions import ConvergenceWarning  # a second to import, for floors alone
+    from sklearn.exceptions import ConvergenceWarning  # a second to import, for baselines alone
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
@@ -67,6 +69,28 @@ def ridge_fit(x: np.ndarray, y: np.ndarray, strength: float) -> Callable[[np.nda
     from sklearn.linear_model import Ridge
 
     return Ridge(alpha=strength).fit(x, y).predict
+
+
+def ridge(features: Sequence[Any], states: Sequence[Any], galleries: Sequence[Gallery]) -> dict[str, Any]:
+    """Retrieval metrics of the last part, of the regression that is best on the second.
+
+    Args:
+        features, states: of the training, validation and asked samples, (n, e) and (n, D).
+    """
+    best = None
+    for strength in RIDGES:
+        predict = ridge_fit(features[0], states[0], strength)
+        val, found = (
+            rank_metrics(*both_ways(gallery, unit(predict(x[gallery.first])), unit(y)), gallery.decided())
+            for x, y, gallery in zip(features[1:], states[1:], galleries[1:], strict=True)
+        )
+        if best is None or val["recall_mean"] > best[0]:
+            best = (val["recall_mean"], found)
+    return best[1]
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
 
 
 def probe_labels(features: Sequence[np.ndarray], truths: Sequence[np.ndarray], multilabel: bool) -> np.ndarray:
