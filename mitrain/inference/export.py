@@ -21,13 +21,14 @@ from mitrain.data.sources import portion
 from mitrain.inference import scoring
 from mitrain.methods import export_format
 from mitrain.methods.base import Adapter
-from mitrain.methods.export_format import EncoderPart, PreprocessPart, RunPart
+from mitrain.methods.export_format import Contents, EncoderPart, PreprocessPart, RunPart
 from mitrain.methods.export_format.contents import ANSWER_LENGTH, ANSWERS_KEPT, PROMPTS_KEPT
 from mitrain.models import VisionEncoder, loading
+from mitrain.models.digests import stored_base
 from mitrain.tasks import TASKS
 from mitrain.tasks.answer import answers_by_prompt
 from mitrain.training import checkpoint, runs, schema
-from mitrain.training.build import Model, build, resolve_data
+from mitrain.training.build import Model, build, named_digests, resolve_data
 from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.schema import RunConfig
 
@@ -206,11 +207,14 @@ def from_pretrained(
     return Pretrained(runs.open_published(folder, base, encoders, allow_changes, **model))
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, FeatureNorm | None]:
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, *, allow_changes: bool = False
+) -> tuple[Adapter, FeatureNorm | None]:
     """Attach a published adapter to a transformers model that is in memory already.
 
     Returns the adapter (``detach()`` takes it off) and, of an exported run, the module that turns encoders' features
-    (B, e) into what is infused. Raises ModelError where the model is of another shape; it is then left as it was.
+    (B, e) into what is infused. Raises ModelError where the model is of another shape or, unless ``allow_changes``, was
+    read from other weights than the run's; it is then left as it was.
     """
     contents, _ = export_format.read_contents(Path(folder))
     runs.check_amount(contents.tensors.bytes // 4, loading.count_parameters(model), folder)
@@ -228,6 +232,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, F
             f"{published.path}: {adapter.method} attaches to the image encoder too, not to a language model alone: open a"
             " run's export with mitrain.from_pretrained"
         )
+    check_base(model, contents, folder, allow_changes)
     adapter.check_free({"text": model})
     check_room(methods.build(section), model, published)
     adapter.attach({"text": model})
@@ -238,6 +243,17 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, F
         raise
     adapter.eval()
     return adapter, norm
+
+
+def check_base(model: PreTrainedModel, contents: Contents, folder: str | Path, allow_changes: bool) -> None:
+    """Compare what ``model`` was read from with the language model that a run was trained on, as `runs.check_frozen`."""
+    there = {name: value for name, value in (contents.frozen or {}).items() if name.startswith("text.")}
+    there.pop("text.tokenizer", None)  # the caller's
+    found = stored_base(model.name_or_path) if there else None
+    if there and found is None:
+        log.warning("%s: the model in memory names no folder with its weights: they are not compared", folder)
+        return
+    runs.check_frozen(there, lambda: named_digests("text", found), folder, allow_changes)
 
 
 def check_room(twin: Adapter, model: PreTrainedModel, published: export_format.Published) -> None:

@@ -27,7 +27,7 @@ from mitrain.core.errors import ModelError
 from mitrain.methods import export_format
 from mitrain.methods.condition import Condition, Feature, make_condition
 from mitrain.methods.refusals import guard_saving
-from mitrain.models import costs, frozen
+from mitrain.models import costs, frozen, quant
 from mitrain.models.batch import Picture, Reading, Words
 
 
@@ -160,7 +160,7 @@ class Adapter(nn.Module, ABC):
         """Freeze ``backbones`` and install the adapter in them; on an error they are left as they were.
 
         checkpoint: activation checkpointing of the layers that the adapter changes. backend: see ``KernelConfig``.
-        Raises ModelError where one of ``places`` is missing or a backbone has such an adapter.
+        Raises ModelError where one of ``places`` is missing, or a backbone has such an adapter or is computed wrongly here.
         """
         if self._backbones:
             raise ModelError(f"this {self.method} adapter is attached already: call detach() first")
@@ -169,6 +169,8 @@ class Adapter(nn.Module, ABC):
             raise ModelError(
                 f"{self.method} attaches to {' and '.join(self.places)} models: give it the {missing[0]} model"
             )
+        for backbone in backbones.values():
+            quant.check_four_bit(backbone)
         self.backend = backend
         try:
             for backbone in backbones.values():

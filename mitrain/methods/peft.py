@@ -27,7 +27,7 @@ from mitrain.methods import export_format
 from mitrain.methods.base import Adapter
 from mitrain.methods.projections import Projection, kind_of, projections
 from mitrain.methods.selection import parse_layers, select_layers
-from mitrain.models import loading
+from mitrain.models import loading, quant
 from mitrain.models.batch import Picture, Reading, Words
 from mitrain.models.layers import Stack
 
@@ -38,7 +38,8 @@ SIDES: dict[str, tuple[str, ...]] = {"text": ("text",), "image": ("image",), "bo
 def library() -> Any:
     """PEFT, where it is installed."""
     try:
-        import peft
+        with quant.nothing_fetched():  # it imports bitsandbytes
+            import peft
     except ImportError:
         raise MissingExtraError("this method comes from the PEFT library: install it with pip install peft") from None
     return peft
@@ -276,7 +277,7 @@ class Prefix(Virtual):
 
 def check_room(model: PreTrainedModel, virtual: int, tokens: int) -> None:
     """ModelError where ``virtual`` vectors and a text of ``tokens`` tokens are more than the model has positions for."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = loading.positions(model)
     if limit and virtual + tokens > limit:
         raise ModelError(
             f"{virtual} vectors before a text of {tokens} tokens exceed the {limit} positions of {type(model).__name__}:"

@@ -8,6 +8,7 @@ from folders import COLOURS, llm_folder
 from tiny import scramble
 
 from mitrain import methods
+from mitrain.core.errors import DataError
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
@@ -205,3 +206,14 @@ def test_the_image_matters_and_a_missing_one_is_the_frozen_model(folder):
     starts = [len(task.parts.text.tokens(s.prompt)) for s in samples()]
     picked = [frozen[i, t - 1, row[t]] for i, row in enumerate(ends) for t in range(starts[i], len(row))]
     torch.testing.assert_close(blind, -sum(picked), rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_leaves_room_for_what_is_said_behind_it(folder):
+    task = make(folder, max_new_tokens=62)  # of 64 positions
+    assert task.texts(samples(), True) and len(task.parts.text.tokens(samples()[0].prompt)) == 6
+    with pytest.raises(
+        DataError, match=r"a prompt of 6 tokens leaves no room for 62 more in the model's 64: lower task\."
+    ):
+        task.texts(samples(candidates=False), True)
+    with pytest.raises(DataError, match="a prompt of 6 tokens leaves no room for 62 more"):
+        task.generate(Batch(samples(), FEATURES))
