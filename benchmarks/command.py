@@ -3,6 +3,7 @@
 parity   losses and bytes of every ZeRO stage and precision beside the unsharded run
 load     what loading in shards takes
 faults   what comes of kills, damage and hostile inputs
+ledger   the verdicts of measured rows on the papers' claims
 """
 
 import argparse
@@ -19,6 +20,17 @@ def add_benchmarks(verbs: Any) -> None:
     add_parity(verbs)
     add_faults(verbs)
     add_load(verbs)
+    add_ledger(verbs)
+
+
+def add_ledger(verbs: Any) -> None:
+    sub = command(verbs, "ledger", run_ledger, "what the rows of mitrain compare say of the papers' claims")
+    sub.add_argument("--measure", action="store_true", help="first measure the cells that the claims lack")
+    sub.add_argument("--quick", action="store_true", help="of these the counted ones alone, which take seconds each")
+    sub.add_argument(
+        "--results", metavar="DIR", help="of the studies, NAME/results.json (default: docs/results/compare)"
+    )
+    sub.add_argument("--out", metavar="DIR", help="for ledger.json and ledger.md (default: print only)")
 
 
 def add_load(verbs: Any) -> None:
@@ -69,6 +81,25 @@ def run_faults(arguments: argparse.Namespace) -> Any:
     found = suite.faults(chosen, out, " ".join(words), say=lambda text: print(text, file=sys.stderr, flush=True))
     say(arguments, (out / "table.md").read_text(encoding="utf-8"))
     return refused(suite.check, found)
+
+
+def run_ledger(arguments: argparse.Namespace) -> Any:
+    from benchmarks.claims import CLAIMS, ledger
+    from mitrain.core.files import write_atomic, write_json
+
+    results = Path(arguments.results) if arguments.results else ledger.RESULTS
+    if arguments.measure:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no cell is left behind
+        wanted = ledger.jobs(CLAIMS, results, ledger.STUDIES)
+        wanted = [job for job in wanted if job.study.kind == "count" or not arguments.quick]
+        ledger.measure(wanted, say=lambda text: print(text, file=sys.stderr, flush=True))
+    found = ledger.ledger(results=results)
+    text = ledger.table(found)
+    if arguments.out:
+        write_json(Path(arguments.out) / "ledger.json", found)
+        write_atomic(Path(arguments.out) / "ledger.md", text)
+    say(arguments, text)
+    return found
 
 
 def run_load(arguments: argparse.Namespace) -> Any:

@@ -1,4 +1,4 @@
-"""``mitrain compare``: methods beside one another, and the verdicts on claims."""
+"""``mitrain compare``: methods beside one another."""
 
 import argparse
 import signal
@@ -11,16 +11,10 @@ from mitrain.core.errors import ConfigError
 
 
 def add_compare(commands: Any) -> None:
-    sub = command(
-        commands, "compare", run_compare, "measure methods beside one another, or judge claims on what was measured"
-    )
+    sub = command(commands, "compare", run_compare, "measure methods beside one another")
+    sub.add_argument("study", metavar="STUDY", help="a YAML file of a study, as those in configs/studies/")
     sub.add_argument(
-        "study", metavar="STUDY", help="a YAML file of a study or of the ledger, as those in configs/studies/"
-    )
-    sub.add_argument(
-        "--out",
-        metavar="DIR",
-        help="for the results (default: runs/compare/NAME), whose finished cells are kept; of a ledger for ledger.json, .md",
+        "--out", metavar="DIR", help="for the results (default: runs/compare/NAME), whose finished cells are kept"
     )
     sub.add_argument("--seeds", metavar="N,N,…", help="measure these seeds in place of the study's; measured rows stay")
     sub.add_argument(
@@ -28,36 +22,21 @@ def add_compare(commands: Any) -> None:
     )
     sub.add_argument("--limit", type=float, metavar="S", help="seconds that a cell may take (default: the study's)")
     sub.add_argument("--list", action="store_true", help="show the cells with the time each takes, and stop")
-    sub.add_argument(
-        "--results", metavar="DIR", help="of a ledger: where its studies' results lie, in place of its own"
-    )
-    sub.add_argument("--measure", action="store_true", help="of a ledger: first measure the cells that its claims lack")
 
 
 def run_compare(arguments: argparse.Namespace) -> Any:
-    from mitrain.compare import study
+    from mitrain.compare import compare, study
 
     found = study.read(arguments.study)
     if arguments.limit is not None and not arguments.limit > 0:
         raise ConfigError(f"--limit {arguments.limit} leaves no time: give seconds above 0")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no cell is left behind
-    if isinstance(found, study.Ledger):
-        return run_ledger(arguments)
-    if arguments.results or arguments.measure:
-        raise ConfigError(f"{arguments.study} is a study: --results and --measure are for a ledger, leave them out")
-    if not found.tasks:
-        raise ConfigError(f"{arguments.study} has no cells of its own: measure {', '.join(found.uses)}")
-    return run_study(arguments, found, Path(arguments.out or Path("runs/compare") / found.name))
-
-
-def run_study(arguments: argparse.Namespace, study: Any, out: Path) -> Any:
-    from mitrain.compare import compare
-
-    job, seeds = compare.Job(study, Path(arguments.study), out), seeds_of(arguments.seeds)
+    out = Path(arguments.out or Path("runs/compare") / found.name)
+    job, seeds = compare.Job(found, Path(arguments.study), out), seeds_of(arguments.seeds)
     if arguments.list:
         cells = compare.listed(job, seeds, arguments.only, arguments.limit)
         say(arguments, list_text(cells))
-        return {"study": study.name, "cells": cells}
+        return {"study": found.name, "cells": cells}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no cell is left behind
     result = compare.compare(
         job,
         shown(arguments),
@@ -68,34 +47,6 @@ def run_study(arguments: argparse.Namespace, study: Any, out: Path) -> Any:
     )
     say(arguments, (out / "table.md").read_text(encoding="utf-8"))
     return refused(compare.check, result)
-
-
-def run_ledger(arguments: argparse.Namespace) -> Any:
-    from mitrain.compare import ledger
-    from mitrain.core.files import write_atomic, write_json
-
-    if arguments.seeds or arguments.only or arguments.list or arguments.limit:
-        raise ConfigError(f"{arguments.study} is a ledger: --seeds, --only, --list and --limit are for a study")
-    if arguments.measure:
-        measure_all(arguments)
-    found = ledger.ledger(arguments.study, arguments.results)
-    text = ledger.markdown(found)
-    if arguments.out:
-        write_json(Path(arguments.out) / "ledger.json", found)
-        write_atomic(Path(arguments.out) / "ledger.md", text)
-    say(arguments, text)
-    return found
-
-
-def measure_all(arguments: argparse.Namespace) -> None:
-    """The cells of all studies that the claims read, into the ledger's results."""
-    from mitrain.compare import compare, ledger
-
-    for job in ledger.studies(arguments.study, arguments.results):
-        found = compare.compare(job, ledger.measuring(job), say=lambda text: print(text, file=sys.stderr, flush=True))
-        failed = [row for row in found["rows"] if row["status"] == compare.FAILED]
-        if failed:
-            print(f"mitrain: {len(failed)} cells of {job.path} failed", file=sys.stderr)
 
 
 def seeds_of(text: str | None) -> list[int] | None:

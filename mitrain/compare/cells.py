@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ class Cell:
         }
 
 
+@cache  # reading a package's metadata takes milliseconds, and every cell asks
 def measured_with() -> dict[str, str]:
     return {"mitrain": __version__, **versions(MATTERS)}
 

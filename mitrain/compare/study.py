@@ -20,9 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from mitrain.compare import rules
 from mitrain.core import config
 from mitrain.core.config import NAME, Section, nearest
 from mitrain.core.errors import ConfigError
@@ -133,47 +132,11 @@ class Also(Section):
         return named and self.axis in (None, axis)
 
 
-Rule = Annotated[str, AfterValidator(rules.checked)]
-
-
-class Claim(Section):
-    """A claim of a paper and how rows decide it.
-
-    ``quantities``: named expressions over rows (`mitrain.compare.rules`), each may use those before it. ``confirmed`` and
-    ``refuted``: conditions; where neither holds, or a row is missing, the claim is open. ``measured``: the quantities to
-    show (none named: all). ``data``: what the rows were measured on. ``note``: what stands beside the verdict.
-    """
-
-    id: str = Field(pattern=NAME)
-    text: str
-    expected: str
-    quantities: dict[str, Rule] = {}
-    measured: tuple[str, ...] = ()
-    confirmed: Rule
-    refuted: Rule
-    data: str = ""
-    note: str = ""
-
-    @model_validator(mode="after")
-    def _known(self) -> "Claim":
-        known: list[str] = []
-        for name, text in [*self.quantities.items(), ("confirmed", self.confirmed), ("refuted", self.refuted)]:
-            for word in rules.names(text):
-                if word not in known:
-                    raise ValueError(f"{name} speaks of {word!r}, which is no quantity above it{nearest(word, known)}")
-            known.append(name)
-        for name in self.measured:
-            if name not in self.quantities:
-                raise ValueError(f"measured names {name!r}{nearest(name, self.quantities)}, which is no quantity")
-        return self
-
-
 class Study(Section):
     """See the module. ``kind: count`` builds models without weights and counts; seeds do not matter then.
 
     ``plain``: whether each method is also run as it is, at no axis' point. ``set``: overrides for all cells. ``reduced``:
     a remark that marks all rows as measured at reduced size. ``panels``: predictions per cell that the page shows.
-    ``uses``: other studies whose rows the claim's rule may read as well.
     """
 
     name: str = Field(pattern=NAME)
@@ -189,13 +152,11 @@ class Study(Section):
     limit_s: float = Field(240, gt=0, le=240)
     panels: int = Field(8, ge=0, le=64)
     reduced: str | None = None
-    uses: tuple[str, ...] = ()
-    claim: Claim | None = None
 
     @model_validator(mode="after")
     def _names(self) -> "Study":
-        if not (self.tasks and self.methods) and not (self.uses and self.claim):
-            raise ValueError("a study needs tasks and methods, or a claim that uses the rows of other studies")
+        if not (self.tasks and self.methods):
+            raise ValueError("a study needs tasks and methods")
         for name in (*self.tasks, *self.methods, *self.axes):
             if not name.replace("-", "").replace("_", "").replace(".", "").replace("+", "").isalnum():
                 raise ValueError(f"{name!r} cannot name a task, method or axis: take letters, digits and -._+")
@@ -206,9 +167,6 @@ class Study(Section):
         twice = next((seed for i, seed in enumerate(self.seeds) if seed in self.seeds[:i]), None)
         if twice is not None:
             raise ValueError(f"the seed {twice} stands twice: remove one")
-        taken = {"method", "task", "seed", "over"} & set(self.axes)
-        if taken:
-            raise ValueError(f"{taken.pop()!r} cannot name an axis: rules use the word")
         return self
 
 
@@ -218,19 +176,11 @@ def check_known(where: str, what: str, given: Sequence[str], known: Mapping[str,
             raise ValueError(f"{where} names the {what} {name!r}{nearest(name, known)}, which the study has not")
 
 
-class Ledger(Section):
-    """``claims``: files of studies that have one each. ``results``: where each study's results lie, by its name."""
-
-    ledger: str = Field(pattern=NAME)
-    claims: tuple[str, ...] = Field(min_length=1)
-    results: str
-
-
-def read(path: str | Path) -> Study | Ledger:
-    """A study's or the ledger's file; ConfigError, which names the file, for the first thing that is wrong."""
+def read(path: str | Path) -> Study:
+    """A study's file; ConfigError, which names the file, for the first thing that is wrong."""
     values = config.read_file(path)
     try:
-        return config.parse(Ledger if "ledger" in values else Study, values)
+        return config.parse(Study, values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

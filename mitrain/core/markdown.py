@@ -25,5 +25,5 @@ def code(text: object) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table of cells that are Markdown already."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    head, *body = ["| " + " | ".join(line) + " |" for line in (header, *rows)]
+    return [head, "|---" * len(header) + "|", *body]

@@ -1,13 +1,23 @@
 """Two methods, two seeds, real training of tiny models: rows, resume, and the judged claim, through the command line."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from folders import colour_records, llm_folder, vision_folder
 
+from benchmarks.claims import ledger
+from benchmarks.claims.claim import Conditions, claim
+from benchmarks.claims.rows import Rows, mean
 from mitrain.cli import main
 from mitrain.compare import compare, processes, worker
+
+
+@claim("MiT sees", expected="better than the text alone", data="colours")
+def tiny(rows: Rows, found: SimpleNamespace) -> Conditions:
+    found.gain = mean(rows.of("mit"), "value") - mean(rows.of("none"), "value")
+    return Conditions(confirmed=found.gain > 0.3, refuted=found.gain < 0)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +51,8 @@ def world(tmp_path_factory):
         "methods": {"mit": {}, "none": {"adapter": {"name": "none"}}},
         "seeds": [0, 1],
         "panels": 2,
-        "claim": {
-            "id": "T1", "text": "MiT sees", "expected": "better than the text alone",
-            "quantities": {"gain": 'mean("value", method="mit") - mean("value", method="none")'},
-            "confirmed": "gain > 0.3", "refuted": "gain < 0",
-        },
-    }  # fmt: skip
+    }
     (path / "tiny.yaml").write_text(yaml.safe_dump(study))
-    (path / "ledger.yaml").write_text(yaml.safe_dump({"ledger": "t", "claims": ["tiny.yaml"], "results": "results"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MITRAIN_CACHE", str(path / "cache"))
         yield path
@@ -101,8 +105,8 @@ def test_a_comparison_from_end_to_end(world, capsys, monkeypatch):
     ran.clear()
     more = as_json(capsys, "compare", world / "tiny.yaml", "--out", out, "--seeds", "2", "--only", "none")["rows"]
     assert ran == ["label-none-seed2"] and len(more) == 5
-    (claim,) = as_json(capsys, "compare", world / "ledger.yaml")["rows"]
-    assert claim["verdict"] == "confirmed" and claim["measured"]["gain"] > 0.3 and len(claim["cells"]) == 5
+    (row,) = ledger.ledger([tiny], world / "results", world)["rows"]
+    assert row["verdict"] == "confirmed" and row["measured"]["gain"] > 0.3 and len(row["cells"]) == 5
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,6 @@ def test_a_cell_that_cannot_be_measured_is_a_row(world, capsys, monkeypatch, tmp
         "methods": {"none": {"adapter": {"name": "none"}}},
     }
     values["tasks"]["label"] |= asked
-    del values["claim"]
     path = world / "wrong.yaml"
     path.write_text(yaml.safe_dump(values))
     code = main(["compare", str(path), "--out", str(tmp_path / "out"), "--json"])

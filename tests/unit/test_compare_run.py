@@ -360,7 +360,6 @@ def test_the_command_lists_without_measuring(job, capsys):
         (["--seeds", "-1"], "are no seeds"),
         (["--limit", "0"], "leaves no time"),
         (["--only", "mut"], "names no cell"),
-        (["--measure"], "are for a ledger"),
     ],
 )
 def test_bad_options_are_one_line(job, capsys, words, said):

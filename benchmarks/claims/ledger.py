@@ -1,0 +1,141 @@
+"""The ledger: for each claim what was measured, and the verdict that the result rows give it."""
+
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.claims import CLAIMS
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.rows import Missing, Rows
+from mitrain.compare.cells import Place, places, resolve
+from mitrain.compare.compare import FAILED, Job, compare
+from mitrain.compare.study import Study, read
+from mitrain.compare.table import text
+from mitrain.core import markdown
+from mitrain.core.errors import ConfigError
+
+Row = dict[str, Any]
+CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "open"
+REPOSITORY = Path(__file__).parents[2]
+STUDIES, RESULTS = REPOSITORY / "configs" / "studies", REPOSITORY / "docs" / "results" / "compare"
+
+
+def ledger(claims: Sequence[Claim] = CLAIMS, results: Path = RESULTS, studies: Path = STUDIES) -> dict[str, Any]:
+    """A row per claim with its verdict. ``studies``: a folder of NAME.yaml; ``results``: one of NAME/results.json."""
+    return {"rows": [entry(claim, jobs([claim], results, studies)) for claim in claims]}
+
+
+def jobs(claims: Sequence[Claim], results: Path, studies: Path) -> list[Job]:
+    """The studies whose rows the claims read, each once."""
+    names = dict.fromkeys(name for claim in claims for name in claim.studies)
+    paths = {name: studies / f"{name}.yaml" for name in names}
+    return [Job(read(path), path, results / name) for name, path in paths.items()]
+
+
+def measure(found: Sequence[Job], say: Callable[[str], object]) -> None:
+    """The cells that the studies lack, into their results; the ledger leaves open what failed."""
+    for job in found:
+        rows = compare(job, measuring(job), say=say)["rows"]
+        failed = sum(row["status"] == FAILED for row in rows)
+        if failed:
+            say(f"mitrain: {failed} cells of {job.path} failed")
+
+
+def entry(claim: Claim, found: Sequence[Job]) -> Row:
+    """A claim's row."""
+    rows = Rows([row for job in found for row in expected(job)])
+    decided, reason, measured = verdict(claim, rows)
+    return {
+        "claim": claim.id,
+        "text": claim.text,
+        "expected": claim.expected,
+        "measured": measured,
+        "rule": claim.rule,
+        "verdict": decided,
+        "reason": reason,
+        "note": claim.note,
+        "data": claim.data,
+        "cells": [Place.of(row).name for row in rows.read],
+        "reduced": sorted({row["reduced"] for row in rows.read if row.get("reduced")}),
+        "result_file": ", ".join(shown(job.out / "results.json") for job in found),
+        "command": " && ".join(map(measuring, found)),
+    }
+
+
+def verdict(claim: Claim, rows: Rows) -> tuple[str, str, dict[str, Any]]:
+    """What the rows say, why it is open, and what could be measured; ConfigError where they confirm and refute."""
+    measured, missing = SimpleNamespace(), ""
+    confirmed = refuted = False
+    try:
+        confirmed, refuted = claim.decide(rows, measured)
+    except (Missing, ZeroDivisionError) as error:
+        missing = str(error)
+    if confirmed and refuted:
+        raise ConfigError(f"the claim {claim.id} is confirmed and refuted by the same rows: correct its conditions")
+    found = CONFIRMED if confirmed else REFUTED if refuted else OPEN
+    reason = "" if confirmed or refuted else missing or "neither condition holds"
+    return found, reason, vars(measured)
+
+
+def expected(job: Job) -> list[Row]:
+    """A row for every cell of a study, and for every further seed that was measured; unmeasured ones say so."""
+    kept: dict[str, Row] = {}
+    for row in job.kept:
+        try:
+            kept[Place.of(row).key()] = row
+        except KeyError:
+            continue
+    seeds = {row["seed"] for row in kept.values() if isinstance(row["seed"], int)} | set(job.study.seeds)
+    there = places(job.study, sorted(seeds))
+    return [seen(job, place, kept.get(place.key())) for place in there if due(job.study, place, kept)]
+
+
+def due(study: Study, place: Place, kept: Mapping[str, Row]) -> bool:
+    return place.seed is None or place.seed in study.seeds or place.key() in kept
+
+
+def seen(job: Job, place: Place, row: Row | None) -> Row:
+    """A place's row, or what stands in for it: rows of other settings than the study's do not count."""
+    blank = {"task": place.task, "method": place.method, "axis": place.axis, "at": place.at, "seed": place.seed}
+    if row is None:
+        return {**blank, "status": "not measured", "reason": None}
+    try:
+        same = resolve(job.study, job.path, place).digest == row.get("digest")
+    except ConfigError as error:
+        return {**blank, "status": "not known here", "reason": str(error)}
+    return row if same else {**blank, "status": "measured for other settings", "reason": None}
+
+
+def measuring(job: Job) -> str:
+    """The command that measures a study's cells."""
+    return shlex.join(["mitrain", "compare", shown(job.path), "--out", shown(job.out)])
+
+
+def shown(path: Path) -> str:
+    """A path as a user would type it: below the working folder where it lies there."""
+    whole, here = Path(os.path.abspath(path)), Path.cwd()
+    return whole.relative_to(here).as_posix() if whole.is_relative_to(here) else str(path)
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The ledger as Markdown."""
+    head = ["claim", "says", "expected", "measured", "verdict", "on", "by"]
+    return "\n".join([*markdown.table(head, [cells(row) for row in found["rows"]]), ""])
+
+
+def cells(row: Row) -> list[str]:
+    beside = "; ".join(filter(None, [row["reason"], row["note"], *row["reduced"]]))
+    verdict_cell = f"**{row['verdict']}**" + (f": {text(beside)}" if beside else "")
+    measured = ", ".join(f"{name.replace('_', ' ')} {plain(value)}" for name, value in row["measured"].items()) or "–"
+    said = map(text, (row["text"], row["expected"], measured))
+    commands = "<br>".join(f"`{command}`" for command in row["command"].split(" && "))
+    return [row["claim"], *said, verdict_cell, text(row["data"]), commands]
+
+
+def plain(value: float | list[float]) -> str:
+    if isinstance(value, list):
+        return "(" + ", ".join(map(plain, value)) + ")"
+    return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
