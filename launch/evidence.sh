@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's tables: three seeds of every row, each trained from its configuration, then docs/results/. Hours on 2 cores.
+# The tables of docs/results/evidence.md: three seeds of every row, each trained from its configuration, then docs/results/. Hours on 2 cores.
 #
 #   bash launch/evidence.sh [answer|segment|all]
 #

@@ -1,6 +1,6 @@
 """Tables and figures from CSV files alone: ``python kernels/bench --report``.
 
-Beside ``<name>.csv`` come ``<name>.md`` and ``<name>.svg``; a table that the README shows is replaced there.
+Beside ``<name>.csv`` come ``<name>.md`` and ``<name>.svg``; a table that docs/guide/kernels.md shows is replaced there.
 """
 
 import math
@@ -13,7 +13,8 @@ from bench.cases import shape_text
 from bench.results import read_csv
 from bench.rounds import say
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "guide" / "kernels.md"
 INKS = {
     "plain": "#888888",
     "eager": "#c0392b",
@@ -40,20 +41,20 @@ def write_reports(folder: Path) -> int:
         path.with_suffix(".md").write_text(document(found), encoding="utf-8")
         path.with_suffix(".svg").write_text(figure(found), encoding="utf-8")
         say(f"wrote {path.with_suffix('.md')} and {path.with_suffix('.svg').name}")
-        into_readme(path.with_suffix(".md"), README)
+        into_page(path.with_suffix(".md"), PAGE, ROOT)
     return 0
 
 
-def into_readme(path: Path, readme: Path) -> None:
-    """Replace the table that ``readme`` shows of this file, if it shows it."""
-    if not path.resolve().is_relative_to(readme.parent):
+def into_page(path: Path, page: Path, root: Path) -> None:
+    """Replace the table that ``page`` shows of this file, which it names by its path from ``root``, if it shows it."""
+    if not path.resolve().is_relative_to(root):
         return
-    mark = f"<!-- results: {path.resolve().relative_to(readme.parent).as_posix()} -->\n"
-    text = readme.read_text(encoding="utf-8")
+    mark = f"<!-- results: {path.resolve().relative_to(root).as_posix()} -->\n"
+    text = page.read_text(encoding="utf-8")
     if mark in text:
         before, after = text.split(mark, 1)
         rest = after[after.index("<!-- end -->") :]
-        readme.write_text(before + mark + path.read_text(encoding="utf-8") + rest, encoding="utf-8")
+        page.write_text(before + mark + path.read_text(encoding="utf-8") + rest, encoding="utf-8")
 
 
 def document(found: Rows) -> str:

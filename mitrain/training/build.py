@@ -32,7 +32,7 @@ from mitrain.training.schema import RunConfig
 
 def resolve_model(name: str) -> str | Path:
     """A prepared model's folder (prepared on first use); a local folder or Hugging Face id as it is."""
-    if not Path(name).exists() and name in prepared.recipes("models"):
+    if name in prepared.recipes("models") and not Path(name).exists():
         return prepared.ensure_model(name)
     return name
 

@@ -187,11 +187,12 @@ def test_csv_round_trip_table_and_figure(tmp_path):
 
 
 def test_the_readme_block_is_replaced(tmp_path):
-    readme, shown = tmp_path / "README.md", tmp_path / "a.md"
-    readme.write_text("x\n<!-- results: a.md -->\nold\n<!-- end -->\ny\n", encoding="utf-8")
+    page, shown = tmp_path / "docs" / "page.md", tmp_path / "a.md"
+    page.parent.mkdir()
+    page.write_text("x\n<!-- results: a.md -->\nold\n<!-- end -->\ny\n", encoding="utf-8")
     shown.write_text("new\n", encoding="utf-8")
-    report.into_readme(shown, readme)
-    assert readme.read_text(encoding="utf-8") == "x\n<!-- results: a.md -->\nnew\n<!-- end -->\ny\n"
+    report.into_page(shown, page, tmp_path)
+    assert page.read_text(encoding="utf-8") == "x\n<!-- results: a.md -->\nnew\n<!-- end -->\ny\n"
 
 
 def test_no_results_is_said(tmp_path, capsys):

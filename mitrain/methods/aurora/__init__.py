@@ -1,1 +1,1 @@
-"""Aurora: low-rank updates that all tuned projections of a model share (docs/aurora.md)."""
+"""Aurora: low-rank updates that all tuned projections of a model share (docs/methods/aurora.md)."""

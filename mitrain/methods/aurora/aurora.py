@@ -1,7 +1,7 @@
 """Aurora, mode approximation for parameter-efficient tuning of two encoders and their fusion (arXiv 2305.08381).
 
 Low-rank updates of frozen projections, with factors that are shared by image encoder, text model and cross-attention.
-Where the paper and the authors' release differ, both are settings; see aurora_config.py and docs/aurora.md.
+Where the paper and the authors' release differ, both are settings; see aurora_config.py and docs/methods/aurora.md.
 """
 
 import contextlib

@@ -11,7 +11,7 @@ Of a method that PEFT can load by itself those two names are PEFT's own files, a
         adapter_config.json, adapter_model.safetensors      as PEFT's save_pretrained writes them
         mitrain.json, mitrain.safetensors                   the above
 
-docs/checkpoints.md has the format. Written whole or not at all; read as what a stranger may have made.
+docs/guide/checkpoints.md has the format. Written whole or not at all; read as what a stranger may have made.
 """
 
 from mitrain.methods.export_format.card import model_card

@@ -1,1 +1,1 @@
-"""MoPE: prompts mixed from experts by a router, given the other modality (docs/mope.md)."""
+"""MoPE: prompts mixed from experts by a router, given the other modality (docs/methods/mope.md)."""

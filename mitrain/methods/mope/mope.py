@@ -1,7 +1,7 @@
 """Conditional prompts (arXiv 2312.03734) and MoPE (arXiv 2403.10568): one frozen encoder predicts, and every layer of it
 gets prompts that depend on the other encoder's vector, mixed from experts by a router.
 
-docs/mope.md restates the mathematics and says where the authors' release differs.
+docs/methods/mope.md restates the mathematics and says where the authors' release differs.
 """
 
 from collections.abc import Mapping

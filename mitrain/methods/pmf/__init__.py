@@ -1,1 +1,1 @@
-"""PMF: prompts that let the last layers of two encoders exchange information (docs/pmf.md)."""
+"""PMF: prompts that let the last layers of two encoders exchange information (docs/methods/pmf.md)."""

@@ -1,5 +1,5 @@
 """PMF, prompt-based multimodal fusion (CVPR 2023, arXiv 2304.06306): the last layers of two frozen encoders take turns,
-each asking the other what it saw through a few trained query tokens. docs/pmf.md has the equations.
+each asking the other what it saw through a few trained query tokens. docs/methods/pmf.md has the equations.
 
 Shapes: B samples, T text tokens, N picture tokens, D_t and D_v the two widths, M_q, M_c and M_p numbers of prompts.
 """
@@ -109,7 +109,7 @@ def prompts(count: int, width: int, **place: Any) -> nn.Parameter | None:
 class PMF(Adapter):
     """PMF over the last L_f layers of the backbones ``text`` and ``image``.
 
-    For each fusion layer l and direction s→t (docs/pmf.md; our names ↔ the paper's):
+    For each fusion layer l and direction s→t (docs/methods/pmf.md; our names ↔ the paper's):
 
         y = g([x_s ; c ; q] through layer l of s, last M_q rows)      (2, 3)   ``query`` q: query prompt
         x_t' = [x_t ; p ; y] through layer l of t, first rows         (4)      ``context`` c: query context prompt

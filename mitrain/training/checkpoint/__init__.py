@@ -8,7 +8,7 @@
 Tensors are keyed by name and free of rank and process: nothing says how many processes wrote them. A checkpoint is
 written to a hidden folder beside its final name, read back against its checksums, flushed and then renamed, so an
 interruption at any moment leaves the old ones untouched. The newest *complete* one wins. Nothing is ever unpickled.
-docs/checkpoints.md has the format.
+docs/guide/checkpoints.md has the format.
 """
 
 from mitrain.training.checkpoint.folder import begun, best, latest, save, usable

@@ -1,0 +1,72 @@
+"""README and docs are true: commands parse, Python runs, links lead somewhere, tables are the committed results."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from folders import llm_folder
+from source_tree import ROOT
+
+from mitrain.cli import parser
+from mitrain.core.config import read_yaml
+
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/*/*.md"))
+}
+BASH = "\n".join(block for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S))
+COMMANDS = [line.split("#")[0].strip() for line in re.findall(r"^mitrain .*$", BASH, re.M)]
+RESULTS = re.compile(r"<!-- results: (\S+) -->\n(.*?)<!-- end -->", re.S)
+PYTHON = [page for page, text in PAGES.items() if "<!-- python -->" in text]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command):
+    arguments = parser().parse_args(shlex.split(command)[1:])
+    assert callable(arguments.run)
+    for word in shlex.split(command):
+        if word.startswith(("configs/", "launch/")):
+            assert (ROOT / word).is_file()
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 30 and "README.md" in PYTHON
+
+
+@pytest.mark.parametrize("page", PYTHON)
+def test_the_python_example_runs(page, tmp_path):
+    code = re.search(r"<!-- python -->\n```python\n(.*?)```", PAGES[page], re.S)[1]
+    llm_folder(tmp_path / "llm")
+    scope: dict = {}
+    exec(code.replace("path/to/llm", str(tmp_path / "llm")), scope)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    assert not hasattr(scope["model"], "mit") and any(p.requires_grad for p in scope["mit"].parameters())
+
+
+def test_yaml_examples_are_yaml():
+    blocks = [(page, block) for page, text in PAGES.items() for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    assert blocks and all(isinstance(read_yaml(block, page), dict) for page, block in blocks)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_every_page_is_in_the_index():
+    shown = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#:]+)", PAGES["docs/index.md"])}
+    pages = {ROOT / page for page in PAGES if page.startswith("docs/") and page != "docs/index.md"}
+    assert pages - shown == set()
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].encode()) <= 10_000
+
+
+def test_tables_are_the_committed_results():
+    found = [(page, *block) for page, text in PAGES.items() for block in RESULTS.findall(text)]
+    assert len(found) >= 8
+    for page, path, shown in found:
+        assert shown.strip() == Path(ROOT / path).read_text(encoding="utf-8").strip(), f"put {path} into {page}"
