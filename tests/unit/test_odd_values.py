@@ -8,6 +8,7 @@ from mitrain.cli import main
 from mitrain.core import config, parsing
 from mitrain.core.config import KINDS, Section, section_in
 from mitrain.core.errors import ConfigError
+from mitrain.tasks import TASKS
 from mitrain.training import schema
 
 ODD = ["", "null", "true", "0", "-1", "1", str(2**31), str(2**62), str(10**100), "9" * 5000, "1e-300", "1e300", "1e400"]
@@ -71,7 +72,9 @@ def settings():
         for key in keys(kind)
     )
     for name, kind in [*KINDS["task"].items(), *KINDS["data"].items()]:
-        task = name if name in TASK_DATA else kind.model_fields["task"].default
+        task = (
+            name if name in TASK_DATA else next(name for name, task in TASKS.items() if issubclass(kind, task.formats))
+        )
         data = TASK_DATA[task] if name in TASK_DATA else name
         chosen = (f"task={{name: {task}}}", f"data={{name: {data}, root: nowhere}}")
         yield from ((chosen, f"{'task' if name in TASK_DATA else 'data'}.{key}") for key in keys(kind))
