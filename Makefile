@@ -1,0 +1,22 @@
+# The checks that every change passes: make check. Everything runs in .venv/, which the first of them sets up.
+.PHONY: check setup style docs plan test
+
+check: style docs test
+
+setup:
+	bash launch/setup.sh dev
+
+style: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# README and docs: commands parse, examples run, links lead somewhere, tables are the committed results.
+docs: setup
+	.venv/bin/python -m pytest -q tests/test_docs.py
+
+# Which folder imports which, drawn from the code.
+plan:
+	.venv/bin/python tests/test_layers.py
+
+test:
+	bash launch/test.sh
