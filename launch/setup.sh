@@ -22,8 +22,8 @@ fail() { printf 'setup: %s\n' "$*" >&8; exit 2; }
 
 for extra in "$@"; do
     case $extra in
-        gpu | deepspeed | demo | peft | quant | wandb | dev | all) ;;
-        *) fail "unknown extra '$extra': choose from gpu deepspeed demo peft quant wandb dev all" ;;
+        gpu | deepspeed | demo | peft | plots | quant | wandb | dev | all) ;;
+        *) fail "unknown extra '$extra': choose from gpu deepspeed demo peft plots quant wandb dev all" ;;
     esac
 done
 

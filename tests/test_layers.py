@@ -30,6 +30,7 @@ LAYER_OF = {folder: number for number, row in enumerate(LAYERS) for folder in ro
 ALLOWED: dict[str, tuple[str, ...]] = {
     "deepspeed": ("mitrain/training/engine/",),
     "bitsandbytes": ("mitrain/models/quant/",),
+    "matplotlib": ("mitrain/compare/plots.py",),
     "peft": ("mitrain/methods/peft.py",),
     "wandb": ("mitrain/training/telemetry.py", "mitrain/training/wandb_process.py"),
     "triton": ("kernels/mitrain_kernels/",),

@@ -13,9 +13,9 @@ from benchmarks.claims.rows import Missing, Rows
 from mitrain.compare.cells import Place, places, resolve
 from mitrain.compare.compare import FAILED, Job, compare
 from mitrain.compare.study import Study, read
-from mitrain.compare.table import text
 from mitrain.core import markdown
 from mitrain.core.errors import ConfigError
+from mitrain.core.markdown import plain
 
 Row = dict[str, Any]
 CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "open"
@@ -128,14 +128,14 @@ def table(found: Mapping[str, Any]) -> str:
 
 def cells(row: Row) -> list[str]:
     beside = "; ".join(filter(None, [row["reason"], row["note"], *row["reduced"]]))
-    verdict_cell = f"**{row['verdict']}**" + (f": {text(beside)}" if beside else "")
-    measured = ", ".join(f"{name.replace('_', ' ')} {plain(value)}" for name, value in row["measured"].items()) or "–"
-    said = map(text, (row["text"], row["expected"], measured))
+    verdict_cell = f"**{row['verdict']}**" + (f": {plain(beside)}" if beside else "")
+    measured = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in row["measured"].items()) or "–"
+    said = map(plain, (row["text"], row["expected"], measured))
     commands = "<br>".join(f"`{command}`" for command in row["command"].split(" && "))
-    return [row["claim"], *said, verdict_cell, text(row["data"]), commands]
+    return [row["claim"], *said, verdict_cell, plain(row["data"]), commands]
 
 
-def plain(value: float | list[float]) -> str:
+def number(value: float | list[float]) -> str:
     if isinstance(value, list):
-        return "(" + ", ".join(map(plain, value)) + ")"
+        return "(" + ", ".join(map(number, value)) + ")"
     return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"

@@ -2,15 +2,14 @@
 
 OUT/cells/NAME/        a cell's process while it is measured; stays behind where it failed or took too long
 OUT/results.json       all rows and how they were made, written after every cell
-OUT/predictions.json   predictions of one seed, for the page
-OUT/table.md, *.svg, page.html    made from these two alone
+OUT/table.md, *.svg    made from them alone
+OUT/predictions/TASK-METHOD.png   what a method says of some samples, the same for all
 """
 
 import os
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,15 +17,14 @@ from typing import Any
 
 from mitrain.compare import processes
 from mitrain.compare.cells import MATTERS, Cell, Place, chosen, places, resolve
-from mitrain.compare.page import page
 from mitrain.compare.plots import plots
 from mitrain.compare.processes import STOPPED
 from mitrain.compare.study import Study
 from mitrain.compare.table import table
 from mitrain.core import parsing
-from mitrain.core.errors import ConfigError, UserError
+from mitrain.core.errors import ConfigError, MissingExtraError, UserError
 from mitrain.core.files import file_lock, write_atomic, write_json
-from mitrain.core.provenance import commit, machine, versions
+from mitrain.core.provenance import made_with
 
 Row = dict[str, Any]
 Measure = Callable[[Cell, Path, float], Row]
@@ -111,13 +109,12 @@ def compare(
                 continue
             taken = twin([*rows.values(), *beside(job.out)], cell)
             row = taken or cell_row(cell, job, limit_s, measure or in_process)
-            keep_panels(job.out, cell.place, row.pop("panels", None))
             rows[key] = row
             result = write(job, rows, command)
             told = f"{row['metric']} {row['value']:.4f}" if row.get("value") is not None else row["reason"] or OK
             time_taken = "measured already, for the same settings" if taken else f"{row['seconds']} s"
             say(f"[{number}/{len(wanted)}] {cell.place.name}: {told} ({time_taken})")
-        draw(job, result)
+        draw(job, result, say)
     return result
 
 
@@ -132,6 +129,7 @@ def still_true(job: Job, say: Say) -> dict[str, Row]:
             if cell and cell.digest == row["digest"]:
                 found[place.key()] = {**row, "reduced": cell.reduced}
                 continue
+            sheet_of(job.out, place).unlink(missing_ok=True)
         except (ConfigError, KeyError, TypeError):
             pass
         say(f"damaged, no longer in the study, or measured for other settings: {row.get('task')} {row.get('method')}")
@@ -167,13 +165,12 @@ def cell_row(cell: Cell, job: Job, limit_s: float, measure: Measure) -> Row:
     write_json(folder / "cell.json", cell.to_dict())
     found = measure(cell, folder, limit_s)
     if found["status"] == OK:
+        keep_predictions(job, cell.place, folder / "predictions.png")
         shutil.rmtree(folder, ignore_errors=True)
     elif found["status"] == FAILED:
         shutil.rmtree(folder / "run", ignore_errors=True)
     base = {"metric": cell.part.metric, "value": None, "controls": {}, "reason": None, "reduced": cell.reduced}
-    made = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine()}
-    made["versions"] = versions(MATTERS)
-    ids = {"digest": cell.digest, "identity": cell.identity, "limit_s": limit_s, "made": made}
+    ids = {"digest": cell.digest, "identity": cell.identity, "limit_s": limit_s, "made": made_with(MATTERS)}
     return {**asdict(cell.place), **base, **found, **ids}
 
 
@@ -198,13 +195,16 @@ def in_process(cell: Cell, folder: Path, limit_s: float) -> Row:
     return {"status": OK, "seconds": seconds, **found}
 
 
-def keep_panels(out: Path, place: Place, panels: list[Row] | None) -> None:
-    """Predictions of a method's first seed, or of a later one where there are none of it: tables travel without them."""
-    known = read_json(out / "predictions.json")
-    others = [cell for name, cell in known.items() if name != place.name]
-    if panels and not any((cell["task"], cell["method"]) == (place.task, place.method) for cell in others):
-        known[place.name] = {"task": place.task, "method": place.method, "panels": panels}
-        write_json(out / "predictions.json", known)
+def sheet_of(out: Path, place: Place) -> Path:
+    return out / "predictions" / f"{Place(place.task, place.method).name}.png"
+
+
+def keep_predictions(job: Job, place: Place, sheet: Path) -> None:
+    """A method's sheet of its first seed, or of another where there is none: results travel without them."""
+    kept = sheet_of(job.out, place)
+    if sheet.exists() and (place.seed == job.study.seeds[0] or not kept.exists()):
+        kept.parent.mkdir(exist_ok=True)
+        sheet.replace(kept)
 
 
 def write(job: Job, rows: dict[str, Row], command: str) -> dict[str, Any]:
@@ -215,14 +215,14 @@ def write(job: Job, rows: dict[str, Row], command: str) -> dict[str, Any]:
         "study": job.study.name,
         "title": job.study.title,
         "kind": job.study.kind,
-        "made": made_with(ordered, command),
+        "made": joined(ordered, command),
         "rows": ordered,
     }
     write_json(job.out / "results.json", result)
     return result
 
 
-def made_with(rows: Sequence[Row], command: str) -> dict[str, Any]:
+def joined(rows: Sequence[Row], command: str) -> dict[str, Any]:
     """Everything that the rows were made with, several values joined."""
 
     def all_of(key: str) -> str:
@@ -233,13 +233,16 @@ def made_with(rows: Sequence[Row], command: str) -> dict[str, Any]:
     return {"command": command, **{key: all_of(key) for key in keys}, "versions": ", ".join(sorted(used))}
 
 
-def draw(job: Job, result: dict[str, Any]) -> None:
-    """The table, the figures and the page, from the rows."""
+def draw(job: Job, result: dict[str, Any], say: Say) -> None:
+    """The table and the figures, from the rows."""
     write_atomic(job.out / "table.md", table(result))
-    figures = plots(result)
+    try:
+        figures = plots(result)
+    except MissingExtraError as error:
+        say(f"there are no figures: {error}")
+        return
     for name, svg in figures.items():
         write_atomic(job.out / f"{name}.svg", svg)
-    write_atomic(job.out / "page.html", page(result, read_json(job.out / "predictions.json"), figures))
 
 
 def check(result: dict[str, Any]) -> None:

@@ -136,7 +136,7 @@ class Study(Section):
     """See the module. ``kind: count`` builds models without weights and counts; seeds do not matter then.
 
     ``plain``: whether each method is also run as it is, at no axis' point. ``set``: overrides for all cells. ``reduced``:
-    a remark that marks all rows as measured at reduced size. ``panels``: predictions per cell that the page shows.
+    a remark that marks all rows as measured at reduced size. ``panels``: predictions on a method's sheet.
     """
 
     name: str = Field(pattern=NAME)

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mitrain.compare.study import same
+from mitrain.core import markdown
+from mitrain.core.markdown import plain
+from mitrain.core.provenance import sentence
 
 Row = dict[str, Any]
 REDUCED = "†"
@@ -38,7 +41,7 @@ def table(result: dict[str, Any]) -> str:
     notes = [] if counted else [MEANING]
     remarks = sorted({row["reduced"] for row in rows if row["reduced"]})
     notes += [f"{REDUCED} measured at reduced size: {'; '.join(remarks)}."] if remarks else []
-    return "\n".join([*lines, "", *notes, *([""] if notes else []), provenance(result["made"]), ""])
+    return "\n".join([*lines, "", *notes, *([""] if notes else []), sentence(result["made"]), ""])
 
 
 MEANING = (
@@ -52,20 +55,19 @@ MEANING = (
 def train_lines(rows: Sequence[Row]) -> list[str]:
     head = ["task", "method", "metric", "value", "controls", "trainable", "share", "peak MiB", "saved MiB", "step ms",
             "GFLOP/sample", "adapter MiB", "seeds"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return lines + ["| " + " | ".join(train_cells(group)) + " |" for group in groups(rows)]
+    return markdown.table(head, [train_cells(group) for group in groups(rows)])
 
 
 def train_cells(group: Sequence[Row]) -> list[str]:
     found, one = good(group), group[0]
-    first = [text(one["task"]), named(one)]
+    first = [plain(one["task"]), named(one)]
     lost = [row for row in group if row["status"] != "ok"]
     told = "; ".join(f"seed {row['seed']} {row['status']}: {row['reason']}" for row in lost)
     if not found:
-        return [*first, text(one["metric"] or ""), text(told), *[""] * 8, f"0 of {len(group)}"]
+        return [*first, plain(one["metric"] or ""), plain(told), *[""] * 8, f"0 of {len(group)}"]
     return [
         *first,
-        text(found[0]["metric"]),
+        plain(found[0]["metric"]),
         over_seeds(found, "value", 3),
         controls(found),
         count(found, "trainable_parameters"),
@@ -75,20 +77,19 @@ def train_cells(group: Sequence[Row]) -> list[str]:
         over_seeds(found, "step_ms", 0),
         "–" if mean(found, "flops_per_sample") is None else f"{mean(found, 'flops_per_sample') / 1e9:.3g}",
         mib(found, "adapter_bytes"),
-        f"{len(found)}" + (f" of {len(group)} ({text(told)})" if lost else ""),
+        f"{len(found)}" + (f" of {len(group)} ({plain(told)})" if lost else ""),
     ]
 
 
 def count_lines(rows: Sequence[Row]) -> list[str]:
     shown = [key for key in COUNTED if any(key in row for row in rows)]
     head = ["task", "method", *(key.replace("_", " ").replace("macs", "GMAC") for key in shown)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = [text(row["reason"]), *[""] * (len(shown) - 1)] if row["status"] != "ok" else [
-            counted(key, row.get(key)) for key in shown
-        ]  # fmt: skip
-        lines.append("| " + " | ".join([text(row["task"]), named(row), *cells]) + " |")
-    return lines
+    lost = [""] * (len(shown) - 1)
+    cells = [
+        [counted(key, row.get(key)) for key in shown] if row["status"] == "ok" else [plain(row["reason"]), *lost]
+        for row in rows
+    ]
+    return markdown.table(head, [[plain(row["task"]), named(row), *own] for row, own in zip(rows, cells, strict=True)])
 
 
 def counted(key: str, value: float | None) -> str:
@@ -101,7 +102,7 @@ def counted(key: str, value: float | None) -> str:
 
 def named(row: Row) -> str:
     point = f", {row['axis']} {row['at']}" if row["axis"] else ""
-    return text(f"{row['method']}{point}") + (f" {REDUCED}" if row["reduced"] else "")
+    return plain(f"{row['method']}{point}") + (f" {REDUCED}" if row["reduced"] else "")
 
 
 def numbers(rows: Sequence[Row], key: str) -> list[float]:
@@ -134,13 +135,4 @@ def mib(rows: Sequence[Row], key: str) -> str:
 def controls(rows: Sequence[Row]) -> str:
     found = {name: [row["controls"].get(name) for row in rows] for name in rows[0]["controls"]}
     known = {name: [v for v in values if v is not None] for name, values in found.items()}
-    return text(", ".join(f"{name} {statistics.fmean(values):.3f}" for name, values in known.items() if values) or "–")
-
-
-def text(value: Any) -> str:
-    """For a cell: one line, no column of its own, no markup."""
-    return " ".join(str(value).split()).replace("|", "/").replace("<", "&lt;").replace("`", "'")
-
-
-def provenance(made: dict[str, Any]) -> str:
-    return f"Made by `{made['command']}` on {made['date']}, commit {made['commit']}, {made['versions']}, {made['machine']}."
+    return plain(", ".join(f"{name} {statistics.fmean(values):.3f}" for name, values in known.items() if values) or "–")

@@ -3,38 +3,32 @@
 FOLDER/.held       held while it works: the process of a parent that was killed saves and goes before the next begins
 FOLDER/cell.json   what is asked (`mitrain.compare.cells.Cell.to_dict`)
 FOLDER/run/        the run, which an interrupted process goes on with
+FOLDER/predictions.png    a sheet of what the run says of some samples
 FOLDER/row.json    what was found, written last
 """
 
-import base64
-import io
 import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mitrain.compare import counts, measures
 from mitrain.compare.processes import STOPPED, end_with
 from mitrain.compare.study import TaskPart
 from mitrain.core.config import nearest, parse
 from mitrain.core.errors import ConfigError, UserError
-from mitrain.core.files import file_lock, write_json
+from mitrain.core.files import file_lock, write_atomic, write_json
 from mitrain.data.sources import limit
 from mitrain.inference.export import export
-from mitrain.inference.report import flatten, panels
+from mitrain.inference.report import figure, flatten
 from mitrain.inference.scoring import score_split, split_of
 from mitrain.training import runs, schema
 from mitrain.training.baselines import baselines_of
 from mitrain.training.build import settled
-from mitrain.training.evaluate import Evaluation, controlled
+from mitrain.training.evaluate import controlled
 from mitrain.training.runs import Run
 from mitrain.training.trainer import Trainer
-
-SIDE = 144
-"""Pixels of a side of the pictures that the page shows."""
 
 
 class StoppedError(UserError):
@@ -60,7 +54,7 @@ def measured(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
     run_folder = runs.create_or_find(settled(run_config), folder / "run")
     part = parse(TaskPart, asked["part"])
     found = trained(run_folder, part)
-    return found | scored(runs.open_run(run_folder), part, asked["panels"])
+    return found | scored(runs.open_run(run_folder), part, asked["panels"], folder / "predictions.png")
 
 
 def trained(folder: Path, part: TaskPart) -> dict[str, Any]:
@@ -93,8 +87,8 @@ def exported(folder: Path) -> dict[str, Any]:
         return {"adapter_bytes": made["bytes"]}
 
 
-def scored(run: Run, part: TaskPart, shown: int) -> dict[str, Any]:
-    """The split's metrics, the controls' and floors' value of the same metric, and some predictions."""
+def scored(run: Run, part: TaskPart, shown: int, sheet: Path) -> dict[str, Any]:
+    """The split's metrics, the controls' and floors' value of the same metric; some predictions go to ``sheet``."""
     chosen, images = split_of(run, part.split, part.samples)
     plain = score_split(run, chosen, images, "none", seed=run.config.seed)
     metrics = flatten(plain.metrics)
@@ -111,28 +105,9 @@ def scored(run: Run, part: TaskPart, shown: int) -> dict[str, Any]:
         beside |= {
             name: flatten(values).get(metric) for name, values in baselines_of(run, part.split, chosen, images).items()
         }
-    return {
-        "metric": metric,
-        "value": metrics[metric],
-        "metrics": metrics,
-        "controls": beside,
-        "panels": pictures(run, chosen, plain, shown),
-    }
-
-
-def pictures(run: Run, chosen: list[Any], found: Evaluation, count: int) -> list[dict[str, Any]]:
-    """Predictions as JSON: the sample, a small picture in base64, the lines below it."""
-    shown = panels(run, chosen, found, count) if count else []
-    return [{"sample": s.id, "picture": small(p.picture), "lines": list(p.lines), "right": p.right} for s, p in shown]
-
-
-def small(picture: Image.Image) -> str:
-    """A JPEG of at most `SIDE` pixels a side, in base64."""
-    picture = picture.convert("RGB")
-    picture.thumbnail((SIDE, SIDE))
-    with io.BytesIO() as file:
-        picture.save(file, "JPEG", quality=80)
-        return base64.b64encode(file.getvalue()).decode()
+    if shown:
+        write_atomic(sheet, figure(run, chosen, plain, shown))
+    return {"metric": metric, "value": metrics[metric], "metrics": metrics, "controls": beside}
 
 
 if __name__ == "__main__":

@@ -4,8 +4,12 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from mitrain.core.markdown import code
 
 RESULTS = ("docs", "kernels/bench/results", "*.md")
 """What measuring changes itself, and text: no number depends on it."""
@@ -45,3 +49,16 @@ def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     except (OSError, StopIteration):
         name = platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def made_with(packages: Iterable[str]) -> dict[str, Any]:
+    """Date, commit, versions of ``packages`` and machine."""
+    today = time.strftime("%Y-%m-%d")
+    return {"date": today, "commit": commit(), "versions": versions(packages), "machine": machine()}
+
+
+def sentence(made: dict[str, Any]) -> str:
+    """Markdown that says so of results that ``made["command"]`` makes; versions are a mapping or a text."""
+    used = made["versions"]
+    told = used if isinstance(used, str) else ", ".join(f"{name} {number}" for name, number in used.items())
+    return f"Made by {code(made['command'])} on {made['date']}, commit {made['commit']}, {told}, {made['machine']}."

@@ -6,7 +6,6 @@ is the one whose predictions are drawn.
 
 import shutil
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from io import BytesIO
@@ -15,10 +14,11 @@ from typing import Any
 
 from PIL import Image
 
+from mitrain.core import markdown
 from mitrain.core.errors import ConfigError
 from mitrain.core.files import as_json, remedy, write_atomic
-from mitrain.core.markdown import code, plain
-from mitrain.core.provenance import commit, versions
+from mitrain.core.markdown import plain
+from mitrain.core.provenance import made_with, sentence
 from mitrain.data.images import annotated_image, open_image
 from mitrain.inference.scoring import score_split, split_of
 from mitrain.tasks import figures
@@ -53,7 +53,7 @@ def report(
         for split in splits:
             own = score_with_controls(run, split, samples)
             if position == 0:
-                pictures[f"{run.config.name}-{split}.png"] = figure(run, *own.pop("figure"))
+                pictures[f"{run.config.name}-{split}.png"] = figure(run, *own.pop("figure"), PANELS)
             own.pop("figure", None)
             for label, values in own.items():
                 rows[split, label].append({**values, "run": Path(folder).name, "seed": run.config.seed})
@@ -126,16 +126,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 def table(results: dict[str, Any]) -> str:
     """The Markdown table: one row per label and split."""
     columns = results["columns"]
-    lines = [
-        "| split | | " + " | ".join(title for title, _ in columns) + " | samples | seeds |",
-        "|---" * (len(columns) + 4) + "|",
-    ]
-    for r in results["rows"]:
-        cells = [plain(r["split"]), plain(r["label"]), *(cell(r, key) for _, key in columns)]
-        lines.append(f"| {' | '.join(cells)} | {r['mean']['samples']:.0f} | {r['seeds']} |")
-    made = results["made"]
-    lines += ["", f"Made by {code(made['command'])} on {made['date']}, commit {made['commit']}, {made['versions']}."]
-    return "\n".join(lines) + "\n"
+    head = ["split", "", *(title for title, _ in columns), "samples", "seeds"]
+    rows = [
+        [plain(r["split"]), plain(r["label"]), *(cell(r, key) for _, key in columns), f"{r['mean']['samples']:.0f}",
+         str(r["seeds"])]
+        for r in results["rows"]
+    ]  # fmt: skip
+    return "\n".join([*markdown.table(head, rows), "", sentence(results["made"]), ""])
 
 
 def cell(r: dict[str, Any], key: str) -> str:
@@ -145,34 +142,25 @@ def cell(r: dict[str, Any], key: str) -> str:
     return f"{r['mean'][key]:.3f}{spread}"
 
 
-def provenance(folders: Sequence[str], splits: Sequence[str], samples: int | None) -> dict[str, str]:
+def provenance(folders: Sequence[str], splits: Sequence[str], samples: int | None) -> dict[str, Any]:
     """Command, date, commit and versions: what a committed table needs to be made again."""
     limited = f" --samples {samples}" if samples else ""
-    found = ", ".join(f"{name} {version}" for name, version in versions(("torch", "transformers")).items())
-    return {
-        "command": f"mitrain report {' '.join(Path(f).name for f in folders)} --splits {','.join(splits)}{limited}",
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": found,
-    }
+    command = f"mitrain report {' '.join(Path(f).name for f in folders)} --splits {','.join(splits)}{limited}"
+    return {"command": command, **made_with(("torch", "transformers"))}
 
 
-def figure(run: Run, samples: list[Any], found: Evaluation) -> bytes:
-    """A PNG of some of the predictions."""
-    buffer = BytesIO()
-    figures.sheet([panel for _, panel in panels(run, samples, found, PANELS)]).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def panels(run: Run, samples: Sequence[Any], found: Evaluation, count: int) -> list[tuple[Any, figures.Panel]]:
-    """Predictions of ``count`` samples spread evenly over ``samples``: not picked. Each with its sample."""
+def figure(run: Run, samples: Sequence[Any], found: Evaluation, count: int) -> bytes:
+    """A PNG of the predictions of ``count`` samples spread evenly over ``samples``: not picked."""
     step = max(1, len(samples) // count)
     pairs = list(zip(samples, found.predictions, strict=True))[::step][:count]
     root = run.config.data.image_root(resolve_data(run.config.data))
-    return [
-        (sample, run.model.task.panel(sample, prediction, picture_of(sample, root, run.config.data.max_pixels)))
+    panels = [
+        run.model.task.panel(sample, prediction, picture_of(sample, root, run.config.data.max_pixels))
         for sample, prediction in pairs
     ]
+    with BytesIO() as buffer:
+        figures.sheet(panels).save(buffer, format="PNG")
+        return buffer.getvalue()
 
 
 def picture_of(sample: Any, root: Path, max_pixels: int) -> Image.Image:

@@ -154,7 +154,7 @@ def test_the_table_is_markdown(world):
     results(world, GOOD, reduced="60 steps")
     text = ledger.table({"rows": [judged(world)]})
     (line,) = [line for line in text.splitlines() if line.startswith("| X1 ")]
-    assert "| MiT / sees | more than nothing | gain 0.4 | **confirmed**: 60 steps |" in line
+    assert "| MiT &#124; sees | more than nothing | gain 0.4 | **confirmed**: 60 steps |" in line
     assert line.count("|") == 8
 
 

@@ -40,14 +40,15 @@ class Bench:
             return {"status": FAILED, "reason": "no room", "seconds": 1}
         if name in self.slow:
             return {"status": TOO_LONG, "reason": f"not finished after {limit_s:g} s", "seconds": round(limit_s)}
-        panels = [{"sample": "1", "picture": "", "lines": ["x"], "right": True}] if cell.panels else []
-        return {"status": OK, "seconds": 3, **NUMBERS, "value": self.value, "panels": panels}
+        if cell.panels:
+            (folder / "predictions.png").write_text(f"{self.value} {name}")
+        return {"status": OK, "seconds": 3, **NUMBERS, "value": self.value}
 
 
 @pytest.fixture(autouse=True)
 def a_commit(monkeypatch):
     """Asking git for every row would take longer than everything else here."""
-    monkeypatch.setattr(compare, "commit", lambda: "abc1234")
+    monkeypatch.setattr("mitrain.core.provenance.commit", lambda: "abc1234")
 
 
 @pytest.fixture
@@ -72,9 +73,8 @@ def test_all_cells_are_measured_once_and_written(job):
     assert bench.asked == ["label-mit-seed0", "label-mit-seed1", "label-none-seed0", "label-none-seed1"]
     assert json.loads((job.out / "results.json").read_text()) == found
     assert all(name in row for row in found["rows"] for name in FIELDS)
-    assert "panels" not in found["rows"][0]
-    assert set(json.loads((job.out / "predictions.json").read_text())) == {"label-mit-seed0", "label-none-seed0"}
-    for name in ("table.md", "page.html", "label-parameters.svg", "label-memory.svg", "label-time.svg"):
+    assert sheets(job) == {"label-mit.png": "0.5 label-mit-seed0", "label-none.png": "0.5 label-none-seed0"}
+    for name in ("table.md", "label-parameters.svg", "label-memory.svg", "label-time.svg"):
         assert (job.out / name).read_text()
     assert not list((job.out / "cells").iterdir())
     again = Bench()
@@ -117,13 +117,33 @@ def test_another_seed_joins_a_finished_table(job):
     assert len(run(job, later)["rows"]) == 6 and later.asked == []
 
 
-def test_the_page_shows_a_further_seed_where_the_table_came_without_predictions(job):
+def sheets(job):
+    return {path.name: path.read_text() for path in (job.out / "predictions").glob("*")}
+
+
+def test_a_further_seed_has_its_sheet_where_the_results_came_without(job):
     run(job, Bench())
-    assert list(compare.read_json(job.out / "predictions.json")) == ["label-mit-seed0", "label-none-seed0"]
-    (job.out / "predictions.json").unlink()
-    run(job, Bench(), seeds=[2, 3], only=["mit"])
-    assert list(compare.read_json(job.out / "predictions.json")) == ["label-mit-seed2"]
-    assert "<table>" in (job.out / "page.html").read_text()
+    run(job, Bench(value=0.9), seeds=[2])
+    assert sheets(job)["label-mit.png"] == "0.5 label-mit-seed0"
+    for path in (job.out / "predictions").glob("*"):
+        path.unlink()
+    run(job, Bench(), seeds=[3, 4], only=["mit"])
+    assert sheets(job) == {"label-mit.png": "0.5 label-mit-seed3"}
+
+
+def test_a_sheet_of_other_settings_goes_with_its_rows(job, tmp_path):
+    run(job, Bench())
+    changed = make(tmp_path, methods={"mit": {"adapter.rank": 2}, "none": {"adapter": {"name": "none"}}})
+    run(changed, Bench(value=0.9), seeds=[1], only=["mit"])
+    assert sheets(job) == {"label-mit.png": "0.9 label-mit-seed1", "label-none.png": "0.5 label-none-seed0"}
+
+
+def test_without_matplotlib_there_is_a_table_and_a_line(job, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = []
+    compare.compare(job, "x", say=said.append, measure=Bench())
+    assert said[-1].startswith("there are no figures: ") and said[-1].endswith("pip install 'mitrain[plots]'")
+    assert (job.out / "table.md").exists() and not list(job.out.glob("*.svg"))
 
 
 def test_only_what_is_named_is_measured_and_the_rest_stays(job):
