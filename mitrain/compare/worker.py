@@ -22,6 +22,7 @@ from mitrain.compare.study import TaskPart
 from mitrain.core.config import nearest, parse
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.core.files import file_lock, write_json
+from mitrain.data.features import ImageFeatures
 from mitrain.data.sources import limit
 from mitrain.inference.export import export
 from mitrain.inference.report import flatten, panels
@@ -116,13 +117,13 @@ def scored(run: Run, part: TaskPart, shown: int) -> dict[str, Any]:
         "value": metrics[metric],
         "metrics": metrics,
         "controls": beside,
-        "panels": pictures(run, chosen, plain, shown),
+        "panels": pictures(run, images, chosen, plain, shown),
     }
 
 
-def pictures(run: Run, chosen: list[Any], found: Evaluation, count: int) -> list[dict[str, Any]]:
+def pictures(run: Run, images: ImageFeatures, chosen: list[Any], found: Evaluation, count: int) -> list[dict[str, Any]]:
     """Predictions as JSON: the sample, a small picture in base64, the lines below it."""
-    shown = panels(run, chosen, found, count) if count else []
+    shown = panels(run, images, chosen, found, count) if count else []
     return [{"sample": s.id, "picture": small(p.picture), "lines": list(p.lines), "right": p.right} for s, p in shown]
 
 
