@@ -106,7 +106,7 @@ def scored(run: Run, part: TaskPart, shown: int, sheet: Path) -> dict[str, Any]:
             name: flatten(values).get(metric) for name, values in baselines_of(run, part.split, chosen, images).items()
         }
     if shown:
-        write_atomic(sheet, figure(run, chosen, plain, shown))
+        write_atomic(sheet, figure(run, images, chosen, plain, shown))
     return {"metric": metric, "value": metrics[metric], "metrics": metrics, "controls": beside}
 
 

@@ -19,12 +19,12 @@ from mitrain.core.errors import ConfigError
 from mitrain.core.files import as_json, remedy, write_atomic
 from mitrain.core.markdown import plain
 from mitrain.core.provenance import made_with, sentence
-from mitrain.data.images import annotated_image, open_image
+from mitrain.data.features import ImageFeatures
+from mitrain.data.images import to_size
 from mitrain.inference.scoring import score_split, split_of
 from mitrain.tasks import figures
 from mitrain.training import runs
 from mitrain.training.baselines import baselines_of
-from mitrain.training.build import resolve_data
 from mitrain.training.evaluate import Evaluation
 from mitrain.training.runs import Run
 
@@ -88,7 +88,7 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
     chosen, images = split_of(run, split, samples)
     name = run.config.name
     plain = score_split(run, chosen, images, "none", generate=run.model.task.speaks, seed=run.config.seed)
-    found: dict[str, Any] = {name: plain.metrics, "figure": (chosen, plain)}
+    found: dict[str, Any] = {name: plain.metrics, "figure": (images, chosen, plain)}
     blind = not run.model.adapter.fuses
     for control in run.model.task.controls:
         if not (blind and control == "frozen"):
@@ -149,22 +149,20 @@ def provenance(folders: Sequence[str], splits: Sequence[str], samples: int | Non
     return {"command": command, **made_with(("torch", "transformers"))}
 
 
-def figure(run: Run, samples: Sequence[Any], found: Evaluation, count: int) -> bytes:
-    """A PNG of the predictions of ``count`` samples spread evenly over ``samples``: not picked."""
+def figure(run: Run, images: ImageFeatures, samples: Sequence[Any], found: Evaluation, count: int) -> bytes:
+    """A PNG of the predictions of ``count`` samples spread evenly over ``samples``: not picked.
+
+    DataError where a picture was replaced since it was scored.
+    """
     step = max(1, len(samples) // count)
     pairs = list(zip(samples, found.predictions, strict=True))[::step][:count]
-    root = run.config.data.image_root(resolve_data(run.config.data))
-    panels = [
-        run.model.task.panel(sample, prediction, picture_of(sample, root, run.config.data.max_pixels))
-        for sample, prediction in pairs
-    ]
+    panels = [run.model.task.panel(sample, prediction, picture_of(sample, images)) for sample, prediction in pairs]
     with BytesIO() as buffer:
         figures.sheet(panels).save(buffer, format="PNG")
         return buffer.getvalue()
 
 
-def picture_of(sample: Any, root: Path, max_pixels: int) -> Image.Image:
+def picture_of(sample: Any, images: ImageFeatures) -> Image.Image:
     """The sample's picture, as its annotation was made on it."""
-    if hasattr(sample, "size"):
-        return annotated_image(root, sample.image, sample.size, max_pixels)
-    return open_image(root, sample.image, max_pixels)
+    picture = images.picture(sample.image)
+    return to_size(picture, sample.size) if hasattr(sample, "size") else picture

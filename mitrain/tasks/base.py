@@ -125,7 +125,8 @@ class Answer:
 class Splits:
     """What baselines are made of: the samples ``chosen`` from a split, and more of the data where they ask for it.
 
-    ``learn()``: the samples that training saw and those of val, whose features are at hand; ``whole()``: all of the split;
+    ``learn()``: the samples that training saw and those of val, whose features are at hand; ``whole()``: all of the
+    split's samples on the pictures of those chosen;
     ``features(samples)``: (n, e), what is infused.
     """
 

@@ -1,14 +1,16 @@
 """Baselines of a run: what is reached on a split without the trained model, from the same samples and features."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from mitrain.core import dist
 from mitrain.data.features import ImageFeatures
 from mitrain.data.sources import portion
 from mitrain.tasks.base import Splits
 from mitrain.training.build import resolve_data
+from mitrain.training.fingerprint import digests_of, require_same
 from mitrain.training.runs import Run
 
 
@@ -20,11 +22,25 @@ def baselines_of(run: Run, split: str, chosen: list[Any], images: ImageFeatures)
         """What the run was trained on (``train.fraction`` of the split), and val."""
         train, val = portion(data.read(root, "train"), run.config.train.fraction), data.read(root, "val")
         readable = images.readable(train), images.readable(val)
+        compare_ranks({"train": readable[0], "val": readable[1]}, images)
         images.prepare(sorted({s.image for part in readable for s in part}), 1)
         return readable
 
     def features(samples: Sequence[Any]) -> Tensor:
         return run.model.norm(images.pooled([s.image for s in samples]))
 
-    splits = Splits(chosen, learn, lambda: data.read(root, split), features, run.config.seed)
+    def whole() -> list[Any]:
+        """All of the split that can be scored on the pictures chosen."""
+        shown = {s.image for s in chosen}
+        there = [s for s in data.read(root, split) if s.image in shown and not s.fault()]
+        compare_ranks({split: there}, images)
+        return there
+
+    splits = Splits(chosen, learn, whole, features, run.config.seed)
     return run.model.task.baselines(splits)
+
+
+def compare_ranks(splits: Mapping[str, Sequence[Any]], images: ImageFeatures) -> None:
+    """RankError where ranks, of which each reads what a baseline is made of, read different samples or pictures."""
+    if dist.world() > 1:
+        require_same(digests_of(splits, images.key))
