@@ -1,18 +1,27 @@
-"""The benchmarks behind ``mitrain bench NAME``.
-
-parity   losses and bytes of every ZeRO stage and precision beside the unsharded run
-load     what loading in shards takes
-faults   what comes of kills, damage and hostile inputs
-ledger   the verdicts of measured rows on the papers' claims
-"""
+"""The benchmarks behind ``mitrain bench NAME``."""
 
 import argparse
+import json
+import shlex
 import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mitrain.cli.shared import command, refused, say
+from mitrain.core.errors import ConfigError, UserError
+
+KERNELS = Path(__file__).parents[1] / "kernels" / "bench"
+
+
+class KernelsError(UserError):
+    """The kernels' benchmark ended otherwise than well, and has said why."""
+
+    def __init__(self, code: int):
+        super().__init__("python kernels/bench ended with an error, which stands above")
+        self.exit_code = code
 
 
 def add_benchmarks(verbs: Any) -> None:
@@ -20,67 +29,134 @@ def add_benchmarks(verbs: Any) -> None:
     add_parity(verbs)
     add_faults(verbs)
     add_load(verbs)
+    add_step(verbs)
     add_ledger(verbs)
+    kernels = (
+        "the operators beside plain ones: times and bytes, if they are right; python kernels/bench has more options"
+    )
+    benchmark(verbs, "kernels", run_kernels, kernels, "two shapes an operator, about a minute")
+
+
+def benchmark(verbs: Any, name: str, run: Any, text: str, quick: str) -> argparse.ArgumentParser:
+    sub = command(verbs, name, run, text)
+    sub.add_argument("--quick", action="store_true", help=quick)
+    sub.set_defaults(parser=sub)
+    return sub
+
+
+def add_out(sub: argparse.ArgumentParser) -> None:
+    """For a benchmark that takes long: it goes on in the folder where it was interrupted."""
+    name = sub.prog.split()[-1]
+    text = f"for results.json and table.md (default: runs/{name}); the same DIR goes on after an interruption"
+    sub.add_argument("--out", metavar="DIR", help=text)
+
+
+def out_of(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.out or f"runs/{arguments.verb}{'-quick' if arguments.quick else ''}")
+
+
+def add_parity(verbs: Any) -> None:
+    text, quick = (
+        "ZeRO stages × precisions × ranks: losses, bytes, step times",
+        "ZeRO 0 and 3, fp32 and int8, 5 updates, no peers",
+    )
+    sub = benchmark(verbs, "parity", run_parity, text, quick)
+    add_out(sub)
+    sub.add_argument("--config", default="configs/quickstart.yaml", help="what is trained (default: %(default)s)")
+    sub.add_argument("--only", nargs="+", metavar="NAME", help="cells whose names begin so, as ours-int8 peft")
+    sub.add_argument("--steps", type=int, metavar="N", help="updates before the loss is taken (default: 20, quick 5)")
+    sub.add_argument("--batch", type=int, default=4, metavar="N", help="samples a step, an even number (default: 4)")
+    sub.add_argument("--limit", type=float, default=3600, metavar="S", help="seconds for a cell (default: 3600)")
+
+
+def add_faults(verbs: Any) -> None:
+    text = "kills, damage, hostile inputs: what comes of each, on tiny models"
+    sub = benchmark(verbs, "faults", run_faults, text, "a dozen of them")
+    add_out(sub)
+    sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="faults whose names begin so, as cache rank")
+
+
+def add_load(verbs: Any) -> None:
+    text = "peak bytes of loading a random model of 2 GB in shards, beside their limit"
+    sub = benchmark(verbs, "load", run_load, text, "a model of a tenth of the size")
+    sub.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
+    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+
+
+def add_step(verbs: Any) -> None:
+    text = "time, bytes and operations of a training step of configurations, each in a process of its own"
+    sub = benchmark(verbs, "step", run_step, text, "5 steps")
+    sub.add_argument(
+        "--configs", nargs="+", default=["configs/quickstart.yaml"], metavar="FILE", help="(default: quickstart)"
+    )
+    sub.add_argument("--steps", type=int, metavar="N", help="of which times are taken (default: 20, quick 5)")
+    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
 def add_ledger(verbs: Any) -> None:
-    sub = command(verbs, "ledger", run_ledger, "what the rows of mitrain compare say of the papers' claims")
+    text = "what the rows of mitrain compare say of the papers' claims"
+    sub = benchmark(verbs, "ledger", run_ledger, text, "measure the counted cells alone, which take seconds each")
     sub.add_argument("--measure", action="store_true", help="first measure the cells that the claims lack")
-    sub.add_argument("--quick", action="store_true", help="of these the counted ones alone, which take seconds each")
     sub.add_argument(
         "--results", metavar="DIR", help="of the studies, NAME/results.json (default: docs/results/compare)"
     )
     sub.add_argument("--out", metavar="DIR", help="for ledger.json and ledger.md (default: print only)")
 
 
-def add_load(verbs: Any) -> None:
-    sub = command(verbs, "load", run_load, "peak bytes of loading a random model of 2 GB in shards, beside their limit")
-    sub.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
-    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+def run_parity(arguments: argparse.Namespace) -> Any:
+    from benchmarks.parity import cells, run
 
-
-def add_parity(verbs: Any) -> None:
-    sub = command(verbs, "parity", run_parity, "ZeRO stages × precisions × ranks: losses, bytes, step times")
-    sub.add_argument("--quick", action="store_true", help="ZeRO 0 and 3, fp32 and int8, 5 updates, no peers")
-    sub.add_argument("--config", default="configs/quickstart.yaml", help="what is trained (default: %(default)s)")
-    sub.add_argument(
-        "--out",
-        metavar="DIR",
-        help="for results.json and table.md (default: runs/parity); the same DIR goes on after an interruption",
-    )
-    sub.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="cells whose names begin so, as ours-int8 peft"
-    )
-    sub.add_argument("--steps", type=int, metavar="N", help="updates before the loss is taken (default: 20, quick 5)")
-    sub.add_argument("--batch", type=int, default=4, metavar="N", help="samples a step, an even number (default: 4)")
-    sub.add_argument(
-        "--limit", type=float, default=3600, metavar="S", help="seconds that a cell may take (default: 3600)"
-    )
-
-
-def add_faults(verbs: Any) -> None:
-    sub = command(verbs, "faults", run_faults, "kills, damage, hostile inputs: what comes of each, on tiny models")
-    sub.add_argument("--quick", action="store_true", help="a dozen of them")
-    sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="faults whose names begin so, as cache rank")
-    sub.add_argument(
-        "--out",
-        metavar="DIR",
-        help="for results.json and table.md (default: runs/faults); the same DIR goes on after an interruption",
-    )
+    steps = arguments.steps or (5 if arguments.quick else 20)
+    if steps < 1 or arguments.batch < 2 or arguments.batch % 2:
+        raise ConfigError(
+            f"--steps={steps} --batch={arguments.batch}: give a step or more, of an even number of samples"
+        )
+    wanted = cells.quick() if arguments.quick else cells.full(arguments.batch, arguments.only or ())
+    if not wanted:
+        raise ConfigError(f"--only {' '.join(arguments.only)} names no cell: names begin as ours-int8-zero3-ranks2")
+    plan, out = cells.Plan(arguments.config, steps, arguments.batch), out_of(arguments)
+    end_children()
+    run.prepare(plan)
+    found = run.parity(plan, wanted, out, again(arguments), say=aside, limit_s=arguments.limit)
+    say(arguments, (out / "table.md").read_text(encoding="utf-8"))
+    return refused(run.check, found)
 
 
 def run_faults(arguments: argparse.Namespace) -> Any:
     from benchmarks.faults import cases, suite
 
-    chosen = suite.chosen(cases.CASES, arguments.quick, arguments.only)
-    out = Path(arguments.out or ("runs/faults-quick" if arguments.quick else "runs/faults"))
-    words = ["mitrain bench faults", *(["--quick"] if arguments.quick else [])]
-    words += ["--only", *arguments.only] if arguments.only else []
-    words += ["--out", arguments.out] if arguments.out else []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no command is left behind
-    found = suite.faults(chosen, out, " ".join(words), say=lambda text: print(text, file=sys.stderr, flush=True))
+    chosen, out = suite.chosen(cases.CASES, arguments.quick, arguments.only), out_of(arguments)
+    end_children()
+    found = suite.faults(chosen, out, again(arguments), say=aside)
     say(arguments, (out / "table.md").read_text(encoding="utf-8"))
     return refused(suite.check, found)
+
+
+def run_load(arguments: argparse.Namespace) -> Any:
+    from benchmarks import load
+
+    if arguments.ranks < 1:
+        raise ConfigError(f"--ranks {arguments.ranks} loads nothing: give at least 1")
+    end_children()
+    found = load.load(arguments.ranks, load.QUICK if arguments.quick else load.SHAPE)
+    say(arguments, load.table(found))
+    if arguments.out:
+        load.write(found, Path(arguments.out), again(arguments))
+    return refused(load.check, found)
+
+
+def run_step(arguments: argparse.Namespace) -> Any:
+    from benchmarks import results, step
+
+    steps = arguments.steps or (5 if arguments.quick else 20)
+    if steps < 1:
+        raise ConfigError(f"--steps {steps} measures nothing: give at least 1")
+    end_children()
+    found = step.measured(arguments.configs, steps, again(arguments), say=aside)
+    say(arguments, step.table(found))
+    if arguments.out:
+        results.write(Path(arguments.out), found, step.table(found))
+    return found
 
 
 def run_ledger(arguments: argparse.Namespace) -> Any:
@@ -89,10 +165,9 @@ def run_ledger(arguments: argparse.Namespace) -> Any:
 
     results = Path(arguments.results) if arguments.results else ledger.RESULTS
     if arguments.measure:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no cell is left behind
+        end_children()
         wanted = ledger.jobs(CLAIMS, results, ledger.STUDIES)
-        wanted = [job for job in wanted if job.study.kind == "count" or not arguments.quick]
-        ledger.measure(wanted, say=lambda text: print(text, file=sys.stderr, flush=True))
+        ledger.measure([job for job in wanted if job.study.kind == "count" or not arguments.quick], say=aside)
     found = ledger.ledger(results=results)
     text = ledger.table(found)
     if arguments.out:
@@ -102,59 +177,40 @@ def run_ledger(arguments: argparse.Namespace) -> Any:
     return found
 
 
-def run_load(arguments: argparse.Namespace) -> Any:
-    from benchmarks import load
-    from mitrain.core.errors import ConfigError
-
-    if arguments.ranks < 1:
-        raise ConfigError(f"--ranks {arguments.ranks} loads nothing: give at least 1")
-    found = load.load(arguments.ranks)
-    say(arguments, load.table(found))
-    if arguments.out:
-        load.write(found, Path(arguments.out), f"mitrain bench load --ranks {arguments.ranks} --out {arguments.out}")
-    return refused(load.check, found)
+def run_kernels(arguments: argparse.Namespace) -> Any:
+    words = [sys.executable, str(KERNELS), *(["--quick"] if arguments.quick else [])]
+    if not arguments.json:
+        done, found = subprocess.run(words, check=False), None
+    else:
+        done = subprocess.run([*words, "--json"], stdout=subprocess.PIPE, check=False)
+        found = json.loads(done.stdout or "null")
+    return refused(kernels_check(done.returncode), found)
 
 
-def run_parity(arguments: argparse.Namespace) -> Any:
-    from benchmarks import cells, parity
-    from mitrain.core.errors import ConfigError
+def kernels_check(code: int) -> Callable[[Any], None]:
+    def check(_: Any) -> None:
+        if code:
+            raise KernelsError(code)
 
-    steps = arguments.steps or (5 if arguments.quick else 20)
-    if steps < 1 or arguments.batch < 2 or arguments.batch % 2:
-        raise ConfigError(
-            f"--steps={steps} --batch={arguments.batch}: give a step or more, of an even number of samples"
-        )
-    wanted = cells.quick() if arguments.quick else cells.full(arguments.batch, arguments.only)
-    if not wanted:
-        raise ConfigError(f"--only {' '.join(arguments.only)} names no cell: names begin as ours-int8-zero3-ranks2")
-    plan = cells.Plan(arguments.config, steps, arguments.batch)
-    out = Path(arguments.out or ("runs/parity-quick" if arguments.quick else "runs/parity"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no rank is left behind
-    parity.prepare(plan)
-    found = parity.parity(
-        plan,
-        wanted,
-        out,
-        shown(arguments),
-        say=lambda text: print(text, file=sys.stderr, flush=True),
-        limit_s=arguments.limit,
-    )
-    say(arguments, (out / "table.md").read_text(encoding="utf-8"))
-    return refused(parity.check, found)
+    return check
 
 
-def shown(arguments: argparse.Namespace) -> str:
-    """The command that makes these results again."""
-    options = {
-        "--config": ("config", "configs/quickstart.yaml"),
-        "--steps": ("steps", None),
-        "--batch": ("batch", 4),
-        "--out": ("out", None),
-    }
-    given = [
-        f"{name} {getattr(arguments, key)}"
-        for name, (key, usual) in options.items()
-        if getattr(arguments, key) != usual
-    ]
-    only = ["--only", *arguments.only] if arguments.only else []
-    return " ".join(["mitrain bench parity", *(["--quick"] if arguments.quick else []), *only, *given])
+def aside(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def end_children() -> None:
+    """Let SIGTERM unwind, so that no process of a benchmark is left behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def again(arguments: argparse.Namespace) -> str:
+    """The command that makes these results again: the benchmark with the options that are not at their defaults."""
+    words = arguments.parser.prog.split()
+    for action in arguments.parser._actions:
+        value = getattr(arguments, action.dest, None)
+        if action.dest not in ("help", "json") and value != action.default:
+            words.append(action.option_strings[0])
+            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return shlex.join(words)

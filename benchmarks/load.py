@@ -5,13 +5,7 @@ size, in which freed memory stays. The limit is that of a loader which never hol
 layer in full precision), where the embedding counts as a layer.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -21,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.parity import machine
-from mitrain.core import dist
+from benchmarks import ranks, results
+from mitrain.core import dist, markdown
 from mitrain.core.errors import UserError
-from mitrain.core.files import write_atomic, write_json
-from mitrain.core.provenance import commit, version
+from mitrain.core.files import write_json
+from mitrain.core.provenance import made_with, sentence
 from mitrain.models import loading, stream
 from mitrain.training.engine import OptimizerConfig, ZeroConfig
 from mitrain.training.engine.zero import sharding
@@ -34,6 +28,9 @@ PRECISIONS = ("none", "int8", "nf4")
 LIMIT = 1.2
 SHAPE = {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8,
          "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32000}  # fmt: skip
+QUICK = {**SHAPE, "hidden_size": 512, "intermediate_size": 1408, "vocab_size": 8000}
+LIMIT_S = 3600.0
+PACKAGES = ("torch", "deepspeed", "transformers")
 
 
 class LoadError(UserError):
@@ -114,57 +111,36 @@ def measure(folder: str, precision: str) -> dict[str, Any]:
     return {"rank": dist.rank(), "peak": peak, "shards": sum(held.values()), "payload": whole}
 
 
-def load(ranks: int = 2, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
-    """Rows of every precision and rank, made in processes of their own on a model in a temporary folder."""
+def work(folder: str, precision: str, out: Path) -> None:
+    with dist.started():
+        rows = dist.gather(measure(folder, precision))
+        dist.from_main(lambda: write_json(out, rows))
+
+
+def load(count: int = 2, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
+    """Rows of every precision and of ``count`` ranks, made in processes of their own on a model in a temporary folder."""
+    ranks.need_deepspeed("load")
     with tempfile.TemporaryDirectory(prefix="mitrain-load-") as temporary:
         folder = Path(temporary)
         size, layer = make_model(folder, shape), largest_layer(folder)
         rows = []
         for precision in PRECISIONS:
-            for row in together(ranks, str(folder), precision):
+            for row in ranks.found(work, (str(folder), precision), count, LIMIT_S):
                 limit = round(LIMIT * (row["shards"] + layer))
                 rows.append({"precision": precision, **row, "layer": layer, "limit": limit, "ok": row["peak"] <= limit})
-    return {"model_bytes": size, "ranks": ranks, "rows": rows}
-
-
-def together(ranks: int, folder: str, precision: str) -> list[dict[str, Any]]:
-    """``measure`` on ranks of this machine."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.load", folder, precision],
-            env={
-                **os.environ,
-                **meet,
-                "PYTHONPATH": os.pathsep.join(sys.path),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    said = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise UserError(f"a rank failed while it loaded {precision}: its message is above")
-    return [json.loads(text.splitlines()[-1]) for text in said]
+    return {"model_bytes": size, "ranks": count, "rows": rows}
 
 
 def table(found: dict[str, Any]) -> str:
     """Markdown, in MiB."""
     head = ["precision", "rank", "peak", "shards", "one layer", "limit", "peak / limit", ""]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for row in found["rows"]:
         sizes = [f"{row[name] / 2**20:,.0f}" for name in ("peak", "shards", "layer", "limit")]
         precision = "fp32" if row["precision"] == "none" else row["precision"]
         verdict = "ok" if row["ok"] else "above"
-        cells = [precision, str(row["rank"]), *sizes, f"{row['peak'] / row['limit']:.2f}", verdict]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([precision, str(row["rank"]), *sizes, f"{row['peak'] / row['limit']:.2f}", verdict])
+    return "\n".join(markdown.table(head, lines))
 
 
 def check(found: dict[str, Any]) -> None:
@@ -175,19 +151,10 @@ def check(found: dict[str, Any]) -> None:
 
 
 def write(found: dict[str, Any], out: Path, command: str) -> None:
-    versions = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
-    made = {"command": command, "date": time.strftime("%Y-%m-%d"), "commit": commit(), "versions": versions}
-    write_json(out / "results.json", {"made": made, **found})
-    text = ", ".join(f"{name} {number}" for name, number in versions.items())
+    made = {"command": command, **made_with(PACKAGES), "machine": ranks.machine()}
     note = (
         "MiB of tensors of a rank above those before the load, of a random float32 Llama of"
         f" {found['model_bytes'] / 1e9:.2f} GB on {found['ranks']} ranks."
-        f" Limit: {LIMIT} × (this rank's shards + one float32 layer, the largest being the embedding)."
-        f" Made by `{command}` on {made['date']}, commit {made['commit']}, {text}, {machine()}."
+        f" Limit: {LIMIT} × (this rank's shards + one float32 layer, the largest being the embedding). {sentence(made)}"
     )
-    write_atomic(out / "table.md", f"{table(found)}\n\n{note}\n")
-
-
-if __name__ == "__main__":
-    with dist.started():
-        print(json.dumps(measure(*sys.argv[1:])))
+    results.write(out, {"made": made, **found}, f"{table(found)}\n\n{note}\n")

@@ -1,6 +1,6 @@
-"""A cell in processes of its own: fresh ones, a thread each, ended together.
+"""Work in processes of its own: fresh ones, a thread each, ended together.
 
-They are forks of a server that has imported torch and DeepSpeed and done nothing else: importing would take longer than
+They are forks of a server that has imported the work's module and done nothing else: importing would take longer than
 the steps. The server starts with the environment that a rank needs and is never a rank itself.
 """
 
@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Cell, Plan
-from mitrain.core.errors import UserError
+from mitrain.core import provenance
+from mitrain.core.errors import ConfigError, MissingExtraError, UserError
 
-Row = dict[str, Any]
-Work = Callable[[Cell, Plan, Path], None]
+Work = Callable[..., None]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # What mitrain's command line tells glibc: page faults on fresh blocks would be most of the time.
@@ -30,17 +29,35 @@ ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
-PRELOADED = ["benchmarks.worker"]
 
 
-def measured(cell: Cell, plan: Plan, limit_s: float, work: Work | None = None) -> Row:
-    """What the cell's ranks found, or ``{"error": …}``: the first failing rank's last line, or that time ran out."""
-    if work is None:
-        from benchmarks.worker import work
+def found(work: Work, arguments: tuple[Any, ...], ranks: int, limit_s: float) -> Any:
+    """What ``work(*arguments, path)`` writes to its path as JSON on one of ``ranks``; UserError says why there is nothing:
+    the first failing rank's last line, or that time ran out."""
     with tempfile.TemporaryDirectory(prefix="mitrain-bench-") as scratch:
-        out = Path(scratch) / "row.json"
-        ended = run(work, (cell, plan, out), cell.ranks, Path(scratch), limit_s)
-        return {"error": ended} if ended else json.loads(out.read_text(encoding="utf-8"))
+        out = Path(scratch) / "found.json"
+        reason = run(work, (*arguments, out), ranks, Path(scratch), limit_s)
+        if reason:
+            raise UserError(reason)
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def machine() -> str:
+    """The machine, and what the ranks talk through."""
+    return f"{provenance.machine()}, gloo, a thread per rank"
+
+
+def need_deepspeed(name: str) -> None:
+    """One line before anything is measured, in place of one from each rank."""
+    from mitrain.training.engine.zero import deepspeed
+
+    try:
+        deepspeed()
+    except ConfigError:
+        raise MissingExtraError(
+            f"mitrain bench {name} measures DeepSpeed's ZeRO, and deepspeed is not installed:"
+            " install it with pip install 'mitrain[deepspeed]'"
+        ) from None
 
 
 def run(work: Work, arguments: tuple[Any, ...], ranks: int, scratch: Path, limit_s: float) -> str | None:
@@ -49,7 +66,7 @@ def run(work: Work, arguments: tuple[Any, ...], ranks: int, scratch: Path, limit
     says, processes = [scratch / f"{rank}.err" for rank in range(ranks)], []
     with clean_environment():
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context.set_forkserver_preload([work.__module__])
         try:
             for rank, said in enumerate(says):
                 place = {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
@@ -81,7 +98,8 @@ def be_rank(place: dict[str, str], said: Path, work: Work, arguments: tuple[Any,
     except BaseException:
         os.write(2, traceback.format_exc().encode())
         code = 1
-    os._exit(code)  # a rank whose partner has failed would wait for it on its way out
+    if code:
+        os._exit(code)  # a rank whose partner has failed would wait for it on its way out
 
 
 @contextlib.contextmanager

@@ -83,6 +83,15 @@ def test_installed_command_runs_outside_the_clone(installed: Path, tmp_path: Pat
     assert "predict" in printed
 
 
+@pytest.mark.parametrize("words", [[], ["parity"], ["ledger", "--quick", "--json"]])
+def test_the_wheel_says_where_the_benchmarks_are(installed: Path, tmp_path: Path, words: list[str]):
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [installed / "bin" / "mitrain", "bench", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1
+    assert "in the folder benchmarks/ of mitrain's repository" in done.stderr and "from a clone" in done.stderr
+
+
 @pytest.mark.parametrize("ours", ["installed", "checkout"])
 @pytest.mark.parametrize("theirs_first", [True, False])
 def test_a_package_named_kernels_stays_theirs(installed: Path, stranger: Path, ours: str, theirs_first: bool):

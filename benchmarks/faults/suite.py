@@ -1,23 +1,15 @@
-"""The cases, run one after another, and their table.
+"""The cases, run one after another, and their table."""
 
-OUT/rows/NAME.json     a finished case, until the suite is whole: an interrupted suite goes on where it stopped
-OUT/results.json       all rows, and how they were made
-OUT/table.md           the same for people
-"""
-
-import json
-import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results
 from benchmarks.faults.lab import Ended, Lab, Left, Process, moment, opened
-from benchmarks.table import provenance
+from mitrain.core import markdown
 from mitrain.core.errors import ConfigError, UserError
-from mitrain.core.files import write_atomic, write_json
-from mitrain.core.provenance import commit, machine, versions
+from mitrain.core.provenance import commit, made_with, sentence
 
 PACKAGES = ("torch", "transformers", "deepspeed")
 COLUMNS = ("fault", "fired", "detected after", "lost steps", "end state", "resumed equal", "said", "")
@@ -122,24 +114,22 @@ def chosen(known: Mapping[str, Case], quick: bool, only: Sequence[str]) -> list[
 
 def faults(cases: Sequence[Case], out: Path, command: str, say: Callable[[str], object] = print) -> dict[str, Any]:
     """Run ``cases``, write their rows to ``out`` and return them; see `check` for the verdict."""
-    rows = []
+    rows, here = [], commit()
+    known = None if here.endswith("-dirty") else here  # nothing says what a changed tree has measured
     with opened() as lab:
         for number, case in enumerate(cases, 1):
-            row = kept(out, case) or measured(case, lab, out)
+            row = results.row(out, case.name, known, lambda case=case: measured(case, lab))
             rows.append(row)
             say(
                 f"[{number}/{len(cases)}] {case.name}: {row['end_state']}{'' if row['ok'] else ', wanted ' + case.wanted}"
             )
-    found = {"made": made(command), "rows": rows}
-    write_json(out / "results.json", found)
-    write_atomic(out / "table.md", table(found))
-    shutil.rmtree(out / "rows", ignore_errors=True)
+    found = {"made": {"command": command, **made_with(PACKAGES)}, "rows": rows}
+    results.write(out, found, table(found))
     return found
 
 
-def measured(case: Case, lab: Lab, out: Path) -> dict[str, Any]:
+def measured(case: Case, lab: Lab) -> dict[str, Any]:
     """One row. A case that fails by itself is a row that is not ok, so that the others are still run."""
-    start = time.monotonic()
     try:
         found = case.work(lab, lab.scratch(case.name))
     except Exception as error:
@@ -147,30 +137,7 @@ def measured(case: Case, lab: Lab, out: Path) -> dict[str, Any]:
     row = {"fault": case.name, "group": case.group, **asdict(found), "wanted": case.wanted, "ok": verdict(case, found)}
     if found.detected_s is not None:
         row["detected_s"] = round(found.detected_s, 2)
-    row |= {"seconds": round(time.monotonic() - start, 1), "commit": commit()}
-    row["said"] = found.said.replace(str(lab.folder), "…")
-    write_json(out / "rows" / f"{case.name}.json", row)
-    return row
-
-
-def kept(out: Path, case: Case) -> dict[str, Any] | None:
-    """The row that an interrupted suite of this commit has made already."""
-    try:
-        row = json.loads((out / "rows" / f"{case.name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    here = commit()
-    return row if row.get("commit") == here and not here.endswith("-dirty") else None
-
-
-def made(command: str) -> dict[str, Any]:
-    return {
-        "command": command,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(PACKAGES),
-        "machine": machine(),
-    }
+    return row | {"said": found.said.replace(str(lab.folder), "…")}
 
 
 def check(found: dict[str, Any]) -> None:
@@ -182,22 +149,21 @@ def check(found: dict[str, Any]) -> None:
 
 def table(found: dict[str, Any]) -> str:
     """Markdown: a line a fault."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in found["rows"]]
+    lines = markdown.table(COLUMNS, [cells(row) for row in found["rows"]])
     note = (
         "Detected: seconds from the fault to the command's end, of a fault that stood there before from the command's start."
         " Lost: finished steps that the newest checkpoint lacks. Resumed equal: losses, step and trained tensors are those"
         " of an undisturbed run, bit for bit (refused commands: of the run as it goes on without the fault)."
     )
-    return "\n".join([*lines, "", note, "", provenance(found["made"]), ""])
+    return "\n".join([*lines, "", note, "", sentence(found["made"]), ""])
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     seconds = "–" if row["detected_s"] is None else f"{row['detected_s']:.1f} s"
     lost = "–" if row["lost_steps"] is None else str(row["lost_steps"])
     equal = {None: "–", True: "yes", False: "**no**"}[row["resumed_equal"]]
-    said = row["said"].removeprefix("mitrain: ").replace("|", "\\|").replace("<", "&lt;")
-    said = said if len(said) <= SHOWN else said[:SHOWN] + "…"
+    said = row["said"].removeprefix("mitrain: ")
+    said = markdown.plain(said if len(said) <= SHOWN else said[:SHOWN] + "…")
     fired = "yes" if row["fired"] else "**no**"
     ending = "ok" if row["ok"] else f"**wanted {row['wanted']}**"
     return [row["fault"], fired, seconds, lost, row["end_state"], equal, said, ending]

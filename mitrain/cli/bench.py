@@ -11,10 +11,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def add_bench(commands: Any) -> None:
-    text = "measure sharded training, loading and what comes of faults"
+    text = "benchmarks: parity of shards, faults, loading, steps, kernels, and the papers' claims"
     group = commands.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
     if not (REPOSITORY / "benchmarks" / "command.py").is_file():
-        group.add_argument("words", nargs="*", metavar="NAME")
+        group.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME")
         group.set_defaults(run=refuse, json=False)
         return
     if str(REPOSITORY) not in sys.path:

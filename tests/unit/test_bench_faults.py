@@ -5,10 +5,12 @@ import json
 
 import pytest
 
+from benchmarks import results
 from benchmarks.faults import cases, suite
 from benchmarks.faults.lab import Ended, Left
 from benchmarks.faults.suite import Case, Found, verdict
 from mitrain.cli import main
+from mitrain.core import provenance
 from mitrain.core.errors import ConfigError
 
 GOOD = Found(True, "refused", 1.0, 1, True, "mitrain: no")
@@ -66,7 +68,8 @@ def no_lab(monkeypatch):
             return None
 
     monkeypatch.setattr(suite, "opened", lambda: contextlib.nullcontext(Lab()))
-    monkeypatch.setattr(suite, "commit", lambda: "abc1234")
+    for module in (suite, results, provenance):
+        monkeypatch.setattr(module, "commit", lambda: "abc1234")
 
 
 def test_an_interrupted_suite_goes_on_and_keeps_what_was_measured(no_lab, tmp_path):
@@ -98,7 +101,7 @@ def test_a_case_that_fails_is_a_red_row_and_the_others_are_run(no_lab, tmp_path)
         suite.check(found)
     assert caught.value.exit_code == 1
     line = next(line for line in (tmp_path / "table.md").read_text().splitlines() if "a-fault" in line)
-    assert "…/x \\| y" in line and "**wanted refused**" in line
+    assert "…/x &#124; y" in line and "**wanted refused**" in line
 
 
 def test_cases_are_chosen_by_name_and_the_quick_ones_touch_every_theme():

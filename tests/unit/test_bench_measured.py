@@ -6,9 +6,10 @@ import yaml
 from ranks import make_world
 from torch import nn
 
-from benchmarks import cells, parity
-from benchmarks.cells import OURS, Cell, Plan
-from benchmarks.measured import Measured
+from benchmarks.parity import cells
+from benchmarks.parity import run as parity
+from benchmarks.parity.cells import OURS, Cell, Plan
+from benchmarks.parity.steps import Measured
 from mitrain.compare.resident import optimizer_bytes, resident_bytes, whole_bytes
 from mitrain.training import schema
 

@@ -5,10 +5,11 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import cells, judge, parity, ranks
-from benchmarks.cells import EXACT, OURS, Cell, Plan
-from benchmarks.measured import Measured, permuted
-from benchmarks.table import COLUMNS, table
+from benchmarks.parity import cells, judge
+from benchmarks.parity import run as parity
+from benchmarks.parity.cells import EXACT, OURS, Cell, Plan
+from benchmarks.parity.steps import Measured, permuted
+from benchmarks.parity.table import COLUMNS, table
 from mitrain.cli import main
 from mitrain.core.config import digest
 
@@ -149,13 +150,13 @@ def test_an_interrupted_matrix_goes_on_and_a_failed_cell_is_tried_again(tmp_path
     wanted = cells.urgent_first(cells.quick())
     with pytest.raises(KeyboardInterrupt):
         bench(tmp_path, Bench(stops=wanted[3], fails=wanted[1]))
-    (tmp_path / "cells" / f"{wanted[2].name}.json").write_text('{"torn')
+    (tmp_path / "rows" / f"{wanted[2].name}.json").write_text('{"torn')
     second = Bench()
     found = bench(tmp_path, second)
     assert second.asked == [*wanted[1:]]
     assert [cells.from_dict(r) for r in found["rows"]] == cells.quick()
     assert json.loads((tmp_path / "results.json").read_text()) == found
-    assert not (tmp_path / "cells").exists()
+    assert not (tmp_path / "rows").exists()
     third = Bench()
     bench(tmp_path, third)
     assert third.asked == wanted, "a whole matrix is measured anew"
@@ -215,7 +216,7 @@ def hang(cell: Cell, plan: Plan, out) -> None:
     ],
 )
 def test_a_cell_whose_ranks_fail_says_why(work, seconds, error):
-    assert ranks.measured(Cell(OURS, "fp32", 3, 2), PLAN, seconds, work) == {"error": error}
+    assert parity.measured(Cell(OURS, "fp32", 3, 2), PLAN, seconds, work) == {"error": error}
 
 
 @pytest.mark.parametrize(

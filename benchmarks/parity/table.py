@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.cells import NOISY, OURS
-from benchmarks.judge import CONFIDENCE, SLACK
+from benchmarks.parity.cells import NOISY, OURS
+from benchmarks.parity.judge import CONFIDENCE, SLACK
+from mitrain.core import markdown
+from mitrain.core.provenance import sentence
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -26,9 +28,7 @@ COLUMNS = (
 
 def table(rows: Sequence[Row], made: dict[str, Any]) -> str:
     """One line per cell, what stands in it below, and how to make it again."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(line(row)) + " |" for row in rows]
-    return "\n".join([*lines, "", *notes(rows, made), ""])
+    return "\n".join([*markdown.table(COLUMNS, [line(row) for row in rows]), "", *notes(rows, made), ""])
 
 
 def line(row: Row) -> list[str]:
@@ -36,7 +36,7 @@ def line(row: Row) -> list[str]:
     ranks += f", order {row['order']}" if row.get("order") else ""
     head = [row["who"], row["precision"], str(row["zero"]), ranks]
     if "error" in row:
-        return [*head, f"failed: {row['error'].replace('|', '/')}", *[""] * (len(COLUMNS) - 6), mark(row)]
+        return [*head, f"failed: {markdown.plain(row['error'])}", *[""] * (len(COLUMNS) - 6), mark(row)]
     return [
         *head,
         f"{row['loss']:.6f}",
@@ -81,9 +81,4 @@ def notes(rows: Sequence[Row], made: dict[str, Any]) -> list[str]:
         " and the weights' copies that they belong to.",
         "Step times are medians on a machine that was not idle: they rank nothing.",
     ]
-    return [" ".join(text), "", provenance(made)]
-
-
-def provenance(made: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    return f"Made by `{made['command']}` on {made['date']}, commit {made['commit']}, {versions}, {made['machine']}."
+    return [" ".join(text), "", sentence(made)]

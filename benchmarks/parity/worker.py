@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cells import BITSANDBYTES, PEFT, Cell, Plan
-from benchmarks.measured import Subject, measure, ours
-from benchmarks.peers import InBitsandbytes, lora
+from benchmarks.parity.cells import BITSANDBYTES, PEFT, Cell, Plan
+from benchmarks.parity.peers import InBitsandbytes, lora
+from benchmarks.parity.steps import Subject, measure, ours
 from mitrain.core import dist
 from mitrain.core.files import write_json
 from mitrain.training.engine.zero import deepspeed

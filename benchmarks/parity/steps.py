@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.cells import Cell, Plan
+from benchmarks.parity.cells import Cell, Plan
 from mitrain.compare.resident import optimizer_bytes, resident_bytes, whole_bytes
 from mitrain.core import dist
 from mitrain.core.errors import UserError

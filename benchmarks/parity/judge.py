@@ -15,7 +15,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from benchmarks.cells import EXACT, NOISY, OURS, Cell, from_dict
+from benchmarks.parity.cells import EXACT, NOISY, OURS, Cell, from_dict
 
 Row = dict[str, Any]
 SLACK = 1.05

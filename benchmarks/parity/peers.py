@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from benchmarks.cells import Cell, Plan
-from benchmarks.measured import Measured, Subject
+from benchmarks.parity.cells import Cell, Plan
+from benchmarks.parity.steps import Measured, Subject
 from mitrain.core import dist
 from mitrain.core.errors import MissingExtraError
 from mitrain.data.sources import limit
