@@ -72,6 +72,8 @@ class Cell:
         for key in ("name", "wandb"):
             values.pop(key, None)
         asked = {} if self.count is not None else self.part.model_dump(exclude={"config", "set"}, mode="json")
+        if "baselines" in asked:  # kept rows were measured when they were called so
+            asked["floors"] = asked.pop("baselines")
         return digest({"format": FORMAT, "config": values, "asked": asked, "count": self.count})
 
     @property

@@ -77,7 +77,7 @@ class TaskPart(Section):
     """A task: its base configuration, and what is asked of a finished run.
 
     ``metric``: which number of the split's metrics a row's value is (none: the task's own). ``samples``: of the split,
-    evenly spread. ``controls``: which of the task's are scored beside it; ``floors``: whether its floors are.
+    evenly spread. ``controls``: which of the task's are scored beside it; ``baselines``: whether its baselines are.
     """
 
     config: str = Field(min_length=1)
@@ -85,7 +85,7 @@ class TaskPart(Section):
     split: str = "test"
     samples: int | None = Field(None, ge=1)
     controls: tuple[Control, ...] = CONTROLS
-    floors: bool = True
+    baselines: bool = True
     set: Overrides = {}
 
 

@@ -88,7 +88,7 @@ def exported(folder: Path) -> dict[str, Any]:
 
 
 def scored(run: Run, part: TaskPart, shown: int, sheet: Path) -> dict[str, Any]:
-    """The split's metrics, the controls' and floors' value of the same metric; some predictions go to ``sheet``."""
+    """The split's metrics, the controls' and baselines' value of the same metric; some predictions go to ``sheet``."""
     chosen, images = split_of(run, part.split, part.samples)
     plain = score_split(run, chosen, images, "none", seed=run.config.seed)
     metrics = flatten(plain.metrics)
@@ -101,7 +101,7 @@ def scored(run: Run, part: TaskPart, shown: int, sheet: Path) -> dict[str, Any]:
         name: flatten(score_split(run, chosen, images, name, seed=run.config.seed).metrics).get(metric)
         for name in part.controls
     }
-    if part.floors:
+    if part.baselines:
         beside |= {
             name: flatten(values).get(metric) for name, values in baselines_of(run, part.split, chosen, images).items()
         }
