@@ -3,7 +3,6 @@
 import argparse
 import json
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -202,7 +201,6 @@ def aside(text: str) -> None:
 
 def end_children() -> None:
     """Let SIGTERM unwind, so that no process of a benchmark is left behind."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def again(arguments: argparse.Namespace) -> str:

@@ -1,7 +1,6 @@
 """``mitrain compare``: methods beside one another."""
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ def run_compare(arguments: argparse.Namespace) -> Any:
         cells = compare.listed(job, seeds, arguments.only, arguments.limit)
         say(arguments, list_text(cells))
         return {"study": found.name, "cells": cells}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no cell is left behind
     result = compare.compare(
         job,
         shown(arguments),
