@@ -92,7 +92,7 @@ class FeatureNorm(nn.Module):
 
 
 class ImageFeatures:
-    """The frozen encoders' view of image files under ``root``; ``aside`` takes off what changes an encoder meanwhile."""
+    """The frozen encoders' view of image files under ``root``; ``disabled`` takes off what changes an encoder meanwhile."""
 
     def __init__(
         self,
@@ -101,9 +101,9 @@ class ImageFeatures:
         cache: Path | None,
         max_pixels: int,
         bad: BadSamples | None = None,
-        aside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        disabled: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
-        self.encoders, self.root, self.max_pixels, self.bad, self.aside = encoders, root, max_pixels, bad, aside
+        self.encoders, self.root, self.max_pixels, self.bad, self.disabled = encoders, root, max_pixels, bad, disabled
         self._keys: dict[str, str | None] = {}
         self._sizes: dict[str, Size] = {}  # of pictures whose annotations state one
         self._notes: dict[str, list[str]] = defaultdict(list)  # how pictures are read, where not plainly: which
@@ -192,7 +192,7 @@ class ImageFeatures:
         self, encoder: VisionEncoder, wanted: Sequence[tuple[str, int]], keys: Sequence[str]
     ) -> dict[str, Item]:
         images = [self.picture(image) for image, _ in wanted]
-        with self.aside():  # one call, on every rank: its weights may be sharded
+        with self.disabled():  # one call, on every rank: its weights may be sharded
             out = encoder.encode(images, [view for _, view in wanted])
         items: dict[str, Item] = {}
         for i, (key, (_, view)) in enumerate(zip(keys, wanted, strict=True)):

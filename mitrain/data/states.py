@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class TextStates:
     """What leaves the frozen trunk of ``depth`` layers, per text (a row of token ids).
 
-    ``always``: also where nothing is cached, for methods that run the layers themselves. ``aside`` takes off what changes
+    ``always``: also where nothing is cached, for methods that run the layers themselves. ``disabled`` takes off what changes
     the model meanwhile.
     """
 
@@ -37,9 +37,9 @@ class TextStates:
         depth: int,
         cache: Path | None,
         always: bool = False,
-        aside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        disabled: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
-        self.text, self.depth, self.always, self.aside = text, depth, always, aside
+        self.text, self.depth, self.always, self.disabled = text, depth, always, disabled
         self.wanted = cache is not None and depth > 0
         identity = text.identity(depth) if self.wanted else {}
         self.store = FeatureCache(cache / "texts" if self.wanted else None, identity, {"states": "float32"})
@@ -49,7 +49,7 @@ class TextStates:
         """Whether states are kept: where that is wanted and the model can go on from them, which it is asked once."""
         if not self.wanted or self.always:
             return self.wanted
-        with self.aside():
+        with self.disabled():
             able = self.text.replays(self.depth)
         if not able:
             log.warning(

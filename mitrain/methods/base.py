@@ -117,7 +117,7 @@ class Adapter(nn.Module, ABC):
         return 0
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """Inside, the backbones compute what they would without the adapter: nothing to do where only `read` differs."""
         yield
 

@@ -103,7 +103,7 @@ class Full(Adapter):
         self.weights, self._pretrained = nn.ParameterDict(own), {}
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         own = {name: parameter.detach().clone() for name, parameter in self.weights.items()}
         self._exchange(self._pretrained)
         try:

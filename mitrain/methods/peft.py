@@ -140,7 +140,7 @@ class Injected(Adapter):
         return {f"{side}/{name.replace('.', '/')}": parameter for name, parameter in added.items()}
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         layers = list(self._inserted())
         for layer in layers:
             layer._disable_adapters = True

@@ -115,7 +115,7 @@ class Model:
     def images(self, root: Path, bad: BadSamples | None = None, cached: bool = True) -> ImageFeatures:
         """The encoders' view of the image files under ``root``."""
         cache = cache_root(self.config) if cached else None
-        return ImageFeatures(self.encoders, root, cache, self.config.data.max_pixels, bad, self.adapter.aside)
+        return ImageFeatures(self.encoders, root, cache, self.config.data.max_pixels, bad, self.adapter.disabled)
 
     def prepare(self, images: ImageFeatures, paths: Sequence[str], views: int, progress: Progress = no_progress) -> int:
         """Run everything frozen on pictures and their ``views`` that are not in the cache; returns how many that were."""
@@ -237,7 +237,7 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
                 encoders[0].identity()  # the pretrained weights', before anything is put into them
         adapter.attach(backbones, checkpoint=config.train.checkpoint_activations, backend=backend)
         cache = None if empty else cache_root(config)
-        states = TextStates(text, adapter.first_layer("text"), cache, adapter.walks, adapter.aside)
+        states = TextStates(text, adapter.first_layer("text"), cache, adapter.walks, adapter.disabled)
         pictures = None
         if "image" in adapter.places:
             pictures = PictureStates(encoders[0], adapter.first_layer("image"), cache)

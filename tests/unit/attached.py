@@ -63,7 +63,7 @@ def inputs(
     """Texts of 5, 7 and 9 tokens and pictures, each as the states that enter the method's first changed layers."""
     words = {name: tensor[rows] for name, tensor in text(padding=padding).items()}
     depth = adapter.first_layer("text")
-    with adapter.aside():
+    with adapter.disabled():
         below = trunk_states(model, depth, **words) if depth or adapter.walks else None
         states, entering = None, 0
         if "image" in adapter.places:

@@ -59,7 +59,7 @@ def strange(name, tokenizer):
 def task_on(text, cache=None, layers="last half", **settings):
     adapter = methods.build(MiTConfig(layers=layers, **settings), {"image": 6})
     adapter.attach({"text": text.model})
-    states = TextStates(text, adapter.first_layer("text"), cache, aside=adapter.aside)
+    states = TextStates(text, adapter.first_layer("text"), cache, disabled=adapter.disabled)
     return AnswerTask(AnswerConfig(max_new_tokens=4), Parts(text, adapter, states))
 
 

@@ -168,7 +168,7 @@ def test_full_fine_tuning_trains_the_models_and_can_step_aside(layers):
         frozen = adapter.read(words, picture)
         scramble(adapter)
         changed = adapter.read(words, picture)
-        with adapter.aside():
+        with adapter.disabled():
             close(adapter.read(words, picture).text, frozen.text)
         close(adapter.read(words, picture).text, changed.text)
     assert not torch.allclose(changed.text, frozen.text) and not torch.allclose(changed.image, frozen.image)
@@ -248,7 +248,7 @@ def test_aurora_steps_aside_too():
     words, _ = inputs(adapter, model, image)
     with torch.no_grad():
         changed = whole(model, words)
-        with adapter.aside():
+        with adapter.disabled():
             close(whole(model, words), whole(bert(), words))
         close(whole(model, words), changed)
     assert not torch.allclose(changed, whole(bert(), words), atol=1e-3)

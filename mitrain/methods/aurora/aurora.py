@@ -53,7 +53,7 @@ class Aurora(Adapter):
         self._stacks: dict[str, Stack] = {}
         self._first: int | None = None
         self._crossing = False
-        self._aside = False
+        self._disabled = False
         self._widths = (0, 0)
 
     @property
@@ -148,7 +148,7 @@ class Aurora(Adapter):
         """What a tuned projection gives becomes W x + ΔW x; ``across``: its updates inside a composed cross-attention."""
 
         def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            if self._aside:
+            if self._disabled:
                 return output
             for point in across if self._crossing else own:
                 added = self.modes(point, args[0]).to(output.dtype)
@@ -167,12 +167,12 @@ class Aurora(Adapter):
             self._crossing = False
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        self._aside = True
+    def disabled(self) -> Iterator[None]:
+        self._disabled = True
         try:
             yield
         finally:
-            self._aside = False
+            self._disabled = False
 
     # Reading
 
