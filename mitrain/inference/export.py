@@ -63,7 +63,7 @@ def export(
     fields["frozen"] = runs.frozen_of(saved) or None
     tensors = {name: saved.tensors[name] for name in model.trainable}
     tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
-    licences, alone = known_licences(), model.adapter.places == ("text",)
+    licences, alone = known_licences(), model.adapter.backbones == ("text",)
     peft = model.adapter.peft_files(tensors["adapter"], base)
     card = lambda contents: export_format.model_card(contents, licences, alone)  # noqa: E731
     folder = export_format.publish(out, fields, tensors, card, peft)
@@ -231,7 +231,7 @@ def load_adapter(
         norm = feature_norm(published)
     except UserError as error:
         raise CheckpointError(f"{published.path}: {error}") from None
-    if adapter.places != ("text",):
+    if adapter.backbones != ("text",):
         raise ModelError(
             f"{published.path}: {adapter.method} attaches to the image encoder too, not to a language model alone: open a"
             " run's export with mitrain.from_pretrained"

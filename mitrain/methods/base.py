@@ -4,9 +4,9 @@ An adapter is a module of trainable parameters that attaches to frozen Hugging F
 modules and the attention interface, and takes itself off again without a trace. How the methods meet it:
 
     MiT     binds one vector per modality; maps in the infused layers turn it into factors of keys, values and FFN.
-    PMF     attaches to two encoders and walks: ``read`` runs the fusion layers of both in turn, each once for its query
+    PMF     attaches to two encoders and runs layers: ``read`` runs the fusion layers of both in turn, each once for its query
             prompts and once for the fusion; ``first_layer`` = depth - L_f.
-    MoPE    attaches to two encoders and walks: every layer of the main one gets prompts that depend on the other's
+    MoPE    attaches to two encoders and runs layers: every layer of the main one gets prompts that depend on the other's
             vector, with weights from a router; ``extra_loss`` is the importance loss; ``first_layer`` = 0.
     Aurora  a forward hook of every tuned projection adds U diag(λ ⊙ p_n) Vᵀ x, with U and V shared by all backbones;
             needs no features; ``merge`` adds the same matrices to the frozen weights.
@@ -41,13 +41,13 @@ class Adapter(nn.Module, ABC):
 
     method: ClassVar[str]
     """Its name: of its settings (``Section``), in METHODS and of the submodule that it is while attached; no points."""
-    places: ClassVar[tuple[str, ...]] = ("text",)
+    backbones: ClassVar[tuple[str, ...]] = ("text",)
     """The backbones that it attaches to; with ``image``, ``read`` is given the states that enter its changed layers."""
-    walks: ClassVar[bool] = False
+    runs_layers: ClassVar[bool] = False
     """It runs the layers itself: ``read`` is always given the states that enter ``first_layer`` of each backbone."""
-    wraps: ClassVar[bool] = False
+    wraps_text_model: ClassVar[bool] = False
     """`read` goes through a model around the text model, which the language head knows nothing of."""
-    fuses: ClassVar[bool] = False
+    text_depends_on_input: ClassVar[bool] = False
     """A reading's ``text`` depends on the picture; ``picture.infused=False`` leaves it out while the rest stays."""
     passes: ClassVar[int] = 1
     """How often `read` runs each changed layer, for estimates of memory."""
@@ -160,14 +160,14 @@ class Adapter(nn.Module, ABC):
         """Freeze ``backbones`` and install the adapter in them; on an error they are left as they were.
 
         checkpoint: activation checkpointing of the layers that the adapter changes. backend: see ``KernelConfig``.
-        Raises ModelError where one of ``places`` is missing, or a backbone has such an adapter or is computed wrongly here.
+        Raises ModelError where one of ``backbones`` is missing, or one of them has such an adapter or is computed wrongly here.
         """
         if self._backbones:
             raise ModelError(f"this {self.method} adapter is attached already: call detach() first")
         self.check_free(backbones)
-        if missing := [name for name in self.places if name not in backbones]:
+        if missing := [name for name in self.backbones if name not in backbones]:
             raise ModelError(
-                f"{self.method} attaches to {' and '.join(self.places)} models: give it the {missing[0]} model"
+                f"{self.method} attaches to {' and '.join(self.backbones)} models: give it the {missing[0]} model"
             )
         for backbone in backbones.values():
             quant.check_four_bit(backbone)

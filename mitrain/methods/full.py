@@ -36,7 +36,7 @@ class Full(Adapter):
     def __init__(self, config: FullConfig):
         super().__init__()
         self.config = config
-        self.places = ("text",) if config.where == "text" else ("text", "image")
+        self.backbones = ("text",) if config.where == "text" else ("text", "image")
         self.weights = nn.ParameterDict()
         self._pretrained: dict[str, Tensor] = {}
         self._depth: dict[str, int] = {}

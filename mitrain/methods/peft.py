@@ -75,13 +75,13 @@ class Injected(Adapter):
     ``weights`` holds PEFT's parameters under their names in the frozen models, a point written as a slash.
     """
 
-    places: ClassVar[tuple[str, ...]] = ("text", "image")
+    backbones: ClassVar[tuple[str, ...]] = ("text", "image")
     feature_widths: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, config: InjectedConfig):
         super().__init__()
         self.config = config
-        self.places = ("text",) if config.where == "text" else ("text", "image")
+        self.backbones = ("text",) if config.where == "text" else ("text", "image")
         self.weights = nn.ParameterDict()
         self._layers: dict[str, list[int]] = {}
         self._depth: dict[str, int] = {}
@@ -105,7 +105,7 @@ class Injected(Adapter):
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
         self._depth = {name: len(loading.decoder_layers(model)) for name, model in backbones.items()}
-        self._image = Stack.of(backbones["image"]) if "image" in self.places else None
+        self._image = Stack.of(backbones["image"]) if "image" in self.backbones else None
         new: dict[str, nn.Parameter] = {}
         for name in SIDES[self.config.where]:
             self._layers[name] = select_layers(self.config.layers, self._depth[name])
@@ -209,7 +209,7 @@ class Virtual(Adapter):
     """A PEFT method that puts trained vectors before the text; ``prompt_encoder`` is PEFT's."""
 
     feature_widths: ClassVar[Mapping[str, int]] = {}
-    wraps: ClassVar[bool] = True
+    wraps_text_model: ClassVar[bool] = True
 
     def __init__(self, config: VirtualConfig):
         super().__init__()

@@ -49,8 +49,8 @@ class VisualPrefix(Adapter):
     """
 
     method: ClassVar[str] = "visual-prefix"
-    places: ClassVar[tuple[str, ...]] = ("text", "image")
-    fuses: ClassVar[bool] = True
+    backbones: ClassVar[tuple[str, ...]] = ("text", "image")
+    text_depends_on_input: ClassVar[bool] = True
     feature_widths: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, config: VisualPrefixConfig):

@@ -76,7 +76,7 @@ class AnswerTask(Task):
         if not text.speaks:
             name = type(text.model).__name__
             raise ConfigError(f"model.llm is a {name}, which has no language head to answer with: take another task")
-        if adapter.walks or adapter.wraps or adapter.places != ("text",):
+        if adapter.runs_layers or adapter.wraps_text_model or adapter.backbones != ("text",):
             raise ConfigError(
                 f"the method {adapter.method!r} does not work through the language head: take another task"
             )

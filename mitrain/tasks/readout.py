@@ -73,7 +73,7 @@ def statistics(
     encoder, over ``samples`` with their pictures; the frozen encoders' feature is normalised already.
     """
     alone = [name for name in names if name not in ("image", "joint")]
-    seen = [name for name in names if name == "joint" or (name == "image" and "image" in parts.adapter.places)]
+    seen = [name for name in names if name == "joint" or (name == "image" and "image" in parts.adapter.backbones)]
     states = [read_out(parts, chunk, alone, None) for chunk in chunks(rows)] if alone else []
     shown = [(chunk, see(chunk).picture) for chunk in chunks(evenly(samples, SEEN_SAMPLES))] if seen else []
     together = [read_out(parts, [row(s) for s in chunk], seen, picture) for chunk, picture in shown]

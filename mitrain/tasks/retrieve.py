@@ -96,7 +96,7 @@ class RetrieveTask(Task):
         self.register_buffer("scale", torch.ones(width))
         image_width = width_of(parts, "image", image_width)
         self.seen: dict[str, int] = {}
-        if "image" in parts.adapter.places:
+        if "image" in parts.adapter.backbones:
             self.seen["image"] = image_width
         if config.matching and parts.adapter.joint_width:
             self.seen["joint"] = parts.adapter.joint_width
@@ -108,7 +108,7 @@ class RetrieveTask(Task):
         self.log_scale = nn.Parameter(torch.tensor(1 / config.temperature).log())
         self.dropout = nn.Dropout(config.dropout)
         if config.matching:
-            if not (parts.adapter.fuses or parts.adapter.joint_width):
+            if not (parts.adapter.text_depends_on_input or parts.adapter.joint_width):
                 raise ConfigError(
                     f"the method {parts.adapter.method!r} makes no state of text and picture together for the matching"
                     " head to read: set task.matching=0"

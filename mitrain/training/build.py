@@ -231,15 +231,15 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
         adapter = methods.build(config.adapter, modality_widths(config, encoders))
         backend = config.kernels.backend
         backbones = {"text": text.model}
-        if "image" in adapter.places:
+        if "image" in adapter.backbones:
             backbones["image"] = changeable(encoders, adapter)
             if not empty:
                 encoders[0].identity()  # the pretrained weights', before anything is put into them
         adapter.attach(backbones, checkpoint=config.train.checkpoint_activations, backend=backend)
         cache = None if empty else cache_root(config)
-        states = TextStates(text, adapter.first_layer("text"), cache, adapter.walks, adapter.disabled)
+        states = TextStates(text, adapter.first_layer("text"), cache, adapter.runs_layers, adapter.disabled)
         pictures = None
-        if "image" in adapter.places:
+        if "image" in adapter.backbones:
             pictures = PictureStates(encoders[0], adapter.first_layer("image"), cache)
         given = Given(
             Parts(text, adapter, states), config.data, lambda: resolve_data(config.data), encoders, config.train.batch

@@ -148,7 +148,7 @@ def activations(config: RunConfig, model: Model, tokens: int) -> int:
 
 def picture_activations(config: RunConfig, model: Model) -> int:
     """The same of the image encoder, where the method changes it."""
-    if "image" not in model.adapter.places:
+    if "image" not in model.adapter.backbones:
         return 0
     encoder = model.encoders[0]
     shape = costs.encoder_shape(encoder.settings.to_dict())

@@ -36,8 +36,8 @@ def made(name: str, values: dict[str, Any] | None = None) -> Adapter:
     return methods.build(config.choose("adapter", settings), {"image": FEATURE})
 
 
-def places(adapter: Adapter, model: PreTrainedModel, image: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    return {"text": model, "image": image} if "image" in adapter.places else {"text": model}
+def needed(adapter: Adapter, model: PreTrainedModel, image: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    return {"text": model, "image": image} if "image" in adapter.backbones else {"text": model}
 
 
 def attached(
@@ -49,7 +49,7 @@ def attached(
     """A method in eval mode on a Llama (or ``model``) and a DINOv2."""
     model, image = tiny("llama", torch.float64) if model is None else model, dino()
     adapter = adapter or made(name, values)
-    adapter.attach(places(adapter, model, image))
+    adapter.attach(needed(adapter, model, image))
     return adapter.eval(), model, image
 
 
@@ -64,9 +64,9 @@ def inputs(
     words = {name: tensor[rows] for name, tensor in text(padding=padding).items()}
     depth = adapter.first_layer("text")
     with adapter.disabled():
-        below = trunk_states(model, depth, **words) if depth or adapter.walks else None
+        below = trunk_states(model, depth, **words) if depth or adapter.runs_layers else None
         states, entering = None, 0
-        if "image" in adapter.places:
+        if "image" in adapter.backbones:
             entering = adapter.first_layer("image")
             states = trunk_states(image, entering, pixel_values=pixels()[rows])
     feature = torch.randn(3, FEATURE, generator=torch.Generator().manual_seed(6)).double()[rows]

@@ -45,8 +45,8 @@ class Gated(Adapter):
     """After Flamingo (arXiv 2204.14198): before a few text layers, the picture's tokens through a gate, shut at first."""
 
     method: ClassVar[str] = "gated"
-    places: ClassVar[tuple[str, ...]] = ("text", "image")
-    fuses: ClassVar[bool] = True
+    backbones: ClassVar[tuple[str, ...]] = ("text", "image")
+    text_depends_on_input: ClassVar[bool] = True
     feature_widths: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, config: GatedConfig):
@@ -65,7 +65,7 @@ class Gated(Adapter):
         return self._first[name]
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        text, self._image = (Stack.of(backbones[name]) for name in self.places)
+        text, self._image = (Stack.of(backbones[name]) for name in self.backbones)
         indices = select_layers(self.config.layers, text.depth)
         self._first = {"text": indices[0], "image": self._image.depth}
         if not len(self.layers):

@@ -56,7 +56,7 @@ def untrained(world: Path, method: str) -> Adapter:
 def has_joint(world: Path, method: str) -> bool:
     """Whether the method makes a state of text and picture together."""
     adapter = untrained(world, method)
-    return adapter.fuses or adapter.joint_width > 0
+    return adapter.text_depends_on_input or adapter.joint_width > 0
 
 
 def configured(world: Path, method: str, task: str, /, **changes: dict[str, Any]) -> Path:

@@ -54,9 +54,9 @@ class TwoEncoders(Adapter):
     """After PMF: the last layers of two encoders take turns, each reading a summary of the other's tokens."""
 
     method = "two"
-    places = ("text", "image")
-    walks = True
-    fuses = True
+    backbones = ("text", "image")
+    runs_layers = True
+    text_depends_on_input = True
     feature_widths: ClassVar[dict] = {}
 
     def __init__(self, width: int):

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from attached import attached, bert, close, dino, inputs, made, pixels, places, whole
+from attached import attached, bert, close, dino, inputs, made, needed, pixels, whole
 from tiny import scramble, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -119,7 +119,7 @@ HALF = {
 def test_parameters_are_wider_than_a_half_precision_model(name):
     """As every method's: in the models' own bfloat16 steps of less than 1/256 of a value would be lost."""
     model, image, adapter = tiny("llama", torch.bfloat16), dino().bfloat16(), made(name, HALF[name])
-    adapter.attach(places(adapter, model, image))
+    adapter.attach(needed(adapter, model, image))
     reading = adapter.read(*inputs(adapter, model, image))
     assert reading.text.dtype == torch.bfloat16
     (reading.text.float().square().sum() + reading.image.float().square().sum()).backward()

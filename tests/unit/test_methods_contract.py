@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attached import attached, close, dino, inputs, made, places
+from attached import attached, close, dino, inputs, made, needed
 from tiny import CONFIGS, scramble, tiny
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -36,7 +36,7 @@ def parts(reading: Reading, words: Words) -> dict[str, torch.Tensor]:
 def test_a_method_is_registered_by_the_name_of_its_settings(name):
     assert METHODS[name].method == name == KINDS["adapter"][name].section_name
     adapter = made(name)
-    assert type(adapter.config) is KINDS["adapter"][name] and {*adapter.places} <= {"text", "image"}
+    assert type(adapter.config) is KINDS["adapter"][name] and {*adapter.backbones} <= {"text", "image"}
 
 
 def test_no_method_is_left_out():
@@ -57,7 +57,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else_and_detaching_restores
     model, image = tiny("llama", torch.float64), dino()
     before = {n: p.clone() for m in (model, image) for n, p in m.state_dict().items()}
     adapter = made(name, values)
-    adapter.attach(places(adapter, model, image))
+    adapter.attach(needed(adapter, model, image))
     scramble(adapter)
     words, picture = inputs(adapter, model, image)
     total = sum(part.square().sum() for part in parts(adapter.read(words, picture), words).values())
@@ -111,8 +111,8 @@ def test_padding_and_batch_neighbours_do_not_matter_and_alone_each_reads_itself(
         close(moved[part], tensor)
         close(alone[part], together.text[1][shown[1]] if part == "text" else getattr(together, part)[1:2])
     assert only[0].text is None and only[1].image is None
-    assert torch.allclose(only[1].text[shown], together.text[shown]) == (not adapter.fuses)
-    assert torch.allclose(blind.text[shown], together.text[shown]) == (not adapter.fuses)
+    assert torch.allclose(only[1].text[shown], together.text[shown]) == (not adapter.text_depends_on_input)
+    assert torch.allclose(blind.text[shown], together.text[shown]) == (not adapter.text_depends_on_input)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -125,7 +125,7 @@ def test_without_weights_a_method_has_the_same_tensors(name):
     )
     real, empty = attached(name)[0], made(name)
     with torch.device("meta"):
-        empty.attach(places(empty, model, image))
+        empty.attach(needed(empty, model, image))
     shapes = [{n: t.shape for n, t in adapter.state_dict().items()} for adapter in (real, empty)]
     assert shapes[0] == shapes[1]
     assert {t.device.type for t in empty.state_dict().values()} <= {"meta"}
@@ -135,4 +135,4 @@ def test_without_weights_a_method_has_the_same_tensors(name):
 def test_a_missing_backbone_is_named(name):
     adapter = made(name)
     with pytest.raises(ModelError, match=r"give it the text model"):
-        adapter.attach({"image": dino()} if "image" in adapter.places else {})
+        adapter.attach({"image": dino()} if "image" in adapter.backbones else {})

@@ -94,7 +94,7 @@ def test_a_hidden_picture_leaves_the_main_encoder_with_static_prompts(pair):
         other = Picture(found.picture.feature, found.picture.states.flip(0), found.picture.depth, infused=False)
         with torch.no_grad():
             assert torch.equal(found.mope.read(found.words, other).joint, blind.joint)
-    assert found.mope.fuses == (main == "text")
+    assert found.mope.text_depends_on_input == (main == "text")
 
 
 def test_texts_may_come_without_states():

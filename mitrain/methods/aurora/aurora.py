@@ -42,7 +42,7 @@ class Aurora(Adapter):
     """
 
     method: ClassVar[str] = "aurora"
-    places: ClassVar[tuple[str, ...]] = ("text", "image")
+    backbones: ClassVar[tuple[str, ...]] = ("text", "image")
 
     def __init__(self, config: AuroraConfig):
         super().__init__()
@@ -81,7 +81,7 @@ class Aurora(Adapter):
     # Attaching
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        stacks = {name: Stack.of(backbones[name]) for name in self.places}
+        stacks = {name: Stack.of(backbones[name]) for name in self.backbones}
         text, image = backbones["text"], stacks["image"]
         own = has_cross_attention(text)
         layers = self._fusion_layers(own, stacks["text"].depth)

@@ -58,7 +58,7 @@ class MiT(Adapter):
     """
 
     method: ClassVar[str] = "mit"
-    fuses: ClassVar[bool] = True
+    text_depends_on_input: ClassVar[bool] = True
 
     def __init__(self, config: MiTConfig):
         super().__init__()

@@ -41,13 +41,13 @@ class MoPE(Adapter):
     """
 
     method: ClassVar[str] = "mope"
-    places: ClassVar[tuple[str, ...]] = (TEXT, IMAGE)
-    walks: ClassVar[bool] = True
+    backbones: ClassVar[tuple[str, ...]] = (TEXT, IMAGE)
+    runs_layers: ClassVar[bool] = True
 
     def __init__(self, config: MoPEConfig):
         super().__init__()
         self.config = config
-        self.fuses = config.main == TEXT
+        self.text_depends_on_input = config.main == TEXT
         self.prompts = nn.ModuleList()
         self.mapper: Mapper | None = None
         self.others = nn.ParameterList()
@@ -80,7 +80,7 @@ class MoPE(Adapter):
     # Attaching
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        walks = {name: walk_of(backbones[name], name, self.config) for name in self.places}
+        walks = {name: walk_of(backbones[name], name, self.config) for name in self.backbones}
         main, other = walks[self.config.main], walks[self.config.other]
         readouts = {
             self.config.main: feature_of(main, self.config),

@@ -121,9 +121,9 @@ class PMF(Adapter):
     """
 
     method: ClassVar[str] = "pmf"
-    places: ClassVar[tuple[str, ...]] = ("text", "image")
-    walks: ClassVar[bool] = True
-    fuses: ClassVar[bool] = True
+    backbones: ClassVar[tuple[str, ...]] = ("text", "image")
+    runs_layers: ClassVar[bool] = True
+    text_depends_on_input: ClassVar[bool] = True
     passes: ClassVar[int] = 2
     feature_widths: ClassVar[Mapping[str, int]] = {}
 
@@ -146,7 +146,7 @@ class PMF(Adapter):
     # Attaching
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        stacks, used = {name: Stack.of(backbones[name]) for name in self.places}, self.config.fusion_layers
+        stacks, used = {name: Stack.of(backbones[name]) for name in self.backbones}, self.config.fusion_layers
         for name, stack in stacks.items():
             if used > stack.depth:
                 raise ConfigError(
