@@ -4,9 +4,9 @@ An adapter is a module of trainable parameters that attaches to frozen Hugging F
 modules and the attention interface, and takes itself off again without a trace. How the methods meet it:
 
     MiT     binds one vector per modality; maps in the infused layers turn it into factors of keys, values and FFN.
-    PMF     attaches to two encoders and runs layers: ``read`` runs the fusion layers of both in turn, each once for its query
+    PMF     attaches to two encoders: ``read`` runs the fusion layers of both in turn, each once for its query
             prompts and once for the fusion; ``first_layer`` = depth - L_f.
-    MoPE    attaches to two encoders and runs layers: every layer of the main one gets prompts that depend on the other's
+    MoPE    attaches to two encoders: every layer of the main one gets prompts that depend on the other's
             vector, with weights from a router; ``extra_loss`` is the importance loss; ``first_layer`` = 0.
     Aurora  a forward hook of every tuned projection adds U diag(λ ⊙ p_n) Vᵀ x, with U and V shared by all backbones;
             needs no features; ``merge`` adds the same matrices to the frozen weights.

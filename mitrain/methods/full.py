@@ -15,7 +15,7 @@ from mitrain.methods.base import Adapter
 from mitrain.methods.peft import SIDES, Where
 from mitrain.models import loading
 from mitrain.models.batch import Picture, Reading, Words
-from mitrain.models.layers import Stack
+from mitrain.models.layers import Layers
 
 
 class FullConfig(Section, kind="adapter", name="full"):
@@ -40,7 +40,7 @@ class Full(Adapter):
         self.weights = nn.ParameterDict()
         self._pretrained: dict[str, Tensor] = {}
         self._depth: dict[str, int] = {}
-        self._image: Stack | None = None
+        self._image: Layers | None = None
 
     def first_layer(self, name: str) -> int:
         if name not in SIDES[self.config.where]:
@@ -58,7 +58,7 @@ class Full(Adapter):
                     f"adapter.layers={self.config.layers}, but the {name} model has {self._depth[name]} layers: give at"
                     " most as many, or null for all and the words' embeddings"
                 )
-        self._image = Stack.of(backbones["image"]) if "image" in SIDES[self.config.where] else None
+        self._image = Layers.of(backbones["image"]) if "image" in SIDES[self.config.where] else None
         trained = dict(self._trained(backbones))
         if self.weights and {n: p.shape for n, p in self.weights.items()} != {n: p.shape for n, p in trained.items()}:
             raise ModelError("this full fine-tuning was made for other models: make a new one")
@@ -120,4 +120,4 @@ class Full(Adapter):
         found = super().read(words, picture)
         if picture is None or self._image is None:
             return found
-        return Reading(found.text, found.mask, self._image.read_picture(picture)[1])
+        return Reading(found.text, found.mask, self._image.encode_image(picture)[1])

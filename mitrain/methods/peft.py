@@ -29,7 +29,7 @@ from mitrain.methods.projections import Projection, kind_of, projections
 from mitrain.methods.selection import parse_layers, select_layers
 from mitrain.models import loading, quant
 from mitrain.models.batch import Picture, Reading, Words
-from mitrain.models.layers import Stack
+from mitrain.models.layers import Layers
 
 Where = Literal["text", "image", "both"]
 SIDES: dict[str, tuple[str, ...]] = {"text": ("text",), "image": ("image",), "both": ("text", "image")}
@@ -85,7 +85,7 @@ class Injected(Adapter):
         self.weights = nn.ParameterDict()
         self._layers: dict[str, list[int]] = {}
         self._depth: dict[str, int] = {}
-        self._image: Stack | None = None
+        self._image: Layers | None = None
         self._peft: dict[str, Any] = {}
 
     def peft_config(self, names: list[str], model: nn.Module) -> Any:
@@ -105,7 +105,7 @@ class Injected(Adapter):
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
         self._depth = {name: len(loading.decoder_layers(model)) for name, model in backbones.items()}
-        self._image = Stack.of(backbones["image"]) if "image" in self.backbones else None
+        self._image = Layers.of(backbones["image"]) if "image" in self.backbones else None
         new: dict[str, nn.Parameter] = {}
         for name in SIDES[self.config.where]:
             self._layers[name] = select_layers(self.config.layers, self._depth[name])
@@ -154,7 +154,7 @@ class Injected(Adapter):
         found = super().read(words, picture)
         if picture is None or self._image is None:
             return found
-        return Reading(found.text, found.mask, self._image.read_picture(picture)[1])
+        return Reading(found.text, found.mask, self._image.encode_image(picture)[1])
 
     def merge(self) -> None:
         """Fold PEFT's parts into the frozen weights, by PEFT's own arithmetic, and take the adapter off."""
@@ -268,7 +268,7 @@ class Prefix(Virtual):
     method: ClassVar[str] = "prefix"
 
     def peft_config(self, model: PreTrainedModel) -> Any:
-        if not Stack.of(model).causal:
+        if not Layers.of(model).causal:
             raise ModelError(
                 "prefix tuning needs a cache of keys, which an encoder does not have: take adapter.name=prompt"
             )

@@ -22,7 +22,7 @@ from mitrain.methods.base import Adapter
 from mitrain.methods.peft import LoRA, LoRAConfig, check_room
 from mitrain.models import frozen
 from mitrain.models.batch import Picture, Reading, Words
-from mitrain.models.layers import Stack
+from mitrain.models.layers import Layers
 
 
 class VisualPrefixConfig(Section, kind="adapter", name="visual-prefix"):
@@ -58,14 +58,14 @@ class VisualPrefix(Adapter):
         self.config = config
         self.projector: nn.Sequential | None = None
         self.lora = LoRA(LoRAConfig(rank=config.lora_rank, alpha=2 * config.lora_rank)) if config.lora_rank else None
-        self._image: Stack | None = None
-        self._text: Stack | None = None
+        self._image: Layers | None = None
+        self._text: Layers | None = None
 
     def first_layer(self, name: str) -> int:
         return 0 if name == "text" else self._image.depth
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        self._image, self._text = Stack.of(backbones["image"]), Stack.of(backbones["text"])
+        self._image, self._text = Layers.of(backbones["image"]), Layers.of(backbones["text"])
         widths, text = (self._image.width, self._text.width), self._text.model
         if self.projector is None:
             place = {"device": text.device, "dtype": torch.promote_types(text.dtype, torch.float32)}
@@ -97,7 +97,7 @@ class VisualPrefix(Adapter):
     def visual_tokens(self, picture: Picture) -> Tensor:
         """(B, P, D)."""
         with torch.no_grad():
-            tokens, _ = self._image.read_picture(picture)
+            tokens, _ = self._image.encode_image(picture)
         return self.projector(self._averaged(tokens).to(self.projector[0].weight.dtype))
 
     def _averaged(self, tokens: Tensor) -> Tensor:

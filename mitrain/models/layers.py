@@ -45,7 +45,7 @@ MASKS = {
 
 
 @dataclass(frozen=True)
-class Stack:
+class Layers:
     """The layers of a frozen model. It holds the model but is no module, so whoever keeps one registers nothing.
 
     ``depth``: number of layers. ``width``: D. ``causal``: a token sees only those before it. ``window``: the fewest
@@ -62,7 +62,7 @@ class Stack:
     has_class: bool
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Stack":
+    def of(cls, model: PreTrainedModel) -> "Layers":
         """The layers of ``model``: an encoder of ENCODERS or a decoder of the Llama kind; else ModelError."""
         name = type(model).__name__
         if not isinstance(model, PreTrainedModel):
@@ -95,13 +95,13 @@ class Stack:
         return cls(base, owner, attribute, causal, rotary, tuple(norms), class_norm, has_class)
 
     @property
-    def layers(self) -> nn.ModuleList:
+    def modules(self) -> nn.ModuleList:
         """Read anew each time: a trunk or a checkpointed layer may have taken a place meanwhile."""
         return getattr(self.owner, self.name)
 
     @property
     def depth(self) -> int:
-        return len(self.layers)
+        return len(self.modules)
 
     @property
     def width(self) -> int:
@@ -118,7 +118,7 @@ class Stack:
         visible: (B, T) bool, False for padding, which no token sees; None: all are seen. positions: (B, T) int64 for
         rotary embeddings, 0, 1, … where None; a model without them ignores it.
         """
-        layer, pattern = self.layers[index], self._pattern(index)
+        layer, pattern = self.modules[index], self._pattern(index)
         mask = MASKS[self.causal, pattern](
             config=self.model.config, inputs_embeds=hidden, attention_mask=visible, past_key_values=None
         )
@@ -147,7 +147,7 @@ class Stack:
         finished = self.finish(hidden)
         return finished[:, 0] if self.has_class else finished.mean(1)
 
-    def read_picture(self, picture: Picture) -> tuple[Tensor, Tensor]:
+    def encode_image(self, picture: Picture) -> tuple[Tensor, Tensor]:
         """An image encoder's final tokens (B, N, D) and its `summary` (B, D), from the layer that the states enter."""
         if picture.states is None:
             raise ModelError("this method reads the image encoder's tokens: give the states that enter its first layer")
@@ -178,7 +178,7 @@ def is_causal(layer: nn.Module) -> bool:
 
 
 def check_family(base: PreTrainedModel, name: str, causal: bool, rotary: nn.Module | None) -> None:
-    """ModelError unless every layer's mask and positions are ones that `Stack.run` makes."""
+    """ModelError unless every layer's mask and positions are ones that `Layers.run` makes."""
     types = set(getattr(base.config, "layer_types", None) or ["full_attention"])
     if strange := sorted(types - {"full_attention", "sliding_attention"}):
         raise ModelError(f"{name} has layers of the kind {strange[0]}: only full and sliding attention are supported")

@@ -16,7 +16,7 @@ from mitrain.methods.base import Adapter
 from mitrain.methods.selection import select_layers
 from mitrain.models import frozen
 from mitrain.models.batch import Picture, Reading, Words
-from mitrain.models.layers import Stack
+from mitrain.models.layers import Layers
 
 
 class GatedConfig(Section, kind="adapter", name="gated"):
@@ -54,7 +54,7 @@ class Gated(Adapter):
         self.config = config
         self.layers = nn.ModuleList()
         self._first: dict[str, int] = {}
-        self._image: Stack | None = None
+        self._image: Layers | None = None
         self._picture: Tensor | None = None
 
     @property
@@ -65,7 +65,7 @@ class Gated(Adapter):
         return self._first[name]
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        text, self._image = (Stack.of(backbones[name]) for name in self.backbones)
+        text, self._image = (Layers.of(backbones[name]) for name in self.backbones)
         indices = select_layers(self.config.layers, text.depth)
         self._first = {"text": indices[0], "image": self._image.depth}
         if not len(self.layers):
@@ -83,7 +83,7 @@ class Gated(Adapter):
         try:
             if picture is not None and picture.infused:
                 with torch.no_grad():
-                    self._picture, _ = self._image.read_picture(picture)
+                    self._picture, _ = self._image.encode_image(picture)
             text = frozen.last_hidden(self._backbones["text"], words)
         finally:
             self._picture = None

@@ -29,7 +29,7 @@ from mitrain.methods.aurora.points import (
 from mitrain.methods.base import Adapter
 from mitrain.models import frozen, loading
 from mitrain.models.batch import Picture, Reading, Words
-from mitrain.models.layers import Stack
+from mitrain.models.layers import Layers
 
 
 class Aurora(Adapter):
@@ -50,7 +50,7 @@ class Aurora(Adapter):
         self.modes: Modes | None = None
         self.fusion: Fusion | None = None
         self._points: list[Point] = []
-        self._stacks: dict[str, Stack] = {}
+        self._encoders: dict[str, Layers] = {}
         self._first: int | None = None
         self._crossing = False
         self._disabled = False
@@ -81,23 +81,23 @@ class Aurora(Adapter):
     # Attaching
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        stacks = {name: Stack.of(backbones[name]) for name in self.backbones}
-        text, image = backbones["text"], stacks["image"]
+        encoders = {name: Layers.of(backbones[name]) for name in self.backbones}
+        text, image = backbones["text"], encoders["image"]
         own = has_cross_attention(text)
-        layers = self._fusion_layers(own, stacks["text"].depth)
+        layers = self._fusion_layers(own, encoders["text"].depth)
         first = first_token(self.config.joint_token, text.config, own and layers > 0)
-        widths = (stacks["text"].width, image.width)
+        widths = (encoders["text"].width, image.width)
         points = self._find(backbones, own, layers)
         hidden = {"vision": widths[1], "text": widths[0], "fusion": widths[0]}
         factors = widths_of(points, self.config, hidden)
         points = laid_out(points, self.config, factors)
         self._make_parameters(points, factors, layers, widths, own, text)
-        self._stacks, self._points, self._widths, self._first = stacks, points, widths, first
+        self._encoders, self._points, self._widths, self._first = encoders, points, widths, first
         self.undo(self._forget)
         for module, own_points, across in by_module(points, own):
             self.undo(module.register_forward_hook(self._hook(own_points, across)).remove)
         if self.fusion is not None:
-            self.fusion.place(stacks["text"], self._across, self.undo)
+            self.fusion.place(encoders["text"], self._across, self.undo)
 
     def _fusion_layers(self, own: bool, depth: int) -> int:
         asked = self.config.fusion_layers
@@ -142,7 +142,7 @@ class Aurora(Adapter):
         self.modes = modes
 
     def _forget(self) -> None:
-        self._stacks, self._points = {}, []
+        self._encoders, self._points = {}, []
 
     def _hook(self, own: list[Point], across: list[Point]) -> Callable[..., Tensor]:
         """What a tuned projection gives becomes W x + ΔW x; ``across``: its updates inside a composed cross-attention."""
@@ -191,29 +191,29 @@ class Aurora(Adapter):
 
     def _see(self, picture: Picture) -> tuple[Tensor, Tensor]:
         """The picture's final tokens (B, N, c) and its vector (B, c)."""
-        stack, hidden = self._stacks["image"], picture.states
+        layers, hidden = self._encoders["image"], picture.states
         if hidden is None or picture.depth:
             raise ModelError("aurora changes every layer of the image encoder: give the states that enter its layer 0")
         first, group = distinct(hidden)
-        hidden = hidden[first].to(stack.model.device, stack.model.dtype)
-        for index in range(stack.depth):
-            hidden = stack.run(index, hidden)
-        return stack.finish(hidden)[group], stack.summary(hidden)[group]
+        hidden = hidden[first].to(layers.model.device, layers.model.dtype)
+        for index in range(layers.depth):
+            hidden = layers.run(index, hidden)
+        return layers.finish(hidden)[group], layers.summary(hidden)[group]
 
     def _write(self, words: Words, first: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """The text's states where they enter the fusion (or the bottom), and its final states: (B, T, D) each."""
-        stack, hidden, mask = self._stacks["text"], words.states, words.mask[first]
+        layers, hidden, mask = self._encoders["text"], words.states, words.mask[first]
         if words.depth:
             raise ModelError("aurora changes every layer of the text model: give the states that enter its layer 0")
         if hidden is None:
-            hidden = frozen.trunk_states(stack.model, 0, input_ids=words.ids[first], attention_mask=mask)
+            hidden = frozen.trunk_states(layers.model, 0, input_ids=words.ids[first], attention_mask=mask)
         else:
             hidden = hidden[first]
         entering, lowest = hidden, 0 if self.fusion is None else self.fusion.first
-        for index in range(stack.depth):
+        for index in range(layers.depth):
             entering = hidden if index == lowest else entering
-            hidden = stack.run(index, hidden, mask.bool())
-        return entering[group], stack.finish(hidden)[group]
+            hidden = layers.run(index, hidden, mask.bool())
+        return entering[group], layers.finish(hidden)[group]
 
     def _joint(self, mask: Tensor, entering: Tensor, text: Tensor, image: Tensor | None, texts: Tensor) -> Tensor:
         """(B, D): the fused vector; without ``image`` the text's own. ``texts``: a row of each different text."""
@@ -228,13 +228,13 @@ class Aurora(Adapter):
         if self._first is None:
             return hidden
         ids = torch.full((1, 1), self._first, device=hidden.device)
-        first = frozen.trunk_states(self._stacks["text"].model, 0, input_ids=ids)
+        first = frozen.trunk_states(self._encoders["text"].model, 0, input_ids=ids)
         return torch.cat([first.to(hidden).expand(len(hidden), -1, -1), hidden[:, 1:]], dim=1)
 
     def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
         name = self.config.joint
         if name == "auto":
-            composed = "last" if self._stacks["text"].causal else "mean"
+            composed = "last" if self._encoders["text"].causal else "mean"
             name = composed if self.fusion.composed else "cls"
         return pooled(hidden, mask, name)
 

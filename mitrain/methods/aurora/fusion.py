@@ -20,7 +20,7 @@ from mitrain.core.errors import ModelError
 from mitrain.methods.aurora.config import AuroraConfig
 from mitrain.models import loading
 from mitrain.models.batch import mean_over
-from mitrain.models.layers import Stack
+from mitrain.models.layers import Layers
 
 RESIDUAL = 0.1
 """Weight of the transformed queries in the residual form, from the authors' release."""
@@ -137,13 +137,13 @@ class Fusion(nn.Module):
         if composed and self.width != self.image_width:
             self.register_buffer("turn", orthogonal(self.width, self.image_width).to(like))
         self._pass: Pass | None = None
-        self._stack: Stack | None = None
+        self._text: Layers | None = None
         self._crossing: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
     @property
     def first(self) -> int:
         """The lowest text layer that reads the picture."""
-        return self._stack.depth - self.layers
+        return self._text.depth - self.layers
 
     @property
     def composed(self) -> bool:
@@ -154,16 +154,16 @@ class Fusion(nn.Module):
         if (layers, widths, composed) != (self.layers, (self.width, self.image_width), self.composed):
             raise ModelError("this Aurora's fusion was made for models of other widths or depth: make a new one")
 
-    def place(self, stack: Stack, crossing: Callable[[], AbstractContextManager], undo: Callable[..., None]) -> None:
-        """Put hooks on the fusion layers of ``stack``. ``crossing()``: inside, projections take the fusion's updates."""
-        self._stack, self._crossing = stack, crossing
+    def place(self, text: Layers, crossing: Callable[[], AbstractContextManager], undo: Callable[..., None]) -> None:
+        """Put hooks on the fusion layers of ``text``. ``crossing()``: inside, projections take the fusion's updates."""
+        self._text, self._crossing = text, crossing
         undo(self._forget)
-        config = stack.model.config
+        config = text.model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        for index in range(stack.depth - self.layers, stack.depth):
-            layer = stack.layers[index]
+        for index in range(text.depth - self.layers, text.depth):
+            layer = text.modules[index]
             if self.composed:
-                cross, block = compose(layer, head_dim, type(stack.model).__name__)
+                cross, block = compose(layer, head_dim, type(text.model).__name__)
                 undo(layer.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
                 undo(block.register_forward_hook(self._composed_hook(index, cross)).remove)
             else:
@@ -171,7 +171,7 @@ class Fusion(nn.Module):
                 undo(layer.crossattention.register_forward_hook(self._record("across")).remove)
 
     def _forget(self) -> None:
-        self._stack, self._crossing = None, contextlib.nullcontext
+        self._text, self._crossing = None, contextlib.nullcontext
 
     def forward(self, hidden: Tensor, visible: Tensor, image: Tensor) -> Tensor:
         """Final fused states (B, T, D).
@@ -180,19 +180,19 @@ class Fusion(nn.Module):
         """
         self._pass = Pass(self._standard(image) if self.composed else image.to(hidden.dtype), visible)
         try:
-            for index in range(self.first, self._stack.depth):
+            for index in range(self.first, self._text.depth):
                 hidden = self._transform(index - self.first, self._layer(index, hidden))
         finally:
             self._pass = None
-        return self._stack.finish(hidden)
+        return self._text.finish(hidden)
 
     def _layer(self, index: int, hidden: Tensor) -> Tensor:
         if self.composed:
-            return self._stack.run(index, hidden, self._pass.visible)
+            return self._text.run(index, hidden, self._pass.visible)
         mask = create_bidirectional_mask(
-            config=self._stack.model.config, inputs_embeds=hidden, attention_mask=self._pass.visible
+            config=self._text.model.config, inputs_embeds=hidden, attention_mask=self._pass.visible
         )
-        return first_of(self._stack.layers[index](hidden, encoder_hidden_states=self._pass.image, attention_mask=mask))
+        return first_of(self._text.modules[index](hidden, encoder_hidden_states=self._pass.image, attention_mask=mask))
 
     def _standard(self, image: Tensor) -> Tensor:
         """Tokens of mean 0 and mean square 1, in the text model's width and the parameters' type."""

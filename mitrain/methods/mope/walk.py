@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mitrain.core.errors import ModelError
 from mitrain.models.batch import mean_over
-from mitrain.models.layers import Stack
+from mitrain.models.layers import Layers
 
 Prompter = Callable[[int, Tensor, Tensor | None], Tensor]
 """(index among the prompted layers, tokens (B, T, D) that enter it, mask (B, T) or None) -> prompts (B, n, D)."""
@@ -71,16 +71,16 @@ class PlainWalk:
     entry: ClassVar[int] = 0
 
     def __init__(self, model: PreTrainedModel, is_text: bool):
-        self.model, self.stack = model, Stack.of(model)
-        self.depth, self.causal = self.stack.depth, self.stack.causal
-        self.widths, self.stages = (self.stack.width,) * self.depth, (0,) * self.depth
-        self.stage_widths = (self.stack.width,)
+        self.model, self.layers = model, Layers.of(model)
+        self.depth, self.causal = self.layers.depth, self.layers.causal
+        self.widths, self.stages = (self.layers.width,) * self.depth, (0,) * self.depth
+        self.stage_widths = (self.layers.width,)
         self.is_text = is_text
-        self.place = 1 if self.has_first and self.stack.rotary is None else 0
+        self.place = 1 if self.has_first and self.layers.rotary is None else 0
 
     @property
     def has_first(self) -> bool:
-        return not self.causal and (self.is_text or self.stack.has_class)
+        return not self.causal and (self.is_text or self.layers.has_class)
 
     def run(
         self, states: Tensor, mask: Tensor | None, prompter: Prompter, entry: Tensor | None, checkpointing: bool
@@ -92,18 +92,18 @@ class PlainWalk:
             joined = torch.cat([states[:, : self.place], prompts, states[:, self.place :]], dim=1)
             if visible is not None:
                 shown = torch.cat([visible.new_ones(len(visible), count), visible], dim=1)  # place 1 is seen, too
-            joined = call(checkpointing, self.stack.run, index, joined, None if visible is None else shown)
+            joined = call(checkpointing, self.layers.run, index, joined, None if visible is None else shown)
             cls, prompts, rest = joined.tensor_split((self.place, self.place + count), dim=1)
             states = torch.cat([cls, rest], dim=1)
         return Walked(states, prompts)
 
     def finish(self, states: Tensor) -> Tensor:
-        return self.stack.finish(states)
+        return self.layers.finish(states)
 
     def first(self, states: Tensor) -> Tensor:
         if not self.has_first:
             raise ModelError(f"{type(self.model).__name__} has no CLS token: leave the read-out 'first' to others")
-        return self.finish(states)[:, 0] if self.is_text else self.stack.summary(states)
+        return self.finish(states)[:, 0] if self.is_text else self.layers.summary(states)
 
 
 def call(checkpointing: bool, function: Callable[..., Any], *args: Any) -> Any:

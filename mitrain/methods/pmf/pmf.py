@@ -19,7 +19,7 @@ from mitrain.methods.base import Adapter
 from mitrain.methods.pmf.config import LINKS, PMFConfig
 from mitrain.models import frozen
 from mitrain.models.batch import Picture, Reading, Words
-from mitrain.models.layers import Stack
+from mitrain.models.layers import Layers
 
 SPREAD = 0.02
 """Standard deviation of new prompts; the maps start as torch makes linear layers. Both as in the authors' release."""
@@ -29,7 +29,7 @@ SPREAD = 0.02
 class Side:
     """One frozen encoder: its layers, and the first of them that takes part in the fusion."""
 
-    stack: Stack
+    layers: Layers
     first: int
 
     def beside(
@@ -50,14 +50,14 @@ class Side:
             padding = count - visible.sum(1, keepdim=True)
             place = place - padding * (place >= first + count)
             visible = nn.functional.pad(visible, (first, last), value=True)
-        return self.stack.run(index, torch.cat([*ahead, states, *behind], dim=1), visible, place)
+        return self.layers.run(index, torch.cat([*ahead, states, *behind], dim=1), visible, place)
 
     def _check_window(self, tokens: int) -> None:
-        window = self.stack.window
+        window = self.layers.window
         if window is not None and tokens > window:
             raise ModelError(
                 f"{tokens} tokens with their prompts exceed the window of {window} over which"
-                f" {type(self.stack.model).__name__} attends: shorten the texts or use a model without a window"
+                f" {type(self.layers.model).__name__} attends: shorten the texts or use a model without a window"
             )
 
 
@@ -90,14 +90,14 @@ class Link(nn.Module):
             return None
         context = [] if self.context is None else [self.context]
         # Under a causal mask the last rows alone see the whole text, and see a context only where it stands before them.
-        before, after = (context, [self.query]) if side.stack.causal else ([], [*context, self.query])
+        before, after = (context, [self.query]) if side.layers.causal else ([], [*context, self.query])
         answer = side.beside(index, states, visible, before, after)[:, -len(self.query) :]
         return self.map(answer.to(self.query.dtype))
 
     def tell(self, side: Side, index: int, states: Tensor, visible: Tensor | None, answer: Tensor | None) -> Tensor:
         """The target's tokens (B, T, D) after its layer ``index``, which saw ``answer``; the prompts' rows are dropped."""
         told, count = [prompt for prompt in (self.fusion, answer) if prompt is not None], states.shape[1]
-        if side.stack.causal:  # at the end they would be invisible to the text
+        if side.layers.causal:  # at the end they would be invisible to the text
             return side.beside(index, states, visible, told, [])[:, -count:]
         return side.beside(index, states, visible, [], told)[:, :count]
 
@@ -138,7 +138,7 @@ class PMF(Adapter):
         return self._sides[name].first
 
     def image_width(self, feature: int) -> int:
-        return self._sides["image"].stack.width
+        return self._sides["image"].layers.width
 
     def set_checkpointing(self, enabled: bool) -> None:
         self._checkpointing = enabled
@@ -146,26 +146,26 @@ class PMF(Adapter):
     # Attaching
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        stacks, used = {name: Stack.of(backbones[name]) for name in self.backbones}, self.config.fusion_layers
-        for name, stack in stacks.items():
-            if used > stack.depth:
+        layers, used = {name: Layers.of(backbones[name]) for name in self.backbones}, self.config.fusion_layers
+        for name, each in layers.items():
+            if used > each.depth:
                 raise ConfigError(
-                    f"adapter.fusion_layers={used}, but the {name} model has {stack.depth} layers: give at most as many"
+                    f"adapter.fusion_layers={used}, but the {name} model has {each.depth} layers: give at most as many"
                 )
-        self._make_parameters(stacks)
-        self._sides = {name: Side(stack, stack.depth - used) for name, stack in stacks.items()}
+        self._make_parameters(layers)
+        self._sides = {name: Side(each, each.depth - used) for name, each in layers.items()}
         self.undo(setattr, self, "_sides", {})
         self.undo(self.set_checkpointing, False)
 
-    def _make_parameters(self, stacks: Mapping[str, Stack]) -> None:
-        widths = {name: stack.width for name, stack in stacks.items()}
+    def _make_parameters(self, layers: Mapping[str, Layers]) -> None:
+        widths = {name: each.width for name, each in layers.items()}
         if len(self.fusion):
             if shapes(self._links(widths, device="meta")) != shapes(self.fusion):
                 raise ModelError("this PMF was made for models of other widths: make a new one")
             return
-        text = stacks["text"]
-        dtype = torch.promote_types(torch.promote_types(text.model.dtype, stacks["image"].model.dtype), torch.float32)
-        self.fusion = self._links(widths, device=next(text.layers[-1].parameters()).device, dtype=dtype)
+        text = layers["text"]
+        dtype = torch.promote_types(torch.promote_types(text.model.dtype, layers["image"].model.dtype), torch.float32)
+        self.fusion = self._links(widths, device=next(text.modules[-1].parameters()).device, dtype=dtype)
 
     def _links(self, widths: Mapping[str, int], **place: Any) -> nn.ModuleList:
         layers = range(self.config.fusion_layers)
@@ -178,7 +178,7 @@ class PMF(Adapter):
         """Both encoders from their first fusion layers up; one alone, or a picture that is not to be seen, unfused.
 
         ``text``: the text's final states (B, T, D_t). ``image``: (B, D_v), the class token after the image encoder's
-        final norm (see `Stack.summary`).
+        final norm (see `Layers.summary`).
         """
         states: dict[str, Tensor] = {}
         visible: dict[str, Tensor | None] = {"text": None if words is None else words.mask.bool(), "image": None}
@@ -192,16 +192,16 @@ class PMF(Adapter):
         for step in range(self.config.fusion_layers):
             states = self._climb(step, states, visible, fused)
         return Reading(
-            None if words is None else self._sides["text"].stack.finish(states["text"]),
+            None if words is None else self._sides["text"].layers.finish(states["text"]),
             None if words is None else words.mask,
-            None if picture is None else self._sides["image"].stack.summary(states["image"]),
+            None if picture is None else self._sides["image"].layers.summary(states["image"]),
         )
 
     def _text_states(self, words: Words) -> Tensor:
         side = self._sides["text"]
         if words.states is not None:
             return self._checked("text", words.states, words.depth)
-        return frozen.trunk_states(side.stack.model, side.first, input_ids=words.ids, attention_mask=words.mask)
+        return frozen.trunk_states(side.layers.model, side.first, input_ids=words.ids, attention_mask=words.mask)
 
     def _checked(self, name: str, states: Tensor, depth: int) -> Tensor:
         """``states`` in the model's type, if they are what enters the first fusion layer."""
@@ -210,7 +210,7 @@ class PMF(Adapter):
             raise ModelError(
                 f"the {name} states are of depth {depth}, but pmf starts at {side.first}: compute them for first_layer"
             )
-        return states.to(side.stack.model.dtype)
+        return states.to(side.layers.model.dtype)
 
     def _climb(
         self, step: int, states: dict[str, Tensor], visible: Mapping[str, Tensor | None], fused: bool
@@ -234,7 +234,7 @@ class PMF(Adapter):
                 link, answer = answers[name]
                 found[name] = link.tell(side, index, hidden, seen, answer)
             else:
-                found[name] = side.stack.run(index, hidden, seen)
+                found[name] = side.layers.run(index, hidden, seen)
         return found
 
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from mitrain.core.errors import ModelError
 from mitrain.models.frozen import trunk_states
-from mitrain.models.layers import Stack
+from mitrain.models.layers import Layers
 
 # The layers, masks and rotary tables are the model's own, so both ways do the same operations on the same numbers: what
 # may differ is the order of the sums in matrix products, some 50 roundings of 1.1e-16 on values below 5.
@@ -53,22 +53,22 @@ def example(name, padding="right"):
 @torch.no_grad()
 def test_the_layers_one_by_one_are_the_model(name):
     model, inputs, visible = example(name)
-    stack = Stack.of(model)
-    assert (stack.depth, stack.width, stack.causal) == (DEPTH, WIDTH, name in NAMES)
+    layers = Layers.of(model)
+    assert (layers.depth, layers.width, layers.causal) == (DEPTH, WIDTH, name in NAMES)
     hidden = trunk_states(model, 0, **inputs)
-    for index in range(stack.depth):
-        hidden = stack.run(index, hidden, visible)
+    for index in range(layers.depth):
+        hidden = layers.run(index, hidden, visible)
     whole = model.base_model(**inputs, **({"use_cache": False} if name in NAMES else {})).last_hidden_state
     shown = slice(None) if visible is None else visible
     tolerance = 1e-5 if name == "gemma2" else EXACT
-    torch.testing.assert_close(stack.finish(hidden)[shown], whole[shown], rtol=0, atol=tolerance)
+    torch.testing.assert_close(layers.finish(hidden)[shown], whole[shown], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["dinov2", "dinov2_with_registers", "clip_vision_model"])
 @torch.no_grad()
 def test_the_summary_is_the_class_token_that_the_model_reads_out(name):
     model, inputs, _ = example(name)
-    summary = Stack.of(model).summary(trunk_states(model, DEPTH, **inputs))
+    summary = Layers.of(model).summary(trunk_states(model, DEPTH, **inputs))
     torch.testing.assert_close(summary, model(**inputs).pooler_output, rtol=0, atol=EXACT)
 
 
@@ -76,7 +76,7 @@ def test_the_summary_is_the_class_token_that_the_model_reads_out(name):
 @torch.no_grad()
 def test_without_a_class_token_the_summary_is_the_mean(name):
     model, inputs, _ = example(name)
-    summary = Stack.of(model).summary(trunk_states(model, DEPTH, **inputs))
+    summary = Layers.of(model).summary(trunk_states(model, DEPTH, **inputs))
     torch.testing.assert_close(summary, model(**inputs).last_hidden_state.mean(1), rtol=0, atol=EXACT)
 
 
@@ -84,30 +84,30 @@ def test_without_a_class_token_the_summary_is_the_mean(name):
 @torch.no_grad()
 def test_rotary_embeddings_come_from_the_positions(name):
     model, inputs, visible = example(name)
-    stack, hidden = Stack.of(model), trunk_states(model, 0, **inputs)
-    usual = stack.run(1, hidden, visible)
+    layers, hidden = Layers.of(model), trunk_states(model, 0, **inputs)
+    usual = layers.run(1, hidden, visible)
     count = torch.arange(hidden.shape[1]).expand(len(hidden), -1)
-    shifted = stack.run(1, hidden, visible, count + 7)  # only distances count
+    shifted = layers.run(1, hidden, visible, count + 7)  # only distances count
     torch.testing.assert_close(shifted[visible], usual[visible], rtol=0, atol=ROTATED)
-    assert (stack.run(1, hidden, visible, 2 * count) - usual)[visible].abs().max() > 1e-3
+    assert (layers.run(1, hidden, visible, 2 * count) - usual)[visible].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 @torch.no_grad()
 def test_padding_is_not_seen(name):
     model, inputs, visible = example(name)
-    stack, hidden = Stack.of(model), trunk_states(model, 0, **inputs)
+    layers, hidden = Layers.of(model), trunk_states(model, 0, **inputs)
     noise = torch.where(visible[..., None], hidden, torch.randn_like(hidden))
-    out, other = stack.run(0, hidden, visible), stack.run(0, noise, visible)
+    out, other = layers.run(0, hidden, visible), layers.run(0, noise, visible)
     assert torch.equal(out[visible], other[visible])
     if name == "bert":  # a causal token does not see what comes after it, padding or not
-        assert (stack.run(0, noise) - out)[visible].abs().max() > 1e-3
+        assert (layers.run(0, noise) - out)[visible].abs().max() > 1e-3
 
 
 def test_the_window_is_what_the_layers_reach_back():
-    windows = {name: Stack.of(tiny(name)).window for name in ("llama", "mistral", "gemma3")}
+    windows = {name: Layers.of(tiny(name)).window for name in ("llama", "mistral", "gemma3")}
     assert windows == {"llama": None, "mistral": WINDOW, "gemma3": WINDOW}
-    assert Stack.of(tiny_encoder("modernbert")).window == 2 and Stack.of(tiny_encoder("bert")).window is None
+    assert Layers.of(tiny_encoder("modernbert")).window == 2 and Layers.of(tiny_encoder("bert")).window is None
 
 
 def small(kind, settings, **values):
@@ -134,5 +134,5 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_cannot_be_served_is_refused_in_one_line(reason):
     with pytest.raises(ModelError, match=reason) as refused:
-        Stack.of(REFUSED[reason]())
+        Layers.of(REFUSED[reason]())
     assert "\n" not in str(refused.value)
