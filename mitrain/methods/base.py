@@ -160,7 +160,7 @@ class Adapter(nn.Module, ABC):
         """Freeze ``backbones`` and install the adapter in them; on an error they are left as they were.
 
         checkpoint: activation checkpointing of the layers that the adapter changes. backend: see ``KernelConfig``.
-        Raises ModelError where one of ``backbones`` is missing, or one of them has such an adapter or is computed wrongly here.
+        Raises ModelError where one of ``backbones`` is missing, has such an adapter or is computed wrongly here.
         """
         if self._backbones:
             raise ModelError(f"this {self.method} adapter is attached already: call detach() first")
