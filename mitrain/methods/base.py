@@ -4,7 +4,7 @@ An adapter is a module of trainable parameters that attaches to frozen Hugging F
 modules and the attention interface, and takes itself off again without a trace. How the methods meet it:
 
     MiT     binds one vector per modality; maps in the infused layers turn it into factors of keys, values and FFN.
-    PMF     attaches to two encoders: ``read`` runs the fusion layers of both in turn, each once for its query
+    PMF     attaches to two encoders: ``encode`` runs the fusion layers of both in turn, each once for its query
             prompts and once for the fusion; ``first_layer`` = depth - L_f.
     MoPE    attaches to two encoders: every layer of the main one gets prompts that depend on the other's
             vector, with weights from a router; ``extra_loss`` is the importance loss; ``first_layer`` = 0.
@@ -13,7 +13,6 @@ modules and the attention interface, and takes itself off again without a trace.
 """
 
 import contextlib
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,10 +24,9 @@ from transformers import PreTrainedModel
 from mitrain.core.config import Section
 from mitrain.core.errors import ModelError
 from mitrain.methods import export_format
-from mitrain.methods.condition import Condition, Feature, make_condition
 from mitrain.methods.refusals import guard_saving
 from mitrain.models import costs, frozen, quant
-from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 
 
 class Adapter(nn.Module, ABC):
@@ -42,16 +40,17 @@ class Adapter(nn.Module, ABC):
     method: ClassVar[str]
     """Its name: of its settings (``Section``), in METHODS and of the submodule that it is while attached; no points."""
     backbones: ClassVar[tuple[str, ...]] = ("text",)
-    """The backbones that it attaches to; with ``image``, ``read`` is given the states that enter its changed layers."""
+    """The backbones that it attaches to; with ``image``, ``encode`` is given the states that enter its changed layers."""
     runs_layers: ClassVar[bool] = False
-    """It runs the layers itself: ``read`` is always given the states that enter ``first_layer`` of each backbone."""
+    """It runs the layers itself: ``encode`` is always given the states that enter ``first_layer`` of each backbone."""
     wraps_text_model: ClassVar[bool] = False
-    """`read` goes through a model around the text model, which the language head knows nothing of."""
+    """`encode` goes through a model around the text model, which the language head knows nothing of."""
     text_depends_on_input: ClassVar[bool] = False
     """A reading's ``text`` depends on the picture; ``picture.infused=False`` leaves it out while the rest stays."""
     passes: ClassVar[int] = 1
-    """How often `read` runs each changed layer, for estimates of memory."""
-    takes_infused: ClassVar[bool] = True
+    """How often `encode` runs each changed layer, for estimates of memory."""
+    feature_widths: Mapping[str, int] = {}
+    """The modalities that `conditioned` gives to passes of the text model alone, each with its feature width e."""
     config: Section
     """The settings, all that its constructor takes; an export writes them and makes the adapter from them again."""
 
@@ -59,8 +58,6 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self._backbones: dict[str, PreTrainedModel] = {}
         self._undo = contextlib.ExitStack()
-        self._bound: dict[int, list[Condition | None]] = {}  # by thread: several may run the model at a time
-        self._keywords: dict[int, Condition | None] = {}
         self.backend = "auto"
 
     # What a method implements
@@ -77,35 +74,22 @@ class Adapter(nn.Module, ABC):
     def first_layer(self, name: str) -> int:
         """The lowest layer of backbone ``name`` that the adapter changes; those below are a frozen function."""
 
-    @property
-    @abstractmethod
-    def feature_widths(self) -> Mapping[str, int]:
-        """The modalities that ``bind`` takes, each with its feature width e."""
-
-    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
         """One pass of the adapted backbones over texts, pictures or (row by row) both.
 
         With one of them alone it is what a dual encoder needs: that modality by itself.
         """
         text = None
         if words is not None:
-            shown = picture is not None and picture.infused
-            with self.bind(self.modalities_of(picture.feature if shown else None)):
+            with self.conditioned(picture):
                 text = frozen.last_hidden(self._backbones["text"], words)
-        return Reading(text, words and words.mask, picture and picture.feature)
+        return Outputs(text, words and words.mask, picture and picture.feature)
 
-    def modalities_of(self, feature: Tensor | None) -> dict[str, Feature]:
-        """What `bind` takes for the image encoders' features side by side, (B, e): as many of the columns as each modality
-        of `feature_widths` is wide, in order. Empty without a feature, or for a method that reads none."""
-        widths = self.feature_widths
-        if feature is None or not widths:
-            return {}
-        if sum(widths.values()) != feature.shape[-1]:
-            raise ModelError(
-                f"the pictures' features are {feature.shape[-1]} wide, but the adapter's modalities are {dict(widths)}: give"
-                " features of their widths side by side"
-            )
-        return dict(zip(widths, feature.split(list(widths.values()), -1), strict=True))
+    @contextlib.contextmanager
+    def conditioned(self, inputs: ModalityInputs | None, copies: int = 1) -> Iterator[None]:
+        """Inside, passes of the text model alone (``generate`` with ``copies`` rows per sample) are given ``inputs`` where
+        the method reads them there; nothing to do for one that only `encode` gives them to."""
+        yield
 
     def image_width(self, feature: int) -> int:
         """Width of a reading's ``image``; ``feature``: e of the frozen encoders' global feature."""
@@ -118,7 +102,7 @@ class Adapter(nn.Module, ABC):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the backbones compute what they would without the adapter: nothing to do where only `read` differs."""
+        """Inside, the backbones compute what they would without the adapter: nothing to do where only `encode` differs."""
         yield
 
     def set_checkpointing(self, enabled: bool) -> None:
@@ -183,9 +167,6 @@ class Adapter(nn.Module, ABC):
                 self.undo(delattr, backbone, self.method)
                 for model in {backbone, getattr(backbone, "base_model", backbone)}:
                     self.undo(guard_saving(model, self.method))
-                take = backbone.register_forward_pre_hook(self._take_keyword, prepend=True, with_kwargs=True)
-                self.undo(take.remove)
-                self.undo(backbone.register_forward_hook(self._drop_keyword, always_call=True).remove)
             self.train(self.training)
         except BaseException:
             self.detach()
@@ -204,7 +185,6 @@ class Adapter(nn.Module, ABC):
         """Leave the backbones exactly as found; the adapter keeps its parameters and can be attached again."""
         self._undo.close()
         self._backbones = {}
-        self._keywords.clear()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self._backbones:  # a copy's hooks would be the original's
@@ -234,46 +214,6 @@ class Adapter(nn.Module, ABC):
         """Call ``function(*args)`` on ``detach``, the latest first."""
         self._undo.callback(function, *args)
 
-    @contextlib.contextmanager
-    def bind(self, features: Mapping[str, Feature], copies: int | None = 1) -> Iterator["Adapter"]:
-        """The features of the samples in the forward passes (or ``generate``) inside; they are dropped at the end.
-
-        features: name -> (B, e), or ((B, e), (B,) bool mask of the samples that have it), or None for a missing
-        modality. copies: rows per sample, for ``generate`` its num_beams or num_return_sequences; None: as many as
-        the batch asks for. They are those of the thread that binds them. Raises ModelError where they don't fit the
-        adapter or, inside, the batch.
-        """
-        if not self._backbones:
-            raise ModelError(f"this {self.method} adapter is not attached, so features have no effect: call attach()")
-        own, condition = threading.get_ident(), make_condition(features, self.feature_widths, copies)
-        outer = self._bound.get(own, [])
-        self._bound[own] = [*outer, condition]
-        try:
-            yield self
-        finally:
-            if outer:
-                self._bound[own] = outer
-            else:
-                del self._bound[own]
-
-    @property
-    def condition(self) -> Condition | None:
-        """The features of the running forward pass: the keyword ``infused=`` of the call, else the innermost bind.
-
-        ModelError in a thread that has neither while another thread holds a binding: it may be meant for this one or not.
-        """
-        own = threading.get_ident()
-        if own in self._keywords:
-            return self._keywords[own]
-        if own in self._bound:
-            return self._bound[own][-1]
-        if self._bound:
-            raise ModelError(
-                "features are bound in another thread than the one that runs the model: call bind() in the thread of the"
-                " forward pass (or generate), or give infused= with the call"
-            )
-        return None
-
     def train(self, mode: bool = True) -> "Adapter":
         """Set the adapter's own mode; the frozen backbones around it go back to eval mode."""
         super().train(mode)
@@ -292,16 +232,6 @@ class Adapter(nn.Module, ABC):
             parameter.requires_grad_(False)
         for module in training:
             module.training = False
-
-    def _take_keyword(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if "infused" in kwargs:
-            own = threading.get_ident()
-            self._keywords[own] = None
-            self._keywords[own] = make_condition(kwargs.pop("infused"), self.feature_widths)
-        return args, kwargs
-
-    def _drop_keyword(self, backbone: nn.Module, args: tuple, output: Any) -> None:
-        self._keywords.pop(threading.get_ident(), None)
 
 
 def _restore(trainable: list[nn.Parameter], training: list[nn.Module]) -> None:

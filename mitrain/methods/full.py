@@ -14,7 +14,7 @@ from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.base import Adapter
 from mitrain.methods.peft import SIDES, Where
 from mitrain.models import loading
-from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
 
 
@@ -31,7 +31,6 @@ class Full(Adapter):
     ones is kept, for `detach` and for what frozen encoders say."""
 
     method: ClassVar[str] = "full"
-    feature_widths: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, config: FullConfig):
         super().__init__()
@@ -116,8 +115,8 @@ class Full(Adapter):
         self._pretrained = {name: parameter.detach().clone() for name, parameter in self.weights.items()}
         self.detach()
 
-    def read(self, words: Words | None, picture: Picture | None) -> Reading:
-        found = super().read(words, picture)
+    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
+        found = super().encode(words, picture)
         if picture is None or self._image is None:
             return found
-        return Reading(found.text, found.mask, self._image.encode_image(picture)[1])
+        return Outputs(found.text, found.mask, self._image.encode_image(picture)[1])

@@ -28,7 +28,7 @@ from mitrain.methods.base import Adapter
 from mitrain.methods.projections import Projection, kind_of, projections
 from mitrain.methods.selection import parse_layers, select_layers
 from mitrain.models import loading, quant
-from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
 
 Where = Literal["text", "image", "both"]
@@ -76,7 +76,6 @@ class Injected(Adapter):
     """
 
     backbones: ClassVar[tuple[str, ...]] = ("text", "image")
-    feature_widths: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, config: InjectedConfig):
         super().__init__()
@@ -150,11 +149,11 @@ class Injected(Adapter):
             for layer in layers:
                 layer._disable_adapters = False
 
-    def read(self, words: Words | None, picture: Picture | None) -> Reading:
-        found = super().read(words, picture)
+    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
+        found = super().encode(words, picture)
         if picture is None or self._image is None:
             return found
-        return Reading(found.text, found.mask, self._image.encode_image(picture)[1])
+        return Outputs(found.text, found.mask, self._image.encode_image(picture)[1])
 
     def merge(self) -> None:
         """Fold PEFT's parts into the frozen weights, by PEFT's own arithmetic, and take the adapter off."""
@@ -208,7 +207,6 @@ class PrefixConfig(VirtualConfig, kind="adapter", name="prefix"):
 class Virtual(Adapter):
     """A PEFT method that puts trained vectors before the text; ``prompt_encoder`` is PEFT's."""
 
-    feature_widths: ClassVar[Mapping[str, int]] = {}
     wraps_text_model: ClassVar[bool] = True
 
     def __init__(self, config: VirtualConfig):
@@ -243,14 +241,14 @@ class Virtual(Adapter):
         (vectors,) = tensors.values()
         return saved_config(self._peft, base), {"prompt_embeddings": vectors}
 
-    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
         text = None
         if words is not None:
             check_room(self._wrapped.get_base_model(), self.config.tokens, words.ids.shape[1])
             options = {"attention_mask": words.mask, "use_cache": self.method == "prefix"}
             hidden = self._wrapped(input_ids=words.ids, **options).last_hidden_state
             text = hidden[:, -words.ids.shape[1] :]
-        return Reading(text, words and words.mask, picture and picture.feature)
+        return Outputs(text, words and words.mask, picture and picture.feature)
 
 
 class Prompt(Virtual):

@@ -21,7 +21,7 @@ from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.base import Adapter
 from mitrain.methods.peft import LoRA, LoRAConfig, check_room
 from mitrain.models import frozen
-from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
 
 
@@ -51,7 +51,6 @@ class VisualPrefix(Adapter):
     method: ClassVar[str] = "visual-prefix"
     backbones: ClassVar[tuple[str, ...]] = ("text", "image")
     text_depends_on_input: ClassVar[bool] = True
-    feature_widths: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, config: VisualPrefixConfig):
         super().__init__()
@@ -77,12 +76,12 @@ class VisualPrefix(Adapter):
             self.lora.install({"text": backbones["text"]})
             self.undo(self.lora.detach)
 
-    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
         image = picture and picture.feature
         if words is None:
-            return Reading(image=image)
+            return Outputs(image=image)
         if picture is None or not picture.infused:
-            return Reading(frozen.last_hidden(self._text.model, words), words.mask, image)
+            return Outputs(frozen.last_hidden(self._text.model, words), words.mask, image)
         embeddings = self._text.model.get_input_embeddings()(words.ids)
         visual = self.visual_tokens(picture).to(embeddings)
         check_room(self._text.model, visual.shape[1], words.ids.shape[1])
@@ -92,9 +91,9 @@ class VisualPrefix(Adapter):
             "attention_mask": torch.cat([seen, words.mask], 1),
         }
         hidden = self._text.model(**inputs, use_cache=False).last_hidden_state
-        return Reading(hidden[:, visual.shape[1] :], words.mask, image)
+        return Outputs(hidden[:, visual.shape[1] :], words.mask, image)
 
-    def visual_tokens(self, picture: Picture) -> Tensor:
+    def visual_tokens(self, picture: ModalityInputs) -> Tensor:
         """(B, P, D)."""
         with torch.no_grad():
             tokens, _ = self._image.encode_image(picture)

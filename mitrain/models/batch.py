@@ -1,4 +1,4 @@
-"""What goes into the adapted backbones, and what comes out: the words of a batch, its pictures, and what was read.
+"""What goes into the adapted backbones, and what comes out: a batch of texts, the inputs of its other modality, the outputs.
 
 Shapes: B samples, T tokens, D width of the text model, N picture tokens (prefix + patches), c width of the image
 encoder's layers, e width of the picture's global feature, J width of a method's joint state.
@@ -15,7 +15,7 @@ STATES = ("last", "mean", "cls")
 
 
 @dataclass(frozen=True)
-class Words:
+class TextBatch:
     """A batch of texts: ``ids`` and ``mask`` (B, T), right-padded.
 
     ``states`` (B, T, D): what enters layer ``depth`` of the frozen text model; None: run it from its bottom.
@@ -28,7 +28,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ModalityInputs:
     """A batch of pictures as the frozen encoders see them.
 
     ``feature`` (B, e): the normalised global feature. ``states`` (B, N, c): what enters layer ``depth`` of the image
@@ -44,25 +44,25 @@ class Picture:
     def __len__(self) -> int:
         return len(self.feature)
 
-    def rows(self, index: Tensor | slice) -> "Picture":
+    def rows(self, index: Tensor | slice) -> "ModalityInputs":
         """Only (or repeatedly) the pictures ``index``."""
         states = None if self.states is None else self.states[index]
-        return Picture(self.feature[index], states, self.depth, self.infused)
+        return ModalityInputs(self.feature[index], states, self.depth, self.infused)
 
-    def to(self, device: torch.device) -> "Picture":
+    def to(self, device: torch.device) -> "ModalityInputs":
         states = None if self.states is None else self.states.to(device)
-        return Picture(self.feature.to(device), states, self.depth, self.infused)
+        return ModalityInputs(self.feature.to(device), states, self.depth, self.infused)
 
     @staticmethod
-    def joined(parts: Sequence["Picture"]) -> "Picture":
+    def joined(parts: Sequence["ModalityInputs"]) -> "ModalityInputs":
         """Several batches as one."""
         first = parts[0]
         states = None if first.states is None else torch.cat([part.states for part in parts])
-        return Picture(torch.cat([part.feature for part in parts]), states, first.depth, first.infused)
+        return ModalityInputs(torch.cat([part.feature for part in parts]), states, first.depth, first.infused)
 
 
 @dataclass(frozen=True)
-class Reading:
+class Outputs:
     """What the adapted backbones make of a batch; a part is None where nothing was asked or the method has none.
 
     ``text`` (B, T, D): the text model's final states, with ``mask`` (B, T). ``image``: (B, e) the picture's vector.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mitrain.core.errors import ModelError
-from mitrain.models.batch import Words
+from mitrain.models.batch import TextBatch
 from mitrain.models.loading import agree, layer_owner
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def staged_states(model: PreTrainedModel, depth: int, pixels: Tensor) -> Tensor:
     return model.encoder(states, grid).last_hidden_state if depth else states
 
 
-def last_hidden(model: PreTrainedModel, words: Words) -> Tensor:
+def last_hidden(model: PreTrainedModel, words: TextBatch) -> Tensor:
     """(B, T, D): a language model's hidden states after its final norm, run from the bottom or from ``words.states``."""
     if words.states is None:
         return model.base_model(input_ids=words.ids, attention_mask=words.mask, use_cache=False).last_hidden_state
@@ -120,11 +120,11 @@ def reproduces(model: PreTrainedModel, depth: int, ids: Tensor, mask: Tensor) ->
     It does not where the layers above read more than that: embeddings of their own, several streams, projections before
     the first layer. What is asked is the model, by running it both ways.
     """
-    expected = last_hidden(model, Words(ids, mask))
+    expected = last_hidden(model, TextBatch(ids, mask))
     shown = mask[..., None].to(expected.dtype)
     try:
         states = trunk_states(model, depth, input_ids=ids, attention_mask=mask) * shown
-        found = last_hidden(model, Words(ids, mask, states, depth))
+        found = last_hidden(model, TextBatch(ids, mask, states, depth))
     except Exception as error:  # a model that cannot be replayed fails in a way of its own
         log.debug("%s is not replayed: %r", type(model).__name__, error)
         return False

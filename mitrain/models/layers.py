@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 )
 
 from mitrain.core.errors import ModelError
-from mitrain.models.batch import Picture
+from mitrain.models.batch import ModalityInputs
 from mitrain.models.loading import stacks
 
 # Encoders add things between their layers that no signature shows, so only those whose layers are checked one by one
@@ -147,7 +147,7 @@ class Layers:
         finished = self.finish(hidden)
         return finished[:, 0] if self.has_class else finished.mean(1)
 
-    def encode_image(self, picture: Picture) -> tuple[Tensor, Tensor]:
+    def encode_image(self, picture: ModalityInputs) -> tuple[Tensor, Tensor]:
         """An image encoder's final tokens (B, N, D) and its `summary` (B, D), from the layer that the states enter."""
         if picture.states is None:
             raise ModelError("this method reads the image encoder's tokens: give the states that enter its first layer")

@@ -23,7 +23,7 @@ from transformers import (
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError, ModelError
 from mitrain.models import blip, frozen, loading, quant, stream
-from mitrain.models.batch import Words
+from mitrain.models.batch import TextBatch
 from mitrain.models.chunked_loss import chunked_cross_entropy
 from mitrain.models.digests import frozen_digest, settings_of, tokenizer_of, weights_of
 from mitrain.models.stream import Shard
@@ -290,7 +290,7 @@ class TextBackbone:
 
     def hidden(self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor:
         """(B, T, D): the hidden states after the final norm."""
-        return frozen.last_hidden(self.model, Words(ids, mask, states, depth))
+        return frozen.last_hidden(self.model, TextBatch(ids, mask, states, depth))
 
     def trunk(self, rows: Sequence[Sequence[int]], depth: int) -> list[Tensor]:
         """What leaves the ``depth`` bottom layers for each row of token ids: a list of (T_i, D)."""

@@ -24,6 +24,7 @@ from mitrain.core.errors import ConfigError, ModelError
 from mitrain.data.formats.labels import look_alikes
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.sources import RecordsConfig
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, only_one
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.generation import decoding, greedy
@@ -110,8 +111,8 @@ class AnswerTask(Task):
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self.row(s.prompt, s.answer)) for s in samples)
 
-    def _log_likelihood(self, pairs: Sequence[tuple[str, str]], features: Tensor | None) -> list[Tensor]:
-        """log p of each answer's tokens (its end included) for each (prompt, answer); features (R, e)."""
+    def _log_likelihood(self, pairs: Sequence[tuple[str, str]], inputs: ModalityInputs | None) -> list[Tensor]:
+        """log p of each answer's tokens (its end included) for each (prompt, answer), with R rows of ``inputs``."""
         text, states = self.parts.text, self.parts.states
         rows, starts = zip(*(self._answered(*pair) for pair in pairs), strict=True)
         answers = [[*row[start:], text.tokenizer.eos_token_id] for row, start in zip(rows, starts, strict=True)]
@@ -121,12 +122,12 @@ class AnswerTask(Task):
         positions = torch.tensor([p for span in spans for p in span], device=ids.device)
         targets = torch.tensor([token for answer in answers for token in answer], device=ids.device)
         below = states.batch(rows)
-        with self.parts.adapter.bind(self.parts.adapter.modalities_of(features)):
+        with self.parts.adapter.conditioned(inputs):
             picked = text.log_likelihood(ids, mask, row_index, positions, targets, below, states.depth)
         return list(picked.split([len(answer) for answer in answers]))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        likelihood = torch.cat(self._log_likelihood([(s.prompt, s.answer) for s in batch.samples], batch.features))
+        likelihood = torch.cat(self._log_likelihood([(s.prompt, s.answer) for s in batch.samples], batch.inputs))
         return -likelihood.sum(), torch.tensor(float(likelihood.numel()), dtype=torch.float64)
 
     @torch.no_grad()
@@ -139,8 +140,8 @@ class AnswerTask(Task):
         scores: list[Tensor] = []
         for start, own in dist.in_step(range(0, len(pairs), SCORE_ROWS), 0):
             part = slice(start, start + SCORE_ROWS)
-            features = batch.features[owner[part].to(batch.features.device)] if batch.features is not None else None
-            found = self._log_likelihood((pairs or spare)[part], features)
+            inputs = batch.inputs and batch.inputs.rows(owner[part].to(batch.inputs.feature.device))
+            found = self._log_likelihood((pairs or spare)[part], inputs)
             for token_scores in found if own else ():
                 scores.append(token_scores.double().mean() if self.config.normalize else token_scores.double().sum())
         values = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64)
@@ -168,7 +169,7 @@ class AnswerTask(Task):
         text, numbers = self.parts.text, Numbers(len(batch.samples))
         ids, mask = text.pad([self._prompt_ids(s.prompt) for s in batch.samples], side="left")
         options = {"max_new_tokens": self.config.max_new_tokens, "num_beams": num_beams, **self.decoding}
-        with self.parts.adapter.bind(self.parts.adapter.modalities_of(batch.features), copies=num_beams):
+        with self.parts.adapter.conditioned(batch.inputs, copies=num_beams):
             out = greedy(self.parts, ids, mask, logits_processor=[numbers], **options)
         said = text.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return list(zip([words.strip() for words in said], numbers.all, strict=True))

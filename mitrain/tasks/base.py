@@ -22,7 +22,7 @@ from mitrain.data.sources import DataSection
 from mitrain.data.states import TextStates
 from mitrain.methods.base import Adapter
 from mitrain.models import TextBackbone, VisionEncoder
-from mitrain.models.batch import Picture
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.figures import Panel
 
 
@@ -57,24 +57,12 @@ class Given:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples with their infused feature (B, e), and the patch tokens where the task has a decoder.
-
-    ``images``: the same features (B, e) for a task's own use, there also where the infusion is left out. ``states``
-    (B, N, c): what enters layer ``depth`` of the image encoder, where the method asks for it.
-    """
+    """Samples, the pictures' ``inputs`` to the method, and their patch tokens of each of the encoders' ``levels`` where the
+    task has a decoder."""
 
     samples: Sequence[Any]
-    features: Tensor | None
+    inputs: ModalityInputs | None
     levels: list[Tensor] = field(default_factory=list)
-    images: Tensor | None = None
-    states: Tensor | None = None
-    depth: int = 0
-
-    @property
-    def picture(self) -> Picture | None:
-        """The pictures as a method reads them."""
-        feature = self.images if self.features is None else self.features
-        return None if feature is None else Picture(feature, self.states, self.depth, self.features is not None)
 
 
 @dataclass

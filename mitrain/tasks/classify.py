@@ -21,7 +21,7 @@ from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.sources import ClassSection
-from mitrain.models.batch import Picture
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, only_one
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.label_metrics import label_metrics
@@ -105,7 +105,7 @@ class ClassifyTask(Task):
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self._ids(s.text)) for s in samples)
 
-    def states(self, texts: Sequence[str], picture: Picture | None) -> Tensor:
+    def states(self, texts: Sequence[str], picture: ModalityInputs | None) -> Tensor:
         """(B, widths of the read-outs): what the head reads, standardised per dimension."""
         parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, picture)
         return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
@@ -135,7 +135,7 @@ class ClassifyTask(Task):
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, C)."""
-        return self.head(self.dropout(self.states([s.text for s in batch.samples], batch.picture)))
+        return self.head(self.dropout(self.states([s.text for s in batch.samples], batch.inputs)))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits, targets = self.logits(batch), self.targets(batch.samples)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mitrain.core import dist
-from mitrain.models.batch import Picture
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch
 
 
@@ -24,14 +24,14 @@ class Everyone:
     def __init__(self, images: Tensor, words: Tensor, batch: Batch, matching: bool):
         keys = [(s.image, s.text) for s in batch.samples]
         cpu = torch.device("cpu")
-        picture = batch.picture.to(cpu) if matching else None
+        picture = batch.inputs.to(cpu) if matching else None
         parts = dist.gather((images.detach().cpu(), words.detach().cpu(), picture, keys))
         here = dist.rank()
         self.start = sum(len(part[3]) for part in parts[:here])
         self.count = len(keys)
         self.images = torch.cat([images if r == here else part[0].to(images) for r, part in enumerate(parts)])
         self.words = torch.cat([words if r == here else part[1].to(words) for r, part in enumerate(parts)])
-        self.picture = Picture.joined([part[2] for part in parts]) if matching else None
+        self.picture = ModalityInputs.joined([part[2] for part in parts]) if matching else None
         self.texts = [text for part in parts for _, text in part[3]]
         self.similarity = self.images @ self.words.T
         self.right = self._right([image for part in parts for image, _ in part[3]]).to(images.device)

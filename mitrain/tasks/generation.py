@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from mitrain.core.errors import ModelError
+from mitrain.models.batch import ModalityInputs
 from mitrain.models.loading import agree
 from mitrain.tasks.base import Parts
 
@@ -61,7 +62,8 @@ def logits(parts: Parts, use_cache: bool) -> list[torch.Tensor]:
     """(B, V) of each step, up to the first at which two ways of computing them could part."""
     ids, mask = parts.text.probe("left")
     place = {"dtype": parts.text.dtype, "device": parts.text.device}
-    features = {name: torch.zeros(len(ids), width, **place) for name, width in parts.adapter.feature_widths.items()}
+    width = sum(parts.adapter.feature_widths.values())
+    inputs = ModalityInputs(torch.zeros(len(ids), width, **place)) if width else None
     options = {"max_new_tokens": TRIED, "min_new_tokens": TRIED, "use_cache": use_cache}
-    with parts.adapter.bind(features):
+    with parts.adapter.conditioned(inputs):
         return list(greedy(parts, ids, mask, return_dict_in_generate=True, output_logits=True, **options).logits)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mitrain.core.errors import ConfigError
-from mitrain.models.batch import STATES, Picture, Words, mean_over
+from mitrain.models.batch import STATES, ModalityInputs, TextBatch, mean_over
 from mitrain.tasks.base import Batch, Parts
 
 FIT_SAMPLES = 512
@@ -38,7 +38,7 @@ def width_of(parts: Parts, name: str, image_width: int) -> int:
 
 
 def read_out(
-    parts: Parts, rows: Sequence[Sequence[int]], names: Sequence[str], picture: Picture | None
+    parts: Parts, rows: Sequence[Sequence[int]], names: Sequence[str], picture: ModalityInputs | None
 ) -> dict[str, Tensor]:
     """Each read-out (B, its width) float32 of ``rows`` of token ids with their pictures.
 
@@ -49,8 +49,8 @@ def read_out(
     asked = set(names) - {"embeddings"}
     ids, mask = parts.text.pad(rows)
     if asked:
-        words = Words(ids, mask, parts.states.batch(rows), parts.states.depth) if runs_text(asked) else None
-        reading = parts.adapter.read(words, picture)
+        words = TextBatch(ids, mask, parts.states.batch(rows), parts.states.depth) if runs_text(asked) else None
+        reading = parts.adapter.encode(words, picture)
         found = {name: reading.read_out(name) for name in asked}
     if "embeddings" in names:
         found["embeddings"] = mean_over(parts.text.embeddings(ids).float(), mask)
@@ -75,7 +75,7 @@ def statistics(
     alone = [name for name in names if name not in ("image", "joint")]
     seen = [name for name in names if name == "joint" or (name == "image" and "image" in parts.adapter.backbones)]
     states = [read_out(parts, chunk, alone, None) for chunk in chunks(rows)] if alone else []
-    shown = [(chunk, see(chunk).picture) for chunk in chunks(evenly(samples, SEEN_SAMPLES))] if seen else []
+    shown = [(chunk, see(chunk).inputs) for chunk in chunks(evenly(samples, SEEN_SAMPLES))] if seen else []
     together = [read_out(parts, [row(s) for s in chunk], seen, picture) for chunk, picture in shown]
     found = {name: moments(part[name] for part in states) for name in alone}
     found |= {name: moments(part[name] for part in together) for name in seen}

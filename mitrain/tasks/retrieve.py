@@ -27,7 +27,7 @@ from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.sources import CaptionsConfig, KarpathyConfig
-from mitrain.models.batch import Picture
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, require_finite
 from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.figures import Panel
@@ -166,7 +166,7 @@ class RetrieveTask(Task):
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self._ids(s.text)) for s in samples)
 
-    def states(self, texts: Sequence[str], picture: Picture | None) -> Tensor:
+    def states(self, texts: Sequence[str], picture: ModalityInputs | None) -> Tensor:
         """(B, D · read-outs), standardised per dimension; with the pictures ``picture``, or not."""
         parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, picture)
         return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
@@ -195,9 +195,9 @@ class RetrieveTask(Task):
         """(B, d) of length 1."""
         return F.normalize(self.text_map(self.dropout(self.states(texts, None))), dim=-1)
 
-    def image_vectors(self, picture: Picture) -> Tensor:
+    def image_vectors(self, picture: ModalityInputs) -> Tensor:
         """(B, d) of length 1."""
-        vectors = self._standard("image", self.parts.adapter.read(None, picture).read_out("image"))
+        vectors = self._standard("image", self.parts.adapter.encode(None, picture).read_out("image"))
         return F.normalize(self.image_map(self.dropout(vectors)), dim=-1)
 
     def _standard(self, name: str, values: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class RetrieveTask(Task):
         """What a pair's cosine counts beside its matching value."""
         return 1.0 if self.own else self.sharpness()
 
-    def match_values(self, texts: Sequence[str], picture: Picture) -> Tensor:
+    def match_values(self, texts: Sequence[str], picture: ModalityInputs) -> Tensor:
         """(B,) the matching head's values for pairs of a text and a picture."""
         if "joint" in self.seen:
             rows = [self._ids(text) for text in texts]
@@ -227,7 +227,7 @@ class RetrieveTask(Task):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         texts = [s.text for s in batch.samples]
-        vectors = lambda: (self.image_vectors(batch.picture), self.text_vectors(texts))  # noqa: E731
+        vectors = lambda: (self.image_vectors(batch.inputs), self.text_vectors(texts))  # noqa: E731
         slow = self.slow.slow_vectors(vectors) if self.slow is not None else None  # before what is differentiated
         images, words = vectors()
         everyone = Everyone(images, words, batch, bool(self.config.matching))
@@ -245,10 +245,10 @@ class RetrieveTask(Task):
         wrong picture: the mean of both cross-entropies over two pairs, summed over samples."""
         own = [s.text for s in batch.samples]
         text, image, known = everyone.hardest()
-        picture = batch.picture
+        picture = batch.inputs
         wrong = everyone.picture.rows(image.cpu()).to(picture.feature.device)
         texts = [*own, *(everyone.texts[j] for j in text), *own]
-        values = self.match_values(texts, Picture.joined([picture, picture, wrong]))
+        values = self.match_values(texts, ModalityInputs.joined([picture, picture, wrong]))
         near = 0.0 if self.own else self.sharpness().detach()
         near = near * everyone.similarity.detach()
         rows = torch.arange(len(own), device=near.device) + everyone.start
@@ -264,9 +264,9 @@ class RetrieveTask(Task):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
-        images = self.image_vectors(batch.picture).double().cpu().numpy()
+        images = self.image_vectors(batch.inputs).double().cpu().numpy()
         words = self.text_vectors([s.text for s in batch.samples]).double().cpu().numpy()
-        shown = batch.picture.to(torch.device("cpu")) if self.config.matching and self.config.rerank else None
+        shown = batch.inputs.to(torch.device("cpu")) if self.config.matching and self.config.rerank else None
         vectors = [
             {"image": i, "text": t, "picture": shown and shown.rows(row)}
             for i, t, row in zip(images, words, map(one_row, range(len(images))), strict=True)
@@ -300,14 +300,14 @@ class RetrieveTask(Task):
     @torch.no_grad()
     def fits(self, batch: Batch, texts: Sequence[str]) -> list[float]:
         """How well each text fits the one picture of ``batch``: s, and the matching head's value where there is one."""
-        near = self.text_vectors(texts) @ self.image_vectors(batch.picture)[0]
+        near = self.text_vectors(texts) @ self.image_vectors(batch.inputs)[0]
         near = near * (self._beside() if self.config.matching else self.sharpness())
         if self.config.matching:
-            near = near + self.match_values(texts, batch.picture.rows(torch.zeros(len(texts), dtype=torch.long)))
+            near = near + self.match_values(texts, batch.inputs.rows(torch.zeros(len(texts), dtype=torch.long)))
         return [round(value, 6) for value in near.double().tolist()]
 
     def _rerank(
-        self, gallery: Gallery, images: np.ndarray, words: np.ndarray, pictures: list[Picture], ranks: tuple
+        self, gallery: Gallery, images: np.ndarray, words: np.ndarray, pictures: list[ModalityInputs], ranks: tuple
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ranks after the best candidates of every query, both ways, are ordered by similarity + matching value."""
         k = min(self.config.rerank, len(images), len(words))
@@ -326,13 +326,13 @@ class RetrieveTask(Task):
         return reranked(ranks[0], right[:m], scores[:m]), reranked(ranks[1], right[m:], scores[m:])
 
     def _match_pairs(
-        self, pairs: Sequence[tuple[int, int]], gallery: Gallery, pictures: list[Picture]
+        self, pairs: Sequence[tuple[int, int]], gallery: Gallery, pictures: list[ModalityInputs]
     ) -> dict[tuple[int, int], float]:
         """The matching value of every (image, text); ranks take the pairs in turn and every rank gets all values."""
         values: dict[tuple[int, int], float] = {}
         for start, own in dist.in_step(range(0, len(pairs), MATCH_ROWS)[dist.rank() :: dist.world()], 0):
             part = pairs[start : start + MATCH_ROWS]
-            shown = Picture.joined([pictures[i] for i, _ in part]).to(self.mean.device)
+            shown = ModalityInputs.joined([pictures[i] for i, _ in part]).to(self.mean.device)
             found = self.match_values([gallery.texts[t] for _, t in part], shown).double().tolist()
             values |= dict(zip(part, found, strict=True)) if own else {}
         return {pair: value for ranks in dist.gather(values) for pair, value in ranks.items()}

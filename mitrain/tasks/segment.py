@@ -23,7 +23,7 @@ from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.sources import RefcocoConfig
 from mitrain.models import costs
-from mitrain.models.batch import Picture
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import decoders, masks
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task
 from mitrain.tasks.figures import Panel, outlined, overlay
@@ -113,7 +113,7 @@ class SegmentTask(Task):
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self._ids(s.expression)) for s in samples)
 
-    def condition(self, expressions: Sequence[str], picture: Picture | None) -> Tensor:
+    def condition(self, expressions: Sequence[str], picture: ModalityInputs | None) -> Tensor:
         """(B, D · read-outs): what the text says, standardised per dimension."""
         rows = [self._ids(expression) for expression in expressions]
         parts = read_out(self.parts, rows, self.config.readout, picture)
@@ -129,7 +129,7 @@ class SegmentTask(Task):
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, classes, h, w)."""
-        condition = self.condition([s.expression for s in batch.samples], batch.picture)
+        condition = self.condition([s.expression for s in batch.samples], batch.inputs)
         return self.decoder(batch.levels, condition, self.grid)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

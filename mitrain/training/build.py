@@ -24,6 +24,7 @@ from mitrain.data.loader import Draw
 from mitrain.data.states import PictureStates, TextStates
 from mitrain.methods.base import Adapter
 from mitrain.models import ModelConfig, Shard, TextBackbone, VisionEncoder, loading
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import TASKS
 from mitrain.tasks.base import Batch, Given, Parts, Task
 from mitrain.training.fingerprint import digest
@@ -138,7 +139,8 @@ class Model:
         samples = [draw.sample for draw in draws[share]]
         placed = self._placed(features)
         levels = self._levels(images, paths[share])
-        return Batch(samples, placed, levels, placed, *self._states(images, paths[share], views[share]))
+        inputs = ModalityInputs(placed, *self._states(images, paths[share], views[share]))
+        return Batch(samples, inputs, levels)
 
     def evaluation_batch(
         self, samples: Sequence[Any], paths: Sequence[str], images: ImageFeatures, blind: bool = False
@@ -148,8 +150,8 @@ class Model:
         Features are the mean over ``features.eval_views``; states are those of the image as it is.
         """
         features = self._placed(self.norm(images.averaged(paths, self.config.features.eval_views)))
-        infused = None if blind else features
-        return Batch(samples, infused, self._levels(images, paths), features, *self._states(images, paths))
+        inputs = ModalityInputs(features, *self._states(images, paths), infused=not blind)
+        return Batch(samples, inputs, self._levels(images, paths))
 
     def _levels(self, images: ImageFeatures, paths: Sequence[str]) -> list[Tensor]:
         return [level.to(self.text.device) for level in images.levels(paths)] if self.task.decodes else []

@@ -24,7 +24,7 @@ from mitrain.cli import main
 from mitrain.compare.counts import count
 from mitrain.core.errors import ModelError
 from mitrain.methods import METHODS
-from mitrain.models.batch import Words
+from mitrain.models.batch import TextBatch
 from mitrain.training import runs, schema
 
 
@@ -190,7 +190,7 @@ def test_a_merged_method_is_in_plain_models(capsys, world, method):
     ids, mask = model.text.pad([model.text.tokens("this thing is red")])
     plain = AutoModelForCausalLM.from_pretrained(world / f"merged-{method}" / "text").base_model
     with torch.no_grad():
-        expected = adapter.read(Words(ids, mask), None).text
+        expected = adapter.encode(TextBatch(ids, mask), None).text
         frozen = AutoModelForCausalLM.from_pretrained(world / "llm").base_model(input_ids=ids).last_hidden_state
         torch.testing.assert_close(plain(input_ids=ids).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, frozen, atol=1e-4)

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, PreTr
 from mitrain import methods
 from mitrain.core import config
 from mitrain.methods.base import Adapter
-from mitrain.models.batch import Picture, Words
+from mitrain.models.batch import ModalityInputs, TextBatch
 from mitrain.models.frozen import trunk_states
 
 FEATURE = 5
@@ -59,7 +59,7 @@ def pixels() -> Tensor:
 
 def inputs(
     adapter: Adapter, model: PreTrainedModel, image: PreTrainedModel, padding: str = "right", rows: slice = slice(None)
-) -> tuple[Words, Picture]:
+) -> tuple[TextBatch, ModalityInputs]:
     """Texts of 5, 7 and 9 tokens and pictures, each as the states that enter the method's first changed layers."""
     words = {name: tensor[rows] for name, tensor in text(padding=padding).items()}
     depth = adapter.first_layer("text")
@@ -70,10 +70,12 @@ def inputs(
             entering = adapter.first_layer("image")
             states = trunk_states(image, entering, pixel_values=pixels()[rows])
     feature = torch.randn(3, FEATURE, generator=torch.Generator().manual_seed(6)).double()[rows]
-    return Words(words["input_ids"], words["attention_mask"], below, depth), Picture(feature, states, entering)
+    return TextBatch(words["input_ids"], words["attention_mask"], below, depth), ModalityInputs(
+        feature, states, entering
+    )
 
 
-def whole(model: PreTrainedModel, words: Words) -> Tensor:
+def whole(model: PreTrainedModel, words: TextBatch) -> Tensor:
     """A frozen model's final states, run from the bottom."""
     return model.base_model(input_ids=words.ids, attention_mask=words.mask).last_hidden_state
 

@@ -15,7 +15,7 @@ from mitrain.core.config import Section
 from mitrain.methods.base import Adapter
 from mitrain.methods.selection import select_layers
 from mitrain.models import frozen
-from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
 
 
@@ -47,7 +47,6 @@ class Gated(Adapter):
     method: ClassVar[str] = "gated"
     backbones: ClassVar[tuple[str, ...]] = ("text", "image")
     text_depends_on_input: ClassVar[bool] = True
-    feature_widths: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, config: GatedConfig):
         super().__init__()
@@ -77,9 +76,9 @@ class Gated(Adapter):
     def _before(self, block: Ask):
         return lambda _, args: args if self._picture is None else (block(args[0], self._picture), *args[1:])
 
-    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
         if words is None:
-            return Reading(image=picture.feature)
+            return Outputs(image=picture.feature)
         try:
             if picture is not None and picture.infused:
                 with torch.no_grad():
@@ -87,4 +86,4 @@ class Gated(Adapter):
             text = frozen.last_hidden(self._backbones["text"], words)
         finally:
             self._picture = None
-        return Reading(text, words.mask, picture and picture.feature)
+        return Outputs(text, words.mask, picture and picture.feature)

@@ -51,7 +51,7 @@ class RateTask(Task):
 
     def rates(self, batch: Batch) -> Tensor:
         """(B,)."""
-        return self.head(read_out(self.parts, self._rows(batch.samples), ("last",), batch.picture)["last"]).squeeze(-1)
+        return self.head(read_out(self.parts, self._rows(batch.samples), ("last",), batch.inputs)["last"]).squeeze(-1)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rates = self.rates(batch)

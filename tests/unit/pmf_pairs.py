@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mitrain.methods.pmf.config import PMFConfig
 from mitrain.methods.pmf.pmf import PMF
-from mitrain.models.batch import Picture, Words
+from mitrain.models.batch import ModalityInputs, TextBatch
 from mitrain.models.frozen import trunk_states
 
 PAIRS = {
@@ -32,11 +32,11 @@ class Pair:
     adapter: PMF
     backbones: dict[str, PreTrainedModel]
     inputs: dict[str, dict[str, Tensor]]
-    words: Words
-    picture: Picture
+    words: TextBatch
+    picture: ModalityInputs
 
-    def read(self, **changes):
-        return self.adapter.read(replace(self.words, **changes), self.picture)
+    def encode(self, **changes):
+        return self.adapter.encode(replace(self.words, **changes), self.picture)
 
 
 def models(name: str, dtype: torch.dtype = torch.float64, **text_changes) -> dict[str, PreTrainedModel]:
@@ -59,6 +59,6 @@ def pair(
     first = {place: adapter.first_layer(place) for place in backbones}
     states = {place: trunk_states(backbones[place], first[place], **inputs[place]) for place in backbones}
     ids, mask = inputs["text"].values()
-    words = Words(ids, mask, states["text"], first["text"])
-    picture = Picture(torch.zeros(len(ids), 1), states["image"], first["image"])
+    words = TextBatch(ids, mask, states["text"], first["text"])
+    picture = ModalityInputs(torch.zeros(len(ids), 1), states["image"], first["image"])
     return Pair(adapter, backbones, inputs, words, picture)

@@ -7,8 +7,8 @@ from tiny import features, tiny
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mitrain.core.errors import ModelError
-from mitrain.methods.condition import make_condition
 from mitrain.methods.mit.attention import Infusion, LayerMaps, infused_forward
+from mitrain.methods.mit.condition import make_condition
 
 B, H, G, D, T, M = 3, 4, 2, 8, 7, 2
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mitrain.core.errors import ModelError
-from mitrain.methods.condition import make_condition
+from mitrain.methods.mit.condition import make_condition
 
 WIDTHS = {"image": 6, "audio": 3}
 

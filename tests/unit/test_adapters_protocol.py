@@ -1,7 +1,6 @@
 """The adapter protocol, shown on two toy methods beside MiT: one that updates weights, one that runs two encoders."""
 
 import contextlib
-from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from transformers import BertConfig, BertModel
 
 from mitrain.core.errors import ModelError
 from mitrain.methods.base import Adapter
-from mitrain.models.batch import Picture, Reading, Words
+from mitrain.methods.mit.bound import BoundFeatures
+from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.frozen import trunk_states
 
 
@@ -19,7 +19,6 @@ class SharedUpdate(Adapter):
     """After Aurora: W_n + U diag(p_n) Vᵀ with U and V shared by every backbone; needs no features; can be merged."""
 
     method = "shared"
-    feature_widths: ClassVar[dict] = {}
 
     def __init__(self, width: int, rank: int = 2):
         super().__init__()
@@ -57,7 +56,6 @@ class TwoEncoders(Adapter):
     backbones = ("text", "image")
     runs_layers = True
     text_depends_on_input = True
-    feature_widths: ClassVar[dict] = {}
 
     def __init__(self, width: int):
         super().__init__()
@@ -70,7 +68,7 @@ class TwoEncoders(Adapter):
     def first_layer(self, name):
         return self.depths[name] - 1
 
-    def read(self, words, picture):
+    def encode(self, words, picture):
         states = {"text": words.states, "image": picture.states}
         summaries = {
             "text": self.across["text"](states["image"].mean(1)),
@@ -80,7 +78,7 @@ class TwoEncoders(Adapter):
             fused = torch.cat([states[name], summaries[name][:, None]], dim=1)
             states[name] = output(backbone.encoder.layer[-1](fused))[:, :-1]
         self.balance = summaries["text"].square().sum(), torch.tensor(summaries["text"].numel())
-        return Reading(states["text"], words.mask, states["image"].mean(1))
+        return Outputs(states["text"], words.mask, states["image"].mean(1))
 
     def extra_loss(self):
         return self.balance
@@ -125,9 +123,9 @@ def test_a_method_that_interleaves_two_encoders_overrides_read():
     adapter.attach(backbones)
     tokens = torch.ones(2, 5, dtype=torch.long)
     states = trunk_states(backbones["text"], adapter.first_layer("text"), input_ids=tokens)
-    words = Words(tokens, tokens, states, adapter.first_layer("text"))
-    picture = Picture(torch.randn(2, 3), torch.randn(2, 7, 32), adapter.first_layer("image"))
-    results, again = adapter.read(words, picture), adapter.read(words, picture)
+    words = TextBatch(tokens, tokens, states, adapter.first_layer("text"))
+    picture = ModalityInputs(torch.randn(2, 3), torch.randn(2, 7, 32), adapter.first_layer("image"))
+    results, again = adapter.encode(words, picture), adapter.encode(words, picture)
     assert torch.equal(results.text, again.text)  # dropout of the frozen encoders is off
     total, count = adapter.extra_loss()
     (results.text.sum() + results.image.sum() + total / count).backward()
@@ -171,7 +169,7 @@ def test_an_attach_that_fails_leaves_no_trace():
 
 
 def test_bind_nests_and_ends_with_an_exception():
-    class Hearing(SharedUpdate):
+    class Hearing(BoundFeatures, SharedUpdate):
         method, feature_widths = "hearing", {"image": 6}
 
     adapter = Hearing(32)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mitrain.core.errors import ModelError
 from mitrain.data.formats.records import AnswerSample
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import answer as module
 from mitrain.tasks.answer import Numbers, answers_by_prompt, plain
 from mitrain.tasks.base import Batch, Prediction
@@ -49,13 +50,13 @@ def test_answers_of_training_are_those_it_gave_and_could_have_given():
 
 def test_many_candidates_are_scored_in_parts(folder, monkeypatch):
     task, sizes = make(folder), []
-    expected = [p.values["probabilities"] for p in task.predict(Batch(samples(), FEATURES))]
+    expected = [p.values["probabilities"] for p in task.predict(Batch(samples(), ModalityInputs(FEATURES)))]
     whole = task._log_likelihood
     monkeypatch.setattr(module, "SCORE_ROWS", 4)
     monkeypatch.setattr(
         task, "_log_likelihood", lambda pairs, features: sizes.append(len(pairs)) or whole(pairs, features)
     )
-    found = task.predict(Batch(samples(), FEATURES))
+    found = task.predict(Batch(samples(), ModalityInputs(FEATURES)))
     count = sum(len(s.candidates) for s in samples())
     assert sizes == [min(4, count - start) for start in range(0, count, 4)] and len(sizes) > 1
     assert [p.values["probabilities"] for p in found] == [pytest.approx(e, abs=2e-6) for e in expected]
@@ -69,11 +70,11 @@ def test_a_rank_without_candidates_keeps_the_others_company(folder, monkeypatch)
         task, "_log_likelihood", lambda pairs, features: seen.append((pairs, features)) or whole(pairs, features)
     )
     monkeypatch.setattr(module.dist, "gather", lambda rounds: [rounds, 2])
-    assert [len(scores) for scores in task.candidate_scores(Batch(alone, FEATURES))] == [0, 0, 0]
+    assert [len(scores) for scores in task.candidate_scores(Batch(alone, ModalityInputs(FEATURES)))] == [0, 0, 0]
     assert [pairs for pairs, _ in seen] == [[("this thing is a", "red")]] * 2
-    assert all(torch.equal(features, FEATURES[:1]) for _, features in seen)
+    assert all(torch.equal(inputs.feature, FEATURES[:1]) for _, inputs in seen)
     seen.clear()
-    assert [len(scores) for scores in task.candidate_scores(Batch(samples(), FEATURES))] == [
+    assert [len(scores) for scores in task.candidate_scores(Batch(samples(), ModalityInputs(FEATURES)))] == [
         len(s.candidates) for s in samples()
     ]
     assert len(seen) == 2 and task.candidate_scores(Batch(alone, None))[0].dtype == torch.float64
@@ -85,7 +86,7 @@ def test_scores_are_summed_in_float64_and_without_a_picture_too(folder):
         parts = task._log_likelihood([("is this red", "yes"), ("is this red", "no")], None)
     blind = task.candidate_scores(Batch(samples()[2:], None))[0]
     assert blind.tolist() == [part.double().sum().item() for part in parts] and blind.dtype == torch.float64
-    total, count = task.loss(Batch(samples(), FEATURES))
+    total, count = task.loss(Batch(samples(), ModalityInputs(FEATURES)))
     assert count.dtype == torch.float64 and total.requires_grad and not blind.requires_grad
 
 
@@ -214,11 +215,14 @@ def test_what_is_said_is_asked_for_with_the_settings_of_the_task(folder, beams, 
     whole = module.greedy
     monkeypatch.setattr(module, "decoding", lambda parts: {"use_cache": False})
     monkeypatch.setattr(module, "greedy", lambda *a, **options: asked.update(options) or whole(*a, **options))
-    said = task.generate(Batch(samples(), FEATURES), num_beams=beams)
+    said = task.generate(Batch(samples(), ModalityInputs(FEATURES)), num_beams=beams)
     assert asked.pop("logits_processor")[0].all == [True] * 3
     assert asked == {"max_new_tokens": 3, "num_beams": beams, "use_cache": False}
     assert len(said) == 3 and all(words == words.strip() for words in said)
-    alone = [task.generate(Batch([s], FEATURES[i : i + 1]), num_beams=beams)[0] for i, s in enumerate(samples())]
+    alone = [
+        task.generate(Batch([s], ModalityInputs(FEATURES[i : i + 1])), num_beams=beams)[0]
+        for i, s in enumerate(samples())
+    ]
     assert said == alone
 
 
@@ -229,9 +233,9 @@ def test_words_are_generated_where_they_are_asked_for_or_needed(folder):
         (True, samples(), True),
         (False, opened(["red"] * 3), True),
     ):
-        found = task.predict(Batch(asked, FEATURES), generate)
+        found = task.predict(Batch(asked, ModalityInputs(FEATURES)), generate)
         assert [p.values.get("generated") for p in found] == (
-            task.generate(Batch(asked, FEATURES)) if spoken else [None] * 3
+            task.generate(Batch(asked, ModalityInputs(FEATURES))) if spoken else [None] * 3
         )
 
 
@@ -239,5 +243,7 @@ def test_a_prompt_stands_in_its_template(folder):
     task = make(folder, template="is {prompt} red")
     plain_task = make(folder)
     assert task.row("this thing", "yes") == plain_task.row("is this thing red", "yes")
-    short, long = (Batch(opened(["a"], prompt), FEATURES[:1]) for prompt in ("this thing", "is this thing red"))
+    short, long = (
+        Batch(opened(["a"], prompt), ModalityInputs(FEATURES[:1])) for prompt in ("this thing", "is this thing red")
+    )
     assert task.generate(short) == plain_task.generate(long)

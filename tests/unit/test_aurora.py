@@ -10,7 +10,7 @@ from mitrain import methods
 from mitrain.core.errors import ModelError
 from mitrain.methods.aurora.aurora import Aurora
 from mitrain.methods.aurora.config import AuroraConfig
-from mitrain.models.batch import Picture, Words
+from mitrain.models.batch import ModalityInputs, TextBatch
 from mitrain.models.frozen import last_hidden, trunk_states
 
 KINDS = ["bert", "llama", "blip"]
@@ -28,12 +28,12 @@ def test_at_the_start_every_output_is_the_frozen_models(kind):
     frozen_text = last_hidden(backbones["text"], words)
     frozen_image = backbones["image"](pixel_values=pixels(3)).last_hidden_state
     adapter = aurora(backbones, preset="released", rank=3, dropout=0.0, ice=False)
-    reading = adapter.read(words, picture)
+    reading = adapter.encode(words, picture)
     seen = words.mask.bool()
     assert close(reading.text[seen], frozen_text[seen]) and close(reading.image, frozen_image[:, 0])
     assert torch.equal(last_hidden(backbones["text"], words), frozen_text)
     scramble(adapter.modes)
-    changed = adapter.read(words, picture)
+    changed = adapter.encode(words, picture)
     for name in ("text", "image", "joint"):
         assert not torch.allclose(getattr(changed, name), getattr(reading, name), atol=1e-2)
     assert adapter.joint_width == reading.joint.shape[1] and adapter.image_width(2) == reading.image.shape[1]
@@ -47,12 +47,12 @@ def test_blips_fused_vector_at_the_start_is_blips_own():
     frozen = model(encoded, pixels(3), attention_mask=words.mask)
     backbones = {"text": model.text_encoder, "image": model.vision_model}
     adapter = aurora(backbones)
-    picture = Picture(torch.zeros(3, 2), trunk_states(model.vision_model, 0, pixel_values=pixels(3)))
-    joint = adapter.read(words, picture).joint
+    picture = ModalityInputs(torch.zeros(3, 2), trunk_states(model.vision_model, 0, pixel_values=pixels(3)))
+    joint = adapter.encode(words, picture).joint
     assert close(joint, frozen.question_embeds[:, 0]) and close(model.itm_head(joint), frozen.itm_score)
     scramble(adapter.modes)
     changed = model(encoded, pixels(3), attention_mask=words.mask).question_embeds[:, 0]
-    assert close(adapter.read(words, picture).joint, changed) and not torch.allclose(joint, changed, atol=1e-2)
+    assert close(adapter.encode(words, picture).joint, changed) and not torch.allclose(joint, changed, atol=1e-2)
 
 
 def test_the_fused_pass_begins_with_the_token_that_is_asked_for():
@@ -63,7 +63,7 @@ def test_the_fused_pass_begins_with_the_token_that_is_asked_for():
         ids = torch.cat([first[:, None], words.ids[:, 1:]], dim=1)
         expected = model(ids, pixels(3), attention_mask=words.mask).question_embeds[:, 0]
         adapter = aurora(backbones, joint_token=asked)
-        assert close(adapter.read(words, picture).joint, expected)
+        assert close(adapter.encode(words, picture).joint, expected)
         adapter.detach()
 
 
@@ -87,10 +87,10 @@ def test_reading_from_states_is_reading_from_ids(kind):
     scramble(adapter)
     states = trunk_states(backbones["text"], 0, input_ids=words.ids, attention_mask=words.mask)
     kept = states.clone()
-    one, two = adapter.read(words, picture), adapter.read(Words(words.ids, words.mask, states), picture)
+    one, two = adapter.encode(words, picture), adapter.encode(TextBatch(words.ids, words.mask, states), picture)
     assert torch.equal(states, kept)
     assert close(one.text[words.mask.bool()], two.text[words.mask.bool()]) and close(one.joint, two.joint)
-    alone, seen = adapter.read(words, None), adapter.read(None, picture)
+    alone, seen = adapter.encode(words, None), adapter.encode(None, picture)
     assert alone.joint is None and alone.image is None and close(alone.text, one.text)
     assert seen.joint is None and seen.text is None and close(seen.image, one.image)
     assert close(last_hidden(backbones["text"], words)[words.mask.bool()], one.text[words.mask.bool()])
@@ -102,7 +102,7 @@ def test_at_step_0_of_the_modes_only_v_learns(kind, core):
     backbones = pair(kind)
     words, picture = batch(backbones)
     adapter = aurora(backbones, core=core)
-    reading = adapter.read(words, picture)
+    reading = adapter.encode(words, picture)
     (reading.joint.sin().sum() + reading.image.sin().sum()).backward()
     grads = {name: p.grad.abs().max().item() for name, p in adapter.named_parameters()}
     assert {name for name, size in grads.items() if size and name.startswith("modes")} == {"modes.up.shared"}
@@ -110,7 +110,7 @@ def test_at_step_0_of_the_modes_only_v_learns(kind, core):
     assert all(p.grad is None for n, p in backbones["text"].named_parameters() if not n.startswith("aurora."))
     adapter.zero_grad()
     scramble(adapter.modes)
-    reading = adapter.read(words, picture)
+    reading = adapter.encode(words, picture)
     (reading.joint.sin().sum() + reading.image.sin().sum()).backward()
     assert all(p.grad.abs().max() > 0 for p in adapter.parameters())
 
@@ -122,11 +122,11 @@ def test_padding_and_neighbours_change_nothing(kind, gqt):
     words, picture = batch(backbones)
     adapter = aurora(backbones, gqt=gqt)
     scramble(adapter)
-    together = adapter.read(words, picture)
+    together = adapter.encode(words, picture)
     for row in range(3):
         length = int(words.mask[row].sum())
-        own = Words(words.ids[row : row + 1, :length], words.mask[row : row + 1, :length])
-        alone = adapter.read(own, picture.rows(slice(row, row + 1)))
+        own = TextBatch(words.ids[row : row + 1, :length], words.mask[row : row + 1, :length])
+        alone = adapter.encode(own, picture.rows(slice(row, row + 1)))
         assert close(alone.joint, together.joint[row : row + 1]) and close(alone.image, together.image[row : row + 1])
         assert close(alone.text, together.text[row : row + 1, :length])
 
@@ -137,10 +137,10 @@ def test_the_picture_changes_the_fused_vector_and_nothing_else():
         words, picture = batch(backbones)
         adapter = aurora(backbones)
         scramble(adapter)
-        one = adapter.read(words, picture)
-        other = adapter.read(words, picture.rows(torch.tensor([1, 2, 0])))
+        one = adapter.encode(words, picture)
+        other = adapter.encode(words, picture.rows(torch.tensor([1, 2, 0])))
         assert close(one.text, other.text) and not torch.allclose(one.joint, other.joint, atol=1e-3)
-        blind = adapter.read(words, Picture(picture.feature, picture.states, 0, infused=False))
+        blind = adapter.encode(words, ModalityInputs(picture.feature, picture.states, 0, infused=False))
         assert close(blind.image, one.image) and not torch.allclose(blind.joint, one.joint, atol=1e-3)
         name = {"bert": "mean", "llama": "last", "blip": "cls"}[kind]
         assert torch.allclose(blind.joint.float(), blind.read_out(name), rtol=1e-6, atol=1e-6)
@@ -157,9 +157,9 @@ def test_merged_weights_give_what_the_adapter_gave(kind, core):
     words, picture = batch(backbones)
     rest = {"gqt": "none"} if kind == "blip" else {"fusion_layers": 0}
     adapter = aurora(backbones, core=core, vision=["q", "k", "v", "o", "mlp"], text=["v", "mlp"], **rest)
-    plain = adapter.read(words, picture)
+    plain = adapter.encode(words, picture)
     scramble(adapter, spread=0.5)
-    adapted = adapter.read(words, picture)
+    adapted = adapter.encode(words, picture)
     adapter.merge()
     assert not any(hasattr(model, "aurora") or any(m._forward_hooks for m in model.modules()) for model in
                    backbones.values())  # fmt: skip
@@ -201,9 +201,9 @@ def test_quantised_weights_are_tuned_and_not_merged():
     first = backbones["image"].encoder.layer[0].attention.q_proj
     adapter = aurora(backbones, fusion_layers=0)
     _, picture = batch(backbones)
-    plain = adapter.read(None, picture).image
+    plain = adapter.encode(None, picture).image
     scramble(adapter)
-    assert not torch.allclose(adapter.read(None, picture).image, plain, atol=1e-2)
+    assert not torch.allclose(adapter.encode(None, picture).image, plain, atol=1e-2)
     before = first.weight.clone()
     with pytest.raises(ModelError, match="vision model's weights are quantised or sharded"):
         adapter.merge()
@@ -222,18 +222,18 @@ def test_the_adapter_is_found_by_name_and_taken_off_without_a_trace():
     owned = {id(m) for b in backbones.values() for n, m in b.named_modules() if not n.startswith("aurora")}
     assert isinstance(adapter, Aurora) and not any(id(m) in owned for m in adapter.modules())
     scramble(adapter)
-    adapted = adapter.read(words, picture)
+    adapted = adapter.encode(words, picture)
     adapter.detach()
     assert torch.equal(last_hidden(backbones["text"], words), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for b in backbones.values() for m in b.modules())
     assert all(p.requires_grad for b in backbones.values() for p in b.parameters())
     again = pair()
     adapter.attach(again)
-    assert torch.equal(adapter.read(words, picture).joint, adapted.joint)
+    assert torch.equal(adapter.encode(words, picture).joint, adapted.joint)
     adapter.detach()
     fresh = aurora(pair(), seed=9)
     fresh.load_state_dict(adapter.state_dict())
-    assert torch.equal(fresh.read(words, picture).joint, adapted.joint)
+    assert torch.equal(fresh.encode(words, picture).joint, adapted.joint)
 
 
 @pytest.mark.parametrize("kind", ["blip", "llama", "shallow", "wide"])
@@ -274,9 +274,9 @@ def test_what_cannot_be_attached_or_read_is_told_in_a_line():
     adapter = aurora(backbones)
     words, picture = batch(backbones)
     with pytest.raises(ModelError, match="changes every layer of the image encoder"):
-        adapter.read(None, Picture(picture.feature))
+        adapter.encode(None, ModalityInputs(picture.feature))
     with pytest.raises(ModelError, match="changes every layer of the text model"):
-        adapter.read(Words(words.ids, words.mask, torch.zeros(3, 9, WIDTH), 1), None)
+        adapter.encode(TextBatch(words.ids, words.mask, torch.zeros(3, 9, WIDTH), 1), None)
 
 
 def test_dropout_is_of_u_x_and_in_training_only():
@@ -285,9 +285,9 @@ def test_dropout_is_of_u_x_and_in_training_only():
     adapter = aurora(backbones, dropout=0.5)
     scramble(adapter)
     adapter.eval()
-    assert torch.equal(adapter.read(words, None).text, adapter.read(words, None).text)
+    assert torch.equal(adapter.encode(words, None).text, adapter.encode(words, None).text)
     adapter.train()
-    assert not torch.allclose(adapter.read(words, None).text, adapter.read(words, None).text, atol=1e-3)
+    assert not torch.allclose(adapter.encode(words, None).text, adapter.encode(words, None).text, atol=1e-3)
     point, x = adapter._points[0], torch.randn(2000, WIDTH, dtype=torch.float64)
     adapter.modes.dropout = nn.Dropout(0.999999)
     assert torch.equal(adapter.modes(point, x), torch.zeros(2000, point.out, dtype=torch.float64))
@@ -298,7 +298,7 @@ def test_half_precision_backbones_keep_full_precision_modes():
     words, picture = batch(backbones)
     adapter = aurora(backbones)
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
-    reading = adapter.read(words, picture)
+    reading = adapter.encode(words, picture)
     assert reading.joint.isfinite().all() and reading.text.dtype == torch.bfloat16
 
 
@@ -306,4 +306,4 @@ def test_text_of_rows_without_padding():
     given = text(2, 5)
     backbones = pair()
     adapter = aurora(backbones)
-    assert adapter.read(Words(given["input_ids"], given["attention_mask"]), None).text.shape == (2, 5, WIDTH)
+    assert adapter.encode(TextBatch(given["input_ids"], given["attention_mask"]), None).text.shape == (2, 5, WIDTH)

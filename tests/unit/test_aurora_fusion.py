@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mitrain.core.errors import ModelError
 from mitrain.methods.aurora.fusion import RESIDUAL, distinct, enhanced, gated, orthogonal, spread_of
-from mitrain.models.batch import Picture, Words
+from mitrain.models.batch import ModalityInputs, TextBatch
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -66,12 +66,12 @@ def test_scale_0_is_the_text_alone(kind):
     words, picture = batch(backbones)
     adapter = aurora(backbones, fusion_scale=0.0)
     scramble(adapter.modes)
-    reading = adapter.read(words, picture)
-    blind = adapter.read(words, replace(picture, infused=False))
+    reading = adapter.encode(words, picture)
+    blind = adapter.encode(words, replace(picture, infused=False))
     assert torch.allclose(reading.joint, blind.joint, **EXACT)
     with torch.no_grad():
         adapter.fusion.scale.fill_(1.0)
-    assert not torch.allclose(adapter.read(words, picture).joint, blind.joint, atol=1e-3)
+    assert not torch.allclose(adapter.encode(words, picture).joint, blind.joint, atol=1e-3)
 
 
 def test_the_pictures_scale_and_offset_do_not_matter_and_keys_get_the_texts_spread():
@@ -106,10 +106,10 @@ def test_the_composed_attention_has_updates_of_its_own():
     words, picture = batch(backbones)
     adapter = aurora(backbones, text=["q"], fusion=["q", "v"])
     scramble(adapter)
-    before = adapter.read(words, picture)
+    before = adapter.encode(words, picture)
     with torch.no_grad():
         adapter.modes.vectors["fusion"].add_(1.0)
-    after = adapter.read(words, picture)
+    after = adapter.encode(words, picture)
     assert torch.equal(before.text, after.text) and not torch.allclose(before.joint, after.joint, atol=1e-3)
     assert len(adapter.modes.vectors["fusion"]) == 2 * 2 and len(adapter.modes.vectors["text"]) == DEPTH
 
@@ -124,7 +124,7 @@ def test_qwen3s_head_norms_and_grouped_heads_are_kept():
     backbones = {"text": tiny("qwen3", torch.float64), "image": dinov2(torch.float64)}
     words, picture = batch(backbones)
     adapter = aurora(backbones)
-    one = adapter.read(words, picture).joint
+    one = adapter.encode(words, picture).joint
     block = backbones["text"].model.layers[-1].self_attn
     (cross,) = [h for h in block._forward_hooks.values() if "_composed_hook" in h.__qualname__]
     held = cross.__closure__
@@ -132,7 +132,7 @@ def test_qwen3s_head_norms_and_grouped_heads_are_kept():
     assert composed.head_norms == (block.q_norm, block.k_norm) and composed.before
     with torch.no_grad():
         block.k_norm.weight.mul_(3)
-    assert not torch.allclose(adapter.read(words, picture).joint, one, atol=1e-4)
+    assert not torch.allclose(adapter.encode(words, picture).joint, one, atol=1e-4)
 
 
 # gated query transformation
@@ -149,10 +149,10 @@ def test_the_gate_as_written_is_one_over_t_at_the_start():
         adapter = aurora(backbones, gqt="gate")
         seen = []
         adapter.fusion.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
-        adapter.read(words, picture)
+        adapter.encode(words, picture)
         plain = aurora(pair(kind), gqt="none")
         plain.fusion.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
-        plain.read(words, picture)
+        plain.encode(words, picture)
         first = seen[0].norm(dim=-1)[2].mean() / seen[1].norm(dim=-1)[2].mean()
         assert first < 1.5 / 9  # the third text has 9 tokens
 
@@ -171,7 +171,7 @@ def test_the_residual_form_keeps_the_signal_and_adds_its_terms(kind):
     words, picture = batch(backbones)
     plain = aurora(pair(kind), gqt="none", fusion_layers=DEPTH if kind == "blip" else 1)
     adapter = aurora(backbones, gqt="residual", fusion_layers=DEPTH if kind == "blip" else 1)
-    assert torch.equal(adapter.read(words, picture).joint, plain.read(words, picture).joint)
+    assert torch.equal(adapter.encode(words, picture).joint, plain.encode(words, picture).joint)
     kept = []
     transform = adapter.fusion._transform
 
@@ -182,7 +182,7 @@ def test_the_residual_form_keeps_the_signal_and_adds_its_terms(kind):
 
     adapter.fusion._transform = spy
     scramble(adapter.fusion)
-    adapter.read(words, picture)
+    adapter.encode(words, picture)
     for place, y, own, across, out in kept:
         (g_s, b_s), (g_c, b_c) = adapter.fusion.gqt[place]
         expected = y + RESIDUAL * (g_s * own + b_s) + RESIDUAL * (g_c * across + b_c)
@@ -208,17 +208,17 @@ def test_ice_treats_right_and_wrong_pairs_alike():
     scramble(adapter)
     order = torch.tensor([0, 1, 2, 0, 1, 2, 0])  # texts of right pairs, of wrong pairs, and one again
     seen = torch.tensor([0, 1, 2, 1, 2, 0, 0])
-    pairs = adapter.read(Words(words.ids[order], words.mask[order]), picture.rows(seen)).joint
-    right = adapter.read(words, picture).joint
-    wrong = adapter.read(words, picture.rows(torch.tensor([1, 2, 0]))).joint
+    pairs = adapter.encode(TextBatch(words.ids[order], words.mask[order]), picture.rows(seen)).joint
+    right = adapter.encode(words, picture).joint
+    wrong = adapter.encode(words, picture.rows(torch.tensor([1, 2, 0]))).joint
     assert torch.allclose(pairs[:3], right, **EXACT) and torch.allclose(pairs[3:6], wrong, **EXACT)
     assert torch.allclose(pairs[6], right[0], **EXACT)
     without = aurora(pair())
     without.load_state_dict(adapter.state_dict())
-    plain = without.read(Words(words.ids[order], words.mask[order]), picture.rows(seen)).joint
+    plain = without.encode(TextBatch(words.ids[order], words.mask[order]), picture.rows(seen)).joint
     added = (pairs - plain).norm(dim=-1)
     assert (added[3:6] > 0.1 * added[:3].mean()).all()  # wrong pairs are enhanced too
-    alone = adapter.read(Words(words.ids[:1], words.mask[:1]), picture.rows(slice(0, 1))).joint
+    alone = adapter.encode(TextBatch(words.ids[:1], words.mask[:1]), picture.rows(slice(0, 1))).joint
     assert not torch.allclose(alone, right[:1], atol=1e-3)  # its neighbours' texts are what it adds
 
 
@@ -240,10 +240,10 @@ def test_each_text_and_picture_goes_through_its_encoder_once():
     rows, sizes = torch.tensor([0, 1, 2, 2, 0]), {}
     for name, module in (("text", backbones["text"].encoder.layer[0]), ("image", backbones["image"].encoder.layer[0])):
         module.register_forward_pre_hook(lambda m, args, name=name: sizes.setdefault(name, len(args[0])) and None)
-    many = adapter.read(Words(words.ids[rows], words.mask[rows]), picture.rows(torch.tensor([1, 1, 2, 1, 1])))
+    many = adapter.encode(TextBatch(words.ids[rows], words.mask[rows]), picture.rows(torch.tensor([1, 1, 2, 1, 1])))
     assert sizes == {"text": 3, "image": 2}
     for row, (a, b) in enumerate([(0, 1), (1, 1), (2, 2), (2, 1), (0, 1)]):
-        one = adapter.read(Words(words.ids[a : a + 1], words.mask[a : a + 1]), picture.rows(slice(b, b + 1)))
+        one = adapter.encode(TextBatch(words.ids[a : a + 1], words.mask[a : a + 1]), picture.rows(slice(b, b + 1)))
         assert torch.allclose(many.joint[row], one.joint[0], **EXACT)
         assert torch.allclose(many.image[row], one.image[0], **EXACT)
 
@@ -251,4 +251,4 @@ def test_each_text_and_picture_goes_through_its_encoder_once():
 def test_pictures_alone_need_no_contexts():
     adapter = aurora(pair(), ice=True)
     _, picture = batch(pair())
-    assert adapter.read(None, Picture(picture.feature, picture.states)).joint is None
+    assert adapter.encode(None, ModalityInputs(picture.feature, picture.states)).joint is None

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.peft import within_layer
-from mitrain.models.batch import Picture, Words
+from mitrain.models.batch import ModalityInputs, TextBatch
 from mitrain.models.frozen import trunk_states
 from mitrain.models.quant.replace import quantise
 from mitrain.training import schema
@@ -21,9 +21,9 @@ def test_lora_is_a_low_rank_update_and_merges():
     adapter, model, image = attached("lora", {"where": "both", "rank": 2, "alpha": 6})
     words, picture = inputs(adapter, model, image)
     with torch.no_grad():
-        close(adapter.read(words, picture).text, whole(tiny("llama", torch.float64), words))  # B = 0 at first
+        close(adapter.encode(words, picture).text, whole(tiny("llama", torch.float64), words))  # B = 0 at first
         scramble(adapter)
-        found = adapter.read(words, picture)
+        found = adapter.encode(words, picture)
         by_hand = {"text": tiny("llama", torch.float64), "image": dino()}
         for key, a in adapter.weights.items():
             if "/lora_A/" in key:
@@ -48,7 +48,7 @@ def test_ia3_multiplies_keys_values_and_what_enters_the_last_projection():
         for key, factor in adapter.weights.items():
             weight = by_hand.get_submodule(".".join(key.split("/ia3_l")[0].split("/")[1:])).weight
             weight *= factor  # (out, 1) scales what comes out, (1, in) what enters
-        close(adapter.read(words, None).text, whole(by_hand, words))
+        close(adapter.encode(words, None).text, whole(by_hand, words))
     kinds = {within_layer(key.replace("/", ".")).split(".")[1] for key in adapter.weights}
     assert kinds == {"k_proj", "v_proj", "down_proj"}
 
@@ -63,7 +63,7 @@ def test_prompts_are_embeddings_before_the_text(make):
         embedded = torch.cat([vectors, model.get_input_embeddings()(words.ids)], 1)
         mask = torch.cat([torch.ones(3, 3, dtype=torch.long), words.mask], 1)
         expected = make().base_model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state[:, 3:]
-        close(adapter.read(words, picture).text, expected)
+        close(adapter.encode(words, picture).text, expected)
 
 
 def test_a_prefix_is_keys_and_values_and_needs_a_causal_model():
@@ -71,7 +71,7 @@ def test_a_prefix_is_keys_and_values_and_needs_a_causal_model():
     words, picture = inputs(adapter, model, image)
     with torch.no_grad():
         plain = whole(tiny("llama", torch.float64), words)
-        found = adapter.read(words, picture)
+        found = adapter.encode(words, picture)
     assert found.text.shape == plain.shape and not torch.allclose(found.text, plain, atol=1e-3)
     heads = 2 * model.config.num_key_value_heads * (model.config.hidden_size // model.config.num_attention_heads)
     assert sum(p.numel() for p in adapter.parameters()) == 3 * model.config.num_hidden_layers * heads
@@ -91,13 +91,13 @@ def test_visual_tokens_are_projected_averages_of_patches_before_the_text():
         expected = (
             tiny("llama", torch.float64).base_model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
         )
-        close(adapter.read(words, picture).text, expected[:, 4:])
-        blind = adapter.read(words, Picture(picture.feature, picture.states, picture.depth, infused=False))
+        close(adapter.encode(words, picture).text, expected[:, 4:])
+        blind = adapter.encode(words, ModalityInputs(picture.feature, picture.states, picture.depth, infused=False))
         close(blind.text, whole(model, words))
     assert sum(p.numel() for p in adapter.parameters()) == 24 * 32 + 32 + 32 * 32 + 32
     with pytest.raises(ConfigError, match=r"adapter.tokens=25: the picture has 16 patches: give at most as many"):
         wrong, *rest = attached("visual-prefix", {"tokens": 25})
-        wrong.read(*inputs(wrong, *rest))
+        wrong.encode(*inputs(wrong, *rest))
 
 
 @pytest.mark.parametrize("tokens", [2, 15])
@@ -120,7 +120,7 @@ def test_parameters_are_wider_than_a_half_precision_model(name):
     """As every method's: in the models' own bfloat16 steps of less than 1/256 of a value would be lost."""
     model, image, adapter = tiny("llama", torch.bfloat16), dino().bfloat16(), made(name, HALF[name])
     adapter.attach(needed(adapter, model, image))
-    reading = adapter.read(*inputs(adapter, model, image))
+    reading = adapter.encode(*inputs(adapter, model, image))
     assert reading.text.dtype == torch.bfloat16
     (reading.text.float().square().sum() + reading.image.float().square().sum()).backward()
     assert {p.grad.dtype for p in adapter.parameters()} == {p.dtype for p in adapter.parameters()} == {torch.float32}
@@ -131,9 +131,9 @@ def test_more_positions_than_the_model_has_are_refused_in_one_line(name):
     adapter, model, image = attached(name, {"tokens": 4}, bert())  # with 64 positions
     _, picture = inputs(adapter, model, image)
     long = torch.full((3, 61), 7)
-    adapter.read(Words(long[:, :60], torch.ones_like(long)[:, :60]), picture)
+    adapter.encode(TextBatch(long[:, :60], torch.ones_like(long)[:, :60]), picture)
     with pytest.raises(ModelError, match="4 vectors before a text of 61 tokens exceed the 64 positions of BertModel"):
-        adapter.read(Words(long, torch.ones_like(long)), picture)
+        adapter.encode(TextBatch(long, torch.ones_like(long)), picture)
     with pytest.raises(ModelError, match="64 vectors before a text of 1 tokens exceed the 64 positions"):
         attached("prompt", {"tokens": 64}, bert())
 
@@ -165,12 +165,12 @@ def test_full_fine_tuning_trains_the_models_and_can_step_aside(layers):
     adapter, model, image = attached("full", {"layers": layers})
     words, picture = inputs(adapter, model, image)
     with torch.no_grad():
-        frozen = adapter.read(words, picture)
+        frozen = adapter.encode(words, picture)
         scramble(adapter)
-        changed = adapter.read(words, picture)
+        changed = adapter.encode(words, picture)
         with adapter.disabled():
-            close(adapter.read(words, picture).text, frozen.text)
-        close(adapter.read(words, picture).text, changed.text)
+            close(adapter.encode(words, picture).text, frozen.text)
+        close(adapter.encode(words, picture).text, changed.text)
     assert not torch.allclose(changed.text, frozen.text) and not torch.allclose(changed.image, frozen.image)
     inside = [
         n for n, _ in model.base_model.named_parameters() if layers is None or n.startswith(("layers.3.", "norm"))
@@ -208,9 +208,9 @@ def test_a_fused_projection_is_changed_whole_and_said(kind, method, caplog):
     assert method == "lora" or {path for path in changed if "mlp" in path} == {LAST[kind]}
     words, picture = inputs(adapter, model, image)
     with torch.no_grad():
-        close(adapter.read(words, picture).text, whole(fused(kind), words))
+        close(adapter.encode(words, picture).text, whole(fused(kind), words))
         scramble(adapter)
-        found, by_hand = adapter.read(words, picture), fused(kind)
+        found, by_hand = adapter.encode(words, picture), fused(kind)
         turned = (lambda w: w.t()) if kind == "gpt2" else (lambda w: w)  # Conv1D holds (in, out)
         for key, a in adapter.weights.items():
             path = ".".join(key.split("/lora_A")[0].split("/ia3_l")[0].split("/")[1:])

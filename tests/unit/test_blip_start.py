@@ -13,7 +13,7 @@ from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.states import TextStates
 from mitrain.models import TextBackbone
 from mitrain.models import blip as checkpoint
-from mitrain.models.batch import Picture
+from mitrain.models.batch import ModalityInputs
 from mitrain.models.frozen import trunk_states
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.contrast import Everyone
@@ -42,7 +42,7 @@ def opened(folder, **settings) -> tuple[RetrieveTask, Batch]:
     states = trunk_states(image, 0, pixel_values=pixels(3, torch.float32))
     feature = torch.zeros(3, image.config.hidden_size)
     samples = [CaptionSample(str(i), f"{i}.png", text, f"o{i}") for i, text in enumerate(TEXTS)]
-    batch = Batch(samples, feature, [], feature, states, 0)
+    batch = Batch(samples, ModalityInputs(feature, states))
     task.fit(samples, lambda chosen: batch)
     return task, batch
 
@@ -66,13 +66,13 @@ def test_before_a_step_the_scores_are_blips_own(folder):
     task, batch = opened(folder)
     cosines, matched = blips_own(folder, task)
     with torch.no_grad():
-        found = task.image_vectors(batch.picture) @ task.text_vectors(TEXTS).T
-        pairs = batch.picture.rows(torch.arange(3).repeat_interleave(3))
+        found = task.image_vectors(batch.inputs) @ task.text_vectors(TEXTS).T
+        pairs = batch.inputs.rows(torch.arange(3).repeat_interleave(3))
         values = task.match_values(TEXTS * 3, pairs).view(3, 3)
     assert cosines.std() > 1e-3 and matched.std() > 1e-3
     torch.testing.assert_close(found, cosines, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(values.sigmoid(), matched, rtol=1e-5, atol=1e-6)
-    one = Batch(batch.samples[:1], batch.features[:1], [], batch.features[:1], batch.states[:1], 0)
+    one = Batch(batch.samples[:1], batch.inputs.rows(slice(1)))
     expected = cosines[0] + matched[0].logit()
     torch.testing.assert_close(torch.tensor(task.fits(one, TEXTS)), expected, rtol=1e-4, atol=1e-5)
 
@@ -80,10 +80,10 @@ def test_before_a_step_the_scores_are_blips_own(folder):
 def test_the_matching_loss_of_such_a_start_is_that_of_the_matching_value_alone(folder):
     task, batch = opened(folder)
     with torch.no_grad():
-        everyone = Everyone(task.image_vectors(batch.picture), task.text_vectors(TEXTS), batch, True)
+        everyone = Everyone(task.image_vectors(batch.inputs), task.text_vectors(TEXTS), batch, True)
         text, image, known = everyone.hardest()
-        picture = batch.picture
-        wrong = Picture.joined([picture.rows(i.view(1)) for i in image])
+        picture = batch.inputs
+        wrong = ModalityInputs.joined([picture.rows(i.view(1)) for i in image])
         right = task.match_values(TEXTS, picture)
         other_text = task.match_values([TEXTS[i] for i in text], picture)
         other_image = task.match_values(TEXTS, wrong)

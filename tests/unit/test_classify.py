@@ -16,7 +16,7 @@ from mitrain.data.formats.labels import LabelSample
 from mitrain.data.states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
-from mitrain.models.batch import Picture
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch, Parts, Prediction
 from mitrain.tasks.classify import ClassifyConfig, ClassifyTask, class_weights
 from mitrain.tasks.label_metrics import label_metrics
@@ -50,7 +50,9 @@ def samples(multilabel=False):
 
 
 def batch(multilabel=False, features=FEATURES):
-    return Batch(samples(multilabel), features, [], FEATURES)
+    return Batch(
+        samples(multilabel), ModalityInputs(FEATURES if features is None else features, infused=features is not None)
+    )
 
 
 def test_probabilities_that_are_no_numbers_are_told(folder):
@@ -112,7 +114,7 @@ def test_the_statistics_are_those_of_the_frozen_states(folder):
     task = make(folder, readout=("last", "image"))
     task.fit(samples())
     with torch.no_grad():
-        states = task.states([s.text for s in samples()], Picture(torch.zeros(3, 6), infused=False))
+        states = task.states([s.text for s in samples()], ModalityInputs(torch.zeros(3, 6), infused=False))
     assert states[:, :32].mean(0).abs().max() < 1e-5
     torch.testing.assert_close(states[:, :32].std(0, correction=0), torch.ones(32), rtol=1e-4, atol=1e-4)
     assert task.scale[32:].tolist() == [1.0] * 6 and task.mean[32:].tolist() == [0.0] * 6
@@ -216,7 +218,7 @@ def test_scores_do_not_depend_on_the_order_in_which_ranks_predicted(folder):
     task = make(folder)
     predictions = task.predict(batch())
     whole = task.score(samples(), predictions)
-    alone = [task.predict(Batch([s], FEATURES[i : i + 1], [], FEATURES[i : i + 1]))[0] for i, s in enumerate(samples())]
+    alone = [task.predict(Batch([s], ModalityInputs(FEATURES[i : i + 1])))[0] for i, s in enumerate(samples())]
     assert whole == pytest.approx(task.score(samples(), alone)) and isinstance(predictions[0], Prediction)
 
 

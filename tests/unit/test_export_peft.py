@@ -15,7 +15,7 @@ from mitrain import methods
 from mitrain.core import config
 from mitrain.core.errors import CheckpointError
 from mitrain.methods import export_format
-from mitrain.models.batch import Words
+from mitrain.models.batch import TextBatch
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 MASK = torch.ones_like(IDS)
@@ -60,7 +60,7 @@ def by_peft(folder, saved):
 @torch.no_grad()
 def test_peft_gives_what_the_adapter_gave(folder, tmp_path, settings):
     adapter, model = attached(folder, settings)
-    hidden = adapter.read(Words(IDS, MASK), None).text
+    hidden = adapter.encode(TextBatch(IDS, MASK), None).text
     expected = model.lm_head(hidden)
     adapter.save_pretrained(tmp_path / "saved")
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == FILES
@@ -68,7 +68,7 @@ def test_peft_gives_what_the_adapter_gave(folder, tmp_path, settings):
     assert torch.equal(found[:, -IDS.shape[1] :], expected)
     assert not torch.allclose(llm(folder)(IDS).logits, expected, atol=1e-2)
     again, _ = mitrain.load_adapter(llm(folder), tmp_path / "saved")
-    assert torch.equal(again.read(Words(IDS, MASK), None).text, hidden)
+    assert torch.equal(again.encode(TextBatch(IDS, MASK), None).text, hidden)
     assert "PeftModel.from_pretrained" in (tmp_path / "saved" / "README.md").read_text()
 
 

@@ -10,7 +10,7 @@ from mitrain.core.config import KINDS, Section
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods import METHODS, build
 from mitrain.models import loading
-from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 
 VARIANTS = [
     ("lora", {"where": "both", "rank": 2, "alpha": 6}),
@@ -25,7 +25,7 @@ IDS = [f"{name}-{'-'.join(map(str, values.values()))}" if values else name for n
 every_method = pytest.mark.parametrize(("name", "values"), CASES, ids=IDS)
 
 
-def parts(reading: Reading, words: Words) -> dict[str, torch.Tensor]:
+def parts(reading: Outputs, words: TextBatch) -> dict[str, torch.Tensor]:
     """What a reading has, the text's states without padding."""
     text = None if reading.text is None else reading.text[words.mask.bool()]
     found = {"text": text, "image": reading.image, "joint": reading.joint}
@@ -60,7 +60,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else_and_detaching_restores
     adapter.attach(needed(adapter, model, image))
     scramble(adapter)
     words, picture = inputs(adapter, model, image)
-    total = sum(part.square().sum() for part in parts(adapter.read(words, picture), words).values())
+    total = sum(part.square().sum() for part in parts(adapter.encode(words, picture), words).values())
     if any(True for _ in adapter.parameters()):
         total.backward()
     assert [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
@@ -79,14 +79,14 @@ def test_an_adapter_attached_again_or_loaded_elsewhere_reads_the_same(name, valu
     scramble(adapter)
     words, picture = inputs(adapter, model, image)
     with torch.no_grad():
-        expected = parts(adapter.read(words, picture), words)
+        expected = parts(adapter.encode(words, picture), words)
         state = {n: p.clone() for n, p in adapter.state_dict().items()}
         adapter.detach()
         again, *_ = attached(name, values, model, adapter)
-        found = parts(again.read(words, picture), words)
+        found = parts(again.encode(words, picture), words)
         other, *_ = attached(name, values)
         other.load_state_dict(state)
-        loaded = parts(other.read(words, picture), words)
+        loaded = parts(other.encode(words, picture), words)
     for reading in (found, loaded):
         assert reading.keys() == expected.keys()
         for part, tensor in reading.items():
@@ -99,13 +99,13 @@ def test_padding_and_batch_neighbours_do_not_matter_and_alone_each_reads_itself(
     scramble(adapter)
     with torch.no_grad():
         words, picture = inputs(adapter, model, image)
-        together = adapter.read(words, picture)
+        together = adapter.encode(words, picture)
         short, own = inputs(adapter, model, image, rows=slice(1, 2))
-        alone = parts(adapter.read(short, own), short)
+        alone = parts(adapter.encode(short, own), short)
         ids = words.ids.masked_fill(words.mask == 0, 7)
-        moved = parts(adapter.read(Words(ids, words.mask, words.states, words.depth), picture), words)
-        only = adapter.read(None, picture), adapter.read(words, None)
-        blind = adapter.read(words, Picture(picture.feature, picture.states, picture.depth, infused=False))
+        moved = parts(adapter.encode(TextBatch(ids, words.mask, words.states, words.depth), picture), words)
+        only = adapter.encode(None, picture), adapter.encode(words, None)
+        blind = adapter.encode(words, ModalityInputs(picture.feature, picture.states, picture.depth, infused=False))
     shown = words.mask.bool()
     for part, tensor in parts(together, words).items():
         close(moved[part], tensor)

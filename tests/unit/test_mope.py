@@ -9,7 +9,7 @@ from tiny_mope import SMALL, Pair, attached, model_of
 from mitrain.core.errors import ModelError
 from mitrain.methods.mope.config import MoPEConfig
 from mitrain.methods.mope.mope import MoPE
-from mitrain.models.batch import Picture, Words
+from mitrain.models.batch import ModalityInputs, TextBatch
 
 EXACT = {"rtol": 0, "atol": 1e-11}
 PAIRS = {
@@ -40,7 +40,7 @@ def record(mope: MoPE) -> list[torch.Tensor]:
 def test_the_shapes_of_a_reading(pair):
     found = attached(**PAIRS[pair])
     with torch.no_grad():
-        reading = found.read()
+        reading = found.encode()
     joint = found.models[found.mope.config.main].config.hidden_size
     assert reading.text.shape == (4, 9, 32) and torch.equal(reading.mask, found.words.mask)
     assert reading.image.shape == (4, 32) and found.mope.image_width(5) == 32
@@ -54,10 +54,10 @@ def test_padding_and_batch_neighbours_do_not_matter(pair):
     found = attached(**PAIRS[pair])
     hidden = found.words.mask == 0
     states = found.words.states.masked_fill(hidden[..., None], 3.0)
-    changed = Words(found.words.ids, found.words.mask, states, found.words.depth)
+    changed = TextBatch(found.words.ids, found.words.mask, states, found.words.depth)
     with torch.no_grad():
-        whole = found.read()
-        repadded = found.mope.read(changed, found.picture)
+        whole = found.encode()
+        repadded = found.mope.encode(changed, found.picture)
         alone = [found.rows(slice(i, i + 1)).read() for i in range(4)]
     shown = found.words.mask.bool()
     torch.testing.assert_close(repadded.joint, whole.joint, **EXACT)
@@ -71,8 +71,8 @@ def test_one_modality_alone_does_without_what_depends_on_the_other(pair):
     found = attached(**PAIRS[pair])
     main, prompts = found.mope.config.main, record(found.mope)
     with torch.no_grad():
-        words, picture = found.mope.read(found.words, None), found.mope.read(None, found.picture)
-        both = found.read()
+        words, picture = found.mope.encode(found.words, None), found.mope.encode(None, found.picture)
+        both = found.encode()
     assert words.joint is None and words.image is None and picture.joint is None and picture.text is None
     text_depends, image_depends = (
         not torch.allclose(x, y) for x, y in ((words.text, both.text), (picture.image, both.image))
@@ -86,21 +86,21 @@ def test_a_hidden_picture_leaves_the_main_encoder_with_static_prompts(pair):
     found = attached(**PAIRS[pair])
     main = found.mope.config.main
     with torch.no_grad():
-        blind = found.read(infused=False)
-        alone = found.mope.read(found.words if main == "text" else None, found.picture if main == "image" else None)
+        blind = found.encode(infused=False)
+        alone = found.mope.encode(found.words if main == "text" else None, found.picture if main == "image" else None)
     assert found.mope.routing is None and found.mope.extra_loss() is None
     assert torch.equal(blind.text, alone.text) if main == "text" else torch.equal(blind.joint, alone.image)
     if main == "text":
-        other = Picture(found.picture.feature, found.picture.states.flip(0), found.picture.depth, infused=False)
+        other = ModalityInputs(found.picture.feature, found.picture.states.flip(0), found.picture.depth, infused=False)
         with torch.no_grad():
-            assert torch.equal(found.mope.read(found.words, other).joint, blind.joint)
+            assert torch.equal(found.mope.encode(found.words, other).joint, blind.joint)
     assert found.mope.text_depends_on_input == (main == "text")
 
 
 def test_texts_may_come_without_states():
     found = attached()
     with torch.no_grad():
-        bare = found.mope.read(Words(found.words.ids, found.words.mask), found.picture)
+        bare = found.mope.encode(TextBatch(found.words.ids, found.words.mask), found.picture)
         assert torch.equal(bare.joint, found.joint())
 
 
@@ -166,12 +166,12 @@ def test_permuting_the_condition_changes_dynamic_and_mapped_prompts_only(pair):
     with torch.no_grad():
         if found.mope.config.main == "image":
             own, other = found.words, found.picture
-            found.mope.read(own, other)
-            moved = Words(own.ids[order], own.mask[order], own.states[order], own.depth)
-            found.mope.read(moved, other)
+            found.mope.encode(own, other)
+            moved = TextBatch(own.ids[order], own.mask[order], own.states[order], own.depth)
+            found.mope.encode(moved, other)
         else:
-            found.mope.read(found.words, found.picture)
-            found.mope.read(found.words, found.picture.rows(order))
+            found.mope.encode(found.words, found.picture)
+            found.mope.encode(found.words, found.picture.rows(order))
     depth = len(found.mope.prompts)
     for before, after in zip(prompts[:depth], prompts[depth:], strict=True):
         assert torch.equal(before[:, :2], after[:, :2]) and torch.equal(before[0, :2], before[1, :2])
@@ -185,11 +185,11 @@ def test_a_causal_model_sees_prompts_and_no_later_token():
     found = attached(**PAIRS["llama"], router_reads="condition")
     later = found.words.states.clone()
     later[:, 5:] += 1
-    changed = Words(found.words.ids, torch.ones_like(found.words.mask), later, 0)
-    plain = Words(found.words.ids, torch.ones_like(found.words.mask), found.words.states, 0)
+    changed = TextBatch(found.words.ids, torch.ones_like(found.words.mask), later, 0)
+    plain = TextBatch(found.words.ids, torch.ones_like(found.words.mask), found.words.states, 0)
     with torch.no_grad():
-        one, other = found.mope.read(plain, found.picture).text, found.mope.read(changed, found.picture).text
-        blind = found.mope.read(plain, None).text
+        one, other = found.mope.encode(plain, found.picture).text, found.mope.encode(changed, found.picture).text
+        blind = found.mope.encode(plain, None).text
     torch.testing.assert_close(one[:, :5], other[:, :5], **EXACT)
     assert not torch.allclose(one[:, 0], blind[:, 0])  # the first token sees the picture's prompts
 
@@ -198,7 +198,7 @@ def test_without_prompts_a_causal_model_is_the_frozen_one():
     found = attached(**PAIRS["llama"], static=False)
     mask = found.words.mask
     with torch.no_grad():
-        text = found.mope.read(found.words, None).text
+        text = found.mope.encode(found.words, None).text
         frozen = found.models["text"].model(input_ids=found.words.ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(text[mask.bool()], frozen[mask.bool()], **EXACT)
 
@@ -262,7 +262,7 @@ def test_a_main_encoder_without_prompts_of_its_own_stays_frozen():
 def test_every_parameter_gets_a_gradient_and_no_frozen_one(pair):
     found = attached(**PAIRS[pair], threshold=0.0)
     found.mope.train()
-    reading = found.read()
+    reading = found.encode()
     total, count = found.mope.extra_loss()
     (reading.joint.square().sum() + total / count).backward()
     idle = {n for n, p in found.mope.named_parameters() if p.grad is None or not p.grad.any()}
@@ -340,7 +340,7 @@ def test_attach_detach_and_attach_again():
     assert all(p.requires_grad for m in models.values() for p in m.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for x in models.values() for m in x.modules())
     with pytest.raises(ModelError, match="not attached"):
-        mope.read(found.words, found.picture)
+        mope.encode(found.words, found.picture)
     mope.attach(models)
     assert torch.equal(found.joint(), joint)
     mope.detach()
@@ -359,8 +359,8 @@ def test_parameters_are_wider_than_a_half_precision_model():
     mope = MoPE(MoPEConfig(**SMALL))
     mope.attach(models)
     assert {p.dtype for p in mope.parameters()} == {torch.float32}
-    words = Words(torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.long))
-    reading = mope.read(words, Picture(torch.zeros(2, 5), torch.randn(2, 5, 32, dtype=torch.bfloat16)))
+    words = TextBatch(torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.long))
+    reading = mope.encode(words, ModalityInputs(torch.zeros(2, 5), torch.randn(2, 5, 32, dtype=torch.bfloat16)))
     assert reading.joint.dtype == torch.bfloat16
     reading.joint.float().sum().backward()
     assert all(p.grad is not None for p in mope.parameters())
@@ -392,10 +392,10 @@ def test_a_read_out_that_the_encoder_lacks_is_refused(settings, message):
 def test_what_does_not_fit_is_refused_in_one_line():
     found = attached()
     with pytest.raises(ModelError, match="4 texts and 3 pictures"):
-        found.mope.read(found.words, found.picture.rows(slice(3)))
+        found.mope.encode(found.words, found.picture.rows(slice(3)))
     with pytest.raises(ModelError, match="give the states"):
-        found.mope.read(None, Picture(torch.zeros(4, 5)))
+        found.mope.encode(None, ModalityInputs(torch.zeros(4, 5)))
     with pytest.raises(ModelError, match="of depth 4 and 32 wide, but mope starts at depth 0"):
-        found.mope.read(None, Picture(torch.zeros(4, 5), found.picture.states, 4))
+        found.mope.encode(None, ModalityInputs(torch.zeros(4, 5), found.picture.states, 4))
     with pytest.raises(ModelError, match="give it the image model"):
         MoPE(MoPEConfig()).attach({"text": model_of("bert", torch.float32)})

@@ -166,7 +166,7 @@ def test_swin_as_the_other_encoder_and_left_alone():
     found = attached("bert", "swin", main="text", other_length=0)
     assert found.mope.first_layer("image") == 3 and found.picture.states.shape == (4, 16, 32)
     with torch.no_grad():
-        reading = found.read()
+        reading = found.encode()
         expected = found.models["image"].layernorm(found.picture.states).mean(1)
     torch.testing.assert_close(reading.image, expected, **EXACT)
     assert len(attached("bert", "swin", main="text").mope.others) == 6  # deep prompts in every block

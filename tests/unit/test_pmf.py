@@ -14,7 +14,7 @@ from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.pmf.config import PMFConfig
 from mitrain.methods.pmf.pmf import PMF
 from mitrain.models import loading
-from mitrain.models.batch import Picture
+from mitrain.models.batch import ModalityInputs
 
 # Padding and neighbours change the order of sums in matrix products, and nothing else: roundings of 1.1e-16 on values
 # below 10 through a few layers.
@@ -45,12 +45,12 @@ def test_one_modality_alone_is_its_frozen_model(name):
     case = pair(name, **UNEVEN)
     text, image = frozen(case)
     shown = case.words.mask.bool()
-    alone, seen = case.adapter.read(case.words, None), case.adapter.read(None, case.picture)
+    alone, seen = case.adapter.encode(case.words, None), case.adapter.encode(None, case.picture)
     close(alone.text[shown], text[shown])
     close(seen.image, image)
     assert (alone.image, seen.text, seen.mask) == (None, None, None)
-    hidden = Picture(case.picture.feature, case.picture.states, case.picture.depth, infused=False)
-    unfused = case.adapter.read(case.words, hidden)
+    hidden = ModalityInputs(case.picture.feature, case.picture.states, case.picture.depth, infused=False)
+    unfused = case.adapter.encode(case.words, hidden)
     close(unfused.text[shown], text[shown])
     close(unfused.image, image)
 
@@ -60,25 +60,25 @@ def test_one_modality_alone_is_its_frozen_model(name):
 def test_together_each_modality_depends_on_the_other(name):
     case = pair(name, **UNEVEN)
     text, image = frozen(case)
-    fused = case.read()
+    fused = case.encode()
     assert fused.text.shape == (*case.words.ids.shape, WIDTH) and fused.image.shape == (3, IMAGE_WIDTH)
     assert case.adapter.image_width(99) == IMAGE_WIDTH and torch.equal(fused.mask, case.words.mask)
     assert (fused.image - image).abs().max() > 1e-3
     assert (fused.text - text)[:, 0].abs().min(1).values.max() > 1e-6  # the very first token, also under a causal mask
-    turned = case.adapter.read(case.words, case.picture.rows(torch.tensor([1, 2, 0])))
+    turned = case.adapter.encode(case.words, case.picture.rows(torch.tensor([1, 2, 0])))
     assert (turned.text - fused.text)[:, 0].abs().max() > 1e-3
     other = case.words.states.clone()
     other[:, case.words.mask.sum(1).min() - 1] += 1.0  # a last token: the queries, too, stand behind it
-    assert (case.read(states=other).image - fused.image).abs().max() > 1e-3
+    assert (case.encode(states=other).image - fused.image).abs().max() > 1e-3
 
 
 @names
 @torch.no_grad()
 def test_padding_and_the_neighbours_in_the_batch_do_not_matter(name):
     case = pair(name, **UNEVEN)
-    fused, shown = case.read(), case.words.mask.bool()
+    fused, shown = case.encode(), case.words.mask.bool()
     noise = torch.where(shown[..., None], case.words.states, torch.randn_like(case.words.states))
-    noisy = case.read(states=noise)
+    noisy = case.encode(states=noise)
     close(noisy.text[shown], fused.text[shown])
     close(noisy.image, fused.image)
     for row in range(3):
@@ -89,7 +89,7 @@ def test_padding_and_the_neighbours_in_the_batch_do_not_matter(name):
             case.words.states[row : row + 1, :count],
             case.words.depth,
         )
-        alone = case.adapter.read(words, case.picture.rows(slice(row, row + 1)))
+        alone = case.adapter.encode(words, case.picture.rows(slice(row, row + 1)))
         close(alone.text[0], fused.text[row, :count])
         close(alone.image[0], fused.image[row])
 
@@ -97,7 +97,7 @@ def test_padding_and_the_neighbours_in_the_batch_do_not_matter(name):
 @names
 def test_every_parameter_gets_a_gradient_and_the_backbones_none(name):
     case = pair(name, **UNEVEN)
-    total(case.read()).backward()
+    total(case.encode()).backward()
     assert all(p.grad.abs().max() > 0 for p in case.adapter.parameters())
     own = set(case.adapter.parameters())
     assert all(p.grad is None for b in case.backbones.values() for p in b.parameters() if p not in own)
@@ -125,11 +125,11 @@ def test_nothing_is_kept_for_backward_below_the_first_fusion_layer(name):
         case = pair(name, backbones, fusion_layers=used, **UNEVEN)
         own = [*weights, *case.adapter.parameters(), case.words.states, case.picture.states]
         with passes(backbones) as ran:
-            kept.append(saved_bytes(lambda c=case: total(c.read()), own))
+            kept.append(saved_bytes(lambda c=case: total(c.encode()), own))
         depths = {"text": DEPTH, "image": IMAGE_DEPTH}
         expected = [(place, depths[place] - used + i) for place in depths for i in range(used)]
         assert sorted(ran) == sorted(expected * 2)
-        whole = saved_bytes(lambda c=case: total(c.read(states=None)), own)  # the trunk runs, too
+        whole = saved_bytes(lambda c=case: total(c.encode(states=None)), own)  # the trunk runs, too
         entering = case.words.states.untyped_storage().nbytes()  # made anew there, so it may count
         assert kept[-1] <= whole <= kept[-1] + entering
         case.adapter.detach()
@@ -144,8 +144,8 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(name):
     kept, gradients = [], []
     for enabled in (False, True):
         case.adapter.set_checkpointing(enabled)
-        gradients.append(torch.autograd.grad(total(case.read()), parameters))
-        kept.append(saved_bytes(lambda: total(case.read()), own))
+        gradients.append(torch.autograd.grad(total(case.encode()), parameters))
+        kept.append(saved_bytes(lambda: total(case.encode()), own))
     for one, other in zip(*gradients, strict=True):
         close(one, other)
     assert kept[1] < 0.2 * kept[0]
@@ -167,7 +167,7 @@ def test_each_switch_leaves_its_parameters_out_and_changes_the_reading(switch):
     settings, absent = SWITCHES[switch]
     backbones = models("bert+vit")
     whole = pair("bert+vit", backbones)
-    reading, kept = whole.read(), whole.adapter.state_dict()
+    reading, kept = whole.encode(), whole.adapter.state_dict()
     assert any(absent in name for name in kept)
     whole.adapter.detach()
     case = pair("bert+vit", backbones, **settings)
@@ -175,7 +175,7 @@ def test_each_switch_leaves_its_parameters_out_and_changes_the_reading(switch):
     assert not any(absent in name for name in own)
     same = {name for name in own if name in kept and own[name].shape == kept[name].shape}
     case.adapter.load_state_dict({**own, **{name: kept[name] for name in same}})
-    changed, (text, image) = case.read(), frozen(case)
+    changed, (text, image) = case.encode(), frozen(case)
     shown, towards = case.words.mask.bool(), settings.get("direction", "")
     assert ((changed.text - text)[shown].abs().max() < EXACT) == (towards == "text-to-image")
     assert ((changed.image - image).abs().max() < EXACT) == (towards == "image-to-text")
@@ -189,8 +189,8 @@ def test_without_query_prompts_nothing_is_asked_of_the_other_encoder():
     for kind in ("bert+vit", "llama+dinov2"):
         case = pair(kind, query_prompts=0)
         assert {name.split(".")[-1] for name in case.adapter.state_dict()} == {"fusion"}
-        own = case.read()
-        other = case.adapter.read(case.words, replace(case.picture, states=case.picture.states.flip(0)))
+        own = case.encode()
+        other = case.adapter.encode(case.words, replace(case.picture, states=case.picture.states.flip(0)))
         close(own.text, other.text)
         close(own.image.flip(0), other.image)
 
@@ -198,7 +198,7 @@ def test_without_query_prompts_nothing_is_asked_of_the_other_encoder():
 def test_one_direction_alone_still_trains_all_it_has():
     for direction, part in (("text-to-image", "image"), ("image-to-text", "text")):
         case = pair("bert+vit", direction=direction)
-        getattr(case.read(), part).square().mean().backward()
+        getattr(case.encode(), part).square().mean().backward()
         assert all(p.grad.abs().max() > 0 for p in case.adapter.parameters())
 
 
@@ -207,7 +207,7 @@ def test_detaching_leaves_no_trace_and_attaching_again_keeps_the_parameters():
     before = [(n, p.requires_grad, p.clone()) for b in backbones.values() for n, p in b.named_parameters()]
     modules = [list(b.named_modules()) for b in backbones.values()]
     case = pair("llama+dinov2", backbones)
-    reading, own = case.read(), case.adapter.state_dict()
+    reading, own = case.encode(), case.adapter.state_dict()
     assert len(own) == 2 * 2 * (3 + 4) and all(name.startswith("fusion.") for name in own)
     case.adapter.detach()
     after = [(n, p.requires_grad, p) for b in backbones.values() for n, p in b.named_parameters()]
@@ -216,7 +216,7 @@ def test_detaching_leaves_no_trace_and_attaching_again_keeps_the_parameters():
     assert modules == [list(b.named_modules()) for b in backbones.values()]
     assert not any(m._forward_hooks or m._forward_pre_hooks for b in backbones.values() for m in b.modules())
     case.adapter.attach(backbones)
-    assert torch.equal(case.read().text, reading.text)
+    assert torch.equal(case.encode().text, reading.text)
     case.adapter.detach()
     with pytest.raises(ModelError, match="made for models of other widths"):
         case.adapter.attach({**backbones, "image": models("bert+vit")["text"]})
@@ -236,8 +236,8 @@ def test_parameters_are_made_beside_the_backbones_in_float32_or_wider():
         assert abs(link.query.std().item() - 0.02) < 5 * 0.02 / (2 * 200 * WIDTH) ** 0.5
         assert link.query.shape == (200, WIDTH) and link.fusion.shape == (4, IMAGE_WIDTH)
         case = pair("bert+vit", models("bert+vit", dtype))
-        total(case.read()).backward()
-        assert case.read().text.dtype == dtype and all(p.grad.dtype == made for p in case.adapter.parameters())
+        total(case.encode()).backward()
+        assert case.encode().text.dtype == dtype and all(p.grad.dtype == made for p in case.adapter.parameters())
 
 
 def test_what_does_not_fit_is_refused_in_one_line():
@@ -253,21 +253,21 @@ def test_what_does_not_fit_is_refused_in_one_line():
         choose("adapter", {"name": "pmf", "query_prompts": 0, "fusion_context": 0})
     case = pair("bert+vit", backbones)
     with pytest.raises(ModelError, match="only its global feature"):
-        case.adapter.read(case.words, Picture(case.picture.feature))
+        case.adapter.encode(case.words, ModalityInputs(case.picture.feature))
     for wrong in ((replace(case.words, depth=0), case.picture), (case.words, replace(case.picture, depth=0))):
         with pytest.raises(ModelError, match="states are of depth 0, but pmf starts at"):
-            case.adapter.read(*wrong)
+            case.adapter.encode(*wrong)
 
 
 def test_texts_beyond_a_sliding_window_are_refused():
     """There, how far a prompt reaches would depend on the padding, and so on the other texts of the batch."""
     backbones = models("bert+vit") | {"text": models("llama+dinov2")["text"]}
     case = pair("bert+vit", backbones)
-    case.read()
+    case.encode()
     case.adapter.detach()
     backbones["text"].config.layer_types = ["full_attention"] * (DEPTH - 1) + ["sliding_attention"]
     backbones["text"].config.sliding_window = case.words.ids.shape[1] + 8 - 1
     case = pair("bert+vit", backbones)
     with pytest.raises(ModelError, match="17 tokens with their prompts exceed the window of 16"):
-        case.read()
-    assert case.adapter.read(case.words, None).text is not None
+        case.encode()
+    assert case.adapter.encode(case.words, None).text is not None

@@ -79,7 +79,7 @@ def test_two_fusion_layers_are_the_equations():
         fused_v = torch.cat([x_v, *rows(f"{out}.fusion"), y_v], 1)
         x_t = bert_layer(told, fused_t, seen(fused_t))[:, :count_t]
         x_v = vit_layer(shown, fused_v, seen(fused_v))[:, :count_v]
-    reading = case.read()
+    reading = case.encode()
     visible = case.words.mask.bool()
     torch.testing.assert_close(reading.text[visible], x_t[visible], rtol=0, atol=EXACT)
     vector = norm(x_v, case.backbones["image"].layernorm)[:, 0]
@@ -92,7 +92,7 @@ def test_a_causal_text_model_has_its_prompts_in_front_and_its_queries_behind():
     backbones = models("llama+dinov2", num_hidden_layers=1)
     case = pair("llama+dinov2", backbones, fusion_layers=1, **UNEVEN)
     own, told = {n.removeprefix("fusion.0."): p for n, p in case.adapter.state_dict().items()}, backbones["text"].model
-    reading, alone = case.read(), case.adapter.read(None, case.picture)
+    reading, alone = case.encode(), case.adapter.encode(None, case.picture)
     assert (reading.image - alone.image).abs().max() > 1e-3
     shown = backbones["image"].encoder.layer[-1]
 

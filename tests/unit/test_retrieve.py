@@ -15,7 +15,7 @@ from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
-from mitrain.models.batch import Picture
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import ranks
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.contrast import Everyone
@@ -38,7 +38,7 @@ def features():
 
 def batch(rows=slice(None), blind=False):
     own = features()[rows]
-    return Batch(samples()[rows], None if blind else own, [], own)
+    return Batch(samples()[rows], ModalityInputs(own, infused=not blind))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_the_contrast_is_a_cross_entropy_over_right_partners(folder):
     task = make(folder, matching=0.0)
     total, count = task.loss(batch())
     with torch.no_grad():
-        images, texts = task.image_vectors(Picture(features())), task.text_vectors(TEXTS)
+        images, texts = task.image_vectors(ModalityInputs(features())), task.text_vectors(TEXTS)
         logits = task.sharpness() * images @ texts.T
     right = torch.tensor([[float(IMAGES[i] == IMAGES[j] or TEXTS[i] == TEXTS[j]) for j in range(6)] for i in range(6)])
     right = right / right.sum(1, keepdim=True)
@@ -199,7 +199,7 @@ def test_ranks_together_have_the_loss_and_the_gradient_of_one_process(folder, mo
             part = batch(share)
             keys = [(s.image, s.text) for s in part.samples]
             words = task.text_vectors([text for _, text in keys])
-            seen.append((task.image_vectors(part.picture), words, part.picture, keys))
+            seen.append((task.image_vectors(part.inputs), words, part.inputs, keys))
     totals, grads = [], {}
     for rank, share in enumerate(shares):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
@@ -258,7 +258,11 @@ def test_the_matching_head_reads_the_infused_text(folder):
     task = make(folder)
     torch.nn.init.normal_(task.match.weight)
     with torch.no_grad():
-        shown = (Picture(features()), Picture(features().flip(0)), Picture(features(), infused=False))
+        shown = (
+            ModalityInputs(features()),
+            ModalityInputs(features().flip(0)),
+            ModalityInputs(features(), infused=False),
+        )
         own, other, blind = (task.match_values(TEXTS, picture) for picture in shown)
     assert not torch.allclose(own, other, atol=1e-3) and not torch.allclose(own, blind, atol=1e-3)
     loss, _ = task.loss(batch())

@@ -12,6 +12,7 @@ from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.segment import SegmentConfig, SegmentTask
 
@@ -45,7 +46,7 @@ def samples():
 def batch(features=True):
     generator = torch.Generator().manual_seed(3)
     levels = [torch.randn(3, 1 + GRID**2, w, generator=generator) for w in WIDTHS]
-    return Batch(samples(), torch.randn(3, 6, generator=generator) if features else None, levels)
+    return Batch(samples(), ModalityInputs(torch.randn(3, 6, generator=generator)) if features else None, levels)
 
 
 @pytest.mark.parametrize("readout", [["last"], ["mean"], ["embeddings"], ["last", "mean", "embeddings"]])

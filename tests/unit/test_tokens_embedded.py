@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from mitrain.core.errors import DataError, ModelError
 from mitrain.data.formats.records import AnswerSample
 from mitrain.models import TextBackbone
+from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch
 from mitrain.training.build import Model
 
@@ -35,7 +36,7 @@ def test_padding_without_an_embedding_changes_nothing(folder, tmp_path):
     plain, padded = make(folder), make(other)
     rows = len(plain.parts.text.model.get_input_embeddings().weight)
     assert padded.parts.text.tokenizer.pad_token_id == rows == padded.parts.text.vocabulary
-    batch = Batch(samples(), FEATURES)  # of different lengths
+    batch = Batch(samples(), ModalityInputs(FEATURES))  # of different lengths
     assert torch.equal(plain.loss(batch)[0], padded.loss(batch)[0])
     assert plain.generate(batch) == padded.generate(batch)
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, SwinConfig, SwinModel
 
 from mitrain.methods.mope.config import MoPEConfig
 from mitrain.methods.mope.mope import MoPE
-from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.frozen import trunk_states
 
 SMALL = {"length": 2, "experts": 3, "other_length": 2}
@@ -41,27 +41,27 @@ class Pair:
 
     mope: MoPE
     models: dict[str, PreTrainedModel]
-    words: Words
-    picture: Picture
+    words: TextBatch
+    picture: ModalityInputs
 
-    def read(self, **changes: object) -> Reading:
-        return self.mope.read(self.words, replace(self.picture, **changes))
+    def encode(self, **changes: object) -> Outputs:
+        return self.mope.encode(self.words, replace(self.picture, **changes))
 
     def joint(self, **changes: object) -> Tensor:
-        return self.read(**changes).joint
+        return self.encode(**changes).joint
 
     def rows(self, index: Tensor | slice) -> "Pair":
         """The same adapter on some of the samples."""
-        words = Words(self.words.ids[index], self.words.mask[index], self.words.states[index], self.words.depth)
+        words = TextBatch(self.words.ids[index], self.words.mask[index], self.words.states[index], self.words.depth)
         return replace(self, words=words, picture=self.picture.rows(index))
 
 
 def states_of(mope: MoPE, models: dict[str, PreTrainedModel], batch: dict[str, Tensor], image: Tensor) -> tuple:
     """What a pass is given: words and a picture with the states that enter the first changed layers."""
     depth = {name: mope.first_layer(name) for name in models}
-    words = Words(batch["input_ids"], batch["attention_mask"], trunk_states(models["text"], depth["text"], **batch))
+    words = TextBatch(batch["input_ids"], batch["attention_mask"], trunk_states(models["text"], depth["text"], **batch))
     states = trunk_states(models["image"], depth["image"], pixel_values=image)
-    picture = Picture(torch.zeros(len(image), 5), states, depth["image"])
+    picture = ModalityInputs(torch.zeros(len(image), 5), states, depth["image"])
     return replace(words, depth=depth["text"]), picture
 
 

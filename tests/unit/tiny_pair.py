@@ -15,7 +15,7 @@ from transformers import (
 
 from mitrain.methods.aurora.aurora import Aurora
 from mitrain.methods.aurora.config import AuroraConfig
-from mitrain.models.batch import Picture, Words
+from mitrain.models.batch import ModalityInputs, TextBatch
 from mitrain.models.frozen import trunk_states
 
 WIDTH, DEPTH = 16, 3
@@ -59,12 +59,16 @@ def pixels(rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(7), dtype=dtype)
 
 
-def batch(backbones: dict[str, PreTrainedModel], rows: int = 3, padding: str | None = "right") -> tuple[Words, Picture]:
+def batch(
+    backbones: dict[str, PreTrainedModel], rows: int = 3, padding: str | None = "right"
+) -> tuple[TextBatch, ModalityInputs]:
     """Texts of 9 tokens, two of them shorter, and pictures by what enters the image encoder's layers."""
     dtype = backbones["image"].dtype
     given = text(rows, 9, padding)
     states = trunk_states(backbones["image"], 0, pixel_values=pixels(rows, dtype))
-    return Words(given["input_ids"], given["attention_mask"]), Picture(torch.zeros(rows, 2, dtype=dtype), states)
+    return TextBatch(given["input_ids"], given["attention_mask"]), ModalityInputs(
+        torch.zeros(rows, 2, dtype=dtype), states
+    )
 
 
 def aurora(backbones: dict[str, PreTrainedModel], seed: int = 0, **settings: object) -> Aurora:

@@ -28,7 +28,7 @@ from mitrain.methods.aurora.points import (
 )
 from mitrain.methods.base import Adapter
 from mitrain.models import frozen, loading
-from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
 
 
@@ -55,10 +55,6 @@ class Aurora(Adapter):
         self._crossing = False
         self._disabled = False
         self._widths = (0, 0)
-
-    @property
-    def feature_widths(self) -> Mapping[str, int]:
-        return {}
 
     def first_layer(self, name: str) -> int:
         return 0
@@ -176,7 +172,7 @@ class Aurora(Adapter):
 
     # Reading
 
-    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
         """See `Adapter.read`. A text or picture that stands in several rows, as in the pairs of a matching loss, goes
         through its encoder once."""
         text = mask = image = joint = None
@@ -187,9 +183,9 @@ class Aurora(Adapter):
             entering, text = self._write(words, *kinds)
         if words is not None and picture is not None and self.fusion is not None:
             joint = self._joint(mask, entering, text, seen if picture.infused else None, kinds[0])
-        return Reading(text, mask, image, joint)
+        return Outputs(text, mask, image, joint)
 
-    def _see(self, picture: Picture) -> tuple[Tensor, Tensor]:
+    def _see(self, picture: ModalityInputs) -> tuple[Tensor, Tensor]:
         """The picture's final tokens (B, N, c) and its vector (B, c)."""
         layers, hidden = self._encoders["image"], picture.states
         if hidden is None or picture.depth:
@@ -200,7 +196,7 @@ class Aurora(Adapter):
             hidden = layers.run(index, hidden)
         return layers.finish(hidden)[group], layers.summary(hidden)[group]
 
-    def _write(self, words: Words, first: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    def _write(self, words: TextBatch, first: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """The text's states where they enter the fusion (or the bottom), and its final states: (B, T, D) each."""
         layers, hidden, mask = self._encoders["text"], words.states, words.mask[first]
         if words.depth:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from mitrain.core.errors import ModelError
-from mitrain.methods.condition import Condition
+from mitrain.methods.mit.condition import Condition
 from mitrain.methods.mit.gate_cache import GateHistory, continued_sums, history
 
 BASES = ("sdpa", "eager")

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from mitrain.core.errors import ModelError
-from mitrain.methods.condition import Condition
+from mitrain.methods.mit.condition import Condition
 
 SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer)
 

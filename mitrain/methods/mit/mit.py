@@ -18,11 +18,11 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.methods.base import Adapter
 from mitrain.methods.checkpointing import CheckpointedLayer
-from mitrain.methods.condition import Condition
 from mitrain.methods.decoder import Decoder, InfusionPoint, find_decoder, infusion_point
 from mitrain.methods.mit import attention, ffn
+from mitrain.methods.mit.bound import BoundFeatures
+from mitrain.methods.mit.condition import Condition
 from mitrain.methods.mit.config import MiTConfig
 from mitrain.methods.mit.gate_cache import check_cache
 from mitrain.methods.mit.maps import LayerInfusion, attention_maps, inputs_of
@@ -45,7 +45,7 @@ class Call:
     versions: tuple[int, ...]
 
 
-class MiT(Adapter):
+class MiT(BoundFeatures):
     """MiT's maps in the chosen layers of the backbone ``text`` (our names ↔ the paper's):
 
         maps.k_mul, k_add, v_mul, v_add     W_d^k, W_a^k, W_d^v, W_a^v with their biases     Eq. 1

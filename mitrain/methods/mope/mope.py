@@ -19,7 +19,7 @@ from mitrain.methods.mope.router import Usage, importance_loss, usage
 from mitrain.methods.mope.swin import SwinWalk, is_swin
 from mitrain.methods.mope.walk import PlainWalk, Prompter, Walk, Walked, pooled
 from mitrain.models import frozen
-from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 
 
 class MoPE(Adapter):
@@ -59,10 +59,6 @@ class MoPE(Adapter):
         self._checkpointing = False
         self._weights: Tensor | None = None
         self._pending: Tensor | None = None
-
-    @property
-    def feature_widths(self) -> Mapping[str, int]:
-        return {}
 
     @property
     def joint_width(self) -> int:
@@ -125,7 +121,7 @@ class MoPE(Adapter):
 
     # Reading
 
-    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
         if not self._walks:
             raise ModelError("this mope adapter is not attached: call attach()")
         if words is not None and picture is not None and len(words.ids) != len(picture):
@@ -142,9 +138,9 @@ class MoPE(Adapter):
             walked[main] = self._run_main(states[main], mask, condition if linked else None)
             vectors[main] = self._pool(main, walked[main], mask)
         text = None if words is None else self._walks[TEXT].finish(walked[TEXT].tokens)
-        return Reading(text, mask, vectors.get(IMAGE), vectors.get(main) if len(vectors) == 2 else None)
+        return Outputs(text, mask, vectors.get(IMAGE), vectors.get(main) if len(vectors) == 2 else None)
 
-    def _text_states(self, words: Words | None) -> Tensor | None:
+    def _text_states(self, words: TextBatch | None) -> Tensor | None:
         if words is None:
             return None
         if words.states is not None:
@@ -152,7 +148,7 @@ class MoPE(Adapter):
         depth = self.first_layer(TEXT)
         return frozen.trunk_states(self._backbones[TEXT], depth, input_ids=words.ids, attention_mask=words.mask)
 
-    def _picture_states(self, picture: Picture | None) -> Tensor | None:
+    def _picture_states(self, picture: ModalityInputs | None) -> Tensor | None:
         if picture is None:
             return None
         if picture.states is None:

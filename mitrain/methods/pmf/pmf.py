@@ -18,7 +18,7 @@ from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.base import Adapter
 from mitrain.methods.pmf.config import LINKS, PMFConfig
 from mitrain.models import frozen
-from mitrain.models.batch import Picture, Reading, Words
+from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
 
 SPREAD = 0.02
@@ -125,7 +125,6 @@ class PMF(Adapter):
     runs_layers: ClassVar[bool] = True
     text_depends_on_input: ClassVar[bool] = True
     passes: ClassVar[int] = 2
-    feature_widths: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, config: PMFConfig):
         super().__init__()
@@ -174,7 +173,7 @@ class PMF(Adapter):
 
     # Reading
 
-    def read(self, words: Words | None, picture: Picture | None) -> Reading:
+    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
         """Both encoders from their first fusion layers up; one alone, or a picture that is not to be seen, unfused.
 
         ``text``: the text's final states (B, T, D_t). ``image``: (B, D_v), the class token after the image encoder's
@@ -191,13 +190,13 @@ class PMF(Adapter):
         fused = words is not None and picture is not None and picture.infused
         for step in range(self.config.fusion_layers):
             states = self._climb(step, states, visible, fused)
-        return Reading(
+        return Outputs(
             None if words is None else self._sides["text"].layers.finish(states["text"]),
             None if words is None else words.mask,
             None if picture is None else self._sides["image"].layers.summary(states["image"]),
         )
 
-    def _text_states(self, words: Words) -> Tensor:
+    def _text_states(self, words: TextBatch) -> Tensor:
         side = self._sides["text"]
         if words.states is not None:
             return self._checked("text", words.states, words.depth)
