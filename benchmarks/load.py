@@ -112,7 +112,7 @@ def measure(folder: str, precision: str) -> dict[str, Any]:
 
 
 def work(folder: str, precision: str, out: Path) -> None:
-    with dist.started():
+    with dist.process_group():
         rows = dist.gather(measure(folder, precision))
         dist.from_main(lambda: write_json(out, rows))
 

@@ -16,7 +16,7 @@ from mitrain.core import markdown
 from mitrain.core.files import write_json
 from mitrain.core.provenance import made_with, sentence
 from mitrain.training import schema
-from mitrain.training.build import settled
+from mitrain.training.build import resolved
 from mitrain.training.trainer import Trainer
 
 WARM_UP = 2
@@ -38,7 +38,7 @@ def measured(configs: Sequence[str], steps: int, command: str, say: Callable[[st
 
 def work(path: str, steps: int, out: Path) -> None:
     torch.set_num_threads(1)
-    trainer = Trainer(settled(schema.load(path)), Path(), quiet=True)
+    trainer = Trainer(resolved(schema.load(path)), Path(), quiet=True)
     taken = [trainer._step() for _ in range(WARM_UP + steps)]
     times = sorted(1e3 * seconds for _, seconds in taken[WARM_UP:])
     found = {

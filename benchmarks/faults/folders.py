@@ -143,7 +143,7 @@ def two_jobs_in_one_folder(lab: Lab, case: Path) -> Found:
 @fault("obeyed")
 def lock_held_by_a_stopped_process(lab: Lab, case: Path) -> Found:
     """It is said who is waited for, and SIGTERM ends the waiting."""
-    target = prepared.place("data", prepared.recipes("data")["digits"], seed=0)
+    target = prepared.folder_of("data", prepared.recipes("data")["digits"], seed=0)
     with file_lock(case / "cache" / "data" / f".{target.name}.held"):
         process = lab.start("data", "prepare", "digits", MITRAIN_CACHE=str(case / "cache"))
         deadline = time.monotonic() + LIMIT_S

@@ -131,7 +131,7 @@ class Texts:
     def loss(self, model: Callable[..., Any]) -> tuple[Tensor, float]:
         """The next batch's summed cross-entropy of this rank's share, and the number of its answers' tokens."""
         samples = next(self.batches)
-        rows = [self.row(sample) for sample in samples[dist.share(len(samples))]]
+        rows = [self.row(sample) for sample in samples[dist.shard_of(len(samples))]]
         longest = max(len(ids) for ids, _ in rows)
         ids, labels = (
             torch.tensor([r[i] + [fill] * (longest - len(r[0])) for r in rows]) for i, fill in ((0, 0), (1, -100))

@@ -17,7 +17,7 @@ deepspeed()  # when this module is preloaded, before a rank is forked
 def work(cell: Cell, plan: Plan, out: Path) -> None:
     """Measure ``cell`` together with its other ranks; rank 0 writes the row to ``out``."""
     torch.set_num_threads(1)
-    with dist.started():
+    with dist.process_group():
         row = measure(subject(cell, plan), cell, plan)
         dist.from_main(lambda: write_json(out, row))
 

@@ -42,12 +42,12 @@ def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Nam
         from mitrain.core import dist, launchers
         from mitrain.training import fingerprint
 
-        arguments.rank = dist.place().rank
+        arguments.rank = dist.rank_info().rank
         if dist.names_set(os.environ):
             launchers.end_with_launcher()
         if arguments.rank:
             logging.getLogger().setLevel(logging.ERROR)
-        with dist.started():
+        with dist.process_group():
             if dist.world() > 1:
                 fingerprint.require_same(asked(arguments) | fingerprint.code_parts())
             return run(arguments)

@@ -87,14 +87,14 @@ def fitted(arguments: argparse.Namespace, folder: Path, config: Any) -> tuple[An
         return trainer, trainer.fit()
     except UserError:
         if dist.is_main() and not arguments.resume:
-            runs.forget(folder)
+            runs.remove_unstarted(folder)
         raise
 
 
 def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
     """The run folder, new or the one to resume, and its configuration."""
     from mitrain.training import runs, schema
-    from mitrain.training.build import settled
+    from mitrain.training.build import resolved
 
     if arguments.resume:
         changes = [arguments.config, *arguments.overrides] if arguments.config else []
@@ -102,11 +102,11 @@ def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
             raise ConfigError(
                 "--resume takes the run folder's own configuration: leave out CONFIG, --run-dir and --dry-run"
             )
-        config = schema.respread(runs.read_config(arguments.resume), changes, arguments.allow_changes)
-        return runs.require_begun(arguments.resume), config
+        config = schema.with_resume_overrides(runs.read_config(arguments.resume), changes, arguments.allow_changes)
+        return runs.require_started(arguments.resume), config
     if not arguments.config:
         raise ConfigError("give a configuration file (configs/quickstart.yaml is one) or --resume RUN_DIR")
-    config = settled(schema.load(arguments.config, arguments.overrides))
+    config = resolved(schema.load(arguments.config, arguments.overrides))
     if arguments.at:
         return runs.create_or_find(config, arguments.at, arguments.allow_changes), config
     return runs.create(config, arguments.runs), config

@@ -25,7 +25,7 @@ from mitrain.inference.report import figure, flatten
 from mitrain.inference.scoring import score_split, split_of
 from mitrain.training import runs, schema
 from mitrain.training.baselines import baselines_of
-from mitrain.training.build import settled
+from mitrain.training.build import resolved
 from mitrain.training.evaluate import controlled
 from mitrain.training.runs import Run
 from mitrain.training.trainer import Trainer
@@ -51,7 +51,7 @@ def measured(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
     run_config = schema.from_dict(asked["config"])
     if asked["count"] is not None:
         return counts.count(run_config, asked["count"])
-    run_folder = runs.create_or_find(settled(run_config), folder / "run")
+    run_folder = runs.create_or_find(resolved(run_config), folder / "run")
     part = parse(TaskPart, asked["part"])
     found = trained(run_folder, part)
     return found | scored(runs.open_run(run_folder), part, asked["panels"], folder / "predictions.png")

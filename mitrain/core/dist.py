@@ -32,7 +32,7 @@ HOW = "start the ranks with torchrun, deepspeed or srun, or unset them all"
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """A process among ``world``; ``local`` counts those of its machine."""
 
     rank: int = 0
@@ -40,7 +40,7 @@ class Place:
     local: int = 0
 
 
-def place(env: Mapping[str, str] = os.environ) -> Place:
+def rank_info(env: Mapping[str, str] = os.environ) -> RankInfo:
     """This process's place by its environment; RankError where that is half set or contradicts itself.
 
     srun sets its variables for every task, so they count only where the ranks are told where to meet; without that,
@@ -48,8 +48,8 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     """
     names = names_set(env)
     if not names:
-        return Place()
-    found = Place(*(number(env, name) for name in names))
+        return RankInfo()
+    found = RankInfo(*(number(env, name) for name in names))
     if not 0 <= found.rank < found.world or not 0 <= found.local <= found.rank:
         shown = " ".join(f"{name}={env[name]}" for name in names)
         raise RankError(f"no rank has {shown}: {HOW}")
@@ -82,9 +82,9 @@ def number(env: Mapping[str, str], name: str) -> int:
 
 
 @contextmanager
-def started() -> Iterator[Place]:
+def process_group() -> Iterator[RankInfo]:
     """Join the other ranks, if there are any, for the length of the block."""
-    here = place()
+    here = rank_info()
     if here.world == 1 or world() > 1:
         yield here
         return
@@ -99,7 +99,7 @@ def started() -> Iterator[Place]:
     distributed.destroy_process_group()  # not after an exception: the others may be in the middle of a collective
 
 
-def told_by_main(store: distributed.Store, here: Place, text: str) -> bool:
+def told_by_main(store: distributed.Store, here: RankInfo, text: str) -> bool:
     """Whether rank 0 fails with the same ``text`` and so says it for this rank; False on rank 0.
 
     No collective, as the others may be in one or gone. A rank that nobody joins in this goes on after ``ALIKE_S``; rank 0
@@ -125,7 +125,7 @@ def come(store: distributed.Store, names: list[str]) -> bool:
     return found
 
 
-def join(here: Place) -> distributed.Store:
+def join(here: RankInfo) -> distributed.Store:
     """Make the process group: gloo for tensors on the CPU, nccl for those on a GPU, which becomes the current one."""
     gpus = torch.cuda.device_count()
     if gpus:
@@ -146,14 +146,14 @@ def join(here: Place) -> distributed.Store:
         raise RankError(why_apart(str(error), here, seconds)) from None
 
 
-def meet(here: Place, seconds: float) -> distributed.Store:
+def meet(here: RankInfo, seconds: float) -> distributed.Store:
     """The store at MASTER_ADDR:MASTER_PORT, which all ranks have reached."""
     store, _, _ = next(rendezvous("env://", here.rank, here.world, timeout=timedelta(seconds=seconds)))
     store.set_timeout(timedelta(seconds=seconds))
     return distributed.PrefixStore("mitrain", store)
 
 
-def why_apart(message: str, here: Place, seconds: float) -> str:
+def why_apart(message: str, here: RankInfo, seconds: float) -> str:
     meeting = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
     if "EADDRINUSE" in message or "in use" in message:
         return f"the port of {meeting} is in use: set MASTER_PORT to a free one, the same for all ranks"
@@ -168,16 +168,16 @@ def why_apart(message: str, here: Place, seconds: float) -> str:
     )
 
 
-def together() -> bool:
+def initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
 def rank() -> int:
-    return distributed.get_rank() if together() else 0
+    return distributed.get_rank() if initialized() else 0
 
 
 def world() -> int:
-    return distributed.get_world_size() if together() else 1
+    return distributed.get_world_size() if initialized() else 1
 
 
 def is_main() -> bool:
@@ -190,9 +190,9 @@ def say(text: str, **options: Any) -> None:
         print(text, **options)
 
 
-def share(count: int, here: Place | None = None) -> slice:
+def shard_of(count: int, here: RankInfo | None = None) -> slice:
     """This rank's part of ``count`` things in a row; the parts' sizes differ by one at most."""
-    here = here or Place(rank(), world())
+    here = here or RankInfo(rank(), world())
     return slice(count * here.rank // here.world, count * (here.rank + 1) // here.world)
 
 
@@ -220,17 +220,17 @@ def sum_across(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def agree(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether ``flag`` holds on any rank."""
     return bool(sum_across(torch.tensor(float(flag))) > 0)
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
-    agree(False)
+    any_rank(False)
 
 
-def in_step(items: Sequence[T], spare: T | None = None) -> Iterator[tuple[T, bool]]:
+def lockstep(items: Sequence[T], spare: T | None = None) -> Iterator[tuple[T, bool]]:
     """This rank's ``items``, then repetitions (marked False) until the rank with the most is through.
 
     Every rank so does the same number of rounds, which it must where the weights lie on all of them. ``spare`` stands in
@@ -252,9 +252,9 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def first(value: T | None) -> T | None:
+def first_not_none(value: T | None) -> T | None:
     """The ``value`` of the lowest rank that has one, on every rank."""
-    if not agree(value is not None):
+    if not any_rank(value is not None):
         return None
     return next(found for found in gather(value) if found is not None)
 

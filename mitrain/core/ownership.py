@@ -43,6 +43,8 @@ def take(lock: SoftFileLock, folder: Path) -> None:
         lock.break_lock()
     try:
         lock.acquire(timeout=PATIENCE_S, poll_interval=POLL_S, cancel_check=Wait(lock, math.inf).look)
+    except FileNotFoundError:
+        raise CheckpointError(f"the run folder {folder} was deleted or moved away meanwhile: start again") from None
     except Timeout:
         raise CheckpointError(
             f"{holder(folder / MARKER)} trains in {folder}: wait for it or stop it, or give another folder with"

@@ -70,7 +70,7 @@ def ensure_model(name: str, archive: Path | None = None, repair: bool = False) -
     what was made, unless ``repair``, which makes it again.
     """
     recipe = find("models", name)
-    return ensure(recipe, place("models", recipe, 0), archive, 0, repair)
+    return ensure(recipe, folder_of("models", recipe, 0), archive, 0, repair)
 
 
 def ensure_data(name: str, archive: Path | None = None, seed: int = 0, repair: bool = False) -> Path:
@@ -79,16 +79,16 @@ def ensure_data(name: str, archive: Path | None = None, seed: int = 0, repair: b
     ``archive`` and ``repair`` as in `ensure_model`. Raises PrepareError.
     """
     recipe = find("data", name)
-    return ensure(recipe, place("data", recipe, seed), archive, seed, repair)
+    return ensure(recipe, folder_of("data", recipe, seed), archive, seed, repair)
 
 
 def prepared(what: str, name: str) -> bool:
     """Whether the model or data set ``name`` ("models" or "data", seed 0) is there already."""
     recipe = find(what, name)
-    return is_ready(recipe, place(what, recipe, seed=0), None)
+    return is_ready(recipe, folder_of(what, recipe, seed=0), None)
 
 
-def place(what: str, recipe: Recipe, seed: int) -> Path:
+def folder_of(what: str, recipe: Recipe, seed: int) -> Path:
     """The folder that ``recipe`` is prepared in."""
     if what == "models":
         return cache_home() / "models" / recipe.name

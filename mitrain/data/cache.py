@@ -151,7 +151,7 @@ class FeatureCache:
         computed = 0
         chunks = [missing[start : start + batch] for start in range(0, len(missing), batch)]
         try:
-            for chunk, own in dist.in_step(chunks, spare):
+            for chunk, own in dist.lockstep(chunks, spare):
                 new = compute(chunk)
                 if not own:
                     continue

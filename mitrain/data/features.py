@@ -206,7 +206,7 @@ class ImageFeatures:
         wanted = [(image, view) for image, view in zip(images, views, strict=True)]
         by_key = {f"{self.key(image)}/{view}": (image, view) for image, view in wanted}
         keys = [f"{self.key(image)}/{view}" for image, view in wanted]
-        return store.read(keys, partial(self._encode_keys, encoder, by_key), loading.is_spread(encoder))
+        return store.read(keys, partial(self._encode_keys, encoder, by_key), loading.holds_shards(encoder))
 
     def pooled(self, images: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
         """(B, e) float32: all encoders' global features side by side."""

@@ -83,7 +83,7 @@ class TextStates:
         def compute(keys: Sequence[str]) -> dict[str, Item]:
             return {key: {"states": self._now(by_key[key])} for key in keys}
 
-        items = self.store.read([self.key(row) for row in rows], compute, loading.is_spread(self.text.model))
+        items = self.store.read([self.key(row) for row in rows], compute, loading.holds_shards(self.text.model))
         return self._padded([torch.from_numpy(np.array(item["states"])) for item in items])
 
     def _padded(self, items: Sequence[Tensor]) -> Tensor:
@@ -127,5 +127,5 @@ class PictureStates:
         wanted = list(zip(paths, views or [0] * len(paths), strict=True))
         keys = [f"{images.key(path)}/{view}" for path, view in wanted]
         compute = partial(self._compute, images, dict(zip(keys, wanted, strict=True)))
-        items = self.store.read(keys, compute, loading.is_spread(self.encoder))
+        items = self.store.read(keys, compute, loading.holds_shards(self.encoder))
         return torch.from_numpy(np.stack([item["states"] for item in items]).astype(np.float32))

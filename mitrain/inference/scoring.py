@@ -33,7 +33,7 @@ from mitrain.training.runs import Run
 log = logging.getLogger(__name__)
 
 
-def place_data(run: Run, root: str | None) -> None:
+def set_data_root(run: Run, root: str | None) -> None:
     """Let ``root`` be the folder of a run's data, if given; DataError where the folder is not there."""
     if root is not None:
         data = run.config.data.model_copy(update={"source": None, "root": root})
@@ -117,7 +117,7 @@ def score_run(
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples {samples} scores nothing: give at least 1")
     run = runs.open_run(folder, which, allow_changes, base, encoders)
-    place_data(run, root)
+    set_data_root(run, root)
     chosen, images = split_of(run, split, samples)
     found = score_split(run, chosen, images, control, generate, seed)
     beside = {"baselines": baselines_of(run, split, chosen, images)} if baselines else {}

@@ -35,7 +35,7 @@ def frozen_digest(module: nn.Module) -> str:
     """sha256 over a frozen module's tensors as they are held: the name of its weights in the caches."""
     seen = hashlib.sha256()
     for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
-        with loading.whole([tensor]):
+        with loading.gathered([tensor]):
             add(seen, name, tensor)
     return seen.hexdigest()
 

@@ -261,7 +261,7 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 @contextlib.contextmanager
-def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Inside, those of ``parameters`` that are sharded over ranks (ZeRO-3) are gathered; all ranks do it together."""
     sharded = [p for p in {id(p): p for p in parameters}.values() if is_sharded(p) and not p.numel()]
     if sharded:
@@ -278,7 +278,7 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def is_spread(module: nn.Module) -> bool:
+def holds_shards(module: nn.Module) -> bool:
     """Whether a frozen module's weights lie in shards on all ranks, which then must run it together."""
     return is_sharded(next(module.parameters()))
 
@@ -288,7 +288,7 @@ def elements(parameter: Tensor) -> int:
     return parameter.ds_numel if is_sharded(parameter) else parameter.numel()
 
 
-def place(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
     """The device that ``auto``, ``cpu`` or ``cuda`` means here; ConfigError for a GPU that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(

@@ -138,7 +138,7 @@ class AnswerTask(Task):
         owner = torch.tensor([i for i, names in enumerate(offered) for _ in names] or [0])
         spare = [(batch.samples[0].prompt, batch.samples[0].answer)]  # for a rank that only keeps the others company
         scores: list[Tensor] = []
-        for start, own in dist.in_step(range(0, len(pairs), SCORE_ROWS), 0):
+        for start, own in dist.lockstep(range(0, len(pairs), SCORE_ROWS), 0):
             part = slice(start, start + SCORE_ROWS)
             inputs = batch.inputs and batch.inputs.rows(owner[part].to(batch.inputs.feature.device))
             found = self._log_likelihood((pairs or spare)[part], inputs)

@@ -330,7 +330,7 @@ class RetrieveTask(Task):
     ) -> dict[tuple[int, int], float]:
         """The matching value of every (image, text); ranks take the pairs in turn and every rank gets all values."""
         values: dict[tuple[int, int], float] = {}
-        for start, own in dist.in_step(range(0, len(pairs), MATCH_ROWS)[dist.rank() :: dist.world()], 0):
+        for start, own in dist.lockstep(range(0, len(pairs), MATCH_ROWS)[dist.rank() :: dist.world()], 0):
             part = pairs[start : start + MATCH_ROWS]
             shown = ModalityInputs.joined([pictures[i] for i, _ in part]).to(self.mean.device)
             found = self.match_values([gallery.texts[t] for _, t in part], shown).double().tolist()

@@ -45,17 +45,17 @@ def resolve_data(data: Any) -> Path:
     return Path(data.root).expanduser()
 
 
-def settled(config: RunConfig) -> RunConfig:
+def resolved(config: RunConfig) -> RunConfig:
     """The configuration with what follows from this machine written out: where its folders are, and the classes of a
     classification."""
-    data = config.data.model_copy(update={"root": placed(config.data.root)} if config.data.root else {})
-    vision = tuple(part.model_copy(update={"name": placed(part.name)}) for part in config.model.vision)
-    model = config.model.model_copy(update={"llm": placed(config.model.llm), "vision": vision})
+    data = config.data.model_copy(update={"root": absolute_if_there(config.data.root)} if config.data.root else {})
+    vision = tuple(part.model_copy(update={"name": absolute_if_there(part.name)}) for part in config.model.vision)
+    model = config.model.model_copy(update={"llm": absolute_if_there(config.model.llm), "vision": vision})
     data = data.settled(lambda: resolve_data(data))
     return config.model_copy(update={"data": data, "model": model})
 
 
-def placed(name: str) -> str:
+def absolute_if_there(name: str) -> str:
     """The absolute path of a folder that is there; any other name, as a prepared model's, as it is."""
     path = Path(name).expanduser()
     return str(path.absolute()) if os.path.exists(path) else name
@@ -209,7 +209,7 @@ def build(
             " set model.llm to a folder with the weights and model.llm_shape=null to train"
         )
     else:
-        device = loading.place(config.model.device)
+        device = loading.device_of(config.model.device)
         text = TextBackbone.load(
             resolve_model(config.model.llm),
             loading.DTYPES[config.model.dtype],

@@ -61,7 +61,7 @@ def evaluate(
     shown, paths, clashes = controlled(samples, model.task.shuffles, control, seed)
     done: dict[int, list[Prediction]] = {}
     kwargs = {"generate": True} if generate or model.task.must_generate(shown) else {}
-    for start, own in dist.in_step(range(0, len(samples), batch)[dist.rank() :: dist.world()], 0):
+    for start, own in dist.lockstep(range(0, len(samples), batch)[dist.rank() :: dist.world()], 0):
         part = slice(start, start + batch)
         prepared = model.evaluation_batch(shown[part], paths[part], images, blind=control == "frozen")
         found = model.task.predict(prepared, **kwargs)

@@ -27,7 +27,7 @@ from mitrain.methods.export_format import Contents, EncoderShape
 from mitrain.models import ModelConfig, TextBackbone, VisionEncoder, loading
 from mitrain.models.vision import Preprocess
 from mitrain.training import checkpoint, schema
-from mitrain.training.build import Model, build, encoders_of, resolve_model, settled
+from mitrain.training.build import Model, build, encoders_of, resolve_model, resolved
 from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.engine import ZeroConfig
 from mitrain.training.engine.zero import gather_as_needed, sharding
@@ -64,7 +64,7 @@ def create_or_find(run_config: RunConfig, folder: str | Path, allow_changes: boo
     """
     folder = Path(folder)
     if (folder / "config.yaml").exists():
-        differing = differences(*(flat(settled(found).to_dict()) for found in (read_config(folder), run_config)))
+        differing = differences(*(flat(resolved(found).to_dict()) for found in (read_config(folder), run_config)))
         if differing and not allow_changes:
             raise ConfigError(
                 f"{folder} is a run of another configuration ({listed(differing)}): give another folder with --run-dir,"
@@ -97,7 +97,7 @@ def cannot_make(folder: Path, error: OSError, option: str) -> ConfigError:
     return ConfigError(f"cannot make the run folder {folder} ({why}): {remedy(error)} or give another with {option}")
 
 
-def forget(folder: Path) -> None:
+def remove_unstarted(folder: Path) -> None:
     """Remove the folder of a run that was refused before it began: a mended configuration may take the same name.
 
     Its owner calls this. One that holds more than its configuration and an empty log stays.
@@ -180,7 +180,7 @@ def check_frozen(
     there: Mapping[str, str], here: Callable[[], Mapping[str, str]], folder: str | Path, allow_changes: bool
 ) -> None:
     """Compare the digests of the frozen models with those that the run was trained on, if any; all ranks together."""
-    found = dist.first(differences(there, here()) or None) if there else None
+    found = dist.first_not_none(differences(there, here()) or None) if there else None
     if found and not allow_changes:
         raise ModelError(
             f"the frozen models are not those that {str(folder)!r} was trained on ({listed(found)}): bring those back, or"
@@ -193,10 +193,10 @@ def check_frozen(
 def newest(folder: str | Path, which: str) -> Checkpoint:
     """A run's newest usable checkpoint, or with ``which="best"`` the best where there is one."""
     found = next(checkpoint.usable(folder, best_first=which == "best"), None)
-    return found or without_checkpoint(require_begun(folder))
+    return found or without_checkpoint(require_started(folder))
 
 
-def require_begun(folder: str | Path) -> Path:
+def require_started(folder: str | Path) -> Path:
     """``folder``, where the run in it has published a checkpoint, usable or not; CheckpointError where it has none."""
     if not checkpoint.begun(folder):
         raise CheckpointError(
@@ -236,7 +236,7 @@ def open_published(
     llm = resolve_model(run_config.model.llm)
     here = export_format.base_shape(TextBackbone.read_config(llm))
     export_format.require_same(contents.base, here, f"the language model {str(llm)!r}", "give another with base=")
-    seeing = encoders_of(run_config.model, loading.place(run_config.model.device))
+    seeing = encoders_of(run_config.model, loading.device_of(run_config.model.device))
     for encoder, saved in zip(seeing, part.encoders, strict=True):
         what = f"the image encoder {encoder.config.name!r}"
         export_format.require_same(saved.shape, encoder_shape(encoder), what, "give another with encoders=")

@@ -109,18 +109,18 @@ def load(path: str | Path, assignments: list[str] | tuple[str, ...] = ()) -> Run
         return from_dict(values)
 
 
-SPREAD = ("zero", "kernels", "wandb", "model.device", "train.checkpoint_activations", "train.hang_minutes")
+RESUME_OVERRIDES = ("zero", "kernels", "wandb", "model.device", "train.checkpoint_activations", "train.hang_minutes")
 """What decides where and how fast a run computes, and not what: it may change when a run is resumed."""
 
 
-def respread(run_config: RunConfig, assignments: list[str], allow_changes: bool = False) -> RunConfig:
-    """A run's own configuration with changes to what `SPREAD` names; ConfigError for others, unless ``allow_changes``."""
+def with_resume_overrides(run_config: RunConfig, assignments: list[str], allow_changes: bool = False) -> RunConfig:
+    """A run's own configuration changed where `RESUME_OVERRIDES` allows; ConfigError elsewhere, unless ``allow_changes``."""
     for assignment in assignments:
-        spread = f"{assignment.partition('=')[0]}.".startswith(tuple(f"{key}." for key in SPREAD))
-        if not spread and not allow_changes:
+        allowed = f"{assignment.partition('=')[0]}.".startswith(tuple(f"{key}." for key in RESUME_OVERRIDES))
+        if not allowed and not allow_changes:
             raise ConfigError(
                 f"{assignment!r} would change what a resumed run computes: give --allow-changes too, or start a new run"
-                f" (without it {', '.join(SPREAD)} may change)"
+                f" (without it {', '.join(RESUME_OVERRIDES)} may change)"
             )
     with config.quoting(assignments):
         return from_dict(config.override(run_config.to_dict(), assignments)) if assignments else run_config

@@ -200,7 +200,7 @@ class Trainer:
         self.standing = Standing(self.folder)
         # The result is written before the metrics are closed, which may wait for wandb.
         with StopRequest() as stop, closing(self._metrics(step, stop)) as metrics, closing(self.standing), heart:
-            stopped = dist.first(stop.requested)
+            stopped = dist.first_not_none(stop.requested)
             while step < train.steps and not stopped:
                 result, seconds = self._step()
                 if step == begun and result.applied:
@@ -213,7 +213,7 @@ class Trainer:
                 if last and not self.engine.applied:
                     raise self.skips.failed(step)
                 improved = self._evaluate(step, metrics) if step % train.eval_every == 0 or last else False
-                stopped = dist.first(stop.requested or self.standing.fault())
+                stopped = dist.first_not_none(stop.requested or self.standing.fault())
                 if improved or last or step % train.save_every == 0 or stopped:
                     with stop.shield(), self.watch.phase("save"):
                         self._save(step, improved)
@@ -256,7 +256,7 @@ class Trainer:
             self.tokens = 0
             for _ in range(self.config.train.accumulate):
                 draws = self.loader.next()
-                self._accumulate(draws, dist.share(len(draws)))
+                self._accumulate(draws, dist.shard_of(len(draws)))
                 self.tokens += self.model.task.tokens([draw.sample for draw in draws])
             result = self.engine.step()
         return result, time.perf_counter() - start
@@ -324,7 +324,7 @@ class Trainer:
 
     def _require_finite(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """UserError on all ranks where ``tensors`` are not finite on any: such a model is neither scored nor saved."""
-        found = dist.first(checkpoint.not_finite(tensors))
+        found = dist.first_not_none(checkpoint.not_finite(tensors))
         if found is not None:
             raise diverged(f"{found} is not finite", step, self.saved)
 

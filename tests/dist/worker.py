@@ -53,7 +53,7 @@ def engine(_: Path) -> dict:
     found = {}
     for i, config in enumerate(CLIPPED):
         for dtype in (torch.float64, torch.float32):
-            found[f"{i} {dtype}"] = trained(config, dtype, dist.share)
+            found[f"{i} {dtype}"] = trained(config, dtype, dist.shard_of)
     return found
 
 
@@ -81,7 +81,7 @@ def collectives(_: Path) -> dict:
     dist.barrier()
     return {
         "sum": dist.sum_across(torch.tensor([rank + 1.0, rank])).tolist(),
-        "agree": [dist.agree(rank == 1), dist.agree(False), dist.agree(True)],
+        "agree": [dist.any_rank(rank == 1), dist.any_rank(False), dist.any_rank(True)],
         "gather": dist.gather("x" * rank),
         "from main": dist.from_main(lambda: [rank, os.getpid()])[0],
         "refused": refused(rank),
@@ -110,10 +110,10 @@ def cache(world: Path) -> list:
 def stop(world: Path) -> list:
     """A signal that reaches one rank stops all at the same step, with its name."""
     with StopRequest() as request:
-        before = dist.first(request.requested)
+        before = dist.first_not_none(request.requested)
         if dist.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return [before, dist.first(request.requested)]
+        return [before, dist.first_not_none(request.requested)]
 
 
 def fresh(world: Path) -> int:
@@ -153,7 +153,7 @@ CHECKS = (collectives, engine, skips, cache, stop, fresh, resumed, interrupted, 
 
 def run(world: str, out: str) -> None:
     torch.set_num_threads(1)
-    with dist.started() as here:
+    with dist.process_group() as here:
         found = {check.__name__: check(Path(world)) for check in CHECKS}
     (Path(out) / f"{here.rank}.json").write_text(json.dumps(found))
 

@@ -52,7 +52,7 @@ def step(engine: Engine, module: nn.Module, seed: int) -> list:
     """
     x = torch.randn(1 if seed == NARROW else 13, 5, generator=torch.Generator().manual_seed(seed))
     for micro in x.split([1] if seed == NARROW else [9, 1, 3]):
-        mine = micro[dist.share(len(micro))]
+        mine = micro[dist.shard_of(len(micro))]
         count = len(mine)
         if count or engine.lockstep:
             mine = mine if count else micro[:1]
@@ -158,7 +158,7 @@ def refusal() -> str:
 
 def compare(out: str) -> int:
     torch.set_num_threads(1)
-    with dist.started() as here:
+    with dist.process_group() as here:
         found = {**engines(), "refusal": refusal(), "tied": tied(False), "headless": tied(True)}
     (Path(out) / f"{here.rank}.json").write_text(json.dumps(found))
     return 0

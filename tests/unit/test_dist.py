@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mitrain.core import dist
-from mitrain.core.dist import Place, place
+from mitrain.core.dist import RankInfo, rank_info
 from mitrain.core.errors import RankError
 
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -17,17 +17,17 @@ SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
 @pytest.mark.parametrize(
     ("env", "found"),
     [
-        ({}, Place(0, 1, 0)),
-        (TORCHRUN, Place(3, 4, 1)),
-        ({**SRUN, **TORCHRUN}, Place(3, 4, 1)),  # srun torchrun
-        ({**SRUN, **MEET, "SLURM_STEP_ID": "0"}, Place(1, 2, 0)),
-        ({**SRUN, **MEET}, Place(1, 2, 0)),
-        (SRUN, Place(0, 1, 0)),  # plain python in a batch script: no step, nowhere to meet
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Place(0, 1, 0)),
+        ({}, RankInfo(0, 1, 0)),
+        (TORCHRUN, RankInfo(3, 4, 1)),
+        ({**SRUN, **TORCHRUN}, RankInfo(3, 4, 1)),  # srun torchrun
+        ({**SRUN, **MEET, "SLURM_STEP_ID": "0"}, RankInfo(1, 2, 0)),
+        ({**SRUN, **MEET}, RankInfo(1, 2, 0)),
+        (SRUN, RankInfo(0, 1, 0)),  # plain python in a batch script: no step, nowhere to meet
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, RankInfo(0, 1, 0)),
     ],
 )
 def test_every_launcher_is_understood(env, found):
-    assert place(env) == found
+    assert rank_info(env) == found
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_every_launcher_is_understood(env, found):
 )
 def test_half_an_environment_is_refused_in_one_line(env, says):
     with pytest.raises(RankError, match=says) as refused:
-        place(env)
+        rank_info(env)
     assert "\n" not in str(refused.value)
 
 
@@ -59,12 +59,12 @@ def test_the_timeout_is_a_number_of_seconds(monkeypatch, text):
 
 def test_alone_everything_is_the_identity(capsys):
     value = torch.arange(3.0)
-    with dist.started() as here:
-        assert here == Place() and dist.is_main() and not dist.together()
+    with dist.process_group() as here:
+        assert here == RankInfo() and dist.is_main() and not dist.initialized()
         assert dist.sum_across(value) is value
-        assert dist.agree(True) and not dist.agree(False)
+        assert dist.any_rank(True) and not dist.any_rank(False)
         assert dist.gather("a") == ["a"] and dist.from_main(lambda: "b") == "b"
-        assert dist.first("c") == "c" and dist.first(None) is None
+        assert dist.first_not_none("c") == "c" and dist.first_not_none(None) is None
         dist.barrier()
         dist.copy_from_main([value])
     dist.say("heard")
@@ -74,7 +74,7 @@ def test_alone_everything_is_the_identity(capsys):
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 32])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_shares_are_everything_once_and_even(count, world):
-    parts = [list(range(count))[dist.share(count, Place(rank, world))] for rank in range(world)]
+    parts = [list(range(count))[dist.shard_of(count, RankInfo(rank, world))] for rank in range(world)]
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -93,23 +93,24 @@ def first_of_two(monkeypatch):
 
 def test_a_port_in_use_is_named(first_of_two):
     first_of_two.listen()
-    with pytest.raises(RankError, match=r"port of 127.0.0.1:\d+ is in use: set MASTER_PORT"), dist.started():
+    with pytest.raises(RankError, match=r"port of 127.0.0.1:\d+ is in use: set MASTER_PORT"), dist.process_group():
         pass
 
 
 def test_a_rank_that_never_comes_is_given_up(first_of_two):
     first_of_two.close()
-    with pytest.raises(RankError, match=r"rank 0 waited 1 s at 127.0.0.1:\d+ and not all 2 ranks came"), dist.started():
+    late = pytest.raises(RankError, match=r"rank 0 waited 1 s at 127.0.0.1:\d+ and not all 2 ranks came")
+    with late, dist.process_group():
         pass
-    assert not dist.together()
+    assert not dist.initialized()
 
 
 def test_a_listener_that_never_speaks_holds_no_rank_beyond_its_time(first_of_two, monkeypatch):
     """torch's own call waits for an answer without end."""
     first_of_two.listen()
-    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(dist, "GRACE_S", 0.5)
-    with pytest.raises(RankError, match=r"rank 1 waited 1 s at 127.0.0.1:\d+ and not all 2 ranks came"), dist.started():
+    late = pytest.raises(RankError, match=r"rank 1 waited 1 s at 127.0.0.1:\d+ and not all 2 ranks came")
+    with late, dist.process_group():
         pass
-    assert not dist.together()
+    assert not dist.initialized()

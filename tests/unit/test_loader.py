@@ -3,7 +3,7 @@
 import pytest
 
 from mitrain.core import dist
-from mitrain.core.dist import Place
+from mitrain.core.dist import RankInfo
 from mitrain.data.loader import Loader
 
 
@@ -86,7 +86,7 @@ def test_every_sample_comes_once_an_epoch_whatever_the_ranks_and_through_a_chang
             loader.load_state(state)
         for _ in range(batches):
             whole = [(d.sample, d.epoch, d.random.random()) for d in alone.next()]
-            drawn = [loader.next()[dist.share(batch, Place(rank, world))] for rank, loader in enumerate(loaders)]
+            drawn = [loader.next()[dist.shard_of(batch, RankInfo(rank, world))] for rank, loader in enumerate(loaders)]
             assert [(d.sample, d.epoch, d.random.random()) for part in drawn for d in part] == whole
             seen += [sample for sample, _, _ in whole]
         state = loaders[-1].state()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -145,3 +146,17 @@ def test_a_folder_that_two_jobs_begin_at_once_is_not_trained_under_the_others_co
     assert main(["train", str(config), "--run-dir", str(run)]) == 2
     assert "run of another configuration (train.steps is 7 there, 2 here)" in capfd.readouterr().err
     assert runs.read_config(run).train.steps == 7 and not (run / "checkpoints").exists()
+
+
+def test_a_folder_that_goes_while_a_job_waits_for_it_is_named(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    def look(self):
+        shutil.rmtree(folder)
+        return False
+
+    monkeypatch.setattr(ownership.Wait, "look", look)
+    (folder / ownership.MARKER).write_text("")  # held, by nobody that can be asked
+    with pytest.raises(CheckpointError, match="was deleted or moved away meanwhile"), ownership.owned(folder):
+        pytest.fail("owned a folder that is gone")

@@ -88,14 +88,14 @@ def compose(layer: nn.Module, head_dim: int, name: str) -> tuple[Composed, nn.Mo
     if all(hasattr(getattr(getattr(layer, "attention", None), "self", None), kind) for kind in BERT_KIN):
         block, inside = layer.attention, layer.attention.self
         parts = (inside.query, inside.key, inside.value, block.output.dense, block.output.LayerNorm)
-        return Composed(*parts, False, spread_of(parts[-1]), head_dim, inside_scaling(inside, head_dim)), block
+        return Composed(*parts, False, init_range_of(parts[-1]), head_dim, inside_scaling(inside, head_dim)), block
     if {child for child, _ in layer.named_children()} == LLAMA_KIN:
         block = layer.self_attn
         parts = (block.q_proj, block.k_proj, block.v_proj, block.o_proj, layer.input_layernorm)
         norms = (block.q_norm, block.k_norm) if hasattr(block, "q_norm") else None
         if norms is None or all(norm.weight.shape == (head_dim,) for norm in norms):
             scaling = inside_scaling(block, head_dim)
-            return Composed(*parts, True, spread_of(parts[-1]), head_dim, scaling, norms), block
+            return Composed(*parts, True, init_range_of(parts[-1]), head_dim, scaling, norms), block
     raise ModelError(
         f"no cross-attention can be composed from the layers of {name}: give a text model of BERT's or Llama's kind, or"
         " set adapter.fusion_layers=0"
@@ -107,12 +107,12 @@ def inside_scaling(attention: nn.Module, head_dim: int) -> float:
 
 
 @torch.no_grad()
-def spread_of(norm: nn.Module) -> float:
+def init_range_of(norm: nn.Module) -> float:
     """The root mean square of what ``norm`` gives for inputs that vary alike: √(mean γ² + mean β²)."""
     parameters = [p for p in (norm.weight, getattr(norm, "bias", None)) if p is not None]
     if norm.weight.is_meta:
         return 1.0
-    with loading.whole(parameters):
+    with loading.gathered(parameters):
         return float(sum(p.double().square().mean() for p in parameters).sqrt())
 
 

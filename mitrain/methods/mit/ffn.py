@@ -80,6 +80,6 @@ def is_swiglu(block: nn.Module, dtype: torch.dtype) -> bool:
         return False
     x = torch.linspace(-1, 1, block.gate_proj.in_features, dtype=dtype, device=weights[0].device)
     x = torch.stack([x, 30 * x])[None]
-    with loading.whole(weights):
+    with loading.gathered(weights):
         plain = block.down_proj(F.silu(block.gate_proj(x)) * block.up_proj(x))
         return torch.equal(block.forward(x), plain)

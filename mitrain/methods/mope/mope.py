@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from mitrain.core.errors import ModelError
 from mitrain.methods.base import Adapter
 from mitrain.methods.mope.config import IMAGE, TEXT, MoPEConfig, Shape
-from mitrain.methods.mope.prompts import LayerPrompts, Mapper, spread_of, uniform
+from mitrain.methods.mope.prompts import LayerPrompts, Mapper, init_range_of, uniform
 from mitrain.methods.mope.router import Usage, importance_loss, usage
 from mitrain.methods.mope.swin import SwinWalk, is_swin
 from mitrain.methods.mope.walk import PlainWalk, Prompter, Walk, Walked, pooled
@@ -103,7 +103,7 @@ class MoPE(Adapter):
         like = next(main.model.parameters())
         dtype = torch.promote_types(torch.promote_types(main.model.dtype, other.model.dtype), torch.float32)
         place: dict[str, Any] = {"device": like.device, "dtype": dtype}
-        spread = config.spread or spread_of(main.model.config, main.stage_widths[0])
+        spread = config.spread or init_range_of(main.model.config, main.stage_widths[0])
         if config.prompts_main:
             self.prompts.extend(LayerPrompts(config, width, condition, spread, **place) for width in shape.widths)
         if config.shared_router and len(self.prompts) > 1:
@@ -112,7 +112,7 @@ class MoPE(Adapter):
             self.entry = uniform((config.prompt_tokens, shape.entry), spread, **place)
         if config.mapped:
             self.mapper = Mapper(config, condition, shape.stage_widths, **place)
-        spread = config.spread or spread_of(other.model.config, other.stage_widths[0])
+        spread = config.spread or init_range_of(other.model.config, other.stage_widths[0])
         self.others.extend(uniform((config.other_length, width), spread, **place) for width in others)
         self._shape = shape
 

@@ -24,7 +24,7 @@ def uniform(shape: tuple[int, ...], spread: float, **place: Any) -> nn.Parameter
     return nn.Parameter(torch.empty(shape, **place).uniform_(-spread, spread))
 
 
-def spread_of(config: PreTrainedConfig, width: int) -> float:
+def init_range_of(config: PreTrainedConfig, width: int) -> float:
     """The release's start of an encoder's prompts: √(6 / (3 p² + D)) with patches of p pixels, and 0.3 for text.
 
     ``width``: of the encoder's first layer.

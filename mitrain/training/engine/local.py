@@ -100,7 +100,7 @@ class LocalEngine:
     def _update(self, count: float, reached: list[nn.Parameter]) -> float:
         """Change the weights by the gradient / ``count`` unless it is not finite; its norm, finite on all ranks or none."""
         norm = self._mean_and_clip(count, reached)
-        if dist.agree(not math.isfinite(norm)):
+        if dist.any_rank(not math.isfinite(norm)):
             return norm if not math.isfinite(norm) else math.nan
         self.optimizer.step()
         return norm

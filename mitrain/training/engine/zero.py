@@ -53,9 +53,9 @@ def deepspeed() -> ModuleType:
 def join() -> ModuleType:
     """DeepSpeed with its communication set up on the ranks' own process group; alone, on a group of one."""
     ds = deepspeed()
-    if not dist.together():
+    if not dist.initialized():
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    here = dist.place()
+    here = dist.rank_info()
     for name, value in zip(dist.LAUNCHED, (here.rank, here.world, here.local), strict=True):
         os.environ.setdefault(name, str(value))  # DeepSpeed reads the last; one alone would be no place to us
     if not ds.comm.is_initialized():
@@ -176,7 +176,7 @@ class ZeroEngine(LocalEngine):
     def _update(self, count: float, reached: list[nn.Parameter]) -> float:
         self._begin()
         without = [param for param in self.params.values() if param.grad is None]
-        with loading.whole(without):
+        with loading.gathered(without):
             for param in without:
                 param.grad = torch.zeros_like(param)
         self._summing.close()  # reduces: DeepSpeed takes the mean over ranks
@@ -187,10 +187,10 @@ class ZeroEngine(LocalEngine):
 
     def _discard(self) -> None:
         """Let DeepSpeed throw a step away by itself: a gradient that is not a number makes it do so on all ranks."""
-        if not dist.agree(self.engine.inside_no_sync_ctxt):
+        if not dist.any_rank(self.engine.inside_no_sync_ctxt):
             return
         first = next(iter(self.params.values()))
-        with loading.whole([first]):
+        with loading.gathered([first]):
             first.grad = torch.full_like(first, math.nan)
         self._update(1.0, [])
 
@@ -204,7 +204,7 @@ class ZeroEngine(LocalEngine):
     def whole(self, write: bool = False) -> Iterator[None]:
         """DeepSpeed lets go of the trainable weights too whenever it has seen modules run in another order."""
         params = list(self.params.values())
-        with loading.whole(params):
+        with loading.gathered(params):
             yield
             if write and self.stage == 3:
                 params[0].partition(param_list=params, has_been_updated=True)
