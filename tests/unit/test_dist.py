@@ -93,6 +93,7 @@ def first_of_two(monkeypatch):
 
 def test_a_port_in_use_is_named(first_of_two):
     first_of_two.listen()
+    monkeypatch.setenv("RANK", "1")
     with pytest.raises(RankError, match=r"port of 127.0.0.1:\d+ is in use: set MASTER_PORT"), dist.process_group():
         pass
 
@@ -108,6 +109,7 @@ def test_a_rank_that_never_comes_is_given_up(first_of_two):
 def test_a_listener_that_never_speaks_holds_no_rank_beyond_its_time(first_of_two, monkeypatch):
     """torch's own call waits for an answer without end."""
     first_of_two.listen()
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(dist, "GRACE_S", 0.5)
     late = pytest.raises(RankError, match=r"rank 1 waited 1 s at 127.0.0.1:\d+ and not all 2 ranks came")
