@@ -15,7 +15,7 @@ def add_eval(commands: Any) -> None:
         "--control",
         default="none",
         choices=["none", "shuffle", "no-image", "other-text", "frozen"],
-        help="what must lose: shuffle, another scene's expression (segment) or any other image (answer); no-image, the"
+        help="a negative control: shuffle, another scene's expression (segment) or any other image (answer); no-image, the"
         " image of another object; other-text, another sample's text (classify); frozen, no infusion"
         " (default: none)",
     )

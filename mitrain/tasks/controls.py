@@ -1,4 +1,4 @@
-"""Controls that must lose: which other sample's image, answer or expression each sample is given instead of its own.
+"""Negative controls: which other sample's image, answer or expression each sample is given instead of its own.
 
 Pure functions from lists to indices, deterministic from a seed. What a control could not satisfy is counted in
 `Pairing.clashes`, never hidden.

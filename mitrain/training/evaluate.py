@@ -1,4 +1,4 @@
-"""Scoring a split, as it is and under controls that must lose."""
+"""Scoring a split, as it is and under negative controls."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

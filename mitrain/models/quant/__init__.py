@@ -1,4 +1,4 @@
-"""Frozen weights in 8 and 4 bits: the only room that imports bitsandbytes, and it runs without."""
+"""Frozen weights in 8 and 4 bits: the only folder that imports bitsandbytes, and it runs without."""
 
 from mitrain.models.quant.embedding import FrozenInt8Embedding
 from mitrain.models.quant.kernels import check_four_bit, nf4_fault, nothing_fetched
