@@ -2,25 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.tasks import controls
-from mitrain.tasks.base import Batch, Prediction, Task, require_finite
+from mitrain.tasks.base import Prediction, require_finite
+from mitrain.training.build import Model
 
 Control = Literal["none", "shuffle", "no-image", "other-text", "frozen"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
-
-
-class Scorable(Protocol):
-    """The part of `mitrain.training.build.Model` that an evaluation uses."""
-
-    task: Task
-
-    def evaluation_batch(
-        self, samples: Sequence[Any], paths: Sequence[str], images: Any, blind: bool = False
-    ) -> Batch: ...
 
 
 @dataclass
@@ -32,7 +23,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Scorable,
+    model: Model,
     images: Any,
     samples: Sequence[Any],
     *,
