@@ -13,7 +13,7 @@ from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.base import Adapter
 from mitrain.methods.peft import SIDES, Where
-from mitrain.models import loading
+from mitrain.models import layouts, loading
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
 
@@ -50,7 +50,7 @@ class Full(Adapter):
         return feature if self._image is None else self._image.width
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        self._depth = {name: len(loading.decoder_layers(model)) for name, model in backbones.items()}
+        self._depth = {name: len(layouts.layers_of(model)) for name, model in backbones.items()}
         for name in SIDES[self.config.where]:
             if (self.config.layers or 0) > self._depth[name]:
                 raise ConfigError(
@@ -74,9 +74,7 @@ class Full(Adapter):
         for side in SIDES[self.config.where]:
             model = backbones[side]
             inside = {id(p) for p in model.base_model.parameters()}
-            below = {
-                id(p) for layer in loading.decoder_layers(model)[: self.first_layer(side)] for p in layer.parameters()
-            }
+            below = {id(p) for layer in layouts.layers_of(model)[: self.first_layer(side)] for p in layer.parameters()}
             no_embeddings = side == "image" or self.config.layers is not None
             for name, parameter in model.named_parameters():
                 if not parameter.is_floating_point() or loading.is_sharded(parameter):

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from mitrain.core.config import Section
 from mitrain.methods.base import Adapter
-from mitrain.models import loading
+from mitrain.models import layouts
 from mitrain.models.costs import LlmShape
 
 
@@ -28,7 +28,7 @@ class NoAdapter(Adapter):
         self._depth: dict[str, int] = {}
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        self._depth = {name: len(loading.decoder_layers(backbone)) for name, backbone in backbones.items()}
+        self._depth = {name: len(layouts.layers_of(backbone)) for name, backbone in backbones.items()}
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Nothing is kept for backward anyway."""

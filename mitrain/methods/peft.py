@@ -25,11 +25,11 @@ from mitrain.core.config import Section
 from mitrain.core.errors import MissingExtraError, ModelError
 from mitrain.methods import export_format
 from mitrain.methods.base import Adapter
-from mitrain.methods.projections import Projection, kind_of, projections
 from mitrain.methods.selection import parse_layers, select_layers
-from mitrain.models import loading, quant
+from mitrain.models import layouts, loading, quant
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
+from mitrain.models.layouts import Projection, kind_of, projections
 
 Where = Literal["text", "image", "both"]
 SIDES: dict[str, tuple[str, ...]] = {"text": ("text",), "image": ("image",), "both": ("text", "image")}
@@ -103,7 +103,7 @@ class Injected(Adapter):
         return feature if self._image is None else self._image.width
 
     def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        self._depth = {name: len(loading.decoder_layers(model)) for name, model in backbones.items()}
+        self._depth = {name: len(layouts.layers_of(model)) for name, model in backbones.items()}
         self._image = Layers.of(backbones["image"]) if "image" in self.backbones else None
         new: dict[str, nn.Parameter] = {}
         for name in SIDES[self.config.where]:

@@ -15,18 +15,12 @@ from math import ceil
 from typing import Any, Protocol
 
 from mitrain.core.errors import ConfigError
+from mitrain.models.layouts import LAYOUTS, LLAMA
 
 FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SCALE_BYTES = 4  # one fp32 scale per row (int8) or per block (nf4)
 NF4_BLOCK = 64
 LOSS_MAPS = {"ce": 3, "bce": 2, "focal": 7, "dice": 2}
-UNGATED = {
-    "gpt_neox",
-    "bert",
-    "roberta",
-    "electra",
-    "distilbert",
-}  # model types whose feed-forward has two matrices instead of three
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class LlmShape:
             ffn=integer(config, "intermediate_size"),
             vocab=integer(config, "vocab_size"),
             tied=bool(config.get("tie_word_embeddings", False)),
-            gated=config.get("model_type") not in UNGATED,
+            gated=LAYOUTS.get(config.get("model_type"), LLAMA).gated,
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
         )

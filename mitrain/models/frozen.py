@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from mitrain.core.errors import ModelError
 from mitrain.models.batch import TextBatch
-from mitrain.models.loading import agree, layer_owner
+from mitrain.models.layouts import layer_owner
+from mitrain.models.loading import agree
 
 log = logging.getLogger(__name__)
 

@@ -22,18 +22,9 @@ from transformers.masking_utils import (
 
 from mitrain.core.errors import ModelError
 from mitrain.models.batch import ModalityInputs
-from mitrain.models.loading import stacks
+from mitrain.models.layouts import CLASS_TOKENS, ENCODERS, LAYOUTS, LLAMA, NORMS, ROTARY, layer_lists
 
-# Encoders add things between their layers that no signature shows, so only those whose layers are checked one by one
-# against the whole model are served. Decoders are told by their structure: causal attention and one rotary embedding.
-ENCODERS = (
-    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "modernbert"),
-    *("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "siglip_vision_model", "whisper"),
-    *("blip_vision_model", "blip_text_model"),
-)
 SERVED = f"the layers of {{}} cannot be run one by one: use one of {', '.join(ENCODERS)} or a decoder of the Llama kind"
-NORMS = ("norm", "final_norm", "layernorm", "layer_norm", "final_layer_norm", "final_layernorm", "ln_f")
-CLASS_TOKENS = ("cls_token", "class_embedding")
 GIVEN = ("attention_mask", "position_ids", "position_embeddings")
 LEFT_OUT = ("past_key_values", "layer_past", "use_cache", "encoder_hidden_states", "encoder_attention_mask")
 MASKS = {
@@ -70,7 +61,7 @@ class Layers:
         base = model.base_model
         if base.config.sub_configs:
             raise ModelError(f"{name} joins several models: give one of them, such as its text_model or vision_model")
-        found = stacks(base)
+        found = layer_lists(base)
         if not found:
             raise ModelError(
                 f"{name} has no stack of equal transformer layers: give a transformer, such as BERT or ViT"
@@ -81,16 +72,12 @@ class Layers:
             raise ModelError(f"{name} is an encoder-decoder, whose layers need one another: give its encoder")
         owner, attribute = found[0]
         layers, path = getattr(owner, attribute), path_to(base, owner)
-        rotary = next((module.rotary_emb for module in path if hasattr(module, "rotary_emb")), None)
+        rotary = next((getattr(module, ROTARY) for module in path if hasattr(module, ROTARY)), None)
         causal = is_causal(layers[0])
         check_family(base, name, causal, rotary)
         check_layers(layers, name)
         norms = [getattr(module, n) for module in reversed(path) for n in NORMS if hasattr(module, n)]
-        last, class_norm = getattr(base, "post_layernorm", None), None
-        if base.config.model_type == "clip_vision_model":
-            class_norm = last  # CLIP normalises nothing but the class token after its last layer
-        elif last is not None:
-            norms.append(last)
+        class_norm = norms.pop() if LAYOUTS.get(base.config.model_type, LLAMA).class_norm else None
         has_class = any(n.split(".")[-1] in CLASS_TOKENS for n, _ in base.named_parameters())
         return cls(base, owner, attribute, causal, rotary, tuple(norms), class_norm, has_class)
 

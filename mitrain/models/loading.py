@@ -1,8 +1,4 @@
-"""What mitrain needs to know of a Hugging Face model's shape, and how one is loaded safely.
-
-No architecture is named here: the decoder's layers are found as the one ``ModuleList`` whose length is
-``config.num_hidden_layers``.
-"""
+"""How a Hugging Face model is loaded safely, and what its parameters are."""
 
 import contextlib
 import copy
@@ -24,36 +20,6 @@ from mitrain.core.errors import ConfigError, ModelError
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHOWN = 3  # tensors that a message names
-
-
-def layer_owner(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that holds the stack of transformer layers, and the attribute's name."""
-    found = stacks(model)
-    if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no list of layers that mitrain can find, as long as its configuration says:"
-            " use a decoder of the Llama kind"
-        )
-    return found[0]
-
-
-def stacks(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every list of as many modules as the model has layers: (the module that holds it, its name there)."""
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    depth = getattr(config, "num_hidden_layers", None)
-    return [
-        (owner, name)
-        for owner in model.modules()
-        for name, child in owner.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == depth
-    ]
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The transformer layers, bottom first."""
-    owner, name = layer_owner(model)
-    return getattr(owner, name)
 
 
 def freeze(model: nn.Module) -> None:

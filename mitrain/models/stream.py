@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from mitrain.core import parsing
 from mitrain.core.errors import ModelError
-from mitrain.models import loading
+from mitrain.models import layouts, loading
 from mitrain.models.quant import FrozenInt8Linear, FrozenLinear
 from mitrain.models.quant.convert import INT8_PARTS, NF4_PARTS, fill_int8, fill_nf4, stored_as
 from mitrain.models.quant.replace import linear_places, quantise, quantise_embedding, quantised
@@ -271,7 +271,7 @@ def make_room(module: nn.Module, device: torch.device, done: dict[int, nn.Parame
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer layers; none in a convolutional encoder."""
-    return list(loading.decoder_layers(model)) if loading.stacks(model) else []
+    return list(layouts.layers_of(model)) if layouts.layer_lists(model) else []
 
 
 def units(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

@@ -22,7 +22,7 @@ from transformers import (
 
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError, ModelError
-from mitrain.models import blip, frozen, loading, quant, stream
+from mitrain.models import blip, frozen, layouts, loading, quant, stream
 from mitrain.models.batch import TextBatch
 from mitrain.models.chunked_loss import chunked_cross_entropy
 from mitrain.models.digests import frozen_digest, settings_of, tokenizer_of, weights_of
@@ -148,7 +148,7 @@ class TextBackbone:
 
     @property
     def depth(self) -> int:
-        return len(loading.decoder_layers(self.model))
+        return len(layouts.layers_of(self.model))
 
     @property
     def width(self) -> int:
@@ -310,7 +310,7 @@ class TextBackbone:
 
     def identity(self, depth: int) -> dict[str, Any]:
         """What the trunk's states depend on: the caches' address."""
-        layers = loading.decoder_layers(self.model)[:depth]
+        layers = layouts.layers_of(self.model)[:depth]
         return {
             "embeddings": frozen_digest(self.model.get_input_embeddings()),
             "layers": [frozen_digest(layer) for layer in layers],

@@ -20,7 +20,7 @@ from transformers import AutoModel, CLIPVisionModelWithProjection, PretrainedCon
 from mitrain.core import dist
 from mitrain.core.config import Section, read_file
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models import blip, efficientnet_lite, frozen, loading, stream
+from mitrain.models import blip, efficientnet_lite, frozen, layouts, loading, stream
 from mitrain.models.digests import frozen_digest, settings_of, weights_of
 from mitrain.models.shapes import LARGEST, SMALLEST
 
@@ -154,7 +154,7 @@ class VisionEncoder(nn.Module):
         if self.config.pool != "auto" and depth == 0:
             raise ConfigError(f"the encoder {self.config.name!r} has no CLS token: leave out pool")
         if wanted and max(wanted) < depth and self.config.pool != "auto":
-            del loading.decoder_layers(self.model)[max(wanted) :]
+            del layouts.layers_of(self.model)[max(wanted) :]
             self.settings.num_hidden_layers = max(wanted)
 
     @property

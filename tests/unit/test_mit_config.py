@@ -9,8 +9,8 @@ import mitrain
 from mitrain import methods
 from mitrain.core import config
 from mitrain.core.errors import ConfigError
-from mitrain.methods.decoder import LayerShape
 from mitrain.methods.mit.config import MiTConfig, parameter_count
+from mitrain.methods.mit.decoder import LayerShape
 from mitrain.methods.mit.mit import MiT
 
 LLAMA_2_7B = {

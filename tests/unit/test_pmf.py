@@ -13,7 +13,7 @@ from mitrain.core.config import choose
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.pmf.config import PMFConfig
 from mitrain.methods.pmf.pmf import PMF
-from mitrain.models import loading
+from mitrain.models import layouts
 from mitrain.models.batch import ModalityInputs
 
 # Padding and neighbours change the order of sums in matrix products, and nothing else: roundings of 1.1e-16 on values
@@ -107,9 +107,7 @@ def test_every_parameter_gets_a_gradient_and_the_backbones_none(name):
 def passes(backbones):
     """The (backbone, layer) of every layer that runs inside, in order."""
     ran = []
-    layers = [
-        (place, i, layer) for place in backbones for i, layer in enumerate(loading.decoder_layers(backbones[place]))
-    ]
+    layers = [(place, i, layer) for place in backbones for i, layer in enumerate(layouts.layers_of(backbones[place]))]
     hooks = [layer.register_forward_hook(lambda *_, where=(place, i): ran.append(where)) for place, i, layer in layers]
     yield ran
     for hook in hooks:

@@ -27,7 +27,7 @@ from mitrain.methods.aurora.points import (
     widths_of,
 )
 from mitrain.methods.base import Adapter
-from mitrain.models import frozen, loading
+from mitrain.models import frozen, layouts, loading
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
 
@@ -112,7 +112,7 @@ class Aurora(Adapter):
         if own and layers:
             return points + find_points(text, "fusion", config.fusion)
         inside = find_points(text, "text", config.fusion) if layers else []
-        lowest = len(loading.decoder_layers(text)) - layers
+        lowest = len(layouts.layers_of(text)) - layers
         return points + [replace(point, part="fusion") for point in inside if point.layer >= lowest]
 
     def _make_parameters(

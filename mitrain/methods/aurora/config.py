@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mitrain.core.config import Section
 from mitrain.methods.presets import filled
-from mitrain.methods.projections import PROJECTIONS, Projection
+from mitrain.models.layouts import PROJECTIONS, Projection
 
 Part = Literal["vision", "text", "fusion"]
 PARTS: tuple[Part, ...] = ("vision", "text", "fusion")

@@ -21,12 +21,11 @@ from mitrain.methods.aurora.config import AuroraConfig
 from mitrain.models import loading
 from mitrain.models.batch import mean_over
 from mitrain.models.layers import Layers
+from mitrain.models.layouts import BERT, CROSS, LLAMA
 
 RESIDUAL = 0.1
 """Weight of the transformed queries in the residual form, from the authors' release."""
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-BERT_KIN = ("query", "key", "value")
-LLAMA_KIN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 
 
 @dataclass
@@ -85,17 +84,20 @@ class Composed:
 
 def compose(layer: nn.Module, head_dim: int, name: str) -> tuple[Composed, nn.Module]:
     """The cross-attention of ``layer`` (of BERT's or Llama's kind), and the attention block that it follows."""
-    if all(hasattr(getattr(getattr(layer, "attention", None), "self", None), kind) for kind in BERT_KIN):
-        block, inside = layer.attention, layer.attention.self
-        parts = (inside.query, inside.key, inside.value, block.output.dense, block.output.LayerNorm)
-        return Composed(*parts, False, init_range_of(parts[-1]), head_dim, inside_scaling(inside, head_dim)), block
-    if {child for child, _ in layer.named_children()} == LLAMA_KIN:
-        block = layer.self_attn
-        parts = (block.q_proj, block.k_proj, block.v_proj, block.o_proj, layer.input_layernorm)
+    for layout in (BERT, LLAMA):
+        block = getattr(layer, layout.attention, None)
+        if layout.kin and {child for child, _ in layer.named_children()} != layout.kin:
+            continue
+        try:
+            q, k, v, o = (block.get_submodule(path) for path in (layout.q, layout.k, layout.v, layout.o))
+        except AttributeError:
+            continue
+        norm = (layer if layout.pre else block).get_submodule(layout.beside)
         norms = (block.q_norm, block.k_norm) if hasattr(block, "q_norm") else None
         if norms is None or all(norm.weight.shape == (head_dim,) for norm in norms):
-            scaling = inside_scaling(block, head_dim)
-            return Composed(*parts, True, init_range_of(parts[-1]), head_dim, scaling, norms), block
+            inside = block.get_submodule(layout.q.rpartition(".")[0])
+            scaling = inside_scaling(inside, head_dim)
+            return Composed(q, k, v, o, norm, layout.pre, init_range_of(norm), head_dim, scaling, norms), block
     raise ModelError(
         f"no cross-attention can be composed from the layers of {name}: give a text model of BERT's or Llama's kind, or"
         " set adapter.fusion_layers=0"
@@ -167,8 +169,8 @@ class Fusion(nn.Module):
                 undo(layer.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
                 undo(block.register_forward_hook(self._composed_hook(index, cross)).remove)
             else:
-                undo(layer.attention.register_forward_hook(self._record("own")).remove)
-                undo(layer.crossattention.register_forward_hook(self._record("across")).remove)
+                undo(getattr(layer, BERT.attention).register_forward_hook(self._record("own")).remove)
+                undo(getattr(layer, CROSS).register_forward_hook(self._record("across")).remove)
 
     def _forget(self) -> None:
         self._text, self._crossing = None, contextlib.nullcontext

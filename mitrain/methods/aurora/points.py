@@ -11,13 +11,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from mitrain.core.errors import ModelError
 from mitrain.methods.aurora.config import PARTS, AuroraConfig, Part
-from mitrain.methods.projections import CROSS, PROJECTIONS, Projection, kind_of
-from mitrain.models import loading
-
-FUSED = "qkv"
-"""One matrix of queries, keys and values, in this order, as in BLIP's image encoder."""
+from mitrain.models import layouts
+from mitrain.models.layouts import CROSS, PROJECTIONS, Projection
 
 
 @dataclass(frozen=True)
@@ -47,21 +43,16 @@ class Point:
 def find_points(model: PreTrainedModel, part: Part, kinds: Sequence[Projection]) -> list[Point]:
     """The projections ``kinds`` of every layer of ``model``; with ``part`` fusion those of its own cross-attention."""
     found: list[Point] = []
-    for index, layer in enumerate(loading.decoder_layers(model)):
+    for index, layer in enumerate(layouts.layers_of(model)):
         inside = [point for point in _layer_points(layer, index, part) if point.kind in kinds]
-        missing = [kind for kind in kinds if kind not in {point.kind for point in inside}]
-        if missing:
-            raise ModelError(
-                f"layer {index} of {type(model).__name__} has no projection {missing[0]} that Aurora can find: take"
-                f" {missing[0]} out of adapter.{part}"
-            )
+        layouts.require(kinds, {point.kind for point in inside}, model, index, f"adapter.{part}")
         found += sorted(inside, key=lambda point: PROJECTIONS.index(point.kind))
     return found
 
 
 def has_cross_attention(model: PreTrainedModel) -> bool:
     """Whether every layer has a cross-attention of its own, as BLIP's text encoder."""
-    return all(hasattr(layer, CROSS) for layer in loading.decoder_layers(model))
+    return all(hasattr(layer, CROSS) for layer in layouts.layers_of(model))
 
 
 def widths_of(points: Sequence[Point], config: AuroraConfig, hidden: Mapping[Part, int]) -> dict[str, int]:
@@ -95,14 +86,13 @@ def vector_counts(points: Sequence[Point]) -> dict[Part, int]:
 
 
 def _layer_points(layer: nn.Module, index: int, part: Part) -> Iterator[Point]:
-    for path, module in layer.named_modules():
-        *above, name = path.split(".")
-        across = bool(above) and above[0] == CROSS
+    for path, module, kinds in layouts.linear_projections(layer):
+        across = path.startswith(f"{CROSS}.")
         if across != (part == "fusion") or not hasattr(module, "in_features"):
             continue
         into, out = module.in_features, module.out_features
-        if name == FUSED and out % 3 == 0:
-            for i, kind in enumerate(PROJECTIONS[:3]):
+        if len(kinds) == 1:
+            yield Point(part, index, kinds[0], module, into, out)
+        elif path.rpartition(".")[2] in layouts.THIRDS and out % 3 == 0:
+            for i, kind in enumerate(kinds):
                 yield Point(part, index, kind, module, into, out // 3, i * out // 3)
-        elif kind := kind_of(path):
-            yield Point(part, index, kind, module, into, out)

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from mitrain.core.config import Section
-from mitrain.methods.decoder import LayerShape
+from mitrain.methods.mit.decoder import LayerShape
 from mitrain.methods.mit.maps import attention_maps
 from mitrain.methods.presets import filled
 from mitrain.methods.selection import parse_layers

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from mitrain_kernels.infused_swiglu import infused_swiglu
 from torch import Tensor, nn
 
-from mitrain.methods.decoder import FEED_FORWARDS
 from mitrain.methods.kernels import feed_forward_backend
-from mitrain.models import loading
+from mitrain.models import layouts, loading
 
 Factor = Callable[[], Tensor | None]
 """f of the running forward pass, (B, d_ff); None where nothing is bound."""
@@ -47,9 +46,8 @@ def infuse(
 
     dtype: of the model's activations. backend: of infused attention; the feed-forward's follows.
     """
-    for name in FEED_FORWARDS:
-        block = getattr(layer, name, None) if name else None
-        if block is not None and getattr(block, "down_proj", None) is projection and is_swiglu(block, dtype):
+    for name, block in layouts.feed_forward_blocks(layer):
+        if name and getattr(block, "down_proj", None) is projection and is_swiglu(block, dtype):
             setattr(layer, name, InfusedFeedForward(block, factor, feed_forward_backend(backend)))
             return lambda: setattr(layer, name, block)
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mitrain.methods.decoder import LayerShape
 from mitrain.methods.mit.attention import LayerMaps
 from mitrain.methods.mit.condition import Condition
+from mitrain.methods.mit.decoder import LayerShape
 
 HEAD_LOGIT = 1.0
 """Initial head logit of the authors' release: gates open to σ(1) = 0.73. The identity init needs no other value, as

@@ -19,11 +19,11 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.checkpointing import CheckpointedLayer
-from mitrain.methods.decoder import Decoder, InfusionPoint, find_decoder, infusion_point
 from mitrain.methods.mit import attention, ffn
 from mitrain.methods.mit.bound import BoundFeatures
 from mitrain.methods.mit.condition import Condition
 from mitrain.methods.mit.config import MiTConfig
+from mitrain.methods.mit.decoder import Decoder, InfusionPoint, find_decoder, infusion_point
 from mitrain.methods.mit.gate_cache import check_cache
 from mitrain.methods.mit.maps import LayerInfusion, attention_maps, inputs_of
 from mitrain.methods.selection import select_layers

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models import loading
+from mitrain.models import layouts
 from mitrain.models.costs import Split
 from mitrain.models.quant.embedding import FrozenInt8Embedding
 from mitrain.models.quant.linear import FrozenInt8Linear, FrozenLinear, FrozenNF4Linear
@@ -69,9 +69,7 @@ def quantise(
     frozen_kind(precision)
     found = list(linear_places(model, skip))
     if not found:
-        others = sorted(
-            {type(m).__name__ for m in loading.decoder_layers(model).modules() if is_matrix(m)} - {"Linear"}
-        )
+        others = sorted({type(m).__name__ for m in layouts.layers_of(model).modules() if is_matrix(m)} - {"Linear"})
         why = f"its layers' matrices are {' and '.join(others)}" if others else "none of its layers' matrices is frozen"
         raise ModelError(
             f"{type(model).__name__} cannot be held in low bits, which is done for frozen Linear layers alone ({why}): set"
@@ -92,7 +90,7 @@ def is_matrix(module: nn.Module) -> bool:
 
 def linear_places(model: PreTrainedModel, skip: Collection[str] = ()) -> Iterator[Place]:
     """The frozen ``nn.Linear`` modules inside the decoder's layers; subclasses compute something else and stay."""
-    owner, name = loading.layer_owner(model)
+    owner, name = layouts.layer_owner(model)
     prefix = next(n for n, module in model.named_modules() if module is owner)
     prefix = f"{prefix}.{name}" if prefix else name
     layers = getattr(owner, name)

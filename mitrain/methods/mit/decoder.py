@@ -1,6 +1,6 @@
 """Where a decoder can be infused: its layers, their attention and their last feed-forward projection.
 
-Found by the names and shapes that Hugging Face's decoders share; what cannot be served is refused here, in one line,
+What cannot be served is refused here, in one line,
 before anything is touched.
 """
 
@@ -12,11 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mitrain.core.errors import ModelError
-
-LAYER_LISTS = ("layers", "h", "blocks", "layer")
-ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
-FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "output", "")
-LAST_PROJECTIONS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_out", "dense")
+from mitrain.models import layouts
 
 
 @dataclass(frozen=True)
@@ -57,20 +53,15 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder: only decoder-only language models are infused")
     decoder = model.get_decoder()
-    for owner in (decoder, getattr(decoder, "encoder", None)):  # a text encoder such as BERT keeps its layers one below
-        for name in LAYER_LISTS:
-            layers = getattr(owner, name, None)
-            if isinstance(layers, nn.ModuleList) and len(layers) and isinstance(decoder, PreTrainedModel):
-                return Decoder(decoder, layers)
-    raise ModelError(f"{type(model).__name__} has no list of decoder layers ({', '.join(LAYER_LISTS)}): not supported")
+    return Decoder(decoder, layouts.layers_of(decoder))
 
 
 def infusion_point(decoder: Decoder, index: int, ffn: bool) -> InfusionPoint:
     """Attention, last projection and widths of layer ``index``; ModelError for shapes that MiT does not fit."""
     layer, where = decoder.layers[index], f"layer {index} of {decoder.name}"
-    attention = next((getattr(layer, name) for name in ATTENTIONS if hasattr(layer, name)), None)
+    attention = layouts.attention_of(layer)
     if attention is None:
-        raise ModelError(f"{where} has no softmax attention ({', '.join(ATTENTIONS)}): choose other layers")
+        raise ModelError(f"{where} has no softmax attention ({', '.join(layouts.ATTENTIONS)}): choose other layers")
     check_attention(attention, where)
     config = decoder.model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
@@ -93,18 +84,15 @@ def check_attention(attention: nn.Module, where: str) -> None:
 
 def last_projection(layer: nn.Module, where: str) -> nn.Module:
     """The projection that the feed-forward activation enters."""
-    for block_name in FEED_FORWARDS:
-        block = getattr(layer, block_name, None) if block_name else layer
-        if block is None:
-            continue
+    for _, block in layouts.feed_forward_blocks(layer):
         if any(hasattr(block, name) for name in ("experts", "router")):
             raise ModelError(f"{where} has a mixture-of-experts feed-forward: set adapter.ffn=false")
-        for name in LAST_PROJECTIONS:
+        for name in layouts.LAST:
             projection = getattr(block, name, None)
             if projection is not None and projection_width(projection):
                 return projection
     raise ModelError(
-        f"{where} has no last feed-forward projection by a known name ({', '.join(LAST_PROJECTIONS)}): "
+        f"{where} has no last feed-forward projection by a known name ({', '.join(layouts.LAST)}): "
         "set adapter.ffn=false"
     )
 
