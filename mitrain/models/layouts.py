@@ -75,12 +75,10 @@ BERT = Layout(
     checked=True,
 )
 SEEN = {"gated": False, "checked": True}
-VIT_ATTENTION = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "output.dense"}
-VIT = Layout("attention", **VIT_ATTENTION, mlp=BERT.mlp, norms=("layernorm",), class_token="cls_token", **SEEN)
-DINO = Layout(
-    "attention", **VIT_ATTENTION, mlp=("mlp.fc1", "mlp.fc2"), norms=("layernorm",), class_token="cls_token", **SEEN
+VIT = Layout(
+    "attention", **SPLIT, o="o_proj", mlp=("mlp.fc1", "mlp.fc2"), norms=("layernorm",), class_token="cls_token", **SEEN
 )
-SIGLIP = Layout("self_attn", **SPLIT, o="out_proj", mlp=DINO.mlp, norms=("post_layernorm",), **SEEN)
+SIGLIP = Layout("self_attn", **SPLIT, o="out_proj", mlp=VIT.mlp, norms=("post_layernorm",), **SEEN)
 # CLIP normalises nothing but the class token after its last layer.
 CLIP = Layout(**{**vars(SIGLIP), "class_token": "class_embedding", "class_norm": True})
 NEOX = Layout(
@@ -96,8 +94,7 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
     "distilbert": Layout("attention", "q_lin", "k_lin", "v_lin", "out_lin", mlp=("ffn.lin1", "ffn.lin2"), **SEEN),
     "modernbert": Layout("attn", qkv="Wqkv", norms=("final_norm",), checked=True),
-    **dict.fromkeys(("vit", "deit"), VIT),
-    **dict.fromkeys(("dinov2", "dinov2_with_registers"), DINO),
+    **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers"), VIT),
     "clip_vision_model": CLIP,
     "siglip_vision_model": SIGLIP,
     "whisper": Layout("self_attn", **SPLIT, o="out_proj", mlp=("fc1", "fc2"), norms=("layer_norm",), **SEEN),
@@ -106,7 +103,7 @@ LAYOUTS: dict[str, Layout] = {
         qkv="qkv",
         thirds=True,
         o="projection",
-        mlp=DINO.mlp,
+        mlp=VIT.mlp,
         norms=("post_layernorm",),
         class_token="class_embedding",
         **SEEN,
@@ -118,7 +115,7 @@ LAYOUTS: dict[str, Layout] = {
     "bloom": Layout(
         "self_attention", qkv="query_key_value", o="dense", mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), gated=False
     ),
-    "phi": Layout("self_attn", **SPLIT, o="dense", mlp=DINO.mlp, norms=("final_layernorm",), gated=False),
+    "phi": Layout("self_attn", **SPLIT, o="dense", mlp=VIT.mlp, norms=("final_layernorm",), gated=False),
     "phi3": Layout("self_attn", qkv="qkv_proj", o="o_proj", mlp=("mlp.gate_up_proj", "mlp.down_proj"), norms=("norm",)),
     "lfm2": Layout("self_attn", **SPLIT, o="out_proj", mlp=("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")),
 }
