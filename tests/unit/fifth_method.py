@@ -71,7 +71,7 @@ class Gated(Adapter):
             place = {"device": text.model.device, "dtype": torch.promote_types(text.model.dtype, torch.float32)}
             self.layers.extend(Ask(text.width, self._image.width, self.config.width, **place) for _ in indices)
         for index, block in zip(indices, self.layers, strict=True):
-            self.undo(text.layers[index].register_forward_pre_hook(self._before(block)).remove)
+            self.undo(text.modules[index].register_forward_pre_hook(self._before(block)).remove)
 
     def _before(self, block: Ask):
         return lambda _, args: args if self._picture is None else (block(args[0], self._picture), *args[1:])
