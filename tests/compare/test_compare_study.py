@@ -2,26 +2,12 @@
 
 import pytest
 import yaml
+from studies import BASE, STUDY
 
 from mitrain.compare import cells, study
 from mitrain.compare.cells import Place
 from mitrain.core.config import parse
 from mitrain.core.errors import ConfigError
-
-BASE = {
-    "name": "base",
-    "model": {"llm": "nowhere", "vision": ["nothing"]},
-    "adapter": {"name": "mit", "layers": "1-2"},
-    "task": {"name": "classify"},
-    "data": {"name": "labelled", "root": "data"},
-    "train": {"steps": 5},
-}
-STUDY = {
-    "name": "tiny",
-    "tasks": {"label": {"config": "base.yaml", "metric": "accuracy"}},
-    "methods": {"mit": {}, "none": {"adapter": {"name": "none"}}, "plain": ["adapter.gate=none"]},
-    "seeds": [0, 1],
-}
 
 
 @pytest.fixture

@@ -9,17 +9,12 @@ import time
 
 import pytest
 import yaml
-from test_compare_study import BASE, STUDY
+from studies import BASE, NUMBERS, STUDY
 
 from mitrain.cli import main
 from mitrain.compare import compare, processes, study
 from mitrain.compare.compare import FAILED, OK, TOO_LONG, Job
 
-NUMBERS = {
-    "metric": "accuracy", "value": 0.5, "metrics": {"accuracy": 0.5}, "controls": {"no-image": 0.2},
-    "trainable_parameters": 10, "frozen_parameters": 990, "share": 0.01, "peak_bytes": 4000, "saved_bytes": 100,
-    "step_ms": 1.0, "flops_per_sample": 1e6, "adapter_bytes": 40,
-}  # fmt: skip
 FIELDS = ("method", "task", "seed", "metric", "value", "trainable_parameters", "share", "peak_bytes", "saved_bytes",
           "step_ms", "flops_per_sample", "adapter_bytes", "controls", "status")  # fmt: skip
 

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from source_tree import ROOT
-from test_compare_run import NUMBERS
-from test_compare_study import BASE, STUDY
+from studies import BASE, NUMBERS, STUDY
 
 from benchmarks.claims import ledger, rows
 from benchmarks.claims.claim import Conditions, claim

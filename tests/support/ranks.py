@@ -25,8 +25,8 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = (".", "kernels", "tests", "tests/unit", "tests/dist", "tests/faults")
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = (".", "kernels", "examples/demo", "tests", "tests/support", "tests/dist", "tests/faults")
 PATH = os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)
 IMPORTED = (
     "mitrain.cli mitrain.training.trainer mitrain.inference.scoring PIL.Image transformers.models.llama.modeling_llama"

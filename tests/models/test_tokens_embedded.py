@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
+from answers import FEATURES, make, samples
 from folders import llm_folder
-from test_answer import FEATURES, make, samples
 from transformers import AutoTokenizer
 
 from mitrain.core.errors import DataError, ModelError
