@@ -220,7 +220,7 @@ def contained(root: Path, relative: str) -> Path:
     """The file ``relative`` in ``root``, if it is one and its path, as it is written, stays below ``root``."""
     if not isinstance(relative, str) or not relative or "\0" in relative:
         raise DataError(f"{str(relative)[:80]!r} is not a path of a picture in {str(root)!r}: correct the annotation")
-    bases = [Path(os.path.abspath(root)), Path(root).resolve()]  # a whole path may name either
+    bases = [Path(os.path.abspath(root)), Path(os.path.realpath(root))]  # a whole path may name either
     path = Path(os.path.normpath(bases[0] / relative))
     if not any(path.is_relative_to(base) for base in bases):
         raise DataError(f"{relative[:200]!r} leads out of the data folder {str(root)!r}: give paths below it")

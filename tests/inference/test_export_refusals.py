@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import dangling, folder, linked, missing, pipe, torn
+from checkpoints import dangling, folder, linked, looped, missing, pipe, torn
 from exported import make_run, make_world, resigned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -184,7 +184,7 @@ def test_a_truncated_file_is_seen(copied, name):
         assert name in refused(lambda: export_format.read(copied))
 
 
-@pytest.mark.parametrize("damage", [missing, torn, linked, dangling, folder, pipe])
+@pytest.mark.parametrize("damage", [missing, torn, linked, dangling, looped, folder, pipe])
 @pytest.mark.parametrize("name", FILES)
 def test_files_that_are_missing_or_none_are_named(copied, name, damage):
     damage(copied / name)

@@ -68,6 +68,12 @@ def dangling(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
+def looped(path: Path) -> None:
+    """A link that leads to itself."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 def folder(path: Path) -> None:
     path.unlink()
     path.mkdir()

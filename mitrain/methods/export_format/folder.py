@@ -211,7 +211,8 @@ def real(path: Path) -> Path:
     """
     if not path.is_symlink():
         return path
-    folder, target = path.parent.resolve(), path.resolve()
+    # os.path: a link that leads to itself is no RuntimeError there
+    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     if folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs":
         return target
     raise CheckpointError(
