@@ -58,7 +58,7 @@ def test_padding_and_batch_neighbours_do_not_matter(pair):
     with torch.no_grad():
         whole = found.encode()
         repadded = found.mope.encode(changed, found.picture)
-        alone = [found.rows(slice(i, i + 1)).read() for i in range(4)]
+        alone = [found.rows(slice(i, i + 1)).encode() for i in range(4)]
     shown = found.words.mask.bool()
     torch.testing.assert_close(repadded.joint, whole.joint, **EXACT)
     torch.testing.assert_close(repadded.text[shown], whole.text[shown], **EXACT)
