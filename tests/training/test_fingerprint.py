@@ -303,7 +303,9 @@ def test_other_code_and_what_was_not_recorded_are_named_and_go_on(tmp_path, capl
 
 def test_what_another_rank_finds_changed_is_refused_here_too(tmp_path, monkeypatch):
     own, told = of(), []
-    monkeypatch.setattr(resume.dist, "first_not_none", lambda value: told.append(value) or ["config.seed is 5 there, 0 here"])
+    monkeypatch.setattr(
+        resume.dist, "first_not_none", lambda value: told.append(value) or ["config.seed is 5 there, 0 here"]
+    )
     with pytest.raises(ConfigError, match=": seed is 5 there, 0 here; undo"):
         resume.compare(saved(tmp_path, fingerprint=resume.recorded(own), config=CONFIG), own, False)
     assert told == [None]
