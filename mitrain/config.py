@@ -41,6 +41,8 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
     section_name: ClassVar[str] = ""
+    largest: ClassVar[int] = 1 << 31
+    """Every whole number is below it: none counts so many steps, samples, widths or pixels."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -49,6 +51,14 @@ class Section(BaseModel):
         parts = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(part, bool) for part in parts) and not has_bool(cls.model_fields[info.field_name].annotation):
             raise ValueError("true and false are no value here")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(part, int) and abs(part) >= cls.largest for part in parts):
+            raise ValueError(f"give a number below 2^{cls.largest.bit_length() - 1}")
         return value
 
     def __init_subclass__(cls, kind: str | None = None, name: str | None = None, **kwargs: Any):

@@ -7,6 +7,7 @@ A fingerprint is a flat ``{name: value}`` of strings, and is JSON as it stands:
     data.SPLIT.samples, data.SPLIT.FIELD       how many samples, and a digest of each of their fields, in order
     data.SPLIT.pictures                        a digest of the pictures' contents
     base.NAME                                  a digest of frozen weights, as the caller made it
+    base.NAME.settings, base.NAME.config.json  two of a frozen model's configuration, of which one must be the same
 
 A digest tells that a part differs, not where: a checkpoint of a million samples holds as much of it as one of ten.
 """
@@ -25,6 +26,7 @@ from mitrain.errors import RankError
 from mitrain.provenance import versions
 
 MARK = "sha256:"
+SETTINGS, WRITTEN = ".settings", ".config.json"
 SHOWN = 6  # differences that a message names
 LONGEST = 60  # characters of a value in a message
 OURS = ("mitrain", "mitrain_kernels", "kernels/mitrain_kernels")  # installed, or in a checkout
@@ -117,7 +119,14 @@ def differences(there: Mapping[str, str], here: Mapping[str, str], ignoring: Ite
     """
     skipped = tuple(f"{name}." for name in ignoring)
     names = [name for name in dict.fromkeys([*here, *there]) if not f"{name}.".startswith(skipped)]
+    names = [name for name in names if not name.endswith(WRITTEN) and not same_file(name, there, here)]
     return [phrase(name, there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)]
+
+
+def same_file(name: str, there: Mapping[str, str], here: Mapping[str, str]) -> bool:
+    """Whether ``name`` is of settings that another transformers may have read from the very same config.json."""
+    written = name.removesuffix(SETTINGS) + WRITTEN
+    return name.endswith(SETTINGS) and there.get(written) == here.get(written) is not None
 
 
 def phrase(name: str, there: str | None, here: str | None) -> str:

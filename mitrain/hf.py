@@ -126,15 +126,18 @@ def read_config(source: str | Path, what: str) -> PretrainedConfig:
             " installed: give a folder with the base's own files alone, or merge the adapter into it"
         )
     config = load(AutoConfig, source, f"{what}'s configuration")
-    written, _ = attempt(
-        lambda place: PretrainedConfig.get_config_dict(place, local_files_only=True), source, f"{what}'s configuration"
-    )
-    if kernel := next(kernels_of(written), None):
+    if kernel := next(kernels_of(written_config(source, what)), None):
         raise ModelError(
             f"the config.json of the {what} {str(source)!r} names code to be fetched and run ({kernel}): remove that key"
         )
     config._attn_implementation = None
     return config
+
+
+def written_config(source: str | Path, what: str) -> dict[str, Any]:
+    """What a model's config.json says, without transformers' defaults for what it does not say."""
+    read = lambda place: PretrainedConfig.get_config_dict(place, local_files_only=True)  # noqa: E731
+    return attempt(read, source, f"{what}'s configuration")[0]
 
 
 def kernels_of(values: Any, key: str = "") -> Iterator[str]:
@@ -244,6 +247,17 @@ def agree(found: Tensor, expected: Tensor) -> bool:
         return False
     bound = torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max())
     return float((found - expected).abs().max()) <= bound
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can read at once; None where its configuration names no bound.
+
+    A table of positions with a padding index, as RoBERTa's, counts from behind that index.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padded = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return limit - max(padded, default=0) if limit else None
 
 
 @contextlib.contextmanager

@@ -163,10 +163,14 @@ class Branch:
     nodes_before: int
     key: str | None = None
 
+    @property
+    def takes_key(self) -> bool:
+        return isinstance(self.value, dict) and self.key is None
+
     def add(self, child: Any, line: int) -> None:
         if isinstance(self.value, list):
             self.value.append(child)
-        elif self.key is None:
+        elif self.takes_key:
             if not isinstance(child, str):
                 raise Unreadable(f"has the key {brief(child)} in line {line}, which is no text: put it in quotes")
             if child in self.value:
@@ -208,6 +212,10 @@ class Tree:
         if not is_whole(event.value):
             raise Unreadable(f"holds half a character in line {line_of(event)}: write the whole one")
         plain = event.implicit[0] and event.tag is None
+        if plain and event.value == "<<" and self.open and self.open[-1].takes_key:
+            raise Unreadable(
+                f"has the merge key << in line {line_of(event)}, which YAML 1.2 no longer has: write the keys out"
+            )
         value = plain_scalar(event.value, line_of(event)) if plain else event.value
         self.put(value, 1, event, event.anchor)
 

@@ -33,8 +33,8 @@ class TrainConfig(Section):
     """
 
     steps: int = Field(200, ge=1)
-    batch: int = Field(32, ge=1)
-    accumulate: int = Field(1, ge=1)
+    batch: int = Field(32, ge=1, le=1 << 20)
+    accumulate: int = Field(1, ge=1, le=1 << 20)
     optimizer: OptimizerConfig = OptimizerConfig()
     lr: float = Field(1e-3, gt=0)
     head_lr: float | None = Field(None, gt=0)
@@ -43,7 +43,7 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint_activations: bool = False
     eval_every: int = Field(100, ge=1)
-    eval_batch: int = Field(32, ge=1)
+    eval_batch: int = Field(32, ge=1, le=1 << 20)
     eval_samples: int | None = Field(None, ge=1)
     save_every: int = Field(100, ge=1)
     keep: int = Field(2, ge=1)

@@ -41,7 +41,7 @@ class MiTConfig(Section, kind="adapter", name="mit"):
     """
 
     preset: Literal["default", "released", "paper"] = "default"
-    modalities: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    modalities: dict[str, Annotated[int, Field(gt=0, le=1 << 20)]] = Field(default_factory=dict)
     layers: Annotated[str | list[int], AfterValidator(parse_layers)] = "last third"
     gate: Literal["sequence", "prefix", "token", "none"] = "prefix"
     cosine: bool = True
@@ -50,7 +50,7 @@ class MiTConfig(Section, kind="adapter", name="mit"):
     terms: Literal["both", "multiply", "add"] = "both"
     ffn: bool = True
     init: Literal["identity", "released"] = "identity"
-    rank: Annotated[int, Field(gt=0)] | None = None
+    rank: Annotated[int, Field(gt=0, le=1 << 16)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -275,7 +275,7 @@ class Prefix(Virtual):
 
 def check_room(model: PreTrainedModel, virtual: int, tokens: int) -> None:
     """ModelError where ``virtual`` vectors and a text of ``tokens`` tokens are more than the model has positions for."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = hf.positions(model)
     if limit and virtual + tokens > limit:
         raise ModelError(
             f"{virtual} vectors before a text of {tokens} tokens exceed the {limit} positions of {type(model).__name__}:"

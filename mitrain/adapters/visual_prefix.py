@@ -31,7 +31,7 @@ class VisualPrefixConfig(Section, kind="adapter", name="visual-prefix"):
     ``lora_rank``: of LoRA on the language model's queries and values; 0: the projector alone is trained.
     """
 
-    tokens: int | None = Field(16, ge=1)
+    tokens: int | None = Field(16, ge=1, le=1 << 16)
     lora_rank: int = Field(0, ge=0, le=65536)
 
     @field_validator("tokens")

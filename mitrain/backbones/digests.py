@@ -18,7 +18,15 @@ from transformers import PretrainedConfig
 from mitrain import hf
 from mitrain.backbones.stream import Weights
 
-NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+NO_MATTER = (
+    "_name_or_path",
+    "_commit_hash",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 """Of a model's configuration: what changes nothing that is computed, or what a run's own configuration says."""
 PROBE = "Zwölf Boxkämpfer: 2048 «naïve» foxes, didn't they?\n\tdef f(x): return x**2  # ✓ 你好"
 
@@ -61,9 +69,16 @@ def stored_digest(source: str, stamps: tuple) -> str:
         return hashlib.sha256(b"".join(job.result() for job in jobs)).hexdigest()
 
 
-def settings_of(config: PretrainedConfig) -> dict[str, Any]:
-    """What a model's configuration says that its class does not say by itself."""
-    return without(config.to_diff_dict(), NO_MATTER)
+def settings_of(config: PretrainedConfig, source: str | Path | None) -> dict[str, Any]:
+    """What a model's configuration says, as ``settings`` and ``config.json``; one of them that is the same is enough.
+
+    ``settings`` is what its class does not say by itself: another transformers may give it other defaults, while the file
+    stays as it was. ``config.json`` is the file's own words, which a copy saved by transformers says in others.
+    """
+    found = {"settings": without(config.to_diff_dict(), NO_MATTER)}
+    if source is not None:
+        found["config.json"] = without(hf.written_config(source, "model"), NO_MATTER)
+    return found
 
 
 def without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

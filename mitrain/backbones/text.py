@@ -71,7 +71,7 @@ class TextBackbone:
         self.quantize = quantize
         self.sharded = sharded
         self.source = source
-        self._settings = settings_of(model.config)
+        self._settings = settings_of(model.config, source)
         hf.freeze(model)
 
     @classmethod
@@ -167,14 +167,16 @@ class TextBackbone:
     ) -> list[int]:
         """Token ids of ``text`` in its ``frame``, with the tokenizer's own opening and closing tokens, if it has any.
 
-        ``most``: how many ids there may be; a longer text loses its end. Without it, a text that is longer than the
-        model can read raises DataError. ``strip`` as in `Tokens.ids`.
+        ``most``: how many ids there may be; a longer text loses its end. What then is longer than the model can read
+        raises DataError. ``strip`` as in `Tokens.ids`.
         """
         opening, ids, closing = self.texts.opening, self.texts.ids(text, frame, strip=strip), self.texts.closing
         self._embedded(ids, text)
         if most is not None:
-            return [*opening, *ids[: max(most - len(opening) - len(closing), 1)], *closing]
-        return self._readable([*opening, *ids, *closing], text)
+            ids = ids[: max(most - len(opening) - len(closing), 1)]
+        return self._readable(
+            [*opening, *ids, *closing], text, "shorten" if most is None else "lower task.max_tokens for"
+        )
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text of any length by itself, without opening and closing tokens."""
@@ -182,20 +184,27 @@ class TextBackbone:
         self._embedded(ids, text)
         return ids
 
-    def prompt(self, text: str, frame: Sequence[str] = WHOLE) -> list[int]:
-        """`Tokens.prompt` of a text that the model can read; else DataError."""
-        return self._readable(self.texts.prompt(text, frame), text)
+    def prompt(self, text: str, frame: Sequence[str] = WHOLE, speaks: int = 1) -> list[int]:
+        """`Tokens.prompt` of a text that the model can read and say ``speaks`` tokens behind; else DataError."""
+        ids = self._readable(self.texts.prompt(text, frame), text)
+        if self.positions and len(ids) + speaks - 1 > self.positions:  # the last token that is said is not read
+            raise DataError(
+                f"a prompt of {len(ids)} tokens leaves no room for {speaks} more in the model's {self.positions}: lower"
+                f" task.max_new_tokens, or shorten {text[:60]!r}…"
+            )
+        return ids
 
     def answered(self, text: str, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
         """`Tokens.answered` of texts that the model can read; else DataError."""
         row, start = self.texts.answered(text, answer, frame)
         return self._readable(row, text), start
 
-    def _readable(self, ids: list[int], text: str) -> list[int]:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+    def _readable(self, ids: list[int], text: str, mend: str = "shorten") -> list[int]:
         self._embedded(ids, text)
-        if limit and len(ids) > limit:
-            raise DataError(f"a text of {len(ids)} tokens is longer than the model's {limit}: shorten {text[:60]!r}…")
+        if self.positions and len(ids) > self.positions:
+            raise DataError(
+                f"a text of {len(ids)} tokens is longer than the model's {self.positions}: {mend} {text[:60]!r}…"
+            )
         return ids
 
     def _embedded(self, ids: Sequence[int], text: str) -> None:
@@ -206,6 +215,11 @@ class TextBackbone:
                 f"the text {text[:60]!r} has the token {token!r} (id {max(ids)}), and the language model embeds"
                 f" {self.vocabulary} tokens: take it out of the text, or give the tokenizer that belongs to the model"
             )
+
+    @cached_property
+    def positions(self) -> int | None:
+        """`mitrain.hf.positions` of the model."""
+        return hf.positions(self.model)
 
     @property
     def vocabulary(self) -> int:
@@ -292,7 +306,7 @@ class TextBackbone:
     def base(self) -> dict[str, Any]:
         """What decides what the model computes of a text, whatever its precision."""
         told = {} if self.tokenizer is None else {"tokenizer": tokenizer_of(self.tokenizer)}
-        return {"weights": weights_of(self.source, self.model), "settings": self._settings, **told}
+        return {"weights": weights_of(self.source, self.model), **self._settings, **told}
 
     def identity(self, depth: int) -> dict[str, Any]:
         """What the trunk's states depend on: the caches' address."""

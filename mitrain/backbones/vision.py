@@ -122,8 +122,8 @@ class VisionEncoder(nn.Module):
         model_config = shape or hf.read_config(folder or config.name, "image encoder")
         if getattr(model_config, "quantization_config", None):
             raise ModelError(f"the image encoder {config.name!r} is quantised: give its weights in floats")
-        self.kind, self._settings = model_config.model_type, settings_of(model_config)
         self.source = None if shape else folder or config.name
+        self.kind, self._settings = model_config.model_type, settings_of(model_config, self.source)
         factory = CLIPVisionModelWithProjection if self.kind in ("clip", "clip_vision_model") else AutoModel
         if blip.is_blip(model_config):
             self.model = blip_encoder(shape, folder or config.name, dtype, device, shard)
@@ -207,7 +207,7 @@ class VisionEncoder(nn.Module):
     def base(self) -> dict[str, Any]:
         """What decides what the encoder computes, its preprocessing included, whatever its precision."""
         used = [self.preprocess.size, self.preprocess.mean, self.preprocess.std]
-        return {"weights": weights_of(self.source, self.model), "settings": self._settings, "preprocess": used}
+        return {"weights": weights_of(self.source, self.model), **self._settings, "preprocess": used}
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], views: Sequence[View] | None = None) -> dict[str, Tensor]:

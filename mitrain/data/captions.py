@@ -6,14 +6,14 @@ many lines as it has captions (in JSONL ``text`` may be a list); ``id`` and ``ob
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mitrain.data.labels import report_left_out
 from mitrain.data.references import once
-from mitrain.data.rows import as_text, check_columns, listed, read_rows, read_table, unique
+from mitrain.data.rows import MISSING, as_text, check_columns, check_meant, listed, read_rows, read_table, unique
 from mitrain.errors import DataError
 
 REQUIRED = ("image", "text")
@@ -40,16 +40,21 @@ class CaptionSample:
         return ""
 
 
-def read_captions(path: Path, columns: Mapping[str, str] | None = None) -> list[CaptionSample]:
-    """Every caption of a ``.jsonl``, ``.csv`` or ``.tsv`` file. Raises DataError with file and line."""
+def read_captions(
+    path: Path, columns: Mapping[str, str] | None = None, missing: Collection[str] = MISSING
+) -> list[CaptionSample]:
+    """Every caption of a ``.jsonl``, ``.csv`` or ``.tsv`` file; none is of the words ``missing``.
+
+    Raises DataError with file and line.
+    """
     path, columns = Path(path), check_columns(columns or {}, FIELDS)
-    samples = unique(placed(path, columns))
+    samples = unique(placed(path, columns, missing))
     if not samples:
         raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
     return samples
 
 
-def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, CaptionSample]]:
+def placed(path: Path, columns: Mapping[str, str], missing: Collection[str]) -> Iterator[tuple[str, CaptionSample]]:
     for line, row in read_rows(path, columns, REQUIRED):
         where = f"{path}:{line}"
         image, name, thing = (as_text(row.get(columns[f]), columns[f], where) for f in ("image", "id", "object"))
@@ -60,6 +65,7 @@ def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Captio
                 raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")
         name = name or f"{path.name}:{line}"
         for number, text in enumerate(texts):
+            check_meant(text, columns["text"], where, missing)
             yield where, CaptionSample(f"{name}/{number}" if len(texts) > 1 else name, image, text, thing)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.config import nearest
-from mitrain.data.rows import as_text, check_columns, listed, read_rows, split_cell, unique
+from mitrain.data.rows import MISSING, as_text, check_columns, check_meant, listed, read_rows, split_cell, unique
 from mitrain.errors import DataError
 
 REQUIRED = ("image", "label")
@@ -49,22 +49,35 @@ def read_labels(
     multilabel: bool = False,
     separator: str = "|",
     known: Collection[str] = (),
+    missing: Collection[str] = MISSING,
 ) -> list[LabelSample]:
     """Every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
 
     ``columns`` maps our fields to the file's names where they differ. With ``multilabel`` a label is a list, or a text
     split at ``separator``, and may be empty; without, there is exactly one. Where classes are ``known``, others are
-    refused. Raises DataError with the file and line of the first thing that is wrong.
+    refused; where not, a label is none of the words ``missing``.
+    Raises DataError with the file and line of the first thing that is wrong.
     """
     path, columns = Path(path), check_columns(columns or {}, FIELDS)
-    samples = unique(placed(path, columns, several_labels if multilabel else one_label, separator, frozenset(known)))
+    read = several_labels if multilabel else one_label
+    samples = unique(placed(path, columns, read, separator, frozenset(known), () if known else missing))
     if not samples:
         raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
+    if len(samples) > 1 and all(len(s.labels) == 2 and set(s.labels) <= BITS for s in samples):
+        raise DataError(
+            f"{str(path)!r}: every {columns['label']!r} is a vector of a zero and a one: give the names of the labels"
+            " instead"
+        )
     return samples
 
 
 def placed(
-    path: Path, columns: Mapping[str, str], read: Callable[..., tuple[str, ...]], separator: str, known: frozenset[str]
+    path: Path,
+    columns: Mapping[str, str],
+    read: Callable[..., tuple[str, ...]],
+    separator: str,
+    known: frozenset[str],
+    missing: Collection[str],
 ) -> Iterator[tuple[str, LabelSample]]:
     """Every record with its place, FILE:LINE."""
     for line, row in read_rows(path, columns, REQUIRED):
@@ -75,6 +88,8 @@ def placed(
         if columns["label"] not in row:
             raise DataError(f"{where}: no {columns['label']!r}: add it, or map another with columns.label=NAME")
         labels = check_known(read(row[columns["label"]], columns["label"], where, separator), known, where)
+        for label in labels:
+            check_meant(label, columns["label"], where, missing)
         yield where, LabelSample(**texts | {"id": texts["id"] or f"{path.name}:{line}"}, labels=labels)
 
 

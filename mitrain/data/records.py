@@ -4,12 +4,22 @@ JSONL: ``{"image": "a.jpg", "prompt": "This is a", "answer": "cat"}``; ``id``, `
 ``object`` are optional and other keys are ignored. CSV: the same by its header, candidates separated by ``|``.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mitrain.data.rows import as_text, check_columns, is_table, listed, read_rows, split_cell, unique
+from mitrain.data.rows import (
+    MISSING,
+    as_text,
+    check_columns,
+    check_meant,
+    is_table,
+    listed,
+    read_rows,
+    split_cell,
+    unique,
+)
 from mitrain.errors import DataError
 
 REQUIRED = ("image", "prompt", "answer")
@@ -37,26 +47,33 @@ class AnswerSample:
         return ""
 
 
-def read_records(path: Path, columns: Mapping[str, str] | None = None) -> list[AnswerSample]:
+def read_records(
+    path: Path, columns: Mapping[str, str] | None = None, missing: Collection[str] = MISSING
+) -> list[AnswerSample]:
     """Every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
 
-    ``columns`` maps our fields to the file's names where they differ, for example ``{"prompt": "question"}``.
+    ``columns`` maps our fields to the file's names where they differ, for example ``{"prompt": "question"}``; ``missing``
+    are words that no prompt is, and no answer that is not among its candidates.
     Raises DataError with the file and line of the first thing that is wrong.
     """
     path, columns = Path(path), check_columns(columns or {}, FIELDS)
-    samples = unique(placed(path, columns))
+    samples = unique(placed(path, columns, missing))
     if not samples:
         raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
     return samples
 
 
-def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, AnswerSample]]:
+def placed(path: Path, columns: Mapping[str, str], missing: Collection[str]) -> Iterator[tuple[str, AnswerSample]]:
     """Every record with its place, FILE:LINE."""
     for line, row in read_rows(path, columns, REQUIRED):
         if is_table(path) and columns["candidates"] in row:
             row[columns["candidates"]] = split_cell(listed(row[columns["candidates"]]), SEPARATOR)
         where = f"{path}:{line}"
-        yield where, to_sample(row, where, columns, default_id=f"{path.name}:{line}")
+        sample = to_sample(row, where, columns, default_id=f"{path.name}:{line}")
+        check_meant(sample.prompt, columns["prompt"], where, missing)
+        if not sample.candidates:
+            check_meant(sample.answer, columns["answer"], where, missing)
+        yield where, sample
 
 
 def to_sample(row: Mapping[str, Any], where: str, columns: Mapping[str, str], default_id: str) -> AnswerSample:

@@ -8,7 +8,7 @@ import io
 import re
 import warnings
 from ast import literal_eval
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +21,11 @@ from mitrain.parsing import Unreadable
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bzip2, xz, zstandard
+
+MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>", "NaT", "NA", "#N/A")
+"""What pandas, SQL, R and spreadsheets write for an empty cell."""
+
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # white space is none
 
 LONGEST_LIST = 10_000  # characters of a cell that is looked at as a list
 
@@ -196,11 +201,24 @@ def as_text(value: Any, name: str, where: str) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
+        if found := CONTROL.search(value):
+            raise DataError(
+                f"{where}: {name!r} holds the control character {found[0]!r}: remove it, or save the file as UTF-8 text"
+            )
         return value.strip()
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
         return str(value)
     one = ", one of them (of VQA's ten answers the most frequent)" if isinstance(value, list) else ""
     raise DataError(f"{where}: {name!r} is a {type(value).__name__}: give text{one}")
+
+
+def check_meant(text: str, name: str, where: str, missing: Collection[str]) -> None:
+    """DataError where a cell that must be filled holds one of the words ``missing``, as written into an empty one."""
+    if text in missing:
+        raise DataError(
+            f"{where}: {name!r} is {text!r}, as programs write an empty cell: fill it in, or give data.missing=[] if such"
+            " words mean what they say"
+        )
 
 
 def listed(value: Any) -> Any:

@@ -10,6 +10,7 @@ from mitrain.config import Section
 from mitrain.data import captions, food101, labels, mmimdb, snli_ve
 from mitrain.data.records import read_records
 from mitrain.data.refcoco import image_folder, read_refer, split_names
+from mitrain.data.rows import MISSING
 from mitrain.errors import ConfigError, DataError
 
 
@@ -38,17 +39,19 @@ class DataSection(Section):
 class RecordsConfig(DataSection, kind="data", name="records"):
     """Questions about pictures in JSONL or CSV files, one per split, with columns image, prompt, answer, candidates.
 
-    ``columns`` maps those names to the file's own; ``kinds`` keeps only those kinds of question.
+    ``columns`` maps those names to the file's own; ``kinds`` keeps only those kinds of question. ``missing``: words that
+    stand for an empty cell, so that no prompt and no answer is one of them, unless among the candidates.
     """
 
     task: Literal["answer"] = "answer"
     splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
     columns: dict[str, str] = {}
     kinds: tuple[str, ...] = ()
+    missing: tuple[str, ...] = MISSING
 
     def read(self, root: Path, split: str) -> list[Any]:
         path = root / split_file(self.splits, split)
-        samples = read_records(path, self.columns or None)
+        samples = read_records(path, self.columns or None, self.missing)
         kept = [s for s in samples if not self.kinds or s.kind in self.kinds]
         if not kept:
             kinds = sorted({s.kind for s in samples})
@@ -79,17 +82,19 @@ class ClassSection(DataSection):
 class LabelledConfig(ClassSection, kind="data", name="labelled"):
     """Labelled pictures and texts in JSONL or CSV files, one per split, with columns image, text, label.
 
-    ``columns`` maps those names to the file's own; ``separator`` parts several labels in a CSV cell.
+    ``columns`` maps those names to the file's own; ``separator`` parts several labels in a CSV cell. ``missing``: words
+    that stand for an empty cell, so that no label is one of them, unless ``classes`` names it.
     """
 
     splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
     columns: dict[str, str] = {}
     separator: str = Field("|", min_length=1)
+    missing: tuple[str, ...] = MISSING
 
     def read(self, root: Path, split: str) -> list[Any]:
         known = self.classes if self.classes or split == "train" else self.class_names(root)
         path = root / split_file(self.splits, split)
-        return labels.read_labels(path, self.columns or None, self.multilabel, self.separator, known)
+        return labels.read_labels(path, self.columns or None, self.multilabel, self.separator, known, self.missing)
 
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""
@@ -153,15 +158,16 @@ class SnliVeConfig(ClassSection, kind="data", name="snli-ve"):
 class CaptionsConfig(DataSection, kind="data", name="captions"):
     """Pictures with captions in JSONL or CSV files, one per split, with columns image and text.
 
-    ``columns`` maps those names to the file's own.
+    ``columns`` maps those names to the file's own. ``missing``: words that stand for an empty cell, and are no caption.
     """
 
     task: Literal["retrieve"] = "retrieve"
     splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
     columns: dict[str, str] = {}
+    missing: tuple[str, ...] = MISSING
 
     def read(self, root: Path, split: str) -> list[Any]:
-        return captions.read_captions(root / split_file(self.splits, split), self.columns or None)
+        return captions.read_captions(root / split_file(self.splits, split), self.columns or None, self.missing)
 
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""

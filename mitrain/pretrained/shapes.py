@@ -1,5 +1,7 @@
 """Fingerprints of frozen models: the numbers that decide whether an adapter fits them."""
 
+from typing import ClassVar
+
 from pydantic import ConfigDict, Field
 from transformers import PretrainedConfig
 
@@ -14,6 +16,7 @@ class Strict(Section):
     """A section of a file that only mitrain writes: no number is read from a text, no text from a number."""
 
     model_config = ConfigDict(strict=True)
+    largest: ClassVar[int] = 1 << 63
 
 
 class BaseShape(Strict):

@@ -56,7 +56,7 @@ class AnswerTask(Task):
         super().__init__(parts)
         self.config, self.frame = config, frame_of(config.template)
         self.known: Mapping[str, Sequence[str]] = {}
-        self._prompt_ids = cache(lambda prompt: parts.text.prompt(prompt, self.frame))
+        self._prompt_ids = cache(lambda prompt: parts.text.prompt(prompt, self.frame, config.max_new_tokens))
         self._answered = lru_cache(1 << 17)(lambda prompt, answer: parts.text.answered(prompt, answer, self.frame))
 
     def remember(self, samples: Sequence[Any]) -> None:
@@ -79,6 +79,9 @@ class AnswerTask(Task):
         rows = {(s.prompt, s.answer) for s in samples}
         if every_candidate:
             rows |= {(s.prompt, c) for s in samples for c in self.offered(s)}
+            for sample in samples:
+                if not self.offered(sample):
+                    self._prompt_ids(sample.prompt)  # raises where what the model says would not fit behind it
         return [self.row(*pair) for pair in sorted(rows)]
 
     def tokens(self, samples: Sequence[Any]) -> int:

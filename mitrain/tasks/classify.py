@@ -37,7 +37,7 @@ class ClassifyConfig(Section, kind="task", name="classify"):
 
     template: template_with("text", required=False) = "{text}"
     readout: tuple[Readout, ...] = Field(("last",), min_length=1)
-    max_tokens: int = Field(128, ge=1)
+    max_tokens: int = Field(128, ge=1, le=1 << 20)
     balance: bool = False
     threshold: float = Field(0.5, gt=0, lt=1)
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -55,7 +55,7 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
     temperature: float = Field(0.07, gt=0.01, lt=1)
     matching: float = Field(1.0, ge=0)
     rerank: int = Field(10, ge=0)
-    max_tokens: int = Field(64, ge=1)
+    max_tokens: int = Field(64, ge=1, le=1 << 20)
     dropout: float = Field(0.0, ge=0, lt=1)
     queue: int = Field(0, ge=0, le=1 << 24)
     momentum: float = Field(0.995, ge=0, lt=1)

@@ -11,6 +11,7 @@ from mitrain import adapters
 from mitrain.adapters.mit import MiTConfig
 from mitrain.backbones import TextBackbone
 from mitrain.data.records import AnswerSample
+from mitrain.errors import DataError
 from mitrain.states import TextStates
 from mitrain.tasks.answer import AnswerConfig, AnswerTask, same_text
 from mitrain.tasks.base import Batch, Parts
@@ -205,3 +206,14 @@ def test_the_image_matters_and_a_missing_one_is_the_frozen_model(folder):
     starts = [len(task.parts.text.tokens(s.prompt)) for s in samples()]
     picked = [frozen[i, t - 1, row[t]] for i, row in enumerate(ends) for t in range(starts[i], len(row))]
     torch.testing.assert_close(blind, -sum(picked), rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_leaves_room_for_what_is_said_behind_it(folder):
+    task = make(folder, max_new_tokens=62)  # of 64 positions
+    assert task.texts(samples(), True) and len(task.parts.text.tokens(samples()[0].prompt)) == 6
+    with pytest.raises(
+        DataError, match=r"a prompt of 6 tokens leaves no room for 62 more in the model's 64: lower task\."
+    ):
+        task.texts(samples(candidates=False), True)
+    with pytest.raises(DataError, match="a prompt of 6 tokens leaves no room for 62 more"):
+        task.generate(Batch(samples(), FEATURES))

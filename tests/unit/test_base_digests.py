@@ -8,7 +8,7 @@ import torch
 from exported import make_run, make_world
 from folders import llm_folder, vision_folder
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import mitrain
 from mitrain import quant
@@ -17,6 +17,7 @@ from mitrain.backbones.digests import weights_of
 from mitrain.cli import main
 from mitrain.errors import ModelError
 from mitrain.export import export
+from mitrain.fingerprint import differences, digest
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,24 @@ def test_the_configuration_and_the_tokenizer_count(folder, tmp_path):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["red"], vocabulary["green"] = vocabulary["green"], vocabulary["red"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert differing(first, base(other)) == {"settings", "tokenizer"}
+    assert differing(first, base(other)) == {"settings", "config.json", "tokenizer"}
+
+
+def test_what_another_transformers_takes_for_granted_is_no_other_base(folder, tmp_path, monkeypatch):
+    first = base(folder)
+    config = json.loads((folder / "config.json").read_text())
+    monkeypatch.setattr(LlamaConfig, "to_diff_dict", lambda self: {**config, "some_new_default": 1})
+    upgraded = base(folder)
+    assert differing(first, upgraded) == {"settings"}
+    names = ({f"text.{name}": digest([value]) for name, value in found.items()} for found in (first, upgraded))
+    there, here = names
+    assert differences(there, here) == []
+    before = {
+        name: value for name, value in there.items() if name != "text.config.json"
+    }  # as earlier versions wrote it
+    assert differences(before, there) == [] and differences(before, here) == ["text.settings differs"]
+    edited = here | {"text.config.json": digest(["edited"])}
+    assert differences(there, edited) == ["text.settings differs"]
 
 
 def test_an_encoder_is_named_by_its_weights_configuration_and_preprocessing(tmp_path):

@@ -186,3 +186,10 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, changes, sent
 def test_a_list_in_a_cell_is_several_captions(tmp_path):
     (tmp_path / "a.csv").write_text('image,text\na.png,"[""a dog"", ""a cat""]"\n')
     assert [s.text for s in read_captions(tmp_path / "a.csv")] == ["a dog", "a cat"]
+
+
+def test_what_programs_write_into_an_empty_cell_is_no_caption_unless_it_is_meant(tmp_path):
+    (tmp_path / "a.csv").write_text("image,text\na.png,nan\n")
+    with pytest.raises(DataError, match=r"a\.csv:2: 'text' is 'nan', as programs write an empty cell"):
+        read_captions(tmp_path / "a.csv")
+    assert read_captions(tmp_path / "a.csv", missing=())[0].text == "nan"

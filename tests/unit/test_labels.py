@@ -202,9 +202,47 @@ def test_text_in_brackets_is_a_text(tmp_path, label):
     assert read_labels(write(tmp_path / "a.jsonl", ROW | {"label": label}))[0].labels == (label,)
 
 
-def test_every_sample_with_all_labels_is_pointed_out(tmp_path, caplog):
-    write(tmp_path / "train.jsonl", ROW | {"label": [1, 0]}, ROW | {"id": "b", "label": [0, 1]})
+@pytest.mark.parametrize("other", [[0, 1], [1, 0]])
+def test_vectors_of_two_classes_are_no_labels(tmp_path, other):
+    write(tmp_path / "train.jsonl", ROW | {"label": [1, 0]}, ROW | {"id": "b", "label": other})
+    with pytest.raises(DataError, match="every 'label' is a vector of a zero and a one: give the names of the labels"):
+        section(multilabel=True).class_names(tmp_path)
+    write(tmp_path / "train.jsonl", ROW | {"label": [1, 0]}, ROW | {"id": "b", "label": [1]})  # digits as classes
     assert section(multilabel=True).class_names(tmp_path) == ("0", "1")
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "<NA>", "NA"])
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_what_programs_write_into_an_empty_cell_is_no_class_unless_it_is_meant(tmp_path, word, multilabel):
+    (tmp_path / "train.csv").write_text(f"image,text,label\na.png,x,food\nb.png,{word},{word}\n")
+    files = {"splits": {"train": "train.csv"}, "multilabel": multilabel}
+    with pytest.raises(
+        DataError, match=rf"train\.csv:3: 'label' is '{word}', .*fill it in, or give data\.missing=\[\]"
+    ):
+        section(**files).class_names(tmp_path)
+    assert set(section(**files, missing=[]).class_names(tmp_path)) == {"food", word}
+    assert section(**files, classes=["food", word]).read(tmp_path, "train")[1] == LabelSample(
+        "train.csv:3", "b.png", word, (word,)
+    )
+
+
+@pytest.mark.parametrize("character", ["\0", "\x01", "\x1b", "\x7f", "\x92"])
+@pytest.mark.parametrize("column", ["image", "text", "label"])
+def test_control_characters_in_a_cell_are_refused(tmp_path, column, character):
+    cells = {"image": "a.png", "text": "x", "label": "food"}
+    cells[column] = cells[column][:1] + character + cells[column][1:]
+    (tmp_path / "a.csv").write_text(f"image,text,label\n{','.join(cells.values())}\n", encoding="utf-8")
+    for path in (tmp_path / "a.csv", write(tmp_path / "a.jsonl", cells)):
+        with pytest.raises(DataError) as error:
+            read_labels(path)
+        assert f"{column!r} holds the control character {character!r}: remove it" in str(error.value)
+    white = ROW | {"text": "a\tb\nc\x0bd"}
+    assert read_labels(write(tmp_path / "b.jsonl", white))[0].text == white["text"]
+
+
+def test_every_sample_with_all_labels_is_pointed_out(tmp_path, caplog):
+    write(tmp_path / "train.jsonl", ROW | {"label": ["a", "b"]}, ROW | {"id": "b", "label": ["b", "a"]})
+    assert section(multilabel=True).class_names(tmp_path) == ("a", "b")
     assert "gives every sample all 2 labels: nothing tells them apart" in caplog.text
 
 

@@ -92,6 +92,29 @@ def test_every_setting_with_odd_values():
     assert accepted > 40
 
 
+@pytest.mark.parametrize("number", ["4e18", str(2**31)])
+def test_no_setting_counts_what_nothing_has(number):
+    taken = []
+    for chosen, key in settings():
+        try:
+            found = schema.from_dict(config.override(BASE, [*chosen, f"{key}={number}"]))
+        except ConfigError as error:
+            assert "\n" not in str(error)
+            continue
+        for part in key.split("."):
+            found = getattr(found, part)
+        taken += [key] if isinstance(found, int) else []
+    assert taken == []
+
+
+@pytest.mark.parametrize(
+    "key", ["train.batch", "train.accumulate", "train.eval_batch", "adapter.rank", "adapter.modalities.image"]
+)
+def test_what_memory_is_taken_for_at_once_is_bounded_closer(key):
+    with pytest.raises(ConfigError, match=f"{key}=1048577: Input should be less than or equal to "):
+        schema.from_dict(config.override(BASE, [f"{key}=1048577"]))
+
+
 @pytest.mark.parametrize("number", [10**100, 2**62])
 @pytest.mark.parametrize(
     "key",

@@ -31,7 +31,12 @@ TENFOLD = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]
         ("? [a]\n: 1", "the key of several values in line 1"),
         ("a: !!python/name:os.system", "has the tag"),
         ("a: 1\nb: 2\na: 3", r"has the key 'a' twice \(line 3\)"),
-        ("a: &x 1\nb: {<<: 1, c: *x, c: 2}", r"has the key 'c' twice"),
+        ("a: &x 1\nb: {'<<': 1, c: *x, c: 2}", r"has the key 'c' twice"),
+        (
+            "a: &x {b: 1}\nc:\n  <<: *x",
+            "has the merge key << in line 3, which YAML 1.2 no longer has: write the keys out",
+        ),
+        ("c: {? << : [1]}", "has the merge key << in line 1"),
         ("--- 1\n--- 2", "a second document in line 2"),
         ("a: " + "9" * 5000, "a number of 5000 digits in line 1"),
         ("a: \ud800", "half a character"),
@@ -50,6 +55,7 @@ def test_yaml_is_that_of_version_1_2():
     found = parse_yaml(text)
     assert found == values and [type(v) for v in found] == [type(v) for v in values]
     assert parse_yaml("[.inf, -.INF]") == [math.inf, -math.inf] and math.isnan(parse_yaml(".nan"))
+    assert parse_yaml("'<<': <<") == {"<<": "<<"}
     assert parse_yaml("") is parse_yaml("# nothing") is None
 
 

@@ -199,3 +199,14 @@ def test_hostile_files_are_refused(tmp_path):
             read_records(tmp_path / name)
     with pytest.raises(DataError, match="the key 'answer' stands twice"):
         read_records(write(tmp_path / "a.jsonl", '{"image": "a", "prompt": "b", "answer": "c", "answer": "d"}'))
+
+
+def test_what_programs_write_into_an_empty_cell_is_no_answer_unless_it_is_meant(tmp_path):
+    path = write(tmp_path / "a.jsonl", ROW, ROW | {"id": "b", "answer": "nan", "candidates": []})
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'answer' is 'nan', as programs write an empty cell"):
+        read_records(path)
+    assert read_records(path, missing=())[1].answer == "nan"
+    offered = write(tmp_path / "b.jsonl", ROW | {"answer": "None", "candidates": ["None", "one"]})
+    assert read_records(offered)[0].answer == "None"
+    with pytest.raises(DataError, match=r"c\.jsonl:1: 'prompt' is 'NaN'"):
+        read_records(write(tmp_path / "c.jsonl", ROW | {"prompt": "NaN"}))

@@ -1,10 +1,25 @@
 """Texts as token ids: prompt and answer as one text, and special tokens that act only where the frame has them."""
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    CamembertConfig,
+    Data2VecTextConfig,
+    GPT2Config,
+    IBertConfig,
+    LlamaConfig,
+    MPNetConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
+from mitrain import hf
 from mitrain.backbones import TextBackbone
+from mitrain.backbones.text import factory
 from mitrain.backbones.tokens import Tokens
 from mitrain.errors import DataError
 from mitrain.tasks.template import frame_of
@@ -41,17 +56,13 @@ class Shaped:
     )
 
     def __init__(self, tokenizer, limit=64):
-        self.texts, self.limit = Tokens(tokenizer), limit
+        self.texts, self.positions = Tokens(tokenizer), limit
 
-    def _readable(self, ids, text):
-        self.model = type("Model", (), {"config": type("C", (), {"get_text_config": lambda _: self._limits()})()})
-        return TextBackbone._readable(self, ids, text)
+    def _readable(self, *arguments):
+        return TextBackbone._readable(self, *arguments)
 
     def _embedded(self, ids, text):
         """Without embeddings there is nothing to compare with."""
-
-    def _limits(self):
-        return type("Limits", (), {"max_position_embeddings": self.limit})
 
 
 def named(backbone, ids):
@@ -108,3 +119,30 @@ def test_a_long_text_loses_its_end_and_not_its_closing_token():
         Shaped(words(CLOSED), limit=5).tokens("what is it cat")
     with pytest.raises(DataError, match="a text of 5 tokens is longer than the model's 4: shorten 'what is it'"):
         Shaped(words(CLOSED), limit=4).answered("what is it", "cat")
+    with pytest.raises(DataError, match="a text of 4 tokens is longer than the model's 3: lower task.max_tokens for"):
+        Shaped(words(CLOSED), limit=3).tokens("what is it cat", most=4)
+    assert Shaped(words(CLOSED), limit=4).prompt("what is it", speaks=1)
+    with pytest.raises(DataError, match="a prompt of 4 tokens leaves no room for 2 more in the model's 4: lower task"):
+        Shaped(words(CLOSED), limit=4).prompt("what is it", speaks=2)
+
+
+ROOMS = {
+    **dict.fromkeys(
+        (RobertaConfig, XLMRobertaConfig, CamembertConfig, MPNetConfig, Data2VecTextConfig, IBertConfig), 14
+    ),
+    **dict.fromkeys((BertConfig, OPTConfig, GPT2Config, LlamaConfig), 16),
+}
+
+
+@pytest.mark.parametrize("kind", ROOMS, ids=lambda kind: kind.model_type)
+def test_a_text_is_as_long_as_the_model_has_positions_for(kind):
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = kind(**shape, vocab_size=40, max_position_embeddings=16)
+    model = factory(config).from_config(config).eval()
+    longest = hf.positions(model)
+    assert longest == ROOMS[kind]
+    with torch.no_grad():
+        model(input_ids=torch.full((1, longest), 7))
+    if kind is not LlamaConfig:  # rotary positions have no end
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, longest + 1), 7))
