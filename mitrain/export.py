@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from mitrain import adapters, checkpoint, config, hf, prepare, pretrained, runs, schema, scoring
 from mitrain.adapters.base import Adapter
 from mitrain.backbones import VisionEncoder
+from mitrain.backbones.digests import stored_base
 from mitrain.checkpoint import Checkpoint
 from mitrain.data.sources import portion
 from mitrain.errors import CheckpointError, ConfigError, DataError, ModelError, UserError
 from mitrain.features import FeatureNorm
-from mitrain.model import Model, build, resolve_data
-from mitrain.pretrained import EncoderPart, PreprocessPart, RunPart
+from mitrain.model import Model, build, named_digests, resolve_data
+from mitrain.pretrained import Contents, EncoderPart, PreprocessPart, RunPart
 from mitrain.pretrained.contents import ANSWER_LENGTH, ANSWERS_KEPT, PROMPTS_KEPT
 from mitrain.schema import RunConfig
 from mitrain.tasks.answer import answers_by_prompt
@@ -201,11 +202,14 @@ def from_pretrained(
     return Pretrained(runs.open_published(folder, base, encoders, allow_changes, **model))
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, FeatureNorm | None]:
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, *, allow_changes: bool = False
+) -> tuple[Adapter, FeatureNorm | None]:
     """Attach a published adapter to a transformers model that is in memory already.
 
     Returns the adapter (``detach()`` takes it off) and, of an exported run, the module that turns encoders' features
-    (B, e) into what is infused. Raises ModelError where the model is of another shape; it is then left as it was.
+    (B, e) into what is infused. Raises ModelError where the model is of another shape or, unless ``allow_changes``, was
+    read from other weights than the run's; it is then left as it was.
     """
     contents, _ = pretrained.read_contents(Path(folder))
     runs.check_amount(contents.tensors.bytes // 4, hf.count_parameters(model), folder)
@@ -223,6 +227,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, F
             f"{published.path}: {adapter.method} attaches to the image encoder too, not to a language model alone: open a"
             " run's export with mitrain.from_pretrained"
         )
+    check_base(model, contents, folder, allow_changes)
     adapter.check_free({"text": model})
     check_room(adapters.build(section), model, published)
     adapter.attach({"text": model})
@@ -233,6 +238,17 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> tuple[Adapter, F
         raise
     adapter.eval()
     return adapter, norm
+
+
+def check_base(model: PreTrainedModel, contents: Contents, folder: str | Path, allow_changes: bool) -> None:
+    """Compare what ``model`` was read from with the language model that a run was trained on, as `runs.check_frozen`."""
+    there = {name: value for name, value in (contents.frozen or {}).items() if name.startswith("text.")}
+    there.pop("text.tokenizer", None)  # the caller's
+    found = stored_base(model.name_or_path) if there else None
+    if there and found is None:
+        log.warning("%s: the model in memory names no folder with its weights: they are not compared", folder)
+        return
+    runs.check_frozen(there, lambda: named_digests("text", found), folder, allow_changes)
 
 
 def check_room(twin: Adapter, model: PreTrainedModel, published: pretrained.Published) -> None:

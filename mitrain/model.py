@@ -5,7 +5,7 @@ Only three things in it are ever trained or saved: the adapter's tensors, the ta
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,7 +101,7 @@ class Model:
         They are of what was loaded, whatever its precision, and stay the same when a method changes the weights.
         """
         named = {"text": self.text.base(), **{f"encoder{i}": e.base() for i, e in enumerate(self.encoders)}}
-        return {f"{name}.{part}": digest([value]) for name, parts in named.items() for part, value in parts.items()}
+        return {key: value for name, parts in named.items() for key, value in named_digests(name, parts).items()}
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         """`Task.texts`; where a text cannot be read, the error names its sample."""
@@ -166,6 +166,11 @@ class Model:
 
     def _placed(self, features: Tensor) -> Tensor:
         return features.to(self.text.device, self.text.dtype)
+
+
+def named_digests(name: str, parts: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of what decides what a frozen model computes, as NAME.PART."""
+    return {f"{name}.{part}": digest([value]) for part, value in parts.items()}
 
 
 def cache_root(config: RunConfig) -> Path | None:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +152,7 @@ def open_run(folder: str | Path, which: str = "best", allow_changes: bool = Fals
     run_config, saved = read_config(folder), newest(folder, which)
     spread = run_config.zero if dist.world() > 1 else ZeroConfig()  # one process holds everything whatever the stage
     model = build(run_config, shard=sharding(spread, run_config.train.optimizer))
-    check_frozen(frozen_of(saved), model, folder, allow_changes)
+    check_frozen(frozen_of(saved), lambda: model.base, folder, allow_changes)
     restore(model, saved)
     if spread.stage == 3:
         gather_as_needed(model.frozen, spread)
@@ -166,9 +166,11 @@ def frozen_of(saved: Checkpoint) -> dict[str, str]:
     return {str(name).removeprefix("base."): str(value) for name, value in parts if str(name).startswith("base.")}
 
 
-def check_frozen(there: Mapping[str, str], model: Model, folder: str | Path, allow_changes: bool) -> None:
-    """Compare the frozen models of ``model`` with those that the run was trained on; all ranks together."""
-    found = dist.first(differences(there, model.base) or None) if there else None
+def check_frozen(
+    there: Mapping[str, str], here: Callable[[], Mapping[str, str]], folder: str | Path, allow_changes: bool
+) -> None:
+    """Compare the digests of the frozen models with those that the run was trained on, if any; all ranks together."""
+    found = dist.first(differences(there, here()) or None) if there else None
     if found and not allow_changes:
         raise ModelError(
             f"the frozen models are not those that {str(folder)!r} was trained on ({listed(found)}): bring those back, or"
@@ -232,7 +234,7 @@ def open_published(
         encoder.preprocess = Preprocess(values.size, tuple(values.mean), tuple(values.std), values.resize)
     published = pretrained.read(folder, trained_shapes(run_config, seeing, folder))
     model = build(run_config, encoders=seeing)
-    check_frozen(contents.frozen or {}, model, folder, allow_changes)
+    check_frozen(contents.frozen or {}, lambda: model.base, folder, allow_changes)
     saved_run = Checkpoint(Path(folder), part.step, part.best, published.tensors, {})
     restore(model, saved_run)
     return Run(Path(folder), run_config, model, saved_run, part.answers or {})

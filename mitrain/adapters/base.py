@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mitrain import costs, pretrained, trunk
+from mitrain import costs, pretrained, quant, trunk
 from mitrain.adapters.condition import Condition, Feature, make_condition
 from mitrain.adapters.refusals import guard_saving
 from mitrain.config import Section
@@ -159,7 +159,7 @@ class Adapter(nn.Module, ABC):
         """Freeze ``backbones`` and install the adapter in them; on an error they are left as they were.
 
         checkpoint: activation checkpointing of the layers that the adapter changes. backend: see ``KernelConfig``.
-        Raises ModelError where one of ``places`` is missing or a backbone has such an adapter.
+        Raises ModelError where one of ``places`` is missing, or a backbone has such an adapter or is computed wrongly here.
         """
         if self._backbones:
             raise ModelError(f"this {self.method} adapter is attached already: call detach() first")
@@ -168,6 +168,8 @@ class Adapter(nn.Module, ABC):
             raise ModelError(
                 f"{self.method} attaches to {' and '.join(self.places)} models: give it the {missing[0]} model"
             )
+        for backbone in backbones.values():
+            quant.check_four_bit(backbone)
         self.backend = backend
         try:
             for backbone in backbones.values():

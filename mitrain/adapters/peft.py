@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mitrain import hf, pretrained
+from mitrain import hf, pretrained, quant
 from mitrain.adapters.base import Adapter
 from mitrain.adapters.projections import Projection, kind_of, projections
 from mitrain.adapters.selection import parse_layers, select_layers
@@ -37,7 +37,8 @@ SIDES: dict[str, tuple[str, ...]] = {"text": ("text",), "image": ("image",), "bo
 def library() -> Any:
     """PEFT, where it is installed."""
     try:
-        import peft
+        with quant.nothing_fetched():  # it imports bitsandbytes
+            import peft
     except ImportError:
         raise MissingExtraError("this method comes from the PEFT library: install it with pip install peft") from None
     return peft

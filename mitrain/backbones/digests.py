@@ -81,6 +81,17 @@ def settings_of(config: PretrainedConfig, source: str | Path | None) -> dict[str
     return found
 
 
+def stored_base(source: str | Path) -> dict[str, Any] | None:
+    """What `TextBackbone.base` says of a language model in the folder (or cached id) ``source``, but for the tokenizer.
+
+    None where ``source`` holds no weights.
+    """
+    if not str(source) or Weights.of(source) is None:
+        return None
+    config = hf.read_config(source, "language model")
+    return {"weights": weights_of(source, nn.Module()), **settings_of(config, source)}
+
+
 def without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {k: without(v, names) if isinstance(v, dict) else v for k, v in values.items() if k not in names}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,9 +27,13 @@ CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 OWN_CONFIG, OWN_WEIGHTS = "mitrain.json", "mitrain.safetensors"
 """The names of ours where PEFT's own files have the names above."""
 CONFIG_LIMIT = 1 << 24
+PEFTS = ("LORA", "IA3")
+"""Of the first exports' ``peft_type``, what PEFT takes for its own."""
 GROUPS = ("adapter", "head", "features")
 EDITABLE = ("checksum", "base_model_name_or_path")
 MEND = "export it again or take another copy"
+
+log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -175,6 +180,12 @@ def read_contents(folder: Path) -> tuple[Contents, Path]:
     if contents.checksum != checksum(values):
         raise CheckpointError(
             f"{path} is corrupted or was edited (its checksum differs; only base_model_name_or_path may change): {MEND}"
+        )
+    if not own and contents.peft_type in PEFTS:
+        log.warning(
+            "%s is an export of an earlier version, which PEFT would load as an adapter of zeros: load it by mitrain alone,"
+            " or write it anew with save_pretrained of what mitrain.load_adapter attached",
+            folder,
         )
     return contents, weights
 

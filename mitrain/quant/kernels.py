@@ -11,15 +11,16 @@ import contextlib
 import importlib
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mitrain.errors import ConfigError, need_extra
+from mitrain.errors import ConfigError, ModelError, need_extra
 from mitrain.quant import formats
 
 log = logging.getLogger(__name__)
@@ -43,11 +44,32 @@ def use(name: str) -> Iterator[None]:
         _chosen = before
 
 
+@contextlib.contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Inside, the package ``kernels`` cannot be imported.
+
+    On a CPU with AVX512-BF16 bitsandbytes asks it for compiled code from a hub while it is imported itself, and does
+    without where it is not there.
+    """
+    held, told = sys.modules.get("kernels"), logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = told.level
+    sys.modules["kernels"] = None
+    told.setLevel(logging.ERROR)  # it advises to install that package
+    try:
+        yield
+    finally:
+        told.setLevel(level)
+        del sys.modules["kernels"]
+        if held is not None:
+            sys.modules["kernels"] = held
+
+
 @cache
 def bitsandbytes() -> ModuleType | None:
     """bitsandbytes' functional module, or None where it cannot be imported."""
     try:
-        return importlib.import_module("bitsandbytes.functional")
+        with nothing_fetched():
+            return importlib.import_module("bitsandbytes.functional")
     except Exception as error:  # a build for another GPU or libc fails in many ways
         log.info("bitsandbytes is not used: %s", error)
         return None
@@ -97,6 +119,31 @@ def dequantise_nf4(packed: Tensor, absmax: Tensor, block: int, count: int, dtype
     return formats.dequantise_blocks(packed, absmax, block, count, dtype)
 
 
+def check_four_bit(model: nn.Module) -> None:
+    """ModelError where a matrix of ``model`` lies on a CPU in bitsandbytes' own 4 bits that it gets wrong there.
+
+    Rows of whole blocks are right everywhere; others are measured, for no flag of the CPU tells what was compiled.
+    """
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is None or weight.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
+            continue
+        if is_wrong(state.shape[-1], state.blocksize):
+            raise ModelError(
+                f"{name} of {type(model).__name__} is held in 4 bits by bitsandbytes, which computes rows of"
+                f" {state.shape[-1]} wrongly on this CPU (mitrain doctor): load the model in floats or on a GPU, or train it"
+                " with model.quantize=nf4"
+            )
+
+
+@cache
+def is_wrong(columns: int, block: int) -> bool:
+    functional = bitsandbytes()
+    return functional is not None and not nf4_error(functional, columns, block) <= TOLERANCE
+
+
+TOLERANCE = 1e-5
 NF4_COLUMNS = (32, 64, 96, 128, 160, 576)
 
 
@@ -104,7 +151,7 @@ def nf4_fault() -> dict[str, Any] | None:
     """What bitsandbytes' nf4 kernel makes of matrices on this CPU, where it is not the format's definition; else None."""
     functional = bitsandbytes()
     errors = {} if functional is None else {n: nf4_error(functional, n) for n in NF4_COLUMNS}
-    wrong = {n: error for n, error in errors.items() if not error <= 1e-5}
+    wrong = {n: error for n, error in errors.items() if not error <= TOLERANCE}
     if not wrong:
         return None
     return {
@@ -112,17 +159,17 @@ def nf4_fault() -> dict[str, Any] | None:
         "what": "bitsandbytes' dequantize_4bit is wrong on this CPU for matrices of these columns:",
         "measured": ", ".join(f"{n} (off by {error:.2g})" for n, error in wrong.items()),
         "columns": list(wrong),
-        "means": "mitrain hands it flat rows alone and is right; transformers' own 4-bit models are wrong here",
+        "means": "mitrain hands it flat rows alone and is right; transformers' own 4-bit models are wrong here, and refused",
     }
 
 
-def nf4_error(functional: ModuleType, columns: int) -> float:
+def nf4_error(functional: ModuleType, columns: int, block: int = formats.NF4_BLOCK) -> float:
     """The largest difference to the definition in float64, of 48 rows of N(0, 1); infinite where it does not run."""
     weight = torch.randn(48, columns, generator=torch.Generator().manual_seed(0))
-    packed, absmax = formats.quantise_blocks(weight)
-    exact = formats.dequantise_blocks(packed, absmax, formats.NF4_BLOCK, weight.numel(), torch.float64)
+    packed, absmax = formats.quantise_blocks(weight, block)
+    exact = formats.dequantise_blocks(packed, absmax, block, weight.numel(), torch.float64)
     state = functional.QuantState(
-        absmax=absmax, shape=weight.shape, dtype=torch.float32, blocksize=formats.NF4_BLOCK, quant_type="nf4"
+        absmax=absmax, shape=weight.shape, dtype=torch.float32, blocksize=block, quant_type="nf4"
     )
     try:
         found = functional.dequantize_4bit(packed, state)

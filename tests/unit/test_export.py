@@ -11,7 +11,7 @@ import torch
 from exported import BEST, LAST, PROMPT, make_config, make_run, make_world
 from folders import llm_folder, vision_folder
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import NAMES, scramble, tiny
 from transformers import AutoModelForCausalLM
 
@@ -209,6 +209,28 @@ def test_it_attaches_to_a_model_in_memory(world, exported, predictor):
         mitrain.load_adapter(model, exported)
     adapter.detach()
     assert torch.equal(model(IDS).logits, plain)
+
+
+def test_a_model_in_memory_of_other_weights_is_refused(world, exported, tmp_path, caplog):
+    other = shutil.copytree(world / "llm", tmp_path / "llm")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(other).eval()
+    plain = model(IDS).logits
+    with pytest.raises(ModelError, match=rf"not those that '{exported}' was trained on \(text\.weights differs\)"):
+        mitrain.load_adapter(model, exported)
+    assert torch.equal(model(IDS).logits, plain) and not hasattr(model, "mit")
+    mitrain.load_adapter(model, exported, allow_changes=True)[0].detach()
+    assert "was trained on other frozen models: text.weights differs" in caplog.text
+    moved = AutoModelForCausalLM.from_pretrained(
+        shutil.copytree(world / "llm", tmp_path / "same"), dtype=torch.bfloat16
+    )
+    caplog.clear()
+    mitrain.load_adapter(moved, exported)[0].detach()
+    assert not caplog.records
+    model.config._name_or_path = model.name_or_path = ""
+    mitrain.load_adapter(model, exported)[0].detach()
+    assert "the model in memory names no folder with its weights: they are not compared" in caplog.text
 
 
 def test_an_adapter_of_ones_own_loop_is_saved_and_attached_again(world, tmp_path):

@@ -1,13 +1,16 @@
 """Frozen low-bit linear layers: their error is the format's, their gradient exact, and nothing is kept for backward."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from saved import saved_bytes
+from tiny import tiny
 from torch import nn
 from tracked import Tracked
 
+from mitrain import MiTConfig, attach
 from mitrain.errors import ConfigError, MissingExtraError, ModelError
 from mitrain.quant import FrozenInt8Linear, FrozenNF4Linear, formats, kernels, weights
 
@@ -245,6 +248,49 @@ def test_a_known_fault_is_measured_where_one_is(fault, monkeypatch):
     assert found["columns"] == [32, 96, 160] if fault else found is None
     monkeypatch.setattr(kernels, "bitsandbytes", lambda: None)
     assert kernels.nf4_fault() is None
+
+
+@pytest.mark.parametrize("fault", [True, False])
+@pytest.mark.parametrize(("columns", "block"), [(32, 64), (64, 64), (96, 64), (64, 128), (128, 128)])
+def test_nothing_attaches_to_a_model_whose_4_bit_matrices_are_wrong_here(fault, columns, block, monkeypatch):
+    def right(packed, state):
+        flat = formats.dequantise_blocks(packed, state.absmax, state.blocksize, 48 * state.shape[1], state.dtype)
+        return flat.view(state.shape)
+
+    made = SimpleNamespace(QuantState=lambda **fields: SimpleNamespace(**fields))
+    made.dequantize_4bit = with_avx512 if fault else right
+    monkeypatch.setattr(kernels, "bitsandbytes", lambda: made)
+    kernels.is_wrong.cache_clear()
+    model = tiny("llama")
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.quant_state = SimpleNamespace(shape=(32, columns), blocksize=block)  # as bitsandbytes marks its own
+    try:
+        if fault and columns % block:
+            with pytest.raises(ModelError, match=rf"^model\.layers\.1\.mlp\.down_proj of .* rows of {columns} wrongly"):
+                attach(model, MiTConfig(modalities={"image": 6}, layers=[0]))
+            assert model.training is False and any(p.requires_grad for p in model.parameters())
+        else:
+            attach(model, MiTConfig(modalities={"image": 6}, layers=[0])).detach()
+    finally:
+        kernels.is_wrong.cache_clear()
+
+
+def test_bitsandbytes_fetches_no_kernel_while_it_is_imported(monkeypatch):
+    asked = []
+
+    def imported(name):
+        from kernels import get_kernel
+
+        asked.append(get_kernel)
+
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=lambda *a, **k: None))
+    monkeypatch.setattr(kernels.importlib, "import_module", imported)
+    assert kernels.bitsandbytes.__wrapped__() is None and asked == []
+    assert sys.modules["kernels"].get_kernel() is None  # as it was
+    monkeypatch.delitem(sys.modules, "kernels")
+    with kernels.nothing_fetched(), pytest.raises(ImportError):
+        import kernels as _  # noqa: F401
+    assert "kernels" not in sys.modules
 
 
 def test_a_kernel_that_does_not_run_is_a_fault(monkeypatch):
