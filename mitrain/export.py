@@ -92,7 +92,11 @@ def run_part(
 def tell_folders(models: Sequence[str]) -> None:
     """A line about the ``models`` that an export can only name by their folders on this machine."""
     if local := [name for name in models if os.path.isdir(os.path.expanduser(name))]:
-        log.warning("the export names folders of this machine (%s): others give base= and encoders=", ", ".join(local))
+        log.warning(
+            "the export names folders of this machine (%s): others give --base and --encoder (in"
+            " Python base=, encoders=)",
+            ", ".join(local),
+        )
 
 
 def encoder_part(encoder: VisionEncoder) -> EncoderPart:

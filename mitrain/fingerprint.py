@@ -43,9 +43,19 @@ def fingerprint(
     ``config``: as ``RunConfig.to_dict()`` gives it. ``content``: the digest of a picture's file, as
     ``ImageFeatures.key``. ``base``: digests of the frozen weights by name.
     """
-    data = {f"{split}.{name}": value for split, found in splits.items() for name, value in of_samples(found, content)}
-    parts = {"code": code(), "config": flat(config), "data": data, "base": base}
-    return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+    return {
+        **code_parts(),
+        **{f"config.{name}": value for name, value in flat(config).items()},
+        **digests_of(splits, content),
+        **{f"base.{name}": value for name, value in base.items()},
+    }
+
+
+def digests_of(splits: Mapping[str, Sequence[Any]], content: Callable[[str], str | None]) -> dict[str, str]:
+    """The parts of ``splits`` alone."""
+    return {
+        f"data.{split}.{name}": value for split, found in splits.items() for name, value in of_samples(found, content)
+    }
 
 
 @cache

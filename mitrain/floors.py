@@ -5,13 +5,15 @@ infused features, what a mask chosen without reading the expression covers.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from mitrain import dist
 from mitrain.data.sources import portion
 from mitrain.features import ImageFeatures
+from mitrain.fingerprint import digests_of, require_same
 from mitrain.model import resolve_data
 from mitrain.probe import RIDGES, probe_accuracy, probe_labels, ridge_fit
 from mitrain.runs import Run
@@ -30,8 +32,15 @@ def learned_from(run: Run, images: ImageFeatures) -> tuple[list[Any], list[Any]]
     data, root = run.config.data, resolve_data(run.config.data)
     train, val = portion(data.read(root, "train"), run.config.train.fraction), data.read(root, "val")
     readable = images.readable(train), images.readable(val)
+    compare_ranks({"train": readable[0], "val": readable[1]}, images)
     images.prepare(sorted({s.image for part in readable for s in part}), 1)
     return readable
+
+
+def compare_ranks(splits: Mapping[str, Sequence[Any]], images: ImageFeatures) -> None:
+    """RankError where ranks, of which each reads what a floor is made of, read different samples or pictures."""
+    if dist.world() > 1:
+        require_same(digests_of(splits, images.key))
 
 
 def answer_floors(run: Run, _split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
@@ -95,14 +104,16 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
 
 
-def mask_floors(run: Run, split: str, chosen: list[Any], _images: ImageFeatures) -> dict[str, dict[str, Any]]:
+def mask_floors(run: Run, split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
     """What masks chosen without language reach, given the true masks of all objects that the split names."""
     scenes: dict[str, dict[bytes, np.ndarray]] = defaultdict(dict)
     shown = {s.image for s in chosen}
-    for s in run.config.data.read(resolve_data(run.config.data), split):
-        if s.image in shown and not s.fault():
-            mask = s.mask()
-            scenes[s.image][mask.tobytes()] = mask
+    there = run.config.data.read(resolve_data(run.config.data), split)
+    objects = [s for s in there if s.image in shown and not s.fault()]
+    compare_ranks({split: objects}, images)
+    for s in objects:
+        mask = s.mask()
+        scenes[s.image][mask.tobytes()] = mask
     metrics = {kind: masks.MaskMetrics() for kind in ("union", "largest", "central", "random")}
     for s in chosen:
         for kind, mask in masks.floor_masks(list(scenes[s.image].values()), run.config.seed, s.id).items():

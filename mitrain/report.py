@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from mitrain import figures, runs
-from mitrain.data.images import annotated_image, open_image
+from mitrain.data.images import to_size
 from mitrain.errors import ConfigError
 from mitrain.evaluate import Evaluation
+from mitrain.features import ImageFeatures
 from mitrain.files import as_json, remedy, write_atomic
 from mitrain.floors import floors_of
 from mitrain.markdown import code, plain
-from mitrain.model import resolve_data
 from mitrain.provenance import commit, versions
 from mitrain.runs import Run
 from mitrain.scoring import score_split, split_of
@@ -88,7 +88,7 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
     chosen, images = split_of(run, split, samples)
     name = run.config.name
     plain = score_split(run, chosen, images, "none", generate=run.model.task.speaks, seed=run.config.seed)
-    found: dict[str, Any] = {name: plain.metrics, "figure": (chosen, plain)}
+    found: dict[str, Any] = {name: plain.metrics, "figure": (images, chosen, plain)}
     blind = not run.model.adapter.fuses
     for control in run.model.task.controls:
         if not (blind and control == "frozen"):
@@ -157,33 +157,37 @@ def provenance(folders: Sequence[str], splits: Sequence[str], samples: int | Non
     }
 
 
-def figure(run: Run, samples: list[Any], found: Evaluation) -> bytes:
+def figure(run: Run, images: ImageFeatures, samples: list[Any], found: Evaluation) -> bytes:
     """A PNG of some of the predictions."""
     buffer = BytesIO()
-    figures.sheet([panel for _, panel in panels(run, samples, found, PANELS)]).save(buffer, format="PNG")
+    figures.sheet([panel for _, panel in panels(run, images, samples, found, PANELS)]).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def panels(run: Run, samples: Sequence[Any], found: Evaluation, count: int) -> list[tuple[Any, figures.Panel]]:
-    """Predictions of ``count`` samples spread evenly over ``samples``: not picked. Each with its sample."""
+def panels(
+    run: Run, images: ImageFeatures, samples: Sequence[Any], found: Evaluation, count: int
+) -> list[tuple[Any, figures.Panel]]:
+    """Predictions of ``count`` samples spread evenly over ``samples``: not picked. Each with its sample.
+
+    DataError where a picture was replaced since it was scored.
+    """
     step = max(1, len(samples) // count)
     pairs = list(zip(samples, found.predictions, strict=True))[::step][:count]
-    root = run.config.data.image_root(resolve_data(run.config.data))
-    task, max_pixels = run.model.task, run.config.data.max_pixels
-    made = mask_panels(pairs, root, max_pixels) if task.decodes else text_panels(task, pairs, root, max_pixels)
+    task = run.model.task
+    made = mask_panels(pairs, images) if task.decodes else text_panels(task, pairs, images)
     return [(sample, panel) for (sample, _), panel in zip(pairs, made, strict=True)]
 
 
-def text_panels(task: Task, pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:
+def text_panels(task: Task, pairs: Sequence[tuple[Any, Any]], images: ImageFeatures) -> Iterable[figures.Panel]:
     for sample, prediction in pairs:
-        yield figures.Panel(open_image(root, sample.image, max_pixels), *task.lines(sample, prediction))
+        yield figures.Panel(images.picture(sample.image), *task.lines(sample, prediction))
 
 
-def mask_panels(pairs: Sequence[tuple[Any, Any]], root: Path, max_pixels: int) -> Iterable[figures.Panel]:
+def mask_panels(pairs: Sequence[tuple[Any, Any]], images: ImageFeatures) -> Iterable[figures.Panel]:
     for sample, prediction in pairs:
         truth = sample.mask()
         union = np.count_nonzero(truth | prediction.mask)
         iou = np.count_nonzero(truth & prediction.mask) / union if union else 0.0
-        picture = annotated_image(root, sample.image, sample.size, max_pixels)
+        picture = to_size(images.picture(sample.image), sample.size)
         picture = figures.outlined(figures.overlay(picture, prediction.mask), truth)
         yield figures.Panel(picture, [sample.expression, f"IoU {iou:.2f}"], iou >= 0.5)

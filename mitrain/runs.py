@@ -137,9 +137,16 @@ class Run:
     answers: Mapping[str, Sequence[str]] | None = None
 
 
-def open_run(folder: str | Path, which: str = "best", allow_changes: bool = False) -> Run:
+def open_run(
+    folder: str | Path,
+    which: str = "best",
+    allow_changes: bool = False,
+    base: str | Path | None = None,
+    encoders: Sequence[str | Path] | None = None,
+) -> Run:
     """Rebuild a run's model and load its ``best`` or ``latest`` checkpoint, or what was exported of it.
 
+    ``base`` and ``encoders``: where the language model and the image encoders are, if not where they were in training.
     ModelError where the frozen models are not those it was trained on, unless ``allow_changes``.
     """
     folder = Path(folder)
@@ -148,8 +155,9 @@ def open_run(folder: str | Path, which: str = "best", allow_changes: bool = Fals
             raise CheckpointError(
                 f"{str(folder)!r} is an export and holds one checkpoint: leave out --checkpoint {which}"
             )
-        return open_published(folder, allow_changes=allow_changes)
+        return open_published(folder, base, encoders, allow_changes)
     run_config, saved = read_config(folder), newest(folder, which)
+    run_config = run_config.model_copy(update={"model": elsewhere(run_config.model, base, encoders)})
     spread = run_config.zero if dist.world() > 1 else ZeroConfig()  # one process holds everything whatever the stage
     model = build(run_config, shard=sharding(spread, run_config.train.optimizer))
     check_frozen(frozen_of(saved), lambda: model.base, folder, allow_changes)
@@ -280,21 +288,37 @@ def published_config(
         saved = schema.from_dict(with_base(part.config, os.path.expanduser(contents.base_model_name_or_path)))
     except ConfigError as error:
         raise CheckpointError(f"{folder}: the exported configuration is not understood ({error})") from None
-    model = saved.model.to_dict() | dict(changes)
-    if base is not None:
-        model["llm"] = str(base)
-    vision = model["vision"]
-    if len(part.encoders) != len(vision):
-        raise CheckpointError(f"{folder} describes {len(part.encoders)} of {len(vision)} encoders: export it again")
-    names = [os.path.expanduser(v["name"]) for v in vision] if encoders is None else [str(e) for e in encoders]
-    if len(names) != len(vision):
-        raise ConfigError(
-            f"{len(names)} encoders were given, the adapter has {len(vision)}: give one for each, in order"
+    model = config.parse(ModelConfig, saved.model.to_dict() | dict(changes), "model")
+    if len(part.encoders) != len(model.vision):
+        raise CheckpointError(
+            f"{folder} describes {len(part.encoders)} of {len(model.vision)} encoders: export it again"
         )
-    sizes = [encoder.preprocess.size for encoder in part.encoders]
-    model["vision"] = [{**v, "name": n, "size": size} for v, n, size in zip(vision, names, sizes, strict=True)]
+    values = elsewhere(model, base, encoders).to_dict()
+    for encoder, saved_encoder in zip(values["vision"], part.encoders, strict=True):
+        encoder["size"] = saved_encoder.preprocess.size
     data = saved.data.model_copy(update={"root": pretrained.data_seen(saved.data.root, Path(folder))})
-    return saved.model_copy(update={"model": config.parse(ModelConfig, model, "model"), "data": data})
+    return saved.model_copy(update={"model": config.parse(ModelConfig, values, "model"), "data": data})
+
+
+def elsewhere(model: ModelConfig, base: str | Path | None, encoders: Sequence[str | Path] | None) -> ModelConfig:
+    """The frozen models ``model`` of a run where they are on this machine.
+
+    ModelError where a folder that it names is not there and no other is given.
+    """
+    given = [v.name for v in model.vision] if encoders is None else encoders
+    if len(given) != len(model.vision):
+        raise ConfigError(
+            f"{len(given)} encoders were given, the adapter has {len(model.vision)}: give one for each, in order"
+        )
+    llm, *names = (os.path.expanduser(str(name)) for name in (base or model.llm, *given))
+    for name, option in [(llm, "--base"), *((name, "--encoder") for name in names)]:
+        if os.path.isabs(name) and not os.path.exists(name):
+            raise ModelError(
+                f"the folder {name!r} of a frozen model is not there: say where it is with {option} (in Python"
+                f" {'base=' if option == '--base' else 'encoders='})"
+            )
+    vision = tuple(v.model_copy(update={"name": name}) for v, name in zip(model.vision, names, strict=True))
+    return model.model_copy(update={"llm": llm, "vision": vision})
 
 
 def with_base(values: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -110,14 +110,16 @@ def score_run(
     floors: bool = False,
     allow_changes: bool = False,
     root: str | None = None,
+    base: str | None = None,
+    encoders: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The metrics of a run's checkpoint on a split under a control, and those of the ``floors`` if asked for.
 
-    ``root``: the folder of the data, where it is another than the run's.
+    ``root``: the folder of the data, where it is another than the run's; ``base``, ``encoders`` as in `runs.open_run`.
     """
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples {samples} scores nothing: give at least 1")
-    run = runs.open_run(folder, which, allow_changes)
+    run = runs.open_run(folder, which, allow_changes, base, encoders)
     place_data(run, root)
     chosen, images = split_of(run, split, samples)
     found = score_split(run, chosen, images, control, generate, seed)
@@ -145,10 +147,13 @@ def predict_one(
     out: str | None = None,
     which: str = "best",
     allow_changes: bool = False,
+    base: str | None = None,
+    encoders: Sequence[str] | None = None,
 ) -> Answer:
-    """Answer a prompt about a picture, or segment an expression in it."""
+    """Answer a prompt about a picture, or segment an expression in it; ``base``, ``encoders`` as in `runs.open_run`."""
     check_words(text, candidates)
-    return ask(runs.open_run(folder, which, allow_changes), image, text, candidates=candidates, out=out)
+    run = runs.open_run(folder, which, allow_changes, base, encoders)
+    return ask(run, image, text, candidates=candidates, out=out)
 
 
 def ask(

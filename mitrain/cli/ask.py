@@ -21,6 +21,7 @@ def add_eval(commands: Any) -> None:
     )
     add_checkpoint(sub)
     add_allow_changes(sub)
+    add_places(sub)
     sub.add_argument("--data", metavar="DIR", help="the data's folder, where it is another than the run's data.root")
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over the split")
     sub.add_argument(
@@ -47,6 +48,8 @@ def run_eval(arguments: argparse.Namespace) -> Any:
         seed=arguments.seed,
         floors=arguments.floors,
         allow_changes=arguments.allow_changes,
+        base=arguments.base,
+        encoders=arguments.encoder,
         root=arguments.data,
     )
     for line in metric_lines(metrics):
@@ -76,6 +79,17 @@ def add_predict(commands: Any) -> None:
     sub.add_argument("--out", metavar="DIR", help="where image, overlay, expression and mask are written (segment)")
     add_checkpoint(sub)
     add_allow_changes(sub)
+    add_places(sub)
+
+
+def add_places(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--base", metavar="DIR", help="the language model's folder, where it is another than in training")
+    sub.add_argument(
+        "--encoder",
+        action="append",
+        metavar="DIR",
+        help="the image encoder's folder, likewise; of several encoders one option each, in order",
+    )
 
 
 def run_predict(arguments: argparse.Namespace) -> Any:
@@ -90,6 +104,8 @@ def run_predict(arguments: argparse.Namespace) -> Any:
         out=arguments.out,
         which=arguments.checkpoint,
         allow_changes=arguments.allow_changes,
+        base=arguments.base,
+        encoders=arguments.encoder,
     )
     for line in result.lines:
         say(arguments, line)

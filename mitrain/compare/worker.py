@@ -25,6 +25,7 @@ from mitrain.data.sources import limit
 from mitrain.errors import ConfigError, UserError
 from mitrain.evaluate import Evaluation, controlled
 from mitrain.export import export
+from mitrain.features import ImageFeatures
 from mitrain.files import file_lock, write_json
 from mitrain.floors import floors_of
 from mitrain.model import settled
@@ -116,13 +117,13 @@ def scored(run: Run, part: TaskPart, shown: int) -> dict[str, Any]:
         "value": metrics[metric],
         "metrics": metrics,
         "controls": beside,
-        "panels": pictures(run, chosen, plain, shown),
+        "panels": pictures(run, images, chosen, plain, shown),
     }
 
 
-def pictures(run: Run, chosen: list[Any], found: Evaluation, count: int) -> list[dict[str, Any]]:
+def pictures(run: Run, images: ImageFeatures, chosen: list[Any], found: Evaluation, count: int) -> list[dict[str, Any]]:
     """Predictions as JSON: the sample, a small picture in base64, the lines below it."""
-    shown = panels(run, chosen, found, count) if count else []
+    shown = panels(run, images, chosen, found, count) if count else []
     return [{"sample": s.id, "picture": small(p.picture), "lines": list(p.lines), "right": p.right} for s, p in shown]
 
 

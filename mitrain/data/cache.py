@@ -44,7 +44,10 @@ class FeatureCache:
         self._known: set[Path] = set()  # segments, sound or not, that were looked at
         self._checked: set[str] = set()  # keys that this process has read before
         if root is not None:
-            self.folder = root / digest({**identity, "stored as": dtypes, "layout": 2})
+            self.folder, before = (root / digest({**identity, "stored as": dtypes, "layout": n}) for n in (2, 1))
+            if before.is_dir():
+                log.warning("removing the cache %s, which an earlier version wrote and nothing reads any more", before)
+                shutil.rmtree(before, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "identity.json").exists():
                 write_json(self.folder / "identity.json", identity)

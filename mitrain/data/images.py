@@ -142,7 +142,11 @@ def open_image(root: Path, relative: str, max_pixels: int = MAX_PIXELS) -> Image
 
 def annotated_image(root: Path, relative: str, size: Size, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture that an annotation of ``size`` was made on, scaled to that size; DataError as of `open_image`."""
-    picture = read_image(root, relative, max_pixels).annotated(size, max_pixels).upright()
+    return to_size(read_image(root, relative, max_pixels).annotated(size, max_pixels).upright(), size)
+
+
+def to_size(picture: Image.Image, size: Size) -> Image.Image:
+    """The picture scaled to its annotation's ``size``."""
     return picture if picture.size == size[::-1] else picture.resize(size[::-1], Image.Resampling.BICUBIC)
 
 

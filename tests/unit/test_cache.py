@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mitrain import dist
+from mitrain.config import digest
 from mitrain.data import segments
 from mitrain.data.cache import FeatureCache
 from mitrain.errors import DataError, ModelError
@@ -214,3 +215,15 @@ def test_two_writers_do_not_disturb_each_other(tmp_path):
     again = open_cache(tmp_path)
     for key in KEYS:
         np.testing.assert_array_equal(again.get(key)["a"], item(key)["a"])
+
+
+def test_what_an_earlier_layout_left_of_the_same_values_is_removed_and_named_once(tmp_path, caplog):
+    identity, dtypes = {"weights": "w"}, {"a": "float32", "b": "float16"}
+    old, others = (tmp_path / digest({**found, "stored as": dtypes, "layout": 1}) for found in (identity, {"x": 1}))
+    for folder in (old, others):
+        (folder / "segment").mkdir(parents=True)
+        (folder / "identity.json").write_text("{}")
+    open_cache(tmp_path).fill(KEYS, Computer())
+    assert not old.exists() and others.exists() and caplog.text.count("which an earlier version wrote") == 1
+    caplog.clear()
+    assert all(key in open_cache(tmp_path) for key in KEYS) and not caplog.records

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from exported import PROMPT, make_run, make_world
@@ -48,7 +49,43 @@ def test_it_opens_where_it_was_made_and_says_what_it_names(world, run, exported,
     assert main(["predict", str(moved), "--image", str(image), "--text", PROMPT, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == expected
     assert main(["export", str(run), "--out", str(tmp_path / "again")]) == 0
-    assert "folders of this machine (~/llm, ~/vision): others give base=" in caplog.text
+    assert "folders of this machine (~/llm, ~/vision): others give --base and --encoder" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["run", "exported"])
+def test_its_frozen_models_may_lie_elsewhere(world, what, tmp_path, capsys, request):
+    folder, image = request.getfixturevalue(what), next((world / "data" / "images").glob("*.png"))
+    asks = [["predict", str(folder), "--image", str(image), "--text", PROMPT], ["eval", str(folder), "--split", "test"]]
+
+    def answers(*options):
+        assert [main([*ask, "--json", *options]) for ask in asks] == [0, 0], capsys.readouterr().err
+        return capsys.readouterr().out
+
+    expected = answers()
+    away = {name: str((world / name).rename(tmp_path / name)) for name in ("llm", "vision")}
+    try:
+        for ask in asks:
+            assert main(ask) == 2
+            said = capsys.readouterr().err
+            assert f"the folder '{world / 'llm'}' of a frozen model is not there: say where it is with --base" in said
+            assert main([*ask, "--base", away["llm"]]) == 2
+            assert (
+                f"'{world / 'vision'}' of a frozen model is not there: say where it is with --encoder"
+                in capsys.readouterr().err
+            )
+            assert main([*ask, "--base", away["llm"], "--encoder", "a", "--encoder", "b"]) == 2
+            assert "2 encoders were given, the adapter has 1: give one for each, in order" in capsys.readouterr().err
+        places = ["--base", away["llm"], "--encoder", away["vision"]]
+        assert answers(*places) == expected
+        weights = Path(away["llm"]) / "model.safetensors"
+        before = weights.read_bytes()
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert main([*asks[0], *places]) == 2
+        assert f"not those that '{folder}' was trained on (text.weights differs)" in capsys.readouterr().err
+        weights.write_bytes(before)
+    finally:
+        for name, place in away.items():
+            Path(place).rename(world / name)
 
 
 def test_its_data_is_found_beside_it_or_given(world, run, exported, tmp_path):

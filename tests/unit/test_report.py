@@ -1,0 +1,42 @@
+"""What is shown and compared beside a score is what was scored."""
+
+import pytest
+from exported import make_run, make_world
+
+from mitrain import dist, runs
+from mitrain.errors import DataError, RankError
+from mitrain.floors import floors_of
+from mitrain.report import panels
+from mitrain.scoring import score_split, split_of
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = make_world(tmp_path_factory.mktemp("report"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        opened = runs.open_run(make_run(path))
+        yield path, opened, *split_of(opened, "test")
+
+
+def test_a_picture_that_was_replaced_since_it_was_scored_is_not_shown(world):
+    path, run, chosen, images = world
+    found = score_split(run, chosen, images, "none")
+    assert [sample for sample, _ in panels(run, images, chosen, found, len(chosen))] == chosen
+    file = path / "data" / chosen[0].image
+    before = file.read_bytes()
+    other = next(s for s in chosen if (path / "data" / s.image).read_bytes() != before)
+    try:
+        file.write_bytes((path / "data" / other.image).read_bytes())
+        with pytest.raises(DataError, match=f"'{chosen[0].image}' in .* was replaced while it was being used"):
+            panels(run, images, chosen, found, len(chosen))
+    finally:
+        file.write_bytes(before)
+
+
+def test_ranks_make_floors_of_the_same_samples(world, monkeypatch):
+    _, run, chosen, images = world
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr(dist, "gather", lambda parts: [parts, {**parts, "data.train.answer": "sha256:other"}])
+    with pytest.raises(RankError, match=r"data\.train\.answer of rank 1 is not rank 0's"):
+        floors_of(run, "test", chosen, images)
