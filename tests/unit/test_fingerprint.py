@@ -1,13 +1,16 @@
 """What two processes, or a run and its checkpoint, must have in common."""
 
+import hashlib
 import json
 import logging
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
+from mitrain import __version__, resume, schema
 from mitrain import fingerprint as module
-from mitrain import resume, schema
 from mitrain.checkpoint import Checkpoint
 from mitrain.data.records import AnswerSample
 from mitrain.data.refcoco import ReferSample
@@ -107,6 +110,92 @@ def test_ranks_that_differ_are_named_with_what_differs(monkeypatch):
         require_same(own)
     monkeypatch.setattr(module.dist, "gather", lambda value: [own, dict(own)])
     require_same(own)
+
+
+def test_a_digest_is_of_the_values_in_parts_of_1024_as_json_with_sorted_keys():
+    """As checkpoints have it: another way of digesting would make every run that is gone on with a changed one."""
+    values = [{"b": 1, "a": None}, "\u00e9", 1.5, b"04", *range(2044)]
+    parts = [json.dumps(part, sort_keys=True, default=repr) for part in (values[:1024], values[1024:])]
+    assert digest(iter(values)) == MARK + hashlib.sha256("".join(parts).encode()).hexdigest()
+    assert digest([]) == MARK + hashlib.sha256(b"").hexdigest()
+    assert parts[0].startswith('[{"a": null, "b": 1}, "\\u00e9", 1.5, "b\'04\'"')
+
+
+def test_values_of_a_configuration_are_json_with_sorted_keys():
+    values = {"a": {"b": [{"z": 1, "c": "\u00e9"}], "empty": {}}, "n": None}
+    assert flat(values) == {"a.b": '[{"c": "\u00e9", "z": 1}]', "a.empty": "{}", "n": "null"}
+
+
+def test_the_code_is_all_of_our_files_and_the_versions_of_what_computes():
+    root = Path(module.__file__).parents[1]
+    files = [
+        path
+        for folder in ("mitrain", "mitrain_kernels", "kernels/mitrain_kernels")
+        for path in sorted((root / folder).rglob("*.py"))
+    ]
+    assert Path(module.__file__) in files and len(files) > 100
+    ours = [[path.parent.name, path.name, path.read_text(encoding="utf-8")] for path in files]
+    found = module.code()
+    assert found == {
+        "mitrain": __version__,
+        "sources": digest(ours),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+    assert module.code_parts() == {f"code.{name}": value for name, value in found.items()}
+
+
+def test_parts_stand_in_the_order_of_the_run_and_then_of_what_is_gone():
+    there, here = {"a": "1", "gone": "2", "b": "3"}, {"b": "4", "new": "5", "a": "6"}
+    assert differences(there, here) == [
+        "b is 3 there, 4 here",
+        "new is absent there, 5 here",
+        "a is 1 there, 6 here",
+        "gone is 2 there, absent here",
+    ]
+    parts = ["data.train.samples", "data.train.pictures", "base.text"]
+    assert [name for name in of([]) if not name.startswith(("code.", "config."))] == parts
+
+
+def test_a_digest_on_one_side_alone_is_called_one():
+    assert differences({"x": f"{MARK}a"}, {"x": "1"}) == ["x is a digest there, 1 here"]
+    assert differences({"x": "1"}, {"x": f"{MARK}a"}) == ["x is 1 there, a digest here"]
+    assert differences({}, {"x": f"{MARK}a"}) == ["x is absent there, a digest here"]
+
+
+@pytest.mark.parametrize(("length", "shown"), [(60, "x" * 60), (61, "x" * 59 + "\u2026"), (500, "x" * 59 + "\u2026")])
+def test_a_long_value_is_cut(length, shown):
+    assert differences({"n": "x" * length}, {"n": "y"}) == [f"n is {shown} there, y here"]
+
+
+def test_at_most_six_differences_are_listed():
+    phrases = [f"p{i}" for i in range(8)]
+    assert listed(phrases[:6]) == "p0; p1; p2; p3; p4; p5" and listed(phrases) == listed(phrases[:6]) + "; and 2 more"
+    assert listed(phrases[:7]) == listed(phrases[:6]) + "; and 1 more"
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "said"),
+    [
+        ({}, [{"x": "1"}], "x is absent on rank 0, 1 on rank 1"),
+        ({"x": "1"}, [{}], "x is 1 on rank 0, absent on rank 1"),
+        ({"x": f"{MARK}a"}, [{}], "x of rank 1 is not rank 0's"),
+        ({"x": f"{MARK}a"}, [{"x": f"{MARK}b"}] * 8, "x of ranks 1, 2, 3, 4, 5, 6 is not rank 0's"),
+        ({"x": "1"}, [{"x": "2"}, {"x": "3"}], "x is 1 on rank 0, 2 on rank 1"),
+        ({"x": "1", "y": "1"}, [{"y": "1"}, {"y": "3"}], "x is 1 on rank 0, absent on rank 1; y is 1 on rank 0, 3 on rank 2"),
+        ({"x": "1"}, [{"x": "1"}, {"z": "1", "x": "1"}], "z is absent on rank 0, 1 on rank 2"),
+    ],
+)  # fmt: skip
+def test_what_ranks_are_told(own, others, said, monkeypatch):
+    monkeypatch.setattr(module.dist, "gather", lambda value: [value, *others])
+    with pytest.raises(RankError) as error:
+        require_same(own)
+    assert str(error.value).split("same: ")[1] == said + "; give all of them the same arguments, files and versions"
+
+
+def test_ranks_that_are_the_same_are_told_nothing(monkeypatch):
+    monkeypatch.setattr(module.dist, "gather", lambda value: [value, dict(value)])
+    require_same(of())
 
 
 # what a checkpoint's fingerprint is compared with

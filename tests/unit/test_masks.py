@@ -1,6 +1,7 @@
 """Mask losses, metrics and floors against per-pixel loops, scikit-learn and values computed by hand."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from sklearn.metrics import f1_score, jaccard_score
 
 from mitrain.errors import ConfigError, DataError
-from mitrain.tasks.masks import LOSSES, MaskMetrics, floor_masks, mask_loss, predict_masks
+from mitrain.tasks.masks import LOSSES, MaskMetrics, distance_to_centre, floor_masks, mask_loss, predict_masks
 
 EPS = np.finfo(np.float64).eps
 
@@ -108,8 +109,19 @@ def test_extreme_logits_and_empty_masks_stay_finite(kind, dtype, scale):
 
 
 def test_an_unknown_loss_is_refused():
-    with pytest.raises(ConfigError, match="'hinge' is not known"):
+    with pytest.raises(ConfigError) as error:
         mask_loss("hinge", *batch())
+    assert str(error.value) == f"loss 'hinge' is not known: choose one of {', '.join(LOSSES)}"
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_sum_and_count_are_of_the_scores_kind_where_the_scores_are(kind):
+    """On torch's meta device, which has no numbers, whatever is made is seen to be made in the right place."""
+    logits, target = batch()
+    for place, dtype in (("cpu", torch.float64), ("cpu", torch.float32), ("meta", torch.float64)):
+        total, count = mask_loss(kind, logits.to(place, dtype).requires_grad_(), target.to(place))
+        assert total.dtype == count.dtype == dtype and total.device.type == count.device.type == place
+        assert total.requires_grad and not count.requires_grad
 
 
 def random_masks(count: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -203,8 +215,25 @@ def test_no_samples_give_zeros():
 
 
 def test_masks_of_different_size_are_refused():
-    with pytest.raises(DataError, match=r"\(2, 3\) is compared with one of \(3, 2\)"):
+    with pytest.raises(DataError) as error:
         metrics_of([(np.ones((2, 3), dtype=bool), np.ones((3, 2), dtype=bool))])
+    assert str(error.value) == "a mask of (2, 3) is compared with one of (3, 2): use the image's own size"
+
+
+def test_what_is_missing_from_a_batch_is_not_left_out_of_the_mean():
+    mask = np.ones((2, 2), dtype=bool)
+    with pytest.raises(ValueError, match="shorter"):
+        MaskMetrics().update([mask, mask], [mask])
+    with pytest.raises(ValueError, match="shorter"):
+        predict_masks(torch.zeros(2, 1, 2, 2), [(2, 2)])
+    with pytest.raises(ValueError, match="longer"):
+        MaskMetrics(torch.ones(11, dtype=torch.float64)).compute()
+
+
+def test_numbers_count_as_masks_where_they_are_not_zero():
+    """2 & 1 is 0: masks written as 0 and 255, or as counts, are read as yes and no first."""
+    found = metrics_of([(np.array([[2, 0, 1]]), np.array([[1, 0, 2]]))]).compute()
+    assert found["oiou"] == found["miou"] == found["dice"] == 1.0
 
 
 def test_predictions_are_at_every_images_own_size():
@@ -248,6 +277,23 @@ def test_central_is_judged_in_both_directions():
     assert floor_masks(masks, seed=0, key="a")["central"] is masks[2]
 
 
+def test_the_first_of_equal_objects_wins_and_empty_ones_are_never_central():
+    first, twin = np.zeros((2, 5, 6), dtype=bool)
+    first[2, 2] = twin[2, 3] = True  # as large, and as far from the centre (2, 2.5)
+    nothing = np.zeros_like(first)
+    for masks in ([first, twin], [nothing, first, twin], [first, nothing, twin]):
+        floors = floor_masks(masks, seed=0, key="a")
+        assert floors["largest"] is floors["central"] is first
+    assert floor_masks([nothing], seed=0, key="a")["central"] is nothing
+
+
+def test_the_distance_to_the_centre_by_hand():
+    mask = np.zeros((5, 8), dtype=bool)
+    mask[0, 1] = mask[1, 1] = mask[1, 2] = mask[0, 2] = True  # the centroid is (0.5, 1.5), the image's centre (2, 3.5)
+    assert distance_to_centre(mask) == 2.5
+    assert distance_to_centre(np.zeros((5, 8), dtype=bool)) == math.inf
+
+
 def test_the_random_floor_is_seeded_and_uniform():
     masks = scene()
 
@@ -259,8 +305,12 @@ def test_the_random_floor_is_seeded_and_uniform():
     assert draws == [chosen(0, f"sample {i}") for i in range(400)]
     assert draws != [chosen(1, f"sample {i}") for i in range(400)]
     assert np.bincount(draws).min() > 60  # expected 100, standard deviation 8.7
+    assert draws[:8] == [
+        random.Random(f"0:sample {i}").randrange(4) for i in range(8)
+    ]  # published floors stay what they are
 
 
 def test_a_scene_without_instances_is_refused():
-    with pytest.raises(DataError, match="'scene 7' has no instance masks"):
+    with pytest.raises(DataError) as error:
         floor_masks([], seed=0, key="scene 7")
+    assert str(error.value) == "the scene of 'scene 7' has no instance masks: floors need its annotations"

@@ -1,6 +1,7 @@
 """Momentum-distilled contrast: by hand, on several ranks, its queue and slow copies, and what a checkpoint carries."""
 
 import copy
+from hashlib import blake2b
 
 import pytest
 import torch
@@ -177,3 +178,54 @@ def test_a_checkpoint_carries_queue_and_slow_copy():
     fast, slow = vectors(3), vectors(4)
     assert torch.equal(one.contrast(fast, slow, KEYS, SHARPNESS), two.contrast(fast, slow, KEYS, SHARPNESS))
     assert two.filled == 8 and int(two.calls) == 2
+
+
+def test_the_papers_settings_are_the_default():
+    made = queue()
+    assert (made.momentum, made.distil, made.ramp, made.filled) == (0.995, 0.4, 0, 0)
+    module = nn.Linear(3, WIDTH)
+    made = MomentumQueue(4, WIDTH, {"map": module})
+    start = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight.add_(1.0)
+    made.slow_vectors(lambda: vectors(1))
+    torch.testing.assert_close(made.slow_map__weight, start + 0.005)
+    assert queue(start="random").calls == 0 and queue(ramp=1).softness == 0.0
+
+
+def test_a_queue_is_made_where_the_trained_parameters_are():
+    for start in ("empty", "random"):
+        made = MomentumQueue(6, WIDTH, {"map": nn.Linear(3, WIDTH, device="meta")}, start=start)
+        assert {buffer.device.type for buffer in made.buffers()} == {"meta"}
+    made = queue()
+    kinds = {name: buffer.dtype for name, buffer in made.named_buffers()}
+    assert kinds["keys"] == kinds["pushed"] == kinds["calls"] == torch.int64
+    assert kinds["images"] == kinds["words"] == kinds["slow_map__weight"] == torch.float32
+    assert made.keys.shape == (8, 2) and made.images.shape == made.words.shape == (8, WIDTH)
+    assert not any(buffer.count_nonzero() for name, buffer in made.named_buffers() if "slow" not in name)
+
+
+def test_the_queue_counts_every_vector_and_every_call():
+    made, seen = queue(size=7), []
+    for seed in (1, 2, 3):
+        made.contrast(vectors(seed), vectors(seed), KEYS, SHARPNESS)
+        seen.append((made.filled, int(made.pushed), int(made.calls)))
+    assert seen == [(5, 5, 1), (7, 10, 2), (7, 15, 3)]
+
+
+def test_vectors_of_less_precision_are_compared_in_the_fast_ones():
+    """Under autocast the fast vectors may be wider than the slow ones, whose queue is float32."""
+    made = queue()
+    fast, slow = [v.double() for v in vectors(1)], [v.bfloat16() for v in vectors(2)]
+    exact = [v.double() for v in slow]
+    found = made.contrast(fast, slow, KEYS, SHARPNESS.detach().double())
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(by_hand(fast, exact, exact, right_of(KEYS, KEYS).double(), 0.4), rel=1e-12)
+    assert made.images.dtype == torch.float32 and torch.equal(made.images[:5], slow[0].float())
+
+
+def test_a_name_has_the_same_number_in_every_process():
+    assert (
+        number("a") == int.from_bytes(blake2b(b"a", digest_size=8).digest(), "big", signed=True) == 4681665781835383343
+    )
+    assert any(number(str(i)) < 0 for i in range(9)) and all(abs(number(str(i))) < 2**63 for i in range(99))
