@@ -4,43 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from folders import COLOURS, llm_folder
-from tiny import scramble
+from answers import FEATURES, make, opened, samples
+from folders import llm_folder
 
-from mitrain import adapters
-from mitrain.adapters.mit import MiTConfig
-from mitrain.backbones import TextBackbone
 from mitrain.data.records import AnswerSample
 from mitrain.errors import DataError
-from mitrain.states import TextStates
-from mitrain.tasks.answer import AnswerConfig, AnswerTask, same_text
-from mitrain.tasks.base import Batch, Parts
+from mitrain.tasks.answer import same_text
+from mitrain.tasks.base import Batch
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return llm_folder(tmp_path_factory.mktemp("answer") / "llm")
-
-
-def make(folder, cache=None, **config):
-    text = TextBackbone.load(folder, torch.float32)
-    adapter = adapters.build(MiTConfig(layers=[1, 2]), {"image": 6})
-    adapter.attach({"text": text.model})
-    scramble(adapter)
-    return AnswerTask(AnswerConfig(**config), Parts(text, adapter, TextStates(text, 1, cache)))
-
-
-def samples(candidates=True):
-    prompts = ["the colour of this picture is", "this thing is a", "is this red"]
-    answers = ["red", "blue square", "yes"]
-    offered = [tuple(COLOURS), ("blue square", "red", "green square"), ("yes", "no")] if candidates else [()] * 3
-    return [
-        AnswerSample(str(i), f"{i}.png", p, a, c, f"kind{i % 2}", "o")
-        for i, (p, a, c) in enumerate(zip(prompts, answers, offered, strict=True))
-    ]
-
-
-FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 
 
 def by_hand(task, prompt, answer, feature):
@@ -76,11 +51,6 @@ def test_candidates_are_ranked_by_likelihood(folder, normalize):
         expected = dict(zip(sample.candidates, scores.softmax(0).tolist(), strict=True))
         assert prediction.values["probabilities"] == pytest.approx(expected, abs=1e-5)
         assert prediction.values["predicted"] == max(expected, key=expected.get)
-
-
-def opened(answers, prompt="this thing is a"):
-    """Samples without candidates."""
-    return [AnswerSample(str(i), f"{i}.png", prompt, answer) for i, answer in enumerate(answers)]
 
 
 def test_without_candidates_the_training_answers_to_the_prompt_are_ranked(folder):

@@ -182,7 +182,8 @@ def test_at_most_six_differences_are_listed():
         ({"x": f"{MARK}a"}, [{}], "x of rank 1 is not rank 0's"),
         ({"x": f"{MARK}a"}, [{"x": f"{MARK}b"}] * 8, "x of ranks 1, 2, 3, 4, 5, 6 is not rank 0's"),
         ({"x": "1"}, [{"x": "2"}, {"x": "3"}], "x is 1 on rank 0, 2 on rank 1"),
-        ({"x": "1", "y": "1"}, [{"y": "1"}, {"y": "3"}], "x is 1 on rank 0, absent on rank 1; y is 1 on rank 0, 3 on rank 2"),
+        ({"x": "1", "y": "1"}, [{"y": "1"}, {"y": "3"}],
+         "x is 1 on rank 0, absent on rank 1; y is 1 on rank 0, 3 on rank 2"),
         ({"x": "1"}, [{"x": "1"}, {"z": "1", "x": "1"}], "z is absent on rank 0, 1 on rank 2"),
     ],
 )  # fmt: skip

@@ -1,0 +1,39 @@
+"""A tiny model with an answer task, questions for it, and what is seen with them."""
+
+import torch
+from folders import COLOURS
+from tiny import scramble
+
+from mitrain import adapters
+from mitrain.adapters.mit import MiTConfig
+from mitrain.backbones import TextBackbone
+from mitrain.data.records import AnswerSample
+from mitrain.states import TextStates
+from mitrain.tasks.answer import AnswerConfig, AnswerTask
+from mitrain.tasks.base import Parts
+
+
+def make(folder, cache=None, **config):
+    text = TextBackbone.load(folder, torch.float32)
+    adapter = adapters.build(MiTConfig(layers=[1, 2]), {"image": 6})
+    adapter.attach({"text": text.model})
+    scramble(adapter)
+    return AnswerTask(AnswerConfig(**config), Parts(text, adapter, TextStates(text, 1, cache)))
+
+
+def samples(candidates=True):
+    prompts = ["the colour of this picture is", "this thing is a", "is this red"]
+    answers = ["red", "blue square", "yes"]
+    offered = [tuple(COLOURS), ("blue square", "red", "green square"), ("yes", "no")] if candidates else [()] * 3
+    return [
+        AnswerSample(str(i), f"{i}.png", p, a, c, f"kind{i % 2}", "o")
+        for i, (p, a, c) in enumerate(zip(prompts, answers, offered, strict=True))
+    ]
+
+
+FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+
+
+def opened(answers, prompt="this thing is a"):
+    """Samples without candidates."""
+    return [AnswerSample(str(i), f"{i}.png", prompt, answer) for i, answer in enumerate(answers)]
