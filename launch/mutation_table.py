@@ -1,6 +1,7 @@
 """The table of a mutation run: what mutmut left in mutants/, as docs/results/mutation/{results.json,table.md}.
 
 A change that alters nothing is equivalent: docs/results/mutation/equivalent.json names each, with its reason.
+A module of which mutants/ has nothing tried keeps its earlier row: each row names the commit that it is of.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 OUT = Path("docs/results/mutation")
 NOTICED = {1, 3, 36, -24, 24, 152, 255, -11, -9}  # a failed test, a time-out, a crash
+COMMAND = "bash launch/mutate.sh"
 COUNTED = ("mutants", "tried", "noticed", "equivalent", "survived")
 
 
@@ -29,18 +31,18 @@ def main() -> None:
             sep="\n",
         )
         return
-    rows = [row(path, codes, reasons) for path, codes in verdicts.items()]
     made = {
-        "command": "bash launch/mutate.sh",
         "commit": git("rev-parse", "--short", "HEAD"),
         "clean": not git("status", "--porcelain", "--", "mitrain", "kernels", "tests", "launch", "pyproject.toml"),
         "date": time.strftime("%Y-%m-%d"),
         "versions": f"mutmut {version('mutmut')}, Python {platform.python_version()}, torch {version('torch')}",
     }
-    (OUT / "results.json").write_text(
-        json.dumps({"made": made, "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    (OUT / "table.md").write_text(table(made, rows), encoding="utf-8")
+    earlier = {kept["module"]: kept for kept in json.loads((OUT / "results.json").read_text("utf-8"))["rows"]}
+    rows = [row(path, codes, reasons) | made for path, codes in verdicts.items()]
+    rows = [earlier.get(r["module"], r) if not r["tried"] else r for r in rows]
+    found = {"command": COMMAND, "rows": rows}
+    (OUT / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (OUT / "table.md").write_text(table(rows), encoding="utf-8")
 
 
 def git(*words: str) -> str:
@@ -68,18 +70,18 @@ def row(path: str, codes: dict[str, int | None], reasons: dict[str, str]) -> dic
     }
 
 
-def table(made: dict[str, object], rows: list[dict]) -> str:
+def table(rows: list[dict]) -> str:
     """The Markdown table: a row per module, and one of all."""
     total = {"module": "all of these", **{name: sum(r[name] for r in rows) for name in COUNTED}}
-    lines = [f"| module | {' | '.join(COUNTED)} | noticed of the others |", "|---" * 7 + "|"]
+    lines = [f"| module | {' | '.join(COUNTED)} | noticed of the others | commit |", "|---" * 8 + "|"]
     for r in [*rows, total]:
         others = r["tried"] - r["equivalent"]
         share = f"{100 * r['noticed'] / others:.1f} %" if others else "–"
-        lines.append(f"| {r['module']} | {' | '.join(str(r[name]) for name in COUNTED)} | {share} |")
-    state = "a clean tree" if made["clean"] else "a tree with changes"
+        of = f"{r['commit']}{'' if r['clean'] else ' with changes'}, {r['date']}" if "commit" in r else ""
+        lines.append(f"| {r['module']} | {' | '.join(str(r[name]) for name in COUNTED)} | {share} | {of} |")
     lines += [
         "",
-        f"Made by `{made['command']}` on {made['date']}, commit {made['commit']} ({state}), {made['versions']}.",
+        f"Made by `{COMMAND}`, each row on its commit and date, with {'; '.join(sorted({r['versions'] for r in rows}))}.",
         "Each change was tried with the tests that `[tool.mutmut]` in pyproject.toml selects, without a GPU; of the others"
         " (`equivalent.json` says which and why not) the survivors stand in `results.json`. No other module was tried.",
     ]
