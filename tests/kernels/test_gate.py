@@ -1,6 +1,22 @@
 """The gate's arithmetic and what is hidden from it, by hand on a few numbers."""
 
+import pytest
 import torch
+import torch.nn.functional as F
+from mitrain_kernels.infused_attention import (
+    folded_coefficients,
+    infused_attention_reference,
+    infused_keys_values,
+    prefix_sums,
+)
+from mitrain_kernels.infused_attention.gate import (
+    by_group,
+    by_modality,
+    constant_gate,
+    cosine_gate,
+    gate_backward,
+    whole_sums,
+)
 from mitrain_kernels.infused_attention.hidden import ORDINARY, finite, shield, without_hidden, without_missing
 
 NAN, INF = float("nan"), float("inf")
@@ -47,3 +63,95 @@ def test_the_shield_hands_the_output_on_and_cleans_its_gradient():
     shielded.backward(torch.tensor([[[[NAN, 1.0], [2.0, 3.0]]]]))
     assert output.grad.tolist() == [[[[0.0, 1.0], [2.0, 3.0]]]]
     assert shield(output, None) is output and shield(still := output.detach(), valid) is still
+
+
+M, B, H, G, T, D = 2, 3, 4, 2, 5, 3
+PRESENT = torch.tensor([[True, False, True], [True, True, False]])
+
+
+def drawn(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def right_padding():
+    """(B, T): every token sees one that is valid; row 0 hides its last two."""
+    valid = torch.ones(B, T, dtype=torch.bool)
+    valid[0, -2:] = False
+    return valid
+
+
+@pytest.mark.parametrize("present", [None, PRESENT])
+@pytest.mark.parametrize("valid", [None, right_padding()])
+@pytest.mark.parametrize(("sums_of", "gates"), [(prefix_sums, T), (prefix_sums, 2), (whole_sums, 1)])
+def test_the_gates_own_backward_pass_is_autograds(sums_of, gates, valid, present):
+    v, v_add, logit, upstream = drawn(1, B, G, T, D), drawn(2, M, B, H, D), drawn(3, M, H), drawn(4, M, B, H, gates)
+    sums = sums_of(v, v_add, valid).last(gates)
+    gate = cosine_gate(logit, v_add, sums, present)
+    expected = torch.autograd.grad(gate.value, (v, v_add, logit), upstream)
+    with torch.no_grad():
+        back = gate_backward(upstream, gate, sums.square, sums.count, v_add, T, valid)
+        dv = torch.einsum("bgxt,bgxd->bgtd", back.dot, by_group(v_add, G)) - back.square[..., None] * v
+        of_sums = torch.einsum("bgxt,bgtd->bgxd", back.dot, v)
+        found = (dv, by_modality(of_sums, M, H) - back.norm[..., None] * v_add, back.head_logit)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
+
+
+def test_a_gate_without_a_cosine_is_the_logits_or_one_and_zero_where_missing():
+    logit = drawn(1, M, H)
+    there = PRESENT[:, :, None, None].expand(M, B, H, 1)
+    opened = torch.sigmoid(logit)[:, None, :, None].expand(M, B, H, 1)
+    assert torch.equal(constant_gate(logit, B, PRESENT), torch.where(there, opened, 0))
+    assert torch.equal(constant_gate(logit, B, PRESENT, cosine=False), there.double())
+    assert torch.equal(constant_gate(logit, B, None, cosine=False), torch.ones_like(opened))
+    assert torch.equal(
+        constant_gate(logit.detach().half(), B, None),
+        torch.sigmoid(logit.half().float())[:, None, :, None].expand(M, B, H, 1),
+    )
+
+
+def infusion(missing):
+    """q, k, v and maps; those of a missing modality are ``missing``."""
+    tensors = {"q": (B, H, T, D), "k": (B, G, T, D), "v": (B, G, T, D)}
+    tensors |= dict.fromkeys(("k_mul", "v_mul", "v_add", "k_add"), (M, B, H, D)) | {"head_logit": (M, H)}
+    found = {name: drawn(seed, *shape).detach() for seed, (name, shape) in enumerate(tensors.items())}
+    hidden = ~PRESENT[:, :, None, None]
+    return {n: x.masked_fill(hidden, missing) if x.shape == (M, B, H, D) else x for n, x in found.items()}
+
+
+@pytest.mark.parametrize("base", [None, 0, torch.tensor([1, 0, 1])])
+@pytest.mark.parametrize("gate", ["prefix", "sequence", "head", "none"])
+def test_coefficients_around_plain_attention_are_the_definition(gate, base):
+    inputs, valid = infusion(NAN), right_padding()
+    k_add = inputs.pop("k_add")
+    options = {"gate": gate, "present": PRESENT, "key_padding": valid} | ({} if base is None else {"base": base})
+    expected = infused_attention_reference(**infusion(0.0), **options)
+    q, k = inputs.pop("q"), inputs.pop("k")
+    (alpha, gamma, delta), _ = folded_coefficients(**inputs, **options)
+    seen = valid[:, None, None] & torch.ones(T, T, dtype=torch.bool).tril()
+    found = F.scaled_dot_product_attention(q * alpha, k, inputs["v"], seen, enable_gqa=True) * gamma + delta
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert k_add.isnan().any()
+
+
+@pytest.mark.parametrize("base", [None, 0, torch.tensor([1, 0, 1])])
+@pytest.mark.parametrize("adds", [False, True])
+def test_keys_and_values_of_each_token_under_plain_attention_are_the_definition(adds, base):
+    inputs, clean = infusion(NAN), infusion(0.0)
+    if not adds:
+        del inputs["k_add"], clean["k_add"]
+    options = {"present": PRESENT} | ({} if base is None else {"base": base})
+    expected = infused_attention_reference(**clean, gate="token", **options)
+    q = inputs.pop("q")
+    k, v = infused_keys_values(**inputs, **options)
+    torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, is_causal=True), expected, rtol=0, atol=1e-12)
+
+
+def test_coefficients_have_the_precision_of_the_values():
+    inputs = {n: x.float() for n, x in infusion(0.0).items() if n not in ("q", "k", "k_add")}
+    exact, _ = folded_coefficients(**inputs)
+    rough, sums = folded_coefficients(**inputs | {"v": inputs["v"].bfloat16()})
+    assert [x.dtype for x in (*exact, *rough)] == [torch.float32] * 3 + [torch.bfloat16] * 3
+    assert sums.dot.dtype == sums.square.dtype == torch.float32
+    for mine, theirs in zip(rough, exact, strict=True):
+        torch.testing.assert_close(mine.float(), theirs, rtol=2**-7, atol=2**-5)

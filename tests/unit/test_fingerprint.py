@@ -157,6 +157,29 @@ def test_parts_stand_in_the_order_of_the_run_and_then_of_what_is_gone():
     assert [name for name in of([]) if not name.startswith(("code.", "config."))] == parts
 
 
+@pytest.mark.parametrize(
+    ("there", "here", "found"),
+    [
+        (("s1", "c1"), ("s2", "c1"), []),
+        (("s1", "c1"), ("s2", "c2"), ["base.text.settings differs"]),
+        (("s1", None), ("s2", None), ["base.text.settings differs"]),
+        (("s1", None), ("s2", "c1"), ["base.text.settings differs"]),
+        (("s1", "c1"), ("s2", None), ["base.text.settings differs"]),
+        (("s1", "c1"), ("s1", "c2"), []),
+    ],
+)
+def test_settings_or_the_file_that_they_were_read_from_are_the_same(there, here, found):
+    """Another transformers may read other settings from one file, another file may hold the same settings."""
+
+    def named(settings, written):
+        parts = {"base.text.settings": settings, "base.text.config.json": written}
+        return {name: f"{MARK}{value}" for name, value in parts.items() if value} | {"base.text": f"{MARK}w"}
+
+    assert differences(named(*there), named(*here)) == found
+    weights = {"base.text": f"{MARK}other"}
+    assert differences(named(*there), named(*here) | weights)[-1] == "base.text differs"
+
+
 def test_a_digest_on_one_side_alone_is_called_one():
     assert differences({"x": f"{MARK}a"}, {"x": "1"}) == ["x is a digest there, 1 here"]
     assert differences({"x": "1"}, {"x": f"{MARK}a"}) == ["x is 1 there, a digest here"]
