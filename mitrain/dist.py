@@ -7,8 +7,9 @@ others, after at most ``$MITRAIN_TIMEOUT`` seconds (1800).
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun and the deepspeed la
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
 GRACE_S = 5.0  # beyond the timeout, in which torch may say itself why ranks do not meet
+ALIKE_S, POLL_S = 5.0, 0.05  # in which ranks that fail alike find so, and how often they look
 HOW = "start the ranks with torchrun, deepspeed or srun, or unset them all"
 
 
@@ -86,12 +88,44 @@ def started() -> Iterator[Place]:
     if here.world == 1 or world() > 1:
         yield here
         return
-    join(here)
-    yield here
+    store = join(here)
+    try:
+        yield here
+    except (UserError, OSError) as error:
+        # What rank 0 raised in `from_main` has been told, and of lost or unlike ranks each speaks for itself.
+        if not (hasattr(error, "told") or isinstance(error, RankError)):
+            error.told = told_by_main(store, here, str(error))
+        raise
     distributed.destroy_process_group()  # not after an exception: the others may be in the middle of a collective
 
 
-def join(here: Place) -> None:
+def told_by_main(store: distributed.Store, here: Place, text: str) -> bool:
+    """Whether rank 0 fails with the same ``text`` and so says it for this rank; False on rank 0.
+
+    No collective, as the others may be in one or gone. A rank that nobody joins in this goes on after ``ALIKE_S``; rank 0
+    stays as long, since the store may be its own.
+    """
+    heard = [f"heard/{rank}" for rank in range(1, here.world)]
+    with suppress(RuntimeError):  # the store has gone with its process
+        if here.rank == 0:
+            store.set("failed", text)
+            come(store, heard)
+        elif come(store, ["failed"]):
+            same = store.get("failed") == text.encode()
+            store.set(heard[here.rank - 1], "")
+            return same
+    return False
+
+
+def come(store: distributed.Store, names: list[str]) -> bool:
+    """Whether ``names`` are in the store within ``ALIKE_S``; torch's own waiting fills the terminal where they are not."""
+    end = time.monotonic() + ALIKE_S
+    while not (found := store.check(names)) and time.monotonic() < end:
+        time.sleep(POLL_S)
+    return found
+
+
+def join(here: Place) -> distributed.Store:
     """Make the process group: gloo for tensors on the CPU, nccl for those on a GPU, which becomes the current one."""
     gpus = torch.cuda.device_count()
     if gpus:
@@ -107,6 +141,7 @@ def join(here: Place) -> None:
             world_size=here.world,
             timeout=timedelta(seconds=seconds),
         )
+        return store
     except (RuntimeError, ValueError, TimeoutError) as error:
         raise RankError(why_apart(str(error), here, seconds)) from None
 

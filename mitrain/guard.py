@@ -1,24 +1,31 @@
 """What keeps a long run honest: a budget for skipped steps, stop requests by signal, a watchdog for hangs.
 
 None of these touches the training state. A stop request is a flag that the trainer reads at the next step boundary,
-where it can save; a watchdog only prints where every thread stands.
+where it can save; outside of training a signal is an exception, so that what is half made is removed; a watchdog only
+prints where every thread stands.
 """
 
 import faulthandler
+import math
 import os
+import select
 import signal
 import sys
 import threading
+import time
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, BinaryIO, Self, TextIO
 
 from mitrain.errors import UserError
 
 MEND = "lower train.lr or train.optimizer.clip"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+AGAIN_S = 1.0  # in which further signals are the same request: shells and launchers send several
+DEAF_S = 3.0  # for which the main thread may be in a library's call, or a callback, when a signal comes
 
 
 def diverged(what: str, step: int, saved: int) -> UserError:
@@ -84,22 +91,17 @@ class SkipBudget:
         self.in_a_row, self.reasons = state["in_a_row"], Counter(state["reasons"])
 
 
-class StopRequest:
-    """Turns SIGINT, SIGTERM, SIGUSR1 and SIGHUP (unless nohup ignores it) into a request to stop at the next step boundary.
+class Handlers:
+    """SIGINT, SIGTERM, SIGUSR1 and SIGHUP (unless nohup ignores it) go to ``_handle`` inside the context.
 
-    ``requested`` is the signal's name once one has come. A second SIGINT raises KeyboardInterrupt at once, or, inside
-    ``with stop.shield():`` (a checkpoint is being written), when the shielded block has ended. The former handlers
-    come back on leaving the context. Outside the main thread, where Python has no signal handlers, nothing is
-    installed and only ``request()`` asks.
+    The former handlers come back on leaving it. Outside the main thread, where Python has no signal handlers, nothing is
+    installed.
     """
 
     def __init__(self) -> None:
-        self.requested: str | None = None
         self._former: dict[int, Any] = {}
-        self._shields = 0
-        self._abort = False
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
@@ -111,6 +113,93 @@ class StopRequest:
         while self._former:
             number, handler = self._former.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked a command to end; ``number`` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+class Interruptible(Handlers):
+    """Inside, a signal raises `Interrupted` where the main thread stands, so that what is half made is removed.
+
+    A thread that is in a library's call, as a rank that waits for the others, hears nothing: then the process ends
+    `DEAF_S` seconds later with 128 + the signal's number. Where other code has swallowed the exception, as a callback
+    does, the signal is sent again after that time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heard = -math.inf
+        self._raised: Callable[[], Interrupted | None] = lambda: None
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        if self._former:
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._other = signal.set_wakeup_fd(
+                self._write, warn_on_full_buffer=False
+            )  # written to whatever Python does
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._former:
+            signal.set_wakeup_fd(self._other)
+            os.close(self._write)
+        super().__exit__()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        before, self._heard = self._heard, time.monotonic()
+        if self._heard - before > AGAIN_S:
+            raise self._noted(Interrupted(number))
+
+    def _noted(self, error: Interrupted) -> Interrupted:
+        self._raised = weakref.ref(error)  # dead as soon as nobody handles it
+        return error
+
+    def _watch(self) -> None:
+        with open(self._read, "rb", buffering=0) as signals:
+            while found := signals.read(1):
+                if self._in_charge(found[0]):
+                    self._insist(found[0], signals)
+
+    def _in_charge(self, number: int) -> bool:
+        return signal.getsignal(number) == self._handle
+
+    def _insist(self, number: int, signals: BinaryIO) -> None:
+        came = time.monotonic()
+        time.sleep(DEAF_S)
+        if select.select([signals], [], [], 0)[0]:
+            signals.read(select.PIPE_BUF)  # those of the meantime: when they came is not known
+        if not self._in_charge(number):
+            return
+        if self._heard < came - DEAF_S:
+            say(f"mitrain: stopped by {signal.Signals(number).name} in a call that did not return")
+            os._exit(128 + number)
+        if self._raised() is None:
+            os.kill(os.getpid(), number)
+
+
+class StopRequest(Handlers):
+    """Turns a signal into a request to stop at the next step boundary.
+
+    ``requested`` is the signal's name once one has come. A second SIGINT raises KeyboardInterrupt at once, or, inside
+    ``with stop.shield():`` (a checkpoint is being written), when the shielded block has ended. ``request()`` asks, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requested: str | None = None
+        self._shields = 0
+        self._abort = False
 
     def request(self, why: str) -> None:
         """Ask to stop; the first reason stays."""

@@ -33,7 +33,8 @@ from mitrain.wandb_process import FAILED
 log = logging.getLogger(__name__)
 
 MOST_KEPT = 16 << 20  # bytes of numbers that wandb may lag behind
-FINISH_S = 30.0
+FINISH_S, HURRY_S = 30.0, 5.0  # for which wandb may finish; where the run was asked to end, or was killed
+LOOK_S = 0.02
 
 
 class Board(Protocol):
@@ -267,10 +268,18 @@ class Wandb:
 
     A run folder's name is its wandb id, so a resumed run goes on in the same place. ``log`` never waits: what wandb has
     not taken yet is kept, up to `MOST_KEPT` bytes. Where wandb fails, hangs or ends, the run says so once and goes on
-    without it; at the end it waits `FINISH_S` seconds. Only the package missing is an error (MissingExtraError).
+    without it; at the end it waits `FINISH_S` seconds, or `HURRY_S` once ``asked()`` is true: a signal wants the run to
+    end. Only the package missing is an error (MissingExtraError).
     """
 
-    def __init__(self, config: WandbConfig, run_dir: str | Path, settings: Mapping[str, Any]):
+    def __init__(
+        self,
+        config: WandbConfig,
+        run_dir: str | Path,
+        settings: Mapping[str, Any],
+        asked: Callable[[], object] = lambda: None,
+    ):
+        self.asked = asked
         self.process: subprocess.Popen | None = None
         self.kept = bytearray()
         if config.enabled:
@@ -284,7 +293,7 @@ class Wandb:
     def _start(self, options: Mapping[str, Any]) -> None:
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 - its life is the process's
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mitrain.wandb_process"],
+            [sys.executable, "-P", "-m", "mitrain.wandb_process", str(os.getpid()), str(HURRY_S)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self.said,
@@ -301,6 +310,9 @@ class Wandb:
 
     def _send(self, message: Mapping[str, Any]) -> None:
         self.kept += json.dumps(message).encode() + b"\n"
+        self._hand_over()
+
+    def _hand_over(self) -> None:
         try:
             while self.kept:
                 del self.kept[: os.write(self.process.stdin.fileno(), self.kept[:65536])]
@@ -316,17 +328,26 @@ class Wandb:
         """Wait for wandb to finish, for a while."""
         if not self.process:
             return
+        start = time.monotonic()
         try:
-            self.process.communicate(bytes(self.kept), timeout=FINISH_S)
-        except subprocess.TimeoutExpired:
-            self._lost(f"it has not finished in {FINISH_S:g} s")
-        except BaseException:
+            while self.process and not self._finished():
+                patience = min(FINISH_S, HURRY_S) if self.asked() else FINISH_S
+                if time.monotonic() - start > patience:
+                    self._lost(f"it has not finished in {patience:g} s")
+        finally:
             self._end()
-            raise
-        else:
-            if self.process.returncode:
-                self._lost(self._ending())
-            self._end()
+
+    def _finished(self) -> bool:
+        """Whether its process has ended; hands over what it has not taken yet, and waits a moment."""
+        if self.kept:
+            self._hand_over()
+        elif not self.process.stdin.closed:
+            self.process.stdin.close()
+        if self.process:
+            with suppress(subprocess.TimeoutExpired):
+                if self.process.wait(LOOK_S):
+                    self._lost(self._ending())
+        return self.process is None or self.process.returncode == 0
 
     def _ending(self) -> str:
         """How the process ended: what wandb raised, or the exit code."""

@@ -189,7 +189,8 @@ class Trainer:
         begun = step = self.resume()
         heart = Heartbeat(train.hang_minutes)
         self.standing = Standing(self.folder)
-        with closing(self._metrics(step)) as metrics, closing(self.standing), StopRequest() as stop, heart:
+        # The result is written before the metrics are closed, which may wait for wandb.
+        with StopRequest() as stop, closing(self._metrics(step, stop)) as metrics, closing(self.standing), heart:
             stopped = dist.first(stop.requested)
             while step < train.steps and not stopped:
                 result, seconds = self._step()
@@ -215,16 +216,16 @@ class Trainer:
                 stopped if step < train.steps else None,
                 self.watch.report(),
             )
-        if outcome.stopped is None:
-            dist.from_main(lambda: self._finish(outcome))
+            if outcome.stopped is None:
+                dist.from_main(lambda: self._finish(outcome))
         return outcome
 
-    def _metrics(self, step: int) -> Metrics | NoMetrics:
+    def _metrics(self, step: int, stop: StopRequest) -> Metrics | NoMetrics:
         if not dist.is_main():
             return NoMetrics()
         train = self.config.train
         console = None if self.quiet else sys.stderr
-        board = Wandb(self.config.wandb, self.folder, self.config.to_dict())
+        board = Wandb(self.config.wandb, self.folder, self.config.to_dict(), lambda: stop.requested)
         return Metrics(self.folder / "metrics.jsonl", train.steps, console, train.log_every, step, board)
 
     def _log(self, metrics: Metrics | NoMetrics, step: int, result: StepResult, seconds: float) -> None:

@@ -1,8 +1,9 @@
-"""wandb in a process of its own: ``python -m mitrain.wandb_process`` takes a run's numbers from standard input.
+"""wandb in a process of its own: ``python -m mitrain.wandb_process PARENT SECONDS`` takes a run's numbers from stdin.
 
 One JSON object a line: first {"init": what `wandb.init` is given}, then {"log": values, "step": number}; the end of the
 input finishes the run. Whatever wandb raises is the last line on standard error, and the exit code 1. So it may hang,
-exit, or take the process with it: training goes on.
+exit, or take the process with it: training goes on. SECONDS after the process PARENT has ended it is killed with all that
+it has started, wherever it hangs.
 """
 
 import json
@@ -11,12 +12,15 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
 FAILED = "failed: "
 FINISHED = "finished"
+LOOK_S = 0.5
 
 
 def main(lines: Iterable[str]) -> int:
@@ -71,7 +75,16 @@ def answers(host: str, port: int) -> bool:
     return True
 
 
+def end_after(parent: int, seconds: float) -> None:
+    """Kill this process group ``seconds`` after ``parent`` has ended: time enough to finish, and an end of what hangs."""
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    time.sleep(seconds)
+    os.killpg(0, signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=end_after, args=(int(sys.argv[1]), float(sys.argv[2])), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # they ask the training to stop, whose end is the end of the input
     sys.exit(main(sys.stdin))

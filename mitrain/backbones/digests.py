@@ -65,8 +65,8 @@ def stored_digest(source: str, stamps: tuple) -> str:
     """sha256 over the tensors of a checkpoint, by name, on all cores; once per process while its files stay the same."""
     weights = Weights.of(source)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(tensor_digest, name, weights.read(name)) for name in sorted(weights.names)]
-        return hashlib.sha256(b"".join(job.result() for job in jobs)).hexdigest()
+        names = sorted(weights.names)  # `map`, unlike `submit`, leaves the rest undone on an interruption
+        return hashlib.sha256(b"".join(pool.map(tensor_digest, names, map(weights.read, names)))).hexdigest()
 
 
 def settings_of(config: PretrainedConfig, source: str | Path | None) -> dict[str, Any]:

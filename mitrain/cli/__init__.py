@@ -2,7 +2,8 @@
 doctor``.
 
 Results go to stdout (with ``--json`` one JSON document and nothing else), progress and notices to stderr. The user's
-own mistakes end in one line and exit code 2, an interruption in 130; anything else is a bug and shows its traceback.
+own mistakes end in one line and exit code 2, a signal in one line and 128 + its number (after the first step `train`
+saves and ends with 0); anything else is a bug and shows its traceback.
 """
 
 import argparse
@@ -27,14 +28,21 @@ from mitrain.cli.shared import Parser
 from mitrain.cli.train import add_train
 from mitrain.errors import UserError
 from mitrain.files import remedy
+from mitrain.guard import Interruptible
 
 SMALLER = "lower train.batch, train.eval_batch or the data's picture size, take more ranks, or set model.quantize=int8"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    with terminal.safe():
-        return run(parser().parse(argv))
+    with terminal.safe(), Interruptible():
+        try:
+            return run(parser().parse(argv))
+        except KeyboardInterrupt as error:
+            number = getattr(error, "number", signal.SIGINT)
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                print(f"mitrain: stopped by {signal.Signals(number).name}", file=sys.stderr)
+            return 128 + number
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,16 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         complain(arguments, error, f"out of memory ({reason(error)}): {SMALLER}")
         return UserError.exit_code
-    except KeyboardInterrupt:
-        print("mitrain: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
 
 
 def complain(arguments: argparse.Namespace, error: Exception, text: str) -> None:
     """An error's line; of several ranks each names itself, and one that passes on rank 0's error is silent."""
     if not getattr(error, "told", False):
         with contextlib.suppress(OSError):  # a terminal that was closed
-            print(f"mitrain{f', rank {arguments.rank}' if arguments.rank else ''}: {text}", file=sys.stderr)
+            who = f"mitrain, rank {arguments.rank}" if arguments.rank else "mitrain"
+            print(f"{who}: {text}\n", end="", file=sys.stderr)  # in one write: ranks share the terminal
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -2,7 +2,6 @@
 ``mitrain bench load``: what loading in shards takes; ``mitrain bench faults``: what comes of faults."""
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,6 @@ def run_faults(arguments: argparse.Namespace) -> Any:
     words = ["mitrain bench faults", *(["--quick"] if arguments.quick else [])]
     words += ["--only", *arguments.only] if arguments.only else []
     words += ["--out", arguments.out] if arguments.out else []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no command is left behind
     found = suite.faults(chosen, out, " ".join(words), say=lambda text: print(text, file=sys.stderr, flush=True))
     say(arguments, (out / "table.md").read_text(encoding="utf-8"))
     return refused(suite.check, found)
@@ -92,7 +90,6 @@ def run_parity(arguments: argparse.Namespace) -> Any:
         raise ConfigError(f"--only {' '.join(arguments.only)} names no cell: names begin as ours-int8-zero3-ranks2")
     plan = cells.Plan(arguments.config, steps, arguments.batch)
     out = Path(arguments.out or ("runs/parity-quick" if arguments.quick else "runs/parity"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no rank is left behind
     parity.prepare(plan)
     found = parity.parity(
         plan,

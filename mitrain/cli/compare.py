@@ -1,7 +1,6 @@
 """``mitrain compare``: methods beside one another, and the verdicts on claims."""
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ def run_compare(arguments: argparse.Namespace) -> Any:
     found = study.read(arguments.study)
     if arguments.limit is not None and not arguments.limit > 0:
         raise ConfigError(f"--limit {arguments.limit} leaves no time: give seconds above 0")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no cell is left behind
     if isinstance(found, study.Ledger):
         return run_ledger(arguments)
     if arguments.results or arguments.measure:

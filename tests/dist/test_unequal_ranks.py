@@ -37,9 +37,13 @@ def ended(forge, world, call, *words):
     return forge.start(RANKS, f"unequal_worker:{call}", world, *words, **environment).wait()
 
 
-def complaints(found) -> list[str]:
+def lines_of(found) -> list[list[str]]:
     assert [rank.code for rank in found] == [2] * RANKS, "".join(rank.err for rank in found)
-    lines = [[line for line in rank.err.splitlines() if not line.startswith("run folder:")] for rank in found]
+    return [[line for line in rank.err.splitlines() if not line.startswith("run folder:")] for rank in found]
+
+
+def complaints(found) -> list[str]:
+    lines = lines_of(found)
     assert [len(said) for said in lines] == [1] * RANKS, lines
     return [said[0] for said in lines]
 
@@ -131,3 +135,18 @@ def test_a_rank_without_memory_says_so_in_a_line_and_the_other_ends(forge, world
     assert second.startswith("mitrain, rank 1: out of memory (") and "tried to allocate" in second
     assert second.endswith("set model.quantize=int8")
     assert first.startswith("mitrain: rank 0 lost the others (")
+
+
+@pytest.mark.parametrize(
+    ("errors", "says"),
+    [
+        (("no x: give y", "no x: give y"), [["mitrain: no x: give y"], []]),
+        (("no x: give y", "no z: give y"), [["mitrain: no x: give y"], ["mitrain, rank 1: no z: give y"]]),
+        (("-", "no z: give y"), [["mitrain: rank 0 lost the others ("], ["mitrain, rank 1: no z: give y"]]),
+        (("no x: give y", "-"), [["mitrain: no x: give y"], ["mitrain, rank 1: rank 1 lost the others ("]]),
+    ],
+)
+def test_what_fails_alike_is_said_once_and_what_fails_elsewhere_by_its_rank(forge, errors, says):
+    found = lines_of(forge.start(RANKS, "unequal_worker:fail", *errors).wait())
+    for own, lines in zip(says, found, strict=True):
+        assert len(own) == len(lines) and all(map(str.startswith, lines, own)), found

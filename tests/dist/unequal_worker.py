@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
-from mitrain import fingerprint
+import mitrain.cli.train
+from mitrain import dist, fingerprint
 from mitrain.cli import main
+from mitrain.errors import UserError
 
 
 def command(world: str, spoiled: str, *words: str) -> int:
@@ -20,6 +22,19 @@ def command(world: str, spoiled: str, *words: str) -> int:
     elif rank and spoiled != "-":
         words = (*words[:-1], spoiled)
     return main(words)
+
+
+def fail(*errors: str) -> int:
+    """A command in which each rank has the error that stands in its place, or with "-" waits for the others."""
+    own = errors[int(os.environ["RANK"])]
+
+    def run_train(_: object) -> None:
+        if own == "-":
+            dist.barrier()
+        raise UserError(own)
+
+    mitrain.cli.train.run_train = run_train
+    return main(["train", "config.yaml"])
 
 
 def out_of_memory(world: str, *words: str) -> int:

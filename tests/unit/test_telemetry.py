@@ -3,14 +3,17 @@
 import importlib
 import io
 import json
+import os
 import socket
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from mitrain import telemetry
+from mitrain import launchers, telemetry
 from mitrain.errors import MissingExtraError, UserError
 from mitrain.telemetry import Metrics, Stopwatch, Wandb, WandbConfig, amount, duration, plain
 from mitrain.wandb_process import automatic_mode, has_key
@@ -319,3 +322,45 @@ def test_wandb_settings_without_effect_are_named(caplog, values, said):
     caplog.clear()
     assert not WandbConfig(enabled=False, **values).enabled and WandbConfig(enabled=True, **values).enabled
     assert not caplog.text
+
+
+GONE = """
+import os, signal, sys
+from mitrain import telemetry
+telemetry.HURRY_S = 0.2
+board = telemetry.Wandb(telemetry.WandbConfig(enabled=True), sys.argv[1], {})
+board.log({"loss": 1.0}, step=1)
+print(board.process.pid, flush=True)
+sys.stdin.readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_a_wandb_that_hangs_ends_soon_after_a_training_that_was_killed(tmp_path, wandb, where):
+    told = wandb(**{where: "time.sleep(600)"})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", GONE, str(tmp_path / "run")]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as training:
+        helper = int(training.stdout.readline())
+        until(lambda: (tmp_path / "notes").exists() and (where != "log" or len(told()) == 2))  # it hangs, or will
+        training.communicate(b"now\n")
+    assert training.returncode == -9
+    until(lambda: launchers.status(helper) is None or not launchers.status(helper)[2])
+
+
+def until(there) -> None:
+    deadline = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_that_was_asked_to_end_does_not_wait_long_for_wandb(tmp_path, wandb, caplog, monkeypatch):
+    monkeypatch.setattr(telemetry, "HURRY_S", 0.2)
+    wandb(finish="time.sleep(600)")
+    board = Wandb(WandbConfig(enabled=True), tmp_path / "run", {}, asked=lambda: "SIGTERM")
+    board.finish()
+    assert [record.getMessage() for record in caplog.records] == [
+        "wandb failed (it has not finished in 0.2 s): going on without it"
+    ]

@@ -4,6 +4,8 @@ An injection is a function of this module, named with its arguments by the case;
 the command runs. Every one calls `fired` when the fault takes place, which leaves the moment in a file.
 """
 
+import functools
+import importlib
 import os
 import resource
 import shutil
@@ -48,6 +50,14 @@ def before_step(step: int, act: Callable[[], object]) -> None:
 def send(step: int, name: str) -> None:
     """The process gets the signal ``name`` before its STEP-th step."""
     before_step(step, lambda: os.kill(os.getpid(), signal.Signals[name]))
+
+
+def send_before(place: str, call: int, name: str) -> None:
+    """The process gets the signal ``name`` before the CALL-th call of ``place``, as "mitrain.checkpoint:save"."""
+    module, _, path = place.partition(":")
+    *owners, last = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    before(owner, last, call, lambda: (fired(), os.kill(os.getpid(), signal.Signals[name])))
 
 
 def kill_in_save(save: int, operation: int) -> None:
