@@ -62,7 +62,6 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("mitrain/**/*.py")}
     modules |= {path.relative_to(ROOT / "kernels").as_posix() for path in ROOT.glob("kernels/mitrain_kernels/**/*.py")}
-    modules |= {path.relative_to(ROOT / "kernels").as_posix() for path in ROOT.glob("kernels/mitrain_kernels/**/*.c")}
     assert modules - names == set(), "left out of the wheel: does their folder lack an __init__.py?"
     assert {"mitrain/py.typed", "mitrain_kernels/py.typed"} <= names
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}

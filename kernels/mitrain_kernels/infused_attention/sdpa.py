@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mitrain_kernels.infused_attention import sdpa_native
 from mitrain_kernels.infused_attention.affine import Maps, cast, infuse_output, infuse_query, visible
 from mitrain_kernels.infused_attention.call import Setting
 from mitrain_kernels.infused_attention.gate import (
@@ -91,8 +90,6 @@ def forward_once(
     q, k, v, *maps = inputs[:7]
     dtype, exact = k.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v, maps = rows(q), rows(k), rows(v), Maps(*cast(maps, exact))
-    if sdpa_native.takes(q, v, len(maps.v_add), setting, before is not None):
-        return sdpa_native.forward(q, k, v, maps, setting, trains)
     sums = gate_sums(maps, v, q.shape[2], setting, before)
     gate = make_gate(maps, sums, setting, q.shape[2])
     g = visible(gate.value, setting)
@@ -155,8 +152,6 @@ def backward_once(
 ) -> list[Tensor | None]:
     q, k, v, *maps = inputs[:7]
     maps = Maps(*cast(maps, torch.promote_types(q.dtype, torch.float32)))
-    if sdpa_native.takes(q, v, len(maps.v_add), setting, continued) and sdpa_native.takes_backward(v):
-        return sdpa_native.backward(upstream, q, k, v, maps, setting, attended, kept, needs)
     cosine, root, square, count = kept
     has_cosine = setting.kind in ("sequence", "prefix")
     gate = (
