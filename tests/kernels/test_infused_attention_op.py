@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from attention_cases import (
     CASES,
     GATES,
-    LAYOUTS,
     MASKED,
     PACKED,
     SHAPES,
@@ -23,7 +22,7 @@ from attention_cases import (
     truth,
     upstream_of,
 )
-from mitrain_kernels.infused_attention import GateSums, affine, backends, infused_attention, op, tiles
+from mitrain_kernels.infused_attention import GateSums, backends, infused_attention, op
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 HERE = ("reference", "sdpa", "auto")
@@ -63,16 +62,6 @@ def test_flex_without_gradients(case):
 def test_more_tokens_than_a_block(case):
     assert_backend_right(case, "sdpa")
     assert_backend_right(case, "sdpa", torch.float32)
-
-
-@pytest.mark.parametrize(("rows", "room"), [(4, 1), (6, 900)])
-@some([case for case in [*SHAPES, *MASKED, *LAYOUTS] if case.gate != "token" and case.softcap is None])
-def test_many_small_tiles(case, rows, room, monkeypatch, poisoned):  # noqa: F811
-    monkeypatch.setattr(tiles, "ROWS", rows)
-    monkeypatch.setattr(tiles, "TILE_BYTES", room)
-    monkeypatch.setattr(affine, "PIECE", room // 4)
-    assert_backend_right(case, "sdpa")
-    assert_backend_right(case, "sdpa", torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", [(), (8,), (9, 1), (4, 1, 1)])

@@ -76,7 +76,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     if backend == "triton":
         output, logsumexp = q.new_empty(B, Tq, H, d).transpose(1, 2), q.new_empty(B, H, Tq, dtype=exact)
     else:
-        output, logsumexp = sdpa.like_output(q, M, kind), q.new_empty(0, dtype=exact)
+        output, logsumexp = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=exact)
     kept = [torch.empty_like(output), logsumexp] if trains else [q.new_empty(0), q.new_empty(0, dtype=exact)]
     return output, *kept, *(q.new_empty(s, dtype=exact) for s in sums)
 
@@ -113,7 +113,7 @@ def _(upstream, inputs, attended, logsumexp, kept, extra, kind, numbers, backend
         first = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in inputs[:3]]
         found = [*(x.transpose(1, 2) for x in first), *plain[3:]]
     else:
-        found = [torch.empty_like(inputs[0]), *plain[1:]]
+        found = plain
     return [g if n else upstream.new_empty(0) for g, n in zip(found, needs, strict=True)]
 
 
