@@ -346,9 +346,9 @@ def activation_bytes(
     Only the ``above`` layers from the first infused one upwards keep anything, ``infused`` of them with MiT. Inputs
     of frozen projections are not kept. Per token a plain layer under fused attention keeps both norms' fp32 inputs
     and roots, q, k, v, the attention's output and fp32 log-sum, and three feed-forward activations (two if ungated).
-    An infused one, with a gate per query, also the gate's two fp32 scalars per head and one per key/value head, and
-    no log-sum (the operator of the CPU makes it again); its gated feed-forward keeps but two activations, since the
-    product is computed again, and an ungated one a product more.
+    An infused one, with a gate per query, also the gate's two fp32 scalars per head and one per key/value head; its
+    gated feed-forward keeps but two activations, since the product is computed again, and an ungated one a product
+    more.
     With ``checkpointed`` each layer keeps its input alone, and one layer is whole while it is recomputed.
     Logits at ``logit_tokens`` positions cost their values, fp32 copy and log-probabilities.
     """
@@ -357,7 +357,7 @@ def activation_bytes(
     size, queries, keys = float_bytes(precision), llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
     halves = 2 * queries + 2 * keys + (3 if llm.gated else 2) * llm.ffn
     plain = 2 * 4 * (llm.hidden + 1) + size * halves + 4 * llm.heads
-    extra = 4 * (llm.heads + llm.kv_heads) + size * (-llm.ffn if llm.gated else llm.ffn)
+    extra = 4 * (2 * llm.heads + llm.kv_heads) + size * (-llm.ffn if llm.gated else llm.ffn)
     if checkpointed:
         per_token = above * size * llm.hidden + (plain + extra if infused else plain if above else 0)
     else:

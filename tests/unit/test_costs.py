@@ -211,15 +211,14 @@ def test_plain_layer_activations_equal_what_autograd_saves(dtype, precision):
 
 
 def test_infused_activations_equal_what_the_operators_save():
-    """Beside plain attention: two scalars per token and head instead of the log-sum, one per key/value head, and a count
-    per token; the fused feed-forward keeps two activations where the plain one keeps three."""
+    """Beside plain attention: two scalars per token and head, one per key/value head, a count per token; the fused feed-forward keeps two activations where the plain one keeps three."""
     tokens, shapes = 24, ((6, 8), (3, 8), (3, 8))
     q, k, v = (torch.randn(1, heads, tokens, width).requires_grad_() for heads, width in shapes)
     maps = [torch.randn(1, 1, 6, 8).requires_grad_() for _ in range(3)] + [torch.randn(1, 6).requires_grad_()]
     plain = saved_bytes(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), [])
     infused = saved_bytes(lambda: infused_attention(q, k, v, *maps), maps)
     llm = LlmShape.from_config(TINY)
-    gates = 4 * tokens * (2 * 6 - 6 + 3)
+    gates = 4 * tokens * (2 * 6 + 3)
     assert infused - plain == gates + 4 * tokens
     with_mit, without = (activation_bytes(llm, tokens, above=1, infused=n) for n in (1, 0))
     assert with_mit - without == gates - 4 * tokens * llm.ffn
