@@ -8,6 +8,7 @@
     rounds     the parent: asks the workers in turn, so that noise hits all alike
     results    samples to rows, rows to CSV and back
     report     tables and figures, from CSV files alone
+    machine_code  what the compiler makes of the Triton kernels: ``python kernels/bench machine-code``
 
 A folder that is run, no part of any wheel.
 """

@@ -12,8 +12,8 @@ from dataclasses import replace
 import bad_kernels
 import pytest
 import triton
-from mitrain_kernels import aot, audit, audit_runs, sass
-from mitrain_kernels.compilation import Case, interpreted, portable, resolved
+from bench.machine_code import aot, audit, audit_runs, sass
+from bench.machine_code.compilation import Case, interpreted, portable, resolved
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="interpreted kernels do not compile")
 
@@ -310,7 +310,7 @@ def test_the_interpreter_and_missing_tools_are_refused(monkeypatch, capsys):
 def test_the_roofline_needs_neither_triton_nor_torch():
     code = (
         "import sys; sys.modules['triton'] = sys.modules['torch'] = None\n"
-        "from mitrain_kernels.aot import main; sys.exit(main(['--roofline']))"
+        "from bench.machine_code.aot import main; sys.exit(main(['--roofline']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "infused_attention_forward" in done.stdout and done.stderr == ""

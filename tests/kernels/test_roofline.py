@@ -1,8 +1,8 @@
 """The bytes-and-FLOPs model against figures worked out by hand."""
 
 import pytest
-from mitrain_kernels import roofline
-from mitrain_kernels.roofline import GPUS, Cost, Shape
+from bench.machine_code import roofline
+from bench.machine_code.roofline import GPUS, Cost, Shape
 
 # Three queries at the end of five keys: they see 3, 4 and 5 of them, 12 pairs per head.
 SMALL = Shape(B=2, H=4, G=2, T=3, S=5, d=8, M=3)

@@ -1,5 +1,5 @@
 """Tiles of the attention kernels: an explicit table per architecture, kernel and padded head width; nothing is tuned at
-run time. Which entries compile without spills in their loops is audited by ``python -m mitrain_kernels.aot``.
+run time. Which entries compile without spills in their loops is audited by ``python kernels/bench machine-code``.
 """
 
 from typing import NamedTuple

@@ -14,8 +14,8 @@ from typing import Any
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from mitrain_kernels import sass
-from mitrain_kernels.compilation import Case
+from bench.machine_code import sass
+from bench.machine_code.compilation import Case
 
 
 @dataclass(frozen=True)

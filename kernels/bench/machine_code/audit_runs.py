@@ -21,8 +21,8 @@ from typing import Any
 import triton
 from triton import knobs
 
-from mitrain_kernels import audit, compilation, sass
-from mitrain_kernels.compilation import Case
+from bench.machine_code import audit, compilation, sass
+from bench.machine_code.compilation import Case
 
 Row = dict[str, Any]
 Work = tuple[Case, str]  # a case and its target

@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that are not there and audit the machine code: ``python -m mitrain_kernels.aot``.
+"""Compile every kernel for GPUs that are not there and audit the machine code: ``python kernels/bench machine-code``.
 
 Exit code 0: all rows may pass; 1: a rule is violated; 2: the command cannot run, with one line that says why. The
 rules are those of ``audit.py``; ``--roofline`` prints instead, without compiling, what each kernel must move and compute.
@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mitrain_kernels import roofline
+from bench.machine_code import roofline
 
 # Op → the module that lists its cases.
 OPS = {
-    "infused_attention": "mitrain_kernels.infused_attention.triton_kernel",
-    "infused_swiglu": "mitrain_kernels.infused_swiglu.triton_kernel",
+    "infused_attention": "bench.machine_code.attention_cases",
+    "infused_swiglu": "bench.machine_code.swiglu_cases",
 }
 # Target → how many cases --quick takes.
 QUICK = {"sm_80": 5, "sm_90": 5, "sm_100": 1, "gfx942": 1}
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    parser = Parser(prog="python -m mitrain_kernels.aot", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python kernels/bench machine-code", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(QUICK), help="comma-separated (default: %(default)s)")
     parser.add_argument("--op", choices=sorted(OPS), metavar="NAME", help=f"one of {', '.join(OPS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="a dozen cases instead of the whole table of tiles")
@@ -73,7 +73,7 @@ def audit(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise UsageError(f"--jobs {options.jobs}: at least one process is needed")
     check_compiler(targets)
     # Behind the checks: a process without triton, or with its interpreter on, gets a sentence instead of a traceback.
-    runs = importlib.import_module("mitrain_kernels.audit_runs")
+    runs = importlib.import_module("bench.machine_code.audit_runs")
     modules = [importlib.import_module(OPS[op]) for op in ([options.op] if options.op else OPS)]
     work = [(case, target) for target in targets for case in cases(modules, target, options.quick)]
     return runs.audit_all(work, options.jobs, cached=not options.no_cache, progress=show_progress)
