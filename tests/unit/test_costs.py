@@ -211,7 +211,10 @@ def test_plain_layer_activations_equal_what_autograd_saves(dtype, precision):
 
 
 def test_infused_activations_equal_what_the_operators_save():
-    """Beside plain attention: two scalars per token and head, one per key/value head, a count per token; the fused feed-forward keeps two activations where the plain one keeps three."""
+    """Beside plain attention: two scalars per token and head, one per key/value head, and a count per token.
+
+    The fused feed-forward keeps two activations where the plain one keeps three.
+    """
     tokens, shapes = 24, ((6, 8), (3, 8), (3, 8))
     q, k, v = (torch.randn(1, heads, tokens, width).requires_grad_() for heads, width in shapes)
     maps = [torch.randn(1, 1, 6, 8).requires_grad_() for _ in range(3)] + [torch.randn(1, 6).requires_grad_()]
