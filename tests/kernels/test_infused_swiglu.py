@@ -309,7 +309,7 @@ def test_triton_needs_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_audit_cases_name_every_argument(target):
-    from mitrain_kernels.infused_swiglu.triton_kernel import audit_cases
+    from bench.machine_code.swiglu_cases import audit_cases
 
     cases = audit_cases(target)
     assert [case.name for case in cases] == ["infused_swiglu_forward", "infused_swiglu_backward"]
