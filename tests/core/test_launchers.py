@@ -12,7 +12,11 @@ from mitrain.core import launchers
 from mitrain.core.launchers import Process, is_launcher, status
 
 ROOT = Path(__file__).resolve().parents[2]
-RANK = "from mitrain import launchers; launchers.end_with_launcher(); print(len(launchers.launchers()), flush=True); input()"
+RANK = """from mitrain.core import launchers
+launchers.end_with_launcher()
+print(len(launchers.launchers()), flush=True)
+input()
+"""
 PARENT = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {RANK!r}]))"
 
 

@@ -4,6 +4,7 @@ Compiles about twenty small cases the first time; the rows are kept in the user'
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -312,5 +313,6 @@ def test_the_roofline_needs_neither_triton_nor_torch():
         "import sys; sys.modules['triton'] = sys.modules['torch'] = None\n"
         "from bench.machine_code.aot import main; sys.exit(main(['--roofline']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "infused_attention_forward" in done.stdout and done.stderr == ""

@@ -60,7 +60,8 @@ class RateTask(Task):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
-        pairs = zip(batch.samples, self.rates(batch).isfinite().tolist(), self.rates(batch).tolist(), strict=True)
+        rates = self.rates(batch)
+        pairs = zip(batch.samples, rates.isfinite().tolist(), rates.tolist(), strict=True)
         return [Prediction(s.id, s.image, {"rate": rate}, finite=finite) for s, finite, rate in pairs]
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:

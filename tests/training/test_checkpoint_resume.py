@@ -168,7 +168,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from mitrain import checkpoint
+from mitrain.training import checkpoint
 from mitrain.training.engine import Group, LocalEngine, OptimizerConfig
 
 def train(run, first, last):

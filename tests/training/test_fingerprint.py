@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from source_tree import ROOT, our_files
 
 from mitrain.core.errors import ConfigError, RankError
 from mitrain.core.version import __version__
@@ -19,14 +18,12 @@ from mitrain.training import resume, schema
 from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.fingerprint import (
     MARK,
-    code,
     differences,
     digest,
     fingerprint,
     flat,
     listed,
     require_same,
-    source_files,
 )
 
 SAMPLES = [AnswerSample(f"s{i}", f"{i}.png", "What is it?", "cat", ("cat", "dog")) for i in range(3)]
@@ -309,9 +306,3 @@ def test_what_another_rank_finds_changed_is_refused_here_too(tmp_path, monkeypat
     with pytest.raises(ConfigError, match=": seed is 5 there, 0 here; undo"):
         resume.compare(saved(tmp_path, fingerprint=resume.recorded(own), config=CONFIG), own, False)
     assert told == [None]
-
-
-def test_the_digest_of_the_code_is_of_all_our_files():
-    found = {path.as_posix() for path in source_files(ROOT)}
-    assert found == {f"{ROOT}/{name}" for name in our_files()}
-    assert code()["sources"] == digest((p.parent.name, p.name, p.read_text("utf-8")) for p in source_files(ROOT))

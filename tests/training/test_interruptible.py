@@ -13,7 +13,7 @@ from mitrain.training.guard import Interrupted, Interruptible
 
 HEAD = """
 import ctypes, os, signal, threading, time
-from mitrain import guard
+from mitrain.training import guard
 guard.DEAF_S, guard.AGAIN_S = 0.3, 0.1
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
 

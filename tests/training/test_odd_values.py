@@ -71,7 +71,8 @@ def settings():
         for name, kind in KINDS["adapter"].items()
         for key in keys(kind)
     )
-    for name, kind in [*KINDS["task"].items(), *KINDS["data"].items()]:
+    tasks = [(name, task.settings) for name, task in TASKS.items()]  # KINDS may have other tests' tasks
+    for name, kind in [*tasks, *KINDS["data"].items()]:
         task = (
             name if name in TASK_DATA else next(name for name, task in TASKS.items() if issubclass(kind, task.formats))
         )
@@ -83,7 +84,7 @@ def settings():
 def test_every_setting_with_odd_values():
     generator, accepted = random.Random(0), 0
     for chosen, key in settings():
-        for text in generator.sample(ODD, 3):
+        for text in generator.sample(ODD, 4):
             try:
                 with config.quoting([f"{key}={text}"]):
                     found = schema.from_dict(config.override(BASE, [*chosen, f"{key}={text}"]))

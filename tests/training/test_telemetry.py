@@ -327,7 +327,7 @@ def test_wandb_settings_without_effect_are_named(caplog, values, said):
 
 GONE = """
 import os, signal, sys
-from mitrain import telemetry
+from mitrain.training import telemetry
 telemetry.HURRY_S = 0.2
 board = telemetry.Wandb(telemetry.WandbConfig(enabled=True), sys.argv[1], {})
 board.log({"loss": 1.0}, step=1)
