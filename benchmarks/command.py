@@ -114,7 +114,6 @@ def run_parity(arguments: argparse.Namespace) -> Any:
     if not wanted:
         raise ConfigError(f"--only {' '.join(arguments.only)} names no cell: names begin as ours-int8-zero3-ranks2")
     plan, out = cells.Plan(arguments.config, steps, arguments.batch), out_of(arguments)
-    end_children()
     run.prepare(plan)
     found = run.parity(plan, wanted, out, again(arguments), say=aside, limit_s=arguments.limit)
     say(arguments, (out / "table.md").read_text(encoding="utf-8"))
@@ -125,7 +124,6 @@ def run_faults(arguments: argparse.Namespace) -> Any:
     from benchmarks.faults import cases, suite
 
     chosen, out = suite.chosen(cases.CASES, arguments.quick, arguments.only), out_of(arguments)
-    end_children()
     found = suite.faults(chosen, out, again(arguments), say=aside)
     say(arguments, (out / "table.md").read_text(encoding="utf-8"))
     return refused(suite.check, found)
@@ -136,7 +134,6 @@ def run_load(arguments: argparse.Namespace) -> Any:
 
     if arguments.ranks < 1:
         raise ConfigError(f"--ranks {arguments.ranks} loads nothing: give at least 1")
-    end_children()
     found = load.load(arguments.ranks, load.QUICK if arguments.quick else load.SHAPE)
     say(arguments, load.table(found))
     if arguments.out:
@@ -150,7 +147,6 @@ def run_step(arguments: argparse.Namespace) -> Any:
     steps = arguments.steps or (5 if arguments.quick else 20)
     if steps < 1:
         raise ConfigError(f"--steps {steps} measures nothing: give at least 1")
-    end_children()
     found = step.measured(arguments.configs, steps, again(arguments), say=aside)
     say(arguments, step.table(found))
     if arguments.out:
@@ -164,7 +160,6 @@ def run_ledger(arguments: argparse.Namespace) -> Any:
 
     results = Path(arguments.results) if arguments.results else ledger.RESULTS
     if arguments.measure:
-        end_children()
         wanted = ledger.jobs(CLAIMS, results, ledger.STUDIES)
         ledger.measure([job for job in wanted if job.study.kind == "count" or not arguments.quick], say=aside)
     found = ledger.ledger(results=results)
@@ -197,10 +192,6 @@ def kernels_check(code: int) -> Callable[[Any], None]:
 def aside(text: str) -> None:
     """A line of progress."""
     print(text, file=sys.stderr, flush=True)
-
-
-def end_children() -> None:
-    """Let SIGTERM unwind, so that no process of a benchmark is left behind."""
 
 
 def again(arguments: argparse.Namespace) -> str:
