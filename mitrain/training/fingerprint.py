@@ -62,14 +62,10 @@ def digests_of(splits: Mapping[str, Sequence[Any]], content: Callable[[str], str
 @cache
 def code() -> dict[str, str]:
     """Versions of what computes, and a digest of mitrain's and its kernels' Python files."""
-    paths = source_files(Path(__file__).parents[2])
+    root = Path(__file__).parents[2]
+    paths = [path for folder in OURS for path in sorted((root / folder).rglob("*.py"))]
     files = ((path.parent.name, path.name, path.read_text("utf-8")) for path in paths)
     return {"mitrain": __version__, "sources": digest(files), **versions(("torch", "transformers"))}
-
-
-def source_files(root: Path) -> list[Path]:
-    """Our Python files below ``root``, where the packages are installed, or a checkout."""
-    return [path for folder in OURS for path in sorted((root / folder).rglob("*.py"))]
 
 
 def code_parts() -> dict[str, str]:
