@@ -22,7 +22,7 @@ from mitrain.methods.base import Adapter
 from mitrain.methods.peft import LoRA, LoRAConfig, check_room
 from mitrain.models import frozen
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
-from mitrain.models.layers import Layers
+from mitrain.models.layers import Layers, beside
 
 
 class VisualPrefixConfig(Section, kind="adapter", name="visual-prefix"):
@@ -83,15 +83,12 @@ class VisualPrefix(Adapter):
         if picture is None or not picture.infused:
             return Outputs(frozen.last_hidden(self._text.model, words), words.mask, image)
         embeddings = self._text.model.get_input_embeddings()(words.ids)
-        visual = self.visual_tokens(picture).to(embeddings)
+        visual = self.visual_tokens(picture).to(embeddings)  # the embeddings' device, too
         check_room(self._text.model, visual.shape[1], words.ids.shape[1])
-        seen = torch.ones(visual.shape[:2], dtype=words.mask.dtype, device=words.mask.device)
-        inputs = {
-            "inputs_embeds": torch.cat([visual, embeddings], 1),
-            "attention_mask": torch.cat([seen, words.mask], 1),
-        }
-        hidden = self._text.model(**inputs, use_cache=False).last_hidden_state
-        return Outputs(hidden[:, visual.shape[1] :], words.mask, image)
+        prompted = beside(embeddings, words.mask, before=[visual])
+        given = {"inputs_embeds": prompted.states, "attention_mask": prompted.visible, "use_cache": False}
+        text, _ = prompted.parted(self._text.model(**given).last_hidden_state)
+        return Outputs(text, words.mask, image)
 
     def visual_tokens(self, picture: ModalityInputs) -> Tensor:
         """(B, P, D)."""

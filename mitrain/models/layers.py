@@ -3,11 +3,13 @@
 The layers' own modules run, with the mask that the model would make for as many tokens, so what forward hooks do
 (gathering sharded weights, recording) happens as in the model's own forward pass.
 
-Shapes: B batch, T tokens (whatever is in the sequence: text, patches, frames, prompts), D hidden width.
+Shapes: B batch, T tokens (whatever is in the sequence: text, patches, frames, prompts), D hidden width, M prompts.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,6 +35,51 @@ MASKS = {
     (False, "full_attention"): create_bidirectional_mask,
     (False, "sliding_attention"): create_bidirectional_sliding_window_mask,
 }
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Tokens with prompts beside them: ``states`` (B, M + T, D), where ``visible`` (B, M + T) or None says which are
+    seen. ``positions`` (B, M + T): those of `beside`, None where they are 0, 1, …; ``counts``: tokens that lead, prompts
+    after them, the other tokens."""
+
+    states: Tensor
+    visible: Tensor | None
+    positions: Tensor | None
+    counts: tuple[int, int, int]
+
+    def parted(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer (or model) made of ``states``: the tokens (B, T, D) and the prompts (B, M, D) in their order."""
+        leading, before, others, after = hidden.tensor_split(list(accumulate(self.counts)), dim=1)
+        pairs = (leading, others), (before, after)
+        tokens, prompts = (b if not a.shape[1] else a if not b.shape[1] else torch.cat([a, b], 1) for a, b in pairs)
+        return tokens, prompts
+
+
+def beside(
+    tokens: Tensor,
+    visible: Tensor | None,
+    before: Sequence[Tensor] = (),
+    after: Sequence[Tensor] = (),
+    lead: int = 0,
+) -> Prompted:
+    """[tokens[:lead] ; before ; tokens[lead:] ; after], the prompts visible, in the tokens' type.
+
+    tokens: (B, T, D), of which ``visible`` (B, T) are seen, right-padded, or all. before, after: prompts (M, D) or
+    (B, M, D). Those after the tokens get the positions that follow the sample's last visible token, so that the amount
+    of padding, which other samples of the batch decide, does not matter.
+    """
+    batch, count = tokens.shape[:2]
+    ahead, behind = ([p.to(tokens.dtype).expand(batch, -1, -1) for p in group] for group in (before, after))
+    first, last = (sum(prompt.shape[1] for prompt in group) for group in (ahead, behind))
+    positions = None
+    if visible is not None and last:
+        positions = torch.arange(first + count + last, device=tokens.device).expand(batch, -1)
+        positions = positions - (count - visible.sum(1, keepdim=True)) * (positions >= first + count)
+    if visible is not None:  # the tokens that lead are never padding, so the prompts' ones may stand before theirs
+        visible = nn.functional.pad(visible, (first, last), value=1)
+    states = torch.cat([tokens[:, :lead], *ahead, tokens[:, lead:], *behind], dim=1)
+    return Prompted(states, visible, positions, (lead, first, count - lead))
 
 
 @dataclass(frozen=True)
@@ -117,6 +164,19 @@ class Layers:
             given["position_embeddings"] = self.rotary(hidden, positions, *([pattern] if typed else []))
         out = layer(hidden, **given)
         return out[0] if isinstance(out, tuple) else out
+
+    def run_beside(
+        self,
+        index: int,
+        tokens: Tensor,
+        visible: Tensor | None,
+        before: Sequence[Tensor] = (),
+        after: Sequence[Tensor] = (),
+        lead: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Layer ``index`` on what `beside` makes: the tokens (B, T, D) and the prompts (B, M, D) that leave it."""
+        prompted = beside(tokens, visible, before, after, lead)
+        return prompted.parted(self.run(index, prompted.states, prompted.visible, prompted.positions))
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What the model makes of its last layer's output (B, T, D): its final norm, or nothing where it has none."""

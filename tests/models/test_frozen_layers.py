@@ -27,7 +27,7 @@ from transformers import (
 
 from mitrain.core.errors import ModelError
 from mitrain.models.frozen import trunk_states
-from mitrain.models.layers import Layers
+from mitrain.models.layers import Layers, beside
 
 # The layers, masks and rotary tables are the model's own, so both ways do the same operations on the same numbers: what
 # may differ is the order of the sums in matrix products, some 50 roundings of 1.1e-16 on values below 5.
@@ -136,3 +136,17 @@ def test_what_cannot_be_served_is_refused_in_one_line(reason):
     with pytest.raises(ModelError, match=reason) as refused:
         Layers.of(REFUSED[reason]())
     assert "\n" not in str(refused.value)
+
+
+def test_prompts_stand_beside_tokens_where_they_are_asked_for_and_are_parted_again():
+    tokens, visible = torch.arange(6.0).reshape(2, 3, 1), torch.tensor([[True, True, False], [True, True, True]])
+    before, after = torch.full((2, 1), 7.0, dtype=torch.float64), torch.full((2, 1, 1), 8.0)
+    prompted = beside(tokens, visible, [before], [after], lead=1)
+    assert prompted.states[..., 0].tolist() == [[0, 7, 7, 1, 2, 8], [3, 7, 7, 4, 5, 8]]
+    assert prompted.states.dtype == torch.float32
+    assert prompted.visible[:, 3:].tolist() == [[True, False, True], [True, True, True]]
+    assert prompted.positions.tolist() == [[0, 1, 2, 3, 4, 4], [0, 1, 2, 3, 4, 5]]  # behind the last visible token
+    parts = [part[..., 0].tolist() for part in prompted.parted(prompted.states)]
+    assert parts == [[[0, 1, 2], [3, 4, 5]], [[7, 7, 8], [7, 7, 8]]]
+    alone = beside(tokens, None)
+    assert alone.visible is None and alone.positions is None and torch.equal(alone.parted(alone.states)[0], tokens)

@@ -76,7 +76,7 @@ class PlainWalk:
         self.widths, self.stages = (self.layers.width,) * self.depth, (0,) * self.depth
         self.stage_widths = (self.layers.width,)
         self.is_text = is_text
-        self.place = 1 if self.has_first and self.layers.rotary is None else 0
+        self.lead = 1 if self.has_first and self.layers.rotary is None else 0
 
     @property
     def has_first(self) -> bool:
@@ -87,14 +87,8 @@ class PlainWalk:
     ) -> Walked:
         prompts, visible = states[:, :0], None if mask is None else mask.bool()
         for index in range(self.depth):
-            prompts = prompter(index, states, visible).to(states.dtype)
-            count = prompts.shape[1]
-            joined = torch.cat([states[:, : self.place], prompts, states[:, self.place :]], dim=1)
-            if visible is not None:
-                shown = torch.cat([visible.new_ones(len(visible), count), visible], dim=1)  # place 1 is seen, too
-            joined = call(checkpointing, self.layers.run, index, joined, None if visible is None else shown)
-            cls, prompts, rest = joined.tensor_split((self.place, self.place + count), dim=1)
-            states = torch.cat([cls, rest], dim=1)
+            before = [prompter(index, states, visible)]
+            states, prompts = call(checkpointing, self.layers.run_beside, index, states, visible, before, (), self.lead)
         return Walked(states, prompts)
 
     def finish(self, states: Tensor) -> Tensor:

@@ -32,33 +32,17 @@ class Side:
     layers: Layers
     first: int
 
-    def beside(
+    def run(
         self, index: int, states: Tensor, visible: Tensor | None, before: list[Tensor], after: list[Tensor]
-    ) -> Tensor:
-        """Layer ``index`` on [before ; states ; after]: all rows that leave it.
-
-        states: (B, T, D), those of ``visible`` (B, T) bool, or all. before, after: prompts (M, D) or (B, M, D), which
-        are visible. Those after the tokens get the positions that follow the sample's last visible token, so that the
-        amount of padding, which other samples of the batch decide, does not matter.
-        """
-        batch, count = states.shape[:2]
-        ahead, behind = ([p.to(states.dtype).expand(batch, -1, -1) for p in group] for group in (before, after))
-        first, last = (sum(prompt.shape[1] for prompt in group) for group in (ahead, behind))
-        self._check_window(first + count + last)
-        place = torch.arange(first + count + last, device=states.device).expand(batch, -1)
-        if visible is not None:
-            padding = count - visible.sum(1, keepdim=True)
-            place = place - padding * (place >= first + count)
-            visible = nn.functional.pad(visible, (first, last), value=True)
-        return self.layers.run(index, torch.cat([*ahead, states, *behind], dim=1), visible, place)
-
-    def _check_window(self, tokens: int) -> None:
-        window = self.layers.window
+    ) -> tuple[Tensor, Tensor]:
+        """`Layers.run_beside`, where every token sees every prompt; ModelError where the window is too short for that."""
+        window, tokens = self.layers.window, states.shape[1] + sum(p.shape[-2] for p in (*before, *after))
         if window is not None and tokens > window:
             raise ModelError(
                 f"{tokens} tokens with their prompts exceed the window of {window} over which"
                 f" {type(self.layers.model).__name__} attends: shorten the texts or use a model without a window"
             )
+        return self.layers.run_beside(index, states, visible, before, after)
 
 
 class Link(nn.Module):
@@ -91,15 +75,15 @@ class Link(nn.Module):
         context = [] if self.context is None else [self.context]
         # Under a causal mask the last rows alone see the whole text, and see a context only where it stands before them.
         before, after = (context, [self.query]) if side.layers.causal else ([], [*context, self.query])
-        answer = side.beside(index, states, visible, before, after)[:, -len(self.query) :]
-        return self.map(answer.to(self.query.dtype))
+        prompts = side.run(index, states, visible, before, after)[1]
+        return self.map(prompts[:, -len(self.query) :].to(self.query.dtype))
 
     def tell(self, side: Side, index: int, states: Tensor, visible: Tensor | None, answer: Tensor | None) -> Tensor:
         """The target's tokens (B, T, D) after its layer ``index``, which saw ``answer``; the prompts' rows are dropped."""
-        told, count = [prompt for prompt in (self.fusion, answer) if prompt is not None], states.shape[1]
-        if side.layers.causal:  # at the end they would be invisible to the text
-            return side.beside(index, states, visible, told, [])[:, -count:]
-        return side.beside(index, states, visible, [], told)[:, :count]
+        prompts = [prompt for prompt in (self.fusion, answer) if prompt is not None]
+        # At the end of a causal model's tokens they would be invisible to all of them.
+        before, after = (prompts, []) if side.layers.causal else ([], prompts)
+        return side.run(index, states, visible, before, after)[0]
 
 
 def prompts(count: int, width: int, **place: Any) -> nn.Parameter | None:
