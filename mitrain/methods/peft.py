@@ -13,10 +13,10 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -25,7 +25,7 @@ from mitrain.core.config import Section
 from mitrain.core.errors import MissingExtraError, ModelError
 from mitrain.methods import export_format
 from mitrain.methods.base import Adapter
-from mitrain.methods.selection import parse_layers, select_layers
+from mitrain.methods.selection import LayersSetting, select_layers
 from mitrain.models import layouts, loading, quant
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
@@ -51,7 +51,7 @@ class InjectedConfig(Section):
     """
 
     where: Where = "text"
-    layers: Annotated[str | list[int], AfterValidator(parse_layers)] = "all"
+    layers: LayersSetting = "all"
     targets: tuple[Projection, ...] = Field(("q", "v"), min_length=1)
 
 

@@ -1,6 +1,9 @@
 """Naming the layers of a decoder: by list, by range, by fraction from either end, by stride."""
 
 import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator
 
 from mitrain.core.errors import ConfigError
 
@@ -12,6 +15,13 @@ def parse_layers(spec: str | list[int]) -> str | list[int]:
     """``spec`` itself when it is well formed; ConfigError else. Which layers there are, only a model tells."""
     select_layers(spec, depth=None)
     return spec
+
+
+LayersSetting = Annotated[
+    str | list[int],
+    BeforeValidator(lambda spec: str(spec) if type(spec) is int else spec),  # layers=5 is the layer '5'
+    AfterValidator(parse_layers),
+]
 
 
 def select_layers(spec: str | list[int], depth: int | None) -> list[int]:

@@ -54,6 +54,8 @@ def test_a_resolved_configuration_reads_back_as_itself():
         ({"modalities": {"image": 0}}, "adapter.modalities.image=0"),
         ({"modalities": {"a.b": 4}}, "'a.b' cannot name a modality"),
         ({"modalities": {"keys": 4}}, "'keys' cannot name a modality"),
+        ({"layers": -1}, "layers='-1' is not understood"),
+        ({"layers": True}, "layers=True: true and false are no value here"),
         ({"layers": "lst third"}, "layers='lst third' is not understood"),
         ({"layers": [1, 1]}, "stands twice"),
         ({"layer": 3}, r"unknown key 'adapter.layer' .did you mean 'layers'"),

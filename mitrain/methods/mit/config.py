@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from mitrain.core.config import Section
 from mitrain.methods.mit.decoder import LayerShape
 from mitrain.methods.mit.maps import attention_maps
 from mitrain.methods.presets import filled
-from mitrain.methods.selection import parse_layers
+from mitrain.methods.selection import LayersSetting
 from mitrain.models.costs import mit_layer_parameters
 
 RELEASED_LAYERS = [13, 17, 21, 25, 29]
@@ -42,7 +42,7 @@ class MiTConfig(Section, kind="adapter", name="mit"):
 
     preset: Literal["default", "released", "paper"] = "default"
     modalities: dict[str, Annotated[int, Field(gt=0, le=1 << 20)]] = Field(default_factory=dict)
-    layers: Annotated[str | list[int], AfterValidator(parse_layers)] = "last third"
+    layers: LayersSetting = "last third"
     gate: Literal["sequence", "prefix", "token", "none"] = "prefix"
     cosine: bool = True
     base: Literal[0, 1] = 1
