@@ -21,11 +21,10 @@ from torch import Tensor
 from mitrain.core import dist
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.data.formats.labels import look_alikes
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.sources import RecordsConfig
 from mitrain.models.batch import ModalityInputs
-from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, only_one
+from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, look_alike, only_one
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.generation import decoding, greedy
 from mitrain.tasks.probe import probe_accuracy
@@ -34,7 +33,6 @@ from mitrain.tasks.template import frame_of, template_with
 log = logging.getLogger(__name__)
 SCORE_ROWS = 112
 FREQUENT = 20  # answers that `describe` lists
-ALIKE = 5  # pairs of answers that `caution` names
 MOST_ANSWERS = 100
 """Of how many training answers to its prompt one is chosen for a sample without candidates; beyond, the model speaks."""
 
@@ -272,9 +270,7 @@ class AnswerTask(Task):
     @staticmethod
     def caution(samples: Sequence[AnswerSample], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
         answers = [sample.answer for sample in samples]
-        alike = look_alikes(dict.fromkeys(answers))
-        found = [f"{split}: the answers {one} and {other} count as two" for one, other in alike[:ALIKE]]
-        found += only_one(answers, split, "answer")
+        found = [*look_alike(answers, split, "answer"), *only_one(answers, split, "answer")]
         without = [sample for sample in samples if len(set(sample.candidates)) < 2]
         if not without:
             return found

@@ -6,7 +6,7 @@ and predictions are described and drawn. It is handed the frozen models and the 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from mitrain.core.config import Section
 from mitrain.core.errors import DataError, UserError
+from mitrain.data.formats.labels import look_alikes
 from mitrain.data.sources import DataSection
 from mitrain.data.states import TextStates
 from mitrain.methods.base import Adapter
 from mitrain.models import TextBackbone, VisionEncoder
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.figures import Panel
+
+ALIKE = 5  # pairs that `caution` names
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,12 @@ def cautions(
     if not samples:
         raise DataError(f"{split} holds no sample, so that nothing is scored: give a split that has some")
     return task.caution(samples, split, known or {})
+
+
+def look_alike(values: Iterable[str], split: str, what: str) -> list[str]:
+    """A line for each of the first pairs of answers or labels that a reader takes for one."""
+    pairs = look_alikes(dict.fromkeys(values))[:ALIKE]
+    return [f"{split}: the {what}s {one} and {other} count as two" for one, other in pairs]
 
 
 def only_one(values: Sequence[str], split: str, what: str) -> list[str]:

@@ -22,7 +22,7 @@ from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.sources import ClassSection
 from mitrain.models.batch import ModalityInputs
-from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, only_one
+from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, look_alike, only_one
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.label_metrics import label_metrics
 from mitrain.tasks.probe import probe_labels
@@ -233,7 +233,8 @@ class ClassifyTask(Task):
         names = frozenset().union(*sets)
         if len(names) > 1 and all(labels == names for labels in sets):
             return [f"{split}: every sample has all {len(names)} labels, so that always naming all is right every time"]
-        return only_one([", ".join(sorted(labels)) for labels in sets], split, "label")
+        found = look_alike(sorted(names), split, "label")
+        return found + only_one([", ".join(sorted(labels)) for labels in sets], split, "label")
 
 
 def class_weights(targets: Tensor, multilabel: bool) -> Tensor:

@@ -80,6 +80,7 @@ def test_one_answer_and_one_label_are_pointed_out():
 def test_answers_that_look_alike_are_pointed_out():
     samples = [answer(text, ("1", "1.0", "2")) for text in ("1", "1.0", "2")]
     assert cautions(samples, "val") == ["val: the answers '1' and '1.0' count as two"]
+    assert cautions(labels(["food"], ["Food"], ["x"]), "val") == ["val: the labels 'Food' and 'food' count as two"]
 
 
 def test_rankings_that_cannot_be_wrong_are_named():
