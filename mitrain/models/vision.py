@@ -153,6 +153,8 @@ class VisionEncoder(nn.Module):
                 )
         if self.config.pool != "auto" and depth == 0:
             raise ConfigError(f"the encoder {self.config.name!r} has no CLS token: leave out pool")
+        if depth and not self.prefix_tokens and (self.config.pool.startswith("cls") or self._layer_alone):
+            raise ConfigError(f"the encoder {self.config.name!r} has no CLS token: give pool=mean")
         if wanted and max(wanted) < depth and self.config.pool != "auto":
             del layouts.layers_of(self.model)[max(wanted) :]
             self.settings.num_hidden_layers = max(wanted)
@@ -174,9 +176,16 @@ class VisionEncoder(nn.Module):
         return self.settings.patch_size
 
     @property
+    def _layer_alone(self) -> bool:
+        """Whether the CLS token of an inner layer is the global feature because nothing else was asked for."""
+        return self.config.pool == "auto" and self.config.layer is not None
+
+    @cached_property
     def prefix_tokens(self) -> int:
-        """CLS and register tokens before the patches."""
-        return 1 + getattr(self.settings, "num_register_tokens", 0)
+        """CLS, distillation (DeiT) and register tokens before the patches; SigLIP has none."""
+        names = {name.rpartition(".")[2] for name, _ in self.model.named_parameters()}
+        single = [name for name in (*layouts.CLASS_TOKENS, "distillation_token") if name in names]
+        return len(single) + getattr(self.settings, "num_register_tokens", 0)
 
     @property
     def width(self) -> int:
@@ -242,6 +251,8 @@ class VisionEncoder(nn.Module):
                     return getattr(output, name).flatten(1)
         states = output.hidden_states[self.config.layer] if self.config.layer else output.last_hidden_state
         patches = states[:, -(self.grid**2) :].mean(1)
+        if self.config.pool == "auto" and not self.prefix_tokens:
+            raise ConfigError(f"the encoder {self.config.name!r} pools nothing and has no CLS token: give pool=mean")
         parts = {"mean": [patches], "cls+mean": [states[:, 0], patches]}.get(self.config.pool, [states[:, 0]])
         return torch.cat(parts, dim=-1)
 

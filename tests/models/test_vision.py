@@ -5,6 +5,7 @@ import pytest
 import torch
 from folders import vision_folder
 from PIL import Image
+from tiny_encoders import tiny_encoder
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
 
 from mitrain.core.errors import ConfigError, ModelError
@@ -49,6 +50,30 @@ def test_an_inner_layer_is_read_before_the_last_norm(dinov2, pool, width):
     assert out.shape == (3, width) and found.width == width
     torch.testing.assert_close(out, expected)
     assert len(found.model.encoder.layer) == 2  # what is not read does not run
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    def folder(name: str):
+        path = tmp_path_factory.mktemp(name)
+        tiny_encoder(name, image_size=16).save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2_with_registers", "siglip_vision_model"])
+def test_the_tokens_before_the_patches_are_counted(saved, name):
+    found = encoder(saved(name), size=16, levels=[2])
+    assert found.encode(images(1))["levels"].shape[2] == found.prefix_tokens + found.grid**2
+
+
+@pytest.mark.parametrize("settings", [{"pool": "cls"}, {"pool": "cls+mean"}, {"layer": 2}])
+def test_the_first_patch_is_not_taken_for_a_cls_token(saved, settings):
+    folder = saved("siglip_vision_model")
+    with pytest.raises(ConfigError, match="has no CLS token: give pool=mean"):
+        encoder(folder, size=16, **settings)
+    assert encoder(folder, size=16, layer=2, pool="mean").encode(images())["pooled"].shape == (3, 32)
 
 
 def test_levels_are_hidden_states_with_their_prefix(dinov2):
