@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from mitrain_kernels.infused_attention import infused_attention, infused_attention_reference, prefix_sums
-from mitrain_kernels.infused_attention.op import BACKENDS
 from mitrain_kernels.infused_swiglu import infused_swiglu
 from torch import Tensor
 
@@ -59,8 +58,6 @@ def why_absent(name: str, op: str, device: str, quick: bool) -> str | None:
         return "left out by --quick"
     if name == "compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "needs a C++ compiler"
-    if op == "infused_attention" and name in (*CUDA_ONLY, "sdpa") and name not in BACKENDS:
-        return "not built yet"
     return None
 
 

@@ -10,14 +10,18 @@ from mitrain_kernels.infused_attention import (
     prefix_sums,
 )
 from mitrain_kernels.infused_attention.gate import (
+    ORDINARY,
     by_group,
     by_modality,
     constant_gate,
     cosine_gate,
+    finite,
     gate_backward,
+    shield,
     whole_sums,
+    without_hidden,
+    without_missing,
 )
-from mitrain_kernels.infused_attention.hidden import ORDINARY, finite, shield, without_hidden, without_missing
 
 NAN, INF = float("nan"), float("inf")
 

@@ -18,11 +18,10 @@ from attention_cases import (
     upstream_of,
 )
 from mitrain_kernels.infused_attention import (
-    backends,
     folded_coefficients,
     infused_attention,
     infused_attention_reference,
-    library,
+    op,
 )
 
 RIGHT = [Case(gate, M=3, present=True, padding="right") for gate in GATES]
@@ -50,7 +49,7 @@ def test_what_is_hidden_is_nothing_in_low_precision(case, what):
 @pytest.mark.parametrize("what", HIDDEN)
 @some(RIGHT[:2])
 def test_recorded_by_autograd(case, what, monkeypatch):
-    monkeypatch.setattr(backends, "has_own_backward", lambda call: False)
+    monkeypatch.setattr(op, "has_own_backward", lambda call: False)
     assert_hidden_is_nothing(case, "sdpa", what, torch.nan)
 
 
@@ -116,12 +115,12 @@ def test_an_additive_mask_that_hides_whole_rows(case, lowest, dtype):
 def test_finite_numbers_are_computed_once(monkeypatch):
     """The usual way costs a sum over the output; a number that is no number where it counts comes out as such."""
     calls = []
-    for way in ("forward", "backward"):
-        function = getattr(library.sdpa, way)
-        monkeypatch.setattr(library.sdpa, way, lambda *a, w=way, f=function: calls.append(w) or f(*a))
+    for way in ("forward", "backward_once"):
+        function = getattr(op.sdpa, way)
+        monkeypatch.setattr(op.sdpa, way, lambda *a, w=way, f=function, **k: calls.append(w) or f(*a, **k))
     inputs, options = make(Case(padding="right"), torch.float32)
     run(infused_attention, inputs, upstream_of(inputs), **options, backend="sdpa")
-    assert calls == ["forward", "backward"]
+    assert calls == ["forward", "backward_once"]
     inputs["v"] = inputs["v"].detach().index_fill(2, torch.tensor([1]), torch.nan).requires_grad_()
     output = infused_attention(**inputs, **options, backend="sdpa")
     assert output[:, :, 1:].isnan().all()

@@ -22,7 +22,7 @@ from attention_cases import (
     truth,
     upstream_of,
 )
-from mitrain_kernels.infused_attention import GateSums, backends, infused_attention, op
+from mitrain_kernels.infused_attention import GateSums, infused_attention, op
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 HERE = ("reference", "sdpa", "auto")
@@ -45,7 +45,7 @@ def test_low_precision_loses_no_more_than_plain_attention_does(case, dtype, pois
 
 @some(CASES)
 def test_recorded_by_autograd(case, monkeypatch):
-    monkeypatch.setattr(backends, "has_own_backward", lambda call: False)
+    monkeypatch.setattr(op, "has_own_backward", lambda call: False)
     assert_backend_right(case, "sdpa")
     assert_backend_right(case, "sdpa", torch.bfloat16)
 
@@ -187,7 +187,7 @@ def test_a_mask_is_the_same_structure_ready_made(case, kind):
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("padding", [None, "left"])
 def test_decoding_token_by_token_is_the_whole_pass(padding, own, monkeypatch):
-    monkeypatch.setattr(backends, "has_own_backward", backends.has_own_backward if own else lambda call: False)
+    monkeypatch.setattr(op, "has_own_backward", op.has_own_backward if own else lambda call: False)
     inputs, options = make(Case(padding=padding, present=True))
     valid = options.pop("key_padding", torch.ones(2, 9, dtype=torch.bool))
     inputs = {n: x.detach() for n, x in inputs.items()}
@@ -205,7 +205,7 @@ def test_decoding_token_by_token_is_the_whole_pass(padding, own, monkeypatch):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_state_remembers_values_that_are_gone(own, monkeypatch):
-    monkeypatch.setattr(backends, "has_own_backward", backends.has_own_backward if own else lambda call: False)
+    monkeypatch.setattr(op, "has_own_backward", op.has_own_backward if own else lambda call: False)
     inputs, options = make(Case(window=3))
     inputs = {n: x.detach() for n, x in inputs.items()}
     whole = infused_attention(**inputs, **options, backend="reference")
@@ -220,7 +220,7 @@ def test_a_state_remembers_values_that_are_gone(own, monkeypatch):
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("padding", [None, "left"])
 def test_gradients_of_a_continued_pass(padding, own, monkeypatch):
-    monkeypatch.setattr(backends, "has_own_backward", backends.has_own_backward if own else lambda call: False)
+    monkeypatch.setattr(op, "has_own_backward", op.has_own_backward if own else lambda call: False)
     inputs, options = make(Case(tq=3, padding=padding))
     valid = options.get("key_padding")
     with torch.no_grad():

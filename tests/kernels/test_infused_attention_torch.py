@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import GATES, NAMES, Case, assert_right, frozen, largest, make, run, some, upstream_of
-from mitrain_kernels.infused_attention import infused_attention, library, sdpa
-from mitrain_kernels.infused_attention.call import Setting
+from mitrain_kernels.infused_attention import Call, GateSums, infused_attention, op, sdpa
 from torch.utils.checkpoint import checkpoint
 
 FOLDING = tuple(gate for gate in GATES if gate != "token")
@@ -97,8 +96,8 @@ def test_the_reference_has_a_second_derivative():
 def test_only_the_gradients_asked_for_leave_the_operator(asked, monkeypatch):
     inputs, options = make(Case())
     inputs = frozen(inputs, *set(NAMES) - set(asked))
-    returned, backward = [], library.backward_now
-    monkeypatch.setattr(library, "backward_now", lambda *a: returned.append(backward(*a)) or returned[-1])
+    returned, backward = [], op.compute_gradients
+    monkeypatch.setattr(op, "compute_gradients", lambda *a: returned.append(backward(*a)) or returned[-1])
     got = run(infused_attention, inputs, upstream_of(inputs), **options, backend="sdpa")
     assert set(got) == {"output", *asked}
     assert [x.numel() > 0 for x in returned[0]] == [name in asked for name in (*NAMES, "k_add")]
@@ -163,14 +162,8 @@ def test_autocast_activations_meet_maps_in_float32(case):
 
 def arguments(case, trains=True, state=None, dtype=torch.float64):
     """Those of the operator for the CPU's own path."""
-    found = []
     inputs, options = make(case, dtype)
-    patched = pytest.MonkeyPatch()
-    apply = library.apply
-    patched.setattr(library, "apply", lambda *a, trains: found.append(a) or apply(*a, trains=trains))
-    infused_attention(**inputs, **options, backend="sdpa", state_in=state)
-    patched.undo()
-    return found[0]
+    return *op.pack(Call(**inputs, **options, state_in=state), "sdpa"), "sdpa", trains
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -190,11 +183,10 @@ def test_the_operators_keep_torchs_rules(case, dtype):
     torch.library.opcheck(OPS.infused_attention.default, given)
     still = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
     torch.library.opcheck(OPS.infused_attention.default, (*still[:-1], False))
-    output, attended, logsumexp, cosine, root, _, square, count = OPS.infused_attention.default(*still)
-    kept = [cosine, root, square, count]
+    output, *kept, _, square, count = OPS.infused_attention.default(*still)
     for needs in ([True] * 7 + [False], [False, False, False, True, False, True, True, False]):
-        rest = (still[: library.INPUTS], attended, logsumexp, kept, still[library.EXTRA], *still[library.KIND :][:3])
-        torch.library.opcheck(OPS.infused_attention_backward.default, (torch.ones_like(output), *rest, False, needs))
+        rest = (still[: op.SAVED], [*kept, square, count], *still[op.SAVED : -1], needs)
+        torch.library.opcheck(OPS.infused_attention_backward.default, (torch.ones_like(output), *rest))
 
 
 def test_the_operators_keep_torchs_rules_with_a_state():
@@ -253,8 +245,21 @@ def test_exported_it_is_one_node():
     assert sum("infused_attention" in name for name in names_of(program.graph)) == 1
 
 
-def test_a_setting_survives_packing():
-    valid, base = torch.ones(2, 9, dtype=torch.bool), torch.tensor([0, 1])
-    for own in (base, 0.0, 1.0):
-        setting = Setting("prefix", own, valid, None, None, None, None, True, 3, None, 0.5, 1e-6)
-        assert library.unpack("prefix", *library.pack(setting)) == setting
+def test_a_call_survives_packing():
+    inputs, options = make(Case(window=3, padding="left", present=True, scale=0.5))
+    inputs["k_add"] = torch.zeros(2, 2, 4, 8)
+    mask, state = torch.ones(1, 1, 9, 9, dtype=torch.bool), GateSums(*torch.ones(3, 1))
+    for base, softcap in ((torch.tensor([0, 1]), None), (0.0, 2.0), (1.0, None)):
+        call = Call(
+            **inputs, **options | {"base": base, "softcap": softcap, "mask": mask, "state_in": state, "eps": 0.1}
+        )
+        again = vars(op.unpack(*op.pack(call, "sdpa")))
+        expected = vars(call) | {"k_add": call.k_add if softcap else None}
+        assert [name for name in expected if not same(again[name], expected[name])] == []
+        assert op.unpack(*op.pack(call, "triton")).mask is None
+
+
+def same(x, y):
+    if isinstance(x, GateSums):
+        return all(a is b for a, b in zip(x, y, strict=True))
+    return x is y if isinstance(x, torch.Tensor) else x == y

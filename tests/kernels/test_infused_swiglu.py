@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mitrain_kernels.infused_swiglu import BACKENDS, eager, infused_swiglu, infused_swiglu_reference, op
+from mitrain_kernels.infused_swiglu import BACKENDS, infused_swiglu, infused_swiglu_reference, op
 from swiglu_cases import (
     NAMES,
     PACKED,
@@ -61,10 +61,10 @@ def test_a_factor_of_one_is_the_frozen_activation_to_the_last_bit(dtype, backend
 # Output and gradients against the float64 truth
 
 
-@pytest.mark.parametrize("block", [1, 8, 100, eager.CPU_BLOCK])
+@pytest.mark.parametrize("block", [1, 8, 100, op.CPU_BLOCK])
 @pytest.mark.parametrize("backend", HERE)
 def test_output_and_gradients(backend, block, monkeypatch):
-    monkeypatch.setattr(eager, "CPU_BLOCK", block)
+    monkeypatch.setattr(op, "CPU_BLOCK", block)
     poison(monkeypatch)
     for shape in PADDED:
         assert_backend_right(make(shape)[0], backend=backend)
@@ -78,10 +78,10 @@ def test_output_and_gradients(backend, block, monkeypatch):
      ((2, 3, 5), 1, [5] * 6), ((1, 2, 5), 1 << 18, [10])],
 )  # fmt: skip
 def test_blocks_hold_as_much_as_they_may(shape, block, sizes, monkeypatch):
-    monkeypatch.setattr(eager, "CPU_BLOCK", block)
+    monkeypatch.setattr(op, "CPU_BLOCK", block)
     gate = torch.empty(shape)
-    assert [gate[where].numel() for where, _ in eager.blocks(gate, None)] == sizes
-    whole = [gate.to("meta")[where].numel() for where, _ in eager.blocks(gate.to("meta"), None)]
+    assert [gate[where].numel() for where, _ in op.blocks(gate, None)] == sizes
+    whole = [gate.to("meta")[where].numel() for where, _ in op.blocks(gate.to("meta"), None)]
     assert whole == [gate.numel()]  # elsewhere memory is not cut
 
 
@@ -116,8 +116,8 @@ def test_any_shape(batch, tokens, width, dtype, seed, packed):
 def test_only_the_gradients_asked_for_are_computed(asked, monkeypatch):
     inputs = frozen(make((2, 7, 5))[0], *set(NAMES) - set(asked))
     computed = []
-    backward = eager.backward
-    monkeypatch.setattr(eager, "backward", lambda *args: computed.append(backward(*args)) or computed[-1])
+    backward = op.eager_backward
+    monkeypatch.setattr(op, "eager_backward", lambda *args: computed.append(backward(*args)) or computed[-1])
     got = assert_backend_right(inputs)
     assert set(got) == {"output", *asked}
     assert [x.numel() > 0 for x in computed[0]] == [name in asked for name in NAMES]

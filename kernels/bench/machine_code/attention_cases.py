@@ -3,12 +3,10 @@
 from typing import Any
 
 import torch
-from mitrain_kernels.infused_attention.triton_decode import merge_kernel, split_kernel
-from mitrain_kernels.infused_attention.triton_forward import forward_kernel
+from mitrain_kernels.infused_attention.triton_backward import key_kernel, query_kernel
+from mitrain_kernels.infused_attention.triton_forward import forward_kernel, merge_kernel, split_kernel
 from mitrain_kernels.infused_attention.triton_gate import gate_backward_kernel, gate_kernel, sums_kernel, values_kernel
-from mitrain_kernels.infused_attention.triton_keys import key_kernel
-from mitrain_kernels.infused_attention.triton_queries import query_kernel
-from mitrain_kernels.infused_attention.triton_tiles import DECODE, MOST_SPLITS, SCAN, padded, tile_for
+from mitrain_kernels.infused_attention.triton_launch import DECODE, MOST_SPLITS, SCAN, padded, tile_for
 
 from bench.machine_code.compilation import Case
 

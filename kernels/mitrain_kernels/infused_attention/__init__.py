@@ -9,10 +9,11 @@ from mitrain_kernels.infused_attention.folded import (
 )
 from mitrain_kernels.infused_attention.gate import GateSums, gate_values, prefix_sums
 from mitrain_kernels.infused_attention.op import infused_attention
-from mitrain_kernels.infused_attention.reference import GATES, infused_attention_reference
+from mitrain_kernels.infused_attention.reference import GATES, Call, infused_attention_reference
 
 __all__ = [
     "GATES",
+    "Call",
     "GateSums",
     "coefficients",
     "folded_coefficients",

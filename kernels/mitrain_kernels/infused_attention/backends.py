@@ -1,30 +1,27 @@
-"""The backends that run anywhere: the definition, torch's attention, and the Triton kernels.
+"""The backends whose backward pass autograd records: the definition, and the folded form over any attention.
 
-Of each, ``run_*`` takes a checked call, and ``*_limit`` says in a few words why it could not, or None.
+The folded form runs over torch's attention (where ``sdpa.py`` does not serve), FlashAttention and FlexAttention. Those
+for GPUs were not run on one yet: here the contract is checked as far as a CPU goes; ``pytest -m gpu`` does the rest.
+Of each backend ``run_*`` takes a checked call, and ``*_limit`` says in a few words why it could not, or None.
+
+Shapes: B samples, H query heads, G key/value heads, T tokens (Tq queries, Tk keys), d head width.
 """
 
+import importlib.util
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mitrain_kernels.infused_attention import library
-from mitrain_kernels.infused_attention.call import Call, Setting
-from mitrain_kernels.infused_attention.folded import infused_attention_folded, rows_that_see, visible_keys
-from mitrain_kernels.infused_attention.gate import GateSums, prefix_sums
-from mitrain_kernels.infused_attention.hidden import shield, without_hidden, without_missing
-from mitrain_kernels.infused_attention.reference import infused_attention_reference
-from mitrain_kernels.infused_attention.triton_tiles import INTERPRETED
+from mitrain_kernels.infused_attention.folded import Attend, folded_coefficients, infused_attention_folded
+from mitrain_kernels.infused_attention.gate import GateSums, prefix_sums, shield, without_hidden, without_missing
+from mitrain_kernels.infused_attention.reference import Call, infused_attention_reference
 
 Result = tuple[Tensor, GateSums | None]
-WIDEST = 256  # head width of the Triton kernels; half of it in float32 and under the gate 'token'
-
-
-def options(call: Call) -> dict[str, Any]:
-    """What the definition and the folded form take besides tensors."""
-    names = ("k_add", "present", "gate", "base", "key_padding", "causal", "window", "softcap", "scale", "eps")
-    return {name: getattr(call, name) for name in names}
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def each_sequence(run: Callable[[Call], Result], call: Call) -> Result:
@@ -33,8 +30,18 @@ def each_sequence(run: Callable[[Call], Result], call: Call) -> Result:
 
 def recorded(call: Call, form: Callable[..., Tensor], **more: Any) -> Tensor:
     """The output of a form that autograd records; what padding hides is kept from it, and from its gradients."""
-    q, k, v = (without_hidden(x, call.key_padding) for x in (call.q, call.k, call.v))
-    return shield(form(q, k, v, **call.maps, **options(call), **more), call.key_padding)
+    seen = {name: without_hidden(getattr(call, name), call.key_padding) for name in ("q", "k", "v")}
+    return shield(form(**{**vars(call), **seen}, **more), call.key_padding)
+
+
+def new_sums(call: Call) -> GateSums | None:
+    """The gate's sums for the tokens that ``state_in`` does not know, where they are asked for."""
+    if not call.return_state:
+        return None
+    new = slice(0 if call.state_in is None else -call.q.shape[2], None)
+    valid = None if call.key_padding is None else call.key_padding[:, new]
+    v_add, *_ = without_missing(call.present, call.v_add)
+    return prefix_sums(call.v[:, :, new], v_add, valid, call.state_in)
 
 
 def reference_limit(call: Call) -> str | None:
@@ -44,73 +51,168 @@ def reference_limit(call: Call) -> str | None:
 def run_reference(call: Call) -> Result:
     if call.cu_seqlens is not None:
         return each_sequence(run_reference, call)
-    output = recorded(call, infused_attention_reference)
-    return output, new_sums(call) if call.return_state else None
+    return recorded(call, infused_attention_reference), new_sums(call)
 
 
-def sdpa_limit(call: Call) -> str | None:
-    return None
+def run_folded(call: Call) -> Result:
+    """Over torch's own attention."""
+    return recorded(call, infused_attention_folded), new_sums(call)
 
 
-def has_own_backward(call: Call) -> bool:
-    """Whether the backward pass written for CPUs can serve; if not, autograd records the folded form."""
-    on_cpu = call.q.device.type == "cpu"
-    return on_cpu and call.gate != "token" and call.softcap is None and call.q.shape[0] * call.q.shape[2] > 0
+def folded_limit(call: Call) -> str | None:
+    """Why the folded form over an attention that others wrote cannot serve."""
+    if call.state_in is not None or call.return_state:
+        return "it keeps no state for decoding"
+    if call.gate == "token" and call.cu_seqlens is not None:
+        return "the gate 'token' does not fold, and packed sequences would have to be taken apart"
+    return bent_k_add(call)
 
 
-def run_sdpa(call: Call) -> Result:
+def bent_k_add(call: Call) -> str | None:
+    alive = call.k_add is not None and call.gate != "token" and call.softcap is not None
+    return "k_add is alive under a softcap" if alive else None
+
+
+def run_around(call: Call, attend: Attend) -> Result:
+    """The folded form; packed sequences are attended to in one go, and the coefficients are each sequence's own."""
+    if call.cu_seqlens is None:
+        return recorded(call, infused_attention_folded, attend=attend), None
+    rows: list[tuple[Tensor, ...]] = []
+    for one in call.sequences():
+        found, _ = folded_coefficients(
+            one.v, **one.maps, present=one.present, gate=call.gate, base=one.base, eps=call.eps
+        )
+        rows.append(tuple(x.expand(-1, -1, one.v.shape[2], -1) for x in found))
+    alpha, gamma, delta = (torch.cat(x, dim=2) for x in zip(*rows, strict=True))
+    return torch.addcmul(delta, attend(call.q * alpha, call.k, call.v), gamma), None
+
+
+def flash_limit(call: Call) -> str | None:
+    if call.q.device.type != "cuda":
+        return f"tensors are on {call.q.device}, not on a GPU"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed (pip install 'mitrain[gpu]')"
+    if call.q.dtype not in HALVES or call.q.shape[-1] > 256:
+        return f"FlashAttention takes float16 or bfloat16 and heads up to 256 wide, not {call.q.dtype}"
+    if call.key_padding is not None and call.window is not None:
+        return "FlashAttention counts a window over the tokens that are left without padding"
+    return folded_limit(call)
+
+
+def run_flash(call: Call) -> Result:
+    """FlashAttention; the output of a padding query is 0."""
     if call.cu_seqlens is not None:
-        return each_sequence(run_sdpa, call)
-    if not has_own_backward(call):
-        output = recorded(call, infused_attention_folded, before=call.state_in)
-        return output, new_sums(call) if call.return_state else None
-    mask, (tq, tk) = call.mask, (call.q.shape[2], call.k.shape[2])
-    if mask is None and (call.key_padding is not None or call.window is not None or (call.causal and 1 < tq < tk)):
-        mask = visible_keys(call.q, call.k, call.key_padding, call.causal, call.window)
-    sees = rows_that_see(tq, tk, call.key_padding, call.causal, call.window)
-    if call.mask is not None and call.mask.is_floating_point() and sees is not None:
-        # a row of one finite number, however low, is a row of equal scores
-        mask = call.mask.masked_fill(~sees[..., None], float("-inf"))
-    return run_operator(call, "sdpa", mask, call.causal, sees)
+        return run_around(call, packed_flash(call))
+    return run_around(call, plain_flash(call) if call.key_padding is None else unpadded_flash(call))
 
 
-def new_sums(call: Call) -> GateSums:
-    """The gate's sums for the tokens that ``state_in`` does not know."""
-    new = slice(0 if call.state_in is None else -call.q.shape[2], None)
-    valid = None if call.key_padding is None else call.key_padding[:, new]
-    v_add, *_ = without_missing(call.present, call.v_add)
-    return prefix_sums(call.v[:, :, new], v_add, valid, call.state_in)
+def flash_options(call: Call) -> dict[str, Any]:
+    reach = -1 if call.window is None else call.window - 1
+    window = (reach, 0 if call.causal else reach)
+    return {
+        "softmax_scale": call.scale,
+        "causal": call.causal,
+        "window_size": (-1, -1) if call.window is None else window,
+        "softcap": call.softcap or 0.0,
+    }
 
 
-def triton_limit(call: Call) -> str | None:
-    q = call.q
-    if q.device.type != "cuda" and not INTERPRETED:
-        return f"tensors are on {q.device}, not on a GPU"
-    if q.dtype == torch.float64:
-        return "it does not compute in float64"
-    widest = WIDEST if call.gate != "token" and q.dtype != torch.float32 else WIDEST // 2
-    if q.shape[-1] > widest:
-        return f"heads are {q.shape[-1]} wide, more than {widest} (of {q.dtype}, gate {call.gate!r})"
-    if call.k_add is not None and call.gate != "token" and call.softcap is not None:
-        return "k_add is alive under a softcap"
-    return None
+def plain_flash(call: Call) -> Attend:
+    from flash_attn import flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flash_attn_func(q, k, v, **flash_options(call)).transpose(1, 2)
+
+    return attend
 
 
-def run_triton(call: Call) -> Result:
-    return run_operator(call, "triton", None, call.causal, None)
+def varlen_flash(call: Call, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor) -> Tensor:
+    """q (R, H, d), k and v (R', G, d), bounds of the sequences in each."""
+    from flash_attn import flash_attn_varlen_func
+
+    longest = [int((x[1:] - x[:-1]).max()) for x in (of_q, of_k)]
+    return flash_attn_varlen_func(q, k, v, of_q, of_k, *longest, **flash_options(call))
 
 
-def run_operator(call: Call, backend: str, mask: Tensor | None, causal: bool, sees: Tensor | None) -> Result:
-    base = call.base if isinstance(call.base, Tensor) else float(call.base)
-    setting = Setting(
-        call.gate, base, call.key_padding, mask, sees, call.present, call.cu_seqlens,
-        causal, call.window, call.softcap, call.scale, call.eps,
-    )  # fmt: skip
-    extra, numbers = library.pack(setting)
-    state = call.state_in or (None, None, None)
-    k_add = None if call.k_add_is_dead else call.k_add
-    tensors = (call.q, call.k, call.v, *call.maps.values(), k_add, *extra, *state)
-    output, *_, dot, square, count = library.apply(
-        *tensors, call.gate, numbers, backend, call.trains, trains=call.trains
-    )
-    return output, GateSums(dot, square, count) if call.return_state else None
+def unpadded_flash(call: Call) -> Attend:
+    """The valid queries are the last of the valid keys, so that bottom-right causal masks stay right."""
+    of_keys = call.key_padding
+    of_queries = of_keys[:, -call.q.shape[2] :]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bounds = [torch.nn.functional.pad(x.sum(1).cumsum(0), (1, 0)).int() for x in (of_queries, of_keys)]
+        rows = q.transpose(1, 2)[of_queries], k.transpose(1, 2)[of_keys], v.transpose(1, 2)[of_keys]
+        found = varlen_flash(call, *rows, *bounds)
+        whole = found.new_zeros(q.shape[0], q.shape[2], *found.shape[1:])
+        return whole.masked_scatter(of_queries[..., None, None], found).transpose(1, 2)
+
+    return attend
+
+
+def packed_flash(call: Call) -> Attend:
+    bounds = call.cu_seqlens.int()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return varlen_flash(call, q, k, v, bounds, bounds).transpose(0, 1)[None]
+
+    return attend
+
+
+def flex_limit(call: Call) -> str | None:
+    if call.q.device.type == "cpu" and call.trains:
+        return "FlexAttention has no backward pass on a CPU"
+    return folded_limit(call)
+
+
+def run_flex(call: Call) -> Result:
+    return run_around(call, flex_attend(call))
+
+
+@cache
+def flex_function(compiled: bool) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
+
+
+def flex_attend(call: Call) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tq, tk, device = call.q.shape[2], call.k.shape[2], call.q.device
+    mask = create_block_mask(flex_visibility(call), len(call.q), None, tq, tk, device=device)
+    cap = call.softcap
+
+    def bend(score: Tensor, *_: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # on a CPU it refuses tensors that require a gradient, even if none is recorded
+            q, k, v = (x.detach() for x in (q, k, v))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile.*")
+            grouped = q.shape[1] != k.shape[1]
+            run = flex_function(device.type == "cuda")
+            return run(q, k, v, score_mod=bend if cap else None, block_mask=mask, scale=call.scale, enable_gqa=grouped)
+
+    return attend
+
+
+def flex_visibility(call: Call) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention's mask function: which key j query i of sample b sees."""
+    past, window, valid = call.k.shape[2] - call.q.shape[2], call.window, call.key_padding
+    document = None
+    if call.cu_seqlens is not None:
+        positions = torch.arange(call.q.shape[2], device=call.q.device)
+        document = torch.searchsorted(call.cu_seqlens.long(), positions, right=True)
+
+    def visible(b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = j <= i + past if call.causal else j >= 0
+        if window is not None:
+            seen = seen & (i + past - j < window) & (j - i - past < window)
+        if valid is not None:
+            seen = seen & valid[b, j]
+        return seen if document is None else seen & (document[i] == document[j])
+
+    return visible

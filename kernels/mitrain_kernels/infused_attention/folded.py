@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mitrain_kernels.infused_attention.gate import (
+    EPSILON,
     GateSums,
     constant_gate,
     full_precision,
@@ -23,9 +24,9 @@ from mitrain_kernels.infused_attention.gate import (
     prefix_sums,
     token_sums,
     whole_sums,
+    without_missing,
 )
-from mitrain_kernels.infused_attention.hidden import without_missing
-from mitrain_kernels.infused_attention.reference import EPSILON, GATES
+from mitrain_kernels.infused_attention.reference import GATES, Call
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -127,83 +128,52 @@ def keep_dead(output: Tensor, dead: Tensor | None) -> Tensor:
     return output if dead is None else _KeepDead.apply(output, dead)
 
 
-def visible_keys(q: Tensor, k: Tensor, key_padding: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
+def visible_keys(call: Call) -> Tensor | None:
     """Which keys each query sees, (B or 1, 1, Tq, Tk) bool; None when all queries see all keys."""
-    tq, tk = q.shape[2], k.shape[2]
-    seen = torch.ones(1, 1, tq, tk, dtype=torch.bool, device=q.device)
+    tq, tk, causal, window = call.q.shape[2], call.k.shape[2], call.causal, call.window
+    seen = torch.ones(1, 1, tq, tk, dtype=torch.bool, device=call.q.device)
     if causal:
         seen = seen.tril(tk - tq)
     if window is not None:
         seen = seen.triu(tk - tq - window + 1)
         seen = seen if causal else seen.tril(tk - tq + window - 1)
-    if key_padding is not None:
-        return seen & key_padding[:, None, None, :]
+    if call.key_padding is not None:
+        return seen & call.key_padding[:, None, None, :]
     return seen if causal or window is not None else None
 
 
-def rows_that_see(tq: int, tk: int, valid: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
-    """(B, 1, Tq) bool: the queries that see any key; None when all do. valid (B, Tk) bool."""
-    if valid is None:
+def rows_that_see(call: Call) -> Tensor | None:
+    """(B, 1, Tq) bool: the queries that see any key; None when all do."""
+    if call.key_padding is None:
         return None
-    so_far = F.pad(valid.long().cumsum(-1), (1, 0))  # (B, Tk + 1): tokens before a position
-    position = torch.arange(tk - tq, tk, device=valid.device)
+    tk, window = call.k.shape[2], call.window
+    so_far = F.pad(call.key_padding.long().cumsum(-1), (1, 0))  # (B, Tk + 1): tokens before a position
+    position = torch.arange(tk - call.q.shape[2], tk, device=so_far.device)
     first = (position + 1 - window).clamp(min=0) if window else torch.zeros_like(position)
-    last = (
-        position
-        if causal
-        else (position + window - 1).clamp(max=tk - 1)
-        if window
-        else torch.full_like(position, tk - 1)
-    )
+    last = position if call.causal else (position + (window or tk) - 1).clamp(max=tk - 1)
     return (so_far[:, last + 1] > so_far[:, first])[:, None]
 
 
 def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    bias: Tensor | None = None,
+    call: Call, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, bias: Tensor | None = None
 ) -> Tensor:
-    """Attention by torch's SDPA, or written out where a softcap asks for it; rows that see nothing return 0.
+    """Attention by torch's SDPA, or written out where the call's softcap asks for it; rows that see nothing return 0.
 
     ``bias`` (B, H, Tq or 1, 1) joins the scores of a query before the softcap; without one it would not matter.
     """
-    if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    k, v = per_query_head(k, q.shape[1]), per_query_head(v, q.shape[1])
+    scale, cap, heads = call.scale, call.softcap, q.shape[1]
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=heads != k.shape[1])
+    k, v = per_query_head(k, heads), per_query_head(v, heads)
     scores = q @ k.mT if bias is None else q @ k.mT + bias
-    scores = softcap * torch.tanh(scores * (q.shape[-1] ** -0.5 if scale is None else scale) / softcap)
+    scores = cap * torch.tanh(scores * scale / cap)
     if seen is None:
         return torch.softmax(scores, dim=-1) @ v
     weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
     return torch.where(seen, weights, 0) @ v
 
 
-def infused_attention_folded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_mul: Tensor,
-    v_mul: Tensor,
-    v_add: Tensor,
-    head_logit: Tensor,
-    *,
-    k_add: Tensor | None = None,
-    present: Tensor | None = None,
-    gate: str = "prefix",
-    base: int | Tensor = 1,
-    key_padding: Tensor | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    eps: float = EPSILON,
-    before: GateSums | None = None,
-    attend: Attend | None = None,
-) -> Tensor:
+def infused_attention_folded(*tensors: Tensor, attend: Attend | None = None, **options: Any) -> Tensor:
     r"""``infused_attention_reference`` over any attention; same arguments, same result, K and V untouched.
 
     For a gate that is constant over the keys j (it may depend on sample, head and query t):
@@ -215,28 +185,30 @@ def infused_attention_folded(
     q·K' before the softmax, and β is alive.
     ``attend(q, k, v)`` returns softmax attention (B, H, Tq, d) and has the mask, scale and softcap built in; by default
     torch's scaled_dot_product_attention. It must not drop probabilities. A query that sees no key returns 0.
-    ``before``: the gate's sums before the queries, so that only the queries' values are summed.
 
     Raises ValueError for an unknown gate, and for k_add under a softcap (where it is alive) with ``attend``.
     """
+    i = Call(*tensors, **options)
+    q, gate, tq = i.q, i.gate, i.q.shape[2]
     if gate not in GATES:
         raise ValueError(f"gate {gate!r} is unknown: choose one of {', '.join(GATES)}")
-    if attend is not None and softcap is not None and k_add is not None and gate != "token":
+    bent = i.k_add is not None and not i.k_add_is_dead and gate != "token"
+    if attend is not None and bent:
         raise ValueError("k_add is alive under a softcap, and attend(q, k, v) does not take it: leave attend out")
-    seen = visible_keys(q, k, key_padding, causal, window) if attend is None else None
-    plain = attend or (lambda q, k, v: plain_attention(q, k, v, seen, scale, softcap))
+    seen = visible_keys(i) if attend is None else None
+    plain = attend or (lambda q, k, v: plain_attention(i, q, k, v, seen))
     if gate == "token":
-        maps = {"k_mul": k_mul, "v_mul": v_mul, "v_add": v_add, "head_logit": head_logit}
-        return plain(q, *infused_keys_values(k, v, **maps, k_add=k_add, present=present, base=base, eps=eps))
-    k_mul, v_mul, v_add, alive = without_missing(present, k_mul, v_mul, v_add, k_add)
-    summed = slice(0 if before is None else -q.shape[2], None)
-    valid = None if key_padding is None else key_padding[:, summed]
-    values, _ = folded_gate(v[:, :, summed], v_add, head_logit, present, gate, valid, before, eps)
-    values = values[..., -q.shape[2] :]
-    alpha, gamma, delta = (x.to(q.dtype) for x in coefficients(values, k_mul, v_mul, v_add, base))
-    sees = rows_that_see(q.shape[2], k.shape[2], key_padding, causal, window)
+        how = {"k_add": i.k_add, "present": i.present, "base": i.base, "eps": i.eps}
+        return plain(q, *infused_keys_values(i.k, i.v, **i.maps, **how))
+    k_mul, v_mul, v_add, k_add = without_missing(i.present, i.k_mul, i.v_mul, i.v_add, i.k_add)
+    summed = slice(0 if i.state_in is None else -tq, None)
+    valid = None if i.key_padding is None else i.key_padding[:, summed]
+    values, _ = folded_gate(i.v[:, :, summed], v_add, i.head_logit, i.present, gate, valid, i.state_in, i.eps)
+    values = values[..., -tq:]
+    alpha, gamma, delta = (x.to(q.dtype) for x in coefficients(values, k_mul, v_mul, v_add, i.base))
+    sees = rows_that_see(i)
     delta = delta if sees is None else delta * sees[..., None]
-    if softcap is not None and k_add is not None:
-        moved = (q * coefficients(values, k_mul, v_mul, alive)[2].to(q.dtype)).sum(-1, keepdim=True)
-        return torch.addcmul(delta, plain_attention(q * alpha, k, v, seen, scale, softcap, moved), gamma)
-    return keep_dead(torch.addcmul(delta, plain(q * alpha, k, v), gamma), k_add)
+    if bent:
+        moved = (q * coefficients(values, k_mul, v_mul, k_add)[2].to(q.dtype)).sum(-1, keepdim=True)
+        return torch.addcmul(delta, plain_attention(i, q * alpha, i.k, i.v, seen, moved), gamma)
+    return keep_dead(torch.addcmul(delta, plain(q * alpha, i.k, i.v), gamma), i.k_add)

@@ -1,4 +1,5 @@
 """The gate of infused attention: from a few sums over values to one scalar per modality, head and query, and back.
+Also what it must not hear: padding and missing modalities may hold anything, and NaN times a weight of 0 is NaN.
 
     g = σ(L + x),  x = C r,  r = (N n ‖a‖² + eps²)^(-1/2)        C = Σ_j V_j·a,  N = Σ_j ‖V_j‖²,  a = v_add
 
@@ -9,15 +10,17 @@ Shapes: B batch, H query heads, G key/value heads, R = H / G, T tokens, d head w
 one gate serves all queries, 1.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mitrain_kernels.infused_attention.reference import EPSILON
-
+EPSILON = 1e-6
 COSINE_GATES = ("sequence", "prefix", "token")
+ORDINARY = 2.0**50
+"""Hidden numbers below this are left alone: no product with them overflows in float32."""
 
 
 class GateSums(NamedTuple):
@@ -65,8 +68,6 @@ def per_query_head(x: Tensor, heads: int) -> Tensor:
 def by_group(x: Tensor, groups: int) -> Tensor:
     """(M, B, H, ...) to (B, G, M R, ...): what meets the same key/value head stands together."""
     M, B, H, *rest = x.shape
-    if M == 1:
-        return x.view(B, groups, H // groups, *rest)
     parted = x.view(M, B, groups, H // groups, *rest)
     return parted.permute(1, 2, 0, 3, *range(4, parted.ndim)).reshape(B, groups, M * (H // groups), *rest)
 
@@ -74,8 +75,6 @@ def by_group(x: Tensor, groups: int) -> Tensor:
 def by_modality(x: Tensor, modalities: int, heads: int) -> Tensor:
     """(B, G, M R, ...) to (M, B, H, ...): the inverse of ``by_group``."""
     B, G, _, *rest = x.shape
-    if modalities == 1:
-        return x.reshape(1, B, heads, *rest)
     parted = x.view(B, G, modalities, heads // G, *rest)
     return parted.permute(2, 0, 1, 3, *range(4, parted.ndim)).reshape(modalities, B, heads, *rest)
 
@@ -115,11 +114,6 @@ def opened(logit: Tensor, present: Tensor | None) -> Tensor:
     return torch.sigmoid(logit if present is None else logit.masked_fill(~present[:, :, None, None], float("-inf")))
 
 
-def hide_missing(gate: Tensor, present: Tensor | None) -> Tensor:
-    """The gate (M, B, H, T') with 0 where ``present`` (M, B) bool is False."""
-    return gate if present is None else gate.masked_fill(~present[:, :, None, None], 0)
-
-
 def cosine_gate(
     head_logit: Tensor, v_add: Tensor, sums: GateSums, present: Tensor | None, eps: float = EPSILON
 ) -> Gate:
@@ -141,7 +135,9 @@ def same_gate(head_logit: Tensor, cosine: Tensor, root: Tensor, present: Tensor 
 def constant_gate(head_logit: Tensor, batch: int, present: Tensor | None, cosine: bool = True) -> Tensor:
     """The gate without a cosine, (M, B, H, 1): σ(L), or 1 for the gate 'none'."""
     logit = wide(head_logit)[:, None, :, None].expand(-1, batch, -1, -1)
-    return opened(logit, present) if cosine else hide_missing(torch.ones_like(logit), present)
+    if cosine:
+        return opened(logit, present)
+    return torch.ones_like(logit) if present is None else present[:, :, None, None].to(logit.dtype).expand_as(logit)
 
 
 def gate_values(
@@ -193,3 +189,47 @@ def spread(x: Tensor, tokens: int) -> Tensor:
         x = x.flip(-1).cumsum(-1).flip(-1)
     before = tokens - x.shape[-1]
     return torch.cat([x[..., :1].expand(*x.shape[:-1], before), x], dim=-1) if before else x
+
+
+# What is hidden
+
+
+def without_missing(present: Tensor | None, *maps: Tensor | None) -> list[Tensor | None]:
+    """The maps (M, B, H, d) with 0 where ``present`` (M, B) bool is False, and so are their gradients."""
+    if present is None:
+        return list(maps)
+    missing = ~present[:, :, None, None]
+    return [x if x is None else x.masked_fill(missing, 0) for x in maps]
+
+
+def without_hidden(x: Tensor, valid: Tensor | None) -> Tensor:
+    """x (B, ·, T, d) with 0 for what is not a number, infinite or immense in rows that padding hides.
+
+    valid (B, Tk) bool: the rows are the last T of them.
+    """
+    if valid is None:
+        return x
+    hidden = ~valid[:, None, valid.shape[1] - x.shape[2] :, None]
+    return x.masked_fill(hidden & ~(x.abs() < ORDINARY), 0)
+
+
+def finite(*tensors: Tensor | None) -> bool:
+    """Whether all sums are finite, which they are not where an entry is not: one read and no copy."""
+    found = (x for x in tensors if x is not None)
+    return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))) for x in found)
+
+
+class _Shield(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, valid: Tensor) -> Tensor:
+        ctx.save_for_backward(valid)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return without_hidden(grad, *ctx.saved_tensors), None
+
+
+def shield(output: Tensor, valid: Tensor | None) -> Tensor:
+    """``output`` (B, H, Tq, d) itself, whose gradient arrives ``without_hidden``."""
+    return output if valid is None or not output.requires_grad else _Shield.apply(output, valid)

@@ -14,13 +14,13 @@ Shapes: B batch, H query heads, G key/value heads, T tokens (Tq queries, Tk keys
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mitrain_kernels.infused_attention.call import Setting
-from mitrain_kernels.infused_attention.folded import coefficients
+from mitrain_kernels.infused_attention.folded import coefficients, rows_that_see, visible_keys
 from mitrain_kernels.infused_attention.gate import (
     Gate,
     GateGradients,
@@ -29,13 +29,16 @@ from mitrain_kernels.infused_attention.gate import (
     by_modality,
     constant_gate,
     cosine_gate,
+    finite,
     gate_backward,
     prefix_sums,
     products,
     same_gate,
     whole_sums,
+    without_hidden,
+    without_missing,
 )
-from mitrain_kernels.infused_attention.hidden import finite, without_hidden, without_missing
+from mitrain_kernels.infused_attention.reference import Call
 
 aten = torch.ops.aten
 
@@ -49,86 +52,83 @@ class Maps(NamedTuple):
     head_logit: Tensor
 
 
-def visible(gate: Tensor, setting: Setting) -> Tensor:
-    """The gate (M, B, H, T'), 0 for queries that see no key."""
-    return gate if setting.sees is None else gate * setting.sees
+def attention_options(call: Call, sees: Tensor | None, dtype: torch.dtype) -> dict:
+    """Of torch's attention operator, whose mask is additive and of the queries' type.
 
-
-def attention_options(setting: Setting, queries: int, dtype: torch.dtype) -> dict:
-    """Of torch's attention operator, whose mask is additive and of the queries' type."""
-    mask = setting.mask
+    sees (B, 1, Tq) bool: the queries that see a key.
+    """
+    mask, (tq, tk) = call.mask, (call.q.shape[2], call.k.shape[2])
+    if mask is None and (call.key_padding is not None or call.window is not None or (call.causal and 1 < tq < tk)):
+        mask = visible_keys(call)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    elif mask is not None and sees is not None:
+        # a row of one finite number, however low, is a row of equal scores
+        mask = mask.masked_fill(~sees[..., None], float("-inf"))
     return {
         "dropout_p": 0.0,
-        "is_causal": setting.causal and mask is None and queries > 1,
+        "is_causal": call.causal and mask is None and tq > 1,
         "attn_mask": mask if mask is None else mask.to(dtype),
-        "scale": setting.scale,
+        "scale": call.scale,
     }
 
 
-def gate_sums(maps: Maps, v: Tensor, new: int, setting: Setting, before: GateSums | None) -> GateSums | None:
-    """The sums that the gates of the ``new`` last tokens of v (B, G, Tk, d) are made of; None without a cosine."""
-    valid = setting.valid
-    if setting.kind == "sequence":
+def gate_sums(maps: Maps, call: Call) -> GateSums | None:
+    """The sums that the gates of the queries are made of; None without a cosine."""
+    v, valid = call.v, call.key_padding
+    if call.gate == "sequence":
         return whole_sums(v, maps.v_add, valid)
-    if setting.kind != "prefix":
+    if call.gate != "prefix":
         return None
-    start = -new if before is not None else 0
-    return prefix_sums(v[:, :, start:], maps.v_add, None if valid is None else valid[:, start:], before)
+    start = 0 if call.state_in is None else -call.q.shape[2]
+    return prefix_sums(v[:, :, start:], maps.v_add, None if valid is None else valid[:, start:], call.state_in)
 
 
-def make_gate(maps: Maps, sums: GateSums | None, setting: Setting, new: int) -> Gate:
-    """The gates of the ``new`` last tokens, one for all where they don't differ."""
+def make_gate(maps: Maps, sums: GateSums | None, call: Call) -> Gate:
+    """The gates of the queries, one for all where they don't differ."""
     if sums is not None:
-        last = sums.last(new)
-        return cosine_gate(maps.head_logit, maps.v_add, last, setting.present, setting.eps)
-    value = constant_gate(maps.head_logit, maps.v_add.shape[1], setting.present, cosine=setting.kind == "head")
+        last = sums.last(call.q.shape[2])
+        return cosine_gate(maps.head_logit, maps.v_add, last, call.present, call.eps)
+    value = constant_gate(maps.head_logit, maps.v_add.shape[1], call.present, cosine=call.gate == "head")
     return Gate(value, value.new_empty(0), value.new_empty(0))
 
 
-def forward(
-    inputs: Sequence[Tensor | None], setting: Setting, before: GateSums | None, trains: bool
-) -> tuple[Tensor, ...]:
-    """The output, plain attention's A, an empty tensor, the gate's cosine and root, its sums (empty without a cosine).
+def without_missing_maps(call: Call) -> Call:
+    # Not only where the output shows it: a huge number there can hide from it and yet spoil the kept cosine.
+    if call.present is None:
+        return call
+    k_mul, v_mul, v_add = without_missing(call.present, call.k_mul, call.v_mul, call.v_add)
+    return replace(call, k_mul=k_mul, v_mul=v_mul, v_add=v_add)
 
-    inputs: q, k, v, k_mul, v_mul, v_add, head_logit, and a k_add that is dead here. Attention itself runs in q's type,
-    everything around it in at least float32. trains: a backward pass needs A (else it is empty).
 
-    What padding hides is looked at only where the output is not finite, which NaN makes it.
+def shown(call: Call) -> Call:
+    """The call with 0 for what padding hides and could spread."""
+    return replace(call, **{name: without_hidden(getattr(call, name), call.key_padding) for name in ("q", "k", "v")})
+
+
+def forward(call: Call, trains: bool, clean: bool = False) -> tuple[Tensor, ...]:
+    """The output, plain attention's A and log-sum-exp, the gate's cosine and root, its sums (empty without a cosine).
+
+    k_add is dead here. Attention itself runs in q's type, everything around it in at least float32. trains: a backward
+    pass needs A and log-sum-exp (else they are empty).
+
+    What padding hides is looked at only where the output is not finite, which NaN makes it; ``clean``: it was.
     """
-    inputs = without_missing_maps(inputs, setting)
-    found = forward_once(inputs, setting, before, trains)
-    if setting.valid is None or finite(found[0]):
-        return found
-    return forward_once(shown(inputs, setting), setting, before, trains)
-
-
-def without_missing_maps(inputs: Sequence[Tensor | None], setting: Setting) -> list[Tensor | None]:
-    # Always, as the maps are small: a huge number there can hide from the output and yet spoil the kept cosine.
-    return [*inputs[:3], *without_missing(setting.present, *inputs[3:6]), *inputs[6:]]
-
-
-def shown(inputs: Sequence[Tensor | None], setting: Setting) -> list[Tensor | None]:
-    """The inputs with 0 for what padding hides and could spread."""
-    return [*(without_hidden(x, setting.valid) for x in inputs[:3]), *inputs[3:]]
-
-
-def forward_once(
-    inputs: Sequence[Tensor | None], setting: Setting, before: GateSums | None, trains: bool
-) -> tuple[Tensor, ...]:
-    q, k, v, *maps = inputs[:7]
-    dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    maps = Maps(*(x.to(exact) for x in maps))
-    sums = gate_sums(maps, v, q.shape[2], setting, before)
-    gate = make_gate(maps, sums, setting, q.shape[2])
-    alpha, gamma, delta = coefficients(visible(gate.value, setting), *maps[:3], setting.base)
+    call = without_missing_maps(call)
+    q, dtype, exact = call.q, call.q.dtype, torch.promote_types(call.q.dtype, torch.float32)
+    maps = Maps(*(x.to(exact) for x in call.maps.values()))
+    sums = gate_sums(maps, call)
+    gate, sees = make_gate(maps, sums, call), rows_that_see(call)
+    g = gate.value if sees is None else gate.value * sees
+    alpha, gamma, delta = coefficients(g, *maps[:3], call.base)
     inner = (q.to(exact) * alpha).to(dtype)
     # the operator behind F.scaled_dot_product_attention, which does not hand out the log-sum-exp
     attended, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
-        rows(inner), rows(k), rows(v), **attention_options(setting, q.shape[2], dtype)
+        rows(inner), rows(call.k), rows(call.v), **attention_options(call, sees, dtype)
     )
     output = torch.addcmul(delta, attended.to(exact), gamma).to(dtype).contiguous()
+    if call.key_padding is not None and not clean and not finite(output):
+        return forward(shown(call), trains, clean=True)
     kept = [gamma.new_empty(0) for _ in range(3)] if sums is None else sums
     if not trains:
         attended, logsumexp = attended.new_empty(0), logsumexp.new_empty(0)
@@ -141,54 +141,40 @@ def rows(x: Tensor) -> Tensor:
 
 
 def backward(
-    upstream: Tensor,
-    inputs: Sequence[Tensor | None],
-    setting: Setting,
-    attended: Tensor,
-    logsumexp: Tensor,
-    kept: Sequence[Tensor],
-    continued: bool,
-    needs: Sequence[bool],
+    upstream: Tensor, call: Call, attended: Tensor, logsumexp: Tensor, kept: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of the inputs, computed in at least float32; None for those of q, k, v that ``needs`` leaves out.
+    """The gradients of q, k, v, k_mul, v_mul, v_add, head_logit, k_add (None), computed in at least float32.
 
-    kept: the gate's cosine and root, and its sums' square and count. continued: the sums went on from a state, so that
-    only the queries' own values are in them.
+    None for those of q, k, v that ``needs`` leaves out. kept: the gate's cosine and root, its sums' square and count.
     """
-    inputs, rest = without_missing_maps(inputs, setting), (attended, logsumexp, kept, continued, needs)
-    found = backward_once(upstream, inputs, setting, *rest)
+    call = without_missing_maps(call)
+    found = backward_once(upstream, call, attended, logsumexp, kept, needs)
     # sums over the queries: what is wrong in a row shows in one of them
     _, dk, dv, dk_mul, _, dv_add, dlogit, _ = found
-    if setting.valid is None or finite(dk, dv, dk_mul, dv_add, dlogit):
+    if call.key_padding is None or finite(dk, dv, dk_mul, dv_add, dlogit):
         return found
-    return backward_once(without_hidden(upstream, setting.valid), shown(inputs, setting), setting, *rest)
+    return backward_once(without_hidden(upstream, call.key_padding), shown(call), attended, logsumexp, kept, needs)
 
 
 def backward_once(
-    upstream: Tensor,
-    inputs: Sequence[Tensor | None],
-    setting: Setting,
-    attended: Tensor,
-    logsumexp: Tensor,
-    kept: Sequence[Tensor],
-    continued: bool,
-    needs: Sequence[bool],
+    upstream: Tensor, call: Call, attended: Tensor, logsumexp: Tensor, kept: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    dtype, exact = inputs[0].dtype, torch.promote_types(inputs[0].dtype, torch.float32)
-    upstream, attended, q, k, v, *maps = (x.to(exact) for x in (upstream, attended, *inputs[:7]))
+    dtype, exact = call.q.dtype, torch.promote_types(call.q.dtype, torch.float32)
+    upstream, attended, q, k, v, *maps = (
+        x.to(exact) for x in (upstream, attended, call.q, call.k, call.v, *call.maps.values())
+    )
     maps, (cosine, root, square, count) = Maps(*maps), kept
-    has_cosine, new = setting.kind in ("sequence", "prefix"), q.shape[2]
-    kept_gate = same_gate(maps.head_logit, cosine, root, setting.present) if has_cosine else None
-    gate = kept_gate or make_gate(maps, None, setting, new)
-    g = visible(gate.value, setting)
-    alpha, gamma, _ = coefficients(g, *maps[:3], setting.base)
+    has_cosine, new, sees = call.gate in ("sequence", "prefix"), q.shape[2], rows_that_see(call)
+    gate = same_gate(maps.head_logit, cosine, root, call.present) if has_cosine else make_gate(maps, None, call)
+    g = gate.value if sees is None else gate.value * sees
+    alpha, gamma, _ = coefficients(g, *maps[:3], call.base)
     inner = (q * alpha).to(dtype).to(exact)  # as the forward pass rounded it, else the weights would be others
     inward = upstream * gamma
-    if setting.sees is not None:
-        inward = inward * setting.sees[..., None]  # under base 1 a query without a key has a γ, but no attention
+    if sees is not None:
+        inward = inward * sees[..., None]  # under base 1 a query without a key has a γ, but no attention
     # In float32 also where the forward pass was not: bfloat16's backward pass is several times slower without AMX.
     dinner, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        rows(inward), rows(inner), rows(k), rows(v), attended, logsumexp, **attention_options(setting, new, exact)
+        rows(inward), rows(inner), rows(k), rows(v), attended, logsumexp, **attention_options(call, sees, exact)
     )
     # Of dq' ⊙ q, dO ⊙ A and dO (3, B, H, Tq, d): against the gates the maps' gradients, against the maps the gates'.
     both = torch.stack([dinner * q, upstream * attended, upstream])
@@ -196,36 +182,28 @@ def backward_once(
     dmaps = (weights.expand(*weights.shape[:3], new) @ both).permute(0, 3, 1, 2, 4)
     dmaps = [x.clone(memory_format=torch.contiguous_format) for x in dmaps]
     dg = (vectors @ both.mT).sum(0).permute(2, 0, 1, 3)
-    if setting.sees is not None:
-        dg = dg * setting.sees
+    if sees is not None:
+        dg = dg * sees
     if gate.value.shape[-1] < dg.shape[-1]:
         dg = dg.sum(-1, keepdim=True)
     dq = dinner * alpha if needs[0] else None
     dk, dv = (x if needed else None for x, needed in zip((dk, dv), needs[1:3], strict=True))
     if has_cosine:
-        new = gate.value.shape[-1]
-        back = gate_backward(
-            dg, gate, square[..., -new:], count[..., -new:], maps.v_add, *summed(v, setting, continued, new)
-        )
+        gates, summed = gate.value.shape[-1], v.shape[2] if call.state_in is None else new
+        valid = None if call.key_padding is None else call.key_padding[:, -summed:]
+        back = gate_backward(dg, gate, square[..., -gates:], count[..., -gates:], maps.v_add, summed, valid)
         dlogit = through_cosine(back, maps.v_add, v, dv, dmaps[-1])
     else:
-        slope = aten.sigmoid_backward(dg, gate.value) if setting.kind == "head" else torch.zeros_like(dg)
+        slope = aten.sigmoid_backward(dg, gate.value) if call.gate == "head" else torch.zeros_like(dg)
         dlogit = slope.sum((1, 3))
     return [x if x is None else x.contiguous() for x in (dq, dk, dv)] + [*dmaps, dlogit, None]
-
-
-def summed(v: Tensor, setting: Setting, continued: bool, new: int) -> tuple[int, Tensor | None]:
-    """How many of the last values the sums took, and which of those count."""
-    tokens = new if continued else v.shape[2]
-    return tokens, None if setting.valid is None else setting.valid[:, -tokens:]
 
 
 def through_cosine(back: GateGradients, v_add: Tensor, v: Tensor, dv: Tensor | None, dv_add: Tensor) -> Tensor:
     """Add to dv and dv_add, in place, what the gate's cosine sends to the last values; returns dL/d head_logit."""
     M, _, H, _ = v_add.shape
     tokens = back.square.shape[-1]
-    values = v if v.dtype == v_add.dtype else v.to(v_add.dtype)
-    values = values if values.shape[2] == tokens else values[:, :, -tokens:]
+    values = v if v.shape[2] == tokens else v[:, :, -tokens:]
     dv_add += by_modality(products(back.dot, values), M, H)
     dv_add.addcmul_(v_add, back.norm[..., None], value=-1)
     if dv is None:

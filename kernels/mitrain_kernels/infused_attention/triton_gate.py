@@ -6,7 +6,7 @@ The mathematics is at gate.py. ``TOKEN``: every token is its own sum; ``WHOLE`` 
 import triton
 import triton.language as tl
 
-from mitrain_kernels.infused_attention.triton_tile import load_tile, load_vector, sample_span
+from mitrain_kernels.infused_attention.triton_forward import load_tile, load_vector, sample_span
 
 
 @triton.jit

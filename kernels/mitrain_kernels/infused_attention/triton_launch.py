@@ -1,38 +1,105 @@
 """The Triton backend: prepares tensors and launches the kernels; the interface is that of ``sdpa``.
 
-Where ``setting.cu_seqlens`` packs S sequences, q, k, v are (1, heads, R, d) and a "sample" is a sequence.
+Tiles come from an explicit table per architecture, kernel and padded head width; nothing is tuned at run time. Which
+entries compile without spills in their loops is audited by ``python kernels/bench machine-code``.
+
+Where ``cu_seqlens`` packs S sequences, q, k, v are (1, heads, R, d) and a "sample" is a sequence.
 Shapes: B samples, H query heads, G key/value heads, T tokens (Tq queries, Tk keys), d head width, M modalities.
 """
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from mitrain_kernels.infused_attention.call import Setting
-from mitrain_kernels.infused_attention.gate import GateSums, constant_gate, opened, prefix_sums
-from mitrain_kernels.infused_attention.hidden import without_missing
-from mitrain_kernels.infused_attention.triton_decode import merge_kernel, split_kernel
-from mitrain_kernels.infused_attention.triton_forward import forward_kernel
-from mitrain_kernels.infused_attention.triton_gate import gate_backward_kernel, gate_kernel, sums_kernel, values_kernel
-from mitrain_kernels.infused_attention.triton_keys import key_kernel
-from mitrain_kernels.infused_attention.triton_queries import query_kernel
-from mitrain_kernels.infused_attention.triton_tiles import (
-    DECODE,
-    MOST_SPLITS,
-    PROGRAMS,
-    SCAN,
-    Tile,
-    padded,
-    target_of,
-    tile_for,
+from mitrain_kernels.infused_attention.gate import (
+    COSINE_GATES,
+    constant_gate,
+    opened,
+    prefix_sums,
+    without_missing,
 )
+from mitrain_kernels.infused_attention.reference import Call
+from mitrain_kernels.infused_attention.triton_backward import key_kernel, query_kernel
+from mitrain_kernels.infused_attention.triton_forward import forward_kernel, merge_kernel, split_kernel
+from mitrain_kernels.infused_attention.triton_gate import gate_backward_kernel, gate_kernel, sums_kernel, values_kernel
 
-COSINE = ("sequence", "prefix", "token")
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+
+class Tile(NamedTuple):
+    """A program's own rows, the rows of a step of its loop, its warps, and the stages of the loop's loads."""
+
+    own: int
+    step: int
+    warps: int
+    stages: int
+
+
+# {kernel: {padded head width: tile}} for 16-bit types; narrower heads take the tile of 64.
+SM_80 = {
+    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
+    "query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+    "key": {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+}
+SM_90 = {
+    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "query": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
+    "key": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(16, 32, 8, 2)},
+}
+GFX942 = {
+    "forward": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
+    "query": {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
+    "key": {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+}
+TILES = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_90, "gfx942": GFX942}
+# Under the gate 'token', and of float32 tensors (without tensor cores): one tile up to a head width of 128. On sm_100 the
+# keys' side stays below the 64 rows that UTC*MMA takes: Triton 3.7 fails to compile more.
+ALL = ("forward", "query", "key")
+TOKEN = {
+    "sm_80": dict.fromkeys(ALL, Tile(64, 32, 8, 2)),
+    "sm_90": dict.fromkeys(ALL, Tile(64, 32, 8, 2)),
+    "sm_100": dict.fromkeys(ALL, Tile(64, 32, 8, 2)) | {"key": Tile(32, 32, 8, 2)},
+    "gfx942": dict.fromkeys(ALL, Tile(32, 32, 4, 1)),
+}
+WIDE = {
+    "sm_80": Tile(16, 16, 8, 2),
+    "sm_90": Tile(16, 16, 8, 2),
+    "sm_100": Tile(16, 16, 8, 2),
+    "gfx942": Tile(16, 16, 4, 1),
+}
+DECODE = Tile(16, 64, 4, 2)
+"""Of the decode kernel: its own rows are the heads of a group, at least 16."""
+PROGRAMS, MOST_SPLITS = 264, 64
+"""Decoding splits the keys until there are so many programs (two per SM of an H100), at most so often."""
+SCAN = 256
+"""Tokens that a scan takes at a time."""
+
+
+def padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def tile_for(target: str, kernel: str, width: int, dtype: torch.dtype, token: bool) -> Tile:
+    """``width`` is the padded head width."""
+    if target == "interpreter":
+        return Tile(16, 16, 4, 1)
+    if dtype == torch.float32:
+        return WIDE[target]
+    return TOKEN[target][kernel] if token else TILES[target][kernel][max(width, 64)]
+
+
+def target_of(device: torch.device) -> str:
+    """The entry of ``TILES`` for a device: a GPU newer or smaller than those listed takes that of the nearest."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -53,28 +120,25 @@ def like_output(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 class Problem:
     """One call's tensors and numbers, as every kernel wants them."""
 
-    def __init__(self, inputs: Sequence[Tensor | None], setting: Setting):
-        q, k, v, k_mul, v_mul, v_add, logit, k_add = inputs
-        self.q, self.k, self.v = rows(q), rows(k), rows(v)
-        self.maps = [x.contiguous() for x in without_missing(setting.present, k_mul, v_mul, v_add)]
-        k_add, *_ = without_missing(setting.present, k_add)
-        self.k_add = k_add.contiguous() if k_add is not None and setting.kind == "token" else None
-        self.logit = logit.float().contiguous()
-        self.setting = setting
+    def __init__(self, call: Call):
+        q, k, present, base = call.q, call.k, call.present, call.base
+        self.call, self.q, self.k, self.v = call, rows(q), rows(k), rows(call.v)
+        maps = without_missing(present, call.k_mul, call.v_mul, call.v_add, call.k_add)
+        *self.maps, self.k_add = (x if x is None else x.contiguous() for x in maps)
+        self.logit = call.head_logit.float().contiguous()
         (self.H, self.queries), self.keys = q.shape[1:3], k.shape[2]
-        self.M, self.B, self.group, self.width = len(logit), v_add.shape[1], self.H // k.shape[1], q.shape[3]
-        self.packed = setting.cu_seqlens is not None
-        self.token = setting.kind == "token"
-        self.longest = self.queries
-        if self.packed:
-            self.longest = int((setting.cu_seqlens[1:] - setting.cu_seqlens[:-1]).max())
+        self.M, self.B, self.group, self.width = len(self.logit), call.v_add.shape[1], self.H // k.shape[1], q.shape[3]
+        self.packed, self.token, self.whole = call.cu_seqlens is not None, call.gate == "token", call.gate == "sequence"
+        self.summed = self.keys if call.state_in is None else self.queries  # the last values, whose sums are new
+        lengths = call.cu_seqlens.diff() if self.packed else None
+        self.longest = int(lengths.max()) if self.packed else self.queries
         self.longest_keys = self.longest if self.packed else self.keys
-        self.valid = None if setting.valid is None else setting.valid.contiguous().view(torch.uint8)
-        base = setting.base
+        self.valid, self.present = (
+            x if x is None else x.contiguous().view(torch.uint8) for x in (call.key_padding, present)
+        )
         self.base = base.float() if isinstance(base, Tensor) else q.new_full((self.B,), base, dtype=torch.float32)
-        v_add = self.maps[2]
-        self.norm = torch.linalg.vecdot(v_add.float(), v_add.float()).contiguous() if setting.kind in COSINE else None
-        self.present = None if setting.present is None else setting.present.contiguous().view(torch.uint8)
+        v_add = self.maps[2].float()
+        self.norm = torch.linalg.vecdot(v_add, v_add).contiguous() if call.gate in COSINE_GATES else None
 
     def tile(self, kernel: str) -> Tile:
         return tile_for(target_of(self.q.device), kernel, padded(self.width), self.q.dtype, self.token)
@@ -99,11 +163,10 @@ class Problem:
 
     @property
     def numbers(self) -> tuple[int, float, float]:
-        s = self.setting
-        return s.window or 0, s.softcap or 0.0, s.scale
+        return self.call.window or 0, self.call.softcap or 0.0, self.call.scale
 
     def options(self, tile: Tile, *, own: str, step: str) -> dict[str, Any]:
-        s = self.setting
+        s = self.call
         return {
             "M": self.M, "D": self.width, "BD": padded(self.width), own: tile.own, step: tile.step,
             "CAUSAL": s.causal, "WINDOW": s.window is not None, "SOFTCAP": s.softcap is not None, "TOKEN": self.token,
@@ -111,8 +174,7 @@ class Problem:
         }  # fmt: skip
 
 
-@dataclass
-class Gates:
+class Gates(NamedTuple):
     """value, cosine, root (M, B, H, T'), and the sums dot (M, B, H, T'), square (B, G, T'), count (B, T')."""
 
     value: Tensor
@@ -123,24 +185,21 @@ class Gates:
     count: Tensor
 
 
-def gates_of(p: Problem, before: GateSums | None) -> Gates:
+def gates_of(p: Problem) -> Gates:
     """One read of the values, one scan."""
-    kind, v = p.setting.kind, p.v
-    empty = [p.base.new_empty(0) for _ in range(5)]
-    if kind not in COSINE:
-        value = constant_gate(p.logit, p.B, p.setting.present, cosine=kind == "head")
-        return Gates(value, *empty)
-    tokens = p.queries if before is not None else p.keys
+    kind, v, before, bounds, tokens, whole = p.call.gate, p.v, p.call.state_in, p.call.cu_seqlens, p.summed, p.whole
+    if kind not in COSINE_GATES:
+        value = constant_gate(p.logit, p.B, p.call.present, cosine=kind == "head")
+        return Gates(value, *(p.base.new_empty(0) for _ in range(5)))
     batch = 1 if p.packed else p.B
     G, new = v.shape[1], {"device": v.device, "dtype": torch.float32}
     dot, square = torch.empty(p.M, batch, p.H, tokens, **new), torch.empty(batch, G, tokens, **new)
-    whole = kind == "sequence"
     length, gated = (1, p.B) if whole else (tokens, batch)
     value, cosine, root, sum_dot = (torch.empty(p.M, gated, p.H, length, **new) for _ in range(4))
     sum_square, count = torch.empty(gated, G, length, **new), torch.empty(gated, length, **new)
     if not p.M:
         if kind == "prefix" and not p.packed:
-            valid = None if p.setting.valid is None else p.setting.valid[:, -tokens:]
+            valid = None if p.call.key_padding is None else p.call.key_padding[:, -tokens:]
             _, sum_square, count = prefix_sums(v[:, :, -tokens:], p.maps[2], valid, before)
         return Gates(*(x[..., -p.queries :] for x in (value, cosine, root)), sum_dot, sum_square, count)
     blocks = triton.cdiv(p.longest_keys if before is None else tokens, 64)
@@ -149,62 +208,45 @@ def gates_of(p: Problem, before: GateSums | None) -> Gates:
     width = {"M": p.M, "D": p.width, "BD": padded(p.width), "BN": 64}
     with on(v.device):
         sums_kernel[(blocks, G, p.B)](
-            v, p.maps[2], p.valid, p.setting.cu_seqlens, dot, square, *p.spans(v), p.valid_stride,
+            v, p.maps[2], p.valid, bounds, dot, square, *p.spans(v), p.valid_stride,
             *p.scalars(dot)[:3], *p.scalars(square)[:2], *common, **width,
         )  # fmt: skip
         gate_kernel[(p.H, p.B)](
-            dot, square, p.valid, p.setting.cu_seqlens, *earlier, p.norm, p.logit, p.present,
+            dot, square, p.valid, bounds, *earlier, p.norm, p.logit, p.present,
             value, cosine, root, sum_dot, sum_square, count,
             p.valid_stride, *p.scalars(dot)[:3], *p.scalars(square)[:2],
             *p.scalars(value)[:3], *p.scalars(sum_dot)[:3], *p.scalars(sum_square)[:2],
-            0 if p.packed and not whole else count.stride(0), *common, p.setting.eps,
+            0 if p.packed and not whole else count.stride(0), *common, p.call.eps,
             M=p.M, BT=SCAN, WHOLE=whole, TOKEN=p.token,
         )  # fmt: skip
-    gates = Gates(value, cosine, root, sum_dot, sum_square, count)
-    if p.token or whole:
-        return gates
-    first = tokens - p.queries
-    gates.value, gates.cosine, gates.root = (x[..., first:].contiguous() for x in (value, cosine, root))
-    return gates
+    first = 0 if p.token or whole else tokens - p.queries
+    value, cosine, root = (x[..., first:].contiguous() for x in (value, cosine, root))
+    return Gates(value, cosine, root, sum_dot, sum_square, count)
 
 
-def forward(
-    inputs: Sequence[Tensor | None], setting: Setting, before: GateSums | None, trains: bool
-) -> tuple[Tensor, ...]:
+def forward(call: Call, trains: bool) -> tuple[Tensor, ...]:
     """As ``sdpa.forward``; the log-sum-exp is base 2, and +inf for a query that sees no key."""
-    p = Problem(inputs, setting)
-    gates = gates_of(p, before)
-    q = p.q
-    output = like_output(q)
-    if q.shape[2] == 1 and not (trains or p.packed or p.token) and output.numel():
-        decode(p, gates.value, output)
-        return (
-            output,
-            q.new_empty(0),
-            p.base.new_empty(0),
-            gates.cosine,
-            gates.root,
-            gates.dot,
-            gates.square,
-            gates.count,
-        )
+    p = Problem(call)
+    q, gates, output = p.q, gates_of(p), like_output(p.q)
     attended = like_output(q) if trains else q.new_empty(0)
-    lse = q.new_empty((*q.shape[:3],) if trains else (0,), dtype=torch.float32)
-    tile = p.tile("forward")
-    if output.numel():
+    lse = p.base.new_empty(q.shape[:3] if trains else (0,))
+    if output.numel() and q.shape[2] == 1 and not (trains or p.packed or p.token):
+        decode(p, gates.value, output)
+    elif output.numel():
+        tile = p.tile("forward")
         with on(q.device):
             forward_kernel[(triton.cdiv(p.longest, tile.own), p.H, p.B)](
                 q, p.k, p.v, output, attended if trains else None, lse if trains else None, gates.value, *p.maps, p.k_add,
-                p.base, p.valid, setting.cu_seqlens, *p.spans(q, p.k, p.v, output),
+                p.base, p.valid, call.cu_seqlens, *p.spans(q, p.k, p.v, output),
                 *(p.spans(lse)[:2] if trains else (0, 0)), *p.scalars(gates.value), p.valid_stride,
                 *p.sizes, *p.numbers, **p.options(tile, own="BM", step="BN"),
             )  # fmt: skip
-    return output, attended, lse, gates.cosine, gates.root, gates.dot, gates.square, gates.count
+    return output, attended, lse, *gates[1:]
 
 
 def decode(p: Problem, gate: Tensor, output: Tensor) -> None:
     """One query per head: the keys in as many shares as fill the device, then merged into ``output``."""
-    G, step, s = p.k.shape[1], DECODE.step, p.setting
+    G, step, s = p.k.shape[1], DECODE.step, p.call
     splits = min(triton.cdiv(p.keys, step), max(1, PROGRAMS // (p.B * G)), MOST_SPLITS)
     share = triton.cdiv(triton.cdiv(p.keys, splits), step) * step
     splits = triton.cdiv(p.keys, share)
@@ -227,45 +269,36 @@ def decode(p: Problem, gate: Tensor, output: Tensor) -> None:
 
 
 def backward(
-    upstream: Tensor,
-    inputs: Sequence[Tensor | None],
-    setting: Setting,
-    attended: Tensor,
-    logsumexp: Tensor,
-    kept: Sequence[Tensor],
-    continued: bool,
-    needs: Sequence[bool],
+    upstream: Tensor, call: Call, attended: Tensor, logsumexp: Tensor, kept: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """As ``sdpa.backward``; what ``needs`` does not ask for is None where it costs something."""
-    p = Problem(inputs, setting)
+    p = Problem(call)
     cosine, root, square, count = kept
-    if setting.kind in COSINE:
-        logit, each = cosine + p.logit[:, None, :, None], p.packed and setting.kind != "sequence"
-        value = opened_packed(logit, setting) if each else opened(logit, setting.present)
+    if call.gate not in COSINE_GATES:
+        value = constant_gate(p.logit, p.B, call.present, cosine=call.gate == "head")
+    elif p.packed and not p.whole:
+        value = opened_packed(cosine + p.logit[:, None, :, None], call)
     else:
-        value = constant_gate(p.logit, p.B, setting.present, cosine=setting.kind == "head")
+        value = opened(cosine + p.logit[:, None, :, None], call.present)
     upstream = rows(upstream)
     if not upstream.is_contiguous() and 0 in upstream.stride():
         upstream = upstream.contiguous()
     with on(p.q.device):
         found = token_gradients if p.token else folded_gradients
-        return found(
-            p, upstream, attended, logsumexp, Gates(value, cosine, root, cosine, square, count), continued, needs
-        )
+        return found(p, upstream, attended, logsumexp, Gates(value, cosine, root, cosine, square, count), needs)
 
 
-def opened_packed(logit: Tensor, setting: Setting) -> Tensor:
+def opened_packed(logit: Tensor, call: Call) -> Tensor:
     """The gates (M, 1, H, R) of packed sequences, 0 where ``present`` (M, S) is False."""
-    if setting.present is None:
+    if call.present is None:
         return torch.sigmoid(logit)
-    lengths = setting.cu_seqlens[1:] - setting.cu_seqlens[:-1]
-    there = setting.present.repeat_interleave(lengths.long(), dim=1)
+    there = call.present.repeat_interleave(call.cu_seqlens.diff().long(), dim=1)
     return torch.sigmoid(logit.masked_fill(~there[:, None, None], float("-inf")))
 
 
 def query_side(p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, value: Tensor, wants_q: bool) -> tuple:
     """dq, dg (M, B, H, Tq), the maps' gradients [3, M, B, H, d] for a given gate, and D."""
-    q, tile, s = p.q, p.tile("query"), p.setting
+    q, tile = p.q, p.tile("query")
     blocks = triton.cdiv(p.longest, tile.own)
     delta = torch.empty_like(lse)
     dq = like_output(q, q.dtype) if wants_q else None
@@ -274,7 +307,7 @@ def query_side(p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, valu
     parts = lse.new_empty(blocks, 3, rank, p.B, p.H, p.width)
     query_kernel[(blocks, p.H, p.B)](
         q, p.k, p.v, attended, upstream, lse, delta, dq, dgate, parts, value, *p.maps, p.k_add, p.base, p.valid,
-        s.cu_seqlens, *p.spans(q, p.k, p.v, attended, upstream), *p.spans(lse)[:2], *p.scalars(value),
+        p.call.cu_seqlens, *p.spans(q, p.k, p.v, attended, upstream), *p.spans(lse)[:2], *p.scalars(value),
         dgate.stride(0), *p.spans(lse)[:2], p.valid_stride, *p.sizes, *p.numbers,
         **p.options(tile, own="BM", step="BN"),
     )  # fmt: skip
@@ -283,7 +316,7 @@ def query_side(p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, valu
 
 def key_side(p: Problem, upstream: Tensor, lse: Tensor, delta: Tensor, gates: Gates, through: tuple | None) -> tuple:
     """dk, dv per key/value head, or (token) per query head with shares of the maps' and logits' gradients."""
-    tile, s = p.tile("key"), p.setting
+    tile = p.tile("key")
     blocks = triton.cdiv(p.longest_keys, tile.own)
     lanes = p.H if p.token else p.k.shape[1]
     batch = p.k.shape[0]
@@ -295,17 +328,16 @@ def key_side(p: Problem, upstream: Tensor, lse: Tensor, delta: Tensor, gates: Ga
     at = p.scalars(dot)[:3] if dot is not None else (0, 0, 0)
     key_kernel[(blocks, lanes, p.B)](
         p.q, p.k, p.v, upstream, lse, delta, dk, dv, dot, square, parts, dlogit,
-        gates.value, gates.cosine, gates.root, p.norm, *p.maps, p.k_add, p.base, p.valid, s.cu_seqlens,
+        gates.value, gates.cosine, gates.root, p.norm, *p.maps, p.k_add, p.base, p.valid, p.call.cu_seqlens,
         *p.spans(p.q, p.k, p.v, upstream, dk), *p.spans(lse)[:2], *p.scalars(gates.value), *at, p.valid_stride,
         *p.sizes, *p.numbers, **p.options(tile, own="BN", step="BM"),
     )  # fmt: skip
     return dk, dv, parts.sum(0), dlogit.sum((0, 2))
 
 
-def gate_side(p: Problem, dgate: Tensor, gates: Gates, continued: bool) -> tuple:
+def gate_side(p: Problem, dgate: Tensor, gates: Gates) -> tuple:
     """dot (M, B, H, T) and square (B, H, T) of every value, of v_add (M, B, H, d), of head_logit (M, H)."""
-    s, whole = p.setting, p.setting.kind == "sequence"
-    tokens = p.queries if continued else p.keys
+    bounds, tokens, whole = p.call.cu_seqlens, p.summed, p.whole
     batch, offset = (1 if p.packed else p.B), p.keys - tokens
     new = {"device": dgate.device, "dtype": torch.float32}
     lead = dgate.new_zeros if tokens < p.keys else dgate.new_empty
@@ -316,7 +348,7 @@ def gate_side(p: Problem, dgate: Tensor, gates: Gates, continued: bool) -> tuple
     if not whole and not p.packed:
         sums = [x[..., -p.queries :].contiguous() for x in sums]
     gate_backward_kernel[(p.H, p.B)](
-        dgate, gates.cosine, gates.root, *sums, s.cu_seqlens, p.norm, p.logit, p.present,
+        dgate, gates.cosine, gates.root, *sums, bounds, p.norm, p.logit, p.present,
         own_dot, own_square, of_norm, dlogit,
         *p.scalars(dgate)[:3], *p.scalars(gates.cosine)[:3],
         *p.scalars(sums[0])[:2], 0 if p.packed and not whole else sums[1].stride(0),
@@ -326,22 +358,22 @@ def gate_side(p: Problem, dgate: Tensor, gates: Gates, continued: bool) -> tuple
     blocks = triton.cdiv(p.longest_keys, 64)
     parts = torch.empty(blocks, p.M, p.B, p.H, p.width, **new)
     values_kernel[(blocks, p.v.shape[1], p.B)](
-        p.v, dot, parts, p.valid, s.cu_seqlens, *p.spans(p.v), p.valid_stride, *p.scalars(dot)[:3],
+        p.v, dot, parts, p.valid, bounds, *p.spans(p.v), p.valid_stride, *p.scalars(dot)[:3],
         p.B, p.H, p.group, p.keys, 0, M=p.M, D=p.width, BD=padded(p.width), BN=64,
     )  # fmt: skip
     return dot, square, parts.sum(0) - of_norm[..., None] * p.maps[2].float(), dlogit.sum(1)
 
 
 def folded_gradients(
-    p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, gates: Gates, continued: bool, needs: Sequence[bool]
+    p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, gates: Gates, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     dq, dgate, maps, delta = query_side(p, upstream, attended, lse, gates.value, needs[0])
     dk_mul, dv_mul, dv_add = maps
-    through, kind = None, p.setting.kind
+    through, kind = None, p.call.gate
     dlogit = torch.zeros_like(p.logit)
     wanted = any(needs[i] for i in (1, 2, 5, 6))
-    if kind in COSINE and wanted and p.M:
-        *through, of_add, dlogit = gate_side(p, dgate, gates, continued)
+    if kind in COSINE_GATES and wanted and p.M:
+        *through, of_add, dlogit = gate_side(p, dgate, gates)
         dv_add = dv_add + of_add
     elif kind == "head" and p.M:
         dlogit = head_gradient(p, dgate, gates.value)
@@ -356,14 +388,14 @@ def head_gradient(p: Problem, dgate: Tensor, value: Tensor) -> Tensor:
     if not p.packed:
         slopes = dgate.sum(-1)
     else:
-        bounds = p.setting.cu_seqlens.long()
+        bounds = p.call.cu_seqlens.long()
         sums = torch.nn.functional.pad(dgate[:, 0].double().cumsum(-1), (1, 0))
         slopes = (sums[..., bounds[1:]] - sums[..., bounds[:-1]]).float().transpose(1, 2)
     return (slopes * (value * (1 - value))[..., 0]).sum(1)
 
 
 def token_gradients(
-    p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, gates: Gates, continued: bool, needs: Sequence[bool]
+    p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, gates: Gates, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     dq, _, _, delta = query_side(p, upstream, attended, lse, gates.value, needs[0])
     dk, dv, maps, dlogit = key_side(p, upstream, lse, delta, gates, None)

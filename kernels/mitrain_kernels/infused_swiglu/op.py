@@ -1,20 +1,43 @@
-"""``infused_swiglu``: one operator of torch for all backends, with its own backward pass."""
+"""``infused_swiglu``: one operator of torch for all backends, with its own backward pass; here also its definition and
+the backend 'torch'.
+
+Every form is tested against the definition, output and gradients.
+
+Shapes: B samples, T tokens, F feed-forward width; packed: R tokens of S samples one after another.
+"""
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-from mitrain_kernels.infused_swiglu import eager
-from mitrain_kernels.infused_swiglu.reference import infused_swiglu_reference
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 Gradients = tuple[Tensor | None, ...]
 logger = logging.getLogger(__name__)
+TRITON = importlib.util.find_spec("triton") is not None
+"""Whether it is installed; it is imported at the first launch."""
+
+
+def infused_swiglu_reference(gate: Tensor, up: Tensor, f: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    r"""H' = SiLU(gate) ⊙ up ⊙ f[sample], in the shape and type of ``gate``.
+
+    where:
+        gate = x W_gate and up = x W_up, (B, T, F) of one type; f (B, F), affine in the modality's feature.
+        cu_seqlens (S + 1,) int32: tokens cu_seqlens[s] to cu_seqlens[s + 1] are sample s; then gate and up (R, F),
+            f (S, F). A sample may have no token.
+
+    Every product is taken in float32 or wider. SiLU(gate) and SiLU(gate) ⊙ up are rounded to gate's type, as in a
+    frozen model of that type: f = 1 gives the frozen activation to the last bit.
+    """
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    hidden = F.silu(gate) * up
+    factors = f[:, None] if cu_seqlens is None else f.repeat_interleave(cu_seqlens.diff(), dim=0)
+    return (hidden.to(wide) * factors.to(wide)).to(gate.dtype)
 
 
 def infused_swiglu(
@@ -45,6 +68,8 @@ def infused_swiglu(
 def check(gate: Tensor, up: Tensor, f: Tensor, cu_seqlens: Tensor | None, backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    if backend == "triton" and not TRITON:
+        raise ValueError("backend 'triton' needs triton, which is not installed: use backend='torch'")
     if not gate.is_floating_point() or up.dtype != gate.dtype or not f.is_floating_point():
         raise ValueError(
             f"gate and up must be of one floating-point type and f of any, not {gate.dtype}, {up.dtype} and {f.dtype}"
@@ -77,7 +102,7 @@ def automatic(device: str, wide: bool) -> str:
         choice, reason = "torch", f"tensors are on {device}"
     elif wide:
         choice, reason = "torch", "float64, which the kernel does not compute in"
-    elif importlib.util.find_spec("triton") is None:
+    elif not TRITON:
         choice, reason = "torch", "triton is not installed"
     else:
         choice, reason = "triton", "tensors are on a GPU"
@@ -85,17 +110,84 @@ def automatic(device: str, wide: bool) -> str:
     return choice
 
 
-def implementation(gate: Tensor, backend: str) -> Any:
-    """The module whose ``forward`` and ``backward`` serve ``gate``."""
+def implementation(gate: Tensor, backend: str) -> tuple[Callable[..., Tensor], Callable[..., Gradients]]:
+    """The functions forward and backward that serve ``gate``."""
     if backend == "auto":
         backend = automatic(gate.device.type, gate.dtype == torch.float64)
     if backend == "torch":
-        return eager
+        return eager_forward, eager_backward
     from mitrain_kernels.infused_swiglu import triton_kernel
 
     triton_kernel.check(gate)
-    return triton_kernel
+    return triton_kernel.forward, triton_kernel.backward
 
+
+# The backend 'torch': few passes forward and backward, and no intermediate outlives a block of tokens, small enough to stay
+# in a CPU's cache; in low precision only a block is widened at a time.
+
+aten = torch.ops.aten
+CPU_BLOCK = 1 << 18
+"""Elements per block on a CPU: what was fastest of 2¹⁴ to 2¹⁸ on one core, and far below a whole activation."""
+
+Place = tuple[slice, slice] | slice
+
+
+def blocks(gate: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[Place, slice | int]]:
+    """Where the tokens of each block lie in gate (B, T, F) or (R, F), and their row, or rows, of f."""
+    tokens = max(1, (CPU_BLOCK if gate.device.type == "cpu" else gate.numel()) // max(1, gate.shape[-1]))
+    if cu_seqlens is None:
+        batch, length = gate.shape[:2]
+        rows = max(1, tokens // max(1, length))
+        for row in range(0, batch, rows):
+            for start in range(0, length, tokens):
+                yield (slice(row, row + rows), slice(start, start + tokens)), slice(row, row + rows)
+        return
+    bounds = cu_seqlens.tolist()
+    for sample, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for start in range(first, end, tokens):
+            yield slice(start, min(start + tokens, end)), sample
+
+
+def eager_forward(gate: Tensor, up: Tensor, f: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The output, in gate's type; arguments as in the reference."""
+    output = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    f = f.to(torch.promote_types(gate.dtype, torch.float32))
+    for where, whose in blocks(gate, cu_seqlens):
+        block = aten.silu.out(gate[where], out=output[where])
+        block.mul_(up[where]).mul_(f[whose].unsqueeze(-2))
+    return output
+
+
+def eager_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, f: Tensor, cu_seqlens: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Gradients of gate, up and f; an empty tensor stands for one that is not needed.
+
+    dgate = grad ⊙ f ⊙ up ⊙ SiLU'(gate)     SiLU'(x) = σ(x) (1 + x (1 - σ(x)))
+    dup   = grad ⊙ f ⊙ SiLU(gate)
+    df    = Σ_tokens grad ⊙ up ⊙ SiLU(gate)
+    """
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    dgate, dup = (torch.empty(gate.shape if n else 0, dtype=gate.dtype, device=gate.device) for n in needs[:2])
+    df = torch.zeros(f.shape if needs[2] else 0, dtype=wide, device=f.device)
+    factors = f.to(wide)
+    for where, whose in blocks(gate, cu_seqlens):
+        x, u, upstream = (tensor[where].to(wide) for tensor in (gate, up, grad))
+        factor = factors[whose].unsqueeze(-2)
+        both = upstream * u if needs[0] or needs[2] else None
+        if needs[0]:
+            slope = aten.silu_backward(both, x)
+            torch.mul(slope, factor, out=dgate[where])
+        if needs[1] or needs[2]:
+            silu = aten.silu(x)
+        if needs[2]:
+            df[whose] += both.mul_(silu).sum(-2)
+        if needs[1]:
+            torch.mul(silu.mul_(upstream), factor, out=dup[where])
+    return dgate, dup, df.to(f.dtype)
+
+
+# The operator
 
 INPUTS = "Tensor gate, Tensor up, Tensor f, Tensor? cu_seqlens, str backend"
 FORWARD, BACKWARD = "mitrain_kernels::infused_swiglu", "mitrain_kernels::infused_swiglu_backward"
@@ -109,14 +201,16 @@ torch.library.define(
 
 def compute(gate: Tensor, up: Tensor, f: Tensor, cu_seqlens: Tensor | None, backend: str) -> Tensor:
     check_bounds(gate, cu_seqlens)
-    return implementation(gate, backend).forward(gate, up, f, cu_seqlens)
+    forward, _ = implementation(gate, backend)
+    return forward(gate, up, f, cu_seqlens)
 
 
 def compute_gradients(
     grad: Tensor, gate: Tensor, up: Tensor, f: Tensor, cu_seqlens: Tensor | None, backend: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate, up and f; an empty tensor stands for one that ``needs`` does not ask for."""
-    return implementation(gate, backend).backward(grad, gate, up, f, cu_seqlens, needs)
+    _, backward = implementation(gate, backend)
+    return backward(grad, gate, up, f, cu_seqlens, needs)
 
 
 torch.library.impl(FORWARD, "default", compute)
