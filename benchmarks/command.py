@@ -29,6 +29,7 @@ def add_benchmarks(verbs: Any) -> None:
     add_faults(verbs)
     add_load(verbs)
     add_step(verbs)
+    add_start(verbs)
     add_ledger(verbs)
     kernels = (
         "the operators beside plain ones: times and bytes, if they are right; python kernels/bench has more options"
@@ -92,6 +93,15 @@ def add_step(verbs: Any) -> None:
     sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
+def add_start(verbs: Any) -> None:
+    text = "seconds until training can begin on many pictures, with an empty and a filled cache"
+    sub = benchmark(verbs, "start", run_start, text, "60 pictures, a start of each")
+    sub.add_argument("--pictures", type=int, metavar="N", help="(default: 2000)")
+    sub.add_argument("--runs", type=int, metavar="N", help="starts of each kind (default: 3)")
+    sub.add_argument("--before", metavar="DIR", help="a checkout of another commit, to compare with")
+    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+
+
 def add_ledger(verbs: Any) -> None:
     text = "what the rows of mitrain compare say of the papers' claims"
     sub = benchmark(verbs, "ledger", run_ledger, text, "measure the counted cells alone, which take seconds each")
@@ -151,6 +161,19 @@ def run_step(arguments: argparse.Namespace) -> Any:
     say(arguments, step.table(found))
     if arguments.out:
         results.write(Path(arguments.out), found, step.table(found))
+    return found
+
+
+def run_start(arguments: argparse.Namespace) -> Any:
+    from benchmarks import results, start
+
+    pictures, runs = arguments.pictures or (60 if arguments.quick else 2000), arguments.runs or 3 - 2 * arguments.quick
+    if pictures < 40 or runs < 1:
+        raise ConfigError(f"--pictures {pictures} --runs {runs} measures nothing: give at least 40 pictures and a run")
+    found = start.measured(pictures, runs, arguments.before, again(arguments), say=aside)
+    say(arguments, start.table(found))
+    if arguments.out:
+        results.write(Path(arguments.out), found, start.table(found))
     return found
 
 

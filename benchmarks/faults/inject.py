@@ -158,10 +158,10 @@ def mounted(source: str, target: str) -> None:
 
 
 def replaced_while_read(target: str, source: str) -> None:
-    """``target`` is overwritten by ``source`` between the first look at it and its encoding."""
-    from mitrain.data.features import ImageFeatures
+    """``target`` is overwritten by ``source`` when pictures have been read and none is encoded."""
+    from mitrain.data.features import EncoderFeatures
 
-    before(ImageFeatures, "prepare", 1, lambda: (fired(), shutil.copyfile(source, target)))
+    before(EncoderFeatures, "encode", 1, lambda: (fired(), shutil.copyfile(source, target)))
 
 
 def no_gradient() -> None:

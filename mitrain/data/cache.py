@@ -39,7 +39,7 @@ class FeatureCache:
     def __init__(self, root: Path | None, identity: dict, dtypes: dict[str, str]):
         self.dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
         self.folder: Path | None = None
-        self._memory: dict[str, Item] = {}
+        self._memory: dict[str, Item] = {}  # all of it where there is no folder, else what the next segment will hold
         self._where: dict[str, dict[Path, list[Any]]] = {}  # key → the segments that hold it, and where
         self._known: set[Path] = set()  # segments, sound or not, that were looked at
         self._checked: set[str] = set()  # keys that this process has read before
@@ -124,15 +124,17 @@ class FeatureCache:
         is still missing (their folders were not the same one).
         """
         keys = list(dict.fromkeys(keys))
-        missing, spare = self._missing(keys), keys[:1]
+        missing, spare = self.missing(keys), keys[:1]
         if self.folder is None or dist.world() == 1:
             return self._compute(missing, compute, batch, progress, spare)
         missing = list(dict.fromkeys(key for part in dist.gather(missing) for key in part))
         computed = self._compute(missing[dist.rank() :: dist.world()], compute, batch, progress, spare)
         self.refresh()
-        return computed + self._compute(self._missing(keys), compute, batch, progress, spare)
+        return computed + self._compute(self.missing(keys), compute, batch, progress, spare)
 
-    def _missing(self, keys: Sequence[str]) -> list[str]:
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` that are not there, or damaged: each is read once by a process."""
+        keys = list(keys)
         for key in keys:
             if key in self._where and key not in self._checked:
                 self.get(key)
@@ -147,25 +149,31 @@ class FeatureCache:
         spare: Sequence[str],
     ) -> int:
         """Ranks do equally many rounds, and all have published when the last is through."""
-        done: dict[str, Item] = {}
         computed = 0
         chunks = [missing[start : start + batch] for start in range(0, len(missing), batch)]
         try:
             for chunk, own in dist.lockstep(chunks, spare):
                 new = compute(chunk)
-                if not own:
-                    continue
-                done.update({key: self.rounded(item) for key, item in new.items()})
-                computed += len(new)
-                progress(len(chunk))
-                if len(done) >= SEGMENT_ITEMS:
-                    self._publish(done)
-                    done = {}
+                if own:
+                    self.add(new)
+                    computed += len(new)
+                    progress(len(chunk))
         finally:
-            if done:
-                self._publish(done)
+            self.flush()
         dist.barrier()
         return computed
+
+    def add(self, items: dict[str, Item]) -> None:
+        """Keep ``items``; on disk from the next `flush` on, which many of them bring about."""
+        self._memory.update({key: self.rounded(item) for key, item in items.items()})
+        if len(self._memory) >= SEGMENT_ITEMS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Publish what was added, as one segment."""
+        if self.folder is not None and self._memory:
+            items, self._memory = self._memory, {}
+            self._publish(items)
 
     def rounded(self, item: Item) -> Item:
         """The item in the precision it is stored with; ModelError where a value is not finite in it."""
@@ -179,9 +187,6 @@ class FeatureCache:
         return stored
 
     def _publish(self, items: dict[str, Item]) -> None:
-        if self.folder is None:
-            self._memory.update(items)
-            return
         segment = self.folder / uuid.uuid4().hex[:16]
         try:
             with atomic_folder(segment) as work:

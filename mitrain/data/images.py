@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -35,6 +36,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # by the EXIF tag's value
+SIDEWAYS = tuple(TURNS[tag] for tag in (5, 6, 7, 8))  # these exchange width and height
 
 Size = tuple[int, int]  # height, width
 
@@ -80,33 +82,30 @@ class BadSamples:
         return "; ".join(first) + (f"; and {more} more" if more else "")
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A picture file's first frame as it is stored, in RGB.
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a picture file's first frame without its pixels.
 
-    ``digest``: sha256 of the very bytes that were decoded. ``turn``: what its EXIF tag asks for, none where the tag is
-    damaged. ``where``: the file in messages. ``note``: how an annotation of another size was brought together with it.
+    ``digest``: sha256 of the very bytes that were decoded. ``stored_size``: width and height in the file. ``turn``: what
+    its EXIF tag asks for, none where the tag is damaged. ``where``: the file in messages. ``note``: how an annotation of
+    another size was brought together with it.
     """
 
-    stored: Image.Image
     digest: str
+    stored_size: tuple[int, int]
     turn: Image.Transpose | None
     where: str
     note: str = ""
 
-    def upright(self) -> Image.Image:
-        """Turned as its EXIF tag says."""
-        return self.stored if self.turn is None else self.stored.transpose(self.turn)
-
-    def annotated(self, size: Size, max_pixels: int = MAX_PIXELS) -> "Decoded":
+    def annotated(self, size: Size, max_pixels: int = MAX_PIXELS) -> Self:
         """The picture as an annotation of ``size`` means it: of this size, or evenly scaled.
 
         That is the upright one, or the stored one where only this has the annotation's proportions. Raises DataError
         where neither has, and where a turned picture has them either way: then nobody can know which one was annotated.
         """
-        upright = self.upright()
-        stands, lies = likeness(upright, size), likeness(self.stored, size)
-        sizes = f"{upright.width} x {upright.height} pixels, its annotation is made for {size[1]} x {size[0]}"
+        upright = self.stored_size[::-1] if self.turn in SIDEWAYS else self.stored_size
+        stands, lies = likeness(upright, size), likeness(self.stored_size, size)
+        sizes = f"{upright[0]} x {upright[1]} pixels, its annotation is made for {size[1]} x {size[0]}"
         if not max(stands, lies):
             raise DataError(f"{self.where} has {sizes}: get matching files")
         if size[0] * size[1] > max_pixels:
@@ -123,12 +122,23 @@ class Decoded:
         return replace(self, digest=f"{self.digest}-as-stored", turn=None, note=note)
 
 
-def likeness(picture: Image.Image, size: Size) -> int:
-    """2: of that very size. 1: evenly scaled, to less than a pixel. 0: neither."""
+@dataclass(frozen=True, kw_only=True)
+class Decoded(Facts):
+    """A picture file's first frame as it is ``stored``, in RGB."""
+
+    stored: Image.Image
+
+    def upright(self) -> Image.Image:
+        """Turned as its EXIF tag says."""
+        return self.stored if self.turn is None else self.stored.transpose(self.turn)
+
+
+def likeness(of: tuple[int, int], size: Size) -> int:
+    """How a picture of width and height ``of`` fits ``size``. 2: exactly. 1: evenly scaled, to less than a pixel. 0: not."""
     height, width = size
-    if picture.size == (width, height):
+    if of == (width, height):
         return 2
-    return int(abs(picture.width * height - picture.height * width) < max(height, width))
+    return int(abs(of[0] * height - of[1] * width) < max(height, width))
 
 
 def open_image(root: Path, relative: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -161,7 +171,8 @@ def read_image(root: Path, relative: str, max_pixels: int = MAX_PIXELS) -> Decod
                 image.load()  # the pixels first: what is wrong with the EXIF block is no reason to refuse them
                 turn = orientation(image)
                 mend_transparency(image, content)
-                return Decoded(as_rgb(image), hashlib.sha256(content).hexdigest(), turn, where)
+                digest = hashlib.sha256(content).hexdigest()
+                return Decoded(digest=digest, stored_size=(width, height), turn=turn, where=where, stored=as_rgb(image))
     except UnidentifiedImageError:
         what = kind_of(content)
         why = f"it is {what}" if what else "its content is of no kind that is known"

@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw
 
 from mitrain.core.errors import DataError
 from mitrain.core.files import write_atomic
-from mitrain.data.images import MAX_PIXELS, Decoded, Size, annotated_image, open_image, read_image
+from mitrain.data.images import MAX_PIXELS, Decoded, Facts, Size, annotated_image, open_image
+from mitrain.data.index import PictureIndex, ahead
 
 EXAMPLES, LONGEST = 5, 200  # named of each kind of trouble; characters of a name
 THUMBNAIL, COLUMNS, LINES = 176, 6, 4  # of the sheet: pixels, samples of a split, lines of text under each
@@ -40,6 +41,7 @@ class Picture:
     error: str = ""
     misfit: str = ""
     note: str = ""
+    unlike_index: bool = False  # its content is not what the picture index said of a file with these times
 
 
 def survey(
@@ -49,13 +51,17 @@ def survey(
     sheet: Path | None = None,
     max_pixels: int = MAX_PIXELS,
     seed: int = 0,
+    cache: Path | None = None,
 ) -> tuple[dict[str, Any], str]:
     """A report as JSON values and as text to print; ``sheet`` is where the PNG with samples is written.
 
     ``kind``: the task that the samples are for (a subclass of `mitrain.tasks.base.Task`), which describes them.
-    ``root`` is the folder that the samples' pictures are in. Reads every picture once.
+    ``root`` is the folder that the samples' pictures are in. Reads every picture once, and puts the index of ``cache``
+    right where it is not what is there.
     """
-    pictures = {split: read_pictures(samples, root, max_pixels) for split, samples in splits.items()}
+    index = PictureIndex(root, cache / "index" if cache else None, max_pixels)
+    pictures = {split: read_pictures(samples, index) for split, samples in splits.items()}
+    index.publish()
     report: dict[str, Any] = {
         "splits": {split: describe(kind, samples, pictures[split]) for split, samples in splits.items()},
         "shared": [
@@ -70,19 +76,23 @@ def survey(
     return report, as_text(report)
 
 
-def read_pictures(samples: Samples, root: Path, max_pixels: int) -> dict[str, Picture]:
+def read_pictures(samples: Samples, index: PictureIndex) -> dict[str, Picture]:
     """path → what is there."""
-    found: dict[str, Picture] = {}
-    for path, size in {sample.image: getattr(sample, "size", None) for sample in samples}.items():
-        try:
-            decoded = read_image(root, path, max_pixels)
-        except DataError as error:
-            found[path] = Picture(error=str(error))
-            continue
-        image = decoded.upright()
-        digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        found[path] = Picture(digest, "", *fit(decoded, size, max_pixels))
-    return found
+    sizes = {sample.image: getattr(sample, "size", None) for sample in samples}
+    known = index.find(list(sizes))
+    return dict(ahead(lambda path: (path, read_picture(path, sizes[path], index, known.get(path))), sizes))
+
+
+def read_picture(path: str, size: Size | None, index: PictureIndex, known: Facts | None) -> Picture:
+    """The picture as it is; ``known``: what the index said of it."""
+    try:
+        decoded = index.read(path)
+    except DataError as error:
+        return Picture(error=str(error), unlike_index=known is not None)
+    image = decoded.upright()
+    digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    unlike = known is not None and known.digest != decoded.digest
+    return Picture(digest, "", *fit(decoded, size, index.max_pixels), unlike)
 
 
 def fit(picture: Decoded, size: Size | None, max_pixels: int) -> tuple[str, str]:
@@ -99,6 +109,9 @@ def fit(picture: Decoded, size: Size | None, max_pixels: int) -> tuple[str, str]
 def describe(kind: Any, samples: Samples, pictures: Mapping[str, Picture]) -> dict[str, Any]:
     broken = {path: picture.error for path, picture in pictures.items() if picture.error}
     details = kind.describe(samples)
+    if unlike := [path for path, picture in pictures.items() if picture.unlike_index]:
+        details["changed_without_a_new_time"] = len(unlike)
+        details["changed_without_a_new_time_examples"] = unlike[:EXAMPLES]
     if hasattr(samples[0], "size"):  # the picture that the annotation was made on
         misfits = {path: picture.misfit for path, picture in pictures.items() if picture.misfit}
         details["wrong_sizes"] = len(misfits)

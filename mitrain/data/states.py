@@ -6,18 +6,19 @@ Shapes: B samples, T tokens, D width of the text model, N picture tokens, c widt
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mitrain.data.cache import FeatureCache
-from mitrain.data.features import ENCODE_BATCH, ImageFeatures, Progress, no_progress
+from mitrain.data.features import ImageFeatures, Progress, no_progress
 from mitrain.data.segments import Item
 from mitrain.models import TextBackbone, VisionEncoder, loading
 
@@ -100,32 +101,16 @@ class PictureStates:
     """What enters layer ``depth`` of an image encoder, per picture and view, kept in 16 bits."""
 
     def __init__(self, encoder: VisionEncoder, depth: int, cache: Path | None):
-        self.encoder, self.depth, self.cached = encoder, depth, cache is not None
+        self.encoder, self.depth = encoder, depth
         identity = {**encoder.identity(), "enters layer": depth} if cache else {}
         self.store = FeatureCache(cache / "pictures" if cache else None, identity, {"states": "float16"})
 
-    def prepare(
-        self, images: ImageFeatures, paths: Sequence[str], views: int = 1, progress: Progress = no_progress
-    ) -> int:
-        """Compute what is not in the cache yet; returns how many pictures' views that were."""
-        if not self.cached:
-            return 0
-        wanted = [(path, view) for view in range(views) for path in paths]
-        by_key = {f"{images.key(path)}/{view}": (path, view) for path, view in wanted}
-        return self.store.fill(by_key, partial(self._compute, images, by_key), ENCODE_BATCH, progress)
-
-    def _compute(
-        self, images: ImageFeatures, by_key: Mapping[str, tuple[str, int]], keys: Sequence[str]
-    ) -> dict[str, Item]:
-        wanted = [by_key[key] for key in keys]
-        pictures = [images.picture(path) for path, _ in wanted]
-        states = self.encoder.entering(self.depth, pictures, [view for _, view in wanted])
-        return {key: {"states": row.float().cpu().numpy()} for key, row in zip(keys, states, strict=True)}
+    def encode(self, pictures: Sequence[Image.Image | Tensor], views: Sequence[int]) -> list[Item]:
+        """One item for each of ``pictures``, as it is or preprocessed."""
+        states = self.encoder.entering(self.depth, pictures, views)
+        return [{"states": row.float().cpu().numpy()} for row in states]
 
     def batch(self, images: ImageFeatures, paths: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
         """(B, N, c) float32 of the pictures' ``views`` (0, as they are, where none are given)."""
-        wanted = list(zip(paths, views or [0] * len(paths), strict=True))
-        keys = [f"{images.key(path)}/{view}" for path, view in wanted]
-        compute = partial(self._compute, images, dict(zip(keys, wanted, strict=True)))
-        items = self.store.read(keys, compute, loading.holds_shards(self.encoder))
+        items = images.items(self, paths, views or [0] * len(paths))
         return torch.from_numpy(np.stack([item["states"] for item in items]).astype(np.float32))

@@ -25,7 +25,7 @@ from mitrain.tasks.answer import answers_by_prompt
 from mitrain.tasks.base import Answer, Batch, Question, Task, cautions
 from mitrain.training import runs, schema
 from mitrain.training.baselines import baselines_of
-from mitrain.training.build import resolve_data
+from mitrain.training.build import cache_root, resolve_data
 from mitrain.training.evaluate import Evaluation, evaluate
 from mitrain.training.fingerprint import digest, fingerprint, require_same
 from mitrain.training.runs import Run
@@ -48,7 +48,7 @@ def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any
     data = run.config.data
     root = resolve_data(data)
     images = run.model.images(data.image_root(root), BadSamples(data.bad_samples, data.bad_share))
-    chosen = images.readable(limit(data.read(root, split), samples))
+    chosen = images.readable(limit(data.read(root, split), samples), run.config.features.eval_views)
     if not chosen:
         raise DataError(f"no sample of the split {split!r} can be read: check the data folder {root}")
     if run.model.task.remembers:
@@ -59,7 +59,6 @@ def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any
         )
     for line in cautions(run.model.task, chosen, f"the split {split!r}", getattr(run.model.task, "known", None)):
         log.warning(line)
-    run.model.prepare(images, sorted({s.image for s in chosen}), run.config.features.eval_views)
     run.model.states.prepare(run.model.texts(chosen, True))
     return chosen, images
 
@@ -200,7 +199,8 @@ def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[di
     root = resolve_data(data)
     splits = {split: data.read(root, split) for split in data.split_names(root)}
     task = TASKS[run_config.task.section_name]
-    report, text = survey(task, splits, data.image_root(root), out / f"{run_config.name}.png", data.max_pixels)
+    sheet, cache = out / f"{run_config.name}.png", cache_root(run_config)
+    report, text = survey(task, splits, data.image_root(root), sheet, data.max_pixels, cache=cache)
     known = answers_by_prompt(splits.get("train", ())) if task.remembers else None
     report["cautions"] = [line for split, samples in splits.items() for line in told(task, samples, split, known)]
     return report, "\n".join([text, *report["cautions"]])

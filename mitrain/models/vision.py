@@ -219,10 +219,10 @@ class VisionEncoder(nn.Module):
         return {"weights": weights_of(self.source, self.model), **self._settings, "preprocess": used}
 
     @torch.no_grad()
-    def encode(self, images: Sequence[Image.Image], views: Sequence[View] | None = None) -> dict[str, Tensor]:
+    def encode(self, images: Sequence[Image.Image | Tensor], views: Sequence[View] | None = None) -> dict[str, Tensor]:
         """``pooled`` (B, e) float32 and, where levels are asked for, ``levels`` (B, levels, prefix + N, c) float32.
 
-        ``views``: the variant of each image (0, as it is, where none are given).
+        ``views``: the variant of each image (0, as it is, where none are given). Tensors are preprocessed already.
         """
         pixels = self._pixels(images, views)
         wanted = {"output_hidden_states": True} if self.depth else {}
@@ -234,14 +234,19 @@ class VisionEncoder(nn.Module):
         return features
 
     @torch.no_grad()
-    def entering(self, depth: int, images: Sequence[Image.Image], views: Sequence[View] | None = None) -> Tensor:
+    def entering(
+        self, depth: int, images: Sequence[Image.Image | Tensor], views: Sequence[View] | None = None
+    ) -> Tensor:
         """(B, prefix + N, c): what enters layer ``depth``."""
         return frozen.trunk_states(self.model, depth, pixel_values=self._pixels(images, views))
 
-    def _pixels(self, images: Sequence[Image.Image], views: Sequence[View] | None) -> Tensor:
+    def _pixels(self, images: Sequence[Image.Image | Tensor], views: Sequence[View] | None) -> Tensor:
         weight = next(self.model.parameters())
         views = views or [0] * len(images)
-        pixels = [self.preprocess(image, view) for image, view in zip(images, views, strict=True)]
+        pixels = [
+            image if isinstance(image, Tensor) else self.preprocess(image, view)
+            for image, view in zip(images, views, strict=True)
+        ]
         return torch.stack(pixels).to(weight.device, weight.dtype)
 
     def _pooled(self, output: Any) -> Tensor:

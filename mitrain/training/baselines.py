@@ -21,9 +21,8 @@ def baselines_of(run: Run, split: str, chosen: list[Any], images: ImageFeatures)
     def learn() -> tuple[list[Any], list[Any]]:
         """What the run was trained on (``train.fraction`` of the split), and val."""
         train, val = portion(data.read(root, "train"), run.config.train.fraction), data.read(root, "val")
-        readable = images.readable(train), images.readable(val)
+        readable = images.readable(train, 1), images.readable(val, 1)
         compare_ranks({"train": readable[0], "val": readable[1]}, images)
-        images.prepare(sorted({s.image for part in readable for s in part}), 1)
         return readable
 
     def features(samples: Sequence[Any]) -> Tensor:

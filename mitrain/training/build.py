@@ -18,7 +18,7 @@ from mitrain import methods
 from mitrain.core import prepared
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.files import cache_home
-from mitrain.data.features import FeatureNorm, ImageFeatures, Progress, no_progress
+from mitrain.data.features import FeatureNorm, ImageFeatures
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw
 from mitrain.data.states import PictureStates, TextStates
@@ -116,12 +116,8 @@ class Model:
     def images(self, root: Path, bad: BadSamples | None = None, cached: bool = True) -> ImageFeatures:
         """The encoders' view of the image files under ``root``."""
         cache = cache_root(self.config) if cached else None
-        return ImageFeatures(self.encoders, root, cache, self.config.data.max_pixels, bad, self.adapter.disabled)
-
-    def prepare(self, images: ImageFeatures, paths: Sequence[str], views: int, progress: Progress = no_progress) -> int:
-        """Run everything frozen on pictures and their ``views`` that are not in the cache; returns how many that were."""
-        computed = images.prepare(paths, views, progress)
-        return computed + (self.pictures.prepare(images, paths, views, progress) if self.pictures else 0)
+        also = [self.pictures] if self.pictures else []
+        return ImageFeatures(self.encoders, root, cache, self.config.data.max_pixels, bad, self.adapter.disabled, also)
 
     def training_batch(self, draws: Sequence[Draw], images: ImageFeatures, share: slice = slice(None)) -> Batch:
         """Drawn samples, each with one of its image's views; noise comes from the draws' own generators.

@@ -108,26 +108,25 @@ class Trainer:
         """Run everything frozen once, and take the statistics that follow from it."""
         config, bad = self.config, BadSamples(self.config.data.bad_samples, self.config.data.bad_share)
         self.images: ImageFeatures = self.model.images(config.data.image_root(self.root), bad)
-        self.train, self.val = self._usable(self.train, "train"), self._usable(self.val, "val")
         splits = {"train": self.train, "val": self.val}
+        if dist.world() > 1:  # what differs besides the pictures' contents is said before the encoders run
+            require_same(fingerprint(config.to_dict(), splits, lambda _: None, self.model.base))
+        with self.watch.phase("encode images"):
+            views = {"train": config.features.views, "val": config.features.eval_views}
+            total = sum(len({s.image for s in part}) * views[name] for name, part in splits.items())
+            with self._bar(total * len(self.images.encodings), "encode images") as bar:
+                splits = {name: self._usable(part, name, views[name], bar) for name, part in splits.items()}
+        self.train, self.val = splits.values()
         self.fingerprint = fingerprint(config.to_dict(), splits, self.images.key, self.model.base)
         require_same(self.fingerprint)
         for line in cautions(self.model.task, self.val, "the split 'val'", getattr(self.model.task, "known", None)):
             log.warning(line)
-        paths = {name: sorted({s.image for s in part}) for name, part in (("train", self.train), ("val", self.val))}
-        views = {"train": config.features.views, "val": config.features.eval_views}
-        with self.watch.phase("encode images"):
-            kinds = len(self.model.encoders) + (self.model.pictures is not None)
-            total = sum(len(paths[name]) * views[name] for name in paths) * kinds
-            with self._bar(total, "encode images") as bar:
-                for name in paths:
-                    self.model.prepare(self.images, paths[name], views[name], bar.update)
         with self.watch.phase("encode texts"):
             rows = self.model.texts(self.train, False) + self.model.texts(self.val, True)
             with self._bar(len(rows), "encode texts") as bar:
                 self.model.states.prepare(rows, bar.update)
             self.model.task.rehearse(self.val)
-            self.model.norm.fit(self.images.pooled(paths["train"]))
+            self.model.norm.fit(self.images.pooled(sorted({s.image for s in self.train})))
             with self.engine.whole(write=True):
                 self.model.train(False)
                 self.model.task.fit(self.train, self._see)
@@ -141,8 +140,8 @@ class Trainer:
     def _bar(self, total: int, text: str) -> tqdm:
         return tqdm(total=total, desc=text, disable=self.quiet or None, file=sys.stderr, leave=False)
 
-    def _usable(self, samples: Sequence[Any], split: str) -> list[Any]:
-        kept = self.images.readable(samples)
+    def _usable(self, samples: Sequence[Any], split: str, views: int, bar: tqdm) -> list[Any]:
+        kept = self.images.readable(samples, views, bar.update)
         if not kept:
             raise DataError(f"no sample of the split {split!r} can be read: check data.root and data.images")
         return kept

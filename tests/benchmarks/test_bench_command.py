@@ -6,7 +6,7 @@ from subprocess import CompletedProcess
 import pytest
 from ranks import make_world
 
-from benchmarks import command, ranks, results, step
+from benchmarks import command, ranks, results, start, step
 from mitrain.cli import main, parser
 
 
@@ -41,6 +41,19 @@ def test_steps_are_the_trainers_own_and_their_bytes_add_up(world, monkeypatch, c
 def test_bad_steps_are_one_line(words, capsys):
     assert main(["bench", "step", *words]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_starts_are_timed_in_turns_and_their_medians_compared(monkeypatch, capsys, tmp_path):
+    seconds = iter([8.0, 6.0, 4.0, 0.5, 10.0, 6.0, 4.0, 0.7, 9.0, 5.0, 4.5, 0.6])
+    asked = []
+    monkeypatch.setattr(start, "start", lambda tree, config, cache: asked.append((tree, cache)) or next(seconds))
+    words = ["--pictures", "40", "--before", str(tmp_path / "old"), "--out", str(tmp_path / "out")]
+    assert main(["bench", "start", *words]) == 0
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| empty | 9.00 | 4.00 | 2.2 |" in table and "| filled | 6.00 | 0.60 | 10.0 |" in table
+    assert [tree.name for tree, _ in asked[:4]] == ["old", "old", start.HERE.name, start.HERE.name]
+    assert len({cache for _, cache in asked}) == 6  # a start of an empty cache and one of the same, filled
+    assert main(["bench", "start", "--pictures", "1"]) == 2
 
 
 @pytest.mark.parametrize(("code", "printed"), [(0, '{"rows": [1]}'), (1, '{"red": [1]}'), (2, "")])

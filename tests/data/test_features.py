@@ -118,7 +118,7 @@ def test_a_picture_replaced_after_it_was_named_is_refused_and_not_stored(world, 
         found.pooled(["images/shifty.png"])
     again = features(world, tmp_path)
     assert again.prepare(["images/shifty.png"]) == 2 and again.key("images/shifty.png") != old
-    assert not any(f"{old}/0" in store for store in again.stores)
+    assert not any(f"{old}/0" in store for encoding in again.features for store in [encoding.store])
 
 
 def test_a_picture_is_read_once_for_its_name_and_its_pixels(world, monkeypatch):

@@ -21,15 +21,19 @@ def world(tmp_path_factory):
     return encoder, images, TextBackbone.load(llm_folder(path / "llm"), torch.float32)
 
 
+def prepare(images, states, views=1):
+    return ImageFeatures([], images.index.root, None, 10**6, also=[states]).prepare(IMAGES, views)
+
+
 @pytest.mark.parametrize("depth", [0, 2, 3])
 def test_cached_and_uncached_are_what_enters_the_layer(world, tmp_path, depth):
     encoder, images, _ = world
     plain, cached = PictureStates(encoder, depth, None), PictureStates(encoder, depth, tmp_path)
-    assert plain.prepare(images, IMAGES, 2) == 0 and cached.prepare(images, IMAGES, 2) == 8
+    assert prepare(images, plain, 2) == 0 and prepare(images, cached, 2) == 8
     views = [0, 1, 1, 0]
     found = cached.batch(images, IMAGES, views)
     assert torch.equal(found, plain.batch(images, IMAGES, views))
-    pixels = encoder._pixels([open_image(images.root, path, images.max_pixels) for path in IMAGES], views)
+    pixels = encoder._pixels([open_image(images.index.root, path, images.max_pixels) for path in IMAGES], views)
     hidden = encoder.model(pixel_values=pixels, output_hidden_states=True).hidden_states[depth]
     torch.testing.assert_close(found, hidden, rtol=2**-10, atol=2**-10)  # kept in 16 bits: 11 of the mantissa
     assert not torch.equal(found[1], cached.batch(images, IMAGES)[1])  # another view
@@ -37,12 +41,12 @@ def test_cached_and_uncached_are_what_enters_the_layer(world, tmp_path, depth):
 
 def test_each_view_is_run_once_and_depths_do_not_mix(world, tmp_path, monkeypatch):
     encoder, images, _ = world
-    PictureStates(encoder, 1, tmp_path).prepare(images, IMAGES)
+    prepare(images, PictureStates(encoder, 1, tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(VisionEncoder, "entering", lambda *_: pytest.fail("run again"))
         again = PictureStates(encoder, 1, tmp_path)
-        assert again.prepare(images, IMAGES) == 0 and again.batch(images, IMAGES).shape == (4, 5, 24)
-    assert PictureStates(encoder, 2, tmp_path).prepare(images, IMAGES) == 4
+        assert prepare(images, again) == 0 and again.batch(images, IMAGES).shape == (4, 5, 24)
+    assert prepare(images, PictureStates(encoder, 2, tmp_path)) == 4
 
 
 def test_texts_are_given_to_methods_that_run_the_layers_also_without_a_cache(world):
