@@ -62,7 +62,7 @@ def attempt(read: Callable[[str], Any], source: str | Path, what: str) -> Any:
             return read(source)
     except Exception as error:  # transformers raises many kinds for a bad folder, id or file
         log.debug("loading %s", source, exc_info=True)
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".")[:240] or type(error).__name__
         raise ModelError(
             f"cannot load the {what} {source!r}: {reason}. Give a prepared name (mitrain models list), a folder"
             " written by save_pretrained, or a Hugging Face id that is already in the local cache"

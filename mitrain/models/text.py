@@ -108,7 +108,7 @@ class TextBackbone:
                 used=is_read,
                 attn_implementation=attention,
             )
-        tokenizer = loading.load(AutoTokenizer, source, "tokenizer")
+        tokenizer = read_tokenizer(source)
         if tokenizer.eos_token_id is None and factory(config) is AutoModel:
             tokenizer.eos_token = tokenizer.sep_token
         if tokenizer.pad_token_id is None:
@@ -319,6 +319,18 @@ class TextBackbone:
             "depth": depth,
             **({} if self.quantize == "none" else {"quantize": self.quantize}),
         }
+
+
+def read_tokenizer(source: str | Path) -> Any:
+    """The tokenizer in the folder or of the id ``source``; ModelError where its vocabulary is not there."""
+    tokenizer = loading.load(AutoTokenizer, source, "tokenizer")
+    # Without tokenizer.json or vocabulary files, transformers makes a tokenizer of special tokens alone, and every text
+    # becomes nothing or [UNK]. Some count one or two more: T5's "▁", the mask of XLM-RoBERTa.
+    if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 3:
+        raise ModelError(
+            f"the tokenizer of {str(source)!r} knows special tokens only: put its tokenizer.json or its vocabulary files there"
+        )
+    return tokenizer
 
 
 def checked_precision(quantize: str, embedding: bool, config: PretrainedConfig, source: str | Path) -> str:

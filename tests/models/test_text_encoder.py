@@ -1,5 +1,7 @@
 """Encoders such as BERT as text models: how they are told, loaded and read, and MiT on them."""
 
+import json
+
 import pytest
 import torch
 from folders import WORDS
@@ -8,10 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, PreTrainedTokenizerFast
 
-from mitrain.core.errors import ConfigError
+from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.mit.mit import MiT, MiTConfig
 from mitrain.models import TextBackbone
-from mitrain.models.text import factory
+from mitrain.models.text import factory, read_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,15 @@ def test_it_is_loaded_without_a_head_and_its_separator_ends_a_text(folder):
     assert text.tokenizer.eos_token == "[SEP]"
     assert text.tokens("this thing")[0] == 1 and text.tokens("this thing")[-1] == 2
     assert type(TextBackbone.empty(text.model.config).model) is BertModel
+
+
+@pytest.mark.parametrize("name", ["BertTokenizer", "LlamaTokenizer", "T5Tokenizer", "XLMRobertaTokenizer"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder, tmp_path, name):
+    assert len(read_tokenizer(folder)) > 20
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    with pytest.raises(ModelError, match="knows special tokens only: put its tokenizer.json"):
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
