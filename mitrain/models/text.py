@@ -328,7 +328,7 @@ def read_tokenizer(source: str | Path) -> Any:
     # becomes nothing or [UNK]. Some count one or two more: T5's "▁", the mask of XLM-RoBERTa.
     if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 3:
         raise ModelError(
-            f"the tokenizer of {str(source)!r} knows special tokens only: put its tokenizer.json or its vocabulary files there"
+            f"the tokenizer of {str(source)!r} knows special tokens only: put its tokenizer.json or vocabulary files there"
         )
     return tokenizer
 

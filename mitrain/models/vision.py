@@ -4,6 +4,7 @@ Any Hugging Face vision model with the usual interface works; CLIP gives its pro
 token, others their pooled output. Shapes: B images, S side in pixels, N patches, e feature width, c channel width.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,14 +25,20 @@ from mitrain.models import blip, efficientnet_lite, frozen, layouts, loading, st
 from mitrain.models.digests import frozen_digest, settings_of, weights_of
 from mitrain.models.shapes import LARGEST, SMALLEST
 
+log = logging.getLogger(__name__)
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+FAMILIES = {"clip": CLIP, "blip": CLIP, "siglip": HALF, "dinov2": IMAGENET, "deit": IMAGENET}
+"""Mean and standard deviation of all published checkpoints of a family, by how its model type begins."""
 POOLING = ("pooler", "head", "visual_projection")
 VIEWS = 6
 LONGEST = 4096  # side of the largest picture made on the way to the encoder's, whose own is at most as large
 PATCHES = 1 << 14
 """The most patches of a picture: attention over more takes minutes for one."""
 View = int
+Channels = tuple[float, float, float]
 
 
 class VisionConfig(Section):
@@ -56,8 +63,8 @@ class Preprocess:
     """RGB image → (3, S, S) float32, normalised per channel. However long and thin it is, at most 4096² pixels are made."""
 
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
     resize: str
 
     def __call__(self, image: Image.Image, view: View = 0) -> Tensor:
@@ -310,22 +317,10 @@ def empty_vision(factory: Any, config: Any) -> nn.Module:
 
 
 def preprocessing(config: VisionConfig, settings: Any, folder: str | Path | None, kind: str) -> Preprocess:
-    """From the folder's preprocessor_config.json where there is one, else the family's usual constants."""
-    mean, std = CLIP if kind.startswith(("clip", "blip")) else IMAGENET
-    path = Path(folder or config.name) / "preprocessor_config.json"
-    values = read_file(path) if path.is_file() else {}
-    try:
-        mean = tuple(float(x) for x in values.get("image_mean", mean))
-        std = tuple(float(x) for x in values.get("image_std", std))
-        usual = getattr(settings, "image_size", 224)
-        size = config.size or int(usual[0] if isinstance(usual, list | tuple) else usual)
-    except (TypeError, ValueError):
-        raise ModelError(f"{path} is malformed: image_mean and image_std must be three numbers each") from None
-    sane = all(SMALLEST <= s <= LARGEST for s in std) and all(-LARGEST <= m <= LARGEST for m in mean)
-    if len(mean) != 3 or len(std) != 3 or not sane:
-        raise ModelError(
-            f"{path} is malformed: image_mean and image_std must be three numbers each, std {SMALLEST} to {LARGEST:g}"
-        )
+    """As the model's image processor was saved, else with its family's constants; in the setting's size or the model's."""
+    mean, std = normalisation(config, folder or config.name, kind)
+    usual = getattr(settings, "image_size", 224)
+    size = config.size or int(usual[0] if isinstance(usual, list | tuple) else usual)
     patch = getattr(settings, "patch_size", None)
     if isinstance(patch, int) and size % patch:
         raise ConfigError(
@@ -337,3 +332,46 @@ def preprocessing(config: VisionConfig, settings: Any, folder: str | Path | None
             f" {PATCHES}: give at most {int(PATCHES**0.5) * patch}"
         )
     return Preprocess(size, mean, std, config.resize)
+
+
+def normalisation(config: VisionConfig, source: str | Path, kind: str) -> tuple[Channels, Channels]:
+    """Mean and standard deviation of each channel, of pixels from 0 to 1."""
+    path, values = written(source)
+    family = next((constants for name, constants in FAMILIES.items() if kind.startswith(name)), None)
+    if not family and not config.shape and not {"image_mean", "image_std"} <= values.keys():
+        log.warning(
+            "the image encoder %r has no preprocessor_config.json: its pictures are normalised with ImageNet's mean and"
+            " standard deviation; put the file there if it was trained with others",
+            config.name,
+        )
+    if values.get("do_normalize") is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    try:
+        mean, std = (
+            tuple(float(x) for x in values.get(key, usual))
+            for key, usual in zip(("image_mean", "image_std"), family or IMAGENET, strict=True)
+        )
+        scale = float(values.get("rescale_factor", 1 / 255))
+    except (TypeError, ValueError):
+        raise ModelError(f"{path} is malformed: image_mean and image_std must be three numbers each") from None
+    sane = all(SMALLEST <= s <= LARGEST for s in std) and all(-LARGEST <= m <= LARGEST for m in mean)
+    if len(mean) != 3 or len(std) != 3 or not sane:
+        raise ModelError(
+            f"{path} is malformed: image_mean and image_std must be three numbers each, std {SMALLEST} to {LARGEST:g}"
+        )
+    if values.get("do_rescale") is False or abs(scale * 255 - 1) > 1e-3:
+        raise ModelError(
+            f"{path} does not scale pixels to 0 … 1 (rescale_factor 1/255), which is all that is supported"
+        )
+    return mean, std
+
+
+def written(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file that an encoder's image processor was saved in, alone or as a part of a processor, and what it says."""
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        if path := loading.find(source, name):
+            values = read_file(path)
+            values = values if part is None else values.get(part)
+            if isinstance(values, dict):
+                return path, values
+    return Path(source), {}

@@ -1,5 +1,8 @@
 """Frozen image encoders: preprocessing, pooled features, levels, refusals."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +105,40 @@ def test_clip_gives_its_projected_feature(tmp_path):
     assert found.width == 10
     torch.testing.assert_close(found.encode(images())["pooled"], expected)
     assert found.preprocess.mean[0] == pytest.approx(0.4815, abs=1e-4)
+
+
+@pytest.mark.parametrize("at", ["folder", "id in the cache", "processor_config.json"])
+def test_pictures_are_normalised_as_the_checkpoint_says(dinov2, tmp_path, monkeypatch, caplog, at):
+    commit = tmp_path / "models--owner--seer" / "snapshots" / "c0"
+    shutil.copytree(dinov2, commit)
+    (tmp_path / "models--owner--seer" / "refs").mkdir()
+    (tmp_path / "models--owner--seer" / "refs" / "main").write_text("c0")
+    values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    if at == "processor_config.json":
+        (commit / at).write_text(json.dumps({"image_processor": values}))
+    else:
+        (commit / "preprocessor_config.json").write_text(json.dumps(values))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    name = "owner/seer" if at == "id in the cache" else str(commit)
+    found = VisionEncoder(VisionConfig(name=name), None).preprocess
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and not caplog.text
+
+
+def test_pixels_that_are_not_normalised_stay_as_they_are(dinov2, tmp_path):
+    shutil.copytree(dinov2, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": false, "image_mean": [0.5, 0.5, 0.5]}')
+    pixels = encoder(tmp_path).preprocess(Image.new("RGB", (28, 28), (51, 102, 255)))
+    torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([0.2, 0.4, 1.0]))
+    (tmp_path / "preprocessor_config.json").write_text('{"rescale_factor": 1}')
+    with pytest.raises(ModelError, match="does not scale pixels to 0 … 1"):
+        encoder(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "mean", "said"), [("siglip_vision_model", 0.5, False), ("vit", 0.485, True)])
+def test_a_guess_of_the_normalisation_is_said(saved, caplog, name, mean, said):
+    assert encoder(saved(name), size=16).preprocess.mean[0] == mean
+    assert ("has no preprocessor_config.json" in caplog.text) == said
 
 
 def test_frozen_and_without_gradients(dinov2):
