@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.claims import CLAIMS
 from benchmarks.claims.claim import Claim
 from benchmarks.claims.rows import Missing, Rows
-from mitrain.compare.cells import Place, places, resolve
+from mitrain.compare.cells import CellId, cell_ids, resolve
 from mitrain.compare.compare import FAILED, Job, compare
 from mitrain.compare.study import Study, read
 from mitrain.core import markdown
@@ -58,7 +58,7 @@ def entry(claim: Claim, found: Sequence[Job]) -> Row:
         "reason": reason,
         "note": claim.note,
         "data": claim.data,
-        "cells": [Place.of(row).name for row in rows.read],
+        "cells": [CellId.of(row).name for row in rows.read],
         "reduced": sorted({row["reduced"] for row in rows.read if row.get("reduced")}),
         "result_file": ", ".join(shown(job.out / "results.json") for job in found),
         "command": " && ".join(map(measuring, found)),
@@ -85,25 +85,31 @@ def expected(job: Job) -> list[Row]:
     kept: dict[str, Row] = {}
     for row in job.kept:
         try:
-            kept[Place.of(row).key()] = row
+            kept[CellId.of(row).key()] = row
         except KeyError:
             continue
     seeds = {row["seed"] for row in kept.values() if isinstance(row["seed"], int)} | set(job.study.seeds)
-    there = places(job.study, sorted(seeds))
-    return [seen(job, place, kept.get(place.key())) for place in there if due(job.study, place, kept)]
+    there = cell_ids(job.study, sorted(seeds))
+    return [seen(job, cell_id, kept.get(cell_id.key())) for cell_id in there if due(job.study, cell_id, kept)]
 
 
-def due(study: Study, place: Place, kept: Mapping[str, Row]) -> bool:
-    return place.seed is None or place.seed in study.seeds or place.key() in kept
+def due(study: Study, cell_id: CellId, kept: Mapping[str, Row]) -> bool:
+    return cell_id.seed is None or cell_id.seed in study.seeds or cell_id.key() in kept
 
 
-def seen(job: Job, place: Place, row: Row | None) -> Row:
-    """A place's row, or what stands in for it: rows of other settings than the study's do not count."""
-    blank = {"task": place.task, "method": place.method, "axis": place.axis, "at": place.at, "seed": place.seed}
+def seen(job: Job, cell_id: CellId, row: Row | None) -> Row:
+    """A cell's row, or what stands in for it: rows of other settings than the study's do not count."""
+    blank = {
+        "task": cell_id.task,
+        "method": cell_id.method,
+        "axis": cell_id.axis,
+        "at": cell_id.at,
+        "seed": cell_id.seed,
+    }
     if row is None:
         return {**blank, "status": "not measured", "reason": None}
     try:
-        same = resolve(job.study, job.path, place).digest == row.get("digest")
+        same = resolve(job.study, job.path, cell_id).digest == row.get("digest")
     except ConfigError as error:
         return {**blank, "status": "not known here", "reason": str(error)}
     return row if same else {**blank, "status": "measured for other settings", "reason": None}

@@ -20,8 +20,8 @@ class Rows:
 
     def of(self, method: str, axis: str | None = None, at: Any = None, *, task: str | None = None) -> list[Row]:
         """The rows of a method, one per seed, at a point of an axis or at none."""
-        told = f"method={method}" + (f", task={task}" if task else "") + (f", {axis}={at}" if axis else "")
-        return self._chosen(method, axis, task, told, lambda row: axis is None or row["at"] == at)
+        wanted = f"method={method}" + (f", task={task}" if task else "") + (f", {axis}={at}" if axis else "")
+        return self._chosen(method, axis, task, wanted, lambda row: axis is None or row["at"] == at)
 
     def along(self, axis: str, method: str, *, task: str | None = None) -> list[list[Row]]:
         """The same for every point of an axis, in the order in which the points come."""
@@ -30,29 +30,29 @@ class Rows:
             points.setdefault(repr(row["at"]), []).append(row)
         return list(points.values())
 
-    def _chosen(self, method: str, axis: str | None, task: str | None, told: str, here: Any) -> list[Row]:
+    def _chosen(self, method: str, axis: str | None, task: str | None, wanted: str, here: Any) -> list[Row]:
         found = [row for row in self.rows if (row["method"], row["axis"]) == (method, axis) and here(row)]
         found = [row for row in found if task in (None, row["task"])]
         if not found:
-            raise Missing(f"no row with {told}")
+            raise Missing(f"no row with {wanted}")
         tasks = {row["task"] for row in found}
         if len(tasks) > 1:  # their mean would be of nothing
-            raise ValueError(f"{told} means rows of several tasks ({', '.join(sorted(tasks))}): add task=")
+            raise ValueError(f"{wanted} means rows of several tasks ({', '.join(sorted(tasks))}): add task=")
         self.read += [row for row in found if not any(row is known for known in self.read)]
         return found
 
 
 def number(row: Row, name: str) -> float:
     """The number ``name`` of a row: one of its fields, or a.b for one within a field."""
-    place = f"{row['task']} {row['method']}" + (f" {row['axis']}={row['at']}" if row["axis"] else "")
-    place += "" if row["seed"] is None else f" seed {row['seed']}"
+    cell = f"{row['task']} {row['method']}" + (f" {row['axis']}={row['at']}" if row["axis"] else "")
+    cell += "" if row["seed"] is None else f" seed {row['seed']}"
     if row["status"] != "ok":
-        raise Missing(f"{place}: {row['status']}" + (f" ({row['reason']})" if row.get("reason") else ""))
+        raise Missing(f"{cell}: {row['status']}" + (f" ({row['reason']})" if row.get("reason") else ""))
     found: Any = row
     for part in name.split(".", 1):
         found = found.get(part) if isinstance(found, Mapping) else None
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        raise Missing(f"{place}: no number {name!r}")
+        raise Missing(f"{cell}: no number {name!r}")
     return float(found)
 
 

@@ -152,8 +152,8 @@ def lock_held_by_a_stopped_process(lab: Lab, case: Path) -> Found:
         start = time.monotonic()
         process.send(signal.SIGTERM)
         ended = process.wait()
-    told = f"process {os.getpid()}" in ended.err
-    state = "hung" if ended.code is None else "obeyed" if told else "silent"
+    named = f"process {os.getpid()}" in ended.err
+    state = "hung" if ended.code is None else "obeyed" if named else "silent"
     return Found(True, state, time.monotonic() - start, said=" / ".join(ended.lines[:1]))
 
 

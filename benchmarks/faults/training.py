@@ -105,9 +105,9 @@ def beside(lab: Lab, case: Path, how: str) -> Found:
     options = ("wandb.enabled=true", "wandb.mode=offline")
     ended = lab.run("train", lab.world / "config.yaml", *options, "--run-dir", run, PYTHONPATH=str(case))
     equal = ended.code == 0 and Left.of(run).equals(lab.undisturbed())
-    told = [line for line in ended.lines if "wandb" in line]
-    state = ended.state if len(told) == 1 else f"said {len(told)} times"
-    return Found(fired.exists(), state, ended.seconds, 0, equal, " / ".join(told[:1]))
+    lines = [line for line in ended.lines if "wandb" in line]
+    state = ended.state if len(lines) == 1 else f"said {len(lines)} times"
+    return Found(fired.exists(), state, ended.seconds, 0, equal, " / ".join(lines[:1]))
 
 
 STAND_IN = """

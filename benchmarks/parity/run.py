@@ -51,8 +51,8 @@ def parity(
         rows[cell] = row = results.row(
             out, cell.name, plan.identity(cell), lambda cell=cell: asdict(cell) | measure(cell, plan, limit_s)
         )
-        told = row.get("error") or f"loss {row['loss']:.6f}"
-        say(f"[{number}/{len(cells)}] {cell.name}: {told} ({row['seconds']} s)")
+        outcome = row.get("error") or f"loss {row['loss']:.6f}"
+        say(f"[{number}/{len(cells)}] {cell.name}: {outcome} ({row['seconds']} s)")
     found = {"made": made(plan, command, rows.values()), "rows": judged([rows[cell] for cell in cells])}
     results.write(out, found, table(found["rows"], found["made"]))
     return found

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def complain(arguments: argparse.Namespace, error: Exception, text: str) -> None:
     """An error's line; of several ranks each names itself, and one that passes on rank 0's error is silent."""
-    if not getattr(error, "told", False):
+    if not getattr(error, "reported", False):
         with contextlib.suppress(OSError):  # a terminal that was closed
             who = f"mitrain, rank {arguments.rank}" if arguments.rank else "mitrain"
             print(f"{who}: {text}\n", end="", file=sys.stderr)  # in one write: ranks share the terminal

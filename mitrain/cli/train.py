@@ -47,7 +47,7 @@ def run_train(arguments: argparse.Namespace) -> Any:
 
     if arguments.dry_run and not arguments.resume and arguments.config:
         return run_dry(arguments)
-    folder, config = dist.from_main(lambda: begun(arguments))
+    folder, config = dist.from_main(lambda: resolve_run(arguments))
     dist.say(f"run folder: {folder}", file=sys.stderr)
     with owned(folder):
         if arguments.at:  # until now another job could begin the folder, or remove it
@@ -91,7 +91,7 @@ def fitted(arguments: argparse.Namespace, folder: Path, config: Any) -> tuple[An
         raise
 
 
-def begun(arguments: argparse.Namespace) -> tuple[Path, Any]:
+def resolve_run(arguments: argparse.Namespace) -> tuple[Path, Any]:
     """The run folder, new or the one to resume, and its configuration."""
     from mitrain.training import runs, schema
     from mitrain.training.build import resolved

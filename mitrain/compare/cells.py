@@ -23,7 +23,7 @@ MATTERS = ("torch", "transformers")
 
 
 @dataclass(frozen=True)
-class Place:
+class CellId:
     """Where a cell stands in a study; ``axis`` None: at none. A counted cell has no seed."""
 
     task: str
@@ -40,7 +40,7 @@ class Place:
         return re.sub(r"[^A-Za-z0-9._+-]+", "_", text)
 
     def key(self) -> str:
-        """The same for equal places, also of one that was read from JSON."""
+        """The same for equal cells, also of one that was read from JSON."""
         return digest(asdict(self))
 
     def named_by(self, words: Collection[str]) -> bool:
@@ -49,15 +49,15 @@ class Place:
         return not words or any(word in own or self.name.startswith(word) for word in words)
 
     @classmethod
-    def of(cls, row: dict[str, Any]) -> "Place":
+    def of(cls, row: dict[str, Any]) -> "CellId":
         return cls(**{name: row[name] for name in ("task", "method", "axis", "at", "seed")})
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A place with what is computed there. ``count``: options of a counted cell, else None."""
+    """A cell and what is computed in it. ``count``: options of a counted cell, else None."""
 
-    place: Place
+    id: CellId
     config: RunConfig
     part: TaskPart
     reduced: str | None = None
@@ -85,7 +85,7 @@ class Cell:
         """What the process of the cell is handed."""
         return {
             "identity": self.identity,
-            "place": asdict(self.place),
+            "cell": asdict(self.id),
             "config": self.config.to_dict(),
             "part": self.part.to_dict(),
             "panels": self.panels,
@@ -106,19 +106,19 @@ def minimal(run_config: RunConfig) -> dict[str, Any]:
     return values
 
 
-def places(study: Study, seeds: Sequence[int] | None = None) -> list[Place]:
-    """All places of a study, as the table has them: by task and method, those of no axis first."""
-    return list(walk(study, study.seeds if seeds is None else seeds))
+def cell_ids(study: Study, seeds: Sequence[int] | None = None) -> list[CellId]:
+    """All cells of a study, as the table has them: by task and method, those of no axis first."""
+    return list(ordered(study, study.seeds if seeds is None else seeds))
 
 
-def walk(study: Study, seeds: Sequence[int]) -> Iterator[Place]:
+def ordered(study: Study, seeds: Sequence[int]) -> Iterator[CellId]:
     for task in study.tasks:
         for method in study.methods:
             for axis, at in points(study, task, method):
-                if any(also.leave_out for also in changes(study, Place(task, method, axis))):
+                if any(also.leave_out for also in changes(study, CellId(task, method, axis))):
                     continue
                 for seed in [None] if study.kind == "count" else seeds:
-                    yield Place(task, method, axis, at, seed)
+                    yield CellId(task, method, axis, at, seed)
 
 
 def points(study: Study, task: str, method: str) -> list[tuple[str | None, Any]]:
@@ -139,39 +139,39 @@ def value_and_settings(item: Any) -> tuple[Any, dict[str, Any]]:
     return item, {}
 
 
-def changes(study: Study, place: Place) -> list[Also]:
-    return [also for also in study.also if also.meets(place.task, place.method, place.axis)]
+def changes(study: Study, cell_id: CellId) -> list[Also]:
+    return [also for also in study.also if also.meets(cell_id.task, cell_id.method, cell_id.axis)]
 
 
-def resolve(study: Study, path: str | Path, place: Place) -> Cell:
-    """The cell at ``place``; ConfigError, which names both, where its configuration does not parse."""
+def resolve(study: Study, path: str | Path, cell_id: CellId) -> Cell:
+    """The cell ``cell_id``; ConfigError, which names both, where its configuration does not parse."""
     try:
-        return resolved(study, Path(path).parent, place)
+        return resolved(study, Path(path).parent, cell_id)
     except ConfigError as error:
-        raise ConfigError(f"{path}: the cell {place.name}: {error}") from None
+        raise ConfigError(f"{path}: the cell {cell_id.name}: {error}") from None
 
 
-def resolved(study: Study, folder: Path, place: Place) -> Cell:
-    part, also = study.tasks[place.task], changes(study, place)
+def resolved(study: Study, folder: Path, cell_id: CellId) -> Cell:
+    part, also = study.tasks[cell_id.task], changes(study, cell_id)
     values = config.read_file(folder / part.config)
-    layers = [study.set, part.set, study.methods[place.method], *(entry.set for entry in also)]
-    if place.axis is not None:
-        layers.append(at_point(study.axes[place.axis], place.at))
+    layers = [study.set, part.set, study.methods[cell_id.method], *(entry.set for entry in also)]
+    if cell_id.axis is not None:
+        layers.append(at_point(study.axes[cell_id.axis], cell_id.at))
     for layer in layers:
         values = laid_over(values, layer)
     options = values.pop("count", {})
     if study.kind == "train" and options:
         raise ConfigError("count.… are options of counted cells: the study needs kind: count")
-    values |= {"name": run_name(study.name, place), "seed": place.seed or 0}
+    values |= {"name": run_name(study.name, cell_id), "seed": cell_id.seed or 0}
     reduced = next((entry.reduced for entry in also if entry.reduced), study.reduced)
     counted = options if study.kind == "count" else None
-    panels = study.panels if place.axis is None and place.seed is not None else 0
-    return Cell(place, schema.from_dict(values), part, reduced, panels, counted)
+    panels = study.panels if cell_id.axis is None and cell_id.seed is not None else 0
+    return Cell(cell_id, schema.from_dict(values), part, reduced, panels, counted)
 
 
-def run_name(study: str, place: Place) -> str:
+def run_name(study: str, cell_id: CellId) -> str:
     """At most the 64 characters that a run's name may have."""
-    return f"{study}-{place.name}".replace("+", "_")[:64]
+    return f"{study}-{cell_id.name}".replace("+", "_")[:64]
 
 
 def at_point(axis: Axis, at: Any) -> dict[str, Any]:
@@ -183,13 +183,13 @@ def at_point(axis: Axis, at: Any) -> dict[str, Any]:
     return laid_over(settings, as_mapping(dict.fromkeys(axis.keys, at)))
 
 
-def chosen(study: Study, words: Sequence[str], seeds: Sequence[int] | None = None) -> list[Place]:
-    """The places that ``words`` name (`Place.named_by`); ConfigError for a word that names none."""
-    found = places(study, seeds)
+def chosen(study: Study, words: Sequence[str], seeds: Sequence[int] | None = None) -> list[CellId]:
+    """The cells that ``words`` name (`CellId.named_by`); ConfigError for a word that names none."""
+    found = cell_ids(study, seeds)
     known = {*study.tasks, *study.methods, *study.axes}
     for word in words:
-        if not any(place.named_by([word]) for place in found):
+        if not any(cell_id.named_by([word]) for cell_id in found):
             raise ConfigError(
                 f"--only {word} names no cell{nearest(word, known)}: give tasks, methods, axes or the beginning of a name"
             )
-    return [place for place in found if place.named_by(words)]
+    return [cell_id for cell_id in found if cell_id.named_by(words)]

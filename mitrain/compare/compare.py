@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.compare import processes
-from mitrain.compare.cells import MATTERS, Cell, Place, chosen, places, resolve
+from mitrain.compare.cells import MATTERS, Cell, CellId, cell_ids, chosen, resolve
 from mitrain.compare.plots import plots
 from mitrain.compare.processes import STOPPED
 from mitrain.compare.study import Study
@@ -69,7 +69,7 @@ def read_rows(out: Path) -> list[Row]:
     return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
-def whole(row: Row) -> bool:
+def is_complete(row: Row) -> bool:
     """Whether a kept row has what is taken for granted here: files are edited and merged by hand."""
     fields = all(name in row and isinstance(row[name], kind) for name, kind in NEEDED.items())
     return fields and isinstance(row.get("made"), dict) and all(name in row["made"] for name in MADE)
@@ -98,38 +98,38 @@ def compare(
     ``seeds``: others than the study's; rows of seeds that were measured before stay. See `check` for failed cells.
     """
     limit_s = job.study.limit_s if limit_s is None else limit_s
-    wanted = [resolve(job.study, job.path, place) for place in chosen(job.study, only, seeds)]
+    wanted = [resolve(job.study, job.path, cell_id) for cell_id in chosen(job.study, only, seeds)]
     with file_lock(job.out / ".held"):
         put_aside(job.out, say)
         rows = still_true(job, say)
         result = write(job, rows, command)
         for number, cell in enumerate(wanted, 1):
-            key = cell.place.key()
+            key = cell.id.key()
             if finished(rows.get(key), cell, limit_s):
                 continue
             taken = twin([*rows.values(), *beside(job.out)], cell)
             row = taken or cell_row(cell, job, limit_s, measure or in_process)
             rows[key] = row
             result = write(job, rows, command)
-            told = f"{row['metric']} {row['value']:.4f}" if row.get("value") is not None else row["reason"] or OK
+            outcome = f"{row['metric']} {row['value']:.4f}" if row.get("value") is not None else row["reason"] or OK
             time_taken = "measured already, for the same settings" if taken else f"{row['seconds']} s"
-            say(f"[{number}/{len(wanted)}] {cell.place.name}: {told} ({time_taken})")
+            say(f"[{number}/{len(wanted)}] {cell.id.name}: {outcome} ({time_taken})")
         draw(job, result, say)
     return result
 
 
 def still_true(job: Job, say: Say) -> dict[str, Row]:
-    """Kept rows by place, but those that the study has no longer or that were measured for other settings."""
+    """Kept rows by cell, but those that the study has no longer or that were measured for other settings."""
     found: dict[str, Row] = {}
     for row in job.kept:
         try:
-            place = Place.of(row)
-            there = whole(row) and place in places(job.study, [place.seed])
-            cell = resolve(job.study, job.path, place) if there else None
+            cell_id = CellId.of(row)
+            there = is_complete(row) and cell_id in cell_ids(job.study, [cell_id.seed])
+            cell = resolve(job.study, job.path, cell_id) if there else None
             if cell and cell.digest == row["digest"]:
-                found[place.key()] = {**row, "reduced": cell.reduced}
+                found[cell_id.key()] = {**row, "reduced": cell.reduced}
                 continue
-            sheet_of(job.out, place).unlink(missing_ok=True)
+            sheet_of(job.out, cell_id).unlink(missing_ok=True)
         except (ConfigError, KeyError, TypeError):
             pass
         say(f"damaged, no longer in the study, or measured for other settings: {row.get('task')} {row.get('method')}")
@@ -143,35 +143,35 @@ def finished(row: Row | None, cell: Cell, limit_s: float) -> bool:
 
 
 def twin(rows: Iterable[Row], cell: Cell) -> Row | None:
-    """The row of another place with the very same settings, as a method's own value on an axis or another study's cell."""
+    """The row of another cell with the very same settings, as a method's own value on an axis or another study's cell."""
     for row in rows:
         if row.get("identity") == cell.identity and row.get("status") == OK:
-            return {**row, **asdict(cell.place), "reduced": cell.reduced}
+            return {**row, **asdict(cell.id), "reduced": cell.reduced}
     return None
 
 
 def beside(out: Path) -> list[Row]:
     """The rows of the studies whose results lie beside ``out``."""
     found = [read_rows(path.parent) for path in sorted(out.parent.glob("*/results.json")) if path.parent != out]
-    return [row for rows in found for row in rows if whole(row)]
+    return [row for rows in found for row in rows if is_complete(row)]
 
 
 def cell_row(cell: Cell, job: Job, limit_s: float, measure: Measure) -> Row:
     """The cell as measured now; what it left is removed unless a later call can go on with it."""
-    folder = job.out / "cells" / cell.place.name
+    folder = job.out / "cells" / cell.id.name
     if read_json(folder / "cell.json").get("identity") != cell.identity:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "cell.json", cell.to_dict())
     found = measure(cell, folder, limit_s)
     if found["status"] == OK:
-        keep_predictions(job, cell.place, folder / "predictions.png")
+        keep_predictions(job, cell.id, folder / "predictions.png")
         shutil.rmtree(folder, ignore_errors=True)
     elif found["status"] == FAILED:
         shutil.rmtree(folder / "run", ignore_errors=True)
     base = {"metric": cell.part.metric, "value": None, "controls": {}, "reason": None, "reduced": cell.reduced}
     ids = {"digest": cell.digest, "identity": cell.identity, "limit_s": limit_s, "made": made_with(MATTERS)}
-    return {**asdict(cell.place), **base, **found, **ids}
+    return {**asdict(cell.id), **base, **found, **ids}
 
 
 def in_process(cell: Cell, folder: Path, limit_s: float) -> Row:
@@ -195,14 +195,14 @@ def in_process(cell: Cell, folder: Path, limit_s: float) -> Row:
     return {"status": OK, "seconds": seconds, **found}
 
 
-def sheet_of(out: Path, place: Place) -> Path:
-    return out / "predictions" / f"{Place(place.task, place.method).name}.png"
+def sheet_of(out: Path, cell_id: CellId) -> Path:
+    return out / "predictions" / f"{CellId(cell_id.task, cell_id.method).name}.png"
 
 
-def keep_predictions(job: Job, place: Place, sheet: Path) -> None:
+def keep_predictions(job: Job, cell_id: CellId, sheet: Path) -> None:
     """A method's sheet of its first seed, or of another where there is none: results travel without them."""
-    kept = sheet_of(job.out, place)
-    if sheet.exists() and (place.seed == job.study.seeds[0] or not kept.exists()):
+    kept = sheet_of(job.out, cell_id)
+    if sheet.exists() and (cell_id.seed == job.study.seeds[0] or not kept.exists()):
         kept.parent.mkdir(exist_ok=True)
         sheet.replace(kept)
 
@@ -210,7 +210,7 @@ def keep_predictions(job: Job, place: Place, sheet: Path) -> None:
 def write(job: Job, rows: dict[str, Row], command: str) -> dict[str, Any]:
     """results.json: the rows in the study's order, and how they were made."""
     seeds = sorted({row["seed"] for row in rows.values() if row["seed"] is not None} | set(job.study.seeds))
-    ordered = [rows[place.key()] for place in places(job.study, seeds) if place.key() in rows]
+    ordered = [rows[cell_id.key()] for cell_id in cell_ids(job.study, seeds) if cell_id.key() in rows]
     result = {
         "study": job.study.name,
         "title": job.study.title,
@@ -249,7 +249,7 @@ def check(result: dict[str, Any]) -> None:
     """CompareError where cells failed."""
     failed = [row for row in result["rows"] if row["status"] == FAILED]
     if failed:
-        shown = "; ".join(f"{Place.of(row).name}: {row['reason']}" for row in failed[:3])
+        shown = "; ".join(f"{CellId.of(row).name}: {row['reason']}" for row in failed[:3])
         more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
         raise CompareError(f"{len(failed)} of {len(result['rows'])} cells failed: {shown}{more}; see table.md")
 
@@ -262,24 +262,25 @@ def listed(
     An estimate is the median of measured cells of the same task and method, else of the task; else the limit.
     """
     limit_s = job.study.limit_s if limit_s is None else limit_s
-    kept = {Place.of(row).key(): row for row in job.kept}
+    kept = {CellId.of(row).key(): row for row in job.kept}
     found = []
-    for place in chosen(job.study, only, seeds):
-        cell = resolve(job.study, job.path, place)
-        row = kept.get(place.key())
+    for cell_id in chosen(job.study, only, seeds):
+        cell = resolve(job.study, job.path, cell_id)
+        row = kept.get(cell_id.key())
         done = finished(row, cell, limit_s)
-        known = row["seconds"] if done and row else estimate(kept.values(), place)
+        known = row["seconds"] if done and row else estimate(kept.values(), cell_id)
         bound = known is None
         found.append(
-            {"cell": place.name, "done": done, "seconds": limit_s if bound else known, "at_most": bound} | asdict(place)
+            {"cell": cell_id.name, "done": done, "seconds": limit_s if bound else known, "at_most": bound}
+            | asdict(cell_id)
         )
     return found
 
 
-def estimate(rows: Any, place: Place) -> float | None:
+def estimate(rows: Any, cell_id: CellId) -> float | None:
     rows = list(rows)
     for keys in (("task", "method"), ("task",)):
-        near = [row["seconds"] for row in rows if all(row[key] == getattr(place, key) for key in keys)]
+        near = [row["seconds"] for row in rows if all(row[key] == getattr(cell_id, key) for key in keys)]
         if near:
             return round(statistics.median(near))
     return None

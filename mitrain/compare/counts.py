@@ -7,7 +7,7 @@ from pydantic import Field
 from mitrain.compare.measures import parameters
 from mitrain.core import config
 from mitrain.core.config import Section
-from mitrain.core.errors import ConfigError
+from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import costs
 from mitrain.training.build import Model, build
 from mitrain.training.schema import RunConfig
@@ -56,7 +56,7 @@ def macs(model: Model, asked: CountOptions) -> dict[str, Any]:
     """Multiply-accumulates of one sample's forward pass, without a language head.
 
     text_macs      the language model over the text alone
-    adapter_macs   what the method adds to a sample (`Adapter.macs`)
+    adapter_macs   what the method adds to a sample (`Attachment.macs`)
     vision_macs    the image encoder
     method_macs    the three together: what the configuration takes
     prepended_macs vision, and the language model over the text behind one token for each of the picture's patches
@@ -68,7 +68,10 @@ def macs(model: Model, asked: CountOptions) -> dict[str, Any]:
     vision = sum(view.macs(asked.side) for view in views)
     patches = sum(view.tokens(asked.side or view.image) - 1 for view in views)
     text = llm.macs(asked.text_tokens)
-    adapter = model.adapter.macs(llm)
+    adapter = model.adapter.attachment.macs
+    if adapter is None:
+        name = model.adapter.traits.name
+        raise ModelError(f"the multiply-accumulates of {name} are not known: leave out count.macs")
     prepended = llm.macs(asked.text_tokens + patches)
     return {
         "text_tokens": asked.text_tokens,

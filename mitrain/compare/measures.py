@@ -37,7 +37,7 @@ class Saved:
         self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        self._found |= {place: size for place, size in storages([tensor]).items() if place not in self._weights}
+        self._found |= {key: size for key, size in storages([tensor]).items() if key not in self._weights}
         return tensor.detach()  # shares the storage, and keeps no graph alive from within the graph
 
     @property

@@ -56,7 +56,7 @@ def resident_bytes(parts: Mapping[str, nn.Module]) -> int:
     """Bytes that the frozen weights of ``parts`` take on this rank."""
     trained = [p for part in parts.values() for p in part.parameters() if p.requires_grad]
     own = storages(t for p in trained for t in [p.data, *attached(p)])
-    return sum(size for place, size in storages(frozen_tensors(parts)).items() if place not in own)
+    return sum(size for key, size in storages(frozen_tensors(parts)).items() if key not in own)
 
 
 def whole_bytes(parts: Mapping[str, nn.Module]) -> int:
@@ -71,4 +71,4 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, trained: Iterable[Tensor])
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     updated = [p.data for group in optimizer.param_groups for p in group["params"]]
     own = storages(p.data for p in trained)
-    return sum(size for place, size in storages([*states, *updated]).items() if place not in own)
+    return sum(size for key, size in storages([*states, *updated]).items() if key not in own)

@@ -62,9 +62,9 @@ def train_cells(group: Sequence[Row]) -> list[str]:
     found, one = good(group), group[0]
     first = [plain(one["task"]), named(one)]
     lost = [row for row in group if row["status"] != "ok"]
-    told = "; ".join(f"seed {row['seed']} {row['status']}: {row['reason']}" for row in lost)
+    outcome = "; ".join(f"seed {row['seed']} {row['status']}: {row['reason']}" for row in lost)
     if not found:
-        return [*first, plain(one["metric"] or ""), plain(told), *[""] * 8, f"0 of {len(group)}"]
+        return [*first, plain(one["metric"] or ""), plain(outcome), *[""] * 8, f"0 of {len(group)}"]
     return [
         *first,
         plain(found[0]["metric"]),
@@ -77,7 +77,7 @@ def train_cells(group: Sequence[Row]) -> list[str]:
         over_seeds(found, "step_ms", 0),
         "–" if mean(found, "flops_per_sample") is None else f"{mean(found, 'flops_per_sample') / 1e9:.3g}",
         mib(found, "adapter_bytes"),
-        f"{len(found)}" + (f" of {len(group)} ({plain(told)})" if lost else ""),
+        f"{len(found)}" + (f" of {len(group)} ({plain(outcome)})" if lost else ""),
     ]
 
 

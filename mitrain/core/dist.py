@@ -63,8 +63,8 @@ def rank_info(env: Mapping[str, str] = os.environ) -> RankInfo:
 def names_set(env: Mapping[str, str]) -> tuple[str, ...]:
     if any(name in env for name in LAUNCHED):
         return LAUNCHED
-    told = "SLURM_PROCID" in env and ("MASTER_ADDR" in env or "SLURM_STEP_ID" in env)
-    return SRUN if told else ()
+    named = "SLURM_PROCID" in env and ("MASTER_ADDR" in env or "SLURM_STEP_ID" in env)
+    return SRUN if named else ()
 
 
 def required(env: Mapping[str, str], name: str) -> str:
@@ -92,14 +92,14 @@ def process_group() -> Iterator[RankInfo]:
     try:
         yield here
     except (UserError, OSError) as error:
-        # What rank 0 raised in `from_main` has been told, and of lost or unlike ranks each speaks for itself.
-        if not (hasattr(error, "told") or isinstance(error, RankError)):
-            error.told = told_by_main(store, here, str(error))
+        # What rank 0 raised in `from_main` has been reported, and of lost or unlike ranks each speaks for itself.
+        if not (hasattr(error, "reported") or isinstance(error, RankError)):
+            error.reported = reported_by_main(store, here, str(error))
         raise
     distributed.destroy_process_group()  # not after an exception: the others may be in the middle of a collective
 
 
-def told_by_main(store: distributed.Store, here: RankInfo, text: str) -> bool:
+def reported_by_main(store: distributed.Store, here: RankInfo, text: str) -> bool:
     """Whether rank 0 fails with the same ``text`` and so says it for this rank; False on rank 0.
 
     No collective, as the others may be in one or gone. A rank that nobody joins in this goes on after ``ALIKE_S``; rank 0
@@ -262,7 +262,7 @@ def first_not_none(value: T | None) -> T | None:
 def from_main(make: Callable[[], T]) -> T:
     """What ``make`` returns or raises on rank 0, on every rank; the others wait for it and do not call it.
 
-    An error that has travelled is marked ``told``: rank 0 reports it.
+    An error that has travelled is marked ``reported``: rank 0 reports it.
     """
     if world() == 1:
         return make()
@@ -275,7 +275,7 @@ def from_main(make: Callable[[], T]) -> T:
     with answered():
         distributed.broadcast_object_list(box)
     if box[1] is not None:
-        box[1].told = not is_main()
+        box[1].reported = not is_main()
         raise box[1]
     return box[0]
 

@@ -174,7 +174,7 @@ class Wait:
         self.start = time.monotonic()
         self.named = self.start  # when the marker last had a name in it, or was another file
         self.file = 0
-        self.told = False
+        self.reported = False
 
     def look(self) -> bool:
         """Called at every poll; False, as the wait goes on."""
@@ -185,8 +185,8 @@ class Wait:
                 self.file, self.named = file, now
             if now - self.named > EMPTY_S or is_zombie(name):
                 self.lock.break_lock()
-            elif now - self.start > self.silent_s and not self.told:
-                self.told = True
+            elif now - self.start > self.silent_s and not self.reported:
+                self.reported = True
                 log.warning("waiting for %s, which holds %s", holder(self.path), self.path)
         return False
 

@@ -60,5 +60,5 @@ def made_with(packages: Iterable[str]) -> dict[str, Any]:
 def sentence(made: dict[str, Any]) -> str:
     """Markdown that says so of results that ``made["command"]`` makes; versions are a mapping or a text."""
     used = made["versions"]
-    told = used if isinstance(used, str) else ", ".join(f"{name} {number}" for name, number in used.items())
-    return f"Made by {code(made['command'])} on {made['date']}, commit {made['commit']}, {told}, {made['machine']}."
+    versions = used if isinstance(used, str) else ", ".join(f"{name} {number}" for name, number in used.items())
+    return f"Made by {code(made['command'])} on {made['date']}, commit {made['commit']}, {versions}, {made['machine']}."

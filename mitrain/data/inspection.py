@@ -44,7 +44,7 @@ class Picture:
     unlike_index: bool = False  # its content is not what the picture index said of a file with these times
 
 
-def survey(
+def inspect_splits(
     kind: Any,
     splits: Mapping[str, Samples],
     root: Path,

@@ -20,7 +20,7 @@ from mitrain.data.features import FeatureNorm
 from mitrain.data.sources import portion
 from mitrain.inference import scoring
 from mitrain.methods import export_format
-from mitrain.methods.base import Adapter
+from mitrain.methods.base import Adapter, check_free
 from mitrain.methods.export_format import Contents, EncoderPart, PreprocessPart, RunPart
 from mitrain.methods.export_format.contents import ANSWER_LENGTH, ANSWERS_KEPT, PROMPTS_KEPT
 from mitrain.models import VisionEncoder, loading
@@ -56,15 +56,14 @@ def export(
         found = scoring.score_run(run_dir, split=split, control="none", which=which, samples=samples)
         metrics[split] = {key: value for key, value in found.items() if key not in ("split", "step", "run", "control")}
     counts = export_format.count(model.trainable.values(), model.text.model)
-    settings = {"name": run_config.adapter.section_name, **model.adapter.config.to_dict()}
     base = export_format.without_home(run_config.model.llm)
-    fields = export_format.method_fields(settings, model.text.model.config, base, counts)
+    fields = export_format.method_fields(model.adapter, model.text.model.config, base, counts)
     fields["run"] = run_part(run_config, model, saved, metrics, Path(out)).to_dict()
     fields["frozen"] = runs.frozen_of(saved) or None
     tensors = {name: saved.tensors[name] for name in model.trainable}
     tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
-    licences, alone = known_licences(), model.adapter.backbones == ("text",)
-    peft = model.adapter.peft_files(tensors["adapter"], base)
+    licences, alone = known_licences(), model.adapter.traits.backbones == ("text",)
+    peft = export_format.peft_files(model.adapter, tensors["adapter"], base)
     card = lambda contents: export_format.model_card(contents, licences, alone)  # noqa: E731
     folder = export_format.publish(out, fields, tensors, card, peft)
     tell_folders([base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["vision"])])
@@ -231,14 +230,14 @@ def load_adapter(
         norm = feature_norm(published)
     except UserError as error:
         raise CheckpointError(f"{published.path}: {error}") from None
-    if adapter.backbones != ("text",):
+    if adapter.traits.backbones != ("text",):
         raise ModelError(
-            f"{published.path}: {adapter.method} attaches to the image encoder too, not to a language model alone: open a"
-            " run's export with mitrain.from_pretrained"
+            f"{published.path}: {adapter.traits.name} attaches to the image encoder too, not to a language model alone:"
+            " open a run's export with mitrain.from_pretrained"
         )
     check_base(model, contents, folder, allow_changes)
-    adapter.check_free({"text": model})
-    check_room(methods.build(section), model, published)
+    check_free({"text": model}, adapter.traits.name)
+    check_size(methods.build(section), model, published)
     adapter.attach({"text": model})
     try:
         checkpoint.restore(adapter, published.tensors["adapter"], f"adapter in {published.path}")
@@ -260,7 +259,7 @@ def check_base(model: PreTrainedModel, contents: Contents, folder: str | Path, a
     runs.check_frozen(there, lambda: named_digests("text", found), folder, allow_changes)
 
 
-def check_room(twin: Adapter, model: PreTrainedModel, published: export_format.Published) -> None:
+def check_size(twin: Adapter, model: PreTrainedModel, published: export_format.Published) -> None:
     """CheckpointError where the settings make more numbers than the saved file has bytes; no memory is taken for them."""
     twin.attach({"text": loading.weightless(model)})
     count, held = loading.count_parameters(twin), published.contents.tensors.bytes

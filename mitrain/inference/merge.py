@@ -28,7 +28,7 @@ def export_merged(run_dir: str | Path, out: str | Path, which: str = "best") -> 
     """
     out = export_format.check_target(out)
     run = runs.open_run(run_dir, which)
-    model, changed = run.model, set(run.model.adapter.backbones)
+    model, changed = run.model, set(run.model.adapter.traits.backbones)
     run.model.adapter.merge()
     contents = {
         "method": run.config.adapter.section_name,

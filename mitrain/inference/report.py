@@ -89,7 +89,7 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
     name = run.config.name
     plain = score_split(run, chosen, images, "none", generate=run.model.task.speaks, seed=run.config.seed)
     found: dict[str, Any] = {name: plain.metrics, "figure": (images, chosen, plain)}
-    blind = not run.model.adapter.text_depends_on_input
+    blind = not run.model.adapter.traits.text_depends_on_input
     for control in run.model.task.controls:
         if not (blind and control == "frozen"):
             found[LABELS[control].format(name=name)] = score_split(

@@ -17,7 +17,7 @@ from mitrain.core.files import atomic_folder, write_atomic
 from mitrain.core.parsing import is_whole
 from mitrain.data.features import ImageFeatures
 from mitrain.data.images import BadSamples, open_image
-from mitrain.data.inspection import survey
+from mitrain.data.inspection import inspect_splits
 from mitrain.data.sources import limit, portion
 from mitrain.models.digests import frozen_digest
 from mitrain.tasks import TASKS, figures
@@ -200,13 +200,17 @@ def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[di
     splits = {split: data.read(root, split) for split in data.split_names(root)}
     task = TASKS[run_config.task.section_name]
     sheet, cache = out / f"{run_config.name}.png", cache_root(run_config)
-    report, text = survey(task, splits, data.image_root(root), sheet, data.max_pixels, cache=cache)
+    report, text = inspect_splits(task, splits, data.image_root(root), sheet, data.max_pixels, cache=cache)
     known = answers_by_prompt(splits.get("train", ())) if task.remembers else None
-    report["cautions"] = [line for split, samples in splits.items() for line in told(task, samples, split, known)]
+    report["cautions"] = [
+        line for split, samples in splits.items() for line in cautions_of(task, samples, split, known)
+    ]
     return report, "\n".join([text, *report["cautions"]])
 
 
-def told(task: type[Task], samples: Sequence[Any], split: str, known: Mapping[str, Sequence[str]] | None) -> list[str]:
+def cautions_of(
+    task: type[Task], samples: Sequence[Any], split: str, known: Mapping[str, Sequence[str]] | None
+) -> list[str]:
     """The cautions about a split, or why it cannot be scored at all."""
     try:
         return cautions(task, samples, split, known)

@@ -15,7 +15,8 @@ from mitrain.methods.pmf.pmf import PMF
 from mitrain.methods.visual_prefix import VisualPrefix
 
 METHODS: dict[str, type[Adapter]] = {
-    kind.method: kind for kind in (MiT, PMF, MoPE, Aurora, NoAdapter, LoRA, IA3, Prompt, Prefix, VisualPrefix, Full)
+    kind.traits.name: kind
+    for kind in (MiT, PMF, MoPE, Aurora, NoAdapter, LoRA, IA3, Prompt, Prefix, VisualPrefix, Full)
 }
 
 

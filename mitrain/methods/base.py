@@ -5,18 +5,21 @@ modules and the attention interface, and takes itself off again without a trace.
 
     MiT     binds one vector per modality; maps in the infused layers turn it into factors of keys, values and FFN.
     PMF     attaches to two encoders: ``encode`` runs the fusion layers of both in turn, each once for its query
-            prompts and once for the fusion; ``first_layer`` = depth - L_f.
+            prompts and once for the fusion; its first layers = depth - L_f.
     MoPE    attaches to two encoders: every layer of the main one gets prompts that depend on the other's
-            vector, with weights from a router; ``extra_loss`` is the importance loss; ``first_layer`` = 0.
+            vector, with weights from a router; ``extra_loss`` is the importance loss; its first layers = 0.
     Aurora  a forward hook of every tuned projection adds U diag(λ ⊙ p_n) Vᵀ x, with U and V shared by all backbones;
             needs no features; ``merge`` adds the same matrices to the frozen weights.
+
+Public names are for training, tasks and users; those with an underscore are between this class and the methods.
 """
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,8 +28,53 @@ from mitrain.core.config import Section
 from mitrain.core.errors import ModelError
 from mitrain.methods import export_format
 from mitrain.methods.refusals import guard_saving
-from mitrain.models import costs, frozen, quant
+from mitrain.models import frozen, quant
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
+from mitrain.models.layers import Layers
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method is, before it is attached to anything.
+
+    ``name``: of its settings (``Section``), in METHODS and of the submodule that it is while attached; no points.
+    ``backbones``: those that it attaches to; with ``image``, ``encode`` is given the states that enter its changed layers.
+    ``runs_layers``: it runs the layers itself: ``encode`` is always given the states that enter each backbone's first
+    changed layer. ``wraps_text_model``: ``encode`` goes through a model around the text model, which the language head
+    knows nothing of. ``text_depends_on_input``: so does ``Outputs.text``; ``infused=False`` of the inputs leaves them out
+    while the rest stays. ``passes``: how often ``encode`` runs each changed layer, for estimates of memory.
+    ``checkpointing``: it can keep only the inputs of the changed layers for backward and compute the rest again.
+    """
+
+    name: str
+    backbones: tuple[str, ...] = ("text",)
+    runs_layers: bool = False
+    wraps_text_model: bool = False
+    text_depends_on_input: bool = False
+    passes: int = 1
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What follows from the backbones that an adapter is attached to.
+
+    ``first_layers``: of each backbone the lowest layer that the adapter changes (their number where it changes none);
+    those below are a frozen function. ``image_width``, ``joint_width``: widths of ``Outputs.image`` and ``Outputs.joint``;
+    0: the frozen encoders' feature, and no joint state. ``modalities``: the features that ``conditioned`` gives to passes
+    of the text model alone, with their widths e.
+    For the dry run and comparisons: ``infused_parameters``, by the index of each text layer that infused attention runs
+    in, and ``macs``, the multiply-accumulates that the method adds to a sample's forward pass; None: not known.
+    ``peft``: PEFT's own configuration and its name for each of our tensors, where PEFT can load the adapter by itself.
+    """
+
+    first_layers: Mapping[str, int]
+    image_width: int = 0
+    joint_width: int = 0
+    modalities: Mapping[str, int] = field(default_factory=dict)
+    infused_parameters: Mapping[int, int] = field(default_factory=dict)
+    macs: int | None = None
+    peft: tuple[Any, Callable[[str], str]] | None = None
 
 
 class Adapter(nn.Module, ABC):
@@ -37,53 +85,44 @@ class Adapter(nn.Module, ABC):
     The backbones stay without gradients and in eval mode, also after ``backbone.train()``.
     """
 
-    method: ClassVar[str]
-    """Its name: of its settings (``Section``), in METHODS and of the submodule that it is while attached; no points."""
-    backbones: ClassVar[tuple[str, ...]] = ("text",)
-    """The backbones that it attaches to; with ``image``, ``encode`` is given the states that enter its changed layers."""
-    runs_layers: ClassVar[bool] = False
-    """It runs the layers itself: ``encode`` is always given the states that enter ``first_layer`` of each backbone."""
-    wraps_text_model: ClassVar[bool] = False
-    """`encode` goes through a model around the text model, which the language head knows nothing of."""
-    text_depends_on_input: ClassVar[bool] = False
-    """A reading's ``text`` depends on the picture; ``picture.infused=False`` leaves it out while the rest stays."""
-    passes: ClassVar[int] = 1
-    """How often `encode` runs each changed layer, for estimates of memory."""
-    feature_widths: Mapping[str, int] = {}
-    """The modalities that `conditioned` gives to passes of the text model alone, each with its feature width e."""
+    traits: Traits
+    """The class's; its constructor replaces what depends on the settings."""
     config: Section
     """The settings, all that its constructor takes; an export writes them and makes the adapter from them again."""
+    attachment: Attachment | None
+    """None while it is attached to nothing."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.attachment = None
         self._backbones: dict[str, PreTrainedModel] = {}
         self._undo = contextlib.ExitStack()
-        self.backend = "auto"
+        self._image: Layers | None = None  # of an image encoder that a method changes by modules or weights
+        self._backend, self._checkpoint = "auto", False
 
     # What a method implements
 
     @abstractmethod
-    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        """Check the backbones, create parameters, put hooks in place; register each undoing step with ``undo``.
+    def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
+        """Check the backbones, create parameters, put hooks in place; give ``_undo.callback`` what takes each off again.
 
-        Called again after `detach`, perhaps with other backbones: existing parameters are kept, and must fit. Also called
-        on models without storage (meta device), where the tensors get the same names and shapes.
+        ``_backend`` and ``_checkpoint`` are what `attach` was asked for. Called again after `detach`, perhaps with other
+        backbones: existing parameters are kept, and must fit. Also called on models without storage (meta device), where
+        the tensors get the same names and shapes.
         """
 
-    @abstractmethod
-    def first_layer(self, name: str) -> int:
-        """The lowest layer of backbone ``name`` that the adapter changes; those below are a frozen function."""
-
-    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
+    def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
         """One pass of the adapted backbones over texts, pictures or (row by row) both.
 
         With one of them alone it is what a dual encoder needs: that modality by itself.
         """
-        text = None
-        if words is not None:
-            with self.conditioned(picture):
-                text = frozen.last_hidden(self._backbones["text"], words)
-        return Outputs(text, words and words.mask, picture and picture.feature)
+        text, image = None, inputs and inputs.feature
+        if texts is not None:
+            with self.conditioned(inputs):
+                text = frozen.last_hidden(self._backbones["text"], texts)
+        if inputs is not None and self._image is not None:
+            _, image = self._image.encode_image(inputs)
+        return Outputs(text, texts and texts.mask, image)
 
     @contextlib.contextmanager
     def conditioned(self, inputs: ModalityInputs | None, copies: int = 1) -> Iterator[None]:
@@ -91,50 +130,22 @@ class Adapter(nn.Module, ABC):
         the method reads them there; nothing to do for one that only `encode` gives them to."""
         yield
 
-    def image_width(self, feature: int) -> int:
-        """Width of a reading's ``image``; ``feature``: e of the frozen encoders' global feature."""
-        return feature
-
-    @property
-    def joint_width(self) -> int:
-        """Width of a reading's ``joint``; 0: it has none."""
-        return 0
-
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the backbones compute what they would without the adapter: nothing to do where only `encode` differs."""
         yield
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Keep only the inputs of the changed layers for backward and compute the rest again."""
-        if enabled:
-            raise ModelError(f"{self.method} has no activation checkpointing: switch it off")
-
     def extra_loss(self) -> tuple[Tensor, Tensor] | None:
         """A regulariser of the last forward pass as (sum, count), or None; training adds its mean to the loss's mean."""
         return None
-
-    def merge(self) -> None:
-        """Fold the adapter into the frozen weights, where its effect does not depend on the input."""
-        raise ModelError(f"{self.method} depends on each sample's features and cannot be merged: keep it attached")
-
-    def peft_files(self, tensors: Mapping[str, Tensor], base: str) -> export_format.PeftFiles | None:
-        """The state dict ``tensors`` as PEFT saves it, trained on the model ``base``; None where PEFT cannot load it."""
-        return None
-
-    # What the dry run and comparisons ask, for numbers that no method owes
-
-    def infused_parameters(self) -> Mapping[int, int]:
-        """Parameters by the index of each text layer that infused attention runs in; empty for other methods."""
-        return {}
 
     def usage(self) -> Mapping[str, float]:
         """What a row of a comparison is to keep of the last training pass, as how evenly experts were used."""
         return {}
 
-    def macs(self, llm: costs.LlmShape) -> int:
-        """Multiply-accumulates that the method adds to a sample's forward pass on a text model of shape ``llm``."""
-        raise ModelError(f"the multiply-accumulates of {self.method} are not known: leave out count.macs")
+    def merge(self) -> None:
+        """Fold the adapter into the frozen weights, where its effect does not depend on the input, and `detach` it."""
+        raise ModelError(f"{self.traits.name} depends on each sample's features and cannot be merged: keep it attached")
 
     # What every method inherits
 
@@ -146,73 +157,59 @@ class Adapter(nn.Module, ABC):
         checkpoint: activation checkpointing of the layers that the adapter changes. backend: see ``KernelConfig``.
         Raises ModelError where one of ``backbones`` is missing, has such an adapter or is computed wrongly here.
         """
+        name = self.traits.name
         if self._backbones:
-            raise ModelError(f"this {self.method} adapter is attached already: call detach() first")
-        self.check_free(backbones)
-        if missing := [name for name in self.backbones if name not in backbones]:
+            raise ModelError(f"this {name} adapter is attached already: call detach() first")
+        check_free(backbones, name)
+        if missing := [each for each in self.traits.backbones if each not in backbones]:
             raise ModelError(
-                f"{self.method} attaches to {' and '.join(self.backbones)} models: give it the {missing[0]} model"
+                f"{name} attaches to {' and '.join(self.traits.backbones)} models: give it the {missing[0]} model"
             )
+        if checkpoint and not self.traits.checkpointing:
+            raise ModelError(f"{name} has no activation checkpointing: switch it off")
         for backbone in backbones.values():
             quant.check_four_bit(backbone)
-        self.backend = backend
+        self._backend, self._checkpoint = backend, checkpoint
         try:
             for backbone in backbones.values():
                 self._freeze(backbone)
-            self.install(backbones)
-            self.set_checkpointing(checkpoint)
+            self.attachment = self._install(backbones)
             self._backbones = dict(backbones)
             for backbone in backbones.values():
-                backbone.add_module(self.method, self)
-                self.undo(delattr, backbone, self.method)
+                backbone.add_module(name, self)
+                self._undo.callback(delattr, backbone, name)
                 for model in {backbone, getattr(backbone, "base_model", backbone)}:
-                    self.undo(guard_saving(model, self.method))
+                    self._undo.callback(guard_saving(model, name))
             self.train(self.training)
         except BaseException:
             self.detach()
             raise
         return self
 
-    def check_free(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        """ModelError where one of the ``backbones`` has such an adapter."""
-        for name, backbone in backbones.items():
-            if hasattr(backbone, self.method):
-                raise ModelError(
-                    f"the {name} model has a {self.method} adapter (or attribute) already: detach it first"
-                )
-
     def detach(self) -> None:
         """Leave the backbones exactly as found; the adapter keeps its parameters and can be attached again."""
         self._undo.close()
-        self._backbones = {}
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if self._backbones:  # a copy's hooks would be the original's
-            raise ModelError(
-                f"a model with a {self.method} adapter attached cannot be copied or pickled: call the adapter's detach()"
-                " first, and attach again (or mitrain.load_adapter) on the copy"
-            )
-        return super().__reduce_ex__(protocol)
+        self._backbones, self.attachment = {}, None
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the attached adapter to a new ``folder``, whole or not at all; PEFT's own files too where `peft_files` can.
+        """Write the attached adapter to a new ``folder``, whole or not at all; PEFT's own files too where it has such.
 
         `mitrain.load_adapter` attaches it to another model of the same shape. A run is exported with its head and
         encoders by ``mitrain export``.
         """
         if "text" not in self._backbones:
-            raise ModelError(f"this {self.method} adapter is not attached to a language model: call attach() first")
-        model = self._backbones["text"]
-        settings = {"name": self.method, **self.config.to_dict()}
-        base = export_format.without_home(model.name_or_path)
-        fields = export_format.method_fields(settings, model.config, base, export_format.count([self], model))
-        tensors = self.state_dict()
-        peft = self.peft_files(tensors, base)
-        return export_format.publish(folder, fields, {"adapter": tensors}, export_format.model_card, peft)
+            raise ModelError(
+                f"this {self.traits.name} adapter is not attached to a language model: call attach() first"
+            )
+        return export_format.publish_adapter(folder, self, self._backbones["text"])
 
-    def undo(self, function: Any, *args: Any) -> None:
-        """Call ``function(*args)`` on ``detach``, the latest first."""
-        self._undo.callback(function, *args)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._backbones:  # a copy's hooks would be the original's
+            raise ModelError(
+                f"a model with a {self.traits.name} adapter attached cannot be copied or pickled: call the adapter's"
+                " detach() first, and attach again (or mitrain.load_adapter) on the copy"
+            )
+        return super().__reduce_ex__(protocol)
 
     def train(self, mode: bool = True) -> "Adapter":
         """Set the adapter's own mode; the frozen backbones around it go back to eval mode."""
@@ -227,11 +224,18 @@ class Adapter(nn.Module, ABC):
     def _freeze(self, backbone: PreTrainedModel) -> None:
         trainable = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
         training = [module for module in backbone.modules() if module.training]
-        self.undo(_restore, trainable, training)
+        self._undo.callback(_restore, trainable, training)
         for parameter in trainable:
             parameter.requires_grad_(False)
         for module in training:
             module.training = False
+
+
+def check_free(backbones: Mapping[str, PreTrainedModel], method: str) -> None:
+    """ModelError where one of the ``backbones`` has such an adapter."""
+    for name, backbone in backbones.items():
+        if hasattr(backbone, method):
+            raise ModelError(f"the {name} model has a {method} adapter (or attribute) already: detach it first")
 
 
 def _restore(trainable: list[nn.Parameter], training: list[nn.Module]) -> None:

@@ -7,24 +7,21 @@ Shapes: B samples, T tokens, D width of the text model, P virtual tokens.
 """
 
 import contextlib
-import json
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mitrain.core.config import Section
 from mitrain.core.errors import MissingExtraError, ModelError
-from mitrain.methods import export_format
-from mitrain.methods.base import Adapter
+from mitrain.methods.base import Adapter, Attachment, Traits
 from mitrain.methods.selection import LayersSetting, select_layers
 from mitrain.models import layouts, loading, quant
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
@@ -75,68 +72,57 @@ class Injected(Adapter):
     ``weights`` holds PEFT's parameters under their names in the frozen models, a point written as a slash.
     """
 
-    backbones: ClassVar[tuple[str, ...]] = ("text", "image")
-
     def __init__(self, config: InjectedConfig):
         super().__init__()
         self.config = config
-        self.backbones = ("text",) if config.where == "text" else ("text", "image")
+        self.traits = replace(self.traits, backbones=("text",) if config.where == "text" else ("text", "image"))
         self.weights = nn.ParameterDict()
-        self._layers: dict[str, list[int]] = {}
-        self._depth: dict[str, int] = {}
-        self._image: Layers | None = None
-        self._peft: dict[str, Any] = {}
 
     def peft_config(self, names: list[str], model: nn.Module) -> Any:
         """PEFT's own configuration for the projections ``names`` of ``model``."""
         raise NotImplementedError
 
-    def peft_files(self, tensors: Mapping[str, Tensor], base: str) -> export_format.PeftFiles | None:
-        if self.config.where != "text":  # PEFT would load the text model's half and say nothing of the other
-            return None
-        return saved_config(self._peft["text"], base), {peft_name(name): tensor for name, tensor in tensors.items()}
-
-    def first_layer(self, name: str) -> int:
-        return min(self._layers.get(name, [self._depth[name]]))
-
-    def image_width(self, feature: int) -> int:
-        return feature if self._image is None else self._image.width
-
-    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        self._depth = {name: len(layouts.layers_of(model)) for name, model in backbones.items()}
-        self._image = Layers.of(backbones["image"]) if "image" in self.backbones else None
+    def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
+        first_layers = {name: len(layouts.layers_of(model)) for name, model in backbones.items()}
+        self._image = Layers.of(backbones["image"]) if "image" in self.traits.backbones else None
         new: dict[str, nn.Parameter] = {}
         for name in SIDES[self.config.where]:
-            self._layers[name] = select_layers(self.config.layers, self._depth[name])
-            new |= self._inject(name, backbones[name])
+            indices = select_layers(self.config.layers, first_layers[name])
+            first_layers[name] = indices[0]
+            peft, added = self._inject(name, backbones[name], indices)
+            new |= added
         if len(self.weights) and {n: p.shape for n, p in self.weights.items()} != {n: p.shape for n, p in new.items()}:
-            raise ModelError(f"this {self.method} was made for a model of other widths or depth: make a new one")
+            raise ModelError(f"this {self.traits.name} was made for a model of other widths or depth: make a new one")
         for key, parameter in new.items():
             if key in self.weights:
                 put(backbones, key, self.weights[key])
             else:
                 self.weights[key] = parameter
+        width = 0 if self._image is None else self._image.width
+        # Of two models PEFT would load the text model's half and say nothing of the other.
+        return Attachment(first_layers, width, peft=(peft, peft_name) if self.config.where == "text" else None)
 
-    def _inject(self, side: str, model: PreTrainedModel) -> dict[str, nn.Parameter]:
-        found = list(projections(model, self.config.targets, self._layers[side]))
+    def _inject(self, side: str, model: PreTrainedModel, layers: list[int]) -> tuple[Any, dict[str, nn.Parameter]]:
+        """PEFT's configuration, and the parameters that it has put into ``layers`` of ``model``, by our names."""
+        found = list(projections(model, self.config.targets, layers))
         whole = {id(module): name for name, module in model.named_modules()}
         names = []
         for owner, attribute, module in found:
             if not isinstance(module, nn.Linear | Conv1D):
                 raise ModelError(
-                    f"{self.method} needs float projections, and the {side} model's are {type(module).__name__}:"
+                    f"{self.traits.name} needs float projections, and the {side} model's are {type(module).__name__}:"
                     " set model.quantize=none"
                 )
             names.append(whole[id(module)])
-            self.undo(setattr, owner, attribute, module)
-        before, self._peft[side] = {id(p) for p in model.parameters()}, self.peft_config(names, model)
+            self._undo.callback(setattr, owner, attribute, module)
+        before, settings = {id(p) for p in model.parameters()}, self.peft_config(names, model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of what is meant here: no PeftModel around the model
-            library().inject_adapter_in_model(self._peft[side], model)
+            library().inject_adapter_in_model(settings, model)
         added = {n: p for n, p in model.named_parameters() if id(p) not in before}
         for parameter in added.values():  # PEFT makes them in the projection's type, where small updates would be lost
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        return {f"{side}/{name.replace('.', '/')}": parameter for name, parameter in added.items()}
+        return settings, {f"{side}/{name.replace('.', '/')}": parameter for name, parameter in added.items()}
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -148,12 +134,6 @@ class Injected(Adapter):
         finally:
             for layer in layers:
                 layer._disable_adapters = False
-
-    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
-        found = super().encode(words, picture)
-        if picture is None or self._image is None:
-            return found
-        return Outputs(found.text, found.mask, self._image.encode_image(picture)[1])
 
     def merge(self) -> None:
         """Fold PEFT's parts into the frozen weights, by PEFT's own arithmetic, and take the adapter off."""
@@ -170,7 +150,7 @@ class Injected(Adapter):
 class LoRA(Injected):
     """LoRA on the chosen projections."""
 
-    method: ClassVar[str] = "lora"
+    traits = Traits("lora")
 
     def peft_config(self, names: list[str], model: nn.Module) -> Any:
         config = self.config
@@ -181,7 +161,7 @@ class LoRA(Injected):
 class IA3(Injected):
     """IA³ on keys, values and the feed-forward's last projection."""
 
-    method: ClassVar[str] = "ia3"
+    traits = Traits("ia3")
 
     def peft_config(self, names: list[str], model: nn.Module) -> Any:
         feed_forward = [name for name in names if kind_of(within_layer(name)) == "mlp"]
@@ -207,54 +187,45 @@ class PrefixConfig(VirtualConfig, kind="adapter", name="prefix"):
 class Virtual(Adapter):
     """A PEFT method that puts trained vectors before the text; ``prompt_encoder`` is PEFT's."""
 
-    wraps_text_model: ClassVar[bool] = True
-
     def __init__(self, config: VirtualConfig):
         super().__init__()
         self.config = config
         self.prompt_encoder: nn.Module | None = None
-        self._peft: Any = None
 
     def peft_config(self, model: PreTrainedModel) -> Any:
         """PEFT's own configuration for ``model``."""
         raise NotImplementedError
 
-    def first_layer(self, name: str) -> int:
-        return 0
-
-    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
+    def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
         base = backbones["text"].base_model
-        check_room(base, self.config.tokens, 1)
+        check_positions(base, self.config.tokens, 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wrapped = library().get_peft_model(base, self.peft_config(base))
-        made, self._peft = wrapped.prompt_encoder["default"], wrapped.peft_config["default"]
+        made = wrapped.prompt_encoder["default"]
         if self.prompt_encoder is None:
             self.prompt_encoder = made.to(next(base.parameters()).device)
         elif [p.shape for p in made.parameters()] != [p.shape for p in self.prompt_encoder.parameters()]:
-            raise ModelError(f"this {self.method} was made for a model of other widths or depth: make a new one")
+            raise ModelError(f"this {self.traits.name} was made for a model of other widths or depth: make a new one")
         wrapped.prompt_encoder["default"] = self.prompt_encoder
         object.__setattr__(self, "_wrapped", wrapped)
-        self.undo(object.__setattr__, self, "_wrapped", None)
+        self._undo.callback(object.__setattr__, self, "_wrapped", None)
+        return Attachment({"text": 0}, peft=(wrapped.peft_config["default"], lambda _: "prompt_embeddings"))
 
-    def peft_files(self, tensors: Mapping[str, Tensor], base: str) -> export_format.PeftFiles | None:
-        (vectors,) = tensors.values()
-        return saved_config(self._peft, base), {"prompt_embeddings": vectors}
-
-    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
+    def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
         text = None
-        if words is not None:
-            check_room(self._wrapped.get_base_model(), self.config.tokens, words.ids.shape[1])
-            options = {"attention_mask": words.mask, "use_cache": self.method == "prefix"}
-            hidden = self._wrapped(input_ids=words.ids, **options).last_hidden_state
-            text = hidden[:, -words.ids.shape[1] :]
-        return Outputs(text, words and words.mask, picture and picture.feature)
+        if texts is not None:
+            check_positions(self._wrapped.get_base_model(), self.config.tokens, texts.ids.shape[1])
+            options = {"attention_mask": texts.mask, "use_cache": self.traits.name == "prefix"}
+            hidden = self._wrapped(input_ids=texts.ids, **options).last_hidden_state
+            text = hidden[:, -texts.ids.shape[1] :]
+        return Outputs(text, texts and texts.mask, inputs and inputs.feature)
 
 
 class Prompt(Virtual):
     """Prompt tuning."""
 
-    method: ClassVar[str] = "prompt"
+    traits = Traits("prompt", wraps_text_model=True)
 
     def peft_config(self, model: PreTrainedModel) -> Any:
         return library().PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=self.config.tokens)
@@ -263,7 +234,7 @@ class Prompt(Virtual):
 class Prefix(Virtual):
     """Prefix tuning."""
 
-    method: ClassVar[str] = "prefix"
+    traits = Traits("prefix", wraps_text_model=True)
 
     def peft_config(self, model: PreTrainedModel) -> Any:
         if not Layers.of(model).causal:
@@ -273,7 +244,7 @@ class Prefix(Virtual):
         return library().PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=self.config.tokens)
 
 
-def check_room(model: PreTrainedModel, virtual: int, tokens: int) -> None:
+def check_positions(model: PreTrainedModel, virtual: int, tokens: int) -> None:
     """ModelError where ``virtual`` vectors and a text of ``tokens`` tokens are more than the model has positions for."""
     limit = loading.positions(model)
     if limit and virtual + tokens > limit:
@@ -288,14 +259,6 @@ def put(backbones: Mapping[str, nn.Module], key: str, parameter: nn.Parameter) -
     side, *path = key.split("/")
     *owner, name = path
     setattr(backbones[side].get_submodule(".".join(owner)), name, parameter)
-
-
-def saved_config(config: Any, base: str) -> dict[str, Any]:
-    """What PEFT writes of ``config`` for an adapter that was trained on the model ``base``."""
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        values = json.loads((Path(folder) / "adapter_config.json").read_text())
-    return {**values, "base_model_name_or_path": base}
 
 
 def peft_name(name: str) -> str:

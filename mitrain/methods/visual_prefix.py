@@ -8,7 +8,6 @@ Shapes: B samples, T text tokens, N patches, P visual tokens, c width of the ima
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -18,8 +17,8 @@ from transformers import PreTrainedModel
 
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.methods.base import Adapter
-from mitrain.methods.peft import LoRA, LoRAConfig, check_room
+from mitrain.methods.base import Adapter, Attachment, Traits
+from mitrain.methods.peft import LoRA, LoRAConfig, check_positions
 from mitrain.models import frozen
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers, beside
@@ -48,52 +47,47 @@ class VisualPrefix(Adapter):
     projector(x) = W_2 GELU(W_1 x + b_1) + b_2 with inner width D, on the image encoder's final, normalised patch tokens.
     """
 
-    method: ClassVar[str] = "visual-prefix"
-    backbones: ClassVar[tuple[str, ...]] = ("text", "image")
-    text_depends_on_input: ClassVar[bool] = True
+    traits = Traits("visual-prefix", backbones=("text", "image"), text_depends_on_input=True)
 
     def __init__(self, config: VisualPrefixConfig):
         super().__init__()
         self.config = config
         self.projector: nn.Sequential | None = None
         self.lora = LoRA(LoRAConfig(rank=config.lora_rank, alpha=2 * config.lora_rank)) if config.lora_rank else None
-        self._image: Layers | None = None
         self._text: Layers | None = None
 
-    def first_layer(self, name: str) -> int:
-        return 0 if name == "text" else self._image.depth
-
-    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
+    def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
         self._image, self._text = Layers.of(backbones["image"]), Layers.of(backbones["text"])
         widths, text = (self._image.width, self._text.width), self._text.model
         if self.projector is None:
-            place = {"device": text.device, "dtype": torch.promote_types(text.dtype, torch.float32)}
-            layers = nn.Linear(widths[0], widths[1], **place), nn.GELU(), nn.Linear(widths[1], widths[1], **place)
+            factory = {"device": text.device, "dtype": torch.promote_types(text.dtype, torch.float32)}
+            layers = nn.Linear(widths[0], widths[1], **factory), nn.GELU(), nn.Linear(widths[1], widths[1], **factory)
             self.projector = nn.Sequential(*layers)
         elif (self.projector[0].in_features, self.projector[2].out_features) != widths:
             raise ModelError("this visual prefix was made for models of other widths: make a new one")
         if self.lora is not None:
-            self.lora.install({"text": backbones["text"]})
-            self.undo(self.lora.detach)
+            self.lora._install({"text": backbones["text"]})
+            self._undo.callback(self.lora.detach)
+        return Attachment({"text": 0, "image": self._image.depth})
 
-    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
-        image = picture and picture.feature
-        if words is None:
+    def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
+        image = inputs and inputs.feature
+        if texts is None:
             return Outputs(image=image)
-        if picture is None or not picture.infused:
-            return Outputs(frozen.last_hidden(self._text.model, words), words.mask, image)
-        embeddings = self._text.model.get_input_embeddings()(words.ids)
-        visual = self.visual_tokens(picture).to(embeddings)  # the embeddings' device, too
-        check_room(self._text.model, visual.shape[1], words.ids.shape[1])
-        prompted = beside(embeddings, words.mask, before=[visual])
+        if inputs is None or not inputs.infused:
+            return Outputs(frozen.last_hidden(self._text.model, texts), texts.mask, image)
+        embeddings = self._text.model.get_input_embeddings()(texts.ids)
+        visual = self.visual_tokens(inputs).to(embeddings)  # the embeddings' device, too
+        check_positions(self._text.model, visual.shape[1], texts.ids.shape[1])
+        prompted = beside(embeddings, texts.mask, before=[visual])
         given = {"inputs_embeds": prompted.states, "attention_mask": prompted.visible, "use_cache": False}
         text, _ = prompted.parted(self._text.model(**given).last_hidden_state)
-        return Outputs(text, words.mask, image)
+        return Outputs(text, texts.mask, image)
 
-    def visual_tokens(self, picture: ModalityInputs) -> Tensor:
+    def visual_tokens(self, inputs: ModalityInputs) -> Tensor:
         """(B, P, D)."""
         with torch.no_grad():
-            tokens, _ = self._image.encode_image(picture)
+            tokens, _ = self._image.encode_image(inputs)
         return self.projector(self._averaged(tokens).to(self.projector[0].weight.dtype))
 
     def _averaged(self, tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ e width of an infused feature, n infused layers.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Protocol
+from typing import Any
 
 from mitrain.core.errors import ConfigError
 from mitrain.models.layouts import LAYOUTS, LLAMA
@@ -168,55 +168,6 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"the model configuration has {key}={value!r}: give a whole number of at least 1")
     return value
-
-
-class LayerWidths(Protocol):
-    """The widths of one layer that MiT's maps follow; `LlmShape` has them."""
-
-    @property
-    def heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def ffn(self) -> int: ...
-
-
-def mit_layer_parameters(features: Sequence[int], llm: LayerWidths, *, maps: int = 3, ffn: bool = True) -> int:
-    """Parameters that MiT adds to one infused layer, summed over modalities of the given feature widths e.
-
-        Σ_m [ a (e_m · H d + H d) + (e_m f + f) + H ]        a = 3 affine ``maps``, or 4 with the release's additive key map
-
-    Every map has the width H d of the query heads, also with grouped keys and values.
-    """
-    width = llm.heads * llm.head_dim
-    outputs = maps * width + (llm.ffn if ffn else 0)
-    return sum((e + 1) * outputs + llm.heads for e in features)
-
-
-def mit_layer_macs(features: Sequence[int], llm: LlmShape, *, maps: int = 3, ffn: bool = True) -> int:
-    """MACs of one infused layer's maps, once per sample whatever its length: its weights without the biases."""
-    outputs = maps * llm.heads * llm.head_dim + (llm.ffn if ffn else 0)
-    return sum(e * outputs for e in features)
-
-
-def film_decoder_parameters(
-    levels: Sequence[int],
-    condition: int,
-    *,
-    dim: int = 64,
-    ffn: int = 2048,
-    film: str = "first",
-    classes: int = 2,
-    patch: int = 14,
-    coords: bool = False,
-) -> int:
-    """Parameters of `mitrain.tasks.decoders.FilmDecoder` with the same arguments."""
-    reduce = sum(width * dim + dim for width in levels)
-    films = (len(levels) if film == "every" else 1) * 2 * (condition * dim + dim)
-    layer = 4 * (dim * dim + dim) + 2 * dim * ffn + ffn + dim + 4 * dim
-    area, half = max(1, patch // 4) ** 2, dim // 2
-    enlarge = 9 * dim * dim + dim + dim * half * area + half + half * classes * area + classes
-    return reduce + films + len(levels) * layer + enlarge + (2 * dim if coords else 0)
 
 
 def film_decoder_activations(

@@ -105,12 +105,12 @@ def staged_states(model: PreTrainedModel, depth: int, pixels: Tensor) -> Tensor:
     return model.encoder(states, grid).last_hidden_state if depth else states
 
 
-def last_hidden(model: PreTrainedModel, words: TextBatch) -> Tensor:
-    """(B, T, D): a language model's hidden states after its final norm, run from the bottom or from ``words.states``."""
-    if words.states is None:
-        return model.base_model(input_ids=words.ids, attention_mask=words.mask, use_cache=False).last_hidden_state
-    with replay(model, words.depth, words.states):
-        found = model.base_model(inputs_embeds=words.states, attention_mask=words.mask, use_cache=False)
+def last_hidden(model: PreTrainedModel, texts: TextBatch) -> Tensor:
+    """(B, T, D): a language model's hidden states after its final norm, run from the bottom or from ``texts.states``."""
+    if texts.states is None:
+        return model.base_model(input_ids=texts.ids, attention_mask=texts.mask, use_cache=False).last_hidden_state
+    with replay(model, texts.depth, texts.states):
+        found = model.base_model(inputs_embeds=texts.states, attention_mask=texts.mask, use_cache=False)
     return found.last_hidden_state
 
 

@@ -1,4 +1,4 @@
-"""Single layers of frozen Hugging Face transformers, run on any number of tokens: for methods that walk layer by layer.
+"""Single layers of frozen Hugging Face transformers, run on any number of tokens: for methods that run layer by layer.
 
 The layers' own modules run, with the mask that the model would make for as many tokens, so what forward hooks do
 (gathering sharded weights, recording) happens as in the model's own forward pass.
@@ -194,12 +194,12 @@ class Layers:
         finished = self.finish(hidden)
         return finished[:, 0] if self.has_class else finished.mean(1)
 
-    def encode_image(self, picture: ModalityInputs) -> tuple[Tensor, Tensor]:
+    def encode_image(self, inputs: ModalityInputs) -> tuple[Tensor, Tensor]:
         """An image encoder's final tokens (B, N, D) and its `summary` (B, D), from the layer that the states enter."""
-        if picture.states is None:
+        if inputs.states is None:
             raise ModelError("this method reads the image encoder's tokens: give the states that enter its first layer")
-        hidden = picture.states.to(self.model.device, self.model.dtype)
-        for index in range(picture.depth, self.depth):
+        hidden = inputs.states.to(self.model.device, self.model.dtype)
+        for index in range(inputs.depth, self.depth):
             hidden = self.run(index, hidden)
         return self.finish(hidden), self.summary(hidden)
 

@@ -305,8 +305,8 @@ class TextBackbone:
 
     def base(self) -> dict[str, Any]:
         """What decides what the model computes of a text, whatever its precision."""
-        told = {} if self.tokenizer is None else {"tokenizer": tokenizer_of(self.tokenizer)}
-        return {"weights": weights_of(self.source, self.model), **self._settings, **told}
+        tokenizer = {} if self.tokenizer is None else {"tokenizer": tokenizer_of(self.tokenizer)}
+        return {"weights": weights_of(self.source, self.model), **self._settings, **tokenizer}
 
     def identity(self, depth: int) -> dict[str, Any]:
         """What the trunk's states depend on: the caches' address."""

@@ -75,9 +75,9 @@ class AnswerTask(Task):
         if not text.speaks:
             name = type(text.model).__name__
             raise ConfigError(f"model.llm is a {name}, which has no language head to answer with: take another task")
-        if adapter.runs_layers or adapter.wraps_text_model or adapter.backbones != ("text",):
+        if adapter.traits.runs_layers or adapter.traits.wraps_text_model or adapter.traits.backbones != ("text",):
             raise ConfigError(
-                f"the method {adapter.method!r} does not work through the language head: take another task"
+                f"the method {adapter.traits.name!r} does not work through the language head: take another task"
             )
         return cls(config, given.parts)
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from mitrain.core.config import Section
 from mitrain.core.errors import DataError, UserError
 from mitrain.data.formats.labels import look_alikes
+from mitrain.data.hidden_states import TextStates
 from mitrain.data.sources import DataSection
-from mitrain.data.states import TextStates
 from mitrain.methods.base import Adapter
 from mitrain.models import TextBackbone, VisionEncoder
 from mitrain.models.batch import ModalityInputs
@@ -116,14 +116,14 @@ class Answer:
 class Splits:
     """What baselines are made of: the samples ``chosen`` from a split, and more of the data where they ask for it.
 
-    ``learn()``: the samples that training saw and those of val, whose features are at hand; ``whole()``: all of the
+    ``learn()``: the samples that training saw and those of val, whose features are at hand; ``complete()``: all of the
     split's samples on the pictures of those chosen;
     ``features(samples)``: (n, e), what is infused.
     """
 
     chosen: list[Any]
     learn: Callable[[], tuple[list[Any], list[Any]]]
-    whole: Callable[[], list[Any]]
+    complete: Callable[[], list[Any]]
     features: Callable[[Sequence[Any]], Tensor]
     seed: int
 

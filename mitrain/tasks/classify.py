@@ -90,10 +90,10 @@ class ClassifyTask(Task):
     def _row(self, text: str) -> list[int]:
         """Token ids of a filled template; a text that is too long loses its end, the template nothing."""
         backbone, tokenizer = self.parts.text, self.parts.text.tokenizer
-        room = max(1, self.config.max_tokens - len(backbone.tokens("", frame=self.frame, strip=None)))
+        longest = max(1, self.config.max_tokens - len(backbone.tokens("", frame=self.frame, strip=None)))
         ids = backbone.plain(text)
-        if len(ids) > room:
-            text = tokenizer.decode(ids[:room], skip_special_tokens=True)
+        if len(ids) > longest:
+            text = tokenizer.decode(ids[:longest], skip_special_tokens=True)
         row = backbone.tokens(text, frame=self.frame, strip=None)
         return row or [tokenizer.eos_token_id]  # the head needs a token to read
 
@@ -105,9 +105,9 @@ class ClassifyTask(Task):
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self._ids(s.text)) for s in samples)
 
-    def states(self, texts: Sequence[str], picture: ModalityInputs | None) -> Tensor:
+    def states(self, texts: Sequence[str], inputs: ModalityInputs | None) -> Tensor:
         """(B, widths of the read-outs): what the head reads, standardised per dimension."""
-        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, picture)
+        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, inputs)
         return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
 
     @torch.no_grad()

@@ -21,19 +21,21 @@ class Everyone:
     ranks that is the gradient of one process. ``matching``: the pictures themselves are wanted too.
     """
 
-    def __init__(self, images: Tensor, words: Tensor, batch: Batch, matching: bool):
+    def __init__(self, images: Tensor, text_vectors: Tensor, batch: Batch, matching: bool):
         keys = [(s.image, s.text) for s in batch.samples]
         cpu = torch.device("cpu")
-        picture = batch.inputs.to(cpu) if matching else None
-        parts = dist.gather((images.detach().cpu(), words.detach().cpu(), picture, keys))
+        inputs = batch.inputs.to(cpu) if matching else None
+        parts = dist.gather((images.detach().cpu(), text_vectors.detach().cpu(), inputs, keys))
         here = dist.rank()
         self.start = sum(len(part[3]) for part in parts[:here])
         self.count = len(keys)
         self.images = torch.cat([images if r == here else part[0].to(images) for r, part in enumerate(parts)])
-        self.words = torch.cat([words if r == here else part[1].to(words) for r, part in enumerate(parts)])
-        self.picture = ModalityInputs.joined([part[2] for part in parts]) if matching else None
+        self.text_vectors = torch.cat(
+            [text_vectors if r == here else part[1].to(text_vectors) for r, part in enumerate(parts)]
+        )
+        self.inputs = ModalityInputs.joined([part[2] for part in parts]) if matching else None
         self.texts = [text for part in parts for _, text in part[3]]
-        self.similarity = self.images @ self.words.T
+        self.similarity = self.images @ self.text_vectors.T
         self.right = self._right([image for part in parts for image, _ in part[3]]).to(images.device)
 
     def _right(self, images: Sequence[str]) -> Tensor:

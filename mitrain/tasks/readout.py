@@ -29,16 +29,16 @@ def runs_text(names: Iterable[str]) -> bool:
 def width_of(parts: Parts, name: str, image_width: int) -> int:
     """Width of the read-out ``name``; ``image_width``: of the frozen encoders' feature. ConfigError where there is none."""
     if name == "image":
-        return parts.adapter.image_width(image_width)
-    if name == "joint" and not parts.adapter.joint_width:
+        return parts.adapter.attachment.image_width or image_width
+    if name == "joint" and not parts.adapter.attachment.joint_width:
         raise ConfigError(
-            f"task.readout: the method {parts.adapter.method!r} has no joint state: read last, mean, cls or image"
+            f"task.readout: the method {parts.adapter.traits.name!r} has no joint state: read last, mean, cls or image"
         )
-    return parts.adapter.joint_width if name == "joint" else parts.text.width
+    return parts.adapter.attachment.joint_width if name == "joint" else parts.text.width
 
 
 def read_out(
-    parts: Parts, rows: Sequence[Sequence[int]], names: Sequence[str], picture: ModalityInputs | None
+    parts: Parts, rows: Sequence[Sequence[int]], names: Sequence[str], inputs: ModalityInputs | None
 ) -> dict[str, Tensor]:
     """Each read-out (B, its width) float32 of ``rows`` of token ids with their pictures.
 
@@ -49,8 +49,8 @@ def read_out(
     asked = set(names) - {"embeddings"}
     ids, mask = parts.text.pad(rows)
     if asked:
-        words = TextBatch(ids, mask, parts.states.batch(rows), parts.states.depth) if runs_text(asked) else None
-        reading = parts.adapter.encode(words, picture)
+        texts = TextBatch(ids, mask, parts.states.batch(rows), parts.states.depth) if runs_text(asked) else None
+        reading = parts.adapter.encode(texts, inputs)
         found = {name: reading.read_out(name) for name in asked}
     if "embeddings" in names:
         found["embeddings"] = mean_over(parts.text.embeddings(ids).float(), mask)
@@ -73,10 +73,12 @@ def statistics(
     encoder, over ``samples`` with their pictures; the frozen encoders' feature is normalised already.
     """
     alone = [name for name in names if name not in ("image", "joint")]
-    seen = [name for name in names if name == "joint" or (name == "image" and "image" in parts.adapter.backbones)]
+    seen = [
+        name for name in names if name == "joint" or (name == "image" and "image" in parts.adapter.traits.backbones)
+    ]
     states = [read_out(parts, chunk, alone, None) for chunk in chunks(rows)] if alone else []
     shown = [(chunk, see(chunk).inputs) for chunk in chunks(evenly(samples, SEEN_SAMPLES))] if seen else []
-    together = [read_out(parts, [row(s) for s in chunk], seen, picture) for chunk, picture in shown]
+    together = [read_out(parts, [row(s) for s in chunk], seen, inputs) for chunk, inputs in shown]
     found = {name: moments(part[name] for part in states) for name in alone}
     found |= {name: moments(part[name] for part in together) for name in seen}
     blank = torch.zeros(image_width), torch.ones(image_width)

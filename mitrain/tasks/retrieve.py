@@ -96,10 +96,10 @@ class RetrieveTask(Task):
         self.register_buffer("scale", torch.ones(width))
         image_width = width_of(parts, "image", image_width)
         self.seen: dict[str, int] = {}
-        if "image" in parts.adapter.backbones:
+        if "image" in parts.adapter.traits.backbones:
             self.seen["image"] = image_width
-        if config.matching and parts.adapter.joint_width:
-            self.seen["joint"] = parts.adapter.joint_width
+        if config.matching and parts.adapter.attachment.joint_width:
+            self.seen["joint"] = parts.adapter.attachment.joint_width
         for name, size in self.seen.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_scale", torch.ones(size))
@@ -108,9 +108,9 @@ class RetrieveTask(Task):
         self.log_scale = nn.Parameter(torch.tensor(1 / config.temperature).log())
         self.dropout = nn.Dropout(config.dropout)
         if config.matching:
-            if not (parts.adapter.text_depends_on_input or parts.adapter.joint_width):
+            if not (parts.adapter.traits.text_depends_on_input or parts.adapter.attachment.joint_width):
                 raise ConfigError(
-                    f"the method {parts.adapter.method!r} makes no state of text and picture together for the matching"
+                    f"the method {parts.adapter.traits.name!r} makes no state of text and picture together for the matching"
                     " head to read: set task.matching=0"
                 )
             self.match = nn.Linear(self.seen.get("joint", width), 1)
@@ -166,9 +166,9 @@ class RetrieveTask(Task):
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self._ids(s.text)) for s in samples)
 
-    def states(self, texts: Sequence[str], picture: ModalityInputs | None) -> Tensor:
-        """(B, D · read-outs), standardised per dimension; with the pictures ``picture``, or not."""
-        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, picture)
+    def states(self, texts: Sequence[str], inputs: ModalityInputs | None) -> Tensor:
+        """(B, D · read-outs), standardised per dimension; with the pictures ``inputs``, or not."""
+        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, inputs)
         return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
 
     @torch.no_grad()
@@ -195,9 +195,9 @@ class RetrieveTask(Task):
         """(B, d) of length 1."""
         return F.normalize(self.text_map(self.dropout(self.states(texts, None))), dim=-1)
 
-    def image_vectors(self, picture: ModalityInputs) -> Tensor:
+    def image_vectors(self, inputs: ModalityInputs) -> Tensor:
         """(B, d) of length 1."""
-        vectors = self._standard("image", self.parts.adapter.encode(None, picture).read_out("image"))
+        vectors = self._standard("image", self.parts.adapter.encode(None, inputs).read_out("image"))
         return F.normalize(self.image_map(self.dropout(vectors)), dim=-1)
 
     def _standard(self, name: str, values: Tensor) -> Tensor:
@@ -214,13 +214,13 @@ class RetrieveTask(Task):
         """What a pair's cosine counts beside its matching value."""
         return 1.0 if self.own else self.sharpness()
 
-    def match_values(self, texts: Sequence[str], picture: ModalityInputs) -> Tensor:
+    def match_values(self, texts: Sequence[str], inputs: ModalityInputs) -> Tensor:
         """(B,) the matching head's values for pairs of a text and a picture."""
         if "joint" in self.seen:
             rows = [self._ids(text) for text in texts]
-            states = self._standard("joint", read_out(self.parts, rows, ("joint",), picture)["joint"])
+            states = self._standard("joint", read_out(self.parts, rows, ("joint",), inputs)["joint"])
         else:
-            states = self.states(texts, picture)
+            states = self.states(texts, inputs)
         return self.match(self.dropout(states)).squeeze(-1)
 
     # training
@@ -229,13 +229,13 @@ class RetrieveTask(Task):
         texts = [s.text for s in batch.samples]
         vectors = lambda: (self.image_vectors(batch.inputs), self.text_vectors(texts))  # noqa: E731
         slow = self.slow.slow_vectors(vectors) if self.slow is not None else None  # before what is differentiated
-        images, words = vectors()
-        everyone = Everyone(images, words, batch, bool(self.config.matching))
+        images, text_vectors = vectors()
+        everyone = Everyone(images, text_vectors, batch, bool(self.config.matching))
         if slow is None:
             total = everyone.contrast(self.sharpness())
         else:
             keys = [(s.image, s.text) for s in batch.samples]
-            total = self.slow.contrast((images, words), slow, keys, self.sharpness())
+            total = self.slow.contrast((images, text_vectors), slow, keys, self.sharpness())
         if self.config.matching:
             total = total + self.config.matching * self._matching(batch, everyone)
         return total, torch.tensor(float(len(texts)), dtype=torch.float64)
@@ -245,10 +245,10 @@ class RetrieveTask(Task):
         wrong picture: the mean of both cross-entropies over two pairs, summed over samples."""
         own = [s.text for s in batch.samples]
         text, image, known = everyone.hardest()
-        picture = batch.inputs
-        wrong = everyone.picture.rows(image.cpu()).to(picture.feature.device)
+        own_inputs = batch.inputs
+        wrong = everyone.inputs.rows(image.cpu()).to(own_inputs.feature.device)
         texts = [*own, *(everyone.texts[j] for j in text), *own]
-        values = self.match_values(texts, ModalityInputs.joined([picture, picture, wrong]))
+        values = self.match_values(texts, ModalityInputs.joined([own_inputs, own_inputs, wrong]))
         near = 0.0 if self.own else self.sharpness().detach()
         near = near * everyone.similarity.detach()
         rows = torch.arange(len(own), device=near.device) + everyone.start
@@ -265,13 +265,13 @@ class RetrieveTask(Task):
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
         images = self.image_vectors(batch.inputs).double().cpu().numpy()
-        words = self.text_vectors([s.text for s in batch.samples]).double().cpu().numpy()
+        text_vectors = self.text_vectors([s.text for s in batch.samples]).double().cpu().numpy()
         shown = batch.inputs.to(torch.device("cpu")) if self.config.matching and self.config.rerank else None
         vectors = [
-            {"image": i, "text": t, "picture": shown and shown.rows(row)}
-            for i, t, row in zip(images, words, map(one_row, range(len(images))), strict=True)
+            {"image": i, "text": t, "inputs": shown and shown.rows(row)}
+            for i, t, row in zip(images, text_vectors, map(one_row, range(len(images))), strict=True)
         ]
-        finite = np.isfinite(images).all(1) & np.isfinite(words).all(1)
+        finite = np.isfinite(images).all(1) & np.isfinite(text_vectors).all(1)
         return [
             Prediction(s.id, s.image, {"text": s.text}, vector=vector, finite=bool(numbers))
             for s, vector, numbers in zip(batch.samples, vectors, finite, strict=True)
@@ -281,16 +281,16 @@ class RetrieveTask(Task):
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
         gallery = Gallery([s.image for s in samples], [s.text for s in samples])
         images = np.stack([predictions[i].vector["image"] for i in gallery.first])
-        words = np.stack([p.vector["text"] for p in predictions])
+        text_vectors = np.stack([p.vector["text"] for p in predictions])
         counts = {"samples": len(samples), "images": len(gallery.images)}
-        if not (np.isfinite(images).all() and np.isfinite(words).all()):
+        if not (np.isfinite(images).all() and np.isfinite(text_vectors).all()):
             return {"recall_mean": float("nan"), **counts}
-        found = both_ways(gallery, images, words)
+        found = both_ways(gallery, images, text_vectors)
         decided = gallery.decided()
         metrics = rank_metrics(*found, decided)
         if self.config.matching and self.config.rerank:
-            pictures = [predictions[i].vector["picture"] for i in gallery.first]
-            found = self._rerank(gallery, images, words, pictures, found)
+            inputs = [predictions[i].vector["inputs"] for i in gallery.first]
+            found = self._rerank(gallery, images, text_vectors, inputs, found)
             metrics = rank_metrics(*found, decided) | {"before_reranking": metrics}
         places = {image: int(rank) for image, rank in zip(gallery.images, found[0], strict=True)}
         for sample, prediction, rank in zip(samples, predictions, found[1].tolist(), strict=True):
@@ -307,32 +307,32 @@ class RetrieveTask(Task):
         return [round(value, 6) for value in near.double().tolist()]
 
     def _rerank(
-        self, gallery: Gallery, images: np.ndarray, words: np.ndarray, pictures: list[ModalityInputs], ranks: tuple
+        self, gallery: Gallery, images: np.ndarray, text_vectors: np.ndarray, inputs: list[ModalityInputs], ranks: tuple
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ranks after the best candidates of every query, both ways, are ordered by similarity + matching value."""
-        k = min(self.config.rerank, len(images), len(words))
+        k = min(self.config.rerank, len(images), len(text_vectors))
         near = float(self._beside())
         owned = [set(codes) for codes in gallery.owned]
-        to_text = [np.argsort(-(image @ words.T), kind="stable")[:k] for image in images]
-        to_image = [np.argsort(-(word @ images.T), kind="stable")[:k] for word in words]
+        to_text = [np.argsort(-(image @ text_vectors.T), kind="stable")[:k] for image in images]
+        to_image = [np.argsort(-(word @ images.T), kind="stable")[:k] for word in text_vectors]
         pairs = [(i, t) for i, row in enumerate(to_text) for t in row] + [
             (i, t) for t, row in enumerate(to_image) for i in row
         ]
-        values = self._match_pairs(sorted(set(pairs)), gallery, pictures)
+        values = self._match_pairs(sorted(set(pairs)), gallery, inputs)
         require_finite([gallery.images[i] for i, t in pairs if not math.isfinite(values[i, t])], len(pairs))
-        scores = np.array([near * float(images[i] @ words[t]) + values[i, t] for i, t in pairs]).reshape(-1, k)
+        scores = np.array([near * float(images[i] @ text_vectors[t]) + values[i, t] for i, t in pairs]).reshape(-1, k)
         right = np.array([gallery.codes[t] in owned[i] for i, t in pairs]).reshape(-1, k)
         m = len(images)
         return reranked(ranks[0], right[:m], scores[:m]), reranked(ranks[1], right[m:], scores[m:])
 
     def _match_pairs(
-        self, pairs: Sequence[tuple[int, int]], gallery: Gallery, pictures: list[ModalityInputs]
+        self, pairs: Sequence[tuple[int, int]], gallery: Gallery, inputs: list[ModalityInputs]
     ) -> dict[tuple[int, int], float]:
         """The matching value of every (image, text); ranks take the pairs in turn and every rank gets all values."""
         values: dict[tuple[int, int], float] = {}
         for start, own in dist.lockstep(range(0, len(pairs), MATCH_ROWS)[dist.rank() :: dist.world()], 0):
             part = pairs[start : start + MATCH_ROWS]
-            shown = ModalityInputs.joined([pictures[i] for i, _ in part]).to(self.mean.device)
+            shown = ModalityInputs.joined([inputs[i] for i, _ in part]).to(self.mean.device)
             found = self.match_values([gallery.texts[t] for _, t in part], shown).double().tolist()
             values |= dict(zip(part, found, strict=True)) if own else {}
         return {pair: value for ranks in dist.gather(values) for pair, value in ranks.items()}

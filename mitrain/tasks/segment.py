@@ -113,10 +113,10 @@ class SegmentTask(Task):
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self._ids(s.expression)) for s in samples)
 
-    def condition(self, expressions: Sequence[str], picture: ModalityInputs | None) -> Tensor:
+    def condition(self, expressions: Sequence[str], inputs: ModalityInputs | None) -> Tensor:
         """(B, D · read-outs): what the text says, standardised per dimension."""
         rows = [self._ids(expression) for expression in expressions]
-        parts = read_out(self.parts, rows, self.config.readout, picture)
+        parts = read_out(self.parts, rows, self.config.readout, inputs)
         return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
 
     @torch.no_grad()
@@ -165,7 +165,7 @@ class SegmentTask(Task):
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
         """What masks chosen without language reach, given the true masks of all objects that the split names."""
         scenes: dict[str, dict[bytes, np.ndarray]] = defaultdict(dict)
-        for s in splits.whole():
+        for s in splits.complete():
             mask = s.mask()
             scenes[s.image][mask.tobytes()] = mask
         names = {

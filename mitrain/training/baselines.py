@@ -28,14 +28,14 @@ def baselines_of(run: Run, split: str, chosen: list[Any], images: ImageFeatures)
     def features(samples: Sequence[Any]) -> Tensor:
         return run.model.norm(images.pooled([s.image for s in samples]))
 
-    def whole() -> list[Any]:
+    def complete() -> list[Any]:
         """All of the split that can be scored on the pictures chosen."""
         shown = {s.image for s in chosen}
         there = [s for s in data.read(root, split) if s.image in shown and not s.fault()]
         compare_ranks({split: there}, images)
         return there
 
-    splits = Splits(chosen, learn, whole, features, run.config.seed)
+    splits = Splits(chosen, learn, complete, features, run.config.seed)
     return run.model.task.baselines(splits)
 
 

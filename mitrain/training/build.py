@@ -19,9 +19,9 @@ from mitrain.core import prepared
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.files import cache_home
 from mitrain.data.features import FeatureNorm, ImageFeatures
+from mitrain.data.hidden_states import PictureStates, TextStates
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw
-from mitrain.data.states import PictureStates, TextStates
 from mitrain.methods.base import Adapter
 from mitrain.models import ModelConfig, Shard, TextBackbone, VisionEncoder, loading
 from mitrain.models.batch import ModalityInputs
@@ -229,16 +229,17 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder
         adapter = methods.build(config.adapter, modality_widths(config, encoders))
         backend = config.kernels.backend
         backbones = {"text": text.model}
-        if "image" in adapter.backbones:
+        if "image" in adapter.traits.backbones:
             backbones["image"] = changeable(encoders, adapter)
             if not empty:
                 encoders[0].identity()  # the pretrained weights', before anything is put into them
         adapter.attach(backbones, checkpoint=config.train.checkpoint_activations, backend=backend)
         cache = None if empty else cache_root(config)
-        states = TextStates(text, adapter.first_layer("text"), cache, adapter.runs_layers, adapter.disabled)
+        first = adapter.attachment.first_layers
+        states = TextStates(text, first["text"], cache, adapter.traits.runs_layers, adapter.disabled)
         pictures = None
-        if "image" in adapter.backbones:
-            pictures = PictureStates(encoders[0], adapter.first_layer("image"), cache)
+        if "image" in adapter.traits.backbones:
+            pictures = PictureStates(encoders[0], first["image"], cache)
         given = Given(
             Parts(text, adapter, states), config.data, lambda: resolve_data(config.data), encoders, config.train.batch
         )
@@ -260,7 +261,7 @@ def changeable(encoders: Sequence[VisionEncoder], adapter: Adapter) -> nn.Module
     """The first image encoder's model, which a method changes."""
     if not encoders[0].depth:
         raise ConfigError(
-            f"the method {adapter.method!r} changes the image encoder's transformer layers, and"
+            f"the method {adapter.traits.name!r} changes the image encoder's transformer layers, and"
             f" {encoders[0].config.name!r} has none: put another encoder first in model.vision, as dinov2-vits14"
         )
     return encoders[0].model

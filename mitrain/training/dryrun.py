@@ -84,7 +84,7 @@ def dry_run(config: RunConfig, *, memory_gb: float, ranks: int, tokens: int = TO
     trained = {id(p) for p in model.adapter.parameters()}
     held = {id(p): p for module in model.frozen.values() for p in module.parameters()}
     frozen = sum(loading.elements(p) for key, p in held.items() if key not in trained)
-    infused = model.adapter.infused_parameters()
+    infused = model.adapter.attachment.infused_parameters
     precision = config.model.dtype if config.model.quantize == "none" else quant.storage(config.model.quantize)
     sizes = {
         name: stage_bytes(adapter + head, frozen_bytes(config, model, frozen, name), ranks)
@@ -130,8 +130,8 @@ def frozen_bytes(config: RunConfig, model: Model, frozen: int, precision: str) -
 def activations(config: RunConfig, model: Model, tokens: int) -> int:
     """Estimated bytes that one sample's backward pass needs of the backbones and of the task's head."""
     shape = costs.LlmShape.from_config(model.text.model.config.get_text_config().to_dict())
-    infused = len(model.adapter.infused_parameters())
-    above = shape.layers - model.adapter.first_layer("text")
+    infused = len(model.adapter.attachment.infused_parameters)
+    above = shape.layers - model.adapter.attachment.first_layers["text"]
     logits = max(1, tokens // 8) if model.task.speaks else 0
     text = costs.activation_bytes(
         shape,
@@ -142,16 +142,16 @@ def activations(config: RunConfig, model: Model, tokens: int) -> int:
         checkpointed=config.train.checkpoint_activations,
         logit_tokens=logits,
     )
-    passes = model.adapter.passes
+    passes = model.adapter.traits.passes
     return max(1, passes * (text + picture_activations(config, model)) + model.task.activation_bytes())
 
 
 def picture_activations(config: RunConfig, model: Model) -> int:
     """The same of the image encoder, where the method changes it."""
-    if "image" not in model.adapter.backbones:
+    if "image" not in model.adapter.traits.backbones:
         return 0
     encoder = model.encoders[0]
     shape = costs.encoder_shape(encoder.settings.to_dict())
-    above = max(0, encoder.depth - model.adapter.first_layer("image"))
+    above = max(0, encoder.depth - model.adapter.attachment.first_layers["image"])
     tokens = encoder.prefix_tokens + encoder.grid**2
     return costs.activation_bytes(shape, tokens, above, 0, precision=config.model.dtype) if shape else 0

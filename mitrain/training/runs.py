@@ -198,7 +198,7 @@ def newest(folder: str | Path, which: str) -> Checkpoint:
 
 def require_started(folder: str | Path) -> Path:
     """``folder``, where the run in it has published a checkpoint, usable or not; CheckpointError where it has none."""
-    if not checkpoint.begun(folder):
+    if not checkpoint.any_published(folder):
         raise CheckpointError(
             f"{str(folder)!r} has no complete checkpoint yet: train it first"
             f" (mitrain train {folder}/config.yaml --run-dir {folder})"

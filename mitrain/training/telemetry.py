@@ -287,7 +287,7 @@ class Wandb:
                 need_extra("wandb", "wandb", "wandb.enabled=true")
             try:
                 self._start({**named(config, Path(run_dir)), "config": plain(settings)})
-            except OSError as error:  # no room for its words, no process left
+            except OSError as error:  # its pipe is full, or its process is gone
                 self._lost(str(error))
 
     def _start(self, options: Mapping[str, Any]) -> None:

@@ -87,6 +87,7 @@ class Trainer:
             self.model.task.remember(self.train)
             self.engine = self._make_engine()
         self._encode()
+        # Until here all ranks drew the same start values; from here each draws its own dropout and noise.
         if dist.world() > 1:
             checkpoint.seed_rank(config.seed, 0, dist.rank())
         self.loader: Loader[Any] = Loader(self.train, config.train.batch, config.seed)
@@ -101,6 +102,7 @@ class Trainer:
         scale = FP16_SCALE if self.config.model.dtype == "fp16" else 1.0
         if not zero.stage:
             return LocalEngine(*common, scale)
+        # Only stage 3 shards frozen weights; below it DeepSpeed need not know of them.
         parts = {**self.model.trainable, **(self.model.frozen if zero.stage == 3 else {})}
         return ZeroEngine(parts, *common, zero, scale)
 
@@ -127,10 +129,11 @@ class Trainer:
                 self.model.states.prepare(rows, bar.update)
             self.model.task.rehearse(self.val)
             self.model.norm.fit(self.images.pooled(sorted({s.image for s in self.train})))
-            with self.engine.whole(write=True):
+            with self.engine.gathered(write=True):
                 self.model.train(False)
                 self.model.task.fit(self.train, self._see)
-        with self.engine.whole(write=True):
+        with self.engine.gathered(write=True):
+            # Each rank computed these itself, machines may differ in the last bits, and unequal weights stay unequal.
             for module in self.model.trainable.values():
                 dist.copy_from_main(module.state_dict().values())
 
@@ -167,7 +170,7 @@ class Trainer:
         return saved.step if saved else 0
 
     def _take(self, saved: Checkpoint) -> None:
-        with self.engine.whole(write=True):
+        with self.engine.gathered(write=True):
             runs.restore(self.model, saved)
         try:
             self.engine.load_state_dict(saved.tensors["optimizer"], saved.state["engine"])
@@ -183,7 +186,7 @@ class Trainer:
 
     def _newest(self) -> Checkpoint | None:
         found = next(checkpoint.usable(self.folder), None)
-        if found is None and checkpoint.begun(self.folder):
+        if found is None and checkpoint.any_published(self.folder):
             runs.without_checkpoint(self.folder)
         return found
 
@@ -194,15 +197,17 @@ class Trainer:
 
     def _fit(self) -> Outcome:
         train = self.config.train
-        begun = step = self.resume()
+        first = step = self.resume()
         heart = Heartbeat(train.hang_minutes)
         self.standing = Standing(self.folder)
         # The result is written before the metrics are closed, which may wait for wandb.
         with StopRequest() as stop, closing(self._metrics(step, stop)) as metrics, closing(self.standing), heart:
+            # A signal may reach one rank alone: all must leave the loop at the same step, or the others wait forever.
             stopped = dist.first_not_none(stop.requested)
             while step < train.steps and not stopped:
                 result, seconds = self._step()
-                if step == begun and result.applied:
+                # What a gradient reaches follows from the configuration: the first step shows it.
+                if step == first and result.applied:
                     self._check_reached(result.unreached)
                 step += 1
                 heart.beat()
@@ -214,6 +219,7 @@ class Trainer:
                 improved = self._evaluate(step, metrics) if step % train.eval_every == 0 or last else False
                 stopped = dist.first_not_none(stop.requested or self.standing.fault())
                 if improved or last or step % train.save_every == 0 or stopped:
+                    # A second signal would end the process in the middle of a checkpoint.
                     with stop.shield(), self.watch.phase("save"):
                         self._save(step, improved)
             outcome = Outcome(
@@ -267,8 +273,8 @@ class Trainer:
         missed = [name for name in own if name in without]
         if own and len(missed) == len(own):
             raise ConfigError(
-                f"the task reads nothing that the method {self.model.adapter.method!r} changes: no gradient reached it in"
-                " the first step. Change task.readout or task.matching, or take adapter.name=none"
+                f"the task reads nothing that the method {self.model.adapter.traits.name!r} changes: no gradient reached it"
+                " in the first step. Change task.readout or task.matching, or take adapter.name=none"
             )
         if missed:
             shown = ", ".join(missed[:3]) + (", …" if len(missed) > 3 else "")
@@ -284,6 +290,7 @@ class Trainer:
             return
         batch = self.model.training_batch(draws, self.images, slice(0, 1) if idle else share)
 
+        # Through the engine: at stage 3 the modules gather their weights only within its forward pass.
         total, count = self.engine.forward(lambda: self.loss(batch))
         self.engine.backward(total, 0 if idle else count)
 
@@ -294,7 +301,7 @@ class Trainer:
     def _evaluate(self, step: int, metrics: Metrics | NoMetrics) -> bool:
         """Score val; whether this is the best so far."""
         self.model.train(False)
-        with self.engine.whole():
+        with self.engine.gathered():
             self._require_finite(step, self._trained())
         with self.watch.phase("evaluate"):
             options = {"batch": self.config.train.eval_batch, "what": f"val at step {step}"}
@@ -310,9 +317,10 @@ class Trainer:
 
     def _save(self, step: int, improved: bool) -> None:
         """All ranks together: each may hold a part of the optimizer's state."""
+        # Both are collectives, so every rank calls them, though rank 0 alone writes.
         optimizer, engine = self.engine.state_dict()
         random = checkpoint.rng_of_ranks()
-        with self.engine.whole():
+        with self.engine.gathered():
             tensors = {**self._trained(), "optimizer": optimizer}
             self._require_finite(step, tensors)
             dist.from_main(lambda: self._write(step, improved, tensors, {"engine": engine, "rng": random}))
@@ -333,6 +341,7 @@ class Trainer:
             **more,
             "loader": self.loader.state(),
             "skips": self.skips.state_dict(),
+            # JSON has no -inf; every metric is above -1.
             "best": self.best if math.isfinite(self.best) else -1.0,
             "best_step": self.best_step,
             "config": self.config.to_dict(),

@@ -38,7 +38,7 @@ def world(tmp_path):
 def results(world, values, **changes):
     """Result rows of the study as a measurement leaves them; ``values``: {(method, seed): value}."""
     found, out = study.read(world / "x1.yaml"), []
-    for place in cells.places(found, sorted({seed for _, seed in values})):
+    for place in cells.cell_ids(found, sorted({seed for _, seed in values})):
         if (place.method, place.seed) in values:
             cell = cells.resolve(found, world / "x1.yaml", place)
             row = {"task": place.task, "method": place.method, "axis": None, "at": None, "seed": place.seed, **NUMBERS}

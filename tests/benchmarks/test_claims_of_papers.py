@@ -201,6 +201,8 @@ def full(row):
 def test_every_shipped_study_is_read_and_its_cells_have_configurations(path):
     found = study.read(path)
     assert found.name == path.stem
-    firsts = {(place.task, place.method, place.axis, repr(place.at)): place for place in reversed(cells.places(found))}
+    firsts = {
+        (place.task, place.method, place.axis, repr(place.at)): place for place in reversed(cells.cell_ids(found))
+    }
     for place in firsts.values():
         cells.resolve(found, path, place)

@@ -53,7 +53,7 @@ def test_step_times_are_the_median_of_training_steps(tmp_path):
 def counted(name, **point):
     path = STUDIES / f"{name}.yaml"
     found = study.read(path)
-    (place,) = [p for p in cells.places(found) if not point or {p.axis: p.at} == point]
+    (place,) = [p for p in cells.cell_ids(found) if not point or {p.axis: p.at} == point]
     cell = cells.resolve(found, path, place)
     return count(cell.config, cell.count)
 

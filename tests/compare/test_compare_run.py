@@ -26,7 +26,7 @@ class Bench:
         self.asked, self.fails, self.slow, self.stops, self.value = [], fails, slow, stops, value
 
     def __call__(self, cell, folder, limit_s):
-        name = cell.place.name
+        name = cell.id.name
         if name == self.stops:
             raise KeyboardInterrupt
         self.asked.append(name)
@@ -270,7 +270,7 @@ def test_a_process_that_takes_too_long_is_asked_to_stop_and_then_killed(tmp_path
 def test_a_cell_goes_on_with_the_time_it_has_left(job, monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(processes, "run", lambda command, said, limit_s, beat: given.append(limit_s))
-    cell = compare.resolve(job.study, job.path, compare.places(job.study)[0])
+    cell = compare.resolve(job.study, job.path, compare.cell_ids(job.study)[0])
     (tmp_path / "seconds").write_text("100.0\n")
     assert compare.in_process(cell, tmp_path, 240)["status"] == TOO_LONG
     assert given == [140.0] and float((tmp_path / "seconds").read_text()) >= 100
@@ -280,7 +280,7 @@ def test_a_cell_goes_on_with_the_time_it_has_left(job, monkeypatch, tmp_path):
     ("code", "status", "reason"), [(1, FAILED, "no room"), (-signal.SIGKILL, FAILED, "killed by signal 9: no room")]
 )
 def test_how_a_process_ended_is_told(job, monkeypatch, tmp_path, code, status, reason):
-    cell = compare.resolve(job.study, job.path, compare.places(job.study)[0])
+    cell = compare.resolve(job.study, job.path, compare.cell_ids(job.study)[0])
     (tmp_path / "said.txt").write_text("x\nmitrain: no room\n")
     monkeypatch.setattr(processes, "run", lambda *_, **__: code)
     found = compare.in_process(cell, tmp_path, 9)
@@ -289,7 +289,7 @@ def test_how_a_process_ended_is_told(job, monkeypatch, tmp_path, code, status, r
 
 @pytest.mark.parametrize("left", [None, "{torn", '{"identity": "another"}'])
 def test_a_process_that_left_no_row_of_its_own_has_failed(job, monkeypatch, tmp_path, left):
-    cell = compare.resolve(job.study, job.path, compare.places(job.study)[0])
+    cell = compare.resolve(job.study, job.path, compare.cell_ids(job.study)[0])
     if left:
         (tmp_path / "row.json").write_text(left)
     monkeypatch.setattr(processes, "run", lambda *_, **__: 0)
@@ -340,7 +340,7 @@ def wait_for(path, seconds=300):
 
 
 def test_a_process_that_was_stopped_interrupts(job, monkeypatch, tmp_path):
-    cell = compare.resolve(job.study, job.path, compare.places(job.study)[0])
+    cell = compare.resolve(job.study, job.path, compare.cell_ids(job.study)[0])
     monkeypatch.setattr(processes, "run", lambda *_, **__: compare.STOPPED)
     with pytest.raises(KeyboardInterrupt):
         compare.in_process(cell, tmp_path, 9)

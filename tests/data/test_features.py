@@ -11,8 +11,8 @@ from PIL import Image
 from mitrain.core.errors import DataError
 from mitrain.data.features import FeatureConfig, FeatureNorm, ImageFeatures
 from mitrain.data.formats.refcoco import ReferSample
+from mitrain.data.hidden_states import TextStates
 from mitrain.data.images import BadSamples
-from mitrain.data.states import TextStates
 from mitrain.models import TextBackbone, VisionConfig, VisionEncoder
 
 IMAGES = [f"images/{i}.png" for i in range(6)]

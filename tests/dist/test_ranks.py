@@ -12,7 +12,7 @@ from ranks import PATH, ROOT, SAMPLES, STEPS, losses, make_world, run_folder
 from worker import CLIPPED, trained
 
 from mitrain.training import checkpoint
-from mitrain.training.checkpoint.folder import survey
+from mitrain.training.checkpoint.folder import complete_checkpoints
 from mitrain.cli import main
 
 RANKS = 2
@@ -107,7 +107,7 @@ def test_a_run_of_one_process_is_resumed_on_two(world, ranks):
 def test_a_signal_on_one_rank_stops_the_run_and_it_goes_on_bit_for_bit(world, ranks):
     assert [found["interrupted"] for found in ranks] == [[4, 0, 0]] * RANKS
     folder = run_folder(world / "two", "stopped")
-    assert [m.step for _, m in survey(folder / "checkpoints")] == [3, 4, 6]
+    assert [m.step for _, m in complete_checkpoints(folder / "checkpoints")] == [3, 4, 6]
     assert losses(folder) == losses(run_folder(world / "two", "fresh"))
 
 
@@ -137,7 +137,7 @@ def test_a_model_that_diverges_on_one_rank_fails_on_all_and_is_not_saved(world, 
     assert [rank.code for rank in ended] == [2] * RANKS, "".join(rank.err for rank in ended)
     first = ended[0].err  # what all ranks meet alike it says for them
     assert "is not finite at step 3" in first and "the checkpoint of step 2 is the last finite one" in first
-    assert [m.step for _, m in survey(folder / "checkpoints")] == [1, 2]
+    assert [m.step for _, m in complete_checkpoints(folder / "checkpoints")] == [1, 2]
 
 
 def recorded(out, world: int, name: str) -> list[list[str]]:
@@ -173,7 +173,7 @@ def test_ranks_without_samples_and_without_batches_of_an_evaluation_take_part(wo
     assert main(["train", str(world / "config.yaml"), *few, "--run-dir", str(tmp_path / "alone")]) == 0
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     four, alone = (
-        [checkpoint.load(path).state["best"] for path, _ in survey(tmp_path / name / "checkpoints")]
+        [checkpoint.load(path).state["best"] for path, _ in complete_checkpoints(tmp_path / name / "checkpoints")]
         for name in ("four", "alone")
     )
     assert four == alone and len(four) > 1

@@ -10,7 +10,7 @@ from ranks import STEPS, losses, make_world, run_folder
 from zero_worker import NARROW, POISONED, SPREADS
 
 import mitrain
-from mitrain.training.checkpoint.folder import survey
+from mitrain.training.checkpoint.folder import complete_checkpoints
 from mitrain.cli import main
 from mitrain.inference.scoring import predict_one
 
@@ -151,7 +151,7 @@ def cut_run(shards, tmp_path):
     folder = tmp_path / "cut"
     shutil.copytree(shards("fp32")[0], folder)
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
-    assert [manifest.step for _, manifest in survey(folder / "checkpoints")] == [3]
+    assert [manifest.step for _, manifest in complete_checkpoints(folder / "checkpoints")] == [3]
     return folder
 
 
@@ -175,7 +175,7 @@ def test_a_model_that_diverges_on_one_rank_fails_on_all_and_is_not_saved(forge, 
     ended = forge.start(2, "worker:spoilt", 1, 2, world / "config.yaml", *settings, **env).wait()
     assert [e.code for e in ended] == [2, 2], "\n".join(e.err for e in ended)
     assert "is not finite at step 2" in ended[0].err  # what all ranks meet alike the first says for them
-    assert [manifest.step for _, manifest in survey(tmp_path / "spoilt" / "checkpoints")] == [1]
+    assert [manifest.step for _, manifest in complete_checkpoints(tmp_path / "spoilt" / "checkpoints")] == [1]
 
 
 def test_an_adapter_of_int8_shards_loads_in_one_line_without_deepspeed(world, shards, tmp_path, monkeypatch):

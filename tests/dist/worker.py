@@ -96,7 +96,7 @@ def refused(rank: int) -> list:
     try:
         dist.from_main(make)
     except UserError as error:
-        return [str(error), error.told]
+        return [str(error), error.reported]
 
 
 def cache(world: Path) -> list:

@@ -67,12 +67,12 @@ def run(spread: dict | None, first: int = 0, last: int = 6, saved: Any = None) -
     module = net()
     engine = engine_for(module, spread)
     if saved is not None:
-        with engine.whole(write=True), torch.no_grad():
+        with engine.gathered(write=True), torch.no_grad():
             for name, parameter in engine.params.items():
                 parameter.copy_(saved[0][name])
         engine.load_state_dict(*saved[1])
     results = [step(engine, module, seed) for seed in range(first, last)]
-    with engine.whole():
+    with engine.gathered():
         return results, ({n: p.detach().clone() for n, p in engine.params.items()}, engine.state_dict())
 
 

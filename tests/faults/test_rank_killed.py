@@ -7,7 +7,7 @@ import pytest
 from ranks import STEPS, losses, make_world, run_folder
 
 from mitrain.training import checkpoint
-from mitrain.training.checkpoint.folder import survey
+from mitrain.training.checkpoint.folder import complete_checkpoints
 
 RANKS = 2
 SIGKILL = -9
@@ -42,7 +42,7 @@ def complaint(ended, rank: int) -> str:
 def check_and_resume(world, forge, folder, last: int, undisturbed) -> None:
     """What the dead left is whole, its newest checkpoint is of step ``last``, and two ranks go on from there."""
     visible = [path for path in (folder / "checkpoints").iterdir() if not path.name.startswith(".")]
-    assert sorted(path for path, _ in survey(folder / "checkpoints")) == sorted(visible)
+    assert sorted(path for path, _ in complete_checkpoints(folder / "checkpoints")) == sorted(visible)
     assert checkpoint.load(checkpoint.latest(folder)).step == last
     assert not (folder / "summary.json").exists()
     lines = (folder / "metrics.jsonl").read_text().splitlines()

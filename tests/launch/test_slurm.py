@@ -7,7 +7,7 @@ import pytest
 from ranks import ROOT, need
 from slurm_cluster import PROGRAMS, Cluster
 
-from mitrain.training.checkpoint.folder import survey
+from mitrain.training.checkpoint.folder import complete_checkpoints
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -50,7 +50,7 @@ def test_a_job_on_two_nodes_that_is_signalled_goes_on_where_it_stopped(submit, c
     assert (ended["JobState"], ended["Restarts"], ended["NumNodes"]) == ("COMPLETED", "1", "2"), log.read_text()
     said = log.read_text()
     assert "stopped by SIGUSR1 after step 3" in said and f"{run} goes on when the job starts again" in said
-    assert {manifest.step for _, manifest in survey(run / "checkpoints")} == {3, 6}
+    assert {manifest.step for _, manifest in complete_checkpoints(run / "checkpoints")} == {3, 6}
     same_losses(run)
 
 

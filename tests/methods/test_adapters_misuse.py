@@ -40,7 +40,7 @@ def test_a_model_is_not_saved_without_its_adapter(tmp_path, settings):
     adapter = methods.build(config.choose("adapter", settings), {"image": 6})
     adapter.attach({"text": model})
     for part in (model, model.base_model):
-        with pytest.raises(ModelError, match=f"has a {adapter.method} adapter attached, which save_pretrained"):
+        with pytest.raises(ModelError, match=f"has a {adapter.traits.name} adapter attached, which save_pretrained"):
             part.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     adapter.detach()

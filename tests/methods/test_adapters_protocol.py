@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from mitrain.core.errors import ModelError
-from mitrain.methods.base import Adapter
+from mitrain.methods.base import Adapter, Attachment, Traits
 from mitrain.methods.mit.bound import BoundFeatures
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.frozen import trunk_states
@@ -18,7 +18,7 @@ from mitrain.models.frozen import trunk_states
 class SharedUpdate(Adapter):
     """After Aurora: W_n + U diag(p_n) Vᵀ with U and V shared by every backbone; needs no features; can be merged."""
 
-    method = "shared"
+    traits = Traits("shared")
 
     def __init__(self, width: int, rank: int = 2):
         super().__init__()
@@ -27,7 +27,7 @@ class SharedUpdate(Adapter):
         self.tuned: list[nn.Linear] = []
         nn.init.zeros_(self.up.weight)
 
-    def install(self, backbones):
+    def _install(self, backbones):
         self.tuned = [
             m
             for b in backbones.values()
@@ -37,10 +37,8 @@ class SharedUpdate(Adapter):
         self.scales.extend(nn.Parameter(torch.ones(self.down.out_features)) for _ in self.tuned)
         for scale, linear in zip(self.scales, self.tuned, strict=True):
             hook = linear.register_forward_hook(lambda _, args, out, s=scale: out + self.up(self.down(args[0]) * s))
-            self.undo(hook.remove)
-
-    def first_layer(self, name):
-        return 0
+            self._undo.callback(hook.remove)
+        return Attachment(dict.fromkeys(backbones, 0))
 
     @torch.no_grad()
     def merge(self):
@@ -52,21 +50,15 @@ class SharedUpdate(Adapter):
 class TwoEncoders(Adapter):
     """After PMF: the last layers of two encoders take turns, each reading a summary of the other's tokens."""
 
-    method = "two"
-    backbones = ("text", "image")
-    runs_layers = True
-    text_depends_on_input = True
+    traits = Traits("two", backbones=("text", "image"), runs_layers=True, text_depends_on_input=True)
 
     def __init__(self, width: int):
         super().__init__()
         self.across = nn.ModuleDict({name: nn.Linear(width, width) for name in ("text", "image")})
         self.balance: Tensor | None = None
 
-    def install(self, backbones):
-        self.depths = {name: len(b.encoder.layer) for name, b in backbones.items()}
-
-    def first_layer(self, name):
-        return self.depths[name] - 1
+    def _install(self, backbones):
+        return Attachment({name: len(b.encoder.layer) - 1 for name, b in backbones.items()})
 
     def encode(self, words, picture):
         states = {"text": words.states, "image": picture.states}
@@ -82,6 +74,20 @@ class TwoEncoders(Adapter):
 
     def extra_loss(self):
         return self.balance
+
+
+def test_the_base_class_has_at_most_twelve_public_members():
+    class Bare(Adapter):
+        def _install(self, backbones):
+            return Attachment({})
+
+    own = {*dir(Bare()), *Adapter.__annotations__} - {*dir(nn.Module())}
+    public = sorted(name for name in own if not name.startswith("_"))
+    assert public == [
+        *("attach", "attachment", "conditioned", "config", "detach", "disabled", "encode", "extra_loss", "merge"),
+        *("save_pretrained", "traits", "usage"),
+    ]
+    assert len(public) <= 12
 
 
 def output(value):
@@ -122,9 +128,9 @@ def test_a_method_that_interleaves_two_encoders_overrides_read():
     adapter = TwoEncoders(32)
     adapter.attach(backbones)
     tokens = torch.ones(2, 5, dtype=torch.long)
-    states = trunk_states(backbones["text"], adapter.first_layer("text"), input_ids=tokens)
-    words = TextBatch(tokens, tokens, states, adapter.first_layer("text"))
-    picture = ModalityInputs(torch.randn(2, 3), torch.randn(2, 7, 32), adapter.first_layer("image"))
+    states = trunk_states(backbones["text"], adapter.attachment.first_layers["text"], input_ids=tokens)
+    words = TextBatch(tokens, tokens, states, adapter.attachment.first_layers["text"])
+    picture = ModalityInputs(torch.randn(2, 3), torch.randn(2, 7, 32), adapter.attachment.first_layers["image"])
     results, again = adapter.encode(words, picture), adapter.encode(words, picture)
     assert torch.equal(results.text, again.text)  # dropout of the frozen encoders is off
     total, count = adapter.extra_loss()
@@ -138,15 +144,16 @@ def test_a_method_that_interleaves_two_encoders_overrides_read():
     adapter.detach()
     assert all(b.training and all(m.training for m in b.modules()) for b in backbones.values())
     assert all(p.requires_grad for b in backbones.values() for p in b.parameters())
+    assert adapter.attachment is None
     with pytest.raises(ModelError, match="two has no activation checkpointing"):
-        adapter.set_checkpointing(True)
+        adapter.attach(backbones, checkpoint=True)
 
 
 class Failing(SharedUpdate):
-    method = "failing"
+    traits = Traits("failing")
 
-    def install(self, backbones):
-        super().install(backbones)
+    def _install(self, backbones):
+        super()._install(backbones)
         raise ModelError("this model will not do")
 
 
@@ -170,7 +177,7 @@ def test_an_attach_that_fails_leaves_no_trace():
 
 def test_bind_nests_and_ends_with_an_exception():
     class Hearing(BoundFeatures, SharedUpdate):
-        method, feature_widths = "hearing", {"image": 6}
+        traits, feature_widths = Traits("hearing"), {"image": 6}
 
     adapter = Hearing(32)
     with pytest.raises(ModelError, match="hearing adapter is not attached"), adapter.bind({}):

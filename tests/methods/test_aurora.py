@@ -36,7 +36,8 @@ def test_at_the_start_every_output_is_the_frozen_models(kind):
     changed = adapter.encode(words, picture)
     for name in ("text", "image", "joint"):
         assert not torch.allclose(getattr(changed, name), getattr(reading, name), atol=1e-2)
-    assert adapter.joint_width == reading.joint.shape[1] and adapter.image_width(2) == reading.image.shape[1]
+    widths = adapter.attachment.joint_width, adapter.attachment.image_width
+    assert widths == (reading.joint.shape[1], reading.image.shape[1])
 
 
 def test_blips_fused_vector_at_the_start_is_blips_own():

@@ -34,9 +34,9 @@ def parts(reading: Outputs, words: TextBatch) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_registered_by_the_name_of_its_settings(name):
-    assert METHODS[name].method == name == KINDS["adapter"][name].section_name
+    assert METHODS[name].traits.name == name == KINDS["adapter"][name].section_name
     adapter = made(name)
-    assert type(adapter.config) is KINDS["adapter"][name] and {*adapter.backbones} <= {"text", "image"}
+    assert type(adapter.config) is KINDS["adapter"][name] and {*adapter.traits.backbones} <= {"text", "image"}
 
 
 def test_no_method_is_left_out():
@@ -111,8 +111,8 @@ def test_padding_and_batch_neighbours_do_not_matter_and_alone_each_reads_itself(
         close(moved[part], tensor)
         close(alone[part], together.text[1][shown[1]] if part == "text" else getattr(together, part)[1:2])
     assert only[0].text is None and only[1].image is None
-    assert torch.allclose(only[1].text[shown], together.text[shown]) == (not adapter.text_depends_on_input)
-    assert torch.allclose(blind.text[shown], together.text[shown]) == (not adapter.text_depends_on_input)
+    assert torch.allclose(only[1].text[shown], together.text[shown]) == (not adapter.traits.text_depends_on_input)
+    assert torch.allclose(blind.text[shown], together.text[shown]) == (not adapter.traits.text_depends_on_input)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -135,4 +135,4 @@ def test_without_weights_a_method_has_the_same_tensors(name):
 def test_a_missing_backbone_is_named(name):
     adapter = made(name)
     with pytest.raises(ModelError, match=r"give it the text model"):
-        adapter.attach({"image": dino()} if "image" in adapter.backbones else {})
+        adapter.attach({"image": dino()} if "image" in adapter.traits.backbones else {})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closed_forms import mit_parameters
 from tiny import tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -9,7 +10,7 @@ import mitrain
 from mitrain import methods
 from mitrain.core import config
 from mitrain.core.errors import ConfigError
-from mitrain.methods.mit.config import MiTConfig, parameter_count
+from mitrain.methods.mit.config import MiTConfig
 from mitrain.methods.mit.decoder import LayerShape
 from mitrain.methods.mit.mit import MiT
 
@@ -119,7 +120,7 @@ def test_the_released_form_of_llama_2_7b_has_the_published_parameters_per_layer(
 def test_the_count_is_that_of_the_module(llama_2_7b, changes):
     section = MiTConfig(**{"modalities": {"image": 768}, "layers": "last 8", **changes})
     mit = mitrain.attach(llama_2_7b, section)
-    count = parameter_count(section, LayerShape(heads=32, head_dim=128, ffn=11008), layers=8)
+    count = mit_parameters(section, LayerShape(heads=32, head_dim=128, ffn=11008), layers=8)
     assert count.total == sum(p.numel() for p in mit.parameters())
     assert count.per_layer == sum(p.numel() for p in mit.infusions[0].parameters())
     assert count.shared == sum(p.numel() for p in mit.projections.parameters())
@@ -128,9 +129,9 @@ def test_the_count_is_that_of_the_module(llama_2_7b, changes):
 
 def test_the_count_is_that_of_the_papers_share():
     section = MiTConfig(preset="released", modalities={"image": 768}, layers="last 8")
-    count = parameter_count(section, LayerShape(heads=32, head_dim=128, ffn=11008), layers=8)
+    count = mit_parameters(section, LayerShape(heads=32, head_dim=128, ffn=11008), layers=8)
     assert (count.per_layer, count.total) == (RELEASED_PER_LAYER, 168_515_840)
-    without = parameter_count(section.model_copy(update={"k_add": False}), LayerShape(32, 128, 11008), layers=8)
+    without = mit_parameters(section.model_copy(update={"k_add": False}), LayerShape(32, 128, 11008), layers=8)
     assert count.per_layer - without.per_layer == 769 * 4096  # k_add: 3.15 M parameters per layer that train nothing
 
 

@@ -43,8 +43,8 @@ def test_the_shapes_of_a_reading(pair):
         reading = found.encode()
     joint = found.models[found.mope.config.main].config.hidden_size
     assert reading.text.shape == (4, 9, 32) and torch.equal(reading.mask, found.words.mask)
-    assert reading.image.shape == (4, 32) and found.mope.image_width(5) == 32
-    assert reading.joint.shape == (4, joint) and found.mope.joint_width == joint
+    assert reading.image.shape == (4, 32) and found.mope.attachment.image_width == 32
+    assert reading.joint.shape == (4, joint) and found.mope.attachment.joint_width == joint
     assert found.mope.routing.shape == (len(found.mope.prompts), 4, 3)
     assert all(torch.isfinite(x).all() for x in (reading.text, reading.image, reading.joint))
 
@@ -94,7 +94,7 @@ def test_a_hidden_picture_leaves_the_main_encoder_with_static_prompts(pair):
         other = ModalityInputs(found.picture.feature, found.picture.states.flip(0), found.picture.depth, infused=False)
         with torch.no_grad():
             assert torch.equal(found.mope.encode(found.words, other).joint, blind.joint)
-    assert found.mope.text_depends_on_input == (main == "text")
+    assert found.mope.traits.text_depends_on_input == (main == "text")
 
 
 def test_texts_may_come_without_states():
@@ -138,7 +138,7 @@ def test_two_layers_by_hand():
     found = attached(other_length=0, temperature=0.7)
     mope, vit = found.mope, found.models["image"]
     del vit.layers[2:], mope.prompts[2:]
-    mope._walks["image"].depth = 2
+    mope._encoders["image"].depth = 2
     with torch.no_grad():
         joint = found.joint()
         for b in range(4):
@@ -232,8 +232,8 @@ def test_without_prompts_a_causal_model_is_the_frozen_one():
 def test_every_switch_runs_and_says_something_else(settings, tokens):
     found, usual = attached(**settings), attached()
     prompts = record(found.mope)
-    assert found.mope.first_layer("text") == (4 if found.mope.config.other_length == 0 else 0)
-    assert found.mope.first_layer("image") == 0
+    assert found.mope.attachment.first_layers["text"] == (4 if found.mope.config.other_length == 0 else 0)
+    assert found.mope.attachment.first_layers["image"] == 0
     joint = found.joint()
     assert [p.shape[1] for p in prompts] == [tokens] * 4
     assert not torch.allclose(joint, usual.joint())
@@ -249,7 +249,9 @@ def test_every_switch_runs_and_says_something_else(settings, tokens):
 
 def test_a_main_encoder_without_prompts_of_its_own_stays_frozen():
     found = attached(static=False, dynamic=False, mapped=False)
-    assert found.mope.first_layer("image") == 4 and len(found.mope.prompts) == 0 and found.mope.mapper is None
+    assert (
+        found.mope.attachment.first_layers["image"] == 4 and len(found.mope.prompts) == 0 and found.mope.mapper is None
+    )
     with torch.no_grad():
         expected = found.models["image"].layernorm(found.picture.states).mean(1)
         torch.testing.assert_close(found.joint(), expected, **EXACT)
@@ -312,11 +314,10 @@ def test_noise_and_dropout_are_there_in_training_alone_and_routing_is_told_witho
 
 @pytest.mark.parametrize("pair", ["vit", "llama", "swin"])
 def test_checkpointing_changes_memory_only(pair):
-    found, saved = attached(**PAIRS[pair], threshold=0.0), {}
-    found.mope.train()
+    saved = {}
     for checkpointing in (False, True):
-        found.mope.set_checkpointing(checkpointing)
-        found.mope.zero_grad()
+        found = attached(**PAIRS[pair], threshold=0.0, checkpoint=checkpointing)
+        found.mope.train()
         torch.manual_seed(7)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):

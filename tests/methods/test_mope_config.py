@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from closed_forms import mope_parameters
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
 from mitrain import methods
 from mitrain.core import config
 from mitrain.core.errors import ConfigError
-from mitrain.methods.mope.config import MoPEConfig, Shape, parameter_count
+from mitrain.methods.mope.config import MoPEConfig, Shape
 from mitrain.methods.mope.mope import MoPE
 
 DIMS, DEPTHS, TEXT = (128, 256, 512, 1024), (2, 2, 18, 2), 768
@@ -33,8 +34,8 @@ def trained(models, **settings):
     mope.attach(models)
     try:
         assert all(p.is_meta for p in mope.parameters())
-        assert sum(p.numel() for p in mope.parameters()) == parameter_count(mope.config, mope._shape).total
-        return parameter_count(mope.config, mope._shape), mope._shape
+        assert sum(p.numel() for p in mope.parameters()) == mope_parameters(mope.config, mope._shape).total
+        return mope_parameters(mope.config, mope._shape), mope._shape
     finally:
         mope.detach()
 
@@ -90,7 +91,7 @@ def test_an_expert_costs_parameters_and_no_tokens():
     one, two, many = (MoPEConfig(stage_start="prompted", experts=k) for k in (1, 2, 32))
     assert one.prompt_tokens == two.prompt_tokens == many.prompt_tokens == 2 * 6 + 1
     shape = Shape(tuple(d for d, n in zip(DIMS, DEPTHS, strict=True) for _ in range(n)), DIMS, 0, TEXT, ())
-    totals = [parameter_count(c, shape).total for c in (one, two, many)]
+    totals = [mope_parameters(c, shape).total for c in (one, two, many)]
     assert totals[1] - totals[0] == 72_192 == 6 * WHOLE
     assert totals[2] - totals[0] == 31 * 72_192
 
@@ -98,7 +99,7 @@ def test_an_expert_costs_parameters_and_no_tokens():
 def test_vanilla_prompts_of_l_times_k_tokens_have_as_many_parameters_as_the_experts():
     vanilla = MoPEConfig(length=6 * 4, dynamic=False, mapped=False)
     experts = MoPEConfig(length=6, experts=4)
-    assert parameter_count(vanilla, SWIN_B).static == parameter_count(experts, SWIN_B).experts
+    assert mope_parameters(vanilla, SWIN_B).static == mope_parameters(experts, SWIN_B).experts
     assert vanilla.prompt_tokens == 24
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_mope import attached, tiny_swin
 
 from mitrain.core.errors import ModelError
-from mitrain.methods.mope.swin import SwinWalk, attend, grid_of, merge_patches, run_block
+from mitrain.methods.mope.swin import SwinEncoder, attend, grid_of, merge_patches, run_block
 from mitrain.models.frozen import trunk_states
 from mitrain.training.checkpoint import only_trainable, restore
 
@@ -33,11 +33,11 @@ def test_without_prompts_the_walk_is_the_frozen_model(pixels, changes):
     with torch.no_grad():
         expected = model(image).last_hidden_state
         for carried in (True, False):
-            walk = SwinWalk(model, carried)
-            walked = walk.run(trunk_states(model, 0, pixel_values=image), None, no_prompts, None, False)
-            torch.testing.assert_close(walk.finish(walked.tokens), expected, **EXACT)
-            assert walked.prompts.shape[1] == 0
-        top = trunk_states(model, walk.depth, pixel_values=image)
+            encoder = SwinEncoder(model, carried)
+            encoded = encoder.run(trunk_states(model, 0, pixel_values=image), None, no_prompts, None, False)
+            torch.testing.assert_close(encoder.finish(encoded.tokens), expected, **EXACT)
+            assert encoded.prompts.shape[1] == 0
+        top = trunk_states(model, encoder.depth, pixel_values=image)
         torch.testing.assert_close(model.layernorm(top), expected, **EXACT)
     with pytest.raises(ModelError, match="depth 1 are not kept"):
         trunk_states(model, 1, pixel_values=image)
@@ -117,7 +117,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(stage_start):
 
 
 def test_which_blocks_are_prompted():
-    carried, prompted = (SwinWalk(tiny_swin(depths=(2, 2, 3)), c) for c in (True, False))
+    carried, prompted = (SwinEncoder(tiny_swin(depths=(2, 2, 3)), c) for c in (True, False))
     assert (carried.widths, carried.stages, carried.entry) == ((8, 16, 32, 32), (0, 1, 2, 2), 8)
     assert prompted.widths == (8, 8, 16, 16, 32, 32, 32) and prompted.stages == (0, 0, 1, 1, 2, 2, 2)
     assert prompted.entry == 0 and carried.stage_widths == prompted.stage_widths == (8, 16, 32)
@@ -153,18 +153,18 @@ def test_the_feature_is_the_mean_of_prompts_and_patches():
     found = attached("bert", "swin")
     patches = attached("bert", "swin", feature="mean")
     kept = []
-    walk = found.mope._walks["image"]
+    encoder = found.mope._encoders["image"]
     found.models["image"].layernorm.register_forward_hook(lambda m, args, out: kept.append(out))
     with torch.no_grad():
         joint = found.joint()
-        assert kept[0].shape == (4, 16 + 5, 32) and walk.depth == 3
+        assert kept[0].shape == (4, 16 + 5, 32) and encoder.depth == 3
         torch.testing.assert_close(joint, kept[0].mean(1), **EXACT)
         torch.testing.assert_close(patches.joint(), kept[0][:, 5:].mean(1), **EXACT)
 
 
 def test_swin_as_the_other_encoder_and_left_alone():
     found = attached("bert", "swin", main="text", other_length=0)
-    assert found.mope.first_layer("image") == 3 and found.picture.states.shape == (4, 16, 32)
+    assert found.mope.attachment.first_layers["image"] == 3 and found.picture.states.shape == (4, 16, 32)
     with torch.no_grad():
         reading = found.encode()
         expected = found.models["image"].layernorm(found.picture.states).mean(1)

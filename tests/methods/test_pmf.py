@@ -62,7 +62,7 @@ def test_together_each_modality_depends_on_the_other(name):
     text, image = frozen(case)
     fused = case.encode()
     assert fused.text.shape == (*case.words.ids.shape, WIDTH) and fused.image.shape == (3, IMAGE_WIDTH)
-    assert case.adapter.image_width(99) == IMAGE_WIDTH and torch.equal(fused.mask, case.words.mask)
+    assert case.adapter.attachment.image_width == IMAGE_WIDTH and torch.equal(fused.mask, case.words.mask)
     assert (fused.image - image).abs().max() > 1e-3
     assert (fused.text - text)[:, 0].abs().min(1).values.max() > 1e-6  # the very first token, also under a causal mask
     turned = case.adapter.encode(case.words, case.picture.rows(torch.tensor([1, 2, 0])))
@@ -136,14 +136,13 @@ def test_nothing_is_kept_for_backward_below_the_first_fusion_layer(name):
 
 @names
 def test_checkpointing_gives_the_same_gradients_and_keeps_less(name):
-    case = pair(name, fusion_layers=3)
-    parameters = list(case.adapter.parameters())
-    own = [*parameters, *(p for b in case.backbones.values() for p in b.parameters())]
     kept, gradients = [], []
     for enabled in (False, True):
-        case.adapter.set_checkpointing(enabled)
+        case = pair(name, fusion_layers=3, checkpoint=enabled)
+        parameters = list(case.adapter.parameters())
+        own = [*parameters, *(p for b in case.backbones.values() for p in b.parameters())]
         gradients.append(torch.autograd.grad(total(case.encode()), parameters))
-        kept.append(saved_bytes(lambda: total(case.encode()), own))
+        kept.append(saved_bytes(lambda c=case: total(c.encode()), own))
     for one, other in zip(*gradients, strict=True):
         close(one, other)
     assert kept[1] < 0.2 * kept[0]

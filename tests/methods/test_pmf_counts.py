@@ -1,9 +1,10 @@
 """PMF's parameters on the paper's own backbones, counted without weights."""
 
 import pytest
+from closed_forms import pmf_parameters
 from transformers import AutoModel, BertConfig, PreTrainedModel, ViTConfig
 
-from mitrain.methods.pmf.config import PMFConfig, parameter_count
+from mitrain.methods.pmf.config import PMFConfig
 from mitrain.methods.pmf.pmf import PMF
 from mitrain.models import loading
 
@@ -42,7 +43,7 @@ def heads(width):
 def test_base_encoders(base, layers, millions):
     config = PMFConfig(fusion_layers=layers)
     expected = layers * (6 * 4 * 768 + 2 * (768 * 384 + 384 + 384 * 768 + 768))
-    assert trained(base, config) == parameter_count(config, 768, 768) == expected
+    assert trained(base, config) == pmf_parameters(config, 768, 768) == expected
     assert round((expected + heads(768)) / 1e6, 2) == millions
 
 
@@ -51,7 +52,7 @@ def test_the_share_of_all_parameters(base):
     assert [round(size / 1e6, 2) for size in sizes] == [109.48, 86.39]
     shares = {}
     for layers in (1, 2, 3, 4, 5, 12):
-        own = parameter_count(PMFConfig(fusion_layers=layers), 768, 768) + heads(768)
+        own = pmf_parameters(PMFConfig(fusion_layers=layers), 768, 768) + heads(768)
         shares[layers] = round(100 * own / (own + sum(sizes)), 2)
     assert shares == {1: 0.69, 2: 1.29, 3: 1.88, 4: 2.47, 5: 3.05, 12: 6.92}
 
@@ -59,7 +60,7 @@ def test_the_share_of_all_parameters(base):
 def test_large_encoders():
     config = PMFConfig()
     expected = 2 * (6 * 4 * 1024 + 2 * (1024 * 512 + 512 + 512 * 1024 + 1024))
-    assert trained(backbones(**LARGE), config) == parameter_count(config, 1024, 1024) == expected
+    assert trained(backbones(**LARGE), config) == pmf_parameters(config, 1024, 1024) == expected
     assert round((expected + heads(1024)) / 1e6, 2) == 4.46
 
 
@@ -77,5 +78,5 @@ SETTINGS = [
 def test_the_arithmetic_counts_what_is_made(base, settings):
     """Also where the widths differ: BERT-base beside a ViT of width 384."""
     config, small = PMFConfig(**settings), {**base, "image": loading.empty_model(AutoModel, ViTConfig(hidden_size=384))}
-    assert trained(base, config) == parameter_count(config, 768, 768)
-    assert trained(small, config) == parameter_count(config, 768, 384)
+    assert trained(base, config) == pmf_parameters(config, 768, 768)
+    assert trained(small, config) == pmf_parameters(config, 768, 384)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from closed_forms import film_decoder_parameters, mit_layer_macs, mit_layer_parameters
 from mitrain_kernels.infused_attention import infused_attention
 from saved import saved_bytes
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,11 +25,8 @@ from mitrain.models.costs import (
     Split,
     VitShape,
     activation_bytes,
-    film_decoder_parameters,
     frozen_bytes,
     largest_batch,
-    mit_layer_macs,
-    mit_layer_parameters,
     training_memory,
 )
 

@@ -11,7 +11,7 @@ from tracked import Tracked
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.data.states import TextStates
+from mitrain.data.hidden_states import TextStates
 from mitrain.models import TextBackbone, loading, quant, stream
 from mitrain.models.quant import convert, formats
 

@@ -125,7 +125,7 @@ def test_a_long_text_loses_its_end_and_not_its_closing_token():
         Shaped(words(CLOSED), limit=4).prompt("what is it", speaks=2)
 
 
-ROOMS = {
+LONGEST = {
     **dict.fromkeys(
         (RobertaConfig, XLMRobertaConfig, CamembertConfig, MPNetConfig, Data2VecTextConfig, IBertConfig), 14
     ),
@@ -133,13 +133,13 @@ ROOMS = {
 }
 
 
-@pytest.mark.parametrize("kind", ROOMS, ids=lambda kind: kind.model_type)
+@pytest.mark.parametrize("kind", LONGEST, ids=lambda kind: kind.model_type)
 def test_a_text_is_as_long_as_the_model_has_positions_for(kind):
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = kind(**shape, vocab_size=40, max_position_embeddings=16)
     model = factory(config).from_config(config).eval()
     longest = loading.positions(model)
-    assert longest == ROOMS[kind]
+    assert longest == LONGEST[kind]
     with torch.no_grad():
         model(input_ids=torch.full((1, longest), 7))
     if kind is not LlamaConfig:  # rotary positions have no end

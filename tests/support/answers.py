@@ -6,7 +6,7 @@ from tiny import scramble
 
 from mitrain import methods
 from mitrain.data.formats.records import AnswerSample
-from mitrain.data.states import TextStates
+from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
 from mitrain.tasks.answer import AnswerConfig, AnswerTask

@@ -37,7 +37,7 @@ def made(name: str, values: dict[str, Any] | None = None) -> Adapter:
 
 
 def needed(adapter: Adapter, model: PreTrainedModel, image: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    return {"text": model, "image": image} if "image" in adapter.backbones else {"text": model}
+    return {"text": model, "image": image} if "image" in adapter.traits.backbones else {"text": model}
 
 
 def attached(
@@ -62,12 +62,12 @@ def inputs(
 ) -> tuple[TextBatch, ModalityInputs]:
     """Texts of 5, 7 and 9 tokens and pictures, each as the states that enter the method's first changed layers."""
     words = {name: tensor[rows] for name, tensor in text(padding=padding).items()}
-    depth = adapter.first_layer("text")
+    depth = adapter.attachment.first_layers["text"]
     with adapter.disabled():
-        below = trunk_states(model, depth, **words) if depth or adapter.runs_layers else None
+        below = trunk_states(model, depth, **words) if depth or adapter.traits.runs_layers else None
         states, entering = None, 0
-        if "image" in adapter.backbones:
-            entering = adapter.first_layer("image")
+        if "image" in adapter.traits.backbones:
+            entering = adapter.attachment.first_layers["image"]
             states = trunk_states(image, entering, pixel_values=pixels()[rows])
     feature = torch.randn(3, FEATURE, generator=torch.Generator().manual_seed(6)).double()[rows]
     return TextBatch(words["input_ids"], words["attention_mask"], below, depth), ModalityInputs(

@@ -56,12 +56,13 @@ def untrained(world: Path, method: str) -> Adapter:
 def has_joint(world: Path, method: str) -> bool:
     """Whether the method makes a state of text and picture together."""
     adapter = untrained(world, method)
-    return adapter.text_depends_on_input or adapter.joint_width > 0
+    return adapter.traits.text_depends_on_input or adapter.attachment.joint_width > 0
 
 
 def configured(world: Path, method: str, task: str, /, **changes: dict[str, Any]) -> Path:
     """A configuration's file; ``changes``: keys of a section, by its name."""
-    config = settings(world, method, ["joint"] if untrained(world, method).joint_width else ["last", "image"], task)
+    joint = untrained(world, method).attachment.joint_width
+    config = settings(world, method, ["joint"] if joint else ["last", "image"], task)
     for part, values in changes.items():
         config[part] = {**config[part], **values}
     path = world / f"{task}-{method}.yaml"

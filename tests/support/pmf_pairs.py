@@ -56,7 +56,7 @@ def pair(
     scramble(adapter)
     dtype = backbones["image"].dtype
     inputs = {"text": text(padding="right"), "image": (sound if "whisper" in name else pixels)(dtype=dtype)}
-    first = {place: adapter.first_layer(place) for place in backbones}
+    first = {place: adapter.attachment.first_layers[place] for place in backbones}
     states = {place: trunk_states(backbones[place], first[place], **inputs[place]) for place in backbones}
     ids, mask = inputs["text"].values()
     words = TextBatch(ids, mask, states["text"], first["text"])

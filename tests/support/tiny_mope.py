@@ -58,19 +58,21 @@ class Pair:
 
 def states_of(mope: MoPE, models: dict[str, PreTrainedModel], batch: dict[str, Tensor], image: Tensor) -> tuple:
     """What a pass is given: words and a picture with the states that enter the first changed layers."""
-    depth = {name: mope.first_layer(name) for name in models}
+    depth = {name: mope.attachment.first_layers[name] for name in models}
     words = TextBatch(batch["input_ids"], batch["attention_mask"], trunk_states(models["text"], depth["text"], **batch))
     states = trunk_states(models["image"], depth["image"], pixel_values=image)
     picture = ModalityInputs(torch.zeros(len(image), 5), states, depth["image"])
     return replace(words, depth=depth["text"]), picture
 
 
-def attached(text_name: str = "bert", image_name: str = "vit", rows: int = 4, **settings: object) -> Pair:
+def attached(
+    text_name: str = "bert", image_name: str = "vit", rows: int = 4, checkpoint: bool = False, **settings: object
+) -> Pair:
     """In float64 and eval mode, with all parameters moved from their start."""
     torch.manual_seed(0)
     models = {"text": model_of(text_name, torch.float64), "image": model_of(image_name, torch.float64)}
     mope = MoPE(MoPEConfig(**{**SMALL, **settings}))
-    mope.attach(models)
+    mope.attach(models, checkpoint=checkpoint)
     mope.eval()
     scramble(mope)
     side = 32 if image_name == "swin" else None

@@ -10,7 +10,7 @@ from tiny_pair import aurora, blip, pixels
 from transformers import AutoTokenizer, BlipForImageTextRetrieval
 
 from mitrain.data.formats.captions import CaptionSample
-from mitrain.data.states import TextStates
+from mitrain.data.hidden_states import TextStates
 from mitrain.models import TextBackbone
 from mitrain.models import blip as checkpoint
 from mitrain.models.batch import ModalityInputs

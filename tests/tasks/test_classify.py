@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mitrain import methods
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.formats.labels import LabelSample
-from mitrain.data.states import TextStates
+from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
 from mitrain.models.batch import ModalityInputs

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from closed_forms import film_decoder_parameters
 from saved import saved_bytes
 from torch import Tensor
 
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models.costs import film_decoder_parameters, mask_loss_activations
+from mitrain.models.costs import mask_loss_activations
 from mitrain.tasks.decoders import FilmDecoder, UnetDecoder, patch_coordinates, resize, to_map, unet_sizes
 from mitrain.tasks.masks import LOSSES, mask_loss
 

@@ -1,4 +1,4 @@
-"""Mask losses, metrics and floors against per-pixel loops, scikit-learn and values computed by hand."""
+"""Mask losses, metrics and baselines against per-pixel loops, scikit-learn and values computed by hand."""
 
 import math
 import random
@@ -264,10 +264,10 @@ def scene() -> list[np.ndarray]:
 
 def test_floors_by_hand():
     masks = scene()
-    floors = baseline_masks(masks, seed=0, key="a")
-    assert floors["union"].sum() == 12 + 4 + 7
-    assert np.array_equal(floors["largest"], masks[0])
-    assert np.array_equal(floors["central"], masks[1])
+    baselines = baseline_masks(masks, seed=0, key="a")
+    assert baselines["union"].sum() == 12 + 4 + 7
+    assert np.array_equal(baselines["largest"], masks[0])
+    assert np.array_equal(baselines["central"], masks[1])
 
 
 def test_central_is_judged_in_both_directions():
@@ -282,8 +282,8 @@ def test_the_first_of_equal_objects_wins_and_empty_ones_are_never_central():
     first[2, 2] = twin[2, 3] = True  # as large, and as far from the centre (2, 2.5)
     nothing = np.zeros_like(first)
     for masks in ([first, twin], [nothing, first, twin], [first, nothing, twin]):
-        floors = baseline_masks(masks, seed=0, key="a")
-        assert floors["largest"] is floors["central"] is first
+        baselines = baseline_masks(masks, seed=0, key="a")
+        assert baselines["largest"] is baselines["central"] is first
     assert baseline_masks([nothing], seed=0, key="a")["central"] is nothing
 
 
@@ -307,7 +307,7 @@ def test_the_random_floor_is_seeded_and_uniform():
     assert np.bincount(draws).min() > 60  # expected 100, standard deviation 8.7
     assert draws[:8] == [
         random.Random(f"0:sample {i}").randrange(4) for i in range(8)
-    ]  # published floors stay what they are
+    ]  # published baselines stay what they are
 
 
 def test_a_scene_without_instances_is_refused():

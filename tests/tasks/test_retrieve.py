@@ -12,7 +12,7 @@ from mitrain import methods
 from mitrain.core import dist
 from mitrain.core.errors import DataError, UserError
 from mitrain.data.formats.captions import CaptionSample
-from mitrain.data.states import TextStates
+from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
 from mitrain.models.batch import ModalityInputs

@@ -9,7 +9,7 @@ from tiny import scramble
 from mitrain import methods
 from mitrain.core.errors import ConfigError
 from mitrain.data.formats.refcoco import ReferSample
-from mitrain.data.states import TextStates
+from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
 from mitrain.models.batch import ModalityInputs
@@ -30,7 +30,7 @@ def make(folder, method=None, **config):
     text = TextBackbone.load(folder, torch.float32)
     adapter = methods.build(method or MiTConfig(layers=[1, 2]), {"image": 6})
     adapter.attach({"text": text.model})
-    parts = Parts(text, adapter, TextStates(text, adapter.first_layer("text"), None))
+    parts = Parts(text, adapter, TextStates(text, adapter.attachment.first_layers["text"], None))
     return SegmentTask(SegmentConfig(**{**SETTINGS, **config}), parts, WIDTHS, GRID, PATCH, 1)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mitrain import methods
 from mitrain.core.errors import ModelError
 from mitrain.data.formats.records import AnswerSample
-from mitrain.data.states import TextStates
+from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone, frozen
 from mitrain.models.batch import ModalityInputs
@@ -60,7 +60,7 @@ def strange(name, tokenizer):
 def task_on(text, cache=None, layers="last half", **settings):
     adapter = methods.build(MiTConfig(layers=layers, **settings), {"image": 6})
     adapter.attach({"text": text.model})
-    states = TextStates(text, adapter.first_layer("text"), cache, disabled=adapter.disabled)
+    states = TextStates(text, adapter.attachment.first_layers["text"], cache, disabled=adapter.disabled)
     return AnswerTask(AnswerConfig(max_new_tokens=4), Parts(text, adapter, states))
 
 

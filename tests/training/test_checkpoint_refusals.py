@@ -146,7 +146,7 @@ def test_what_is_not_finite_is_not_published_and_removes_nothing(tmp_path, bad, 
 def test_a_state_that_is_not_finite_is_not_published(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         checkpoint.save(tmp_path, 2, tensors(), {"engine": {"loss_scale": [float("nan"), 0]}})
-    assert checkpoint.latest(tmp_path) is None and not checkpoint.begun(tmp_path)
+    assert checkpoint.latest(tmp_path) is None and not checkpoint.any_published(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json"])

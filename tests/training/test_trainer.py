@@ -179,7 +179,7 @@ def test_a_rate_beyond_all_numbers_publishes_nothing(world):
     folder = runs.create(config, world / "runs")
     with pytest.raises(UserError, match="not finite at step 2.*no checkpoint was written yet"):
         Trainer(config, folder, quiet=True).fit()
-    assert not checkpoint.begun(folder)
+    assert not checkpoint.any_published(folder)
 
 
 def test_a_run_that_applied_no_step_has_failed(world, monkeypatch):
@@ -191,7 +191,7 @@ def test_a_run_that_applied_no_step_has_failed(world, monkeypatch):
         UserError, match=r"none of 3 steps was applied \(non-finite loss 3 times\): nothing was learned"
     ):
         trainer.fit()
-    assert not checkpoint.begun(trainer.folder) and not (trainer.folder / "summary.json").exists()
+    assert not checkpoint.any_published(trainer.folder) and not (trainer.folder / "summary.json").exists()
 
 
 def test_best_is_replaced_by_what_is_better_alone(world, monkeypatch):

@@ -10,12 +10,12 @@ SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 def split_groups(groups: Sequence[int], seed: str, shares: dict[str, float] = SHARES) -> list[str]:
     """The split of each thing, the same for all of a group: large groups first, each to where most room is left."""
     sizes = Counter(groups)
-    room = {split: share * len(groups) for split, share in shares.items()}
+    left = {split: share * len(groups) for split, share in shares.items()}
     order = sorted(sizes)
     Random(seed).shuffle(order)
     chosen: dict[int, str] = {}
     for group in sorted(order, key=lambda group: -sizes[group]):
-        split = max(room, key=lambda split: room[split] / shares[split])
-        room[split] -= sizes[group]
+        split = max(left, key=lambda split: left[split] / shares[split])
+        left[split] -= sizes[group]
         chosen[group] = split
     return [chosen[group] for group in groups]

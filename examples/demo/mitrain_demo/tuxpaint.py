@@ -92,16 +92,16 @@ def split_kinds(stamps: Sequence[Stamp], seed: int) -> dict[str, str]:
 
 def share_out(sizes: dict[str, int], random: Random) -> dict[str, str]:
     """Draw a split for each kind with a chance proportional to the room left in it (in pictures)."""
-    room = {split: max(1.0, share * sum(sizes.values())) for split, share in SHARES.items()}
+    left = {split: max(1.0, share * sum(sizes.values())) for split, share in SHARES.items()}
     kinds = sorted(sizes)
     random.shuffle(kinds)
     kinds.sort(key=lambda kind: sizes[kind] > 1)  # those of one picture first: they open every split
     chosen = {}
     for kind in kinds:
         empty = [split for split in ("train", "test", "val") if split not in chosen.values()]
-        fitting = [split for split in SHARES if room[split] >= sizes[kind]] or [max(room, key=room.get)]
-        split = empty[0] if empty else random.choices(fitting, [room[split] for split in fitting])[0]
-        room[split] -= sizes[kind]
+        fitting = [split for split in SHARES if left[split] >= sizes[kind]] or [max(left, key=left.get)]
+        split = empty[0] if empty else random.choices(fitting, [left[split] for split in fitting])[0]
+        left[split] -= sizes[kind]
         chosen[kind] = split
     return chosen
 

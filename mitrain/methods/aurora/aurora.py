@@ -1,13 +1,12 @@
 """Aurora, mode approximation for parameter-efficient tuning of two encoders and their fusion (arXiv 2305.08381).
 
 Low-rank updates of frozen projections, with factors that are shared by image encoder, text model and cross-attention.
-Where the paper and the authors' release differ, both are settings; see aurora_config.py and docs/methods/aurora.md.
+Where the paper and the authors' release differ, both are settings; see config.py and docs/methods/aurora.md.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from mitrain.methods.aurora.points import (
     vector_counts,
     widths_of,
 )
-from mitrain.methods.base import Adapter
+from mitrain.methods.base import Adapter, Attachment, Traits
 from mitrain.models import frozen, layouts, loading
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
@@ -37,12 +36,11 @@ class Aurora(Adapter):
 
     The parameters are made by the first ``attach``, in float32 or the text model's type if wider. Names in the state
     dict: ``modes.<down|up|core>.<set>``, ``modes.vectors.<part>``, ``fusion.<gqt|scale>`` and the fixed ``fusion.turn``.
-    Our name ↔ the paper's: down U, up V, core λ (or the release's C), vectors P, gqt (γ, β); `aurora_modes.Modes` has
+    Our name ↔ the paper's: down U, up V, core λ (or the release's C), vectors P, gqt (γ, β); `modes.Modes` has
     the equations.
     """
 
-    method: ClassVar[str] = "aurora"
-    backbones: ClassVar[tuple[str, ...]] = ("text", "image")
+    traits = Traits("aurora", backbones=("text", "image"))
 
     def __init__(self, config: AuroraConfig):
         super().__init__()
@@ -56,16 +54,6 @@ class Aurora(Adapter):
         self._disabled = False
         self._widths = (0, 0)
 
-    def first_layer(self, name: str) -> int:
-        return 0
-
-    def image_width(self, feature: int) -> int:
-        return self._widths[1] or feature
-
-    @property
-    def joint_width(self) -> int:
-        return 0 if self.fusion is None else self.fusion.width
-
     @property
     def shape(self) -> AuroraShape:
         """What the count of parameters follows from; known once attached."""
@@ -76,8 +64,8 @@ class Aurora(Adapter):
 
     # Attaching
 
-    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        encoders = {name: Layers.of(backbones[name]) for name in self.backbones}
+    def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
+        encoders = {name: Layers.of(backbones[name]) for name in self.traits.backbones}
         text, image = backbones["text"], encoders["image"]
         own = has_cross_attention(text)
         layers = self._fusion_layers(own, encoders["text"].depth)
@@ -89,11 +77,13 @@ class Aurora(Adapter):
         points = laid_out(points, self.config, factors)
         self._make_parameters(points, factors, layers, widths, own, text)
         self._encoders, self._points, self._widths, self._first = encoders, points, widths, first
-        self.undo(self._forget)
+        self._undo.callback(self._forget)
         for module, own_points, across in by_module(points, own):
-            self.undo(module.register_forward_hook(self._hook(own_points, across)).remove)
+            self._undo.callback(module.register_forward_hook(self._hook(own_points, across)).remove)
         if self.fusion is not None:
-            self.fusion.place(encoders["text"], self._across, self.undo)
+            self.fusion.place(encoders["text"], self._across, self._undo.callback)
+        joint = 0 if self.fusion is None else self.fusion.width
+        return Attachment(dict.fromkeys(self.traits.backbones, 0), image.width, joint)
 
     def _fusion_layers(self, own: bool, depth: int) -> int:
         asked = self.config.fusion_layers
@@ -172,23 +162,23 @@ class Aurora(Adapter):
 
     # Reading
 
-    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
-        """See `Adapter.read`. A text or picture that stands in several rows, as in the pairs of a matching loss, goes
+    def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
+        """See `Adapter.encode`. A text or picture that stands in several rows, as in the pairs of a matching loss, goes
         through its encoder once."""
         text = mask = image = joint = None
-        if picture is not None:
-            seen, image = self._see(picture)
-        if words is not None:
-            mask, kinds = words.mask, distinct(words.ids.masked_fill(words.mask == 0, -1))
-            entering, text = self._write(words, *kinds)
-        if words is not None and picture is not None and self.fusion is not None:
-            joint = self._joint(mask, entering, text, seen if picture.infused else None, kinds[0])
+        if inputs is not None:
+            seen, image = self._see(inputs)
+        if texts is not None:
+            mask, kinds = texts.mask, distinct(texts.ids.masked_fill(texts.mask == 0, -1))
+            entering, text = self._write(texts, *kinds)
+        if texts is not None and inputs is not None and self.fusion is not None:
+            joint = self._joint(mask, entering, text, seen if inputs.infused else None, kinds[0])
         return Outputs(text, mask, image, joint)
 
-    def _see(self, picture: ModalityInputs) -> tuple[Tensor, Tensor]:
+    def _see(self, inputs: ModalityInputs) -> tuple[Tensor, Tensor]:
         """The picture's final tokens (B, N, c) and its vector (B, c)."""
-        layers, hidden = self._encoders["image"], picture.states
-        if hidden is None or picture.depth:
+        layers, hidden = self._encoders["image"], inputs.states
+        if hidden is None or inputs.depth:
             raise ModelError("aurora changes every layer of the image encoder: give the states that enter its layer 0")
         first, group = distinct(hidden)
         hidden = hidden[first].to(layers.model.device, layers.model.dtype)
@@ -196,13 +186,13 @@ class Aurora(Adapter):
             hidden = layers.run(index, hidden)
         return layers.finish(hidden)[group], layers.summary(hidden)[group]
 
-    def _write(self, words: TextBatch, first: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    def _write(self, texts: TextBatch, first: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """The text's states where they enter the fusion (or the bottom), and its final states: (B, T, D) each."""
-        layers, hidden, mask = self._encoders["text"], words.states, words.mask[first]
-        if words.depth:
+        layers, hidden, mask = self._encoders["text"], texts.states, texts.mask[first]
+        if texts.depth:
             raise ModelError("aurora changes every layer of the text model: give the states that enter its layer 0")
         if hidden is None:
-            hidden = frozen.trunk_states(layers.model, 0, input_ids=words.ids[first], attention_mask=mask)
+            hidden = frozen.trunk_states(layers.model, 0, input_ids=texts.ids[first], attention_mask=mask)
         else:
             hidden = hidden[first]
         entering, lowest = hidden, 0 if self.fusion is None else self.fusion.first

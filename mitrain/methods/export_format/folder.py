@@ -4,25 +4,31 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mitrain.core import config
 from mitrain.core.errors import CheckpointError, ConfigError
 from mitrain.core.files import atomic_folder, remedy
 from mitrain.core.safe_io import is_finite, parse_json, parse_tensors, read_regular, regular_size
 from mitrain.core.version import __version__
+from mitrain.methods.export_format.card import model_card
 from mitrain.methods.export_format.contents import Contents, FileSum, Parameters
+from mitrain.methods.export_format.places import without_home
 from mitrain.models import loading
 from mitrain.models.shapes import base_shape
+
+if TYPE_CHECKING:
+    from mitrain.methods.base import Adapter
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -120,13 +126,32 @@ def count(trained: Iterable[nn.Module], base: nn.Module) -> Parameters:
     return Parameters(trainable=sum(map(loading.count_parameters, modules)), frozen=sum(own.values()))
 
 
-def method_fields(adapter: Mapping[str, Any], base: PretrainedConfig, name: str, counts: Parameters) -> dict[str, Any]:
-    """The fields of `Contents` that every adapter has; ``adapter``: its settings with the method's ``name``."""
+def publish_adapter(folder: str | Path, adapter: "Adapter", model: PreTrainedModel) -> Path:
+    """`publish` an ``adapter`` alone, which is attached to the language ``model``."""
+    base, tensors = without_home(model.name_or_path), adapter.state_dict()
+    fields = method_fields(adapter, model.config, base, count([adapter], model))
+    return publish(folder, fields, {"adapter": tensors}, model_card, peft_files(adapter, tensors, base))
+
+
+def peft_files(adapter: "Adapter", tensors: Mapping[str, Tensor], base: str) -> PeftFiles | None:
+    """``tensors`` of an attached ``adapter``, trained on the model ``base``, as PEFT saves them; None where it cannot."""
+    if adapter.attachment.peft is None:
+        return None
+    settings, name_of = adapter.attachment.peft
+    with tempfile.TemporaryDirectory() as folder:
+        settings.save_pretrained(folder)
+        values = json.loads((Path(folder) / CONFIG).read_text())
+    return {**values, "base_model_name_or_path": base}, {name_of(name): tensor for name, tensor in tensors.items()}
+
+
+def method_fields(adapter: "Adapter", base: PretrainedConfig, name: str, counts: Parameters) -> dict[str, Any]:
+    """The fields of `Contents` that every adapter has; ``name``: of the language model, whose settings are ``base``."""
+    method = adapter.traits.name
     return {
-        "peft_type": f"MITRAIN_{adapter['name'].upper()}",  # no method of PEFT's: it refuses the folder
+        "peft_type": f"MITRAIN_{method.upper()}",  # no method of PEFT's: it refuses the folder
         "base_model_name_or_path": name,
         "base": base_shape(base).to_dict(),
-        "adapter": dict(adapter),
+        "adapter": {"name": method, **adapter.config.to_dict()},
         "parameters": counts.to_dict(),
         "run": None,
     }

@@ -128,6 +128,7 @@ def infused_forward(
     if base == "sdpa":
         return by_operator(infusion, module, query, key, value, attention_mask, kwargs), None
     maps = infusion.maps
+    # This gate differs from key to key, which does not fold: keys and values are infused for every query head.
     if infusion.gate == "token":
         key, value = infused_keys_values(
             key,
@@ -143,10 +144,12 @@ def infused_forward(
         return attend(Ungrouped(module), query, key, value, attention_mask, **kwargs)
     alpha, gamma, delta = infusion.coefficients(value, new=query.shape[2])
     output, weights = attend(module, query * alpha.to(query.dtype), key, value, attention_mask, **kwargs)
+    # δ is added to every row, and a query that sees no key gives 0.
     if attention_mask is not None:
         delta = delta * rows_that_see(attention_mask)
     gamma, delta = (x.transpose(1, 2).to(output.dtype) for x in (gamma, delta))
     output = torch.addcmul(delta, output, gamma)
+    # The softmax drops k_add, the same amount on all of a query's scores: it gets explicit zeros as its gradient.
     return keep_dead(output, maps.k_add), weights
 
 
@@ -170,6 +173,7 @@ def by_operator(
             **infusion.maps._asdict(),
             gate=infusion.gate,
             key_padding=infusion.valid(value, value.shape[2]),
+            # ready-made by transformers, for backends that need one: not made again in every layer
             mask=mask,
             causal=module.is_causal if causal is None else causal,
             window=options.get("sliding_window"),

@@ -22,6 +22,8 @@ class BoundFeatures(Adapter):
 
     takes_infused: ClassVar[bool] = True
     """Read by `refusals.call_without_losing_features`."""
+    feature_widths: Mapping[str, int] = {}
+    """The modalities that are bound, each with its feature width e."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -32,8 +34,8 @@ class BoundFeatures(Adapter):
         super().attach(backbones, checkpoint, backend)
         for backbone in backbones.values():
             take = backbone.register_forward_pre_hook(self._take_keyword, prepend=True, with_kwargs=True)
-            self.undo(take.remove)
-            self.undo(backbone.register_forward_hook(self._drop_keyword, always_call=True).remove)
+            self._undo.callback(take.remove)
+            self._undo.callback(backbone.register_forward_hook(self._drop_keyword, always_call=True).remove)
         return self
 
     def detach(self) -> None:
@@ -69,7 +71,9 @@ class BoundFeatures(Adapter):
         adapter or, inside, the batch.
         """
         if not self._backbones:
-            raise ModelError(f"this {self.method} adapter is not attached, so features have no effect: call attach()")
+            raise ModelError(
+                f"this {self.traits.name} adapter is not attached, so features have no effect: call attach()"
+            )
         own, condition = threading.get_ident(), make_condition(features, self.feature_widths, copies)
         outer = self._bound.get(own, [])
         self._bound[own] = [*outer, condition]

@@ -1,17 +1,13 @@
-"""MiT's settings: presets for the paper's and the release's forms, and the count of parameters that follows."""
+"""MiT's settings: presets for the paper's and the release's forms."""
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
 from mitrain.core.config import Section
-from mitrain.methods.mit.decoder import LayerShape
-from mitrain.methods.mit.maps import attention_maps
 from mitrain.methods.presets import filled
 from mitrain.methods.selection import LayersSetting
-from mitrain.models.costs import mit_layer_parameters
 
 RELEASED_LAYERS = [13, 17, 21, 25, 29]
 PRESETS: dict[str, dict[str, Any]] = {
@@ -76,29 +72,3 @@ class MiTConfig(Section, kind="adapter", name="mit"):
     def kernel_gate(self) -> str:
         """The gate by the operators' names."""
         return self.gate if self.gate == "none" or self.cosine else "head"
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """Trainable parameters: of each infused layer, of what the layers share, and in all."""
-
-    per_layer: int
-    shared: int
-    layers: int
-
-    @property
-    def total(self) -> int:
-        return self.per_layer * self.layers + self.shared
-
-
-def parameter_count(config: MiTConfig, shape: LayerShape, layers: int) -> ParameterCount:
-    """Count without building anything; ``layers`` infused layers of equal ``shape``.
-
-    A ``rank`` takes the place of every feature's width in the layers' maps (`costs.mit_layer_parameters`); the
-    layers share the projections to it.
-    """
-    widths = list(config.modalities.values())
-    read = [config.rank or width for width in widths]
-    maps = len(attention_maps(config.k_add, config.terms))
-    per_layer = mit_layer_parameters(read, shape, maps=maps, ffn=config.ffn)
-    return ParameterCount(per_layer, sum(widths) * (config.rank or 0), layers)

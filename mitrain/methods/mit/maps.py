@@ -34,12 +34,12 @@ class ModalityMaps(nn.Module):
     v_mul = I W_d^v + b_d^v     v_add = I W_a^v + b_a^v     ffn = I W_f + b_f  (Eq. 7)
     """
 
-    def __init__(self, width: int, shape: LayerShape, names: tuple[str, ...], ffn: bool, **place: Any):
+    def __init__(self, width: int, shape: LayerShape, names: tuple[str, ...], ffn: bool, **factory: Any):
         super().__init__()
         for name in names:
-            self.add_module(name, nn.Linear(width, shape.heads * shape.head_dim, **place))
+            self.add_module(name, nn.Linear(width, shape.heads * shape.head_dim, **factory))
         if ffn:
-            self.ffn = nn.Linear(width, shape.ffn, **place)
+            self.ffn = nn.Linear(width, shape.ffn, **factory)
 
     @torch.no_grad()
     def start_as_identity(self, factor: float) -> None:
@@ -50,7 +50,7 @@ class ModalityMaps(nn.Module):
 
 
 class LayerInfusion(nn.Module):
-    """All modalities' maps into one layer, the attention's by their ``names``, and its head logits L (M, H); ``place`` is
+    """All modalities' maps into one layer, the attention's by their ``names``, and its head logits L (M, H); ``factory`` is
     their device and dtype. A map that is left out gives zeros."""
 
     def __init__(
@@ -61,13 +61,13 @@ class LayerInfusion(nn.Module):
         *,
         ffn: bool,
         base: int,
-        **place: Any,
+        **factory: Any,
     ):
         super().__init__()
         self.shape, self.base, self.names = shape, base, names
-        modalities = {name: ModalityMaps(width, shape, names, ffn, **place) for name, width in widths.items()}
+        modalities = {name: ModalityMaps(width, shape, names, ffn, **factory) for name, width in widths.items()}
         self.maps = nn.ModuleDict(modalities)
-        self.head_logit = nn.Parameter(torch.full((len(widths), shape.heads), HEAD_LOGIT, **place))
+        self.head_logit = nn.Parameter(torch.full((len(widths), shape.heads), HEAD_LOGIT, **factory))
 
     def start_as_identity(self) -> None:
         """Base 1: exactly the frozen layer. Base 0 has no exact identity; where all modalities are present and v_add

@@ -1,7 +1,7 @@
 """MiT, Multimodal Infusion Tuning (arXiv 2403.05060): a frozen language model reads the text, and each modality's one
 global vector multiplies, and is added to, the keys, values and feed-forward activations of a few of its layers.
 
-Where the paper and the authors' release differ, both are settings; see mit_config.py.
+Where the paper and the authors' release differ, both are settings; see config.py.
 """
 
 import inspect
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
 from mitrain.core.errors import ConfigError, ModelError
+from mitrain.methods.base import Attachment, Traits
 from mitrain.methods.checkpointing import CheckpointedLayer
 from mitrain.methods.mit import attention, ffn
 from mitrain.methods.mit.bound import BoundFeatures
@@ -28,7 +29,6 @@ from mitrain.methods.mit.gate_cache import check_cache
 from mitrain.methods.mit.maps import LayerInfusion, attention_maps, inputs_of
 from mitrain.methods.selection import select_layers
 from mitrain.models import loading
-from mitrain.models.costs import LlmShape, mit_layer_macs
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class MiT(BoundFeatures):
     ``infused.<index>.head_logit`` and, with a rank, ``projections.<modality>``.
     """
 
-    method: ClassVar[str] = "mit"
-    text_depends_on_input: ClassVar[bool] = True
+    traits = Traits("mit", text_depends_on_input=True, checkpointing=True)
 
     def __init__(self, config: MiTConfig):
         super().__init__()
@@ -85,21 +84,9 @@ class MiT(BoundFeatures):
         """The infused layers' maps, in the order of ``layers``."""
         return list(self.infused.values())
 
-    def first_layer(self, name: str) -> int:
-        return self.layers[0]
-
-    def infused_parameters(self) -> Mapping[int, int]:
-        return {int(index): loading.count_parameters(infusion) for index, infusion in self.infused.items()}
-
-    def macs(self, llm: LlmShape) -> int:
-        """The maps run once per sample (`mitrain.models.costs.mit_layer_macs`)."""
-        widths = list(self.feature_widths.values())
-        maps = len(attention_maps(self.config.k_add, self.config.terms))
-        return len(self.layers) * mit_layer_macs(widths, llm, maps=maps, ffn=self.config.ffn)
-
     # Attaching
 
-    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
+    def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
         decoder = find_decoder(backbones["text"])
         indices = select_layers(self.config.layers, len(decoder.layers))
         points = [infusion_point(decoder, index, self.config.ffn) for index in indices]
@@ -107,17 +94,25 @@ class MiT(BoundFeatures):
         check_direction(points, self.config)
         self._make_parameters(points, decoder)
         self._switch_attention(decoder)
-        self.undo(decoder.model.register_forward_pre_hook(self._enter_decoder, with_kwargs=True).remove)
-        self.undo(decoder.model.register_forward_hook(self._leave_decoder, always_call=True).remove)
+        self._undo.callback(decoder.model.register_forward_pre_hook(self._enter_decoder, with_kwargs=True).remove)
+        self._undo.callback(decoder.model.register_forward_hook(self._leave_decoder, always_call=True).remove)
         for point in points:
             announce = partial(self._enter_attention, point.index)
-            self.undo(point.attention.register_forward_pre_hook(announce, with_kwargs=True).remove)
-            self.undo(point.attention.register_forward_hook(check_used, with_kwargs=True).remove)
+            self._undo.callback(point.attention.register_forward_pre_hook(announce, with_kwargs=True).remove)
+            self._undo.callback(point.attention.register_forward_hook(check_used, with_kwargs=True).remove)
             if point.projection is not None:
                 layer, factor = decoder.layers[point.index], partial(self._ffn_factor, point.index)
-                self.undo(ffn.infuse(layer, point.projection, factor, decoder.model.dtype, self.backend))
+                self._undo.callback(ffn.infuse(layer, point.projection, factor, decoder.model.dtype, self._backend))
         self._decoder = decoder
-        self.undo(self.set_checkpointing, False)
+        self._undo.callback(self.set_checkpointing, False)
+        self.set_checkpointing(self._checkpoint)
+        linear = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        return Attachment(
+            {"text": indices[0]},
+            modalities=self.feature_widths,
+            infused_parameters={int(index): loading.count_parameters(layer) for index, layer in self.infused.items()},
+            macs=sum(module.weight.numel() for module in linear),  # each runs once per sample, whatever its length
+        )
 
     def _make_parameters(self, points: list[InfusionPoint], decoder: Decoder) -> None:
         shapes = {str(point.index): point.shape for point in points}
@@ -145,7 +140,7 @@ class MiT(BoundFeatures):
         attention.register()
         base = decoder.model.config._attn_implementation
         decoder.model.set_attn_implementation(attention.PREFIX + base)
-        self.undo(decoder.model.set_attn_implementation, base)
+        self._undo.callback(decoder.model.set_attn_implementation, base)
         if decoder.model.config._attn_implementation != attention.PREFIX + base:
             raise ModelError(f"{decoder.name} does not use Hugging Face's attention interface: not supported")
 
@@ -248,7 +243,7 @@ class MiT(BoundFeatures):
             cache=cache,
             layer_idx=index,
             depth=len(self._decoder.layers),
-            backend=self.backend,
+            backend=self._backend,
         )
         return args, {**kwargs, "infusion": infusion}
 

@@ -1,7 +1,6 @@
-"""The settings of conditional prompts and MoPE, and the count of trained parameters that follows from them."""
+"""The settings of conditional prompts and MoPE."""
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -35,7 +34,7 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
     (``carried``) or gets its own (``prompted``). ``feature``: what is predicted from, and ``condition``: what ψ is, of
     the states after the final norm; ``all`` averages tokens and prompts. ``auto``: ``all`` of a main image encoder, the
     ``mean`` of a main text encoder, the first token as ψ, and the last token of a causal model; of an encoder without
-    a CLS token ψ is the mean. ``spread``: prompts start uniformly within ±spread (none: see `mope_prompts.spread_of`).
+    a CLS token ψ is the mean. ``spread``: prompts start uniformly within ±spread (none: see `prompts.init_range_of`).
     """
 
     main: Literal["image", "text"] = IMAGE
@@ -120,48 +119,6 @@ class Shape:
     entry: int
     condition: int
     others: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """Trained parameters by part; frozen keys are not counted."""
-
-    static: int
-    experts: int
-    entry: int
-    router: int
-    mapper: int
-    mapper_stages: int
-    others: int
-
-    @property
-    def total(self) -> int:
-        return sum(astuple(self))
-
-
-def parameter_count(config: MoPEConfig, shape: Shape) -> ParameterCount:
-    """Count without building anything; one more expert costs l · Σ widths (and under ``cpt`` the router's row)."""
-    tokens, length, hidden = sum(shape.widths), config.length, mapper_width(config, shape.condition)
-    first = shape.condition * hidden + hidden + 2 * hidden * (config.mapper_norm == "layer")
-    second = sum((hidden + 1) * width for width in shape.stage_widths)
-    return ParameterCount(
-        static=length * tokens * config.static,
-        experts=config.experts * length * tokens * config.dynamic,
-        entry=config.prompt_tokens * shape.entry,
-        router=router_count(config, shape.widths, shape.condition) * config.dynamic,
-        mapper=first * config.mapped,
-        mapper_stages=second * config.mapped,
-        others=config.other_length * sum(shape.others),
-    )
-
-
-def router_count(config: MoPEConfig, widths: Sequence[int], condition: int) -> int:
-    """Trained parameters of the routers of layers of these ``widths``."""
-    if config.router == "cpt":
-        return (len(widths) - (config.shared_router and len(widths) > 1)) * (condition + 1) * config.experts
-    of_tokens, of_condition = config.router_widths
-    keys = (of_tokens + of_condition) * config.experts * (config.keys == "learned")
-    return sum((width + 1) * of_tokens + (condition + 1) * of_condition + keys for width in widths)
 
 
 def mapper_width(config: MoPEConfig, condition: int) -> int:

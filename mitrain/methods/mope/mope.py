@@ -5,19 +5,20 @@ docs/methods/mope.md restates the mathematics and says where the authors' releas
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mitrain.core.errors import ModelError
-from mitrain.methods.base import Adapter
+from mitrain.methods.base import Adapter, Attachment, Traits
 from mitrain.methods.mope.config import IMAGE, TEXT, MoPEConfig, Shape
+from mitrain.methods.mope.encoder import Encoded, PlainEncoder, PromptedEncoder, Prompter, pooled
 from mitrain.methods.mope.prompts import LayerPrompts, Mapper, init_range_of, uniform
 from mitrain.methods.mope.router import Usage, importance_loss, usage
-from mitrain.methods.mope.swin import SwinWalk, is_swin
-from mitrain.methods.mope.walk import PlainWalk, Prompter, Walk, Walked, pooled
+from mitrain.methods.mope.swin import SwinEncoder, is_swin
 from mitrain.models import frozen
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 
@@ -35,63 +36,52 @@ class MoPE(Adapter):
     ``entry`` enters a Swin's first block where prompts are carried; ``others`` are the other encoder's deep prompts.
     Parameters are made by the first ``attach``, beside the main model, in float32 or the models' type if wider.
 
-    A pass over words alone or a picture alone leaves the other modality's prompts out: static prompts (the main
-    encoder) or deep prompts (the other) stay, and ``joint`` is None. ``picture.infused=False`` cuts the link, whichever
+    A pass over texts alone or pictures alone leaves the other modality's prompts out: static prompts (the main
+    encoder) or deep prompts (the other) stay, and ``joint`` is None. ``inputs.infused=False`` cuts the link, whichever
     encoder is main: ``joint`` comes from the main encoder with static prompts alone.
     """
 
-    method: ClassVar[str] = "mope"
-    backbones: ClassVar[tuple[str, ...]] = (TEXT, IMAGE)
-    runs_layers: ClassVar[bool] = True
+    traits = Traits("mope", backbones=(TEXT, IMAGE), runs_layers=True, checkpointing=True)
 
     def __init__(self, config: MoPEConfig):
         super().__init__()
         self.config = config
-        self.text_depends_on_input = config.main == TEXT
+        self.traits = replace(self.traits, text_depends_on_input=config.main == TEXT)
         self.prompts = nn.ModuleList()
         self.mapper: Mapper | None = None
         self.others = nn.ParameterList()
         self.register_parameter("entry", None)
         self.dropout = nn.Dropout(config.dropout)
         self._shape: Shape | None = None
-        self._walks: dict[str, Walk] = {}
+        self._encoders: dict[str, PromptedEncoder] = {}
         self._readouts: dict[str, str] = {}
-        self._checkpointing = False
         self._weights: Tensor | None = None
         self._pending: Tensor | None = None
-
-    @property
-    def joint_width(self) -> int:
-        return self._walks[self.config.main].stage_widths[-1]
-
-    def image_width(self, feature: int) -> int:
-        return self._walks[IMAGE].stage_widths[-1]
-
-    def first_layer(self, name: str) -> int:
-        return 0 if self._prompted(name) else self._walks[name].depth
 
     def _prompted(self, name: str) -> bool:
         return self.config.prompts_main if name == self.config.main else self.config.other_length > 0
 
     # Attaching
 
-    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        walks = {name: walk_of(backbones[name], name, self.config) for name in self.backbones}
-        main, other = walks[self.config.main], walks[self.config.other]
+    def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
+        encoders = {name: encoder_of(backbones[name], name, self.config) for name in self.traits.backbones}
+        main, other = encoders[self.config.main], encoders[self.config.other]
         readouts = {
             self.config.main: feature_of(main, self.config),
             self.config.other: condition_of(other, self.config),
         }
         for name, how in readouts.items():
-            check_readout(walks[name], name, how)
+            check_readout(encoders[name], name, how)
         self._make_parameters(main, other)
-        self._walks, self._readouts = walks, readouts
-        self.undo(self._forget)
+        self._encoders, self._readouts = encoders, readouts
+        self._undo.callback(self._forget)
+        firsts = {name: 0 if self._prompted(name) else encoder.depth for name, encoder in encoders.items()}
+        return Attachment(firsts, encoders[IMAGE].stage_widths[-1], main.stage_widths[-1])
 
     def _forget(self) -> None:
-        self._walks, self._readouts, self._weights, self._pending = {}, {}, None, None
+        self._encoders, self._readouts, self._weights, self._pending = {}, {}, None, None
 
-    def _make_parameters(self, main: Walk, other: Walk) -> None:
+    def _make_parameters(self, main: PromptedEncoder, other: PromptedEncoder) -> None:
         config = self.config
         condition = other.stage_widths[-1]
         others = other.widths if config.other_length else ()
@@ -102,74 +92,71 @@ class MoPE(Adapter):
             return
         like = next(main.model.parameters())
         dtype = torch.promote_types(torch.promote_types(main.model.dtype, other.model.dtype), torch.float32)
-        place: dict[str, Any] = {"device": like.device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": like.device, "dtype": dtype}
         spread = config.spread or init_range_of(main.model.config, main.stage_widths[0])
         if config.prompts_main:
-            self.prompts.extend(LayerPrompts(config, width, condition, spread, **place) for width in shape.widths)
+            self.prompts.extend(LayerPrompts(config, width, condition, spread, **factory) for width in shape.widths)
         if config.shared_router and len(self.prompts) > 1:
             self.prompts[1].router = self.prompts[0].router
         if shape.entry:
-            self.entry = uniform((config.prompt_tokens, shape.entry), spread, **place)
+            self.entry = uniform((config.prompt_tokens, shape.entry), spread, **factory)
         if config.mapped:
-            self.mapper = Mapper(config, condition, shape.stage_widths, **place)
+            self.mapper = Mapper(config, condition, shape.stage_widths, **factory)
         spread = config.spread or init_range_of(other.model.config, other.stage_widths[0])
-        self.others.extend(uniform((config.other_length, width), spread, **place) for width in others)
+        self.others.extend(uniform((config.other_length, width), spread, **factory) for width in others)
         self._shape = shape
-
-    def set_checkpointing(self, enabled: bool) -> None:
-        self._checkpointing = enabled
 
     # Reading
 
-    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
-        if not self._walks:
+    def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
+        if not self._encoders:
             raise ModelError("this mope adapter is not attached: call attach()")
-        if words is not None and picture is not None and len(words.ids) != len(picture):
-            raise ModelError(f"{len(words.ids)} texts and {len(picture)} pictures: give one picture per text")
-        states = {TEXT: self._text_states(words), IMAGE: self._picture_states(picture)}
-        mask = words and words.mask
+        if texts is not None and inputs is not None and len(texts.ids) != len(inputs):
+            raise ModelError(f"{len(texts.ids)} texts and {len(inputs)} pictures: give one picture per text")
+        states = {TEXT: self._text_states(texts), IMAGE: self._picture_states(inputs)}
+        mask = texts and texts.mask
         main, other = self.config.main, self.config.other
-        walked, vectors, condition = {}, {}, None
+        encoded, vectors, condition = {}, {}, None
         if states[other] is not None:
-            walked[other] = self._run_other(states[other], mask)
-            vectors[other] = condition = self._pool(other, walked[other], mask)
-        linked = condition is not None and picture is not None and picture.infused
+            encoded[other] = self._run_other(states[other], mask)
+            vectors[other] = condition = self._pool(other, encoded[other], mask)
+        linked = condition is not None and inputs is not None and inputs.infused
         if states[main] is not None:
-            walked[main] = self._run_main(states[main], mask, condition if linked else None)
-            vectors[main] = self._pool(main, walked[main], mask)
-        text = None if words is None else self._walks[TEXT].finish(walked[TEXT].tokens)
+            encoded[main] = self._run_main(states[main], mask, condition if linked else None)
+            vectors[main] = self._pool(main, encoded[main], mask)
+        text = None if texts is None else self._encoders[TEXT].finish(encoded[TEXT].tokens)
         return Outputs(text, mask, vectors.get(IMAGE), vectors.get(main) if len(vectors) == 2 else None)
 
-    def _text_states(self, words: TextBatch | None) -> Tensor | None:
-        if words is None:
+    def _text_states(self, texts: TextBatch | None) -> Tensor | None:
+        if texts is None:
             return None
-        if words.states is not None:
-            return self._checked(TEXT, words.states, words.depth)
-        depth = self.first_layer(TEXT)
-        return frozen.trunk_states(self._backbones[TEXT], depth, input_ids=words.ids, attention_mask=words.mask)
+        if texts.states is not None:
+            return self._checked(TEXT, texts.states, texts.depth)
+        depth = self.attachment.first_layers[TEXT]
+        return frozen.trunk_states(self._backbones[TEXT], depth, input_ids=texts.ids, attention_mask=texts.mask)
 
-    def _picture_states(self, picture: ModalityInputs | None) -> Tensor | None:
-        if picture is None:
+    def _picture_states(self, inputs: ModalityInputs | None) -> Tensor | None:
+        if inputs is None:
             return None
-        if picture.states is None:
+        if inputs.states is None:
             raise ModelError("mope runs the image encoder itself: give the states that enter its first prompted layer")
-        return self._checked(IMAGE, picture.states, picture.depth)
+        return self._checked(IMAGE, inputs.states, inputs.depth)
 
     def _checked(self, name: str, states: Tensor, depth: int) -> Tensor:
         """``states`` if they are what enters the lowest layer that this adapter changes."""
-        wanted, widths = self.first_layer(name), self._walks[name].stage_widths
+        wanted, widths = self.attachment.first_layers[name], self._encoders[name].stage_widths
         width = widths[0] if wanted == 0 else widths[-1]
         if depth != wanted or states.shape[-1] != width:
             raise ModelError(
                 f"the {name} states are of depth {depth} and {states.shape[-1]} wide, but mope starts at depth {wanted} "
-                f"with {width}: compute them for adapter.first_layer({name!r})"
+                f"with {width}: compute them for adapter.attachment.first_layers[{name!r}]"
             )
         return states
 
-    def _pool(self, name: str, walked: Walked, mask: Tensor | None) -> Tensor:
-        return pooled(self._walks[name], walked, mask if name == TEXT else None, self._readouts[name])
+    def _pool(self, name: str, encoded: Encoded, mask: Tensor | None) -> Tensor:
+        return pooled(self._encoders[name], encoded, mask if name == TEXT else None, self._readouts[name])
 
-    def _run_other(self, states: Tensor, mask: Tensor | None) -> Walked:
+    def _run_other(self, states: Tensor, mask: Tensor | None) -> Encoded:
         """The other encoder with its own deep prompts."""
         name = self.config.other
 
@@ -178,30 +165,30 @@ class MoPE(Adapter):
 
         return self._run(name, states, mask, prompts, None)
 
-    def _run_main(self, states: Tensor, mask: Tensor | None, condition: Tensor | None) -> Walked:
+    def _run_main(self, states: Tensor, mask: Tensor | None, condition: Tensor | None) -> Encoded:
         """The main encoder; with ψ ``condition`` (B, c) the routers' weights are kept, without it static prompts only."""
-        walk, clean, mapped = self._walks[self.config.main], [], None
+        encoder, clean, mapped = self._encoders[self.config.main], [], None
         if condition is not None and self.prompts:
             condition = condition.to(next(self.parameters()).dtype)
             mapped = None if self.mapper is None else self.mapper(condition)
 
         def prompts(index: int, tokens: Tensor, visible: Tensor | None) -> Tensor:
-            share = None if mapped is None else mapped[walk.stages[index]]
+            share = None if mapped is None else mapped[encoder.stages[index]]
             found, weights = self.prompts[index](tokens, visible, condition, share)
             if weights is not None:
                 clean.append(weights)
             return found
 
         entry = None if self.entry is None else self.entry.expand(len(states), -1, -1)
-        walked = self._run(self.config.main, states, mask, prompts, entry)
+        encoded = self._run(self.config.main, states, mask, prompts, entry)
         if clean:
             self._remember(torch.stack(clean))
-        return walked
+        return encoded
 
-    def _run(self, name: str, states: Tensor, mask: Tensor | None, prompts: Prompter, entry: Tensor | None) -> Walked:
+    def _run(self, name: str, states: Tensor, mask: Tensor | None, prompts: Prompter, entry: Tensor | None) -> Encoded:
         if not self._prompted(name):
-            return Walked(states, states[:, :0])
-        return self._walks[name].run(states, mask if name == TEXT else None, prompts, entry, self._checkpointing)
+            return Encoded(states, states[:, :0])
+        return self._encoders[name].run(states, mask if name == TEXT else None, prompts, entry, self._checkpoint)
 
     # Routing
 
@@ -236,29 +223,29 @@ class MoPE(Adapter):
         return self.config.importance * importance_loss(weights, self.config.gamma) * count, count
 
 
-def walk_of(model: PreTrainedModel, name: str, config: MoPEConfig) -> Walk:
+def encoder_of(model: PreTrainedModel, name: str, config: MoPEConfig) -> PromptedEncoder:
     """How to run ``model``; ModelError if it cannot be run layer by layer."""
     if is_swin(model):
-        return SwinWalk(model, carried=name == config.main and config.stage_start == "carried")
-    return PlainWalk(model, is_text=name == TEXT)
+        return SwinEncoder(model, carried=name == config.main and config.stage_start == "carried")
+    return PlainEncoder(model, is_text=name == TEXT)
 
 
-def feature_of(main: Walk, config: MoPEConfig) -> str:
+def feature_of(main: PromptedEncoder, config: MoPEConfig) -> str:
     """The main encoder's read-out."""
     if config.feature != "auto":
         return config.feature
     return "all" if config.main == IMAGE else "last" if main.causal else "mean"
 
 
-def condition_of(other: Walk, config: MoPEConfig) -> str:
+def condition_of(other: PromptedEncoder, config: MoPEConfig) -> str:
     """The other encoder's read-out, ψ."""
     if config.condition != "auto":
         return config.condition
     return "last" if other.causal else "first" if other.has_first else "mean"
 
 
-def check_readout(walk: Walk, name: str, how: str) -> None:
-    if how == "first" and not walk.has_first:
+def check_readout(encoder: PromptedEncoder, name: str, how: str) -> None:
+    if how == "first" and not encoder.has_first:
         raise ModelError(f"the {name} model has no CLS token to read: take 'mean' or 'auto'")
     if how == "last" and name != TEXT:
         raise ModelError("the last token of a picture means nothing: take 'mean' or 'auto'")

@@ -19,9 +19,9 @@ from mitrain.models.batch import mean_over
 TEXT_SPREAD = 0.3
 
 
-def uniform(shape: tuple[int, ...], spread: float, **place: Any) -> nn.Parameter:
+def uniform(shape: tuple[int, ...], spread: float, **factory: Any) -> nn.Parameter:
     """Start values within ±spread."""
-    return nn.Parameter(torch.empty(shape, **place).uniform_(-spread, spread))
+    return nn.Parameter(torch.empty(shape, **factory).uniform_(-spread, spread))
 
 
 def init_range_of(config: PreTrainedConfig, width: int) -> float:
@@ -40,13 +40,13 @@ class LayerPrompts(nn.Module):
     """[P_s ; P_d ; P_m] of one layer: static (l, D), Σ_j r_j E_j with ``experts`` E (k, l, D) and the router's r, and
     the mapper's (1, D), which comes from outside."""
 
-    def __init__(self, config: MoPEConfig, width: int, condition: int, spread: float, **place: Any):
+    def __init__(self, config: MoPEConfig, width: int, condition: int, spread: float, **factory: Any):
         super().__init__()
         self.config = config
         size = (config.length, width)
-        self.static = uniform(size, spread, **place) if config.static else None
-        self.experts = uniform((config.experts, *size), spread, **place) if config.dynamic else None
-        self.router = make_router(config, width, condition, **place) if config.dynamic else None
+        self.static = uniform(size, spread, **factory) if config.static else None
+        self.experts = uniform((config.experts, *size), spread, **factory) if config.dynamic else None
+        self.router = make_router(config, width, condition, **factory) if config.dynamic else None
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None, condition: Tensor | None, mapped: Tensor | None
@@ -75,12 +75,12 @@ class Mapper(nn.Module):
     The norm is a LayerNorm. The release has a BatchNorm that stays in eval mode and so never sees a statistic.
     """
 
-    def __init__(self, config: MoPEConfig, condition: int, stage_widths: Sequence[int], **place: Any):
+    def __init__(self, config: MoPEConfig, condition: int, stage_widths: Sequence[int], **factory: Any):
         super().__init__()
         hidden = mapper_width(config, condition)
-        self.first = nn.Linear(condition, hidden, **place)
-        self.norm = nn.LayerNorm(hidden, **place) if config.mapper_norm == "layer" else nn.Identity()
-        self.stages = nn.ModuleList(nn.Linear(hidden, width, **place) for width in stage_widths)
+        self.first = nn.Linear(condition, hidden, **factory)
+        self.norm = nn.LayerNorm(hidden, **factory) if config.mapper_norm == "layer" else nn.Identity()
+        self.stages = nn.ModuleList(nn.Linear(hidden, width, **factory) for width in stage_widths)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, condition: Tensor) -> list[Tensor]:

@@ -15,9 +15,9 @@ from mitrain.methods.mope.config import MoPEConfig
 class ConditionRouter(nn.Module):
     """CPT's (arXiv 2312.03734): scores W ψ + b."""
 
-    def __init__(self, condition: int, experts: int, **place: Any):
+    def __init__(self, condition: int, experts: int, **factory: Any):
         super().__init__()
-        self.score = nn.Linear(condition, experts, **place)
+        self.score = nn.Linear(condition, experts, **factory)
 
     def forward(self, mean: Tensor, condition: Tensor) -> Tensor:
         """(B, k) from the layer's mean token (B, D), which it does not read, and ψ (B, c)."""
@@ -31,12 +31,12 @@ class MultimodalRouter(nn.Module):
     optimizer sees them and a checkpoint has them.
     """
 
-    def __init__(self, config: MoPEConfig, width: int, condition: int, **place: Any):
+    def __init__(self, config: MoPEConfig, width: int, condition: int, **factory: Any):
         super().__init__()
         of_tokens, of_condition = config.router_widths
-        self.tokens = nn.Linear(width, of_tokens, **place) if of_tokens else None
-        self.condition = nn.Linear(condition, of_condition, **place) if of_condition else None
-        keys = nn.init.orthogonal_(torch.empty(of_tokens + of_condition, config.experts, **place))
+        self.tokens = nn.Linear(width, of_tokens, **factory) if of_tokens else None
+        self.condition = nn.Linear(condition, of_condition, **factory) if of_condition else None
+        keys = nn.init.orthogonal_(torch.empty(of_tokens + of_condition, config.experts, **factory))
         if config.keys == "frozen":
             self.register_buffer("keys", keys)
         else:
@@ -48,10 +48,10 @@ class MultimodalRouter(nn.Module):
         return torch.cat(parts, dim=-1) @ self.keys
 
 
-def make_router(config: MoPEConfig, width: int, condition: int, **place: Any) -> ConditionRouter | MultimodalRouter:
+def make_router(config: MoPEConfig, width: int, condition: int, **factory: Any) -> ConditionRouter | MultimodalRouter:
     if config.router == "cpt":
-        return ConditionRouter(condition, config.experts, **place)
-    return MultimodalRouter(config, width, condition, **place)
+        return ConditionRouter(condition, config.experts, **factory)
+    return MultimodalRouter(config, width, condition, **factory)
 
 
 def weigh(scores: Tensor, config: MoPEConfig, training: bool) -> tuple[Tensor, Tensor]:

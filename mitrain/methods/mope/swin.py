@@ -1,4 +1,4 @@
-"""The walk through a Swin transformer: window attention in which each sample's prompts reach exactly its own windows.
+"""Running a Swin transformer with prompts: window attention in which each sample's prompts reach exactly its own windows.
 
 Windows lie sample by sample (row b·W + w), so prompts are repeated sample by sample, too; the authors' release repeats
 them window by window, which hands sample b the prompts of others.
@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, SwinModel
 from transformers.models.swin.modeling_swin import window_partition, window_reverse
 
 from mitrain.core.errors import ModelError
-from mitrain.methods.mope.walk import Prompter, Walked, call
+from mitrain.methods.mope.encoder import Encoded, Prompter, call
 
 Grid = tuple[int, int]
 
 
-class SwinWalk:
+class SwinEncoder:
     """A SwinModel's blocks, stage by stage.
 
     Under ``carried`` the first block of a stage takes what left the prompts of the stage before, merged like patches,
@@ -45,7 +45,7 @@ class SwinWalk:
 
     def run(
         self, states: Tensor, mask: Tensor | None, prompter: Prompter, entry: Tensor | None, checkpointing: bool
-    ) -> Walked:
+    ) -> Encoded:
         grid, index = grid_of(self.model, states), 0
         prompts = states[:, :0] if entry is None else entry.to(states.dtype)
         for stage in self.model.encoder.layers:
@@ -57,7 +57,7 @@ class SwinWalk:
             if stage.downsample is not None:
                 states, prompts = merge_patches(stage.downsample, states, prompts, grid)
                 grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
-        return Walked(states, prompts)
+        return Encoded(states, prompts)
 
     def finish(self, states: Tensor) -> Tensor:
         return self.model.layernorm(states)
@@ -102,7 +102,7 @@ def attend(block: nn.Module, states: Tensor, prompts: Tensor, grid: Grid) -> tup
     each = len(windows) // batch
     windows = torch.cat([prompts.repeat_interleave(each, dim=0), windows], dim=1)
     mask = block.get_attn_mask(high, wide, dtype=states.dtype, device=states.device)
-    with room_for(block.attention.relative_position_bias, count):
+    with enlarged(block.attention.relative_position_bias, count):
         out, _ = block.attention(windows, None if mask is None else in_front(mask, count))
     new, seen = out.tensor_split((count,), dim=1)
     image = window_reverse(seen.reshape(-1, side, side, width), side, high, wide)
@@ -116,7 +116,7 @@ def in_front(square: Tensor, count: int) -> Tensor:
 
 
 @contextmanager
-def room_for(bias: nn.Module, count: int) -> Iterator[None]:
+def enlarged(bias: nn.Module, count: int) -> Iterator[None]:
     """Inside, the frozen relative position bias is as large as windows with ``count`` prompts."""
     hook = bias.register_forward_hook(lambda module, args, out: in_front(out, count))
     try:

@@ -1,4 +1,4 @@
-"""PMF's settings, and the count of parameters that follows."""
+"""PMF's settings."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -45,16 +45,3 @@ class PMFConfig(Section, kind="adapter", name="pmf"):
     def inner_width(self, widths: Mapping[str, int]) -> int:
         """m of the nonlinear map."""
         return self.map_width or max(widths.values()) // 2
-
-
-def parameter_count(config: PMFConfig, text: int, image: int) -> int:
-    """Trainable parameters, without the head: arithmetic alone. ``text``, ``image``: the encoders' widths."""
-    widths = {"text": text, "image": image}
-    inner, total = config.inner_width(widths), 0
-    for source, target in (tuple(widths[side] for side in LINKS[link]) for link in config.links):
-        total += config.fusion_context * target
-        if not config.query_prompts:
-            continue
-        total += (config.query_prompts + config.query_context) * source
-        total += source * target + target if config.map == "linear" else (source + target + 1) * inner + target
-    return config.fusion_layers * total

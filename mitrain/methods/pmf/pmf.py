@@ -7,7 +7,7 @@ Shapes: B samples, T text tokens, N picture tokens, D_t and D_v the two widths, 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.methods.base import Adapter
+from mitrain.methods.base import Adapter, Attachment, Traits
 from mitrain.methods.pmf.config import LINKS, PMFConfig
 from mitrain.models import frozen
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
@@ -52,20 +52,20 @@ class Link(nn.Module):
     ``fusion`` p (M_p, D_target) beside the target's in the fusion pass; ``map`` is g.
     """
 
-    def __init__(self, config: PMFConfig, widths: Mapping[str, int], name: str, **place: Any):
+    def __init__(self, config: PMFConfig, widths: Mapping[str, int], name: str, **factory: Any):
         super().__init__()
         source, target = (widths[side] for side in LINKS[name])
         counts = {"query": config.query_prompts, "context": config.query_context if config.query_prompts else 0}
         for kind, count in counts.items():
-            self.register_parameter(kind, prompts(count, source, **place))
-        self.register_parameter("fusion", prompts(config.fusion_context, target, **place))
+            self.register_parameter(kind, prompts(count, source, **factory))
+        self.register_parameter("fusion", prompts(config.fusion_context, target, **factory))
         if self.query is None:
             self.map = None
         elif config.map == "linear":
-            self.map = nn.Linear(source, target, **place)
+            self.map = nn.Linear(source, target, **factory)
         else:
             inner = config.inner_width(widths)
-            layers = nn.Linear(source, inner, **place), nn.ReLU(), nn.Linear(inner, target, **place)
+            layers = nn.Linear(source, inner, **factory), nn.ReLU(), nn.Linear(inner, target, **factory)
             self.map = nn.Sequential(*layers)
 
     def ask(self, side: Side, index: int, states: Tensor, visible: Tensor | None) -> Tensor | None:
@@ -86,8 +86,8 @@ class Link(nn.Module):
         return side.run(index, states, visible, before, after)[0]
 
 
-def prompts(count: int, width: int, **place: Any) -> nn.Parameter | None:
-    return nn.Parameter(torch.randn(count, width, **place) * SPREAD) if count else None
+def prompts(count: int, width: int, **factory: Any) -> nn.Parameter | None:
+    return nn.Parameter(torch.randn(count, width, **factory) * SPREAD) if count else None
 
 
 class PMF(Adapter):
@@ -104,32 +104,20 @@ class PMF(Adapter):
     Names in the state dict: ``fusion.<0 … L_f - 1>.<text_to_image|image_to_text>.<query|context|fusion|map.…>``.
     """
 
-    method: ClassVar[str] = "pmf"
-    backbones: ClassVar[tuple[str, ...]] = ("text", "image")
-    runs_layers: ClassVar[bool] = True
-    text_depends_on_input: ClassVar[bool] = True
-    passes: ClassVar[int] = 2
+    traits = Traits(
+        "pmf", ("text", "image"), runs_layers=True, text_depends_on_input=True, passes=2, checkpointing=True
+    )
 
     def __init__(self, config: PMFConfig):
         super().__init__()
         self.config = config
         self.fusion = nn.ModuleList()
         self._sides: dict[str, Side] = {}
-        self._checkpointing = False
-
-    def first_layer(self, name: str) -> int:
-        return self._sides[name].first
-
-    def image_width(self, feature: int) -> int:
-        return self._sides["image"].layers.width
-
-    def set_checkpointing(self, enabled: bool) -> None:
-        self._checkpointing = enabled
 
     # Attaching
 
-    def install(self, backbones: Mapping[str, PreTrainedModel]) -> None:
-        layers, used = {name: Layers.of(backbones[name]) for name in self.backbones}, self.config.fusion_layers
+    def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
+        layers, used = {name: Layers.of(backbones[name]) for name in self.traits.backbones}, self.config.fusion_layers
         for name, each in layers.items():
             if used > each.depth:
                 raise ConfigError(
@@ -137,8 +125,9 @@ class PMF(Adapter):
                 )
         self._make_parameters(layers)
         self._sides = {name: Side(each, each.depth - used) for name, each in layers.items()}
-        self.undo(setattr, self, "_sides", {})
-        self.undo(self.set_checkpointing, False)
+        self._undo.callback(setattr, self, "_sides", {})
+        firsts = {name: side.first for name, side in self._sides.items()}
+        return Attachment(firsts, image_width=layers["image"].width)
 
     def _make_parameters(self, layers: Mapping[str, Layers]) -> None:
         widths = {name: each.width for name, each in layers.items()}
@@ -150,48 +139,48 @@ class PMF(Adapter):
         dtype = torch.promote_types(torch.promote_types(text.model.dtype, layers["image"].model.dtype), torch.float32)
         self.fusion = self._links(widths, device=next(text.modules[-1].parameters()).device, dtype=dtype)
 
-    def _links(self, widths: Mapping[str, int], **place: Any) -> nn.ModuleList:
+    def _links(self, widths: Mapping[str, int], **factory: Any) -> nn.ModuleList:
         layers = range(self.config.fusion_layers)
-        make = partial(Link, self.config, widths, **place)
+        make = partial(Link, self.config, widths, **factory)
         return nn.ModuleList(nn.ModuleDict({name: make(name) for name in self.config.links}) for _ in layers)
 
     # Reading
 
-    def encode(self, words: TextBatch | None, picture: ModalityInputs | None) -> Outputs:
+    def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
         """Both encoders from their first fusion layers up; one alone, or a picture that is not to be seen, unfused.
 
         ``text``: the text's final states (B, T, D_t). ``image``: (B, D_v), the class token after the image encoder's
         final norm (see `Layers.summary`).
         """
         states: dict[str, Tensor] = {}
-        visible: dict[str, Tensor | None] = {"text": None if words is None else words.mask.bool(), "image": None}
-        if words is not None:
-            states["text"] = self._text_states(words)
-        if picture is not None:
-            if picture.states is None:
+        visible: dict[str, Tensor | None] = {"text": None if texts is None else texts.mask.bool(), "image": None}
+        if texts is not None:
+            states["text"] = self._text_states(texts)
+        if inputs is not None:
+            if inputs.states is None:
                 raise ModelError("pmf reads a picture's tokens, but only its global feature is given")
-            states["image"] = self._checked("image", picture.states, picture.depth)
-        fused = words is not None and picture is not None and picture.infused
+            states["image"] = self._checked("image", inputs.states, inputs.depth)
+        fused = texts is not None and inputs is not None and inputs.infused
         for step in range(self.config.fusion_layers):
             states = self._climb(step, states, visible, fused)
         return Outputs(
-            None if words is None else self._sides["text"].layers.finish(states["text"]),
-            None if words is None else words.mask,
-            None if picture is None else self._sides["image"].layers.summary(states["image"]),
+            None if texts is None else self._sides["text"].layers.finish(states["text"]),
+            None if texts is None else texts.mask,
+            None if inputs is None else self._sides["image"].layers.summary(states["image"]),
         )
 
-    def _text_states(self, words: TextBatch) -> Tensor:
+    def _text_states(self, texts: TextBatch) -> Tensor:
         side = self._sides["text"]
-        if words.states is not None:
-            return self._checked("text", words.states, words.depth)
-        return frozen.trunk_states(side.layers.model, side.first, input_ids=words.ids, attention_mask=words.mask)
+        if texts.states is not None:
+            return self._checked("text", texts.states, texts.depth)
+        return frozen.trunk_states(side.layers.model, side.first, input_ids=texts.ids, attention_mask=texts.mask)
 
     def _checked(self, name: str, states: Tensor, depth: int) -> Tensor:
         """``states`` in the model's type, if they are what enters the first fusion layer."""
         side = self._sides[name]
         if depth != side.first:
             raise ModelError(
-                f"the {name} states are of depth {depth}, but pmf starts at {side.first}: compute them for first_layer"
+                f"the {name} states are of depth {depth}, but pmf starts at {side.first}: compute them for that"
             )
         return states.to(side.layers.model.dtype)
 
@@ -199,7 +188,7 @@ class PMF(Adapter):
         self, step: int, states: dict[str, Tensor], visible: Mapping[str, Tensor | None], fused: bool
     ) -> dict[str, Tensor]:
         """The states after one more layer of each encoder."""
-        if fused and self._checkpointing and torch.is_grad_enabled():
+        if fused and self._checkpoint and torch.is_grad_enabled():
             run = partial(self._layer, step, visible=visible, fused=fused)
             return checkpoint(run, states, use_reentrant=False, preserve_rng_state=False)
         return self._layer(step, states, visible, fused)

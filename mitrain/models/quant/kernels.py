@@ -1,4 +1,4 @@
-"""Where bitsandbytes' functional kernels are used, and what stands in for them: the only door to that package.
+"""Where bitsandbytes' functional kernels are used, and what stands in for them: no other module imports that package.
 
     nf4 → float     bitsandbytes on CPU and GPU where it is installed; both paths round the same fp32 product
     int8 × int8     bitsandbytes on a GPU. On a CPU `torch._int_mm` with AVX-512, else fp32 in sums short enough to be
@@ -51,14 +51,14 @@ def nothing_fetched() -> Iterator[None]:
     On a CPU with AVX512-BF16 bitsandbytes asks it for compiled code from a hub while it is imported itself, and does
     without where it is not there.
     """
-    held, told = sys.modules.get("kernels"), logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = told.level
+    held, logger = sys.modules.get("kernels"), logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
     sys.modules["kernels"] = None
-    told.setLevel(logging.ERROR)  # it advises to install that package
+    logger.setLevel(logging.ERROR)  # it advises to install that package
     try:
         yield
     finally:
-        told.setLevel(level)
+        logger.setLevel(level)
         del sys.modules["kernels"]
         if held is not None:
             sys.modules["kernels"] = held

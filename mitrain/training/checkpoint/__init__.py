@@ -11,7 +11,7 @@ interruption at any moment leaves the old ones untouched. The newest *complete* 
 docs/guide/checkpoints.md has the format.
 """
 
-from mitrain.training.checkpoint.folder import begun, best, latest, save, usable
+from mitrain.training.checkpoint.folder import any_published, best, latest, save, usable
 from mitrain.training.checkpoint.manifest import FORMAT, MANIFEST_LIMIT, Checkpoint, load, verify
 from mitrain.training.checkpoint.modules import check_fit, not_finite, only_trainable, restore
 from mitrain.training.checkpoint.rng import resume_rng, rng_of_ranks, rng_state, seed_rank, set_rng_state
@@ -20,7 +20,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST_LIMIT",
     "Checkpoint",
-    "begun",
+    "any_published",
     "best",
     "check_fit",
     "latest",

@@ -59,7 +59,8 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder)
-        known = survey(folder)
+        known = complete_checkpoints(folder)
+        # Not the step: a run resumed at an earlier checkpoint publishes smaller steps later.
         sequence = 1 + max((manifest.sequence for _, manifest in known), default=0)
         target = free_name(folder, step)
         with atomic_folder(target) as work:
@@ -98,6 +99,7 @@ def write(
         "files": files,
     }
     manifest["checksum"] = checksum(manifest)
+    # Last: where there is a manifest, all that it lists was written.
     put(work / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
 
 
@@ -149,6 +151,7 @@ def rotate(known: list[tuple[Path, Manifest]], keep: int) -> None:
     bests = [path for path, manifest in known if manifest.best]
     for path, _ in known[: -max(1, keep)]:
         if path not in bests[-1:] and is_whole(path):
+            # Out of sight first: an interruption would leave half a folder under a published name.
             hidden = path.with_name(f".{path.name}.removed")
             os.replace(path, hidden)
             shutil.rmtree(hidden)
@@ -164,7 +167,7 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def survey(folder: Path) -> list[tuple[Path, Manifest]]:
+def complete_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
     """All checkpoints whose manifest reads and whose files have their sizes; each other one is named in a warning."""
     found = []
     for path in sorted(folder.glob("step-*")):
@@ -181,7 +184,7 @@ def usable(run_dir: str | Path, best_first: bool = False) -> Iterator[Checkpoint
 
     Each other one is named in a warning. ``best_first``: those that were saved as the best so far come before all others.
     """
-    known = survey(Path(run_dir) / "checkpoints")
+    known = complete_checkpoints(Path(run_dir) / "checkpoints")
     order = sorted(known, key=lambda item: (best_first and item[1].best, item[1].sequence), reverse=True)
     for path, _ in order:
         try:
@@ -200,6 +203,6 @@ def best(run_dir: str | Path) -> Path | None:
     return next((saved.path for saved in usable(run_dir, best_first=True) if saved.best), None)
 
 
-def begun(run_dir: str | Path) -> bool:
+def any_published(run_dir: str | Path) -> bool:
     """Whether a run has published a checkpoint, be it usable or not."""
     return any(FOLDER_NAME.fullmatch(path.name) for path in (Path(run_dir) / "checkpoints").glob("step-*"))

@@ -115,7 +115,7 @@ class Engine(Protocol):
     def step(self) -> StepResult:
         """Finish the step and clear the gradients, whether or not the update was applied."""
 
-    def whole(self, write: bool = False) -> AbstractContextManager:
+    def gathered(self, write: bool = False) -> AbstractContextManager:
         """Inside, the trainable parameters can be read, and with ``write`` written to, on all ranks alike."""
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

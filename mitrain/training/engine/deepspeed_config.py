@@ -114,15 +114,15 @@ def user_json(source: str | Mapping[str, Any]) -> tuple[str, Json]:
 def check_theirs(theirs: Mapping[str, Any], ours: Json, where: str) -> None:
     """Refuse what contradicts ``ours`` or belongs to another setting; "auto" and an agreeing value are fine."""
     for path, value in flat(theirs):
-        told = next(
+        remedy = next(
             (INSTEAD[key] for key in (path, path.rpartition(".")[0], path.split(".")[0]) if key in INSTEAD), None
         )
-        if told is None or value == "auto" or (path.endswith("enabled") and value is False):
+        if remedy is None or value == "auto" or (path.endswith("enabled") and value is False):
             continue
         mine = at(ours, path)
         if mine != value:
             here = "mitrain decides that" if mine is None else f"mitrain's settings make it {mine!r}"
-            raise ConfigError(f"{where} sets {path}={value!r}, but {here}: leave it out and {told}")
+            raise ConfigError(f"{where} sets {path}={value!r}, but {here}: leave it out and {remedy}")
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:

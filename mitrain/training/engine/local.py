@@ -62,7 +62,7 @@ class LocalEngine:
     def forward(self, compute: Callable[[], T]) -> T:
         return compute()
 
-    def whole(self, write: bool = False) -> AbstractContextManager:
+    def gathered(self, write: bool = False) -> AbstractContextManager:
         return nullcontext()  # the parameters are the optimizer's own
 
     def backward(self, loss_sum: Tensor, count: float | Tensor) -> None:
@@ -71,6 +71,7 @@ class LocalEngine:
         if count == 0:
             return
         (loss_sum * self.scale.value if self.scale.value != 1 else loss_sum).backward()
+        # As tensors: float() would wait for the GPU after every micro-batch.
         self._losses.append(loss_sum.detach())
         self._count += count
 
@@ -86,6 +87,7 @@ class LocalEngine:
         else:
             norm = self._update(count * self.scale.value, reached)
             reason = None if math.isfinite(norm) else "non-finite gradient"
+            # Not after a non-finite loss: the scale is applied to its gradient alone, so a smaller one would not help.
             self.scale.update(reason is None)
         if reason is not None:
             self._discard()
@@ -100,6 +102,7 @@ class LocalEngine:
     def _update(self, count: float, reached: list[nn.Parameter]) -> float:
         """Change the weights by the gradient / ``count`` unless it is not finite; its norm, finite on all ranks or none."""
         norm = self._mean_and_clip(count, reached)
+        # All ranks or none: one that skipped alone would train other weights from here on.
         if dist.any_rank(not math.isfinite(norm)):
             return norm if not math.isfinite(norm) else math.nan
         self.optimizer.step()

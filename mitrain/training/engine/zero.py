@@ -163,6 +163,7 @@ class ZeroEngine(LocalEngine):
             return
         self._begin()
         self.sharded.override_loss_scale(self.scale.value)
+        # Times 0, not left out: the backward pass of an idle rank still gathers what the others' passes gather.
         self.engine.backward(loss_sum if count else loss_sum * 0, scale_wrt_gas=False)
         if count:
             self._losses.append(loss_sum.detach())
@@ -180,6 +181,7 @@ class ZeroEngine(LocalEngine):
             for param in without:
                 param.grad = torch.zeros_like(param)
         self._summing.close()  # reduces: DeepSpeed takes the mean over ranks
+        # It divides by its loss scale: with count / ranks the mean over ranks of sums becomes the sum / count.
         self.sharded.override_loss_scale(count / dist.world())
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
@@ -201,15 +203,17 @@ class ZeroEngine(LocalEngine):
     # States that belong to no rank
 
     @contextmanager
-    def whole(self, write: bool = False) -> Iterator[None]:
+    def gathered(self, write: bool = False) -> Iterator[None]:
         """DeepSpeed lets go of the trainable weights too whenever it has seen modules run in another order."""
         params = list(self.params.values())
         with loading.gathered(params):
             yield
             if write and self.stage == 3:
+                # Into the shards, and gathered again, as `_keep_whole` has them.
                 params[0].partition(param_list=params, has_been_updated=True)
                 params[0].all_gather(params)
             if write:
+                # The optimizer updates copies of its own, which must follow.
                 self.sharded.refresh_fp32_params()
 
     def _flat(self) -> list[Tensor]:
@@ -221,6 +225,7 @@ class ZeroEngine(LocalEngine):
         )
 
     def _slots(self, param: nn.Parameter) -> Mapping[str, Any]:
+        # DeepSpeed fills the states with zeros at once; torch, whose format this is, has none before the first step.
         if not self.applied:
             return {}
         kept = self.optimizer.state[self._flat()[0]]
@@ -239,6 +244,7 @@ class ZeroEngine(LocalEngine):
                 slot: blank(slot, value, flat) for slot, value in next(iter(slots.values())).items()
             }
         if self.stage < 3:
+            # Each parameter's view of the flat states still shows the cleared ones.
             self.sharded._hp_optimizer_states_linked = False
             self.sharded._lazy_init_hp_params_optimizer_state()
         for name, held in slots.items():
@@ -250,6 +256,7 @@ class ZeroEngine(LocalEngine):
         if self.stage < 3:
             self.deepspeed.utils.safe_set_full_optimizer_state(param, value, slot)
             return
+        # A rank's shard, equally long on all: the last one's end is padded.
         part = torch.zeros_like(param.ds_tensor, dtype=value.dtype)
         own = value.flatten()[part.numel() * dist.rank() :][: part.numel()]
         part[: own.numel()] = own

@@ -68,9 +68,9 @@ class Words:
         return 6.0 * len(text)
 
 
-def survey(splits, *rest, **options):
+def inspect_splits(splits, *rest, **options):
     tasks = {AnswerSample: AnswerTask, CaptionSample: RetrieveTask, LabelSample: ClassifyTask, ReferSample: SegmentTask}
-    return inspection.survey(tasks[type(next(iter(splits.values()))[0])], splits, *rest, **options)
+    return inspection.inspect_splits(tasks[type(next(iter(splits.values()))[0])], splits, *rest, **options)
 
 
 def shared(report) -> dict[str, int]:
@@ -79,7 +79,7 @@ def shared(report) -> dict[str, int]:
 
 def test_a_clean_data_set(tmp_path):
     splits = {"train": answers(tmp_path, "train", 4, 0), "test": answers(tmp_path, "test", 2, 10)}
-    report, text = survey(splits, tmp_path)
+    report, text = inspect_splits(splits, tmp_path)
     train = report["splits"]["train"]
     assert (train["samples"], train["pictures"], train["broken_pictures"], train["objects"]) == (4, 4, 0, 4)
     assert train["kinds"]["category"] == {
@@ -98,7 +98,7 @@ def test_everything_that_two_splits_share_is_found(tmp_path, make):
     (tmp_path / "test1.png").write_bytes((tmp_path / "train0.png").read_bytes())  # the same pixels, another name
     test[0] = replace(test[0], id="train1")
     test[2] = replace(test[2], object="thing 2", image="train2.png")
-    report, text = survey({"train": train, "test": test}, tmp_path)
+    report, text = inspect_splits({"train": train, "test": test}, tmp_path)
     assert shared(report) == {"id": 1, "picture": 1, "pixels": 2, "object": 1}
     found = {entry["what"]: entry for entry in report["shared"]}
     assert found["id"]["examples"] == ["train1"] and found["object"]["examples"] == ["thing 2"]
@@ -110,7 +110,7 @@ def test_everything_that_two_splits_share_is_found(tmp_path, make):
 def test_a_leak_is_a_share_of_the_split_that_is_scored(tmp_path):
     train, test = answers(tmp_path, "train", 6, 0), answers(tmp_path, "test", 2, 10)
     test[0] = replace(test[0], object="thing 2")
-    report, text = survey({"train": train, "test": test}, tmp_path)
+    report, text = inspect_splits({"train": train, "test": test}, tmp_path)
     (found,) = report["shared"]
     assert found["count"] == 1 and found["share"] == 0.5 and "1 (50.0 % of test)" in text
 
@@ -120,7 +120,7 @@ def test_missing_and_broken_pictures_are_counted_and_named(tmp_path):
     (tmp_path / "train1.png").unlink()
     (tmp_path / "train2.png").write_bytes(b"torn")
     samples.append(replace(samples[0], id="same picture again"))
-    report, text = survey({"train": samples}, tmp_path, sheet=tmp_path / "sheet.png")
+    report, text = inspect_splits({"train": samples}, tmp_path, sheet=tmp_path / "sheet.png")
     train = report["splits"]["train"]
     assert (train["samples"], train["pictures"], train["broken_pictures"]) == (5, 4, 2)
     assert list(train["broken_examples"]) == ["train1.png", "train2.png"]
@@ -132,7 +132,7 @@ def test_masks_are_measured(tmp_path):
     train[1] = replace(train[1], segmentation=FULL)
     train[2] = replace(train[2], segmentation={"size": [6, 8], "counts": [48]})
     train[3] = replace(train[3], segmentation={"size": [6, 8], "counts": [7]}, expression=train[0].expression)
-    report, text = survey({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
+    report, text = inspect_splits({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
     facts = report["splits"]["train"]
     assert (facts["expressions"], facts["broken_masks"], facts["empty_masks"]) == (4, 1, 1)
     assert facts["mean_area"] == 0.5 and "train3" in facts["broken_mask_examples"]
@@ -145,7 +145,7 @@ def test_the_sheet_shows_pictures_and_masks(tmp_path):
     train = expressions(tmp_path, "train", 2, 0)
     Image.new("RGB", (8, 6), (0, 0, 240)).save(tmp_path / "train0.png")
     Image.new("RGB", (8, 6), (0, 0, 240)).save(tmp_path / "train1.png")
-    survey({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
+    inspect_splits({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     blue = (np.abs(sheet - (0, 0, 240)).sum(2) < 12).sum()
     tinted = (np.abs(sheet - (115, 15, 135)).sum(2) < 12).sum()
@@ -156,7 +156,7 @@ def test_the_sheet_shows_pictures_and_masks(tmp_path):
 def test_the_sheet_is_drawn_from_the_seed(tmp_path):
     splits = {"train": answers(tmp_path, "train", 30, 0)}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        survey(splits, tmp_path, sheet=tmp_path / f"{name}.png", seed=seed)
+        inspect_splits(splits, tmp_path, sheet=tmp_path / f"{name}.png", seed=seed)
     first, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert first == again != other
 
@@ -165,7 +165,7 @@ def test_a_text_of_any_length_costs_the_sheet_and_the_report_a_few_words(tmp_pat
     long = LabelSample("a", picture(tmp_path, "a.png", 0), "word " * 2_000_000, ("x",))
     drawn = []
     assert len(wrapped(long.text, Words(drawn))) <= 5 and len(drawn) < 200
-    report, text = survey({"train": [long], "val": [replace(long, id="b")]}, tmp_path)
+    report, text = inspect_splits({"train": [long], "val": [replace(long, id="b")]}, tmp_path)
     assert len(text) < 5000 and len(json.dumps(report)) < 5000
 
 
@@ -173,7 +173,7 @@ def test_a_picture_of_another_size_than_its_annotation_is_reported_on_the_sheet(
     train = expressions(tmp_path, "train", 3, 0)
     Image.new("RGB", (80, 61)).save(tmp_path / "train0.png")
     Image.new("RGB", (80, 60)).save(tmp_path / "train1.png")
-    report, text = survey({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
+    report, text = inspect_splits({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
     found = report["splits"]["train"]
     assert found["wrong_sizes"] == 1 and list(found["wrong_size_examples"]) == ["train0.png"]
     assert found["read"] == {"as a scaled copy of what was annotated": 1}
@@ -184,5 +184,5 @@ def test_a_thin_picture_has_its_place_on_the_sheet(tmp_path):
     train = answers(tmp_path, "train", 2, 0)
     Image.new("L", (4000, 1)).save(tmp_path / "train0.png")
     Image.new("L", (1, 4000)).save(tmp_path / "train1.png")
-    report, _ = survey({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
+    report, _ = inspect_splits({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
     assert report["splits"]["train"]["broken_pictures"] == 0

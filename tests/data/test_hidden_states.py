@@ -5,8 +5,8 @@ import torch
 from folders import colour_records, llm_folder, vision_folder
 
 from mitrain.data.features import ImageFeatures
+from mitrain.data.hidden_states import PictureStates, TextStates
 from mitrain.data.images import open_image
-from mitrain.data.states import PictureStates, TextStates
 from mitrain.models import TextBackbone, VisionConfig, VisionEncoder
 
 IMAGES = [f"images/{i}.png" for i in range(4)]

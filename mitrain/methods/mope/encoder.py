@@ -1,4 +1,4 @@
-"""Running an encoder layer by layer with fresh prompts in each: the walk through a plain transformer.
+"""Running an encoder layer by layer with fresh prompts in each: the protocol, and a plain transformer.
 
 Shapes: B samples, T tokens, D width, n prompt tokens of a layer (0 where it gets none).
 """
@@ -21,14 +21,14 @@ Prompter = Callable[[int, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
-class Walked:
+class Encoded:
     """What leaves the last layer, before the final norm: its tokens (B, T, D) and the outputs of its prompts (B, n, D)."""
 
     tokens: Tensor
     prompts: Tensor
 
 
-class Walk(Protocol):
+class PromptedEncoder(Protocol):
     """A frozen encoder, run with prompts.
 
     ``depth``: of its stack, as the trunk counts. ``widths``: of each prompted layer, ``stages``: the stage of each, with
@@ -45,7 +45,7 @@ class Walk(Protocol):
 
     def run(
         self, states: Tensor, mask: Tensor | None, prompter: Prompter, entry: Tensor | None, checkpointing: bool
-    ) -> Walked:
+    ) -> Encoded:
         """All layers on ``states`` (B, T, D), which enter the first; ``entry`` (B, n, D): its prompts, see above."""
 
     def finish(self, states: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Walk(Protocol):
         """Whether the first token stands for the whole."""
 
 
-class PlainWalk:
+class PlainEncoder:
     """Layers of one width in a row, such as BERT, ViT, DINOv2 or a Llama-like language model: one stage.
 
     x̂ = [cls ; prompts ; tokens] where a CLS token leads. A causal model takes its prompts in front, where every token
@@ -84,12 +84,12 @@ class PlainWalk:
 
     def run(
         self, states: Tensor, mask: Tensor | None, prompter: Prompter, entry: Tensor | None, checkpointing: bool
-    ) -> Walked:
+    ) -> Encoded:
         prompts, visible = states[:, :0], None if mask is None else mask.bool()
         for index in range(self.depth):
             before = [prompter(index, states, visible)]
             states, prompts = call(checkpointing, self.layers.run_beside, index, states, visible, before, (), self.lead)
-        return Walked(states, prompts)
+        return Encoded(states, prompts)
 
     def finish(self, states: Tensor) -> Tensor:
         return self.layers.finish(states)
@@ -107,20 +107,20 @@ def call(checkpointing: bool, function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def pooled(walk: Walk, walked: Walked, mask: Tensor | None, how: str) -> Tensor:
-    """(B, D) of what leaves ``walk``'s last layer after the final norm.
+def pooled(encoder: PromptedEncoder, encoded: Encoded, mask: Tensor | None, how: str) -> Tensor:
+    """(B, D) of what leaves ``encoder``'s last layer after the final norm.
 
     how: the ``mean`` over tokens, over tokens and prompts (``all``), the ``first`` or the ``last`` token.
     """
     if how == "first":
-        return walk.first(walked.tokens)
-    states = walked.tokens
+        return encoder.first(encoded.tokens)
+    states = encoded.tokens
     if mask is None:
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     if how == "all":
-        states = torch.cat([walked.prompts, states], dim=1)
-        mask = torch.cat([mask.new_ones(walked.prompts.shape[:2]), mask], dim=1)
-    states = walk.finish(states)
+        states = torch.cat([encoded.prompts, states], dim=1)
+        mask = torch.cat([mask.new_ones(encoded.prompts.shape[:2]), mask], dim=1)
+    states = encoder.finish(states)
     if how == "last":
         return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
     return mean_over(states, mask)
