@@ -73,6 +73,6 @@ def run_prepare(arguments: argparse.Namespace) -> Any:
 def run_inspect(arguments: argparse.Namespace) -> Any:
     from mitrain.inference.scoring import inspect_data
 
-    found, text = inspect_data(arguments.config, arguments.overrides, Path(arguments.out))
+    report, text = inspect_data(arguments.config, arguments.overrides, Path(arguments.out))
     say(arguments, text)
-    return found
+    return report

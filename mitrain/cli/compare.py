@@ -26,15 +26,15 @@ def add_compare(commands: Any) -> None:
 def run_compare(arguments: argparse.Namespace) -> Any:
     from mitrain.compare import compare, study
 
-    found = study.read(arguments.study)
+    asked = study.read(arguments.study)
     if arguments.limit is not None and not arguments.limit > 0:
         raise ConfigError(f"--limit {arguments.limit} leaves no time: give seconds above 0")
-    out = Path(arguments.out or Path("runs/compare") / found.name)
-    job, seeds = compare.Job(found, Path(arguments.study), out), seeds_of(arguments.seeds)
+    out = Path(arguments.out or Path("runs/compare") / asked.name)
+    job, seeds = compare.Job(asked, Path(arguments.study), out), seeds_of(arguments.seeds)
     if arguments.list:
         cells = compare.listed(job, seeds, arguments.only, arguments.limit)
         say(arguments, list_text(cells))
-        return {"study": found.name, "cells": cells}
+        return {"study": asked.name, "cells": cells}
     result = compare.compare(
         job,
         shown(arguments),
@@ -51,12 +51,12 @@ def seeds_of(text: str | None) -> list[int] | None:
     if text is None:
         return None
     try:
-        found = [int(part) for part in text.split(",")]
+        seeds = [int(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if not found or any(not 0 <= seed < 2**31 for seed in found):
+        seeds = []
+    if not seeds or any(not 0 <= seed < 2**31 for seed in seeds):
         raise ConfigError(f"--seeds {text} are no seeds: give whole numbers from 0, as --seeds 3,4")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(seeds))
 
 
 def list_text(cells: list[dict[str, Any]]) -> str:

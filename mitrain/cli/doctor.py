@@ -13,6 +13,6 @@ def add_doctor(commands: Any) -> None:
 def run_doctor(arguments: argparse.Namespace) -> dict[str, Any]:
     from mitrain.cli import machine
 
-    found = machine.examine()
-    say(arguments, machine.as_text(found))
-    return found
+    report = machine.examine()
+    say(arguments, machine.as_text(report))
+    return report

@@ -53,16 +53,16 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     return {word for line in lines if line.startswith(("flags", "Features")) for word in line.partition(":")[2].split()}
 
 
-def as_text(found: dict[str, Any]) -> str:
+def as_text(report: dict[str, Any]) -> str:
     """A line for each part, then one for each fault: what it is, and whether it reaches mitrain."""
-    cpu = found["cpu"]
+    cpu = report["cpu"]
     lines = [
-        ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-        f"Python {found['python']}, {found['system']}",
+        ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        f"Python {report['python']}, {report['system']}",
         f"CPU: {cpu['name']}; {' '.join(cpu['vectors']) or 'vector units unknown'}; torch uses {cpu['torch']}, "
         f"{cpu['threads']} threads",
-        f"GPU: {', '.join(found['gpus']) or 'none that torch sees'}",
-        *(f"{name}={value}" for name, value in found["environment"].items()),
+        f"GPU: {', '.join(report['gpus']) or 'none that torch sees'}",
+        *(f"{name}={value}" for name, value in report["environment"].items()),
     ]
-    faults = [f"known fault: {fault['what']} {fault['measured']}. {fault['means']}" for fault in found["faults"]]
+    faults = [f"known fault: {fault['what']} {fault['measured']}. {fault['means']}" for fault in report["faults"]]
     return "\n".join([*lines, *(faults or ["no known fault of another package shows here"])])

@@ -90,11 +90,11 @@ def add_allow_changes(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def refused(check: Callable[[Any], None], found: Any) -> Any:
-    """``found``; where ``check`` refuses it, the error takes it along to be printed as JSON all the same."""
+def refused(check: Callable[[Any], None], document: Any) -> Any:
+    """``document``; where ``check`` refuses it, the error takes it along to be printed as JSON all the same."""
     try:
-        check(found)
+        check(document)
     except UserError as error:
-        error.document = found
+        error.document = document
         raise
-    return found
+    return document

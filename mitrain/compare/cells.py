@@ -122,11 +122,11 @@ def ordered(study: Study, seeds: Sequence[int]) -> Iterator[CellId]:
 
 
 def points(study: Study, task: str, method: str) -> list[tuple[str | None, Any]]:
-    found: list[tuple[str | None, Any]] = [(None, None)] if study.plain else []
+    axis_points: list[tuple[str | None, Any]] = [(None, None)] if study.plain else []
     for name, axis in study.axes.items():
         if method in (axis.methods or study.methods) and task in (axis.tasks or study.tasks):
-            found += [(name, value_and_settings(item)[0]) for item in axis.values]
-    return found
+            axis_points += [(name, value_and_settings(item)[0]) for item in axis.values]
+    return axis_points
 
 
 def value_and_settings(item: Any) -> tuple[Any, dict[str, Any]]:
@@ -185,11 +185,11 @@ def at_point(axis: Axis, at: Any) -> dict[str, Any]:
 
 def chosen(study: Study, words: Sequence[str], seeds: Sequence[int] | None = None) -> list[CellId]:
     """The cells that ``words`` name (`CellId.named_by`); ConfigError for a word that names none."""
-    found = cell_ids(study, seeds)
+    ids = cell_ids(study, seeds)
     known = {*study.tasks, *study.methods, *study.axes}
     for word in words:
-        if not any(cell_id.named_by([word]) for cell_id in found):
+        if not any(cell_id.named_by([word]) for cell_id in ids):
             raise ConfigError(
                 f"--only {word} names no cell{nearest(word, known)}: give tasks, methods, axes or the beginning of a name"
             )
-    return [cell_id for cell_id in found if cell_id.named_by(words)]
+    return [cell_id for cell_id in ids if cell_id.named_by(words)]

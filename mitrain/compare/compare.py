@@ -57,16 +57,16 @@ class Job:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found = parsing.read_json(path)
+        content = parsing.read_json(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_rows(out: Path) -> list[Row]:
     """The rows of results.json; none where there is no file or it is damaged."""
-    found = read_json(out / "results.json").get("rows")
-    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    rows = read_json(out / "results.json").get("rows")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def is_complete(row: Row) -> bool:
@@ -120,20 +120,20 @@ def compare(
 
 def still_true(job: Job, say: Say) -> dict[str, Row]:
     """Kept rows by cell, but those that the study has no longer or that were measured for other settings."""
-    found: dict[str, Row] = {}
+    kept: dict[str, Row] = {}
     for row in job.kept:
         try:
             cell_id = CellId.of(row)
             there = is_complete(row) and cell_id in cell_ids(job.study, [cell_id.seed])
             cell = resolve(job.study, job.path, cell_id) if there else None
             if cell and cell.digest == row["digest"]:
-                found[cell_id.key()] = {**row, "reduced": cell.reduced}
+                kept[cell_id.key()] = {**row, "reduced": cell.reduced}
                 continue
             sheet_of(job.out, cell_id).unlink(missing_ok=True)
         except (ConfigError, KeyError, TypeError):
             pass
         say(f"damaged, no longer in the study, or measured for other settings: {row.get('task')} {row.get('method')}")
-    return found
+    return kept
 
 
 def finished(row: Row | None, cell: Cell, limit_s: float) -> bool:
@@ -152,8 +152,8 @@ def twin(rows: Iterable[Row], cell: Cell) -> Row | None:
 
 def beside(out: Path) -> list[Row]:
     """The rows of the studies whose results lie beside ``out``."""
-    found = [read_rows(path.parent) for path in sorted(out.parent.glob("*/results.json")) if path.parent != out]
-    return [row for rows in found for row in rows if is_complete(row)]
+    tables = [read_rows(path.parent) for path in sorted(out.parent.glob("*/results.json")) if path.parent != out]
+    return [row for rows in tables for row in rows if is_complete(row)]
 
 
 def cell_row(cell: Cell, job: Job, limit_s: float, measure: Measure) -> Row:
@@ -163,15 +163,15 @@ def cell_row(cell: Cell, job: Job, limit_s: float, measure: Measure) -> Row:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "cell.json", cell.to_dict())
-    found = measure(cell, folder, limit_s)
-    if found["status"] == OK:
+    measured = measure(cell, folder, limit_s)
+    if measured["status"] == OK:
         keep_predictions(job, cell.id, folder / "predictions.png")
         shutil.rmtree(folder, ignore_errors=True)
-    elif found["status"] == FAILED:
+    elif measured["status"] == FAILED:
         shutil.rmtree(folder / "run", ignore_errors=True)
     base = {"metric": cell.part.metric, "value": None, "controls": {}, "reason": None, "reduced": cell.reduced}
     ids = {"digest": cell.digest, "identity": cell.identity, "limit_s": limit_s, "made": made_with(MATTERS)}
-    return {**asdict(cell.id), **base, **found, **ids}
+    return {**asdict(cell.id), **base, **measured, **ids}
 
 
 def in_process(cell: Cell, folder: Path, limit_s: float) -> Row:
@@ -187,12 +187,12 @@ def in_process(cell: Cell, folder: Path, limit_s: float) -> Row:
         return {"status": TOO_LONG, "reason": f"not finished after {limit_s:g} s", "seconds": seconds}
     if code == STOPPED:
         raise KeyboardInterrupt
-    found = read_json(folder / "row.json")
-    if code or found.get("identity") != cell.identity:
+    row = read_json(folder / "row.json")
+    if code or row.get("identity") != cell.identity:
         said = processes.last_line(folder / "said.txt").removeprefix("mitrain: ")
         how = "" if code > 0 else f"killed by signal {-code}: " if code else "ended without its row: "
         return {"status": FAILED, "reason": how + said, "seconds": seconds}
-    return {"status": OK, "seconds": seconds, **found}
+    return {"status": OK, "seconds": seconds, **row}
 
 
 def sheet_of(out: Path, cell_id: CellId) -> Path:
@@ -228,7 +228,7 @@ def joined(rows: Sequence[Row], command: str) -> dict[str, Any]:
     def all_of(key: str) -> str:
         return ", ".join(sorted({row["made"][key] for row in rows}))
 
-    used = {f"{name} {found}" for row in rows for name, found in row["made"]["versions"].items()}
+    used = {f"{name} {version}" for row in rows for name, version in row["made"]["versions"].items()}
     keys = ("date", "commit", "machine")
     return {"command": command, **{key: all_of(key) for key in keys}, "versions": ", ".join(sorted(used))}
 
@@ -263,18 +263,18 @@ def listed(
     """
     limit_s = job.study.limit_s if limit_s is None else limit_s
     kept = {CellId.of(row).key(): row for row in job.kept}
-    found = []
+    entries = []
     for cell_id in chosen(job.study, only, seeds):
         cell = resolve(job.study, job.path, cell_id)
         row = kept.get(cell_id.key())
         done = finished(row, cell, limit_s)
         known = row["seconds"] if done and row else estimate(kept.values(), cell_id)
         bound = known is None
-        found.append(
+        entries.append(
             {"cell": cell_id.name, "done": done, "seconds": limit_s if bound else known, "at_most": bound}
             | asdict(cell_id)
         )
-    return found
+    return entries
 
 
 def estimate(rows: Any, cell_id: CellId) -> float | None:

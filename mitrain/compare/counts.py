@@ -31,18 +31,18 @@ def count(run_config: RunConfig, options: dict[str, Any]) -> dict[str, Any]:
     """
     asked = config.parse(CountOptions, options, "count")
     model = build(run_config, empty=True)
-    found = parameters(model)
-    found["backbone_parameters"] = found["frozen_parameters"] - language_head(model)
-    found["parts"] = parts(model)
-    return found | (macs(model, asked) if asked.macs else {})
+    numbers = parameters(model)
+    numbers["backbone_parameters"] = numbers["frozen_parameters"] - language_head(model)
+    numbers["parts"] = parts(model)
+    return numbers | (macs(model, asked) if asked.macs else {})
 
 
 def parts(model: Model) -> dict[str, int]:
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name, parameter in model.adapter.named_parameters():
         kind = ".".join(word for word in name.split(".") if not word.isdigit())
-        found[kind] = found.get(kind, 0) + parameter.numel() * parameter.requires_grad
-    return found
+        counts[kind] = counts.get(kind, 0) + parameter.numel() * parameter.requires_grad
+    return counts
 
 
 def language_head(model: Model) -> int:

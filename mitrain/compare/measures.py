@@ -104,7 +104,7 @@ def of_step(trainer: Trainer) -> dict[str, Any]:
         "bytes": parts,
         "flops_per_sample": operations(trainer, batch) / len(draws),
         "batch": samples,
-        **({"usage": dict(found)} if (found := model.adapter.usage()) else {}),
+        **({"usage": dict(usage)} if (usage := model.adapter.usage()) else {}),
     }
 
 
@@ -117,8 +117,8 @@ def operations(trainer: Trainer, batch: Batch) -> int:
 
 def own_operators() -> dict[Any, Any]:
     """What the project's operators compute, in the counter's terms: infused attention as attention, both its products."""
-    found = getattr(torch.ops.mitrain_kernels, "infused_attention", None)
-    return {} if found is None else {found: attention_flops}
+    operator = getattr(torch.ops.mitrain_kernels, "infused_attention", None)
+    return {} if operator is None else {operator: attention_flops}
 
 
 def attention_flops(q: Any, k: Any, v: Any, *others: Any, out_shape: Any = None, **more: Any) -> int:

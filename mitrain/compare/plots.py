@@ -32,17 +32,17 @@ def plots(result: dict[str, Any]) -> dict[str, str]:
     if result["kind"] == "count":
         return {}
     rows = [row for group in groups(result["rows"]) for row in good(group)]
-    found = {}
+    figures = {}
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task]
         metric = own[0]["metric"]
         for key, (name, title, unit) in COSTS.items():
             lines = against(own, key, unit)
             if lines:
-                found[f"{task}-{name}"] = figure(f"{task}: {metric} against {title}", title, metric, lines, "log")
+                figures[f"{task}-{name}"] = figure(f"{task}: {metric} against {title}", title, metric, lines, "log")
         for axis in dict.fromkeys(row["axis"] for row in own if row["axis"]):
-            found |= curves(task, axis, [row for row in own if row["axis"] == axis], metric)
-    return found
+            figures |= curves(task, axis, [row for row in own if row["axis"] == axis], metric)
+    return figures
 
 
 def against(rows: Sequence[Row], key: str, unit: float) -> list[Line]:
@@ -59,7 +59,7 @@ def against(rows: Sequence[Row], key: str, unit: float) -> list[Line]:
 def curves(task: str, axis: str, rows: Sequence[Row], metric: str) -> dict[str, str]:
     """Quality, and what a training step saves, along an axis of numbers."""
     rows = [row for row in rows if isinstance(row["at"], int | float) and not isinstance(row["at"], bool)]
-    found = {}
+    figures = {}
     wanted = {"": ("value", metric, 1.0), "-saved": ("saved_bytes", "saved for backward, MiB", 2.0**20)}
     for suffix, (key, title, unit) in wanted.items():
         lines: dict[str, Line] = {}
@@ -70,13 +70,13 @@ def curves(task: str, axis: str, rows: Sequence[Row], metric: str) -> dict[str, 
                 line.points.append((float(group[0]["at"]), *centre(values)))
         if lines:
             drawn = [Line(line.name, sorted(line.points)) for line in lines.values()]
-            found[f"{task}-{axis}{suffix}"] = figure(f"{task}: {title} along {axis}", axis, title, drawn, "linear")
-    return found
+            figures[f"{task}-{axis}{suffix}"] = figure(f"{task}: {title} along {axis}", axis, title, drawn, "linear")
+    return figures
 
 
 def centre(values: Iterable[float]) -> tuple[float, float]:
-    found = list(values)
-    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0
+    numbers = list(values)
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
 
 
 def figure(title: str, across: str, up: str, lines: Sequence[Line], scale: str) -> str:

@@ -19,12 +19,12 @@ STATES = ("state", "quant_state", "state2")
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """{address: bytes} of what ``tensors`` lie in; empty ones lie nowhere."""
-    found = {}
+    sizes = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
         if storage.nbytes() and not tensor.is_meta:
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sizes
 
 
 def attached(owner: Any) -> Iterator[Tensor]:
@@ -37,8 +37,8 @@ def attached(owner: Any) -> Iterator[Tensor]:
 
 
 def frozen_parameters(parts: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    found = {id(p): p for part in parts.values() for p in part.parameters() if not p.requires_grad}
-    return list(found.values())
+    parameters = {id(p): p for part in parts.values() for p in part.parameters() if not p.requires_grad}
+    return list(parameters.values())
 
 
 def frozen_tensors(parts: Mapping[str, nn.Module]) -> Iterator[Tensor]:

@@ -17,16 +17,16 @@ COUNTED = ("trainable_parameters", "frozen_parameters", "share", "backbone_param
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows of one task, method and point together, in the order in which they come."""
-    found: list[list[Row]] = []
+    grouped: list[list[Row]] = []
     for row in rows:
-        for group in found:
+        for group in grouped:
             one = group[0]
             if all(one[key] == row[key] for key in ("task", "method", "axis")) and same(one["at"], row["at"]):
                 group.append(row)
                 break
         else:
-            found.append([row])
-    return found
+            grouped.append([row])
+    return grouped
 
 
 def good(group: Sequence[Row]) -> list[Row]:
@@ -59,25 +59,25 @@ def train_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def train_cells(group: Sequence[Row]) -> list[str]:
-    found, one = good(group), group[0]
+    measured, one = good(group), group[0]
     first = [plain(one["task"]), named(one)]
     lost = [row for row in group if row["status"] != "ok"]
     outcome = "; ".join(f"seed {row['seed']} {row['status']}: {row['reason']}" for row in lost)
-    if not found:
+    if not measured:
         return [*first, plain(one["metric"] or ""), plain(outcome), *[""] * 8, f"0 of {len(group)}"]
     return [
         *first,
-        plain(found[0]["metric"]),
-        over_seeds(found, "value", 3),
-        controls(found),
-        count(found, "trainable_parameters"),
-        f"{100 * mean(found, 'share'):.3g} %",
-        mib(found, "peak_bytes"),
-        mib(found, "saved_bytes"),
-        over_seeds(found, "step_ms", 0),
-        "–" if mean(found, "flops_per_sample") is None else f"{mean(found, 'flops_per_sample') / 1e9:.3g}",
-        mib(found, "adapter_bytes"),
-        f"{len(found)}" + (f" of {len(group)} ({plain(outcome)})" if lost else ""),
+        plain(measured[0]["metric"]),
+        over_seeds(measured, "value", 3),
+        controls(measured),
+        count(measured, "trainable_parameters"),
+        f"{100 * mean(measured, 'share'):.3g} %",
+        mib(measured, "peak_bytes"),
+        mib(measured, "saved_bytes"),
+        over_seeds(measured, "step_ms", 0),
+        "–" if mean(measured, "flops_per_sample") is None else f"{mean(measured, 'flops_per_sample') / 1e9:.3g}",
+        mib(measured, "adapter_bytes"),
+        f"{len(measured)}" + (f" of {len(group)} ({plain(outcome)})" if lost else ""),
     ]
 
 
@@ -110,29 +110,29 @@ def numbers(rows: Sequence[Row], key: str) -> list[float]:
 
 
 def mean(rows: Sequence[Row], key: str) -> float | None:
-    found = numbers(rows, key)
-    return statistics.fmean(found) if found else None
+    values = numbers(rows, key)
+    return statistics.fmean(values) if values else None
 
 
 def over_seeds(rows: Sequence[Row], key: str, digits: int) -> str:
-    found = numbers(rows, key)
-    if not found:
+    values = numbers(rows, key)
+    if not values:
         return "–"
-    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def count(rows: Sequence[Row], key: str) -> str:
-    found = mean(rows, key)
-    return "–" if found is None else f"{found:,.0f}"
+    value = mean(rows, key)
+    return "–" if value is None else f"{value:,.0f}"
 
 
 def mib(rows: Sequence[Row], key: str) -> str:
-    found = mean(rows, key)
-    return "–" if found is None else f"{found / 2**20:,.1f}"
+    value = mean(rows, key)
+    return "–" if value is None else f"{value / 2**20:,.1f}"
 
 
 def controls(rows: Sequence[Row]) -> str:
-    found = {name: [row["controls"].get(name) for row in rows] for name in rows[0]["controls"]}
-    known = {name: [v for v in values if v is not None] for name, values in found.items()}
+    scores = {name: [row["controls"].get(name) for row in rows] for name in rows[0]["controls"]}
+    known = {name: [v for v in values if v is not None] for name, values in scores.items()}
     return plain(", ".join(f"{name} {statistics.fmean(values):.3f}" for name, values in known.items() if values) or "–")

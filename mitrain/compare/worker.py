@@ -53,8 +53,8 @@ def measured(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
         return counts.count(run_config, asked["count"])
     run_folder = runs.create_or_find(resolved(run_config), folder / "run")
     part = parse(TaskPart, asked["part"])
-    found = trained(run_folder, part)
-    return found | scored(runs.open_run(run_folder), part, asked["panels"], folder / "predictions.png")
+    numbers = trained(run_folder, part)
+    return numbers | scored(runs.open_run(run_folder), part, asked["panels"], folder / "predictions.png")
 
 
 def trained(folder: Path, part: TaskPart) -> dict[str, Any]:

@@ -157,9 +157,9 @@ def explained(schema: type[Section], error: ValidationError, where: str) -> Conf
     reason = str(cause) if cause else wanted(same_place)
     if first["type"] == "string_type" and isinstance(first["input"], int | float):
         reason += ", in quotes as YAML takes it for something else"
-    found = ConfigError(f"{path}={repr(first.get('input'))[:80]}: {reason}" if path else reason)
-    found.text_at = path if first["type"] == "string_type" else ""
-    return found
+    refusal = ConfigError(f"{path}={repr(first.get('input'))[:80]}: {reason}" if path else reason)
+    refusal.text_at = path if first["type"] == "string_type" else ""
+    return refusal
 
 
 def place_of(schema: Any, loc: tuple) -> tuple:
@@ -204,7 +204,7 @@ def section_in(annotation: Any) -> Any:
     """The section that an annotation such as ``dict[str, Section]`` or ``Section | None`` speaks of, or None."""
     if hasattr(annotation, "model_fields"):
         return annotation
-    return next((found for inner in get_args(annotation) if (found := section_in(inner))), None)
+    return next((section for inner in get_args(annotation) if (section := section_in(inner))), None)
 
 
 def read_yaml(text: str, where: str) -> Any:

@@ -49,15 +49,15 @@ def rank_info(env: Mapping[str, str] = os.environ) -> RankInfo:
     names = names_set(env)
     if not names:
         return RankInfo()
-    found = RankInfo(*(number(env, name) for name in names))
-    if not 0 <= found.rank < found.world or not 0 <= found.local <= found.rank:
+    info = RankInfo(*(number(env, name) for name in names))
+    if not 0 <= info.rank < info.world or not 0 <= info.local <= info.rank:
         shown = " ".join(f"{name}={env[name]}" for name in names)
         raise RankError(f"no rank has {shown}: {HOW}")
-    if found.world > 1:
+    if info.world > 1:
         for name in MEETING:
             required(env, name)
         number(env, "MASTER_PORT")
-    return found
+    return info
 
 
 def names_set(env: Mapping[str, str]) -> tuple[str, ...]:
@@ -120,9 +120,9 @@ def reported_by_main(store: distributed.Store, here: RankInfo, text: str) -> boo
 def come(store: distributed.Store, names: list[str]) -> bool:
     """Whether ``names`` are in the store within ``ALIKE_S``; torch's own waiting fills the terminal where they are not."""
     end = time.monotonic() + ALIKE_S
-    while not (found := store.check(names)) and time.monotonic() < end:
+    while not (arrived := store.check(names)) and time.monotonic() < end:
         time.sleep(POLL_S)
-    return found
+    return arrived
 
 
 def join(here: RankInfo) -> distributed.Store:
@@ -256,7 +256,7 @@ def first_not_none(value: T | None) -> T | None:
     """The ``value`` of the lowest rank that has one, on every rank."""
     if not any_rank(value is not None):
         return None
-    return next(found for found in gather(value) if found is not None)
+    return next(held for held in gather(value) if held is not None)
 
 
 def from_main(make: Callable[[], T]) -> T:

@@ -30,8 +30,8 @@ def compared(folder: Path, expected: tuple[tuple[str, str], ...], stamps: tuple)
     """`damaged`, once per process while no file is replaced (``stamps``)."""
     paths = [folder / name for name, _ in expected]
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda path: sha256_file(path) if path.is_file() else None, paths))
-    return tuple(name for (name, sum_), here in zip(expected, found, strict=True) if sum_ != here)
+        sums = list(pool.map(lambda path: sha256_file(path) if path.is_file() else None, paths))
+    return tuple(name for (name, sum_), here in zip(expected, sums, strict=True) if sum_ != here)
 
 
 def stamp(path: Path) -> tuple[int, int, int] | None:

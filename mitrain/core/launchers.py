@@ -33,8 +33,8 @@ class Process:
     started: bytes
 
     def alive(self) -> bool:
-        found = status(self.pid)
-        return found is not None and found[1:] == (self.started, True)
+        state = status(self.pid)
+        return state is not None and state[1:] == (self.started, True)
 
 
 def status(pid: int) -> tuple[int, bytes, bool] | None:
@@ -56,12 +56,12 @@ def launchers(env: Mapping[str, str] = os.environ) -> list[Process]:
 
 
 def ancestors(pid: int) -> Iterator[Process]:
-    found = status(pid)
-    while found and found[0] > 1:
-        parent = found[0]
-        found = status(parent)
-        if found:
-            yield Process(parent, found[1])
+    state = status(pid)
+    while state and state[0] > 1:
+        parent = state[0]
+        state = status(parent)
+        if state:
+            yield Process(parent, state[1])
 
 
 def words(pid: int) -> list[str]:

@@ -14,7 +14,7 @@ def one_line(text: object) -> str:
 
 def plain(text: object) -> str:
     """For a sentence, a heading or a cell; what would be markup comes as an entity."""
-    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
+    return MARKUP.sub(lambda match: f"&#{ord(match[0])};", one_line(text))
 
 
 def code(text: object) -> str:

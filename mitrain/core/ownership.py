@@ -77,8 +77,8 @@ class Standing:
 
     def check(self, step: int) -> None:
         """CheckpointError where the folder is no longer there: nothing is written in its place."""
-        if found := self.fault():
-            raise CheckpointError(f"at step {step} the run folder {found}")
+        if fault := self.fault():
+            raise CheckpointError(f"at step {step} the run folder {fault}")
 
     def close(self) -> None:
         if self.handle is not None:

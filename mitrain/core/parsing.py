@@ -102,12 +102,12 @@ def read_json(path: str | Path, limit: int = JSON_BYTES) -> Any:
 
 
 def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice[:60]!r} stands twice")
-    return found
+    return values
 
 
 def no_number(name: str) -> NoReturn:

@@ -53,10 +53,10 @@ class Recipe:
 def recipes(what: str) -> dict[str, Recipe]:
     """The "models" or the "data" that can be prepared, by name: those of every installed package which has an entry point
     of that name in the group ``mitrain.recipes``."""
-    found: dict[str, Recipe] = {}
+    known: dict[str, Recipe] = {}
     for point in entry_points(group=GROUP, name=what):
-        found |= point.load()
-    return found
+        known |= point.load()
+    return known
 
 
 def catalogue(*recipes: Recipe) -> dict[str, Recipe]:

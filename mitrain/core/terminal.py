@@ -17,7 +17,7 @@ PROGRESS = re.compile(r"\r?(\x1b\[A)*$|\r?")  # how a progress bar goes back to 
 
 def printable(text: str) -> str:
     r"""``text`` with what would steer a terminal as escapes: ``\x1b``."""
-    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class Shown:

@@ -53,8 +53,8 @@ def export(
         checkpoint.check_fit(module, saved.tensors.get(name, {}), f"{name} in {saved.path}")
     metrics = recorded(Path(run_dir) / "metrics.jsonl", saved.step)
     for split in splits:
-        found = scoring.score_run(run_dir, split=split, control="none", which=which, samples=samples)
-        metrics[split] = {key: value for key, value in found.items() if key not in ("split", "step", "run", "control")}
+        scores = scoring.score_run(run_dir, split=split, control="none", which=which, samples=samples)
+        metrics[split] = {key: value for key, value in scores.items() if key not in ("split", "step", "run", "control")}
     counts = export_format.count(model.trainable.values(), model.text.model)
     base = export_format.without_home(run_config.model.llm)
     fields = export_format.method_fields(model.adapter, model.text.model.config, base, counts)
@@ -120,25 +120,27 @@ def training_answers(run_config: RunConfig) -> dict[str, list[str]] | None:
     answers = answers_by_prompt(portion(samples, run_config.train.fraction))
     if len(answers) > PROMPTS_KEPT:
         return None
-    few = {prompt: list(found) for prompt, found in answers.items() if len(found) <= ANSWERS_KEPT}
-    return {prompt: found for prompt, found in few.items() if max(map(len, found), default=0) <= ANSWER_LENGTH}
+    few = {prompt: list(given) for prompt, given in answers.items() if len(given) <= ANSWERS_KEPT}
+    return {prompt: given for prompt, given in few.items() if max(map(len, given), default=0) <= ANSWER_LENGTH}
 
 
 def recorded(path: Path, step: int) -> dict[str, dict[str, Any]]:
     """The metrics of ``val`` that a run's metrics.jsonl has of a step; none where the file is missing or damaged."""
-    found: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     except (OSError, UnicodeDecodeError):
-        return found
+        return metrics
     for line in lines:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(values, dict) and values.get("kind") == "val" and values.get("step") == step:
-            found["val"] = {k: v for k, v in values.items() if k not in ("kind", "step", "time", "control") and sane(v)}
-    return found
+            metrics["val"] = {
+                k: v for k, v in values.items() if k not in ("kind", "step", "time", "control") and sane(v)
+            }
+    return metrics
 
 
 def sane(value: Any) -> bool:
@@ -188,8 +190,8 @@ class Pretrained:
 
     def _ask(self, image: str | Path, text: str, candidates: Sequence[str] | None) -> dict[str, Any]:
         with self._turn:
-            found = scoring.ask(self.run, image, text, candidates=candidates)
-        return found.values if found.mask is None else {**found.values, "mask": found.mask}
+            answer = scoring.ask(self.run, image, text, candidates=candidates)
+        return answer.values if answer.mask is None else {**answer.values, "mask": answer.mask}
 
 
 def from_pretrained(
@@ -252,11 +254,11 @@ def check_base(model: PreTrainedModel, contents: Contents, folder: str | Path, a
     """Compare what ``model`` was read from with the language model that a run was trained on, as `runs.check_frozen`."""
     there = {name: value for name, value in (contents.frozen or {}).items() if name.startswith("text.")}
     there.pop("text.tokenizer", None)  # the caller's
-    found = stored_base(model.name_or_path) if there else None
-    if there and found is None:
+    source = stored_base(model.name_or_path) if there else None
+    if there and source is None:
         log.warning("%s: the model in memory names no folder with its weights: they are not compared", folder)
         return
-    runs.check_frozen(there, lambda: named_digests("text", found), folder, allow_changes)
+    runs.check_frozen(there, lambda: named_digests("text", source), folder, allow_changes)
 
 
 def check_size(twin: Adapter, model: PreTrainedModel, published: export_format.Published) -> None:

@@ -61,7 +61,7 @@ def report(
         "columns": task[0],
         "metric": task[1],
         "made": provenance(folders, splits, samples),
-        "rows": [row(s, label, found) for name in splits for (s, label), found in rows.items() if s == name],
+        "rows": [row(s, label, metrics) for name in splits for (s, label), metrics in rows.items() if s == name],
     }
     results["markdown"] = table(results)
     document = as_json({k: v for k, v in results.items() if k != "markdown"})
@@ -88,28 +88,28 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
     chosen, images = split_of(run, split, samples)
     name = run.config.name
     plain = score_split(run, chosen, images, "none", generate=run.model.task.speaks, seed=run.config.seed)
-    found: dict[str, Any] = {name: plain.metrics, "figure": (images, chosen, plain)}
+    scores: dict[str, Any] = {name: plain.metrics, "figure": (images, chosen, plain)}
     blind = not run.model.adapter.traits.text_depends_on_input
     for control in run.model.task.controls:
         if not (blind and control == "frozen"):
-            found[LABELS[control].format(name=name)] = score_split(
+            scores[LABELS[control].format(name=name)] = score_split(
                 run, chosen, images, control, seed=run.config.seed
             ).metrics
-    return found | baselines_of(run, split, chosen, images)
+    return scores | baselines_of(run, split, chosen, images)
 
 
-def row(split: str, label: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def row(split: str, label: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row: mean and spread over the seeds of every number."""
-    flat = [flatten(values) for values in found]
+    flat = [flatten(values) for values in runs]
     means = {k: statistics.fmean(f[k] for f in flat) for k in flat[0] if all(k in f for f in flat)}
     spread = {k: statistics.stdev(f[k] for f in flat) if len(flat) > 1 else 0.0 for k in means}
     return {
         "split": split,
         "label": label,
-        "seeds": len(found),
+        "seeds": len(runs),
         "mean": means,
         "spread": spread,
-        "runs": [f["run"] for f in found],
+        "runs": [run["run"] for run in runs],
     }
 
 
@@ -149,13 +149,13 @@ def provenance(folders: Sequence[str], splits: Sequence[str], samples: int | Non
     return {"command": command, **made_with(("torch", "transformers"))}
 
 
-def figure(run: Run, images: ImageFeatures, samples: Sequence[Any], found: Evaluation, count: int) -> bytes:
+def figure(run: Run, images: ImageFeatures, samples: Sequence[Any], evaluation: Evaluation, count: int) -> bytes:
     """A PNG of the predictions of ``count`` samples spread evenly over ``samples``: not picked.
 
     DataError where a picture was replaced since it was scored.
     """
     step = max(1, len(samples) // count)
-    pairs = list(zip(samples, found.predictions, strict=True))[::step][:count]
+    pairs = list(zip(samples, evaluation.predictions, strict=True))[::step][:count]
     panels = [run.model.task.panel(sample, prediction, picture_of(sample, images)) for sample, prediction in pairs]
     with BytesIO() as buffer:
         figures.sheet(panels).save(buffer, format="PNG")

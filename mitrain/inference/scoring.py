@@ -118,11 +118,11 @@ def score_run(
     run = runs.open_run(folder, which, allow_changes, base, encoders)
     set_data_root(run, root)
     chosen, images = split_of(run, split, samples)
-    found = score_split(run, chosen, images, control, generate, seed)
+    evaluation = score_split(run, chosen, images, control, generate, seed)
     beside = {"baselines": baselines_of(run, split, chosen, images)} if baselines else {}
     if len(images.bad):
         beside["bad_samples"] = len(images.bad)
-    return {**found.metrics, "split": split, "step": run.saved.step, "run": str(folder), **beside}
+    return {**evaluation.metrics, "split": split, "step": run.saved.step, "run": str(folder), **beside}
 
 
 def predict_one(

@@ -104,10 +104,10 @@ class Injected(Adapter):
 
     def _inject(self, side: str, model: PreTrainedModel, layers: list[int]) -> tuple[Any, dict[str, nn.Parameter]]:
         """PEFT's configuration, and the parameters that it has put into ``layers`` of ``model``, by our names."""
-        found = list(projections(model, self.config.targets, layers))
+        targets = list(projections(model, self.config.targets, layers))
         whole = {id(module): name for name, module in model.named_modules()}
         names = []
-        for owner, attribute, module in found:
+        for owner, attribute, module in targets:
             if not isinstance(module, nn.Linear | Conv1D):
                 raise ModelError(
                     f"{self.traits.name} needs float projections, and the {side} model's are {type(module).__name__}:"

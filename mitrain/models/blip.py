@@ -48,11 +48,11 @@ def own_maps(whole: BlipForImageTextRetrieval) -> dict[str, tuple[Tensor, Tensor
     {} for a checkpoint of another task, which lacks them (and they come as zeros).
     """
     linear = {"image": whole.vision_proj, "text": whole.text_proj, "match": whole.itm_head}
-    found = {name: (module.weight.detach(), module.bias.detach()) for name, module in linear.items()}
-    if not all(weight.any() for weight, _ in found.values()):
+    maps = {name: (module.weight.detach(), module.bias.detach()) for name, module in linear.items()}
+    if not all(weight.any() for weight, _ in maps.values()):
         return {}
-    weight, bias = found["match"]
-    return {**found, "match": (weight[1:] - weight[:1], bias[1:] - bias[:1])}
+    weight, bias = maps["match"]
+    return {**maps, "match": (weight[1:] - weight[:1], bias[1:] - bias[:1])}
 
 
 def maps_of(model: nn.Module) -> Mapping[str, tuple[Tensor, Tensor]]:

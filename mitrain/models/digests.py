@@ -75,10 +75,10 @@ def settings_of(config: PretrainedConfig, source: str | Path | None) -> dict[str
     ``settings`` is what its class does not say by itself: another transformers may give it other defaults, while the file
     stays as it was. ``config.json`` is the file's own words, which a copy saved by transformers says in others.
     """
-    found = {"settings": without(config.to_diff_dict(), NO_MATTER)}
+    settings = {"settings": without(config.to_diff_dict(), NO_MATTER)}
     if source is not None:
-        found["config.json"] = without(loading.written_config(source, "model"), NO_MATTER)
-    return found
+        settings["config.json"] = without(loading.written_config(source, "model"), NO_MATTER)
+    return settings
 
 
 def stored_base(source: str | Path) -> dict[str, Any] | None:

@@ -110,8 +110,8 @@ def last_hidden(model: PreTrainedModel, texts: TextBatch) -> Tensor:
     if texts.states is None:
         return model.base_model(input_ids=texts.ids, attention_mask=texts.mask, use_cache=False).last_hidden_state
     with replay(model, texts.depth, texts.states):
-        found = model.base_model(inputs_embeds=texts.states, attention_mask=texts.mask, use_cache=False)
-    return found.last_hidden_state
+        outputs = model.base_model(inputs_embeds=texts.states, attention_mask=texts.mask, use_cache=False)
+    return outputs.last_hidden_state
 
 
 @torch.no_grad()
@@ -125,8 +125,8 @@ def reproduces(model: PreTrainedModel, depth: int, ids: Tensor, mask: Tensor) ->
     shown = mask[..., None].to(expected.dtype)
     try:
         states = trunk_states(model, depth, input_ids=ids, attention_mask=mask) * shown
-        found = last_hidden(model, TextBatch(ids, mask, states, depth))
+        hidden = last_hidden(model, TextBatch(ids, mask, states, depth))
     except Exception as error:  # a model that cannot be replayed fails in a way of its own
         log.debug("%s is not replayed: %r", type(model).__name__, error)
         return False
-    return states.shape[:2] == ids.shape and agree(found * shown, expected * shown)
+    return states.shape[:2] == ids.shape and agree(hidden * shown, expected * shown)

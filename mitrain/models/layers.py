@@ -108,16 +108,16 @@ class Layers:
         base = model.base_model
         if base.config.sub_configs:
             raise ModelError(f"{name} joins several models: give one of them, such as its text_model or vision_model")
-        found = layer_lists(base)
-        if not found:
+        stacks = layer_lists(base)
+        if not stacks:
             raise ModelError(
                 f"{name} has no stack of equal transformer layers: give a transformer, such as BERT or ViT"
             )
-        if len(found) > 1 or any(path.split(".")[-1] == "decoder" for path, _ in base.named_modules()):
+        if len(stacks) > 1 or any(path.split(".")[-1] == "decoder" for path, _ in base.named_modules()):
             if not base.config.is_encoder_decoder:
                 raise ModelError(SERVED.format(name))
             raise ModelError(f"{name} is an encoder-decoder, whose layers need one another: give its encoder")
-        owner, attribute = found[0]
+        owner, attribute = stacks[0]
         layers, path = getattr(owner, attribute), path_to(base, owner)
         rotary = next((getattr(module, ROTARY) for module in path if hasattr(module, ROTARY)), None)
         causal = is_causal(layers[0])

@@ -155,13 +155,13 @@ def layer_lists(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 def layer_owner(model: nn.Module) -> tuple[nn.Module, str]:
     """The module that holds the list of transformer layers, and the attribute's name."""
-    found = layer_lists(model)
-    if not found:
+    stacks = layer_lists(model)
+    if not stacks:
         raise ModelError(
             f"{type(model).__name__} has no list of as many transformer layers as its configuration says: give a"
             " transformer, such as Llama, BERT or ViT"
         )
-    return found[0]
+    return stacks[0]
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -75,10 +75,10 @@ def find(source: str | Path, name: str) -> Path | None:
     if os.path.isdir(local):  # False for a name that no file can have, where pathlib raises
         return local / name if (local / name).is_file() else None
     try:
-        found = cached_file(str(source), name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(str(source), name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
         return None
-    return Path(found) if found else None
+    return Path(file) if file else None
 
 
 def read_config(source: str | Path, what: str) -> PretrainedConfig:
@@ -124,9 +124,9 @@ def load_model(
     head comes as what is below it. Tensors that have no place in the model are told in one line.
     """
     options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = load(factory, source, what, **options, **kwargs)
-    check_shapes(found["mismatched_keys"], source, what)
-    missing, unplaced = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    model, report = load(factory, source, what, **options, **kwargs)
+    check_shapes(report["mismatched_keys"], source, what)
+    missing, unplaced = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     needed = [name for name in missing if used(name)]
     if needed and set(needed) == set(head_names(model)):
         log.warning("the %s %s has no language head (%s): it is used without", what, source, ", ".join(needed))
@@ -207,12 +207,12 @@ def weightless(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(copy.deepcopy(model.config))  # attaching changes it
 
 
-def agree(found: Tensor, expected: Tensor) -> bool:
+def agree(actual: Tensor, expected: Tensor) -> bool:
     """Whether two ways of computing the same numbers gave the same but for rounding, measured by the largest of them."""
-    if found.shape != expected.shape or not bool(found.isfinite().all()):
+    if actual.shape != expected.shape or not bool(actual.isfinite().all()):
         return False
     bound = torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max())
-    return float((found - expected).abs().max()) <= bound
+    return float((actual - expected).abs().max()) <= bound
 
 
 def positions(model: PreTrainedModel) -> int | None:

@@ -51,8 +51,8 @@ class Weights:
             path = loading.find(source, name)
             if path is not None and path.suffix == ".json":
                 table = weight_map(path)
-                found = {file: loading.find(source, file) for file in set(table.values())}
-                return cls({tensor: found[file] for tensor, file in table.items()}) if all(found.values()) else None
+                files = {file: loading.find(source, file) for file in set(table.values())}
+                return cls({tensor: files[file] for tensor, file in table.items()}) if all(files.values()) else None
             if path is not None:
                 with safe_open(path, "pt") as file:
                     return cls(dict.fromkeys(file.keys(), path))
@@ -91,10 +91,10 @@ def weight_map(path: Path) -> dict[str, str]:
 
 def stored_precision(config: PretrainedConfig, source: str | Path) -> str | None:
     """``int8`` or ``nf4`` for a checkpoint quantised by bitsandbytes, None for floats; ModelError for other methods."""
-    found = getattr(config, "quantization_config", None)
-    if not found:
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
         return None
-    values = found if isinstance(found, dict) else found.to_dict()
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
     method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
     if method == "bitsandbytes" and values.get("load_in_8bit"):
         return "int8"

@@ -139,8 +139,8 @@ class AnswerTask(Task):
         for start, own in dist.lockstep(range(0, len(pairs), SCORE_ROWS), 0):
             part = slice(start, start + SCORE_ROWS)
             inputs = batch.inputs and batch.inputs.rows(owner[part].to(batch.inputs.feature.device))
-            found = self._log_likelihood((pairs or spare)[part], inputs)
-            for token_scores in found if own else ():
+            log_likelihoods = self._log_likelihood((pairs or spare)[part], inputs)
+            for token_scores in log_likelihoods if own else ():
                 scores.append(token_scores.double().mean() if self.config.normalize else token_scores.double().sum())
         values = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64)
         return list(values.split([len(names) for names in offered]))
@@ -218,11 +218,11 @@ class AnswerTask(Task):
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
         """The majority answer, and a linear probe on the features that are infused."""
-        found = probe_accuracy(splits.features, *splits.parts)
+        probed = probe_accuracy(splits.features, *splits.parts)
         answers = [s.answer for s in splits.chosen]
         most = max(Counter(answers).values()) / len(answers)
         counted = {"accuracy": most, "samples": len(answers)}
-        return {"majority answer": counted, "linear probe on the same features": found}
+        return {"majority answer": counted, "linear probe on the same features": probed}
 
     def ask(self, question: Question) -> Answer:
         """What the model says, and the likeliest of the candidates, or of the answers that training gave to this prompt."""
@@ -230,13 +230,13 @@ class AnswerTask(Task):
         if candidates and len(set(candidates)) < 2:
             raise ConfigError(f"--candidates {candidates[0][:60]} leaves nothing to choose: give two or more, or none")
         sample = AnswerSample(name, name, text, "", tuple(candidates))
-        found = question.predicted(self.predict(question.see(sample), generate=True)).values
-        values = {"image": str(question.path), "prompt": text, "generated": found["generated"]}
-        values["answer"] = found["predicted"]
-        lines = [f"answer: {found['predicted']}", f"says: {found['generated']}"]
-        if "probabilities" in found:
-            values["probabilities"] = found["probabilities"]
-            lines += [f"{p:7.3f}  {candidate}" for candidate, p in found["probabilities"].items()]
+        predicted = question.predicted(self.predict(question.see(sample), generate=True)).values
+        values = {"image": str(question.path), "prompt": text, "generated": predicted["generated"]}
+        values["answer"] = predicted["predicted"]
+        lines = [f"answer: {predicted['predicted']}", f"says: {predicted['generated']}"]
+        if "probabilities" in predicted:
+            values["probabilities"] = predicted["probabilities"]
+            lines += [f"{p:7.3f}  {candidate}" for candidate, p in predicted["probabilities"].items()]
         return Answer(values, lines)
 
     def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
@@ -270,23 +270,23 @@ class AnswerTask(Task):
     @staticmethod
     def caution(samples: Sequence[AnswerSample], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
         answers = [sample.answer for sample in samples]
-        found = [*look_alike(answers, split, "answer"), *only_one(answers, split, "answer")]
+        lines = [*look_alike(answers, split, "answer"), *only_one(answers, split, "answer")]
         without = [sample for sample in samples if len(set(sample.candidates)) < 2]
         if not without:
-            return found
+            return lines
         ranked = [sample for sample in without if 1 < len(known.get(sample.prompt, ())) <= MOST_ANSWERS]
         unseen = sum(sample.answer not in known[sample.prompt] for sample in ranked)
         one = sum(len(sample.candidates) > 0 for sample in without)
-        found.append(
+        lines.append(
             f"{split}: {len(without)} of {len(samples)} samples offer no choice ({one} have one candidate, which cannot be"
             f" wrong): {len(ranked)} are ranked among the training answers to their prompt, {len(without) - len(ranked)} are"
             " right where the model says the answer"
         )
         if unseen:
-            found.append(
+            lines.append(
                 f"{split}: {unseen} samples have an answer that training never gave to their prompt: always wrong"
             )
-        return found
+        return lines
 
 
 class Numbers:
@@ -303,10 +303,10 @@ class Numbers:
 
 def answers_by_prompt(samples: Sequence[Any]) -> dict[str, tuple[str, ...]]:
     """The answers that samples have, and may choose from, by their prompts, in alphabetical order."""
-    found: dict[str, set[str]] = defaultdict(set)
+    answers_of: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
-        found[sample.prompt] |= {*sample.candidates, sample.answer}
-    return {prompt: tuple(sorted(answers)) for prompt, answers in found.items()}
+        answers_of[sample.prompt] |= {*sample.candidates, sample.answer}
+    return {prompt: tuple(sorted(answers)) for prompt, answers in answers_of.items()}
 
 
 def same_text(one: str, other: str) -> bool:

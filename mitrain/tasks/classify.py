@@ -180,14 +180,14 @@ class ClassifyTask(Task):
         truths = [self.targets(part).cpu().numpy() > 0 for part in splits.parts]
         features = [splits.features(part).numpy() for part in splits.parts]
         shares = truths[0].mean(0)
-        found = {
+        guesses = {
             "majority label": np.tile(np.eye(len(shares))[shares.argmax()], (len(splits.chosen), 1)),
             "linear probe on the same features": probe_labels(features, truths[:2], self.multilabel),
         }
         if self.multilabel:
-            found["training shares"] = np.tile(shares, (len(splits.chosen), 1))
+            guesses["training shares"] = np.tile(shares, (len(splits.chosen), 1))
         threshold = self.config.threshold
-        return {name: label_metrics(truths[2], c, self.multilabel, threshold) for name, c in found.items()}
+        return {name: label_metrics(truths[2], c, self.multilabel, threshold) for name, c in guesses.items()}
 
     def ask(self, question: Question) -> Answer:
         """The labels, and the likeliest classes with their probabilities."""
@@ -196,11 +196,11 @@ class ClassifyTask(Task):
                 "--candidates are for the task 'answer'; the classes of 'classify' are trained: leave it out"
             )
         name, text = question.path.name, question.text
-        found = question.predicted(self.predict(question.see(LabelSample(name, name, text, ())))).values
-        chances = found["probabilities"]
-        values = {"image": str(question.path), "text": text, "labels": found["predicted"], "probabilities": chances}
+        predicted = question.predicted(self.predict(question.see(LabelSample(name, name, text, ())))).values
+        chances = predicted["probabilities"]
+        values = {"image": str(question.path), "text": text, "labels": predicted["predicted"], "probabilities": chances}
         lines = [f"{p:7.3f}  {label}" for label, p in chances.items()]
-        return Answer(values, [f"labels: {', '.join(found['predicted']) or '(none)'}", *lines])
+        return Answer(values, [f"labels: {', '.join(predicted['predicted']) or '(none)'}", *lines])
 
     def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
         values = prediction.values
@@ -233,8 +233,8 @@ class ClassifyTask(Task):
         names = frozenset().union(*sets)
         if len(names) > 1 and all(labels == names for labels in sets):
             return [f"{split}: every sample has all {len(names)} labels, so that always naming all is right every time"]
-        found = look_alike(sorted(names), split, "label")
-        return found + only_one([", ".join(sorted(labels)) for labels in sets], split, "label")
+        lines = look_alike(sorted(names), split, "label")
+        return lines + only_one([", ".join(sorted(labels)) for labels in sets], split, "label")
 
 
 def class_weights(targets: Tensor, multilabel: bool) -> Tensor:

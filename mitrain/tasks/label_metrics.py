@@ -29,21 +29,21 @@ def label_metrics(truth: np.ndarray, chances: np.ndarray, multilabel: bool, thre
     if not np.isfinite(chances).all():
         return dict.fromkeys(("accuracy", "f1_micro", "f1_macro"), float("nan")) | counts
     if multilabel:
-        found, true = chances >= threshold, truth
+        predicted, true = chances >= threshold, truth
     else:
-        found, true = chances.argmax(1), truth.argmax(1)
-    values = {"accuracy": float(accuracy_score(true, found)), **f1_scores(true, found, multilabel)}
+        predicted, true = chances.argmax(1), truth.argmax(1)
+    values = {"accuracy": float(accuracy_score(true, predicted)), **f1_scores(true, predicted, multilabel)}
     return values | areas(truth, chances) | counts
 
 
-def f1_scores(truth: np.ndarray, found: np.ndarray, multilabel: bool) -> dict[str, float]:
+def f1_scores(truth: np.ndarray, predicted: np.ndarray, multilabel: bool) -> dict[str, float]:
     from sklearn.exceptions import UndefinedMetricWarning
     from sklearn.metrics import f1_score
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedMetricWarning)
         averages = (*AVERAGES, "samples") if multilabel else AVERAGES
-        values = {f"f1_{a}": float(f1_score(truth, found, average=a, zero_division=np.nan)) for a in averages}
+        values = {f"f1_{a}": float(f1_score(truth, predicted, average=a, zero_division=np.nan)) for a in averages}
     return {name: value if np.isfinite(value) else 0.0 for name, value in values.items()}
 
 

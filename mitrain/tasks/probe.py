@@ -80,12 +80,12 @@ def ridge(features: Sequence[Any], states: Sequence[Any], galleries: Sequence[Ga
     best = None
     for strength in RIDGES:
         predict = ridge_fit(features[0], states[0], strength)
-        val, found = (
+        val, ranks = (
             rank_metrics(*both_ways(gallery, unit(predict(x[gallery.first])), unit(y)), gallery.decided())
             for x, y, gallery in zip(features[1:], states[1:], galleries[1:], strict=True)
         )
         if best is None or val["recall_mean"] > best[0]:
-            best = (val["recall_mean"], found)
+            best = (val["recall_mean"], ranks)
     return best[1]
 
 
@@ -103,10 +103,10 @@ def probe_labels(features: Sequence[np.ndarray], truths: Sequence[np.ndarray], m
     """
     train, val, asked = features
     chances = chances_of_each if multilabel else chances_of_one
-    found = {strength: chances(train, truths[0], strength, (val, asked)) for strength in STRENGTHS}
+    fitted = {strength: chances(train, truths[0], strength, (val, asked)) for strength in STRENGTHS}
     if not len(val):
-        return found[1.0][1]
-    return found[min(STRENGTHS, key=lambda strength: (cross_entropy(found[strength][0], truths[1]), strength))][1]
+        return fitted[1.0][1]
+    return fitted[min(STRENGTHS, key=lambda strength: (cross_entropy(fitted[strength][0], truths[1]), strength))][1]
 
 
 def cross_entropy(chances: np.ndarray, truth: np.ndarray) -> float:
@@ -119,18 +119,18 @@ def chances_of_one(x: np.ndarray, truth: np.ndarray, strength: float, asked: Seq
     if len(set(labels)) < 2:
         return [np.tile(truth[:1].astype(float), (len(rows), 1)) for rows in asked]
     model = fit(x, labels, strength)
-    found = [np.zeros((len(rows), truth.shape[1])) for rows in asked]
-    for chances, rows in zip(found, asked, strict=True):
+    tables = [np.zeros((len(rows), truth.shape[1])) for rows in asked]
+    for chances, rows in zip(tables, asked, strict=True):
         if len(rows):
             chances[:, model.classes_] = model.predict_proba(rows)
-    return found
+    return tables
 
 
 def chances_of_each(x: np.ndarray, truth: np.ndarray, strength: float, asked: Sequence[np.ndarray]) -> list[np.ndarray]:
-    found = [np.tile(truth.mean(0), (len(rows), 1)) for rows in asked]
+    tables = [np.tile(truth.mean(0), (len(rows), 1)) for rows in asked]
     for c in np.flatnonzero(truth.any(0) & ~truth.all(0)):
         model = fit(x, truth[:, c], strength)
-        for chances, rows in zip(found, asked, strict=True):
+        for chances, rows in zip(tables, asked, strict=True):
             if len(rows):
                 chances[:, c] = model.predict_proba(rows)[:, 1]
-    return found
+    return tables

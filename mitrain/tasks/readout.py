@@ -45,16 +45,16 @@ def read_out(
     ``last``, ``mean``, ``cls``: of the text model's final states; ``embeddings``: the mean of its input embeddings;
     ``image``: the picture's vector; ``joint``: what the method itself predicts from.
     """
-    found: dict[str, Tensor] = {}
+    readouts: dict[str, Tensor] = {}
     asked = set(names) - {"embeddings"}
     ids, mask = parts.text.pad(rows)
     if asked:
         texts = TextBatch(ids, mask, parts.states.batch(rows), parts.states.depth) if runs_text(asked) else None
         reading = parts.adapter.encode(texts, inputs)
-        found = {name: reading.read_out(name) for name in asked}
+        readouts = {name: reading.read_out(name) for name in asked}
     if "embeddings" in names:
-        found["embeddings"] = mean_over(parts.text.embeddings(ids).float(), mask)
-    return found
+        readouts["embeddings"] = mean_over(parts.text.embeddings(ids).float(), mask)
+    return readouts
 
 
 @torch.no_grad()
@@ -79,10 +79,10 @@ def statistics(
     states = [read_out(parts, chunk, alone, None) for chunk in chunks(rows)] if alone else []
     shown = [(chunk, see(chunk).inputs) for chunk in chunks(evenly(samples, SEEN_SAMPLES))] if seen else []
     together = [read_out(parts, [row(s) for s in chunk], seen, inputs) for chunk, inputs in shown]
-    found = {name: moments(part[name] for part in states) for name in alone}
-    found |= {name: moments(part[name] for part in together) for name in seen}
+    moments_of = {name: moments(part[name] for part in states) for name in alone}
+    moments_of |= {name: moments(part[name] for part in together) for name in seen}
     blank = torch.zeros(image_width), torch.ones(image_width)
-    both = [found.get(name, blank) for name in names]
+    both = [moments_of.get(name, blank) for name in names]
     return torch.cat([mean.cpu() for mean, _ in both]), torch.cat([scale.cpu() for _, scale in both])
 
 

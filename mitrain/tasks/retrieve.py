@@ -285,15 +285,15 @@ class RetrieveTask(Task):
         counts = {"samples": len(samples), "images": len(gallery.images)}
         if not (np.isfinite(images).all() and np.isfinite(text_vectors).all()):
             return {"recall_mean": float("nan"), **counts}
-        found = both_ways(gallery, images, text_vectors)
+        ranks = both_ways(gallery, images, text_vectors)
         decided = gallery.decided()
-        metrics = rank_metrics(*found, decided)
+        metrics = rank_metrics(*ranks, decided)
         if self.config.matching and self.config.rerank:
             inputs = [predictions[i].vector["inputs"] for i in gallery.first]
-            found = self._rerank(gallery, images, text_vectors, inputs, found)
-            metrics = rank_metrics(*found, decided) | {"before_reranking": metrics}
-        places = {image: int(rank) for image, rank in zip(gallery.images, found[0], strict=True)}
-        for sample, prediction, rank in zip(samples, predictions, found[1].tolist(), strict=True):
+            ranks = self._rerank(gallery, images, text_vectors, inputs, ranks)
+            metrics = rank_metrics(*ranks, decided) | {"before_reranking": metrics}
+        places = {image: int(rank) for image, rank in zip(gallery.images, ranks[0], strict=True)}
+        for sample, prediction, rank in zip(samples, predictions, ranks[1].tolist(), strict=True):
             prediction.values |= {"rank_of_text": places[sample.image], "rank_of_image": rank}
         return metrics | counts
 
@@ -333,8 +333,8 @@ class RetrieveTask(Task):
         for start, own in dist.lockstep(range(0, len(pairs), MATCH_ROWS)[dist.rank() :: dist.world()], 0):
             part = pairs[start : start + MATCH_ROWS]
             shown = ModalityInputs.joined([inputs[i] for i, _ in part]).to(self.mean.device)
-            found = self.match_values([gallery.texts[t] for _, t in part], shown).double().tolist()
-            values |= dict(zip(part, found, strict=True)) if own else {}
+            matched = self.match_values([gallery.texts[t] for _, t in part], shown).double().tolist()
+            values |= dict(zip(part, matched, strict=True)) if own else {}
         return {pair: value for ranks in dist.gather(values) for pair, value in ranks.items()}
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
@@ -343,19 +343,19 @@ class RetrieveTask(Task):
         states = [self.frozen_states([s.text for s in part]) for part in splits.parts]
         galleries = [Gallery([s.image for s in part], [s.text for s in part]) for part in splits.parts]
         counts = {"samples": len(splits.chosen), "images": len(galleries[2].images)}
-        found = {
+        metrics = {
             "random order": chance(galleries[2]),
             "ridge regression to the text states": ridge(features, states, galleries),
         }
-        return {name: values | counts for name, values in found.items()}
+        return {name: values | counts for name, values in metrics.items()}
 
     def ask(self, question: Question) -> Answer:
         """How well the text and the candidates fit the picture, the best first."""
         name, text = question.path.name, question.text
         texts = list(dict.fromkeys([text, *question.candidates]))
-        found = self.fits(question.see(CaptionSample(name, name, text)), texts)
-        require_finite([name] * (not all(map(math.isfinite, found))), 1, question.what)
-        ranked = dict(sorted(zip(texts, found, strict=True), key=lambda pair: -pair[1]))
+        scores = self.fits(question.see(CaptionSample(name, name, text)), texts)
+        require_finite([name] * (not all(map(math.isfinite, scores))), 1, question.what)
+        ranked = dict(sorted(zip(texts, scores, strict=True), key=lambda pair: -pair[1]))
         values: dict[str, Any] = {"image": str(question.path), "text": text, "scores": ranked}
         if len(texts) > 1:
             values["rank"] = list(ranked).index(text) + 1

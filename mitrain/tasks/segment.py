@@ -150,11 +150,11 @@ class SegmentTask(Task):
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
         logits = self.logits(batch)
-        found = masks.predict_masks(logits, [sample.size for sample in batch.samples])
+        predicted = masks.predict_masks(logits, [sample.size for sample in batch.samples])
         finite = logits.isfinite().flatten(1).all(1).tolist()
         return [
             Prediction(s.id, s.image, {"expression": s.expression}, mask, finite=numbers)
-            for s, mask, numbers in zip(batch.samples, found, finite, strict=True)
+            for s, mask, numbers in zip(batch.samples, predicted, finite, strict=True)
         ]
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class SegmentTask(Task):
         for s in splits.chosen:
             for kind, mask in masks.baseline_masks(list(scenes[s.image].values()), splits.seed, s.id).items():
                 metrics[kind].update([mask], [s.mask()])
-        return {f"{names[kind]} (true masks)": found.compute() for kind, found in metrics.items()}
+        return {f"{names[kind]} (true masks)": metric.compute() for kind, metric in metrics.items()}
 
     def ask(self, question: Question) -> Answer:
         """The mask of what the text refers to, and which share of the picture it is."""
@@ -231,7 +231,7 @@ class SegmentTask(Task):
             raise DataError(
                 f"{split}: no mask has an object in it, so that every IoU is 0: give annotations with objects"
             )
-        found = [f"{split}: {empty} of {len(masks)} masks are empty; their IoU is 0 whatever is found"] if empty else []
+        lines = [f"{split}: {empty} of {len(masks)} masks are empty; their IoU is 0 whatever is found"] if empty else []
         if full == len(masks):
-            found.append(f"{split}: every mask covers its whole picture, so that marking all is right every time")
-        return found
+            lines.append(f"{split}: every mask covers its whole picture, so that marking all is right every time")
+        return lines

@@ -16,13 +16,13 @@ BRACES = {"{{": "{", "}}": "}"}
 
 def checked(field: str, required: bool, template: str) -> str:
     """``template``, if it has no field but ``{field}`` (and that one, where it is ``required``); else ValueError."""
-    found = {piece for piece in PIECES.findall(template) if piece not in BRACES}
+    pieces = {piece for piece in PIECES.findall(template) if piece not in BRACES}
     own = f"{{{field}}}"
-    if strange := sorted(found - {own}):
+    if strange := sorted(pieces - {own}):
         raise ValueError(
             f"{strange[0][:40]!r} is not a field of this template: write {own} where the text goes, {{{{ and }}}} for braces"
         )
-    if required and own not in found:
+    if required and own not in pieces:
         raise ValueError(f"the template has no {own}: write it where the text goes")
     return template
 

@@ -55,9 +55,9 @@ def evaluate(
     for start, own in dist.lockstep(range(0, len(samples), batch)[dist.rank() :: dist.world()], 0):
         part = slice(start, start + batch)
         prepared = model.evaluation_batch(shown[part], paths[part], images, blind=control == "frozen")
-        found = model.task.predict(prepared, **kwargs)
+        made = model.task.predict(prepared, **kwargs)
         if own:
-            done[start] = found
+            done[start] = made
             progress(len(prepared.samples))
     parts = {start: part for ranks in dist.gather(done) for start, part in ranks.items()}
     predictions = [prediction for start in sorted(parts) for prediction in parts[start]]

@@ -55,7 +55,9 @@ def fingerprint(
 def digests_of(splits: Mapping[str, Sequence[Any]], content: Callable[[str], str | None]) -> dict[str, str]:
     """The parts of ``splits`` alone."""
     return {
-        f"data.{split}.{name}": value for split, found in splits.items() for name, value in of_samples(found, content)
+        f"data.{split}.{name}": value
+        for split, samples in splits.items()
+        for name, value in of_samples(samples, content)
     }
 
 
@@ -75,13 +77,13 @@ def code_parts() -> dict[str, str]:
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested sections as ``{"train.lr": "0.001"}``: values are JSON."""
-    found: dict[str, str] = {}
+    entries: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            entries |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return found
+            entries[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return entries
 
 
 def of_samples(samples: Sequence[Any], content: Callable[[str], str | None]) -> Iterator[tuple[str, str]]:
@@ -104,9 +106,9 @@ def require_same(own: Mapping[str, str]) -> None:
     """All ranks together; RankError on each of them that names what differs from rank 0's parts, and on which ranks."""
     first, *others = dist.gather(dict(own))
     where: dict[str, list[int]] = {}
-    for rank, found in enumerate(others, 1):
-        for name in dict.fromkeys([*first, *found]):
-            if first.get(name) != found.get(name):
+    for rank, other in enumerate(others, 1):
+        for name in dict.fromkeys([*first, *other]):
+            if first.get(name) != other.get(name):
                 where.setdefault(name, []).append(rank)
     if where:
         phrases = [unlike(name, [first, *others], ranks) for name, ranks in where.items()]

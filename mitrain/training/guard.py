@@ -167,9 +167,9 @@ class Interruptible(Handlers):
 
     def _watch(self) -> None:
         with open(self._read, "rb", buffering=0) as signals:
-            while found := signals.read(1):
-                if self._in_charge(found[0]):
-                    self._insist(found[0], signals)
+            while number := signals.read(1):
+                if self._in_charge(number[0]):
+                    self._insist(number[0], signals)
 
     def _in_charge(self, number: int) -> bool:
         return signal.getsignal(number) == self._handle

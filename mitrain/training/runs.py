@@ -64,7 +64,7 @@ def create_or_find(run_config: RunConfig, folder: str | Path, allow_changes: boo
     """
     folder = Path(folder)
     if (folder / "config.yaml").exists():
-        differing = differences(*(flat(resolved(found).to_dict()) for found in (read_config(folder), run_config)))
+        differing = differences(*(flat(resolved(config).to_dict()) for config in (read_config(folder), run_config)))
         if differing and not allow_changes:
             raise ConfigError(
                 f"{folder} is a run of another configuration ({listed(differing)}): give another folder with --run-dir,"
@@ -171,8 +171,8 @@ def open_run(
 
 def frozen_of(saved: Checkpoint) -> dict[str, str]:
     """The digests of the frozen models that a checkpoint was trained on; of an earlier version's, none."""
-    found = saved.state.get("fingerprint")
-    parts = found.items() if isinstance(found, dict) else ()
+    fingerprint = saved.state.get("fingerprint")
+    parts = fingerprint.items() if isinstance(fingerprint, dict) else ()
     return {str(name).removeprefix("base."): str(value) for name, value in parts if str(name).startswith("base.")}
 
 
@@ -180,20 +180,20 @@ def check_frozen(
     there: Mapping[str, str], here: Callable[[], Mapping[str, str]], folder: str | Path, allow_changes: bool
 ) -> None:
     """Compare the digests of the frozen models with those that the run was trained on, if any; all ranks together."""
-    found = dist.first_not_none(differences(there, here()) or None) if there else None
-    if found and not allow_changes:
+    changed = dist.first_not_none(differences(there, here()) or None) if there else None
+    if changed and not allow_changes:
         raise ModelError(
-            f"the frozen models are not those that {str(folder)!r} was trained on ({listed(found)}): bring those back, or"
+            f"the frozen models are not those that {str(folder)!r} was trained on ({listed(changed)}): bring those back, or"
             " take these all the same with --allow-changes (in Python: allow_changes=True)"
         )
-    if found:
-        log.warning("%s was trained on other frozen models: %s", folder, listed(found))
+    if changed:
+        log.warning("%s was trained on other frozen models: %s", folder, listed(changed))
 
 
 def newest(folder: str | Path, which: str) -> Checkpoint:
     """A run's newest usable checkpoint, or with ``which="best"`` the best where there is one."""
-    found = next(checkpoint.usable(folder, best_first=which == "best"), None)
-    return found or without_checkpoint(require_started(folder))
+    saved = next(checkpoint.usable(folder, best_first=which == "best"), None)
+    return saved or without_checkpoint(require_started(folder))
 
 
 def require_started(folder: str | Path) -> Path:

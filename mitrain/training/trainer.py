@@ -185,10 +185,10 @@ class Trainer:
             ) from None
 
     def _newest(self) -> Checkpoint | None:
-        found = next(checkpoint.usable(self.folder), None)
-        if found is None and checkpoint.any_published(self.folder):
+        saved = next(checkpoint.usable(self.folder), None)
+        if saved is None and checkpoint.any_published(self.folder):
             runs.without_checkpoint(self.folder)
-        return found
+        return saved
 
     def fit(self) -> Outcome:
         """Train to the last step, or until asked to stop; CheckpointError where another process trains in the folder."""
@@ -305,9 +305,9 @@ class Trainer:
             self._require_finite(step, self._trained())
         with self.watch.phase("evaluate"):
             options = {"batch": self.config.train.eval_batch, "what": f"val at step {step}"}
-            found = evaluate(self.model, self.images, self.val, **options).metrics
-        metrics.event("val", step, found)
-        value = float(found[self.model.task.metric])
+            scores = evaluate(self.model, self.images, self.val, **options).metrics
+        metrics.event("val", step, scores)
+        value = float(scores[self.model.task.metric])
         if not math.isfinite(value):
             raise diverged(f"val {self.model.task.metric} is {value}", step, self.saved)
         if value <= self.best:
@@ -331,9 +331,9 @@ class Trainer:
 
     def _require_finite(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """UserError on all ranks where ``tensors`` are not finite on any: such a model is neither scored nor saved."""
-        found = dist.first_not_none(checkpoint.not_finite(tensors))
-        if found is not None:
-            raise diverged(f"{found} is not finite", step, self.saved)
+        where = dist.first_not_none(checkpoint.not_finite(tensors))
+        if where is not None:
+            raise diverged(f"{where} is not finite", step, self.saved)
 
     def _write(self, step: int, improved: bool, tensors: dict[str, dict[str, Tensor]], more: dict[str, Any]) -> None:
         self.standing.check(step)

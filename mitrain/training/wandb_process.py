@@ -34,9 +34,9 @@ def main(lines: Iterable[str]) -> int:
 
 
 def serve(lines: Iterable[str]) -> None:
-    found = (json.loads(line) for line in lines)
-    run = start(next(found)["init"])
-    for values in found:
+    messages = (json.loads(line) for line in lines)
+    run = start(next(messages)["init"])
+    for values in messages:
         run.log(values["log"], step=values["step"])
     run.finish()
 

@@ -15,7 +15,7 @@ from mitrain.data.formats.records import AnswerSample
 from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.images import BadSamples
 from mitrain.data.index import ROW, PictureIndex, ahead
-from mitrain.data.inspection import survey
+from mitrain.data.inspection import inspect_splits
 from mitrain.models import VisionConfig, VisionEncoder
 from mitrain.tasks.answer import AnswerTask
 
@@ -276,7 +276,7 @@ def test_inspect_names_what_the_times_did_not_tell_and_puts_the_index_right(data
     known.rows[name] = known.rows[name][:16] + bytes(32) + known.rows[name][48:]
     known.publish()
     for changed in ([IMAGES[3]], None):
-        found, text = survey(AnswerTask, {"train": samples}, data, cache=tmp_path)
+        found, text = inspect_splits(AnswerTask, {"train": samples}, data, cache=tmp_path)
         assert found["splits"]["train"].get("changed_without_a_new_time_examples") == changed
         assert ("changed_without_a_new_time: 1" in text) == bool(changed)
 

@@ -250,7 +250,7 @@ def test_mope_prompts_the_windows_of_a_swin(capsys, world):
     run = said(capsys, "train", path, "--runs", world / "runs")["run"]
     found = said(capsys, "eval", run, "--split", "test")
     assert found["samples"] > 0
-    assert type(runs.open_run(run).model.adapter._walks["image"]).__name__ == "SwinWalk"
+    assert type(runs.open_run(run).model.adapter._encoders["image"]).__name__ == "SwinEncoder"
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,9 @@ def read_karpathy(root: Path, file: str | None, split: str, images: str | None =
     samples: list[tuple[str, CaptionSample]] = []
     for number, (_, picture, thing, sentences) in enumerate(chosen):
         left_out.update(["wordless captions"] * sum(not text for _, text in sentences))
-        found = [CaptionSample(name, f"{folder}{picture}", text, thing) for name, text in sentences if text]
-        left_out.update([] if found else ["images without a caption"])
-        samples += [(f"{path}: image {number} of {split}", sample) for sample in found]
+        captions = [CaptionSample(name, f"{folder}{picture}", text, thing) for name, text in sentences if text]
+        left_out.update([] if captions else ["images without a caption"])
+        samples += [(f"{path}: image {number} of {split}", sample) for sample in captions]
     kept = unique(iter(samples))
     report_left_out(kept, left_out, f"{path}: {split}")
     if not kept:

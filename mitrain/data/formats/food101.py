@@ -44,10 +44,10 @@ def read_food101(root: Path, split: str, val_share: float, known: Collection[str
 
 def class_of(image: str, where: str) -> str:
     """ "apple_pie_12.jpg" → "apple_pie"."""
-    found = IMAGE.fullmatch(image)
-    if not found:
+    match = IMAGE.fullmatch(image)
+    if not match:
         raise DataError(f"{where}: {image[:80]!r} is no image name like apple_pie_12.jpg: get the original file")
-    return found[1]
+    return match[1]
 
 
 def sample_of(image: str, text: str, folder: str, where: str) -> tuple[str, LabelSample]:
@@ -63,14 +63,14 @@ def distributed(root: Path, split: str, val_share: float) -> Iterator[tuple[str,
     path = root / "texts" / f"{folder}_titles.csv"
     try:
         with open_text(path) as file:
-            found = list(records(parsing.lines_of(file), path))
+            lines = list(records(parsing.lines_of(file), path))
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {str(path)!r} ({error}): put texts/ and images/ below data.root") from None
-    titled = [image for _, image, title in found if title]
+    titled = [image for _, image, title in lines if title]
     held_out = frozenset() if split == "test" else validation(titled, val_share)
-    for line, image, title in found:
+    for line, image, title in lines:
         if split == "test" or (image in held_out) == (split == "val"):
             yield sample_of(image, title, folder, f"{path}:{line}")
 

@@ -114,14 +114,14 @@ def one_label(value: Any, name: str, where: str, _separator: str) -> tuple[str, 
 def several_labels(value: Any, name: str, where: str, separator: str) -> tuple[str, ...]:
     """Labels in their order, each once; a cell may hold them as a list, too."""
     value = [] if value is None else split_cell(listed(value), separator)
-    found = [as_text(v, name, where) for v in (value if isinstance(value, list) else [value])]
-    if not all(found):
+    labels = [as_text(v, name, where) for v in (value if isinstance(value, list) else [value])]
+    if not all(labels):
         raise DataError(f"{where}: {name!r} holds an empty label: remove it")
-    if len(set(found)) < len(found) and set(found) <= BITS:
+    if len(set(labels)) < len(labels) and set(labels) <= BITS:
         raise DataError(
             f"{where}: {name!r} is a vector of zeros and ones, {str(value)[:60]}: give the names of the labels instead"
         )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(labels))
 
 
 def class_names(samples: Sequence[LabelSample], where: str) -> tuple[str, ...]:

@@ -33,8 +33,8 @@ def read_mmimdb(root: Path, split: str, known: Collection[str] = GENRES) -> list
     if split not in SPLITS:
         raise DataError(f"MM-IMDB has no split {split!r}: choose one of {', '.join(SPLITS)}")
     left_out: Counter[str] = Counter()
-    found = films(root, SPLITS[split], left_out)
-    samples = unique((place, film) for place, film in found if check_known(film.labels, known, place))
+    rows = films(root, SPLITS[split], left_out)
+    samples = unique((place, film) for place, film in rows if check_known(film.labels, known, place))
     report_left_out(samples, left_out, f"{root}: {split}")
     if not samples:
         raise DataError(f"{str(root)!r} has no usable film in the split {split!r}: get the original files")

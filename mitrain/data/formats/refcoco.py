@@ -139,14 +139,14 @@ class Instances:
 
     def by_id(self, rows: list, what: str) -> dict[str, dict]:
         """Rows by id; those that stand there twice in the same words count once."""
-        found: dict[str, dict] = {}
+        rows_by_id: dict[str, dict] = {}
         for number, row in enumerate(rows):
             key = id_of(row, "id", f"{self.where!r}: {what} {number}")
-            if found.setdefault(key, row) != row:
+            if rows_by_id.setdefault(key, row) != row:
                 raise DataError(
                     f"{self.where!r}: {what} {number} has the id {key[:80]!r} of another {what}: make ids unique"
                 )
-        return found
+        return rows_by_id
 
     def category(self, annotation: Mapping[str, Any]) -> str:
         name = self.categories.get(known_id(annotation, "category_id"), {}).get("name")
@@ -158,7 +158,7 @@ class Instances:
         names: dict[str, set[str]] = defaultdict(set)
         for annotation in self.annotations.values():
             names[known_id(annotation, "image_id")].add(self.category(annotation))
-        return {image: tuple(sorted(found - {""})) for image, found in names.items()}
+        return {image: tuple(sorted(texts - {""})) for image, texts in names.items()}
 
 
 def known_id(annotation: Mapping[str, Any], key: str) -> str:

@@ -51,13 +51,13 @@ def refs_file(root: Path, dataset: str, split_by: str | None) -> Path:
     there = [path for name in NAMES for path in sorted(folder.glob(name.format("*")))]
     if split_by is None and len(there) == 1:
         return there[0]
-    found = [path for path in there if split_of(path) == split_by]
-    if len(found) == 1:
-        return found[0]
+    files = [path for path in there if split_of(path) == split_by]
+    if len(files) == 1:
+        return files[0]
     choices = ", ".join(sorted({split_of(path) for path in there})) or "none"
     wrong = "data.split_by is not set" if split_by is None else f"there is no {NAMES[0].format(split_by)}"
-    if found:
-        raise DataError(f"{' and '.join(path.name for path in found)} in {str(folder)!r}: remove all but one")
+    if files:
+        raise DataError(f"{' and '.join(path.name for path in files)} in {str(folder)!r}: remove all but one")
     raise DataError(f"{wrong} in {str(folder)!r}: choose data.split_by from: {choices}")
 
 
@@ -138,16 +138,16 @@ def read_refs(path: Path) -> list[Reference]:
     refs = read_json(path) if path.suffix == ".json" else read_pickle(path)
     if not isinstance(refs, list) or not refs:
         raise DataError(f"{str(path)!r} holds {brief(refs)} instead of a list of references: get the original file")
-    found = [to_reference(ref, f"{str(path)!r}: reference {number}") for number, ref in enumerate(refs)]
+    references = [to_reference(ref, f"{str(path)!r}: reference {number}") for number, ref in enumerate(refs)]
     seen: set[tuple[str, str]] = set()
-    for ref in found:
+    for ref in references:
         for sentence, _ in ref.sentences:
             if (ref.id, sentence) in seen:
                 raise DataError(
                     f"{str(path)!r}: ref_id={ref.id[:80]} with sent_id={sentence[:80]} stands twice: make ids unique"
                 )
             seen.add((ref.id, sentence))
-    return found
+    return references
 
 
 def read_pickle(path: Path) -> Any:

@@ -201,9 +201,9 @@ def as_text(value: Any, name: str, where: str) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        if found := CONTROL.search(value):
+        if control := CONTROL.search(value):
             raise DataError(
-                f"{where}: {name!r} holds the control character {found[0]!r}: remove it, or save the file as UTF-8 text"
+                f"{where}: {name!r} holds the control character {control[0]!r}: remove it, or save the file as UTF-8 text"
             )
         return value.strip()
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
@@ -230,12 +230,12 @@ def listed(value: Any) -> Any:
     for read in (parsing.parse_json, literal_eval):
         try:
             with warnings.catch_warnings(action="ignore"):
-                found = read(value)
+                items = read(value)
         except (Unreadable, ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        texts = isinstance(found, tuple | set) and all(isinstance(item, str) for item in found)  # "(3, 4)" is a text
-        found = sorted(found) if texts and isinstance(found, set) else list(found) if texts else found
-        return found if isinstance(found, list) else value
+        texts = isinstance(items, tuple | set) and all(isinstance(item, str) for item in items)  # "(3, 4)" is a text
+        items = sorted(items) if texts and isinstance(items, set) else list(items) if texts else items
+        return items if isinstance(items, list) else value
     return value
 
 

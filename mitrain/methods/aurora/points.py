@@ -42,12 +42,12 @@ class Point:
 
 def find_points(model: PreTrainedModel, part: Part, kinds: Sequence[Projection]) -> list[Point]:
     """The projections ``kinds`` of every layer of ``model``; with ``part`` fusion those of its own cross-attention."""
-    found: list[Point] = []
+    points: list[Point] = []
     for index, layer in enumerate(layouts.layers_of(model)):
         inside = [point for point in _layer_points(layer, index, part) if point.kind in kinds]
         layouts.require(kinds, {point.kind for point in inside}, model, index, f"adapter.{part}")
-        found += sorted(inside, key=lambda point: PROJECTIONS.index(point.kind))
-    return found
+        points += sorted(inside, key=lambda point: PROJECTIONS.index(point.kind))
+    return points
 
 
 def has_cross_attention(model: PreTrainedModel) -> bool:

@@ -135,7 +135,7 @@ def flattened(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 def training(run: RunPart) -> str:
     kept = {key: value for key, value in run.config.items() if key not in LEFT_OUT}
     text = json.dumps(kept, indent=2, ensure_ascii=False)
-    return re.sub("[<>&`]", lambda found: f"\\u{ord(found[0]):04x}", text)  # inside strings alone; JSON still
+    return re.sub("[<>&`]", lambda match: f"\\u{ord(match[0]):04x}", text)  # inside strings alone; JSON still
 
 
 def loading_lines(contents: Contents, alone: bool) -> list[str]:

@@ -259,15 +259,15 @@ def check_shapes(path: Path, expected: FileSum, shapes: Shapes) -> None:
         raise CheckpointError(f"{path} is torn or corrupted ({size} bytes, {CONFIG} says {expected.bytes}): {MEND}")
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a safetensors file ({str(error)[:100]}): {MEND}") from None
-    wrong = [f"{name} is missing" for name in sorted(shapes.keys() - found.keys())]
-    wrong += [f"{name[:60]} is unknown" for name in sorted(found.keys() - shapes.keys())]
+    wrong = [f"{name} is missing" for name in sorted(shapes.keys() - stored.keys())]
+    wrong += [f"{name[:60]} is unknown" for name in sorted(stored.keys() - shapes.keys())]
     wrong += [
-        f"{name} has shape {list(found[name])}, here {list(shape)}"
+        f"{name} has shape {list(stored[name])}, here {list(shape)}"
         for name, shape in sorted(shapes.items())
-        if found.get(name, shape) != shape
+        if stored.get(name, shape) != shape
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

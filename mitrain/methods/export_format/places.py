@@ -28,10 +28,10 @@ def data_from(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     if values["root"] is None:
         return dict(values)
     root = os.path.expanduser(values["root"])
-    found = {key: seen_from(root, value) if key in ("file", "images") else value for key, value in values.items()}
+    paths = {key: seen_from(root, value) if key in ("file", "images") else value for key, value in values.items()}
     if "splits" in values:
-        found["splits"] = {split: seen_from(root, name) for split, name in values["splits"].items()}
-    return {**found, "root": seen_from(folder, os.path.abspath(root))}
+        paths["splits"] = {split: seen_from(root, name) for split, name in values["splits"].items()}
+    return {**paths, "root": seen_from(folder, os.path.abspath(root))}
 
 
 def seen_from(folder: str | Path, name: str | None) -> str | None:

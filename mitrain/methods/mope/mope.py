@@ -174,10 +174,10 @@ class MoPE(Adapter):
 
         def prompts(index: int, tokens: Tensor, visible: Tensor | None) -> Tensor:
             share = None if mapped is None else mapped[encoder.stages[index]]
-            found, weights = self.prompts[index](tokens, visible, condition, share)
+            mixed, weights = self.prompts[index](tokens, visible, condition, share)
             if weights is not None:
                 clean.append(weights)
-            return found
+            return mixed
 
         entry = None if self.entry is None else self.entry.expand(len(states), -1, -1)
         encoded = self._run(self.config.main, states, mask, prompts, entry)
@@ -207,8 +207,8 @@ class MoPE(Adapter):
 
     def usage(self) -> Mapping[str, float]:
         """`importance` as means over the layers."""
-        found = self.importance()
-        return {} if found is None else {name: float(value.mean()) for name, value in vars(found).items()}
+        statistics = self.importance()
+        return {} if statistics is None else {name: float(value.mean()) for name, value in vars(statistics).items()}
 
     def extra_loss(self) -> tuple[Tensor, Tensor] | None:
         """λ · mean over layers of the importance loss of the last pass that routed, times its B samples, and B.

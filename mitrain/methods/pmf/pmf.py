@@ -200,14 +200,14 @@ class PMF(Adapter):
         at = {name: (side, side.first + step, states[name], visible[name]) for name, side in sides.items()}
         links = {LINKS[name]: link for name, link in self.fusion[step].items()} if fused else {}
         answers = {target: (link, link.ask(*at[source])) for (source, target), link in links.items()}
-        found = {}
+        after = {}
         for name, (side, index, hidden, seen) in at.items():
             if name in answers:
                 link, answer = answers[name]
-                found[name] = link.tell(side, index, hidden, seen, answer)
+                after[name] = link.tell(side, index, hidden, seen, answer)
             else:
-                found[name] = side.layers.run(index, hidden, seen)
-        return found
+                after[name] = side.layers.run(index, hidden, seen)
+        return after
 
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:

@@ -90,11 +90,11 @@ def unpacks(device: str, dtype: torch.dtype) -> bool:
     """Whether bitsandbytes' nf4 kernel runs on this kind of device and agrees with the table, found by trying."""
     packed, absmax = torch.arange(80, dtype=torch.uint8, device=device), torch.tensor([1.0, 0.3, 7.0], device=device)
     try:
-        found = unpack(bitsandbytes(), packed, absmax, 64, 160, dtype)
+        unpacked = unpack(bitsandbytes(), packed, absmax, 64, 160, dtype)
     except Exception as error:  # no kernel for the device, no driver, another interface
         log.info("bitsandbytes' nf4 kernel does not run on %s: %s", device, error)
         return False
-    return torch.equal(found, formats.dequantise_blocks(packed, absmax, 64, 160, dtype))
+    return torch.equal(unpacked, formats.dequantise_blocks(packed, absmax, 64, 160, dtype))
 
 
 def unpack(
@@ -172,11 +172,11 @@ def nf4_error(functional: ModuleType, columns: int, block: int = formats.NF4_BLO
         absmax=absmax, shape=weight.shape, dtype=torch.float32, blocksize=block, quant_type="nf4"
     )
     try:
-        found = functional.dequantize_4bit(packed, state)
+        unpacked = functional.dequantize_4bit(packed, state)
     except Exception as error:  # another interface, or a library that does not load
         log.info("bitsandbytes' nf4 kernel does not run: %s", error)
         return math.inf
-    return float((found.double().reshape(-1) - exact).abs().max())
+    return float((unpacked.double().reshape(-1) - exact).abs().max())
 
 
 def int8_product(x: Tensor, payload: Tensor) -> Tensor:

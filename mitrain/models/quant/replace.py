@@ -67,15 +67,15 @@ def quantise(
     no more than the payload of one matrix is held, and one piece of it in fp32.
     """
     frozen_kind(precision)
-    found = list(linear_places(model, skip))
-    if not found:
+    places = list(linear_places(model, skip))
+    if not places:
         others = sorted({type(m).__name__ for m in layouts.layers_of(model).modules() if is_matrix(m)} - {"Linear"})
         why = f"its layers' matrices are {' and '.join(others)}" if others else "none of its layers' matrices is frozen"
         raise ModelError(
             f"{type(model).__name__} cannot be held in low bits, which is done for frozen Linear layers alone ({why}): set"
             " model.quantize=none" + ("" if others else ", or freeze it first")
         )
-    for place in found:
+    for place in places:
         place.put(quantised(place.module, precision))
     if embedding:
         quantise_embedding(model)

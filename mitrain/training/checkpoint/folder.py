@@ -51,9 +51,9 @@ def save(
     was resumed at an earlier step): a published folder is never touched. What is not finite, and a full or failing disk,
     raise CheckpointError and leave everything as it was. The caller is the only writer (`mitrain.core.ownership`).
     """
-    if found := not_finite(tensors):
+    if where := not_finite(tensors):
         raise CheckpointError(
-            f"no checkpoint of step {step} is written: {found} is not finite; lower the learning rate"
+            f"no checkpoint of step {step} is written: {where} is not finite; lower the learning rate"
         )
     folder = Path(run_dir) / "checkpoints"
     try:
@@ -169,14 +169,14 @@ def is_whole(path: Path) -> bool:
 
 def complete_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
     """All checkpoints whose manifest reads and whose files have their sizes; each other one is named in a warning."""
-    found = []
+    complete = []
     for path in sorted(folder.glob("step-*")):
         if FOLDER_NAME.fullmatch(path.name):
             try:
-                found.append((path, check_sizes(path)))
+                complete.append((path, check_sizes(path)))
             except CheckpointError as error:
                 log.warning("skipping a checkpoint that is not whole: %s", error)
-    return found
+    return complete
 
 
 def usable(run_dir: str | Path, best_first: bool = False) -> Iterator[Checkpoint]:

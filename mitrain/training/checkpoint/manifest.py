@@ -77,8 +77,8 @@ def load(path: str | Path) -> Checkpoint:
             state = parse_json(content, path / name, OTHER, finite=True)
         else:
             tensors[name.removesuffix(".safetensors")] = parse_tensors(content, path / name, OTHER)
-    if found := not_finite(tensors):
-        raise CheckpointError(f"{path} holds what is not finite, {found}: {OTHER}")
+    if where := not_finite(tensors):
+        raise CheckpointError(f"{path} holds what is not finite, {where}: {OTHER}")
     return Checkpoint(path, manifest.step, manifest.best, tensors, state)
 
 

@@ -30,19 +30,19 @@ def counted_gathers() -> Iterator[Gathered]:
     """Inside, every all-gather of DeepSpeed is counted: of sharded weights in forward and backward (stage 3), and of
     updated weights after a step (stages 1 and 2). What ``mitrain.core.dist`` exchanges is not."""
     join()
-    backend, found = sys.modules["deepspeed.comm.comm"].cdb, Gathered()
+    backend, counts = sys.modules["deepspeed.comm.comm"].cdb, Gathered()
     into, listed = backend.all_gather_into_tensor, backend.all_gather
 
     def gather_into(output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.add([output_tensor], input_tensor)
+        counts.add([output_tensor], input_tensor)
         return into(output_tensor, input_tensor, *args, **kwargs)
 
     def gather_list(tensor_list: list[Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.add(tensor_list, tensor)
+        counts.add(tensor_list, tensor)
         return listed(tensor_list, tensor, *args, **kwargs)
 
     with replaced(backend, all_gather_into_tensor=gather_into, all_gather=gather_list):
-        yield found
+        yield counts
 
 
 @contextmanager

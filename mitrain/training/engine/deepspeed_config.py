@@ -127,11 +127,11 @@ def check_theirs(theirs: Mapping[str, Any], ours: Json, where: str) -> None:
 
 def flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
     """[(a.b, value)] of the leaves."""
-    found = []
+    settings = []
     for key, value in values.items():
         path = f"{before}{key}"
-        found += flat(value, f"{path}.") if isinstance(value, Mapping) and value else [(path, value)]
-    return found
+        settings += flat(value, f"{path}.") if isinstance(value, Mapping) and value else [(path, value)]
+    return settings
 
 
 def at(values: Json, path: str) -> Any:

@@ -92,8 +92,8 @@ class LocalEngine:
         if reason is not None:
             self._discard()
         self.applied += reason is None
-        found = set(map(id, reached))
-        unreached = tuple(name for name, param in self.params.items() if id(param) not in found)
+        has_gradient = set(map(id, reached))
+        unreached = tuple(name for name, param in self.params.items() if id(param) not in has_gradient)
         result = StepResult(reason is None, reason, loss, norm, self.optimizer.param_groups[0]["lr"], count, unreached)
         self._clear()
         self.steps += 1
@@ -166,8 +166,8 @@ class LocalEngine:
             raise CheckpointError(f"the saved engine state is a {type(state).__name__}: {OTHER}")
         for key in ("optimizer", "groups"):
             if state.get(key) != own[key]:
-                found = difference(state.get(key), own[key])
-                raise CheckpointError(f"the saved {key} {found}: {SAME}")
+                differs = difference(state.get(key), own[key])
+                raise CheckpointError(f"the saved {key} {differs}: {SAME}")
         for key in ("steps", "applied"):
             if type(state.get(key)) is not int or not 0 <= state[key] < MOST_STEPS:
                 raise CheckpointError(f"the saved engine state has {key}={repr(state.get(key))[:40]}: {OTHER}")
@@ -192,7 +192,7 @@ class LocalEngine:
     def _sort_slots(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """{parameter: {slot: tensor}}, complete and of the right shapes, or CheckpointError."""
         expected = SLOTS[self.config.name]
-        found: dict[str, dict[str, Tensor]] = {}
+        sorted_slots: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             slot, _, name = key.partition(".")
             if slot not in expected or name not in self.params:
@@ -203,13 +203,13 @@ class LocalEngine:
             # ZeRO-3 leaves an empty tensor behind where the parameter is not gathered; its whole shape stays beside it.
             shape = torch.Size() if slot == "step" else getattr(param, "ds_shape", param.shape)
             if tensor.shape != shape:
-                found = f"shape {list(tensor.shape)}, here {list(shape)}"
-                raise CheckpointError(f"the saved optimizer state {key!r} has {found}: {SAME}")
-            found.setdefault(name, {})[slot] = tensor.clone()
-        for name, slots in found.items():
+                sizes = f"shape {list(tensor.shape)}, here {list(shape)}"
+                raise CheckpointError(f"the saved optimizer state {key!r} has {sizes}: {SAME}")
+            sorted_slots.setdefault(name, {})[slot] = tensor.clone()
+        for name, slots in sorted_slots.items():
             if set(slots) != expected:
                 raise CheckpointError(f"the saved state of {name!r} lacks {sorted(expected - set(slots))}: {OTHER}")
-        return found
+        return sorted_slots
 
 
 def checked_count(count: float | Tensor) -> float:

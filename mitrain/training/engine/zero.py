@@ -230,10 +230,10 @@ class ZeroEngine(LocalEngine):
             return {}
         kept = self.optimizer.state[self._flat()[0]]
         whole = self.deepspeed.utils.safe_get_full_optimizer_state
-        found = {
+        states = {
             slot: whole(param, slot) for slot, value in kept.items() if isinstance(value, Tensor) and slot != "step"
         }
-        return {**found, "step": torch.tensor(float(kept["step"]))} if "step" in kept else found
+        return {**states, "step": torch.tensor(float(kept["step"]))} if "step" in kept else states
 
     def _take_slots(self, slots: Mapping[str, dict[str, Tensor]]) -> None:
         self.optimizer.state.clear()
