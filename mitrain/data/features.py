@@ -72,13 +72,13 @@ class FeatureNorm(nn.Module):
         self.register_buffer("scale", torch.ones(width))
 
     def fit(self, features: Tensor) -> None:
-        """Take mean and spread from ``features`` (samples, e)."""
+        """Take mean and standard deviation from ``features`` (samples, e)."""
         if self.config.normalize != "standardize":
             return
         features = features.double()
-        spread = features.std(0, correction=0).clamp_min(1e-6)
+        std = features.std(0, correction=0).clamp_min(1e-6)
         self.mean.copy_(features.mean(0))
-        self.scale.copy_(self.config.norm / len(self.mean) ** 0.5 / spread)
+        self.scale.copy_(self.config.norm / len(self.mean) ** 0.5 / std)
 
     def forward(self, features: Tensor) -> Tensor:
         if self.config.normalize == "l2":

@@ -29,7 +29,7 @@ class DataSection(Section):
     bad_share: float = Field(0.1, ge=0, le=1)
     max_pixels: int = Field(50_000_000, ge=1)
 
-    def settled(self, root: Callable[[], Path]) -> Self:
+    def with_class_names(self, root: Callable[[], Path]) -> Self:
         """The section with what follows from the data in the folder ``root()`` written out."""
         return self
 
@@ -76,7 +76,7 @@ class ClassSection(DataSection):
     classes: tuple[str, ...] = ()
     multilabel: bool = False
 
-    def settled(self, root: Callable[[], Path]) -> Self:
+    def with_class_names(self, root: Callable[[], Path]) -> Self:
         return self if self.classes else self.model_copy(update={"classes": self.class_names(root())})
 
     def class_names(self, root: Path) -> tuple[str, ...]:

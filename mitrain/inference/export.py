@@ -62,7 +62,8 @@ def export(
     fields["frozen"] = runs.frozen_of(saved) or None
     tensors = {name: saved.tensors[name] for name in model.trainable}
     tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
-    licences, alone = known_licences(), model.adapter.traits.backbones == ("text",)
+    licences = {name: r.licence for what in ("models", "data") for name, r in prepared.recipes(what).items()}
+    alone = model.adapter.traits.backbones == ("text",)
     peft = export_format.peft_files(model.adapter, tensors["adapter"], base)
     card = lambda contents: export_format.model_card(contents, licences, alone)  # noqa: E731
     folder = export_format.publish(out, fields, tensors, card, peft)
@@ -145,10 +146,6 @@ def recorded(path: Path, step: int) -> dict[str, dict[str, Any]]:
 
 def sane(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def known_licences() -> dict[str, str]:
-    return {name: recipe.licence for what in ("models", "data") for name, recipe in prepared.recipes(what).items()}
 
 
 class Pretrained:

@@ -64,7 +64,7 @@ class Full(Adapter):
     def _trained(
         self, backbones: Mapping[str, PreTrainedModel], first_layers: Mapping[str, int]
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Of float models what a reading goes through: the topmost layers and what follows them, or all that there is."""
+        """Of float models what a pass goes through: the topmost layers and what follows them, or all that there is."""
         for side in SIDES[self.config.where]:
             model = backbones[side]
             inside = {id(p) for p in model.base_model.parameters()}

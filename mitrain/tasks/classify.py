@@ -112,7 +112,7 @@ class ClassifyTask(Task):
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
-        """Mean and spread of the read-outs, and the classes' weights, over the training samples."""
+        """Mean and standard deviation of the read-outs, and the classes' weights, over the training samples."""
         targets = self.targets(samples)
         if self.config.balance:
             self.weight.copy_(class_weights(targets, self.multilabel))

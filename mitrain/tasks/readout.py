@@ -50,8 +50,8 @@ def read_out(
     ids, mask = parts.text.pad(rows)
     if asked:
         texts = TextBatch(ids, mask, parts.states.batch(rows), parts.states.depth) if runs_text(asked) else None
-        reading = parts.adapter.encode(texts, inputs)
-        readouts = {name: reading.read_out(name) for name in asked}
+        outputs = parts.adapter.encode(texts, inputs)
+        readouts = {name: outputs.read_out(name) for name in asked}
     if "embeddings" in names:
         readouts["embeddings"] = mean_over(parts.text.embeddings(ids).float(), mask)
     return readouts
@@ -67,7 +67,7 @@ def statistics(
     see: See | None = None,
     row: Callable[[Any], Sequence[int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / spread of the read-outs ``names``, concatenated; a constant dimension keeps its scale.
+    """Mean and 1 / std of the read-outs ``names``, concatenated; a constant dimension keeps its scale.
 
     Those of the text alone are taken over ``rows`` of token ids; ``joint``, and ``image`` where the method changes the
     encoder, over ``samples`` with their pictures; the frozen encoders' feature is normalised already.
@@ -87,10 +87,10 @@ def statistics(
 
 
 def moments(states: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean, and 1 / spread, over the rows of ``states``, both (width,) float64."""
+    """Mean, and 1 / std, over the rows of ``states``, both (width,) float64."""
     rows = torch.cat([part.double() for part in states])
-    spread = rows.std(0, correction=0)
-    return rows.mean(0), torch.where(spread > 1e-6, 1 / spread.clamp_min(1e-3), 1.0)
+    std = rows.std(0, correction=0)
+    return rows.mean(0), torch.where(std > 1e-6, 1 / std.clamp_min(1e-3), 1.0)
 
 
 def evenly(items: Sequence[Any], most: int = FIT_SAMPLES) -> Sequence[Any]:

@@ -173,7 +173,7 @@ class RetrieveTask(Task):
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
-        """Mean and spread of the read-outs over the training pairs; a checkpoint's own maps read them as they are."""
+        """Mean and standard deviation of the read-outs over the training pairs; a checkpoint's own maps take them raw."""
         if self.own:
             return
         rows = [self._ids(text) for text in evenly(sorted({s.text for s in samples}))]
@@ -268,8 +268,8 @@ class RetrieveTask(Task):
         text_vectors = self.text_vectors([s.text for s in batch.samples]).double().cpu().numpy()
         shown = batch.inputs.to(torch.device("cpu")) if self.config.matching and self.config.rerank else None
         vectors = [
-            {"image": i, "text": t, "inputs": shown and shown.rows(row)}
-            for i, t, row in zip(images, text_vectors, map(one_row, range(len(images))), strict=True)
+            {"image": i, "text": t, "inputs": shown and shown.rows(slice(row, row + 1))}
+            for row, (i, t) in enumerate(zip(images, text_vectors, strict=True))
         ]
         finite = np.isfinite(images).all(1) & np.isfinite(text_vectors).all(1)
         return [
@@ -397,7 +397,3 @@ class RetrieveTask(Task):
             f"{split}: {', '.join(decided)} cannot be wrong among {len(gallery.images)} images and {len(gallery.texts)}"
             " texts and are left out of recall_mean"
         ]
-
-
-def one_row(index: int) -> slice:
-    return slice(index, index + 1)

@@ -121,7 +121,7 @@ class SegmentTask(Task):
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
-        """Mean and spread of the frozen read-outs over the training expressions."""
+        """Mean and standard deviation of the frozen read-outs over the training expressions."""
         rows = [self._ids(expression) for expression in sorted({s.expression for s in samples})[:2048]]
         mean, scale = statistics(self.parts, self.config.readout, 0, rows)
         self.mean.copy_(mean)

@@ -51,7 +51,7 @@ def resolved(config: RunConfig) -> RunConfig:
     data = config.data.model_copy(update={"root": absolute_if_there(config.data.root)} if config.data.root else {})
     vision = tuple(part.model_copy(update={"name": absolute_if_there(part.name)}) for part in config.model.vision)
     model = config.model.model_copy(update={"llm": absolute_if_there(config.model.llm), "vision": vision})
-    data = data.settled(lambda: resolve_data(data))
+    data = data.with_class_names(lambda: resolve_data(data))
     return config.model_copy(update={"data": data, "model": model})
 
 

@@ -46,8 +46,8 @@ def compare(saved: Checkpoint, own: Mapping[str, str], allow_changes: bool) -> N
     """
     there = fingerprint_of(saved)
     unknown = [part for part in (*DECIDING, "code") if not any(name.startswith(f"{part}.") for name in there)]
-    spread = [f"config.{key}" for key in schema.RESUME_OVERRIDES]
-    changed = dist.first_not_none(differences(there, own, [*spread, "code", *unknown]) or None) or []
+    overrides = [f"config.{key}" for key in schema.RESUME_OVERRIDES]
+    changed = dist.first_not_none(differences(there, own, [*overrides, "code", *unknown]) or None) or []
     code = differences(there, own, [*DECIDING, *unknown])
     if changed and not allow_changes:
         raise ConfigError(

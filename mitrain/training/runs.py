@@ -160,12 +160,12 @@ def open_run(
         return open_published(folder, base, encoders, allow_changes)
     run_config, saved = read_config(folder), newest(folder, which)
     run_config = run_config.model_copy(update={"model": elsewhere(run_config.model, base, encoders)})
-    spread = run_config.zero if dist.world() > 1 else ZeroConfig()  # one process holds everything whatever the stage
-    model = build(run_config, shard=sharding(spread, run_config.train.optimizer))
+    zero = run_config.zero if dist.world() > 1 else ZeroConfig()  # one process holds everything whatever the stage
+    model = build(run_config, shard=sharding(zero, run_config.train.optimizer))
     check_frozen(frozen_of(saved), lambda: model.base, folder, allow_changes)
     restore(model, saved)
-    if spread.stage == 3:
-        gather_as_needed(model.frozen, spread)
+    if zero.stage == 3:
+        gather_as_needed(model.frozen, zero)
     return Run(folder, run_config, model, saved)
 
 

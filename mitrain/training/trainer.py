@@ -266,20 +266,6 @@ class Trainer:
             result = self.engine.step()
         return result, time.perf_counter() - start
 
-    def _check_reached(self, unreached: Sequence[str]) -> None:
-        """Name what of the adapter gets no gradient; ConfigError where nothing does, which would train the head alone."""
-        own = [f"adapter.{name}" for name, _ in self.model.trainable["adapter"].named_parameters()]
-        without = set(unreached)
-        missed = [name for name in own if name in without]
-        if own and len(missed) == len(own):
-            raise ConfigError(
-                f"the task reads nothing that the method {self.model.adapter.traits.name!r} changes: no gradient reached it"
-                " in the first step. Change task.readout or task.matching, or take adapter.name=none"
-            )
-        if missed:
-            shown = ", ".join(missed[:3]) + (", …" if len(missed) > 3 else "")
-            log.warning("%d of the adapter's %d tensors get no gradient: %s", len(missed), len(own), shown)
-
     def _accumulate(self, draws: list[Draw[Any]], share: slice) -> None:
         """The gradients of this rank's share of a micro-batch; of fewer samples than ranks some get none.
 
@@ -297,6 +283,20 @@ class Trainer:
     def loss(self, batch: Batch) -> Sums:
         """(sum, count) of a batch, the adapter's regulariser included."""
         return regularised(self.model.task.loss(batch), self.model.adapter.extra_loss())
+
+    def _check_reached(self, unreached: Sequence[str]) -> None:
+        """Name what of the adapter gets no gradient; ConfigError where nothing does, which would train the head alone."""
+        own = [f"adapter.{name}" for name, _ in self.model.trainable["adapter"].named_parameters()]
+        without = set(unreached)
+        missed = [name for name in own if name in without]
+        if own and len(missed) == len(own):
+            raise ConfigError(
+                f"the task reads nothing that the method {self.model.adapter.traits.name!r} changes: no gradient reached it"
+                " in the first step. Change task.readout or task.matching, or take adapter.name=none"
+            )
+        if missed:
+            shown = ", ".join(missed[:3]) + (", …" if len(missed) > 3 else "")
+            log.warning("%d of the adapter's %d tensors get no gradient: %s", len(missed), len(own), shown)
 
     def _evaluate(self, step: int, metrics: Metrics | NoMetrics) -> bool:
         """Score val; whether this is the best so far."""

@@ -10,7 +10,7 @@ from tiny_pair import DEPTH, WIDTH, aurora, batch, dinov2, pair
 from torch.nn import functional as F
 
 from mitrain.core.errors import ModelError
-from mitrain.methods.aurora.fusion import RESIDUAL, distinct, enhanced, gated, init_range_of, orthogonal
+from mitrain.methods.aurora.fusion import RESIDUAL, distinct, enhanced, gated, orthogonal, rms_of
 from mitrain.models.batch import ModalityInputs, TextBatch
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -86,7 +86,7 @@ def test_the_pictures_scale_and_offset_do_not_matter_and_keys_get_the_texts_spre
         norm.weight.uniform_(0.5, 2)
         norm.bias.uniform_(-1, 1)
     given = norm(torch.randn(4000, WIDTH, dtype=torch.float64))
-    assert math.isclose(init_range_of(norm), given.square().mean().sqrt(), rel_tol=0.02)
+    assert math.isclose(rms_of(norm), given.square().mean().sqrt(), rel_tol=0.02)
 
 
 def test_unequal_widths_meet_in_a_fixed_orthogonal_map():

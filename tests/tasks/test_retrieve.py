@@ -175,7 +175,7 @@ def each_ranks_rows_and_gradients_are_those_of_the_definition():
         torch.testing.assert_close(loss, rows[share].sum())
         for found, expected in zip(own, (by_vectors[0][share], by_vectors[1][share], by_sharpness), strict=True):
             torch.testing.assert_close(found.grad, expected)
-        assert everyone.picture is None and everyone.texts == TEXTS and everyone.count == share.stop - share.start
+        assert everyone.inputs is None and everyone.texts == TEXTS and everyone.count == share.stop - share.start
 
 
 def gradients(task):

@@ -89,7 +89,7 @@ def records(lines: Iterable[str], path: Path) -> Iterator[tuple[int, str, str]]:
             break
         if parts:  # a title of several lines
             rest = line.strip()
-        elif not line.strip() or (number == 1 and not has_number(cell)):  # a blank line, a header that others added
+        elif not line.strip() or (number == 1 and not any(map(str.isdigit, cell))):  # blank, or an added header
             continue
         else:
             first, image, label = number, cell, class_of(cell, f"{path}:{number}")
@@ -110,10 +110,6 @@ def unquoted(cell: str) -> str:
     """A cell without blanks around it and without the quotes of CSV."""
     cell = cell.strip()
     return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
-
-
-def has_number(cell: str) -> bool:
-    return any(character.isdigit() for character in cell)
 
 
 def validation(images: Iterable[str], share: float) -> frozenset[str]:

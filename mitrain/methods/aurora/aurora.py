@@ -160,7 +160,7 @@ class Aurora(Adapter):
         finally:
             self._disabled = False
 
-    # Reading
+    # The forward pass
 
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
         """See `Adapter.encode`. A text or picture that stands in several rows, as in the pairs of a matching loss, goes

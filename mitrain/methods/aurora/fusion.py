@@ -47,11 +47,11 @@ class Composed:
     where:
         A (B, T, D) = the state after self-attention, ã = A as the layer would normalise it for attention
         z (B, N, D) = the picture's tokens after their encoder's final norm, turned to width D by a fixed orthogonal
-            map where c ≠ D, each then of mean 0 and of root mean square ``spread``
+            map where c ≠ D, each then of mean 0 and of root mean square ``rms``
         s = a trained scalar per layer; s = 0 is the text alone
 
     W_k and W_v have only seen states of the text's scale: larger ones would saturate the softmax on one token, which
-    then passes no gradient to the updates, so ``spread`` is what the norm before them gives, √(mean γ² + mean β²). The
+    then passes no gradient to the updates, so ``rms`` is what the norm before them gives, √(mean γ² + mean β²). The
     basis of the picture's states stays foreign to them, and how much of a foreign state helps is known from data only: an
     update of rank R cannot switch a matrix of full rank off, a scalar can.
     """
@@ -62,7 +62,7 @@ class Composed:
     o: nn.Module
     norm: nn.Module
     before: bool
-    spread: float
+    rms: float
     head_dim: int
     scaling: float
     head_norms: tuple[nn.Module, nn.Module] | None = None
@@ -70,7 +70,7 @@ class Composed:
     def __call__(self, asking: Tensor, image: Tensor) -> Tensor:
         """(B, T, D) of the states A (B, T, D) and the picture's standardised tokens (B, N, D)."""
         asking = self.norm(asking) if self.before else asking
-        image = (image * self.spread).to(asking.dtype)
+        image = (image * self.rms).to(asking.dtype)
         q, k, v = (
             module(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for module, x in ((self.q, asking), (self.k, image), (self.v, image))
@@ -96,20 +96,16 @@ def compose(layer: nn.Module, head_dim: int, name: str) -> tuple[Composed, nn.Mo
         norms = (block.q_norm, block.k_norm) if hasattr(block, "q_norm") else None
         if norms is None or all(norm.weight.shape == (head_dim,) for norm in norms):
             inside = block.get_submodule(layout.q.rpartition(".")[0])
-            scaling = inside_scaling(inside, head_dim)
-            return Composed(q, k, v, o, norm, layout.pre, init_range_of(norm), head_dim, scaling, norms), block
+            scaling = float(getattr(inside, "scaling", None) or head_dim**-0.5)
+            return Composed(q, k, v, o, norm, layout.pre, rms_of(norm), head_dim, scaling, norms), block
     raise ModelError(
         f"no cross-attention can be composed from the layers of {name}: give a text model of BERT's or Llama's kind, or"
         " set adapter.fusion_layers=0"
     )
 
 
-def inside_scaling(attention: nn.Module, head_dim: int) -> float:
-    return float(getattr(attention, "scaling", None) or head_dim**-0.5)
-
-
 @torch.no_grad()
-def init_range_of(norm: nn.Module) -> float:
+def rms_of(norm: nn.Module) -> float:
     """The root mean square of what ``norm`` gives for inputs that vary alike: √(mean γ² + mean β²)."""
     parameters = [p for p in (norm.weight, getattr(norm, "bias", None)) if p is not None]
     if norm.weight.is_meta:

@@ -93,20 +93,20 @@ class MoPE(Adapter):
         like = next(main.model.parameters())
         dtype = torch.promote_types(torch.promote_types(main.model.dtype, other.model.dtype), torch.float32)
         factory: dict[str, Any] = {"device": like.device, "dtype": dtype}
-        spread = config.spread or init_range_of(main.model.config, main.stage_widths[0])
+        init_range = config.spread or init_range_of(main.model.config, main.stage_widths[0])
         if config.prompts_main:
-            self.prompts.extend(LayerPrompts(config, width, condition, spread, **factory) for width in shape.widths)
+            self.prompts.extend(LayerPrompts(config, width, condition, init_range, **factory) for width in shape.widths)
         if config.shared_router and len(self.prompts) > 1:
             self.prompts[1].router = self.prompts[0].router
         if shape.entry:
-            self.entry = uniform((config.prompt_tokens, shape.entry), spread, **factory)
+            self.entry = uniform((config.prompt_tokens, shape.entry), init_range, **factory)
         if config.mapped:
             self.mapper = Mapper(config, condition, shape.stage_widths, **factory)
-        spread = config.spread or init_range_of(other.model.config, other.stage_widths[0])
-        self.others.extend(uniform((config.other_length, width), spread, **factory) for width in others)
+        init_range = config.spread or init_range_of(other.model.config, other.stage_widths[0])
+        self.others.extend(uniform((config.other_length, width), init_range, **factory) for width in others)
         self._shape = shape
 
-    # Reading
+    # The forward pass
 
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
         if not self._encoders:

@@ -19,9 +19,9 @@ from mitrain.models.batch import mean_over
 TEXT_SPREAD = 0.3
 
 
-def uniform(shape: tuple[int, ...], spread: float, **factory: Any) -> nn.Parameter:
-    """Start values within ±spread."""
-    return nn.Parameter(torch.empty(shape, **factory).uniform_(-spread, spread))
+def uniform(shape: tuple[int, ...], init_range: float, **factory: Any) -> nn.Parameter:
+    """Start values within ±init_range."""
+    return nn.Parameter(torch.empty(shape, **factory).uniform_(-init_range, init_range))
 
 
 def init_range_of(config: PreTrainedConfig, width: int) -> float:
@@ -40,12 +40,12 @@ class LayerPrompts(nn.Module):
     """[P_s ; P_d ; P_m] of one layer: static (l, D), Σ_j r_j E_j with ``experts`` E (k, l, D) and the router's r, and
     the mapper's (1, D), which comes from outside."""
 
-    def __init__(self, config: MoPEConfig, width: int, condition: int, spread: float, **factory: Any):
+    def __init__(self, config: MoPEConfig, width: int, condition: int, init_range: float, **factory: Any):
         super().__init__()
         self.config = config
         size = (config.length, width)
-        self.static = uniform(size, spread, **factory) if config.static else None
-        self.experts = uniform((config.experts, *size), spread, **factory) if config.dynamic else None
+        self.static = uniform(size, init_range, **factory) if config.static else None
+        self.experts = uniform((config.experts, *size), init_range, **factory) if config.dynamic else None
         self.router = make_router(config, width, condition, **factory) if config.dynamic else None
 
     def forward(

@@ -144,7 +144,7 @@ class PMF(Adapter):
         make = partial(Link, self.config, widths, **factory)
         return nn.ModuleList(nn.ModuleDict({name: make(name) for name in self.config.links}) for _ in layers)
 
-    # Reading
+    # The forward pass
 
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
         """Both encoders from their first fusion layers up; one alone, or a picture that is not to be seen, unfused.

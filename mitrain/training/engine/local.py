@@ -76,7 +76,9 @@ class LocalEngine:
         self._count += count
 
     def step(self) -> StepResult:
-        self._set_rates()
+        multiplier = self.schedule(self.steps)
+        for options, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+            options["lr"] = group.lr * multiplier
         total, count, reached = self._totals()
         loss = total / count if count else math.nan
         norm, reason = math.nan, None
@@ -110,11 +112,6 @@ class LocalEngine:
 
     def _discard(self) -> None:
         """Forget the gradients of a step that is not applied; ``_clear`` does."""
-
-    def _set_rates(self) -> None:
-        multiplier = self.schedule(self.steps)
-        for options, group in zip(self.optimizer.param_groups, self.groups, strict=True):
-            options["lr"] = group.lr * multiplier
 
     def _totals(self) -> tuple[float, float, list[nn.Parameter]]:
         """The summed loss and the count of the step, and the parameters it has gradients for, over all ranks."""
