@@ -47,7 +47,7 @@ def test_a_line_per_method_over_the_seeds():
     assert "Made by `mitrain compare x.yaml` on 2026-01-02, commit abc, torch 2, M." in text
 
 
-def test_failed_cells_and_reduced_size_are_told():
+def test_failed_cells_and_reduced_size_are_reported():
     lost = row("full", 1, None, status="too long", reason="not finished | after 240 s")
     text = table(
         result(

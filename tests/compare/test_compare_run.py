@@ -279,7 +279,7 @@ def test_a_cell_goes_on_with_the_time_it_has_left(job, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("code", "status", "reason"), [(1, FAILED, "no room"), (-signal.SIGKILL, FAILED, "killed by signal 9: no room")]
 )
-def test_how_a_process_ended_is_told(job, monkeypatch, tmp_path, code, status, reason):
+def test_how_a_process_ended_is_reported(job, monkeypatch, tmp_path, code, status, reason):
     cell = compare.resolve(job.study, job.path, compare.cell_ids(job.study)[0])
     (tmp_path / "said.txt").write_text("x\nmitrain: no room\n")
     monkeypatch.setattr(processes, "run", lambda *_, **__: code)
@@ -328,7 +328,7 @@ def test_a_cell_ends_with_the_process_that_started_it_even_when_that_is_killed(t
     wait_for(tmp_path / "stopped")
 
 
-def test_a_parent_that_has_ended_already_is_told():
+def test_a_parent_that_has_ended_already_is_reported():
     assert processes.end_with(os.getppid()) and not processes.end_with(-1)
 
 

@@ -42,7 +42,7 @@ def test_cells_by_task_method_and_seed(folder):
     assert [p.seed for p in cells.cell_ids(found, [3])] == [3, 3, 3]
 
 
-def test_an_axis_is_walked_for_its_methods_alone(folder):
+def test_an_axis_is_run_for_its_methods_alone(folder):
     axes = {"depth": {"keys": ["adapter.layers"], "values": [1, "1-2"], "methods": ["mit"]}}
     found, _ = made(folder, axes=axes, seeds=[0])
     assert [(p.method, p.axis, p.at) for p in cells.cell_ids(found)] == [

@@ -137,7 +137,7 @@ def test_a_build_that_fails_leaves_nothing(toy: Toy, cache: Path, failure: BaseE
     assert (ensure_model("toy") / "model").read_text() == "first 0"
 
 
-def test_a_full_disk_is_told_in_one_line(toy: Toy, cache: Path):
+def test_a_full_disk_is_reported_in_one_line(toy: Toy, cache: Path):
     def full(target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

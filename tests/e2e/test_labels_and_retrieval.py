@@ -94,7 +94,7 @@ def test_one_label(world, capsys):
     assert "| macro F1 |" in made["markdown"] and (world / "report" / "labels-test.png").is_file()
 
 
-def test_floors_learn_from_the_samples_that_the_run_was_trained_on(world, capsys):
+def test_baselines_learn_from_the_samples_that_the_run_was_trained_on(world, capsys):
     """Four of 32 samples, evenly spread, are of one class, and then a probe knows no other."""
     config = configuration(world, "labels", {"name": "classify"}, {"name": "labelled"}, "labels")
     few = ("train.fraction=0.125", "train.batch=4", "train.steps=1", "train.eval_every=1")

@@ -79,7 +79,7 @@ def test_it_learns_and_the_controls_lose(world, trained, capsys):
     assert spoken["exact_match"] >= 0.9
 
 
-def test_floors_stand_beside_the_score(world, trained, capsys):
+def test_baselines_stand_beside_the_score(world, trained, capsys):
     found = as_json(capsys, "eval", trained, "--split", "test", "--baselines")
     assert set(found["baselines"]) == {"majority answer", "linear probe on the same features"}
     assert found["baselines"]["majority answer"] == {"accuracy": 0.25, "samples": 16}

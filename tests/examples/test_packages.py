@@ -113,7 +113,7 @@ def test_a_wheel_with_another_hash_is_refused_and_not_kept(pip: Client, tmp_path
         ),
     ],
 )
-def test_what_pip_complains_of_is_told(pip: Client, tmp_path: Path, stderr: str, shown: str):
+def test_what_pip_complains_of_is_reported(pip: Client, tmp_path: Path, stderr: str, shown: str):
     pip.plays(f"echo something on stdout; printf '%s\n' '{stderr}' >&2; exit 1")
     with pytest.raises(PrepareError) as caught:
         wheel(tmp_path / "archives")

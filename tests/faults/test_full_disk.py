@@ -93,7 +93,7 @@ def fill(disk: Path, leave: int) -> None:
         file.write(b"x" * max(0, free - leave))
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on_once_there_is_room(small_disk):
+def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on_once_there_is_space(small_disk):
     save(small_disk, 1)
     for leave in (0, 4, 8, 16, 24, 40, 52):
         fill(small_disk, leave * KB)

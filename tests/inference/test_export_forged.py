@@ -83,7 +83,7 @@ def test_settings_that_imply_huge_tensors_are_refused_before_any_is_made(world, 
 
 
 @pytest.mark.parametrize("place", ["model", "task"])
-def test_a_huge_name_is_told_in_short(copied, place):
+def test_a_huge_name_is_reported_in_short(copied, place):
     def change(values):
         config = values["run"]["config"]
         (config["model"]["vision"][0] if place == "model" else config["task"])["name"] = "x" * 1_000_000

@@ -264,7 +264,7 @@ def test_a_narrower_encoder_is_refused_where_only_the_fusion_can_tell():
         bare.attach(pair())
 
 
-def test_what_cannot_be_attached_or_read_is_told_in_a_line():
+def test_what_cannot_be_attached_or_read_is_reported_in_a_line():
     backbones = pair()
     with pytest.raises(ModelError, match="give it the image model"):
         aurora({"text": backbones["text"]})

@@ -177,7 +177,7 @@ def test_both_cores_start_with_the_same_spread():
 # refusals
 
 
-def test_settings_that_cannot_be_are_told_in_a_line():
+def test_settings_that_cannot_be_are_reported_in_a_line():
     for values, says in (
         ({"vision": ["q", "q"]}, "names a projection twice"),
         ({"vision": [], "text": [], "fusion": []}, "no projection is tuned"),

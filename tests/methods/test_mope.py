@@ -296,7 +296,7 @@ def test_the_regulariser_is_handed_out_once_as_sum_and_count():
         assert other.mope.extra_loss() is None
 
 
-def test_noise_and_dropout_are_there_in_training_alone_and_routing_is_told_without_noise():
+def test_noise_and_dropout_are_there_in_training_alone_and_routing_is_reported_without_noise():
     found = attached(noise=0.5, dropout=0.0)
     with torch.no_grad():
         first, again = found.joint(), found.joint()

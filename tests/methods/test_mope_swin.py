@@ -27,7 +27,7 @@ def no_prompts(index, tokens, mask):
     ("pixels", "changes"),
     [(32, {}), (16, {"depths": (2, 3), "num_heads": (2, 2)}), (24, {"depths": (2, 2), "num_heads": (2, 2)})],
 )
-def test_without_prompts_the_walk_is_the_frozen_model(pixels, changes):
+def test_without_prompts_the_encoder_is_the_frozen_model(pixels, changes):
     """24 pixels are 12 x 12 patches, whose second stage of 6 x 6 is padded to whole windows."""
     model, image = tiny_swin(**changes), random(2, 3, pixels, pixels)
     with torch.no_grad():

@@ -111,7 +111,7 @@ def test_weights_that_are_not_finite_are_refused(llm, tmp_path, precision, name,
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_tensors_without_a_place_are_told_and_change_nothing(llm, tmp_path, precision, caplog):
+def test_tensors_without_a_place_are_reported_and_change_nothing(llm, tmp_path, precision, caplog):
     folder = edited(llm, tmp_path / "more", lambda t: t | {"score.weight": torch.ones(2), "v.weight": torch.ones(1)})
     with caplog.at_level(logging.WARNING):
         found = text(folder, precision)

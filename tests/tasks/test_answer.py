@@ -119,7 +119,7 @@ def test_ties_count_against_the_truth(folder, truth):
     assert best.values["correct"] is True
 
 
-def test_scores_and_words_of_what_is_no_number_are_told(folder):
+def test_scores_and_words_of_what_is_no_number_are_reported(folder):
     task, features = make(folder), FEATURES.clone()
     features[1, 0] = torch.nan
     assert [p.finite for p in task.predict(Batch(samples(), ModalityInputs(features)))] == [True, False, True]
@@ -181,7 +181,7 @@ def test_the_image_matters_and_a_missing_one_is_the_frozen_model(folder):
     torch.testing.assert_close(blind, -sum(picked), rtol=1e-5, atol=1e-5)
 
 
-def test_a_prompt_leaves_room_for_what_is_said_behind_it(folder):
+def test_a_prompt_leaves_space_for_what_is_said_behind_it(folder):
     task = make(folder, max_new_tokens=62)  # of 64 positions
     assert task.texts(samples(), True) and len(task.parts.text.tokens(samples()[0].prompt)) == 6
     with pytest.raises(

@@ -92,7 +92,7 @@ def test_the_matching_loss_of_such_a_start_is_that_of_the_matching_value_alone(f
     assert float(found) == pytest.approx(float(0.5 * (losses * known).sum()), rel=1e-5)
 
 
-def test_what_does_not_fit_or_is_not_wanted_starts_anew_and_is_told(folder, caplog):
+def test_what_does_not_fit_or_is_not_wanted_starts_anew_and_is_reported(folder, caplog):
     for settings, told in (({"dim": 16}, True), ({"readout": ("mean",)}, True), ({"start": "fresh"}, False)):
         caplog.clear()
         with caplog.at_level(logging.WARNING):

@@ -55,7 +55,7 @@ def batch(multilabel=False, features=FEATURES):
     )
 
 
-def test_probabilities_that_are_no_numbers_are_told(folder):
+def test_probabilities_that_are_no_numbers_are_reported(folder):
     task = make(folder)
     features = FEATURES.clone()
     features[1, 0] = torch.inf

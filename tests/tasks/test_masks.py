@@ -262,7 +262,7 @@ def scene() -> list[np.ndarray]:
     return masks
 
 
-def test_floors_by_hand():
+def test_baselines_by_hand():
     masks = scene()
     baselines = baseline_masks(masks, seed=0, key="a")
     assert baselines["union"].sum() == 12 + 4 + 7
@@ -294,7 +294,7 @@ def test_the_distance_to_the_centre_by_hand():
     assert distance_to_centre(np.zeros((5, 8), dtype=bool)) == math.inf
 
 
-def test_the_random_floor_is_seeded_and_uniform():
+def test_the_random_baseline_is_seeded_and_uniform():
     masks = scene()
 
     def chosen(seed: int, key: str) -> int:

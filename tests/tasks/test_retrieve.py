@@ -287,7 +287,7 @@ def test_at_first_reranking_changes_nothing_and_later_it_does(folder):
     assert blind["before_reranking"] == first["before_reranking"] and blind["samples"] == 6 and blind["images"] == 5
 
 
-def test_weights_that_diverged_are_told(folder):
+def test_weights_that_diverged_are_reported(folder):
     task = make(folder)
     torch.nn.init.constant_(task.image_map.weight, float("nan"))
     found = task.predict(batch())

@@ -62,7 +62,7 @@ def test_read_outs_ignore_padding_and_are_what_they_say(folder, readout):
         torch.testing.assert_close(found[i], torch.cat([parts[name] for name in readout]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_mask_of_what_is_no_number_is_told(folder):
+def test_a_mask_of_what_is_no_number_is_reported(folder):
     task, own = make(folder), batch()
     assert [p.finite for p in task.predict(own)] == [True] * 3
     own.levels[0][1, 2, 0] = torch.nan

@@ -149,7 +149,7 @@ def test_a_cache_that_gives_other_numbers_is_not_used(tokenizer, monkeypatch):
     assert generation.decoding(task.parts) == {"use_cache": False}
 
 
-def test_a_run_that_cannot_generate_is_told_before_its_first_step(tokenizer, caplog):
+def test_a_run_that_cannot_generate_is_reported_before_its_first_step(tokenizer, caplog):
     task = task_on(TextBackbone(tiny(), tokenizer), gate="sequence")
     with caplog.at_level(logging.WARNING):
         task.rehearse(SAMPLES)
