@@ -220,11 +220,11 @@ class ImageFeatures:
 
     def picture(self, image: str) -> Image.Image:
         """The picture whose address is `key`. DataError where the file is not the same any more."""
-        found = self._look(image)
-        if isinstance(found, DataError):
-            raise found
-        self._learn(image, found)
-        return found.upright()
+        read = self._look(image)
+        if isinstance(read, DataError):
+            raise read
+        self._learn(image, read)
+        return read.upright()
 
     def readable(self, samples: Sequence[Any], views: int = 0, progress: Progress = no_progress) -> list[Any]:
         """The samples whose picture and mask can be read and fit together; the budget counts and names the others.

@@ -65,9 +65,9 @@ def inspect_splits(
     report: dict[str, Any] = {
         "splits": {split: describe(kind, samples, pictures[split]) for split, samples in splits.items()},
         "shared": [
-            found
+            overlap
             for one, other in combinations(splits, 2)
-            for found in compare(one, other, splits, pictures, kind.texts_apart)
+            for overlap in compare(one, other, splits, pictures, kind.texts_apart)
         ],
     }
     if sheet:
@@ -141,15 +141,15 @@ def compare(
     }
     if text:
         checks[text] = lambda split: {getattr(sample, text) for sample in splits[split]} - {""}
-    found = []
+    overlaps = []
     for what, values in checks.items():
         mine, yours = values(one), values(other)
         both = sorted(mine & yours)
         if both:
             share = round(len(both) / len(yours), 4)
-            found.append({"splits": [one, other], "what": what, "count": len(both), "share": share})
-            found[-1]["examples"] = examples(what, both, pictures[other])
-    return found
+            overlaps.append({"splits": [one, other], "what": what, "count": len(both), "share": share})
+            overlaps[-1]["examples"] = examples(what, both, pictures[other])
+    return overlaps
 
 
 def examples(what: str, both: Sequence[str], pictures: Mapping[str, Picture]) -> list[str]:
@@ -164,10 +164,12 @@ def as_text(report: Mapping[str, Any]) -> str:
     for split, facts in report["splits"].items():
         lines.append(f"{split}:")
         lines += [f"  {key}: {value if isinstance(value, int) else json.dumps(value)}" for key, value in facts.items()]
-    for found in report["shared"]:
-        one, other = found["splits"]
-        share = f"{found['count']} ({100 * found['share']:.1f} % of {other})"
-        lines.append(f"{one} and {other} share the same {found['what']}: {share}, e.g. {', '.join(found['examples'])}")
+    for overlap in report["shared"]:
+        one, other = overlap["splits"]
+        share = f"{overlap['count']} ({100 * overlap['share']:.1f} % of {other})"
+        lines.append(
+            f"{one} and {other} share the same {overlap['what']}: {share}, e.g. {', '.join(overlap['examples'])}"
+        )
     if not report["shared"]:
         lines.append("no two splits share an id, a picture, its pixels or an object")
     if report.get("sheet"):
