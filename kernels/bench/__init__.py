@@ -1,7 +1,7 @@
 """Benchmarks of the operators: ``python kernels/bench`` (``--help`` tells the rest).
 
     cases      the shapes, and random inputs for them
-    providers  what is timed: plain operator (the floor), the release's eager formula, ours
+    providers  what is timed: plain operator (the baseline), the release's eager formula, ours
     gate       correctness first: nothing wrong is ever timed
     measure    one timed sample, bytes saved for backward, peak bytes
     worker     a fresh process that holds one provider and does what it is asked

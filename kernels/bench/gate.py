@@ -109,7 +109,7 @@ def cut(case: Case, name: str, x: Tensor, b: int, g: int) -> Tensor:
 def formula(case: Case, gate: str) -> Callable[..., Tensor]:
     """The true operator: the definition where it is small enough, the folded form elsewhere."""
     if gate == "off":
-        return floor
+        return baseline
     form = infused_attention_reference if is_small(case) else infused_attention_folded
     return partial(form, gate=gate, causal=True)
 
@@ -119,7 +119,7 @@ def is_small(case: Case) -> bool:
     return case.modalities * B * H * (case.queries or T) * T * d <= DEFINITION_LIMIT
 
 
-def floor(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
+def baseline(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
     """Causal attention without infusion; the queries are the last of the tokens."""
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     seen = seen if key_padding is None else seen & key_padding[:, None, None]

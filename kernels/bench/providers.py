@@ -1,4 +1,4 @@
-"""What is timed. ``plain`` is the floor: the same operator without infusion, which every ratio is relative to.
+"""What is timed. ``plain`` is the baseline: the same operator without infusion, which every ratio is relative to.
 
     infused_attention   plain      torch's attention, keys and values as they are
                         eager      the authors' release: repeat K and V per query head, write infused K and V out,
@@ -43,7 +43,7 @@ class Provider(NamedTuple):
 
 
 def names_for(op: str, wanted: str | None) -> list[str]:
-    """The providers asked for, the floor always first; by default all of them."""
+    """The providers asked for, the baseline always first; by default all of them."""
     chosen = wanted.split(",") if wanted else list(NAMES[op])
     return ["plain", *(name for name in chosen if name != "plain" and (name in NAMES[op] or ":" in name))]
 

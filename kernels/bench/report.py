@@ -74,7 +74,7 @@ def command(found: Rows) -> str:
 
 
 def table(found: Rows) -> str:
-    """One line per case and provider; × is relative to the floor ``plain``, in the same rounds."""
+    """One line per case and provider; × is relative to the baseline ``plain``, in the same rounds."""
     lines = [
         "| shape | provider | forward ms | × | forward + backward ms | × | saved for backward | peak MiB |",
         "|---|---|---|---|---|---|---|---|",
@@ -108,7 +108,7 @@ def saved_cell(row: dict[str, Any]) -> str:
 
 
 def figure(found: Rows, mode: str = "both") -> str:
-    """SVG: ratio to the floor against T, one panel per layout of heads, both axes logarithmic."""
+    """SVG: ratio to the baseline against T, one panel per layout of heads, both axes logarithmic."""
     kept = [row for row in found if row["mode"] == mode and row["ratio_to_plain"] is not None and not row["variant"]]
     layouts: dict[str, list[dict[str, Any]]] = {}
     for row in kept:

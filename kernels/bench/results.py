@@ -80,12 +80,12 @@ def row(case: Case, name: str, mode: str, record: Record, plain: Record) -> dict
 
 
 def ratios(kept: list[list[float]], plain: Record, mode: str) -> dict[str, float | None]:
-    """None where the floor itself is red."""
+    """None where the baseline itself is red."""
     if plain.faults:
         return {"ratio_to_plain": None, "ratio_of_medians": None}
-    floor = plain.samples[mode]
-    pairs = [statistics.median(own) / statistics.median(base) for own, base in zip(kept, floor, strict=True)]
-    medians = [statistics.median(ms for samples in rounds for ms in samples) for rounds in (kept, floor)]
+    baseline = plain.samples[mode]
+    pairs = [statistics.median(own) / statistics.median(base) for own, base in zip(kept, baseline, strict=True)]
+    medians = [statistics.median(ms for samples in rounds for ms in samples) for rounds in (kept, baseline)]
     return {"ratio_to_plain": statistics.median(pairs), "ratio_of_medians": medians[0] / medians[1]}
 
 

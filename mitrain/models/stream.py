@@ -24,7 +24,7 @@ from mitrain.core.errors import ModelError
 from mitrain.models import layouts, loading
 from mitrain.models.quant import FrozenInt8Linear, FrozenLinear
 from mitrain.models.quant.convert import INT8_PARTS, NF4_PARTS, fill_int8, fill_nf4, stored_as
-from mitrain.models.quant.replace import linear_places, quantise, quantise_embedding, quantised
+from mitrain.models.quant.replace import linear_refs, quantise, quantise_embedding, quantised
 
 log = logging.getLogger(__name__)
 After = Callable[[str, nn.Module], object]
@@ -163,12 +163,12 @@ def empty(
     stored = {name: kind for name, _ in model.named_modules() if (kind := stored_as(weights.names, name))}
     if not stored:
         return model if precision == "none" else quantise(model, precision, embedding=embedding)
-    places = {place.name: place for place in linear_places(model)}
-    if set(stored) - set(places):
-        outside = sorted(set(stored) - set(places))[0]
+    refs = {ref.name: ref for ref in linear_refs(model)}
+    if set(stored) - set(refs):
+        outside = sorted(set(stored) - set(refs))[0]
         raise ModelError(f"{outside} is quantised, which is read inside the decoder's layers alone: leave it in floats")
     for name in stored:
-        places[name].put(quantised(places[name].module, precision))
+        refs[name].put(quantised(refs[name].module, precision))
     if embedding:
         quantise_embedding(model)
     return model

@@ -164,9 +164,9 @@ def test_a_red_provider_has_no_row():
     red = found(faults=["output is off"])
     assert {row["provider"] for row in results.rows(red, "cpu")} == {"plain"}
     assert red.red[0]["provider"] == "sdpa"
-    floor = found()
-    floor.records[0, "plain"].faults.append("output is off")
-    assert all(row["ratio_to_plain"] is None for row in results.rows(floor, "cpu"))
+    baseline = found()
+    baseline.records[0, "plain"].faults.append("output is off")
+    assert all(row["ratio_to_plain"] is None for row in results.rows(baseline, "cpu"))
 
 
 def test_csv_round_trip_table_and_figure(tmp_path):

@@ -36,7 +36,7 @@ from mitrain.methods.export_format.folder import (
     read,
     read_contents,
 )
-from mitrain.methods.export_format.places import data_seen, settings_from, without_home
+from mitrain.methods.export_format.paths import data_seen, settings_from, without_home
 from mitrain.models.shapes import BaseShape, EncoderShape, base_shape, require_same
 
 __all__ = [

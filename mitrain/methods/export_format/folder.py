@@ -23,7 +23,7 @@ from mitrain.core.safe_io import is_finite, parse_json, parse_tensors, read_regu
 from mitrain.core.version import __version__
 from mitrain.methods.export_format.card import model_card
 from mitrain.methods.export_format.contents import Contents, FileSum, Parameters
-from mitrain.methods.export_format.places import without_home
+from mitrain.methods.export_format.paths import without_home
 from mitrain.models import loading
 from mitrain.models.shapes import base_shape
 

@@ -63,9 +63,9 @@ class PlainEncoder:
     """Layers of one width in a row, such as BERT, ViT, DINOv2 or a Llama-like language model: one stage.
 
     x̂ = [cls ; prompts ; tokens] where a CLS token leads. A causal model takes its prompts in front, where every token
-    sees them; tokens then stand n places later. Rotary attention knows distances alone, so tokens see one another as
-    without prompts, and prompts have places that the model knows from training: none negative, none taken twice.
-    Encoders with rotary attention do the same. Elsewhere places were added before the first layer and order is free.
+    sees them; tokens then stand n positions later. Rotary attention knows distances alone, so tokens see one another as
+    without prompts, and prompts have positions that the model knows from training: none negative, none taken twice.
+    Encoders with rotary attention do the same. Elsewhere positions were added before the first layer and order is free.
     """
 
     entry: ClassVar[int] = 0

@@ -20,7 +20,7 @@ PRECISIONS = ("none", "int8", "int8-activations", "nf4")
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleRef:
     """A module inside a model: ``name`` from the model, held by ``owner`` as ``attribute``."""
 
     name: str
@@ -67,16 +67,16 @@ def quantise(
     no more than the payload of one matrix is held, and one piece of it in fp32.
     """
     frozen_kind(precision)
-    places = list(linear_places(model, skip))
-    if not places:
+    refs = list(linear_refs(model, skip))
+    if not refs:
         others = sorted({type(m).__name__ for m in layouts.layers_of(model).modules() if is_matrix(m)} - {"Linear"})
         why = f"its layers' matrices are {' and '.join(others)}" if others else "none of its layers' matrices is frozen"
         raise ModelError(
             f"{type(model).__name__} cannot be held in low bits, which is done for frozen Linear layers alone ({why}): set"
             " model.quantize=none" + ("" if others else ", or freeze it first")
         )
-    for place in places:
-        place.put(quantised(place.module, precision))
+    for ref in refs:
+        ref.put(quantised(ref.module, precision))
     if embedding:
         quantise_embedding(model)
     return model
@@ -88,7 +88,7 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(weight, torch.Tensor) and weight.ndim == 2
 
 
-def linear_places(model: PreTrainedModel, skip: Collection[str] = ()) -> Iterator[Place]:
+def linear_refs(model: PreTrainedModel, skip: Collection[str] = ()) -> Iterator[ModuleRef]:
     """The frozen ``nn.Linear`` modules inside the decoder's layers; subclasses compute something else and stay."""
     owner, name = layouts.layer_owner(model)
     prefix = next(n for n, module in model.named_modules() if module is owner)
@@ -97,7 +97,7 @@ def linear_places(model: PreTrainedModel, skip: Collection[str] = ()) -> Iterato
     for path, module in list(layers.named_modules()):
         last = path.rpartition(".")[2]
         if type(module) is nn.Linear and not module.weight.requires_grad and last not in skip:
-            yield Place(f"{prefix}.{path}", layers.get_submodule(path.rpartition(".")[0]), last)
+            yield ModuleRef(f"{prefix}.{path}", layers.get_submodule(path.rpartition(".")[0]), last)
 
 
 def quantise_embedding(model: PreTrainedModel) -> None:
@@ -137,7 +137,7 @@ def dequantised(model: nn.Module) -> nn.Module:
 
 def split_of(model: PreTrainedModel, embedding: bool = False) -> tuple[Split, Split]:
     """What low-bit formats would hold of a model that is *not* quantised: its layers' matrices, and the embedding's."""
-    linears = [place.module for place in linear_places(model)]
+    linears = [ref.module for ref in linear_refs(model)]
     layers = Split(sum(m.weight.numel() for m in linears), sum(m.out_features for m in linears), 0)
     table = model.get_input_embeddings().weight
     return layers, Split(table.numel(), len(table), 0) if embedding else Split(0, 0, 0)
