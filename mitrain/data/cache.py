@@ -8,7 +8,8 @@ A cache is a folder named by everything its values depend on (weights, layer, pr
 
 An interrupted fill loses at most the segment under way. Two processes that fill at once write segments of their own;
 an item that stands in both is read from either. Items are dictionaries of 2-D float arrays (rows, width).
-A segment in which anything is found to be wrong is named once and taken away; its items are computed again.
+An item is checked whenever it is read, and no sooner. A segment in which anything is found to be wrong is named once and
+taken away; its items are computed again as they are asked for, and stored by the next process that fills the cache.
 """
 
 import json
@@ -40,6 +41,7 @@ class FeatureCache:
         self.dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
         self.folder: Path | None = None
         self._memory: dict[str, Item] = {}  # all of it where there is no folder, else what the next segment will hold
+        self._lost: set[str] = set()  # keys whose segments were found damaged
         self._where: dict[str, dict[Path, list[Any]]] = {}  # key → the segments that hold it, and where
         self._known: set[Path] = set()  # segments, sound or not, that were looked at
         self._checked: set[str] = set()  # keys that this process has read before
@@ -89,6 +91,7 @@ class FeatureCache:
         self._known.add(segment)
         for key in [key for key, segments in self._where.items() if segment in segments]:
             self._checked.discard(key)
+            self._lost.add(key)
             del self._where[key][segment]
             if not self._where[key]:
                 del self._where[key]
@@ -98,6 +101,7 @@ class FeatureCache:
     def read(self, keys: Sequence[str], compute: Compute, together: bool = False) -> list[Item]:
         """The items of ``keys``, in their order; what is not there, or no longer whole, is computed and not stored.
 
+        Of the latter as many are held as a segment has: all of a small cache, so that no step computes them anew.
         ``together``: ``compute`` runs on all ranks at once, as the weights are spread over them.
         """
         unique = list(dict.fromkeys(keys))
@@ -107,7 +111,10 @@ class FeatureCache:
             raise DataError(f"the cache {self.folder} was damaged while the ranks were reading it: resume the run")
         absent = [key for key in unique if key not in held]
         if absent:
-            held.update({key: self.rounded(item) for key, item in compute(absent).items()})
+            new = {key: self.rounded(item) for key, item in compute(absent).items()}
+            if len(self._memory) < SEGMENT_ITEMS:
+                self._memory.update({key: item for key, item in new.items() if key in self._lost})
+            held.update(new)
         return [held[key] for key in keys]
 
     def fill(
@@ -116,26 +123,29 @@ class FeatureCache:
         compute: Compute,
         batch: int = 32,
         progress: Callable[[int], object] = lambda done: None,
+        together: bool = False,
     ) -> int:
         """Compute the items of ``keys`` that are missing, ``batch`` at a time; returns how many this process computed.
 
-        Items that are there are read once, so that damaged ones count as missing. ``compute`` may leave items out
-        (samples that cannot be read). Ranks that share a folder share the work: each takes every n-th, and what then
-        is still missing (their folders were not the same one).
+        ``compute`` may leave items out (samples that cannot be read). Ranks that share a folder share the work: each takes
+        every n-th, and what then is still missing (their folders were not the same one).
         """
         keys = list(dict.fromkeys(keys))
-        missing, spare = self.missing(keys), keys[:1]
+        missing, spare = self.missing(keys, together), keys[:1]
         if self.folder is None or dist.world() == 1:
             return self._compute(missing, compute, batch, progress, spare)
         missing = list(dict.fromkeys(key for part in dist.gather(missing) for key in part))
         computed = self._compute(missing[dist.rank() :: dist.world()], compute, batch, progress, spare)
         self.refresh()
-        return computed + self._compute(self.missing(keys), compute, batch, progress, spare)
+        return computed + self._compute(self.missing(keys, together), compute, batch, progress, spare)
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of ``keys`` that are not there, or damaged: each is read once by a process."""
+    def missing(self, keys: Iterable[str], together: bool = False) -> list[str]:
+        """Those of ``keys`` that are not there. Damage is noticed later, by who reads them.
+
+        ``together``: as for `read`, where one rank can compute nothing alone later. Each item is then read now, once.
+        """
         keys = list(keys)
-        for key in keys:
+        for key in keys if together and dist.world() > 1 else ():
             if key in self._where and key not in self._checked:
                 self.get(key)
         return [key for key in keys if key not in self]

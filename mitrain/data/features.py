@@ -281,7 +281,9 @@ class ImageFeatures:
         known = {
             f"{self._keys[image]}/{view}": image for image in images if self._keys.get(image) for view in range(views)
         }
-        unknown.update(known[key] for encoding in self.kept for key in encoding.store.missing(known))
+        for encoding in self.kept:
+            missing = encoding.store.missing(known, loading.holds_shards(encoding.encoder))
+            unknown.update(known[key] for key in missing)
         return [image for image in dict.fromkeys(images) if image in unknown]
 
     def _encode(self, images: Sequence[str], views: int, progress: Progress, judge: bool = True) -> int:
@@ -355,6 +357,11 @@ class ImageFeatures:
             for encoding in self.features
         ]
         return torch.from_numpy(np.concatenate(rows, axis=1))
+
+    def pooled_of_all(self, images: Sequence[str]) -> Tensor:
+        """`pooled` of any number of pictures: a few are encoded at a time where nothing is kept, or it is damaged."""
+        starts = range(0, len(images), ENCODE_BATCH)
+        return torch.cat([self.pooled(images[start : start + ENCODE_BATCH]) for start in starts])
 
     def averaged(self, images: Sequence[str], views: int) -> Tensor:
         """(B, e): the mean over the first ``views`` variants."""

@@ -73,7 +73,8 @@ class TextStates:
             states = self.text.trunk([by_key[key] for key in keys], self.depth)
             return {key: {"states": s.float().cpu().numpy()} for key, s in zip(keys, states, strict=True)}
 
-        return self.store.fill(by_key, compute, progress=progress)
+        together = loading.holds_shards(self.text.model)
+        return self.store.fill(by_key, compute, progress=progress, together=together)
 
     def batch(self, rows: Sequence[Sequence[int]]) -> Tensor | None:
         """(B, T, D), right-padded with zeros; None when there is no cache and the model must run from its bottom."""

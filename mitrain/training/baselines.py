@@ -26,7 +26,7 @@ def baselines_of(run: Run, split: str, chosen: list[Any], images: ImageFeatures)
         return readable
 
     def features(samples: Sequence[Any]) -> Tensor:
-        return run.model.norm(images.pooled([s.image for s in samples]))
+        return run.model.norm(images.pooled_of_all([s.image for s in samples]))
 
     def complete() -> list[Any]:
         """All of the split that can be scored on the pictures chosen."""

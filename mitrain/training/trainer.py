@@ -128,7 +128,7 @@ class Trainer:
             with self._bar(len(rows), "encode texts") as bar:
                 self.model.states.prepare(rows, bar.update)
             self.model.task.rehearse(self.val)
-            self.model.norm.fit(self.images.pooled(sorted({s.image for s in self.train})))
+            self.model.norm.fit(self.images.pooled_of_all(sorted({s.image for s in self.train})))
             with self.engine.gathered(write=True):
                 self.model.train(False)
                 self.model.task.fit(self.train, self._see)

@@ -10,6 +10,7 @@ import pytest
 from mitrain.core import dist
 from mitrain.core.config import digest
 from mitrain.core.errors import DataError, ModelError
+from mitrain.data import cache as cache_module
 from mitrain.data import segments
 from mitrain.data.cache import FeatureCache
 
@@ -125,11 +126,41 @@ def all_right(cache) -> bool:
 def test_a_damaged_segment_is_named_once_and_computed_again(tmp_path, caplog, change, name):
     change(next(open_cache_with_all(tmp_path).folder.glob(f"*/{name}")))
     again, compute = open_cache(tmp_path), Computer()
-    assert again.fill(KEYS, compute) == 11 and again.fill(KEYS, compute) == 0 and all_right(again)
+    again.fill(KEYS, compute)
+    for _ in range(2):
+        assert equal(again, again.read(KEYS, compute))
+    assert sorted(compute.seen) == sorted(KEYS)
     assert [record.message.count("is damaged") for record in caplog.records] == [1]
     caplog.clear()
     later = open_cache(tmp_path)
-    assert later.fill(KEYS, Computer()) == 0 and all_right(later) and not caplog.records
+    later.fill(KEYS, Computer())
+    assert open_cache(tmp_path).fill(KEYS, Computer()) == 0 and all_right(later) and not caplog.records
+
+
+def equal(cache, items) -> bool:
+    return all(np.array_equal(found["a"], item(key)["a"]) for key, found in zip(KEYS, items, strict=True))
+
+
+def test_nothing_that_is_there_is_read_before_it_is_asked_for(tmp_path, monkeypatch):
+    open_cache_with_all(tmp_path)
+    monkeypatch.setattr(cache_module, "read_item", lambda *_: pytest.fail("read"))
+    assert open_cache(tmp_path).fill(KEYS, Computer()) == 0
+
+
+def test_ranks_that_hold_the_weights_together_look_for_damage_before_they_need_them(tmp_path, monkeypatch):
+    flipped(next(open_cache_with_all(tmp_path).folder.glob("*/a.npy")))
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    assert open_cache(tmp_path).missing(KEYS) == []
+    assert open_cache(tmp_path).missing(KEYS, together=True) == KEYS
+
+
+def test_of_a_damaged_cache_no_more_is_held_than_of_a_segment(tmp_path, monkeypatch):
+    flipped(next(open_cache_with_all(tmp_path).folder.glob("*/a.npy")))
+    monkeypatch.setattr(cache_module, "SEGMENT_ITEMS", 3)
+    again, compute = open_cache(tmp_path), Computer()
+    for key in ["k10", *KEYS, *KEYS]:
+        again.read([key], compute)
+    assert compute.seen == ["k10", *KEYS[:10], *KEYS[2:10]]
 
 
 def open_cache_with_all(root):
