@@ -54,6 +54,15 @@ def test_each_image_is_encoded_once(world, tmp_path, monkeypatch):
     again.pooled(IMAGES)
 
 
+def test_of_any_number_of_pictures_a_few_are_encoded_at_a_time(world, monkeypatch):
+    monkeypatch.setattr("mitrain.data.features.ENCODE_BATCH", 4)
+    found, counts, encode = features(world, None), [], VisionEncoder.encode
+    whole = found.pooled(IMAGES)
+    monkeypatch.setattr(VisionEncoder, "encode", lambda self, *a: counts.append(len(a[0])) or encode(self, *a))
+    torch.testing.assert_close(found.pooled_of_all(IMAGES), whole)
+    assert counts == [4, 4, 2, 2]
+
+
 def test_averaging_views(world, tmp_path):
     found = features(world, tmp_path)
     mean = (found.pooled(IMAGES, [0] * 6) + found.pooled(IMAGES, [1] * 6)) / 2
