@@ -21,7 +21,6 @@ from mitrain_kernels.infused_attention.gate import GateSums, prefix_sums, shield
 from mitrain_kernels.infused_attention.reference import Call, infused_attention_reference
 
 Result = tuple[Tensor, GateSums | None]
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def each_sequence(run: Callable[[Call], Result], call: Call) -> Result:
@@ -38,10 +37,8 @@ def new_sums(call: Call) -> GateSums | None:
     """The gate's sums for the tokens that ``state_in`` does not know, where they are asked for."""
     if not call.return_state:
         return None
-    new = slice(0 if call.state_in is None else -call.q.shape[2], None)
-    valid = None if call.key_padding is None else call.key_padding[:, new]
-    v_add, *_ = without_missing(call.present, call.v_add)
-    return prefix_sums(call.v[:, :, new], v_add, valid, call.state_in)
+    (v, valid), (v_add,) = call.new_values, without_missing(call.present, call.v_add)
+    return prefix_sums(v, v_add, valid, call.state_in)
 
 
 def reference_limit(call: Call) -> str | None:
@@ -92,7 +89,7 @@ def flash_limit(call: Call) -> str | None:
         return f"tensors are on {call.q.device}, not on a GPU"
     if importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed (pip install 'mitrain[gpu]')"
-    if call.q.dtype not in HALVES or call.q.shape[-1] > 256:
+    if call.q.dtype not in (torch.float16, torch.bfloat16) or call.q.shape[-1] > 256:
         return f"FlashAttention takes float16 or bfloat16 and heads up to 256 wide, not {call.q.dtype}"
     if call.key_padding is not None and call.window is not None:
         return "FlashAttention counts a window over the tokens that are left without padding"

@@ -19,11 +19,10 @@ from mitrain_kernels.infused_attention.gate import (
     GateSums,
     constant_gate,
     full_precision,
+    gate_sums,
     gate_values,
     per_query_head,
-    prefix_sums,
     token_sums,
-    whole_sums,
     without_missing,
 )
 from mitrain_kernels.infused_attention.reference import GATES, Call
@@ -53,18 +52,15 @@ def folded_coefficients(
     head_logit: Tensor,
     *,
     present: Tensor | None = None,
-    gate: str = "prefix",
     base: int | Tensor = 1,
-    key_padding: Tensor | None = None,
-    before: GateSums | None = None,
-    eps: float = EPSILON,
+    **gating: Any,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], GateSums | None]:
     """(α, γ, δ) for the tokens of ``v`` (B, G, T, d), in v's dtype, and the sums that a later call continues from.
 
-    Gate 'prefix' gives one row per token of ``v``; the other gates one row for all. Arguments as in the reference.
+    Gate 'prefix' gives one row per token of ``v``; the other gates one row for all. gating: as of ``folded_gate``.
     """
     k_mul, v_mul, v_add = without_missing(present, k_mul, v_mul, v_add)
-    values, sums = folded_gate(v, v_add, head_logit, present, gate, key_padding, before, eps)
+    values, sums = folded_gate(v, v_add, head_logit, present, **gating)
     alpha, gamma, delta = coefficients(values, k_mul, v_mul, v_add, base)
     return (alpha.to(v.dtype), gamma.to(v.dtype), delta.to(v.dtype)), sums
 
@@ -74,15 +70,15 @@ def folded_gate(
     v_add: Tensor,
     head_logit: Tensor,
     present: Tensor | None,
-    gate: str,
-    key_padding: Tensor | None,
-    before: GateSums | None,
-    eps: float,
+    gate: str = "prefix",
+    key_padding: Tensor | None = None,
+    before: GateSums | None = None,
+    eps: float = EPSILON,
 ) -> tuple[Tensor, GateSums | None]:
-    """The gate (M, B, H, T') of the tokens of ``v``, T' = 1 where it is the same for all, and its sums."""
-    if gate in ("head", "none"):
+    """The gate (M, B, H, T') of the tokens of ``v``, T' = 1 where it is the same for all, and its sums after ``before``."""
+    sums = gate_sums(gate, v, v_add, key_padding, before)
+    if sums is None:
         return constant_gate(head_logit, v_add.shape[1], present, cosine=gate == "head"), None
-    sums = prefix_sums(v, v_add, key_padding, before) if gate == "prefix" else whole_sums(v, v_add, key_padding)
     return gate_values(head_logit, v_add, sums, present, eps), sums
 
 
@@ -102,8 +98,7 @@ def infused_keys_values(
     """Keys and values under the gate 'token', (B, H, T, d) each: MiT's Eq. 4 read per token, so it cannot fold."""
     heads = v_add.shape[2]
     k_mul, v_mul, v_add, k_add = without_missing(present, k_mul, v_mul, v_add, k_add)
-    own = token_sums(v, v_add, None)
-    gate = gate_values(head_logit, v_add, own, present, eps)
+    gate = gate_values(head_logit, v_add, token_sums(v, v_add, None), present, eps)
     alpha, gamma, delta = coefficients(gate, k_mul, v_mul, v_add, base)
     k_infused = per_query_head(k, heads) * alpha.to(k.dtype)
     if k_add is not None:
@@ -189,7 +184,7 @@ def infused_attention_folded(*tensors: Tensor, attend: Attend | None = None, **o
     Raises ValueError for an unknown gate, and for k_add under a softcap (where it is alive) with ``attend``.
     """
     i = Call(*tensors, **options)
-    q, gate, tq = i.q, i.gate, i.q.shape[2]
+    q, gate = i.q, i.gate
     if gate not in GATES:
         raise ValueError(f"gate {gate!r} is unknown: choose one of {', '.join(GATES)}")
     bent = i.k_add is not None and not i.k_add_is_dead and gate != "token"
@@ -201,10 +196,9 @@ def infused_attention_folded(*tensors: Tensor, attend: Attend | None = None, **o
         how = {"k_add": i.k_add, "present": i.present, "base": i.base, "eps": i.eps}
         return plain(q, *infused_keys_values(i.k, i.v, **i.maps, **how))
     k_mul, v_mul, v_add, k_add = without_missing(i.present, i.k_mul, i.v_mul, i.v_add, i.k_add)
-    summed = slice(0 if i.state_in is None else -tq, None)
-    valid = None if i.key_padding is None else i.key_padding[:, summed]
-    values, _ = folded_gate(i.v[:, :, summed], v_add, i.head_logit, i.present, gate, valid, i.state_in, i.eps)
-    values = values[..., -tq:]
+    v, valid = i.new_values
+    values, _ = folded_gate(v, v_add, i.head_logit, i.present, gate, valid, i.state_in, i.eps)
+    values = values[..., -q.shape[2] :]
     alpha, gamma, delta = (x.to(q.dtype) for x in coefficients(values, k_mul, v_mul, v_add, i.base))
     sees = rows_that_see(i)
     delta = delta if sees is None else delta * sees[..., None]

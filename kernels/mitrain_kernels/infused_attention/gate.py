@@ -140,13 +140,20 @@ def constant_gate(head_logit: Tensor, batch: int, present: Tensor | None, cosine
     return torch.ones_like(logit) if present is None else present[:, :, None, None].to(logit.dtype).expand_as(logit)
 
 
+def gate_sums(
+    kind: str, v: Tensor, v_add: Tensor, valid: Tensor | None, before: GateSums | None = None
+) -> GateSums | None:
+    """The sums over ``v`` that the gate ``kind`` is made of; None where it has no cosine."""
+    if kind == "sequence":
+        return whole_sums(v, v_add, valid)
+    return prefix_sums(v, v_add, valid, before) if kind == "prefix" else None
+
+
 def gate_values(
-    head_logit: Tensor, v_add: Tensor, sums: GateSums | None, present: Tensor | None = None, eps: float = EPSILON
+    head_logit: Tensor, v_add: Tensor, sums: GateSums, present: Tensor | None = None, eps: float = EPSILON
 ) -> Tensor:
-    """g for every entry of ``sums``; without sums, σ(L). Returns (M, B, H, T'), at least float32."""
+    """g for every entry of ``sums``, (M, B, H, T'), at least float32."""
     with full_precision(v_add):
-        if sums is None:
-            return constant_gate(head_logit, v_add.shape[1], present)
         return cosine_gate(head_logit, v_add, sums, present, eps).value
 
 

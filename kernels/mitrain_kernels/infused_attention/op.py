@@ -75,12 +75,8 @@ def infused_attention(*tensors: Tensor, backend: str = "auto", **options: Any) -
     return (output, state) if call.return_state else output
 
 
-infused_attention.__signature__ = inspect.Signature(
-    [
-        *inspect.signature(Call).parameters.values(),
-        inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=str),
-    ]
-)
+OWN = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=str)
+infused_attention.__signature__ = inspect.Signature([*inspect.signature(Call).parameters.values(), OWN])
 
 
 def autocast(call: Call) -> Call:

@@ -74,6 +74,12 @@ class Call:
         return self.gate != "token" and self.softcap is None
 
     @property
+    def new_values(self) -> tuple[Tensor, Tensor | None]:
+        """The values whose sums ``state_in`` does not know, and which of them are tokens."""
+        first = 0 if self.state_in is None else -self.q.shape[2]
+        return self.v[:, :, first:], None if self.key_padding is None else self.key_padding[:, first:]
+
+    @property
     def trains(self) -> bool:
         """Whether autograd records this call."""
         alive = [] if self.k_add is None or self.k_add_is_dead else [self.k_add]

@@ -15,7 +15,6 @@ Shapes: B batch, H query heads, G key/value heads, T tokens (Tq queries, Tk keys
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,25 +30,15 @@ from mitrain_kernels.infused_attention.gate import (
     cosine_gate,
     finite,
     gate_backward,
-    prefix_sums,
+    gate_sums,
     products,
     same_gate,
-    whole_sums,
     without_hidden,
     without_missing,
 )
 from mitrain_kernels.infused_attention.reference import Call
 
 aten = torch.ops.aten
-
-
-class Maps(NamedTuple):
-    """k_mul, v_mul, v_add (M, B, H, d) and head_logit (M, H), in the precision of the computation."""
-
-    k_mul: Tensor
-    v_mul: Tensor
-    v_add: Tensor
-    head_logit: Tensor
 
 
 def attention_options(call: Call, sees: Tensor | None, dtype: torch.dtype) -> dict:
@@ -73,32 +62,20 @@ def attention_options(call: Call, sees: Tensor | None, dtype: torch.dtype) -> di
     }
 
 
-def gate_sums(maps: Maps, call: Call) -> GateSums | None:
-    """The sums that the gates of the queries are made of; None without a cosine."""
-    v, valid = call.v, call.key_padding
-    if call.gate == "sequence":
-        return whole_sums(v, maps.v_add, valid)
-    if call.gate != "prefix":
-        return None
-    start = 0 if call.state_in is None else -call.q.shape[2]
-    return prefix_sums(v[:, :, start:], maps.v_add, None if valid is None else valid[:, start:], call.state_in)
-
-
-def make_gate(maps: Maps, sums: GateSums | None, call: Call) -> Gate:
+def make_gate(sums: GateSums | None, call: Call) -> Gate:
     """The gates of the queries, one for all where they don't differ."""
     if sums is not None:
-        last = sums.last(call.q.shape[2])
-        return cosine_gate(maps.head_logit, maps.v_add, last, call.present, call.eps)
-    value = constant_gate(maps.head_logit, maps.v_add.shape[1], call.present, cosine=call.gate == "head")
+        return cosine_gate(call.head_logit, call.v_add, sums.last(call.q.shape[2]), call.present, call.eps)
+    value = constant_gate(call.head_logit, call.v_add.shape[1], call.present, cosine=call.gate == "head")
     return Gate(value, value.new_empty(0), value.new_empty(0))
 
 
-def without_missing_maps(call: Call) -> Call:
+def with_exact_maps(call: Call, exact: torch.dtype) -> Call:
+    """The call with its maps in the precision of the computation, and 0 for those of missing modalities."""
     # Not only where the output shows it: a huge number there can hide from it and yet spoil the kept cosine.
-    if call.present is None:
-        return call
-    k_mul, v_mul, v_add = without_missing(call.present, call.k_mul, call.v_mul, call.v_add)
-    return replace(call, k_mul=k_mul, v_mul=v_mul, v_add=v_add)
+    maps = without_missing(call.present, call.k_mul, call.v_mul, call.v_add)
+    named = zip(call.maps, (*maps, call.head_logit), strict=True)
+    return replace(call, **{name: x.to(exact) for name, x in named})
 
 
 def shown(call: Call) -> Call:
@@ -114,14 +91,13 @@ def forward(call: Call, trains: bool, clean: bool = False) -> tuple[Tensor, ...]
 
     What padding hides is looked at only where the output is not finite, which NaN makes it; ``clean``: it was.
     """
-    call = without_missing_maps(call)
-    q, dtype, exact = call.q, call.q.dtype, torch.promote_types(call.q.dtype, torch.float32)
-    maps = Maps(*(x.to(exact) for x in call.maps.values()))
-    sums = gate_sums(maps, call)
-    gate, sees = make_gate(maps, sums, call), rows_that_see(call)
+    dtype, exact = call.q.dtype, torch.promote_types(call.q.dtype, torch.float32)
+    call, (values, valid) = with_exact_maps(call, exact), call.new_values
+    sums = gate_sums(call.gate, values, call.v_add, valid, call.state_in)
+    gate, sees = make_gate(sums, call), rows_that_see(call)
     g = gate.value if sees is None else gate.value * sees
-    alpha, gamma, delta = coefficients(g, *maps[:3], call.base)
-    inner = (q.to(exact) * alpha).to(dtype)
+    alpha, gamma, delta = coefficients(g, call.k_mul, call.v_mul, call.v_add, call.base)
+    inner = (call.q.to(exact) * alpha).to(dtype)
     # the operator behind F.scaled_dot_product_attention, which does not hand out the log-sum-exp
     attended, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
         rows(inner), rows(call.k), rows(call.v), **attention_options(call, sees, dtype)
@@ -141,35 +117,22 @@ def rows(x: Tensor) -> Tensor:
 
 
 def backward(
-    upstream: Tensor, call: Call, attended: Tensor, logsumexp: Tensor, kept: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor | None]:
+    upstream: Tensor, call: Call, attended: Tensor, logsumexp: Tensor, kept: Sequence[Tensor], needs: Sequence[bool],
+    clean: bool = False,
+) -> list[Tensor | None]:  # fmt: skip
     """The gradients of q, k, v, k_mul, v_mul, v_add, head_logit, k_add (None), computed in at least float32.
 
     None for those of q, k, v that ``needs`` leaves out. kept: the gate's cosine and root, its sums' square and count.
     """
-    call = without_missing_maps(call)
-    found = backward_once(upstream, call, attended, logsumexp, kept, needs)
-    # sums over the queries: what is wrong in a row shows in one of them
-    _, dk, dv, dk_mul, _, dv_add, dlogit, _ = found
-    if call.key_padding is None or finite(dk, dv, dk_mul, dv_add, dlogit):
-        return found
-    return backward_once(without_hidden(upstream, call.key_padding), shown(call), attended, logsumexp, kept, needs)
-
-
-def backward_once(
-    upstream: Tensor, call: Call, attended: Tensor, logsumexp: Tensor, kept: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor | None]:
     dtype, exact = call.q.dtype, torch.promote_types(call.q.dtype, torch.float32)
-    upstream, attended, q, k, v, *maps = (
-        x.to(exact) for x in (upstream, attended, call.q, call.k, call.v, *call.maps.values())
-    )
-    maps, (cosine, root, square, count) = Maps(*maps), kept
+    call, outward, (cosine, root, square, count) = with_exact_maps(call, exact), upstream.to(exact), kept
+    attended, q, k, v = (x.to(exact) for x in (attended, call.q, call.k, call.v))
     has_cosine, new, sees = call.gate in ("sequence", "prefix"), q.shape[2], rows_that_see(call)
-    gate = same_gate(maps.head_logit, cosine, root, call.present) if has_cosine else make_gate(maps, None, call)
+    gate = same_gate(call.head_logit, cosine, root, call.present) if has_cosine else make_gate(None, call)
     g = gate.value if sees is None else gate.value * sees
-    alpha, gamma, _ = coefficients(g, *maps[:3], call.base)
+    alpha, gamma, _ = coefficients(g, call.k_mul, call.v_mul, call.v_add, call.base)
     inner = (q * alpha).to(dtype).to(exact)  # as the forward pass rounded it, else the weights would be others
-    inward = upstream * gamma
+    inward = outward * gamma
     if sees is not None:
         inward = inward * sees[..., None]  # under base 1 a query without a key has a γ, but no attention
     # In float32 also where the forward pass was not: bfloat16's backward pass is several times slower without AMX.
@@ -177,8 +140,9 @@ def backward_once(
         rows(inward), rows(inner), rows(k), rows(v), attended, logsumexp, **attention_options(call, sees, exact)
     )
     # Of dq' ⊙ q, dO ⊙ A and dO (3, B, H, Tq, d): against the gates the maps' gradients, against the maps the gates'.
-    both = torch.stack([dinner * q, upstream * attended, upstream])
-    vectors, weights = torch.stack(maps[:3]).permute(0, 2, 3, 1, 4), g.permute(1, 2, 0, 3)
+    both = torch.stack([dinner * q, outward * attended, outward])
+    vectors = torch.stack([call.k_mul, call.v_mul, call.v_add]).permute(0, 2, 3, 1, 4)
+    weights = g.permute(1, 2, 0, 3)
     dmaps = (weights.expand(*weights.shape[:3], new) @ both).permute(0, 3, 1, 2, 4)
     dmaps = [x.clone(memory_format=torch.contiguous_format) for x in dmaps]
     dg = (vectors @ both.mT).sum(0).permute(2, 0, 1, 3)
@@ -189,13 +153,17 @@ def backward_once(
     dq = dinner * alpha if needs[0] else None
     dk, dv = (x if needed else None for x, needed in zip((dk, dv), needs[1:3], strict=True))
     if has_cosine:
-        gates, summed = gate.value.shape[-1], v.shape[2] if call.state_in is None else new
-        valid = None if call.key_padding is None else call.key_padding[:, -summed:]
-        back = gate_backward(dg, gate, square[..., -gates:], count[..., -gates:], maps.v_add, summed, valid)
-        dlogit = through_cosine(back, maps.v_add, v, dv, dmaps[-1])
+        gates, (values, valid) = gate.value.shape[-1], call.new_values
+        square, count = square[..., -gates:], count[..., -gates:]
+        back = gate_backward(dg, gate, square, count, call.v_add, values.shape[2], valid)
+        dlogit = through_cosine(back, call.v_add, v, dv, dmaps[-1])
     else:
         slope = aten.sigmoid_backward(dg, gate.value) if call.gate == "head" else torch.zeros_like(dg)
         dlogit = slope.sum((1, 3))
+    # sums over the queries: what is wrong in a row shows in one of them
+    if call.key_padding is not None and not clean and not finite(dk, dv, dmaps[0], dmaps[2], dlogit):
+        upstream = without_hidden(upstream, call.key_padding)
+        return backward(upstream, shown(call), attended, logsumexp, kept, needs, clean=True)
     return [x if x is None else x.contiguous() for x in (dq, dk, dv)] + [*dmaps, dlogit, None]
 
 
@@ -203,12 +171,12 @@ def through_cosine(back: GateGradients, v_add: Tensor, v: Tensor, dv: Tensor | N
     """Add to dv and dv_add, in place, what the gate's cosine sends to the last values; returns dL/d head_logit."""
     M, _, H, _ = v_add.shape
     tokens = back.square.shape[-1]
-    values = v if v.shape[2] == tokens else v[:, :, -tokens:]
+    values = v[:, :, -tokens:]
     dv_add += by_modality(products(back.dot, values), M, H)
     dv_add.addcmul_(v_add, back.norm[..., None], value=-1)
     if dv is None:
         return back.head_logit
-    part = dv if dv.shape[2] == tokens else dv[:, :, -tokens:]
+    part = dv[:, :, -tokens:]
     part.addcmul_(values, back.square[..., None], value=-1)
     dots, adds = back.dot[..., None], by_group(v_add, v.shape[1])[..., None, :]
     for i in range(dots.shape[2]):

@@ -122,9 +122,7 @@ def query_kernel(
     place = (wide * heads + head) * D
     map_m = tl.cast(batch, tl.int64) * heads * D
     part = PARTS + block.to(tl.int64) * 3 * M * map_m + place
-    KM += place
-    VM += place
-    VA += place
+    KM, VM, VA = KM + place, VM + place, VA + place
     if KA is not None:
         KA += place
     if VALID is not None:
@@ -286,9 +284,7 @@ def key_kernel(
     v = load_tile(V, start, v_t, columns, keep, D, BD)
     if TOKEN:
         place = (wide * heads + lane) * D
-        KM += place
-        VM += place
-        VA += place
+        KM, VM, VA = KM + place, VM + place, VA + place
         if KA is not None:
             KA += place
         own = GATE + wide * gate_b + lane * gate_h + first * gate_t + start.to(tl.int64) * gate_t

@@ -76,22 +76,12 @@ def store_vector(base, x, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def factor(GATE, stride_m, stride_t, rows, keep, MUL, map_m, base, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """base + Σ_m g_m mul_m for each row, (rows, BD) in float32; GATE at the first row, MUL at the sample's head."""
+def factor(GATE, stride_m, stride_t, rows, keep, MAP, map_m, base, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """base + Σ_m g_m map_m for each row, (rows, BD) in float32; GATE at the first row, MAP at the sample's head."""
     total = tl.zeros((rows.shape[0], BD), dtype=tl.float32) + base
     for m in tl.static_range(M):
         gate = tl.load(GATE + m * stride_m + rows * stride_t, mask=keep, other=0.0)
-        total += gate[:, None] * load_vector(MUL + m * map_m, D, BD)[None, :]
-    return total
-
-
-@triton.jit
-def shift(GATE, stride_m, stride_t, rows, keep, ADD, map_m, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Σ_m g_m add_m for each row, (rows, BD) in float32."""
-    total = tl.zeros((rows.shape[0], BD), dtype=tl.float32)
-    for m in tl.static_range(M):
-        gate = tl.load(GATE + m * stride_m + rows * stride_t, mask=keep, other=0.0)
-        total += gate[:, None] * load_vector(ADD + m * map_m, D, BD)[None, :]
+        total += gate[:, None] * load_vector(MAP + m * map_m, D, BD)[None, :]
     return total
 
 
@@ -103,9 +93,9 @@ def infused_pair(
     """Tiles of keys and values under the gate 'token', in their own type; arguments as of ``factor``."""
     k32 = k.to(tl.float32) * factor(GATE, stride_m, stride_t, rows, keep, KM, map_m, base, M, D, BD)
     if KA is not None:
-        k32 += shift(GATE, stride_m, stride_t, rows, keep, KA, map_m, M, D, BD)
+        k32 += factor(GATE, stride_m, stride_t, rows, keep, KA, map_m, 0.0, M, D, BD)
     v32 = v.to(tl.float32) * factor(GATE, stride_m, stride_t, rows, keep, VM, map_m, base, M, D, BD)
-    v32 += shift(GATE, stride_m, stride_t, rows, keep, VA, map_m, M, D, BD)
+    v32 += factor(GATE, stride_m, stride_t, rows, keep, VA, map_m, 0.0, M, D, BD)
     return k32.to(k.dtype), v32.to(v.dtype)
 
 
@@ -237,9 +227,7 @@ def forward_kernel(
     GATE += wide * gate_b + head * gate_h + first * gate_t
     place = (wide * heads + head) * D
     map_m = tl.cast(batch, tl.int64) * heads * D
-    KM += place
-    VM += place
-    VA += place
+    KM, VM, VA = KM + place, VM + place, VA + place
     if KA is not None:
         KA += place
     if VALID is not None:
@@ -258,16 +246,12 @@ def forward_kernel(
     acc = tl.zeros((BM, BD), dtype=tl.float32)
     top = tl.full((BM,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
-    acc, top, total = attend_keys(
-        q, K, V, low, middle, k_t, v_t, position, VALID, keys, window, softcap, scale, base,
-        GATE, gate_m, gate_t, KM, VM, KA, VA, map_m, acc, top, total,
-        M, D, BD, BN, False, CAUSAL, WINDOW, SOFTCAP, TOKEN,
-    )  # fmt: skip
-    acc, top, total = attend_keys(
-        q, K, V, middle, high, k_t, v_t, position, VALID, keys, window, softcap, scale, base,
-        GATE, gate_m, gate_t, KM, VM, KA, VA, map_m, acc, top, total,
-        M, D, BD, BN, True, CAUSAL, WINDOW, SOFTCAP, TOKEN,
-    )  # fmt: skip
+    for masked in tl.static_range(2):
+        acc, top, total = attend_keys(
+            q, K, V, middle if masked else low, high if masked else middle, k_t, v_t, position, VALID, keys, window,
+            softcap, scale, base, GATE, gate_m, gate_t, KM, VM, KA, VA, map_m, acc, top, total,
+            M, D, BD, BN, masked, CAUSAL, WINDOW, SOFTCAP, TOKEN,
+        )  # fmt: skip
     sees = total > 0.0
     attended = acc / tl.where(sees, total, 1.0)[:, None]
     if LSE is not None:
@@ -277,7 +261,7 @@ def forward_kernel(
     if not TOKEN:
         shown = keep & sees
         attended *= factor(gates, gate_m, gate_t, rows, shown, VM, map_m, base, M, D, BD)
-        attended += shift(gates, gate_m, gate_t, rows, shown, VA, map_m, M, D, BD)
+        attended += factor(gates, gate_m, gate_t, rows, shown, VA, map_m, 0.0, M, D, BD)
     store_tile(OUT + out, start, o_t, rows, keep, attended, D, BD)
 
 

@@ -15,14 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from mitrain_kernels.infused_attention.gate import (
-    COSINE_GATES,
-    constant_gate,
-    opened,
-    prefix_sums,
-    without_missing,
-)
+from mitrain_kernels.infused_attention.gate import COSINE_GATES, constant_gate, opened, prefix_sums, without_missing
 from mitrain_kernels.infused_attention.reference import Call
+from mitrain_kernels.infused_attention.sdpa import rows
 from mitrain_kernels.infused_attention.triton_backward import key_kernel, query_kernel
 from mitrain_kernels.infused_attention.triton_forward import forward_kernel, merge_kernel, split_kernel
 from mitrain_kernels.infused_attention.triton_gate import gate_backward_kernel, gate_kernel, sums_kernel, values_kernel
@@ -65,12 +60,7 @@ TOKEN = {
     "sm_100": dict.fromkeys(ALL, Tile(64, 32, 8, 2)) | {"key": Tile(32, 32, 8, 2)},
     "gfx942": dict.fromkeys(ALL, Tile(32, 32, 4, 1)),
 }
-WIDE = {
-    "sm_80": Tile(16, 16, 8, 2),
-    "sm_90": Tile(16, 16, 8, 2),
-    "sm_100": Tile(16, 16, 8, 2),
-    "gfx942": Tile(16, 16, 4, 1),
-}
+WIDE = {**dict.fromkeys(("sm_80", "sm_90", "sm_100"), Tile(16, 16, 8, 2)), "gfx942": Tile(16, 16, 4, 1)}
 DECODE = Tile(16, 64, 4, 2)
 """Of the decode kernel: its own rows are the heads of a group, at least 16."""
 PROGRAMS, MOST_SPLITS = 264, 64
@@ -106,15 +96,10 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def rows(x: Tensor) -> Tensor:
-    """x with adjacent columns."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def like_output(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def like_output(q: Tensor) -> Tensor:
     """An empty (B, H, T, d) in the layout (B, T, H, d), which the projection behind attention reads without a copy."""
     B, H, T, d = q.shape
-    return torch.empty(B, T, H, d, dtype=dtype or q.dtype, device=q.device).transpose(1, 2)
+    return q.new_empty(B, T, H, d).transpose(1, 2)
 
 
 class Problem:
@@ -138,6 +123,9 @@ class Problem:
         )
         self.base = base.float() if isinstance(base, Tensor) else q.new_full((self.B,), base, dtype=torch.float32)
         v_add = self.maps[2].float()
+        self.valid_stride = 0 if self.valid is None else self.valid.stride(0)
+        self.sizes = self.B, self.H, self.group, self.queries, self.keys
+        self.numbers = call.window or 0, call.softcap or 0.0, call.scale
         self.norm = torch.linalg.vecdot(v_add, v_add).contiguous() if call.gate in COSINE_GATES else None
 
     def tile(self, kernel: str) -> Tile:
@@ -152,18 +140,6 @@ class Problem:
         whole = x.shape[-1] == 1
         sample = 0 if self.packed and x.shape[-3] == 1 else x.stride(-3)
         return [*x.stride()[:-3], sample, x.stride(-2), 0 if whole else x.stride(-1)]
-
-    @property
-    def valid_stride(self) -> int:
-        return 0 if self.valid is None else self.valid.stride(0)
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        return self.B, self.H, self.group, self.queries, self.keys
-
-    @property
-    def numbers(self) -> tuple[int, float, float]:
-        return self.call.window or 0, self.call.softcap or 0.0, self.call.scale
 
     def options(self, tile: Tile, *, own: str, step: str) -> dict[str, Any]:
         s = self.call
@@ -301,7 +277,7 @@ def query_side(p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, valu
     q, tile = p.q, p.tile("query")
     blocks = triton.cdiv(p.longest, tile.own)
     delta = torch.empty_like(lse)
-    dq = like_output(q, q.dtype) if wants_q else None
+    dq = like_output(q) if wants_q else None
     rank = 0 if p.token else p.M
     dgate = lse.new_zeros(rank, *lse.shape) if p.packed else lse.new_empty(rank, *lse.shape)
     parts = lse.new_empty(blocks, 3, rank, p.B, p.H, p.width)
