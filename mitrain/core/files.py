@@ -150,7 +150,8 @@ def file_lock(path: str | Path, seconds: float | None = None) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, seconds = SoftFileLock(path), timeout() if seconds is None else seconds
     try:
-        lock.acquire(timeout=seconds, poll_interval=POLL_S, cancel_check=Wait(lock, SILENT_S).look)
+        with naming(path):
+            lock.acquire(timeout=seconds, poll_interval=POLL_S, cancel_check=Wait(lock, SILENT_S).look)
     except Timeout:
         raise UserError(
             f"{holder(path)} holds {path} and has not let go in {seconds:g} s:"

@@ -14,7 +14,7 @@ from filelock import SoftFileLock, Timeout
 
 from mitrain.core import dist
 from mitrain.core.errors import CheckpointError
-from mitrain.core.files import POLL_S, Wait, holder, write_atomic
+from mitrain.core.files import POLL_S, Wait, holder, naming, write_atomic
 
 MARKER = ".owner"
 JOB = ".owner.job"
@@ -42,7 +42,8 @@ def take(lock: SoftFileLock, folder: Path) -> None:
     if job and requeued(folder, job):
         lock.break_lock()
     try:
-        lock.acquire(timeout=PATIENCE_S, poll_interval=POLL_S, cancel_check=Wait(lock, math.inf).look)
+        with naming(folder / MARKER):
+            lock.acquire(timeout=PATIENCE_S, poll_interval=POLL_S, cancel_check=Wait(lock, math.inf).look)
     except FileNotFoundError:
         raise CheckpointError(f"the run folder {folder} was deleted or moved away meanwhile: start again") from None
     except Timeout:

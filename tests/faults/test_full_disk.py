@@ -12,8 +12,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from mitrain import methods
 from mitrain.core.errors import CheckpointError
+from mitrain.core.files import file_lock
+from mitrain.core.ownership import owned
 from mitrain.methods import export_format
+from mitrain.methods.mit.mit import MiTConfig
 from mitrain.training import checkpoint
 
 NUMBERS = 4096
@@ -27,7 +31,8 @@ def save(run: Path, step: int) -> Path:
 
 def publish(folder: Path) -> Path:
     base = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=20)
-    fields = export_format.method_fields({"name": "mit"}, base, "base", export_format.Parameters(trainable=1, frozen=2))
+    adapter, counts = methods.build(MiTConfig(), {"image": 4}), export_format.Parameters(trainable=1, frozen=2)
+    fields = export_format.method_fields(adapter, base, "base", counts)
     return export_format.publish(folder, fields, {"adapter": {"w": torch.zeros(NUMBERS)}}, export_format.model_card)
 
 
@@ -112,3 +117,12 @@ def test_a_full_disk_leaves_no_export(small_disk):
         assert [p.name for p in small_disk.iterdir()] == ["ballast"]
     (small_disk / "ballast").unlink()
     assert export_format.read(publish(small_disk / "adapter"))
+
+
+@pytest.mark.parametrize("held", [owned, lambda folder: file_lock(folder / "lock")])
+def test_a_lock_that_cannot_be_written_says_where(tmp_path, held):
+    with longest_file(0), pytest.raises(OSError, match="File too large") as caught, held(tmp_path):
+        pass
+    assert Path(caught.value.filename).parent == tmp_path and not list(tmp_path.iterdir())
+    with held(tmp_path):
+        assert list(tmp_path.iterdir())
