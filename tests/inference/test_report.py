@@ -38,6 +38,12 @@ def test_a_picture_that_was_replaced_since_it_was_scored_is_not_shown(world):
 def test_ranks_make_baselines_of_the_same_samples(world, monkeypatch):
     _, run, chosen, images = world
     monkeypatch.setattr(dist, "world", lambda: 2)
-    monkeypatch.setattr(dist, "gather", lambda parts: [parts, {**parts, "data.train.answer": "sha256:other"}])
+    name, other = "data.train.answer", "sha256:other"  # all else that ranks exchange is the same on both
+
+    def gather(value):
+        return [value, {**value, name: other} if isinstance(value, dict) and name in value else value]
+
+    monkeypatch.setattr(dist, "gather", gather)
+    monkeypatch.setattr(dist, "sum_across", lambda tensor: tensor)
     with pytest.raises(RankError, match=r"data\.train\.answer of rank 1 is not rank 0's"):
         baselines_of(run, "test", chosen, images)
