@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import NAMES, features, scramble, text, tiny
+from torch import nn
 
 import mitrain
 from mitrain import MiTConfig
@@ -298,3 +299,17 @@ def test_the_interface_is_registered_with_masks():
     for base in attention.BASES:
         assert attention.PREFIX + base in AttentionInterface()
         assert AttentionMaskInterface()[attention.PREFIX + base] is AttentionMaskInterface()[base]
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_its_multiply_accumulates_are_those_of_the_maps_that_run(rank):
+    model, mit = attached(rank=rank, modalities={"image": 6, "sound": 5})
+    counts = []
+    for module in mit.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda map, inputs, output: counts.append(inputs[0].numel() * output.shape[-1])
+            )
+    bound = {name: features(3, width, dtype=torch.float64) for name, width in mit.feature_widths.items()}
+    run(model, mit, text(3), **bound)
+    assert sum(counts) == 3 * mit.attachment.macs > 0
