@@ -5,6 +5,7 @@ token, others their pooled output. Shapes: B images, S side in pixels, N patches
 """
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,7 @@ FAMILIES = {"clip": CLIP, "blip": CLIP, "siglip": HALF, "dinov2": IMAGENET, "dei
 POOLING = ("pooler", "head", "visual_projection")
 VIEWS = 6
 LONGEST = 4096  # side of the largest picture made on the way to the encoder's, whose own is at most as large
+UNFIT = re.compile(r"Kernel size can't be greater|is invalid for input of size|must match the size of tensor")
 PATCHES = 1 << 14
 """The most patches of a picture: attention over more takes minutes for one."""
 View = int
@@ -135,9 +137,10 @@ class VisionEncoder(nn.Module):
         if blip.is_blip(model_config):
             self.model = blip_encoder(shape, folder or config.name, dtype, device, shard)
         elif shape is not None:
-            self.model = empty_vision(factory, shape)
+            self.model = empty_vision(factory, seeing_part(shape, config.name))
         else:
-            self.model = load_encoder(factory, folder or config.name, self._reads, dtype, torch.device(device), shard)
+            part = seeing_part(model_config, config.name)
+            self.model = load_encoder(factory, self.source, part, self._reads, dtype, torch.device(device), shard)
         loading.freeze(self.model)
         self.settings = getattr(self.model.config, "vision_config", self.model.config)
         self.preprocess = preprocessing(config, self.settings, folder, self.kind)
@@ -198,11 +201,14 @@ class VisionEncoder(nn.Module):
     def width(self) -> int:
         """e of the global feature."""
         if self.config.pool == "auto":
-            for name in ("projection_dim", "pooled_dim", "hidden_size"):
-                if name == "projection_dim" and not self.kind.startswith("clip"):
-                    continue
-                if getattr(self.settings, name, None):
-                    return getattr(self.settings, name)
+            names = (*["projection_dim"] * self.kind.startswith("clip"), "pooled_dim", "hidden_size", "hidden_dim")
+            if width := next(filter(None, (getattr(self.settings, name, None) for name in names)), None):
+                return width
+            if stages := getattr(self.settings, "hidden_sizes", None):  # as ResNet's
+                return stages[-1]
+            raise ConfigError(
+                f"the feature width of {self.config.name!r}, a {self.kind} model, is not known: take another"
+            )
         return self.settings.hidden_size * (2 if self.config.pool == "cls+mean" else 1)
 
     @cached_property
@@ -233,8 +239,21 @@ class VisionEncoder(nn.Module):
         """
         pixels = self._pixels(images, views)
         wanted = {"output_hidden_states": True} if self.depth else {}
-        output = self.model(pixel_values=pixels, **wanted)
+        try:
+            output = self.model(pixel_values=pixels, **wanted)
+        except RuntimeError as error:
+            if not UNFIT.search(str(error)):  # memory, or a rank that ended
+                raise
+            reason = " ".join(str(error).split())
+            raise ModelError(
+                f"the image encoder {self.config.name!r} cannot take pictures of {self.preprocess.size} × "
+                f"{self.preprocess.size} ({reason}): give another size"
+            ) from None
         features = {"pooled": self._pooled(output).float().cpu()}
+        if (given := features["pooled"].shape[1]) != self.width:
+            raise ModelError(
+                f"the image encoder {self.config.name!r} gives {given} numbers there, not {self.width}: leave out layer"
+            )
         if self.config.levels:
             levels = [output.hidden_states[level] for level in self.config.levels]
             features["levels"] = torch.stack(levels, dim=1).float().cpu()
@@ -269,19 +288,29 @@ class VisionEncoder(nn.Module):
         return torch.cat(parts, dim=-1)
 
 
+def seeing_part(config: PretrainedConfig, name: str) -> PretrainedConfig:
+    """The configuration of the image encoder in a model of texts and pictures; ConfigError where it is not known alone."""
+    if not hasattr(config, "vision_config"):
+        return config
+    if config.model_type not in ("clip", "siglip"):
+        raise ConfigError(
+            f"model.vision {name!r} holds more than an image encoder ({config.model_type}): give its encoder saved alone, or"
+            " a CLIP, SigLIP or BLIP checkpoint"
+        )
+    return config.vision_config
+
+
 def load_encoder(
     factory: Any,
     source: str | Path,
+    config: PretrainedConfig,
     used: Callable[[str], bool],
     dtype: torch.dtype,
     device: torch.device,
     shard: stream.Shard | None,
 ) -> nn.Module:
     """The encoder on ``device``; in shards, layer by layer as rank 0 reads them, where its names allow that."""
-    weights, config = stream.Weights.of(source) if shard else None, loading.read_config(source, "image encoder")
-    if factory is CLIPVisionModelWithProjection:
-        config = getattr(config, "vision_config", config)
-    if weights is not None:
+    if shard and (weights := stream.Weights.of(source)):
         model = empty_vision(factory, config).to(dtype)
         loading.freeze(model)
         if stream.fits(model, weights):

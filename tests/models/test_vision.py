@@ -9,7 +9,20 @@ import torch
 from folders import vision_folder
 from PIL import Image
 from tiny_encoders import tiny_encoder
-from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
+from transformers import (
+    AlignConfig,
+    AutoConfig,
+    AutoModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import VisionConfig, VisionEncoder, loading, vision
@@ -105,6 +118,34 @@ def test_clip_gives_its_projected_feature(tmp_path):
     assert found.width == 10
     torch.testing.assert_close(found.encode(images())["pooled"], expected)
     assert found.preprocess.mean[0] == pytest.approx(0.4815, abs=1e-4)
+
+
+def test_the_image_encoder_of_a_model_of_texts_and_pictures_is_read(tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    seen, read = shape | {"image_size": 28, "patch_size": 14}, shape | {"vocab_size": 9, "max_position_embeddings": 8}
+    torch.manual_seed(0)
+    model = SiglipModel(SiglipConfig(text_config=read, vision_config=seen)).eval()
+    model.save_pretrained(tmp_path)
+    found = encoder(tmp_path)
+    pixels = torch.stack([found.preprocess(i) for i in images()])
+    with torch.no_grad():
+        expected = model.get_image_features(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(found.encode(images())["pooled"], expected)
+    config = AlignConfig().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="holds more than an image encoder .align."):
+        encoder(tmp_path)
+
+
+def test_encoders_of_stages(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    found = encoder(tmp_path / "resnet", size=32)
+    assert found.encode(images())["pooled"].shape == (3, found.width) == (3, 16)
+    config = ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
+    ConvNextModel(config).save_pretrained(tmp_path / "convnext")
+    with pytest.raises(ModelError, match=r"cannot take pictures of 28 × 28 .*: give another size"):
+        encoder(tmp_path / "convnext", size=28).encode(images())
 
 
 @pytest.mark.parametrize("at", ["folder", "id in the cache", "processor_config.json"])
