@@ -65,6 +65,7 @@ class TextStates:
 
     def prepare(self, rows: Sequence[Sequence[int]], progress: Progress = no_progress) -> int:
         """Compute what is not in the cache yet, similar lengths together; returns how many texts that were."""
+        self.text.tell_unknown(rows)
         if not self.cached:
             return 0
         by_key = {self.key(row): row for row in sorted(rows, key=len)}

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D hidden width, V vocabulary.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,9 +30,13 @@ from mitrain.models.digests import frozen_digest, settings_of, tokenizer_of, wei
 from mitrain.models.stream import Shard
 from mitrain.models.tokens import WHOLE, Tokens
 
+log = logging.getLogger(__name__)
+
 PROBE = "The picture shows a thing that lies on the left of another."
 LARGE_LOGITS = 2**28
 """Bytes of fp32 logits from which on the loss runs over parts of the vocabulary."""
+UNKNOWN = 0.2
+"""The share of unknown tokens from which on a tokenizer was made for other texts."""
 
 
 def factory(config: PretrainedConfig) -> Any:
@@ -214,6 +219,20 @@ class TextBackbone:
             raise DataError(
                 f"the text {text[:60]!r} has the token {token!r} (id {max(ids)}), and the language model embeds"
                 f" {self.vocabulary} tokens: take it out of the text, or give the tokenizer that belongs to the model"
+            )
+
+    def tell_unknown(self, rows: Sequence[Sequence[int]]) -> None:
+        """A line where many of the texts' token ids ``rows`` stand for what the tokenizer does not know."""
+        unknown, ends = self.tokenizer.unk_token_id, (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        if unknown is None or unknown in ends:  # byte-level tokenizers know everything; GPT-2's name is for all three
+            return
+        share = sum(row.count(unknown) for row in rows) / max(sum(map(len, rows)), 1)
+        if share > UNKNOWN:
+            log.warning(
+                "%.0f %% of the texts' tokens are unknown (%s) to the tokenizer of %s: the model cannot read what they say",
+                100 * share,
+                self.tokenizer.unk_token,
+                self.source,
             )
 
     @cached_property

@@ -59,6 +59,14 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(folder, tmp_path, name):
         read_tokenizer(tmp_path)
 
 
+def test_texts_that_the_tokenizer_does_not_know_are_told(folder, caplog):
+    text = TextBackbone.load(folder, torch.float32)
+    text.tell_unknown([text.tokens("this thing"), text.tokens("the picture shows a red square"), text.tokens("猫")])
+    assert not caplog.text
+    text.tell_unknown([text.tokens("this thing"), text.tokens("猫 犬 鳥")])
+    assert "33 % of the texts' tokens are unknown ([UNK]) to the tokenizer of " in caplog.text
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_the_trunk_is_replayed(folder, depth):
     text = TextBackbone.load(folder, torch.float32)
