@@ -152,6 +152,8 @@ class VisionEncoder(nn.Module):
         return pools or not set(POOLING) & set(name.split("."))
 
     def _check_levels(self) -> None:
+        if (channels := getattr(self.settings, "num_channels", 3)) != 3:
+            raise ConfigError(f"the encoder {self.config.name!r} takes pictures of {channels} channels, not of three")
         depth = getattr(self.settings, "num_hidden_layers", 0)
         wanted = [*self.config.levels, *([self.config.layer] if self.config.layer else [])]
         if wanted and depth == 0:

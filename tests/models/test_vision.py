@@ -137,6 +137,12 @@ def test_the_image_encoder_of_a_model_of_texts_and_pictures_is_read(tmp_path):
         encoder(tmp_path)
 
 
+def test_an_encoder_of_other_channels_is_refused(tmp_path):
+    tiny_encoder("vit", image_size=16, num_channels=1).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="takes pictures of 1 channels, not of three"):
+        encoder(tmp_path, size=16)
+
+
 def test_encoders_of_stages(tmp_path):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
     ResNetModel(config).save_pretrained(tmp_path / "resnet")
