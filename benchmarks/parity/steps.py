@@ -17,14 +17,15 @@ import torch
 from torch import nn
 
 from benchmarks.parity.cells import Cell, Plan
-from mitrain.compare.resident import optimizer_bytes, resident_bytes, whole_bytes
+from benchmarks.parity.gathers import Gathered, counted_gathers
+from mitrain.compare.resident import attached, frozen_parameters, frozen_tensors, optimizer_bytes, storages
 from mitrain.core import dist
 from mitrain.core.errors import UserError
 from mitrain.data.loader import Draw
 from mitrain.data.sources import limit
+from mitrain.models import loading
 from mitrain.training import schema
 from mitrain.training.build import Model, build
-from mitrain.training.engine.counting import Gathered, counted_gathers
 from mitrain.training.engine.zero import sharding
 from mitrain.training.schema import RunConfig
 from mitrain.training.trainer import Trainer
@@ -122,3 +123,17 @@ def measure(subject: Subject, cell: Cell, plan: Plan) -> Row:
 def gathers(cell: Cell) -> contextlib.AbstractContextManager[Gathered]:
     """Without ZeRO nothing is gathered, and DeepSpeed is not there to be counted."""
     return counted_gathers() if cell.zero else contextlib.nullcontext(Gathered())
+
+
+def resident_bytes(parts: Mapping[str, nn.Module]) -> int:
+    """Bytes that the frozen weights of ``parts`` take on this rank."""
+    trained = [p for part in parts.values() for p in part.parameters() if p.requires_grad]
+    own = storages(t for p in trained for t in [p.data, *attached(p)])
+    return sum(size for key, size in storages(frozen_tensors(parts)).items() if key not in own)
+
+
+def whole_bytes(parts: Mapping[str, nn.Module]) -> int:
+    """Payload, scales and buffers of ``parts``, each counted once and unsharded: arithmetic on shapes."""
+    weights = sum(loading.elements(p) * p.element_size() for p in frozen_parameters(parts))
+    buffers = {id(b): b.numel() * b.element_size() for part in parts.values() for b in part.buffers()}
+    return weights + sum(buffers.values())

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mitrain.models import loading
-
 STATES = ("state", "quant_state", "state2")
 """Attributes in which bitsandbytes' modules and parameters keep tensors of their own."""
 
@@ -50,20 +48,6 @@ def frozen_tensors(parts: Mapping[str, nn.Module]) -> Iterator[Tensor]:
         for module in part.modules():
             yield from (b for b in module._buffers.values() if b is not None)
             yield from (t for t in attached(module) if not t.requires_grad)
-
-
-def resident_bytes(parts: Mapping[str, nn.Module]) -> int:
-    """Bytes that the frozen weights of ``parts`` take on this rank."""
-    trained = [p for part in parts.values() for p in part.parameters() if p.requires_grad]
-    own = storages(t for p in trained for t in [p.data, *attached(p)])
-    return sum(size for key, size in storages(frozen_tensors(parts)).items() if key not in own)
-
-
-def whole_bytes(parts: Mapping[str, nn.Module]) -> int:
-    """Payload, scales and buffers of ``parts``, each counted once and unsharded: arithmetic on shapes."""
-    weights = sum(loading.elements(p) * p.element_size() for p in frozen_parameters(parts))
-    buffers = {id(b): b.numel() * b.element_size() for part in parts.values() for b in part.buffers()}
-    return weights + sum(buffers.values())
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer, trained: Iterable[Tensor]) -> int:

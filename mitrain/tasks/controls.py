@@ -5,7 +5,6 @@ Pure functions from lists to indices, deterministic from a seed. What a control 
 """
 
 import re
-from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,25 +88,6 @@ def improve_by_swaps(order: np.ndarray, codes: np.ndarray, rng: np.random.Genera
                 cost[i], cost[j] = to_i[j], to_others[j]
                 improved = True
     return order
-
-
-def majority_answers(train_answers: Sequence[str], train_kinds: Sequence[str], kinds: Sequence[str]) -> list[str]:
-    """For every sample of ``kinds`` the most common training answer to its kind of question.
-
-    A kind that training never saw gets the most common answer of all; ties go to the alphabetically first.
-    """
-    if not train_answers:
-        raise DataError("the majority answer needs training answers: the training split is empty")
-    by_kind: dict[str, Counter] = {}
-    for answer, kind in zip(train_answers, train_kinds, strict=True):
-        by_kind.setdefault(kind, Counter())[answer] += 1
-    overall = most_common(Counter(train_answers))
-    best = {kind: most_common(counter) for kind, counter in by_kind.items()}
-    return [best.get(kind, overall) for kind in kinds]
-
-
-def most_common(counter: Counter) -> str:
-    return min(counter, key=lambda answer: (-counter[answer], answer))
 
 
 def other_expressions(

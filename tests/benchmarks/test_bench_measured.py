@@ -9,8 +9,8 @@ from torch import nn
 from benchmarks.parity import cells
 from benchmarks.parity import run as parity
 from benchmarks.parity.cells import OURS, Cell, Plan
-from benchmarks.parity.steps import Measured
-from mitrain.compare.resident import optimizer_bytes, resident_bytes, whole_bytes
+from benchmarks.parity.steps import Measured, resident_bytes, whole_bytes
+from mitrain.compare.resident import optimizer_bytes
 from mitrain.training import schema
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from mitrain.core import dist
 from mitrain.cli import main
 from mitrain.training.engine import Engine, Group, LocalEngine, OptimizerConfig, ZeroConfig
-from mitrain.training.engine.counting import counted_gathers
+from benchmarks.parity.gathers import counted_gathers
 from mitrain.training.engine.zero import ZeroEngine, checked_json, sharding
 from mitrain.core.errors import ConfigError
 from mitrain.training.trainer import Trainer

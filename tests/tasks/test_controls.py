@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mitrain.core.errors import DataError
-from mitrain.tasks.controls import majority_answers, names_any, objects_by_scene, other_expressions, other_images
+from mitrain.tasks.controls import names_any, objects_by_scene, other_expressions, other_images
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -99,23 +99,6 @@ def test_donors_are_spread():
     images = list(range(12))
     donors = {other_images(images, images, seed=seed).index[0] for seed in range(100)}
     assert donors == set(range(1, 12))
-
-
-def test_majority_is_per_kind_and_falls_back_to_all():
-    answers = ["bird", "bird", "food", "yes", "no", "yes", "yes"]
-    kinds = ["category"] * 3 + ["check"] * 4
-    assert majority_answers(answers, kinds, ["check", "category", "name"]) == ["yes", "bird", "yes"]
-
-
-def test_majority_ties_go_to_the_alphabetically_first():
-    assert majority_answers(["b", "a", "c", "c", "b", "a"], ["k"] * 6, ["k"]) == ["a"]
-
-
-def test_majority_without_training_answers_is_refused():
-    with pytest.raises(DataError, match="^the majority answer needs training answers: the training split is empty$"):
-        majority_answers([], [], ["k"])
-    with pytest.raises(ValueError, match="shorter"):
-        majority_answers(["a", "b"], ["k"], ["k"])
 
 
 EXPRESSIONS = ["the left frog", "the cup", "the frog near the cup", "teddy bear", "bear at the top", "a Rose"]
