@@ -7,11 +7,13 @@ what is measured.
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from mitrain_kernels.infused_attention import (
     GATES,
+    Call,
     GateSums,
     folded_coefficients,
     gate_values,
@@ -374,3 +376,25 @@ def test_zero_maps_are_exactly_plain_attention():
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
     for gate in FOLDING:
         assert torch.equal(infused_attention_folded(**maps, gate=gate), plain)
+
+
+def test_packed_sequences_are_calls_of_their_own():
+    bounds, generator = [0, 2, 5], torch.Generator().manual_seed(0)
+    shapes = {name: (1, heads, 5, D) for name, heads in (("q", H), ("k", G), ("v", G))}
+    shapes |= dict.fromkeys(("k_mul", "v_mul", "v_add", "k_add"), (1, 2, H, D)) | {"head_logit": (1, H)}
+    given = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    told = {"present": torch.tensor([[True, False]]), "base": torch.tensor([1.0, 0.0]), "window": 3, "gate": "head"}
+    packed = Call(**given, **told, cu_seqlens=torch.tensor(bounds))
+    parts = packed.sequences()
+    assert len(parts) == 2
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+        for name in ("q", "k", "v"):
+            assert torch.equal(getattr(parts[i], name), given[name][:, :, start:end])
+        for name in ("k_mul", "v_mul", "v_add", "k_add"):
+            assert torch.equal(getattr(parts[i], name), given[name][:, i : i + 1])
+        assert torch.equal(parts[i].present, told["present"][:, i : i + 1])
+        assert torch.equal(parts[i].base, told["base"][i : i + 1])
+        assert parts[i].head_logit is given["head_logit"] and parts[i].cu_seqlens is None
+        assert (parts[i].window, parts[i].gate, parts[i].scale) == (3, "head", D**-0.5)
+    plain = replace(packed, base=0, present=None, k_add=None).sequences()[1]
+    assert (plain.base, plain.present, plain.k_add) == (0, None, None)

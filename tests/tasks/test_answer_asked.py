@@ -1,0 +1,121 @@
+"""What `answer` says of one picture, of its data and beside its baselines; and which models and methods it takes."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from answers import FEATURES, make, opened, samples
+from folders import llm_folder
+
+from mitrain.core.errors import ConfigError, UserError
+from mitrain.methods.base import Traits
+from mitrain.models.batch import ModalityInputs
+from mitrain.tasks.answer import AnswerConfig, AnswerTask
+from mitrain.tasks.base import Batch, Question, Splits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return llm_folder(tmp_path_factory.mktemp("asked") / "llm")
+
+
+def question(candidates=(), text="this thing is a", features=FEATURES[:1]):
+    asked = []
+
+    def see(sample):
+        asked.append(sample)
+        return Batch([sample], ModalityInputs(features))
+
+    return Question(Path("shelf/9.png"), text, candidates, see, lambda: None, "the run"), asked
+
+
+def test_a_picture_is_asked_about_with_the_users_candidates(folder):
+    task, (put, asked) = make(folder), question(["red", "blue square"])
+    found = task.ask(put)
+    (sample,) = asked
+    assert (sample.id, sample.image, sample.prompt, sample.candidates) == (
+        "9.png",
+        "9.png",
+        "this thing is a",
+        ("red", "blue square"),
+    )
+    (one,) = task.predict(Batch([sample], ModalityInputs(FEATURES[:1])), generate=True)
+    chances = one.values["probabilities"]
+    likeliest = max(chances, key=chances.get)
+    assert found.values == {
+        "image": "shelf/9.png",
+        "prompt": "this thing is a",
+        "generated": one.values["generated"],
+        "answer": likeliest,
+        "probabilities": chances,
+    }
+    assert found.lines == [
+        f"answer: {likeliest}",
+        f"says: {one.values['generated']}",
+        *(f"{chance:7.3f}  {name}" for name, chance in chances.items()),
+    ]
+
+
+def test_without_candidates_it_is_trainings_answers_or_what_is_said(folder):
+    task, (put, _) = make(folder), question()
+    said = task.ask(put)
+    assert said.values["answer"] == said.values["generated"] and "probabilities" not in said.values
+    assert said.lines == [f"answer: {said.values['answer']}", f"says: {said.values['generated']}"]
+    task.remember(opened(["red", "yes"]))
+    assert set(task.ask(put).values["probabilities"]) == {"red", "yes"}
+
+
+@pytest.mark.parametrize("candidates", [["red"], ["red", "red"]])
+def test_one_candidate_is_no_choice(folder, candidates):
+    with pytest.raises(ConfigError, match="^--candidates red leaves nothing to choose: give two or more, or none$"):
+        make(folder).ask(question(candidates)[0])
+
+
+def test_an_answer_of_what_is_no_number_is_refused(folder):
+    with pytest.raises(UserError, match="^the run: 1 of 1 samples are scored with numbers that are not finite"):
+        make(folder).ask(question(["red", "yes"], features=torch.full((1, 6), torch.nan))[0])
+
+
+def test_data_is_described_by_kinds_of_questions():
+    asked = [*samples(), replace(samples()[0], id="3", answer="blue", object=""), *opened(["x"])]
+    assert AnswerTask.describe(asked) == {
+        "objects": 1,
+        "kinds": {
+            "kind0": {"samples": 3, "different": 3, "majority": 0.3333, "answers": {"red": 1, "yes": 1, "blue": 1}},
+            "kind1": {"samples": 1, "different": 1, "majority": 1.0, "answers": {"blue square": 1}},
+            "answer": {"samples": 1, "different": 1, "majority": 1.0, "answers": {"x": 1}},
+        },
+    }
+
+
+def test_baselines_are_the_best_constant_and_a_probe(folder):
+    known = opened(["red", "yes"] * 8)
+    told = {"red": 1.0, "yes": -1.0}
+    splits = Splits(
+        chosen=opened(["red", "red", "yes"]),
+        learn=lambda: (known, known[:4]),
+        complete=lambda: [],
+        features=lambda some: torch.tensor([[told[s.answer], 0.5] for s in some]),
+        seed=0,
+    )
+    found = make(folder).baselines(splits)
+    assert found["majority answer"] == {"accuracy": 2 / 3, "samples": 3}
+    assert set(found) == {"majority answer", "linear probe on the same features"}
+    probe = found["linear probe on the same features"]
+    assert (probe["accuracy"], probe["samples"]) == (1.0, 3)
+
+
+def test_it_takes_what_goes_through_the_language_head(folder):
+    parts = make(folder).parts
+    built = AnswerTask.build(AnswerConfig(max_new_tokens=3), SimpleNamespace(parts=parts))
+    assert built.config.max_new_tokens == 3 and built.parts is parts
+    silent = SimpleNamespace(speaks=False, model=torch.nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match="^model.llm is a Linear, which has no language head to answer with: take "):
+        AnswerTask.build(AnswerConfig(), SimpleNamespace(parts=replace(parts, text=silent)))
+    others = [{"runs_layers": True}, {"wraps_text_model": True}, {"backbones": ("text", "image")}]
+    for traits in others:
+        adapter = SimpleNamespace(traits=Traits("other", **traits))
+        with pytest.raises(ConfigError, match="^the method 'other' does not work through the language head: take "):
+            AnswerTask.build(AnswerConfig(), SimpleNamespace(parts=replace(parts, adapter=adapter)))
