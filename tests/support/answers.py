@@ -13,9 +13,9 @@ from mitrain.tasks.answer import AnswerConfig, AnswerTask
 from mitrain.tasks.base import Parts
 
 
-def make(folder, cache=None, **config):
+def make(folder, cache=None, gate="prefix", **config):
     text = TextBackbone.load(folder, torch.float32)
-    adapter = methods.build(MiTConfig(layers=[1, 2]), {"image": 6})
+    adapter = methods.build(MiTConfig(layers=[1, 2], gate=gate), {"image": 6})
     adapter.attach({"text": text.model})
     scramble(adapter)
     return AnswerTask(AnswerConfig(**config), Parts(text, adapter, TextStates(text, 1, cache)))

@@ -25,13 +25,14 @@ def by_hand(task, prompt, answer, feature):
     ids = [*text.tokens(f"{prompt} {answer}"), text.tokenizer.eos_token_id]
     start = len(text.tokens(prompt))
     with task.parts.adapter.bind({"image": feature}):
-        logits = text.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        logits = text.model(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
     return sum(logits[t - 1, ids[t]] for t in range(start, len(ids))), len(ids) - start
 
 
+@pytest.mark.parametrize("gate", ["prefix", "sequence"])
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_loss_is_the_answers_negative_log_likelihood(folder, tmp_path, cached):
-    task = make(folder, tmp_path if cached else None)
+def test_the_loss_is_the_answers_negative_log_likelihood(folder, tmp_path, cached, gate):
+    task = make(folder, tmp_path if cached else None, gate)
     task.parts.states.prepare(task.texts(samples(), False))
     total, count = task.loss(Batch(samples(), ModalityInputs(FEATURES)))
     found = [by_hand(task, s.prompt, s.answer, FEATURES[i : i + 1]) for i, s in enumerate(samples())]

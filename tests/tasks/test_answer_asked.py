@@ -12,7 +12,7 @@ from folders import llm_folder
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.methods.base import Traits
 from mitrain.models.batch import ModalityInputs
-from mitrain.tasks.answer import AnswerConfig, AnswerTask
+from mitrain.tasks.answer import FREQUENT, AnswerConfig, AnswerTask
 from mitrain.tasks.base import Batch, Question, Splits
 
 
@@ -67,10 +67,21 @@ def test_without_candidates_it_is_trainings_answers_or_what_is_said(folder):
     assert set(task.ask(put).values["probabilities"]) == {"red", "yes"}
 
 
-@pytest.mark.parametrize("candidates", [["red"], ["red", "red"]])
+@pytest.mark.parametrize("candidates", [["red"], ["red", "red"], ["r" * 99]])
 def test_one_candidate_is_no_choice(folder, candidates):
-    with pytest.raises(ConfigError, match="^--candidates red leaves nothing to choose: give two or more, or none$"):
+    named = candidates[0][:60]
+    with pytest.raises(
+        ConfigError, match=f"^--candidates {named} leaves nothing to choose: give two or more, or none$"
+    ):
         make(folder).ask(question(candidates)[0])
+
+
+def test_what_a_sample_with_one_candidate_is_scored_by(folder):
+    task = make(folder)
+    task.remember(opened(["red", "yes"]))
+    asked = [replace(opened(["red"])[0], candidates=each) for each in (("red",), ("red", "yes"))]
+    found = task.predict(Batch(asked, ModalityInputs(FEATURES[:2])))
+    assert [each.values["scored_by"] for each in found] == ["training answers", "candidates"]
 
 
 def test_an_answer_of_what_is_no_number_is_refused(folder):
@@ -79,15 +90,17 @@ def test_an_answer_of_what_is_no_number_is_refused(folder):
 
 
 def test_data_is_described_by_kinds_of_questions():
-    asked = [*samples(), replace(samples()[0], id="3", answer="blue", object=""), *opened(["x"])]
+    asked = [*samples(), replace(samples()[0], id="3", answer="blue", object=""), *opened(["x", "x"])]
     assert AnswerTask.describe(asked) == {
         "objects": 1,
         "kinds": {
             "kind0": {"samples": 3, "different": 3, "majority": 0.3333, "answers": {"red": 1, "yes": 1, "blue": 1}},
             "kind1": {"samples": 1, "different": 1, "majority": 1.0, "answers": {"blue square": 1}},
-            "answer": {"samples": 1, "different": 1, "majority": 1.0, "answers": {"x": 1}},
+            "answer": {"samples": 2, "different": 1, "majority": 1.0, "answers": {"x": 2}},
         },
     }
+    many = AnswerTask.describe(opened([str(i) for i in range(FREQUENT + 1)]))["kinds"]["answer"]
+    assert many["different"] == FREQUENT + 1 and len(many["answers"]) == FREQUENT
 
 
 def test_baselines_are_the_best_constant_and_a_probe(folder):
