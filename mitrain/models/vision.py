@@ -368,6 +368,8 @@ def preprocessing(config: VisionConfig, settings: Any, folder: str | Path | None
 def normalisation(config: VisionConfig, source: str | Path, kind: str) -> tuple[Channels, Channels]:
     """Mean and standard deviation of each channel, of pixels from 0 to 1."""
     path, values = written(source)
+    if values.get("do_normalize") is False:
+        values = values | {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
     family = next((constants for name, constants in FAMILIES.items() if kind.startswith(name)), None)
     if not family and not config.shape and not {"image_mean", "image_std"} <= values.keys():
         log.warning(
@@ -375,8 +377,6 @@ def normalisation(config: VisionConfig, source: str | Path, kind: str) -> tuple[
             " standard deviation; put the file there if it was trained with others",
             config.name,
         )
-    if values.get("do_normalize") is False:
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     try:
         mean, std = (
             tuple(float(x) for x in values.get(key, usual))

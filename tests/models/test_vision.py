@@ -177,9 +177,10 @@ def test_pixels_that_are_not_normalised_stay_as_they_are(dinov2, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": false, "image_mean": [0.5, 0.5, 0.5]}')
     pixels = encoder(tmp_path).preprocess(Image.new("RGB", (28, 28), (51, 102, 255)))
     torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([0.2, 0.4, 1.0]))
-    (tmp_path / "preprocessor_config.json").write_text('{"rescale_factor": 1}')
-    with pytest.raises(ModelError, match="does not scale pixels to 0 … 1"):
-        encoder(tmp_path)
+    for wrong in ('{"rescale_factor": 1}', '{"do_rescale": false}', '{"do_normalize": false, "rescale_factor": 1}'):
+        (tmp_path / "preprocessor_config.json").write_text(wrong)
+        with pytest.raises(ModelError, match="does not scale pixels to 0 … 1"):
+            encoder(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "mean", "said"), [("siglip_vision_model", 0.5, False), ("vit", 0.485, True)])
