@@ -1,61 +1,46 @@
 """Classifying a picture and a text together, one label or several, with a linear head on the frozen language model.
 
-The text runs through the language model, the picture reaches it through the infusion; a head reads the final state.
-
-Shapes: B samples, D hidden width, C classes, e width of the infused feature.
+Shapes: B samples, C classes.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.sources import ClassSection
-from mitrain.models.batch import ModalityInputs
-from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, look_alike, only_one
+from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, look_alike, only_one
 from mitrain.tasks.figures import Panel
+from mitrain.tasks.heads import HeadConfig, HeadTask
 from mitrain.tasks.label_metrics import label_metrics
 from mitrain.tasks.probe import probe_labels
-from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
-from mitrain.tasks.template import frame_of, template_with
+from mitrain.tasks.readout import See
 
 SHOWN = 5  # classes whose probability a prediction names
 FREQUENT = 20  # labels that `describe` lists
 
-Readout = Literal["last", "mean", "cls", "embeddings", "image", "joint"]
 
+class ClassifyConfig(HeadConfig, kind="task", name="classify"):
+    """``balance``: rare classes weigh more, by the training split's counts. ``threshold``: the probability from which one
+    of several labels is predicted. The rest as in `HeadConfig`."""
 
-class ClassifyConfig(Section, kind="task", name="classify"):
-    """``template``: how a sample's text is put to the model; one without {text} leaves the text out. ``readout``: what the
-    head reads, concatenated: the last token's state, the mean over tokens, the first token's, the mean of the input
-    embeddings, the picture's vector itself (late fusion), the method's own joint state. ``max_tokens``: longer texts lose
-    their end. ``balance``: rare classes weigh more, by the training split's counts. ``threshold``: the probability from
-    which one of several labels is predicted. ``dropout``: of what the head reads."""
-
-    template: template_with("text", required=False) = "{text}"
-    readout: tuple[Readout, ...] = Field(("last",), min_length=1)
-    max_tokens: int = Field(128, ge=1, le=1 << 20)
     balance: bool = False
     threshold: float = Field(0.5, gt=0, lt=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
 
 
-class ClassifyTask(Task):
+class ClassifyTask(HeadTask):
     """p = softmax or σ of W x + b, x the standardised read-outs; cross-entropy, or its binary form for every class."""
 
     settings = ClassifyConfig
     formats = (ClassSection,)
-    texts_apart = "text"
     columns = (("accuracy", "accuracy"), ("macro F1", "f1_macro"), ("AUROC", "auroc"))
     several = (
         *(("micro F1", "f1_micro"), ("macro F1", "f1_macro"), ("weighted F1", "f1_weighted")),
@@ -65,50 +50,19 @@ class ClassifyTask(Task):
     def __init__(
         self, config: ClassifyConfig, parts: Parts, classes: Sequence[str], multilabel: bool, image_width: int
     ):
-        super().__init__(parts)
         if len(set(classes)) != len(classes) or len(classes) < 2:
             raise ConfigError(f"data.classes must be two or more different names, not {str(list(classes))[:80]}")
-        self.config, self.classes, self.multilabel = config, tuple(classes), multilabel
-        self.frame = frame_of(config.template)
+        super().__init__(config, parts, len(classes), image_width)
+        self.classes, self.multilabel = tuple(classes), multilabel
         self.metric = "f1_micro" if multilabel else "accuracy"
         self.columns = self.several if multilabel else self.columns
         self.number = {name: i for i, name in enumerate(classes)}
-        self.image_width = image_width
-        width = sum(width_of(parts, name, image_width) for name in config.readout)
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
         self.register_buffer("weight", torch.ones(len(classes)))
-        self.head = nn.Linear(width, len(classes))
-        self.dropout = nn.Dropout(config.dropout)
-        self._ids = cache(self._row)
 
     @classmethod
     def build(cls, config: ClassifyConfig, given: Given) -> "ClassifyTask":
         classes = given.data.classes or given.data.class_names(given.root())
         return cls(config, given.parts, classes, given.data.multilabel, given.image_width)
-
-    def _row(self, text: str) -> list[int]:
-        """Token ids of a filled template; a text that is too long loses its end, the template nothing."""
-        backbone, tokenizer = self.parts.text, self.parts.text.tokenizer
-        longest = max(1, self.config.max_tokens - len(backbone.tokens("", frame=self.frame, strip=None)))
-        ids = backbone.plain(text)
-        if len(ids) > longest:
-            text = tokenizer.decode(ids[:longest], skip_special_tokens=True)
-        row = backbone.tokens(text, frame=self.frame, strip=None)
-        return row or [tokenizer.eos_token_id]  # the head needs a token to read
-
-    def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
-        if not runs_text(self.config.readout):
-            return []
-        return [self._ids(text) for text in sorted({s.text for s in samples})]
-
-    def tokens(self, samples: Sequence[Any]) -> int:
-        return sum(len(self._ids(s.text)) for s in samples)
-
-    def states(self, texts: Sequence[str], inputs: ModalityInputs | None) -> Tensor:
-        """(B, widths of the read-outs): what the head reads, standardised per dimension."""
-        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, inputs)
-        return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
@@ -116,12 +70,7 @@ class ClassifyTask(Task):
         targets = self.targets(samples)
         if self.config.balance:
             self.weight.copy_(class_weights(targets, self.multilabel))
-        rows = [self._ids(text) for text in sorted({s.text for s in samples})]
-        own = lambda sample: self._ids(sample.text)  # noqa: E731
-        names = self.config.readout
-        mean, scale = statistics(self.parts, names, self.image_width, evenly(rows), samples, see, own)
-        self.mean.copy_(mean)
-        self.scale.copy_(scale)
+        super().fit(samples, see)
 
     def targets(self, samples: Sequence[Any]) -> Tensor:
         """(B, C) float: 1 where a sample has the class."""
@@ -133,10 +82,6 @@ class ClassifyTask(Task):
                 targets[i, self.number[label]] = 1
         return targets.to(self.mean.device)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, C)."""
-        return self.head(self.dropout(self.states([s.text for s in batch.samples], batch.inputs)))
-
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits, targets = self.logits(batch), self.targets(batch.samples)
         if self.multilabel:
@@ -145,9 +90,6 @@ class ClassifyTask(Task):
         truth = targets.argmax(1)
         total = F.cross_entropy(logits, truth, self.weight, reduction="sum")
         return total, self.weight[truth].sum().double()
-
-    def activation_bytes(self) -> int:
-        return 4 * (2 * self.head.in_features + 2 * self.head.out_features)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:

@@ -1,0 +1,90 @@
+"""What `classify` and `regress` have in common: a linear head on read-outs of the adapted backbones.
+
+The text runs through the language model, the picture reaches it through the infusion; a head reads the final state.
+
+Shapes: B samples, e width of the infused feature.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mitrain.core.config import Section
+from mitrain.models.batch import ModalityInputs
+from mitrain.tasks.base import Batch, Parts, Task
+from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
+from mitrain.tasks.template import frame_of, template_with
+
+Readout = Literal["last", "mean", "cls", "embeddings", "image", "joint"]
+
+
+class HeadConfig(Section):
+    """``template``: how a sample's text is put to the model; one without {text} leaves the text out. ``readout``: what the
+    head reads, concatenated: the last token's state, the mean over tokens, the first token's, the mean of the input
+    embeddings, the picture's vector itself (late fusion), the method's own joint state. ``max_tokens``: longer texts lose
+    their end. ``dropout``: of what the head reads."""
+
+    template: template_with("text", required=False) = "{text}"
+    readout: tuple[Readout, ...] = Field(("last",), min_length=1)
+    max_tokens: int = Field(128, ge=1, le=1 << 20)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class HeadTask(Task):
+    """Base of the tasks that predict W x + b, x the standardised read-outs."""
+
+    texts_apart = "text"
+
+    def __init__(self, config: HeadConfig, parts: Parts, outputs: int, image_width: int):
+        super().__init__(parts)
+        self.config, self.frame, self.image_width = config, frame_of(config.template), image_width
+        width = sum(width_of(parts, name, image_width) for name in config.readout)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.head = nn.Linear(width, outputs)
+        self.dropout = nn.Dropout(config.dropout)
+        self._ids = cache(self._row)
+
+    def _row(self, text: str) -> list[int]:
+        """Token ids of a filled template; a text that is too long loses its end, the template nothing."""
+        backbone, tokenizer = self.parts.text, self.parts.text.tokenizer
+        longest = max(1, self.config.max_tokens - len(backbone.tokens("", frame=self.frame, strip=None)))
+        ids = backbone.plain(text)
+        if len(ids) > longest:
+            text = tokenizer.decode(ids[:longest], skip_special_tokens=True)
+        row = backbone.tokens(text, frame=self.frame, strip=None)
+        return row or [tokenizer.eos_token_id]  # the head needs a token to read
+
+    def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
+        if not runs_text(self.config.readout):
+            return []
+        return [self._ids(text) for text in sorted({s.text for s in samples})]
+
+    def tokens(self, samples: Sequence[Any]) -> int:
+        return sum(len(self._ids(s.text)) for s in samples)
+
+    def states(self, texts: Sequence[str], inputs: ModalityInputs | None) -> Tensor:
+        """(B, widths of the read-outs): what the head reads, standardised per dimension."""
+        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, inputs)
+        return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
+
+    @torch.no_grad()
+    def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
+        """Mean and standard deviation of the read-outs over the training samples."""
+        rows = [self._ids(text) for text in sorted({s.text for s in samples})]
+        own = lambda sample: self._ids(sample.text)  # noqa: E731
+        names = self.config.readout
+        mean, scale = statistics(self.parts, names, self.image_width, evenly(rows), samples, see, own)
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, outputs)."""
+        return self.head(self.dropout(self.states([s.text for s in batch.samples], batch.inputs)))
+
+    def activation_bytes(self) -> int:
+        return 4 * (2 * self.head.in_features + 2 * self.head.out_features)
