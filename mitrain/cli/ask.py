@@ -16,7 +16,7 @@ def add_eval(commands: Any) -> None:
         default="none",
         choices=["none", "shuffle", "no-image", "other-text", "frozen"],
         help="a negative control: shuffle, another scene's expression (segment) or any other image (answer); no-image, the"
-        " image of another object; other-text, another sample's text (classify); frozen, no infusion"
+        " image of another object; other-text, another sample's text (classify, regress); frozen, no infusion"
         " (default: none)",
     )
     add_checkpoint(sub)

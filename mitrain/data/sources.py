@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
-from mitrain.data.formats import captions, food101, labels, mmimdb, snli_ve
+from mitrain.data.formats import captions, food101, labels, mmimdb, snli_ve, targets
 from mitrain.data.formats.records import read_records
 from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
 from mitrain.data.formats.rows import MISSING
@@ -155,6 +155,30 @@ class SnliVeConfig(ClassSection, kind="data", name="snli-ve"):
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""
         return there({split: snli_ve.file_of(split) for split in ("train", "val", "test")}, root)
+
+    def image_root(self, root: Path) -> Path:
+        return root
+
+
+class TargetSection(DataSection):
+    """Data of a regression."""
+
+
+class RatedConfig(TargetSection, kind="data", name="rated"):
+    """Pictures and texts with a number in JSONL or CSV files, one per split, with columns image, text, target.
+
+    ``columns`` maps those names to the file's own.
+    """
+
+    splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
+    columns: dict[str, str] = {}
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        return targets.read_targets(root / split_file(self.splits, split), self.columns or None)
+
+    def split_names(self, root: Path) -> list[str]:
+        """The splits whose files are there."""
+        return there(self.splits, root)
 
     def image_root(self, root: Path) -> Path:
         return root

@@ -3,9 +3,10 @@
 from mitrain.tasks.answer import AnswerTask
 from mitrain.tasks.base import Task
 from mitrain.tasks.classify import ClassifyTask
+from mitrain.tasks.regress import RegressTask
 from mitrain.tasks.retrieve import RetrieveTask
 from mitrain.tasks.segment import SegmentTask
 
 TASKS: dict[str, type[Task]] = {
-    task.settings.section_name: task for task in (AnswerTask, SegmentTask, ClassifyTask, RetrieveTask)
+    task.settings.section_name: task for task in (AnswerTask, SegmentTask, ClassifyTask, RegressTask, RetrieveTask)
 }

@@ -136,16 +136,18 @@ class Splits:
 class Task(nn.Module):
     """Base of the tasks; its parameters are the task's trainable head.
 
-    ``settings``: its section of the configuration. ``formats``: the data sections whose samples it takes.
-    ``metric``: what the best step is chosen by. ``decodes``: reads patch tokens and predicts masks. ``speaks``: can generate
-    text. ``remembers``: predicts from the answers that training gave (`remember`). ``shuffles``: what the negative control
-    of that name exchanges (`evaluate`). ``columns``: title and metric of a table's columns; ``controls``: which negative
-    controls it has rows for. ``texts_apart``: the samples' field of which two splits had better share nothing.
+    ``settings``: its section of the configuration. ``formats``: the data sections whose samples it takes. ``metric``: what
+    the best step is chosen by, the highest or, where the task ``minimises`` it, the lowest. ``decodes``: reads patch tokens
+    and predicts masks. ``speaks``: can generate text. ``remembers``: predicts from the answers that training gave
+    (`remember`). ``shuffles``: what the negative control of that name exchanges (`evaluate`). ``columns``: title and metric
+    of a table's columns; ``controls``: which negative controls it has rows for. ``texts_apart``: the samples' field of
+    which two splits had better share nothing.
     """
 
     settings: ClassVar[type[Section]]
     formats: ClassVar[tuple[type[DataSection], ...]]
     metric: str
+    minimises: bool = False
     decodes: bool = False
     speaks: bool = False
     remembers: bool = False

@@ -65,7 +65,7 @@ def fit(x: np.ndarray, labels: Sequence[str], strength: float) -> "LogisticRegre
 
 
 def ridge_fit(x: np.ndarray, y: np.ndarray, strength: float) -> Callable[[np.ndarray], np.ndarray]:
-    """The prediction of a ridge regression from ``x`` (n, e) to ``y`` (n, D)."""
+    """The prediction of a ridge regression from ``x`` (n, e) to ``y`` (n, D) or (n,)."""
     from sklearn.linear_model import Ridge
 
     return Ridge(alpha=strength).fit(x, y).predict
@@ -87,6 +87,20 @@ def ridge(features: Sequence[Any], states: Sequence[Any], galleries: Sequence[Ga
         if best is None or val["recall_mean"] > best[0]:
             best = (val["recall_mean"], ranks)
     return best[1]
+
+
+def probe_numbers(features: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> np.ndarray:
+    """(samples,) numbers of the ridge regression that is nearest to validation's targets.
+
+    Args:
+        features: of the training, validation and asked samples, each (n, e).
+        targets: (n,) of the training and validation samples.
+    """
+    train, val, asked = features
+    fitted = {strength: ridge_fit(train, targets[0], strength) for strength in RIDGES}
+    if not len(val):
+        return fitted[1.0](asked)
+    return fitted[min(RIDGES, key=lambda strength: np.abs(fitted[strength](val) - targets[1]).mean())](asked)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -39,8 +39,8 @@ def evaluate(
     ``control``: ``none``; ``no-image``: every sample sees another sample's image (of another object where possible), in
     every path; ``shuffle``: for `segment` the expression is another scene's, naming no object of this one; for the others
     the images are permuted without regard to objects (how many stay within one is counted all the same); ``other-text``:
-    for `classify` each sample keeps its image and is given another sample's text (of another object where possible);
-    ``frozen``: the model without infusion.
+    for `classify` and `regress` each sample keeps its image and is given another sample's text (of another object where
+    possible); ``frozen``: the model without infusion.
 
     UserError where a score would be made of numbers that are not finite; ``what`` says of which evaluation.
 
@@ -107,7 +107,7 @@ def texts_of(samples: Sequence[Any], shuffles: str) -> list[str]:
     """The samples' own texts; ConfigError where they are none that stand beside a picture."""
     if shuffles != "samples" or not all(isinstance(getattr(s, "text", None), str) for s in samples):
         raise ConfigError(
-            "the control other-text exchanges the texts that `classify` reads beside its pictures; this task has none: "
-            "use shuffle or no-image"
+            "the control other-text exchanges the texts that `classify` and `regress` read beside pictures; this task has"
+            " none: use shuffle or no-image"
         )
     return [s.text for s in samples]

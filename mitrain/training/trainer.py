@@ -310,7 +310,7 @@ class Trainer:
         value = float(scores[self.model.task.metric])
         if not math.isfinite(value):
             raise diverged(f"val {self.model.task.metric} is {value}", step, self.saved)
-        if value <= self.best:
+        if self.best_step and (value >= self.best if self.model.task.minimises else value <= self.best):
             return False
         self.best, self.best_step = value, step
         return True
@@ -341,8 +341,8 @@ class Trainer:
             **more,
             "loader": self.loader.state(),
             "skips": self.skips.state_dict(),
-            # JSON has no -inf; every metric is above -1.
-            "best": self.best if math.isfinite(self.best) else -1.0,
+            # JSON has no NaN; a best step of 0 says that there is no score yet.
+            "best": self.best if self.best_step else -1.0,
             "best_step": self.best_step,
             "config": self.config.to_dict(),
             "config_hash": self.config.hash,

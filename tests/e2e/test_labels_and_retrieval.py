@@ -112,6 +112,37 @@ def test_several_labels(world, capsys):
     assert set(found["baselines"]) == {"majority label", "training shares", "linear probe on the same features"}
 
 
+def test_a_number(world, capsys):
+    numbers = {"red": -2.5, "green": -0.5, "blue": 0.75, "yellow": 2.25}
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (world / "data" / f"labels-{split}.jsonl").read_text().splitlines()]
+        made = [{"image": r["image"], "text": r["text"], "target": numbers[r["label"]]} for r in rows]
+        (world / "data" / f"numbers-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    config = configuration(world, "numbers", {"name": "regress"}, {"name": "rated"}, "numbers")
+    assert as_json(capsys, "data", "inspect", config)["splits"]["train"]["targets"]["mean"] == 0.0
+    assert as_json(capsys, "train", config, "--dry-run")["head_parameters"] == 48 + 1
+    made = as_json(capsys, "train", config, "--runs", world / "runs")
+    found = controls(capsys, made["run"], "none", "no-image", "frozen", "shuffle")
+    assert found["none"]["mae"] < 0.8 and found["none"]["acc2_positive"] == 1.0 and found["none"]["pearson"] > 0.9
+    assert min(found[c]["mae"] for c in ("no-image", "frozen", "shuffle")) > 1.2
+    assert main(["eval", made["run"], "--split", "test", "--control", "other-text"]) == 2  # all texts are the same
+    assert "other-text control is impossible" in capsys.readouterr().err
+    val = [json.loads(line) for line in (Path(made["run"]) / "metrics.jsonl").read_text().splitlines()]
+    assert made["best"] == min(line["mae"] for line in val if line["kind"] == "val")
+    baselines = as_json(capsys, "eval", made["run"], "--split", "test", "--baselines")["baselines"]
+    assert baselines["training mean"]["mae"] == 1.5 and baselines["ridge regression on the same features"]["mae"] < 0.8
+    exported = as_json(capsys, "export", made["run"], "--out", world / "export-numbers")["folder"]
+    said = [
+        as_json(capsys, "predict", folder, "--image", world / "data" / "images" / "32.png", "--text", "this thing is")[
+            "predicted"
+        ]
+        for folder in (made["run"], exported)
+    ]
+    assert said[0] == pytest.approx(said[1], abs=2e-6)
+    table = as_json(capsys, "report", made["run"], "--splits", "test", "--out", world / "report-numbers")["markdown"]
+    assert "| MAE |" in table and (world / "report-numbers" / "numbers-test.png").is_file()
+
+
 def test_retrieval(world, capsys):
     config = configuration(world, "captions", {"name": "retrieve", "dim": 16}, {"name": "captions"}, "captions")
     assert as_json(capsys, "train", config, "--dry-run")["head_parameters"] > 0

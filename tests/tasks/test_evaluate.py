@@ -168,8 +168,8 @@ def test_only_texts_beside_pictures_are_exchanged(samples, shuffles):
     with pytest.raises(ConfigError) as error:
         controlled(samples, shuffles, "other-text", 0)
     assert str(error.value) == (
-        "the control other-text exchanges the texts that `classify` reads beside its pictures; this task has none: "
-        "use shuffle or no-image"
+        "the control other-text exchanges the texts that `classify` and `regress` read beside pictures; this task has"
+        " none: use shuffle or no-image"
     )
 
 

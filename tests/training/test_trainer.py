@@ -13,6 +13,7 @@ from mitrain.cli import main
 from mitrain.core.errors import UserError
 from mitrain.inference.scoring import score_run
 from mitrain.methods.mit.mit import MiT
+from mitrain.tasks.answer import AnswerTask
 from mitrain.training import checkpoint, runs, schema
 from mitrain.training.evaluate import Evaluation
 from mitrain.training.trainer import Trainer
@@ -194,15 +195,30 @@ def test_a_run_that_applied_no_step_has_failed(world, monkeypatch):
     assert not checkpoint.any_published(trainer.folder) and not (trainer.folder / "summary.json").exists()
 
 
-def test_best_is_replaced_by_what_is_better_alone(world, monkeypatch):
-    scores = iter([0.5, 0.5, 0.75, 0.75, 0.25])
+@pytest.mark.parametrize("minimises", [False, True])
+def test_best_is_replaced_by_what_is_better_alone(world, monkeypatch, minimises):
+    scores = iter([0.5, 0.5, 0.25, 0.25, 0.75] if minimises else [0.5, 0.5, 0.75, 0.75, 0.25])
+    monkeypatch.setattr(AnswerTask, "minimises", minimises)
     monkeypatch.setattr(
         "mitrain.training.trainer.evaluate", lambda *_, **__: Evaluation({"accuracy": next(scores)}, [])
     )
     config = configured(world, steps=5, batch=4, lr=1e-3, eval_every=1, save_every=1, keep=5)
     outcome = Trainer(config, runs.create(config, world / "runs"), quiet=True).fit()
-    assert (outcome.best, outcome.best_step) == (0.75, 3)
+    assert (outcome.best, outcome.best_step) == (0.25 if minimises else 0.75, 3)
     assert checkpoint.load(checkpoint.best(outcome.folder)).step == 3
+
+
+@pytest.mark.parametrize("minimises", [False, True])
+def test_a_run_resumed_before_its_first_score_takes_whatever_comes(world, monkeypatch, minimises):
+    monkeypatch.setattr(AnswerTask, "minimises", minimises)
+    monkeypatch.setattr("mitrain.training.trainer.evaluate", lambda *_, **__: 1 / 0)
+    config = configured(world, steps=2, batch=4, lr=1e-3, eval_every=2, save_every=1)
+    folder = runs.create(config, world / "runs")
+    with pytest.raises(ZeroDivisionError):
+        Trainer(config, folder, quiet=True).fit()
+    monkeypatch.setattr("mitrain.training.trainer.evaluate", lambda *_, **__: Evaluation({"accuracy": 0.5}, []))
+    outcome = Trainer(config, folder, quiet=True).fit()
+    assert (outcome.best, outcome.best_step) == (0.5, 2) and checkpoint.best(folder) is not None
 
 
 def test_an_answer_without_candidates_can_be_wrong(world, caplog):
