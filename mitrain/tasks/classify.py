@@ -41,7 +41,10 @@ class ClassifyTask(HeadTask):
 
     settings = ClassifyConfig
     formats = (ClassSection,)
-    columns = (("accuracy", "accuracy"), ("macro F1", "f1_macro"), ("AUROC", "auroc"))
+    columns = (
+        *(("accuracy", "accuracy"), ("UAR", "uar"), ("macro F1", "f1_macro"), ("weighted F1", "f1_weighted")),
+        ("AUROC", "auroc"),
+    )
     several = (
         *(("micro F1", "f1_micro"), ("macro F1", "f1_macro"), ("weighted F1", "f1_weighted")),
         *(("samples F1", "f1_samples"), ("AUROC", "auroc")),

@@ -12,12 +12,14 @@ AVERAGES = ("micro", "macro", "weighted")
 
 
 def label_metrics(truth: np.ndarray, chances: np.ndarray, multilabel: bool, threshold: float = 0.5) -> dict[str, Any]:
-    """Accuracy, F1 and AUROC as fractions of 1.
+    """Accuracy, F1, unweighted average recall and AUROC as fractions of 1.
 
     One label: accuracy, and F1 of the most probable class (micro F1 is the accuracy). Several: a class is predicted
-    where its probability is ``threshold`` or more; accuracy is that of whole label sets. ``auroc`` is the mean over the
-    ``auroc_classes`` classes that some samples have and others lack, and left out where there is none. Classes that
-    neither the truth nor a prediction has are no part of an average. Probabilities that are not finite score NaN.
+    where its probability is ``threshold`` or more; accuracy is that of whole label sets. ``uar`` is the mean recall of the
+    classes that some samples have (of one label: the balanced accuracy), left out where there is none. ``auroc`` is
+    the mean over the ``auroc_classes`` classes that some samples have and others lack, and left out where there is none.
+    Classes that neither the truth nor a prediction has are no part of an average. Probabilities that are not finite score
+    NaN.
 
     Args:
         truth: (N, C) bool; one true class in a row where ``multilabel`` is false.
@@ -33,7 +35,7 @@ def label_metrics(truth: np.ndarray, chances: np.ndarray, multilabel: bool, thre
     else:
         predicted, true = chances.argmax(1), truth.argmax(1)
     values = {"accuracy": float(accuracy_score(true, predicted)), **f1_scores(true, predicted, multilabel)}
-    return values | areas(truth, chances) | counts
+    return values | unweighted_recall(truth, true, predicted) | areas(truth, chances) | counts
 
 
 def f1_scores(truth: np.ndarray, predicted: np.ndarray, multilabel: bool) -> dict[str, float]:
@@ -45,6 +47,14 @@ def f1_scores(truth: np.ndarray, predicted: np.ndarray, multilabel: bool) -> dic
         averages = (*AVERAGES, "samples") if multilabel else AVERAGES
         values = {f"f1_{a}": float(f1_score(truth, predicted, average=a, zero_division=np.nan)) for a in averages}
     return {name: value if np.isfinite(value) else 0.0 for name, value in values.items()}
+
+
+def unweighted_recall(truth: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """``truth`` (N, C) says which classes there are; the others are as scikit-learn takes them."""
+    from sklearn.metrics import recall_score
+
+    there = np.flatnonzero(truth.any(0))
+    return {"uar": float(recall_score(true, predicted, labels=there, average="macro"))} if len(there) else {}
 
 
 def areas(truth: np.ndarray, chances: np.ndarray) -> dict[str, float | int]:

@@ -1,13 +1,15 @@
-"""Ranks and masks against torchmetrics, where both count alike: no ties, and no sample whose masks are both empty."""
+"""Ranks, masks and labels against torchmetrics, where both count alike: no ties, no sample whose masks are both empty,
+no class that nobody has."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex
+from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex, MulticlassF1Score, MulticlassRecall
 from torchmetrics.retrieval import RetrievalHitRate
 
+from mitrain.tasks.label_metrics import label_metrics
 from mitrain.tasks.masks import MaskMetrics
 from mitrain.tasks.ranks import DEPTHS, Gallery, both_ways, chance, hit, rank_metrics
 
@@ -78,3 +80,16 @@ def test_masks(seed):
     )
     for threshold, share in values["precision"].items():
         assert share == np.mean(np.round(each, 5) >= float(threshold))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_labels(seed):
+    rng = np.random.default_rng(seed)
+    labels, chances = np.concatenate([np.arange(5), rng.integers(0, 3, 40)]), rng.dirichlet(np.ones(5), 45)
+    own = label_metrics(np.eye(5)[labels] > 0, chances, multilabel=False)
+    for name, metric in (
+        ("uar", MulticlassRecall(5, average="macro")),
+        ("f1_weighted", MulticlassF1Score(5, average="weighted")),
+        ("f1_macro", MulticlassF1Score(5, average="macro")),
+    ):
+        assert own[name] == pytest.approx(float(metric(torch.tensor(chances), torch.tensor(labels))), abs=1e-6)

@@ -184,6 +184,7 @@ def test_metrics_of_one_label_by_hand():
     f1 = [2 * 2 / (3 + 3), 2 * 1 / (2 + 1), 0.0]  # 2 tp / (predicted + true)
     assert found["f1_macro"] == pytest.approx(sum(f1) / 3)
     assert found["f1_weighted"] == pytest.approx((3 * f1[0] + f1[1] + f1[2]) / 5)
+    assert found["uar"] == pytest.approx((2 / 3 + 1 + 0) / 3)  # of the three classes that there are
     # pairs in which the class's sample is above the other: 5 of 6, 4 of 4, 4 of 4
     assert found["auroc"] == pytest.approx((5 / 6 + 1 + 1) / 3) and found["auroc_classes"] == 3
 
@@ -197,6 +198,7 @@ def test_metrics_of_several_labels_by_hand():
     assert found["f1_macro"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert found["f1_weighted"] == pytest.approx((1 * 1 + 2 * 2 / 3) / 3)
     assert found["f1_samples"] == pytest.approx((2 / 4 + 1) / 2)  # the third sample has no label and none predicted
+    assert found["uar"] == pytest.approx((1 + 1 / 2) / 2)
     assert found["auroc_classes"] == 2  # the third class is nowhere true
 
 
@@ -211,6 +213,7 @@ def test_metrics_at_the_edges():
     assert broken.keys() == {*scored, "samples", "majority"} and broken["samples"] == 2 and broken["majority"] == 1
     assert all(math.isnan(broken[name]) for name in scored)
     nobody = label_metrics(np.zeros((2, 2), bool), np.zeros((2, 2)), multilabel=True)
+    assert "uar" not in nobody
     assert [nobody[f"f1_{name}"] for name in ("micro", "macro", "weighted", "samples")] == [0.0] * 4
 
 
