@@ -21,13 +21,14 @@ from torch import Tensor
 from mitrain.core import dist
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.data.formats.records import AnswerSample
+from mitrain.data.formats.records import AnswerSample, commonest
 from mitrain.data.sources import RecordsConfig
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, look_alike, only_one
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.generation import decoding, greedy
-from mitrain.tasks.probe import probe_accuracy
+from mitrain.tasks.probe import probe_answers
+from mitrain.tasks.soft_accuracy import AGREE, soft_accuracy
 from mitrain.tasks.template import frame_of, template_with
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class AnswerConfig(Section, kind="task", name="answer"):
 
 
 class AnswerTask(Task):
-    """loss = − Σ_t log p(answer_t | prompt, answer_<t, image) over the answer's tokens and its end.
+    """loss = − Σ_t log p(answer_t | prompt, answer_<t, image) over the answer's tokens and its end; the answer of a sample
+    with several references is the commonest.
 
     A prediction is the likeliest of the sample's candidates, ties counting against the truth. A sample without a choice
     of them has that of the answers that training gave to its prompt; where these are fewer than two or more than
@@ -60,7 +62,7 @@ class AnswerTask(Task):
     metric = "accuracy"
     speaks = True
     remembers = True
-    columns = (("accuracy", "accuracy"), ("exact match", "exact_match"))
+    columns = (("accuracy", "accuracy"), ("exact match", "exact_match"), ("soft accuracy", "soft_accuracy"))
 
     def __init__(self, config: AnswerConfig, parts: Parts):
         super().__init__(parts)
@@ -188,6 +190,8 @@ class AnswerTask(Task):
             values |= {"predicted": words, "correct": same_text(words, sample.answer), "scored_by": "generation"}
         if words is not None:
             values |= {"generated": words, "exact_match": same_text(words, sample.answer)}
+        if len(sample.references) > 1:
+            values["soft_accuracy"] = soft_accuracy(values["predicted"], sample.references)
         return Prediction(sample.id, sample.image, values, finite=numbers and bool(score.isfinite().all()))
 
     def _chosen(self, sample: Any, score: Tensor) -> dict[str, Any]:
@@ -211,18 +215,21 @@ class AnswerTask(Task):
         result["majority"] = max(Counter(s.answer for s in samples).values()) / len(samples)
         if len(by_kind) > 1:
             result |= {f"accuracy/{kind}": mean(hits) for kind, hits in sorted(by_kind.items())}
-        if all("exact_match" in v for v in values):
-            result["exact_match"] = mean(v["exact_match"] for v in values)
+        for name in ("exact_match", "soft_accuracy"):
+            if all(name in v for v in values):
+                result[name] = mean(v[name] for v in values)
         ways = Counter(v["scored_by"] for v in values)
         return result | ({"scored_by": dict(ways)} if set(ways) != {"candidates"} else {})
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
         """The majority answer, and a linear probe on the features that are infused."""
-        probed = probe_accuracy(splits.features, *splits.parts)
-        answers = [s.answer for s in splits.chosen]
-        most = max(Counter(answers).values()) / len(answers)
-        counted = {"accuracy": most, "samples": len(answers)}
-        return {"majority answer": counted, "linear probe on the same features": probed}
+        probed, chosen = probe_answers(splits.features, *splits.parts)
+        most = commonest([s.answer for s in splits.chosen])
+        return {
+            "majority answer": scores_of(splits.chosen, [most] * len(splits.chosen)),
+            "linear probe on the same features": scores_of(splits.chosen, [probed[s.id] for s in splits.chosen])
+            | {"inverse_regularisation": chosen},
+        }
 
     def ask(self, question: Question) -> Answer:
         """What the model says, and the likeliest of the candidates, or of the answers that training gave to this prompt."""
@@ -271,6 +278,12 @@ class AnswerTask(Task):
     def caution(samples: Sequence[AnswerSample], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
         answers = [sample.answer for sample in samples]
         lines = [*look_alike(answers, split, "answer"), *only_one(answers, split, "answer")]
+        few = sum(1 < len(sample.references) <= AGREE for sample in samples)
+        if few:
+            lines.append(
+                f"{split}: {few} samples have two or three references: their soft accuracy, which asks for {AGREE} besides"
+                " the one left out, cannot reach 1"
+            )
         without = [sample for sample in samples if len(set(sample.candidates)) < 2]
         if not without:
             return lines
@@ -309,6 +322,15 @@ def answers_by_prompt(samples: Sequence[Any]) -> dict[str, tuple[str, ...]]:
     return {prompt: tuple(sorted(answers)) for prompt, answers in answers_of.items()}
 
 
+def scores_of(samples: Sequence[Any], said: Sequence[str]) -> dict[str, Any]:
+    """What a baseline that says ``said`` reaches."""
+    pairs = list(zip(samples, said, strict=True))
+    result = {"accuracy": mean(s.answer == answer for s, answer in pairs), "samples": len(samples)}
+    if all(len(s.references) > 1 for s in samples):
+        result["soft_accuracy"] = mean(soft_accuracy(answer, s.references) for s, answer in pairs)
+    return result
+
+
 def same_text(one: str, other: str) -> bool:
     """Whether two answers are equal but for case, white space and the punctuation around them."""
     return plain(one) == plain(other)
@@ -320,6 +342,6 @@ def plain(answer: str) -> str:
     return words.strip(".,;:!?\"'` ") or words
 
 
-def mean(hits: Iterable[bool]) -> float:
+def mean(hits: Iterable[float]) -> float:
     values = list(hits)
     return sum(values) / len(values)

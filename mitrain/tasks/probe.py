@@ -21,21 +21,21 @@ RIDGES = (0.1, 1.0, 10.0, 100.0)
 STRENGTHS = tuple(10.0**power for power in (-3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 
 
-def probe_accuracy(
+def probe_answers(
     features: Callable[[Sequence[Any]], Tensor], train: Sequence[Any], val: Sequence[Any], samples: Sequence[Any]
-) -> dict[str, Any]:
-    """Accuracy on ``samples``.
+) -> tuple[dict[str, str], dict[str, float]]:
+    """The answers to ``samples`` by their ids, and the inverse regularisation chosen for each prompt.
 
     ``features`` maps samples to (B, e). A prompt that training asked fewer than two different answers to is answered
     with its commonest training answer, or with nothing.
     """
-    hits, chosen = 0, {}
+    said, chosen = {}, {}
     for prompt in sorted({s.prompt for s in samples}):
         parts = [[s for s in part if s.prompt == prompt] for part in (train, val, samples)]
         answers, strength = answers_for_prompt(features, *parts)
         chosen[prompt] = strength
-        hits += sum(a == s.answer for a, s in zip(answers, parts[2], strict=True))
-    return {"accuracy": hits / len(samples), "samples": len(samples), "inverse_regularisation": chosen}
+        said |= {s.id: str(answer) for s, answer in zip(parts[2], answers, strict=True)}
+    return said, chosen
 
 
 def answers_for_prompt(

@@ -71,7 +71,11 @@ def test_columns_of_ones_own(tmp_path, suffix):
         ([ROW | {"image": ""}], r"a\.jsonl:1: no 'image'"),
         ([{"image": "a.png", "prompt": "What?"}], r"a\.jsonl:1: no 'answer'"),
         ([ROW | {"prompt": "  "}], r"a\.jsonl:1: no 'prompt'"),
-        ([ROW | {"answer": ["cat"]}], r"a\.jsonl:1: 'answer' is a list"),
+        ([ROW | {"answer": [["cat"]]}], r"a\.jsonl:1: 'answer' is a list"),
+        ([ROW | {"answer": []}], r"a\.jsonl:1: 'answer' is a list with no answer"),
+        ([ROW | {"answer": ["cat", " "]}], r"a\.jsonl:1: 'answer' is a list with an empty answer"),
+        ([ROW | {"answer": ["cat", "nan"], "candidates": []}], r"a\.jsonl:1: 'answer' is 'nan'"),
+        ([ROW | {"answer": [{"answer": "cat"}]}], r"a\.jsonl:1: 'answer' is a dict"),
         ([ROW | {"answer": True}], r"a\.jsonl:1: 'answer' is a bool"),
         ([ROW | {"answer": 10**30}], r"a\.jsonl:1: 'answer' is a int"),
         (['{"image": "a", "prompt": "b", "answer": NaN}'], r"a\.jsonl:1: 'answer' is a float"),
@@ -148,12 +152,19 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, rows, noise, 
     assert samples is None or all(isinstance(sample, AnswerSample) for sample in samples)
 
 
-def test_a_list_in_a_cell_is_candidates_and_no_answer(tmp_path):
+def test_several_answers_are_references_and_the_commonest_is_the_answer(tmp_path):
+    rows = [ROW | {"answer": ["dog", "cat", "cat", "dog", 2], "id": None}, ROW | {"answer": ["cat"]}]
+    first, second = read_records(write(tmp_path / "a.jsonl", *rows))
+    assert (first.answer, first.references) == ("dog", ("dog", "cat", "cat", "dog", "2"))
+    assert (second.answer, second.references) == ("cat", ("cat",))
+    (tmp_path / "a.csv").write_text("image,prompt,answers\na.png,p,\"['cat', 'dog', 'dog']\"\n")
+    (found,) = read_records(tmp_path / "a.csv", {"answer": "answers"})
+    assert (found.answer, found.references) == ("dog", ("cat", "dog", "dog"))
+
+
+def test_a_list_in_a_cell_is_candidates(tmp_path):
     (tmp_path / "a.csv").write_text("image,prompt,answer,candidates\na.png,p,cat,\"['cat', 'dog']\"\n")
     assert read_records(tmp_path / "a.csv")[0].candidates == ("cat", "dog")
-    (tmp_path / "a.csv").write_text("image,prompt,answer\na.png,p,\"['cat', 'dog']\"\n")
-    with pytest.raises(DataError, match=r"a\.csv:2: 'answer' is a list, .*: give one answer"):
-        read_records(tmp_path / "a.csv")
 
 
 SENTENCES = {"images": [{"sentences": [], "split": "train"}], "dataset": "coco"}
@@ -174,7 +185,6 @@ TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "va
         (COCO, r"holds COCO's captions: write .*data\.name=karpathy"),
         ({"images": [], "annotations": [{"id": 1, "segmentation": []}]}, r"holds COCO's instances: data\.name=refcoco"),
         (SENTENCES, r"holds Karpathy's captions: data\.name=karpathy"),
-        ([{"image": "0.png", "prompt": "?", "answer": ["dog", "cat"]}], "'answer' is a list: give text, one of them"),
         ({"rows": []}, "holds a dict instead of a list"),
     ],
 )

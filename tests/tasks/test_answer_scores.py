@@ -12,8 +12,8 @@ from mitrain.core.errors import ModelError
 from mitrain.data.formats.records import AnswerSample
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import answer as module
-from mitrain.tasks.answer import Numbers, answers_by_prompt, plain
-from mitrain.tasks.base import Batch, Prediction
+from mitrain.tasks.answer import AnswerTask, Numbers, answers_by_prompt, plain
+from mitrain.tasks.base import Batch, Prediction, Splits
 from mitrain.tasks.figures import Panel
 
 
@@ -247,3 +247,37 @@ def test_a_prompt_stands_in_its_template(folder):
         Batch(opened(["a"], prompt), ModalityInputs(FEATURES[:1])) for prompt in ("this thing", "is this thing red")
     )
     assert task.generate(short) == plain_task.generate(long)
+
+
+def test_several_references_are_scored_softly_whatever_the_answer_was_chosen_by(folder):
+    """Of three samples the first has the answer of three of ten people, the second that of all, the third that of none."""
+    task = make(folder)
+    people = [("red",) * 3 + ("blue",) * 7, ("The blue square.",) * 10, ("no",) * 10]
+    asked = [replace(s, references=r) for s, r in zip(samples(), people, strict=True)]
+    said = iter(["red", "blue square", "yes"])
+    task._chosen = lambda sample, score: {"predicted": next(said), "correct": True, "scored_by": "candidates"}
+    found = task.predict(Batch(asked, ModalityInputs(FEATURES)))
+    assert [p.values["soft_accuracy"] for p in found] == pytest.approx([0.9, 1.0, 0.0])
+    assert task.score(asked, found)["soft_accuracy"] == pytest.approx(1.9 / 3)
+    some = [replace(asked[0], references=("red",)), *asked[1:]]
+    del found[0].values["soft_accuracy"]
+    assert "soft_accuracy" not in task.score(some, found)  # a mean over a part of them would stand for all
+
+
+def test_baselines_have_a_soft_accuracy_beside_their_accuracy(folder):
+    asked = [replace(s, id=s.answer, references=(s.answer,) * 4 + ("grey",)) for s in opened(["red", "red", "blue"])]
+    asked = [replace(s, id=str(i)) for i, s in enumerate(asked)]
+    table = {s.id: torch.eye(3)[{"red": 0, "blue": 1}[s.answer]] for s in asked}
+    splits = Splits(
+        asked, lambda: (asked, asked), lambda: asked, lambda part: torch.stack([table[s.id] for s in part]), 0
+    )
+    found = make(folder).baselines(splits)
+    assert found["majority answer"] == {"accuracy": 2 / 3, "samples": 3, "soft_accuracy": 2 / 3}
+    assert found["linear probe on the same features"]["soft_accuracy"] == 1.0
+    assert set(found["linear probe on the same features"]["inverse_regularisation"]) == {"this thing is a"}
+
+
+def test_two_references_are_too_few_for_a_whole_soft_accuracy():
+    asked = [replace(s, references=("red",) * n) for n, s in zip((0, 1, 2, 3, 4), opened(["red"] * 5), strict=True)]
+    (line,) = [line for line in AnswerTask.caution(asked, "val", {}) if "references" in line]
+    assert line.startswith("val: 2 samples have two or three references")

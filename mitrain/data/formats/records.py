@@ -1,10 +1,12 @@
 """Questions about pictures from JSONL or CSV: one record a line, a user's own columns by name.
 
 JSONL: ``{"image": "a.jpg", "prompt": "This is a", "answer": "cat"}``; ``id``, ``candidates`` (a list), ``kind`` and
-``object`` are optional and other keys are ignored. CSV: the same by its header, candidates separated by ``|``.
+``object`` are optional and other keys are ignored. Several people's answers are a list. CSV: the same by its header,
+candidates separated by ``|``.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ class AnswerSample:
     """A picture (its path below the data's folder), a question and its answer.
 
     ``candidates`` are the answers to choose from (none: open); ``object`` names what must not be shared by splits.
+    ``references`` are several people's answers, and ``answer`` the commonest of them, of equally common ones the first.
     """
 
     id: str
@@ -41,6 +44,7 @@ class AnswerSample:
     candidates: tuple[str, ...] = ()
     kind: str = ""
     object: str = ""
+    references: tuple[str, ...] = ()
 
     def fault(self) -> str:
         """What is wrong with the sample beside its picture: nothing, or it would not have been read."""
@@ -72,22 +76,40 @@ def placed(path: Path, columns: Mapping[str, str], missing: Collection[str]) -> 
         sample = to_sample(row, where, columns, default_id=f"{path.name}:{line}")
         check_meant(sample.prompt, columns["prompt"], where, missing)
         if not sample.candidates:
-            check_meant(sample.answer, columns["answer"], where, missing)
+            for answer in sample.references or [sample.answer]:
+                check_meant(answer, columns["answer"], where, missing)
         yield where, sample
 
 
 def to_sample(row: Mapping[str, Any], where: str, columns: Mapping[str, str], default_id: str) -> AnswerSample:
     values = {field: row.get(name) for field, name in columns.items()}
+    references = references_of(values["answer"], columns["answer"], where)
+    if references:
+        values["answer"] = commonest(references)
     texts = {field: as_text(values[field], columns[field], where) for field in FIELDS if field != "candidates"}
     for field in REQUIRED:
         if not texts[field]:
             raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")
-    if isinstance(listed(texts["answer"]), list):
-        raise DataError(f"{where}: {columns['answer']!r} is a list, {texts['answer'][:60]}: give one answer")
     candidates = values["candidates"] or []
     if not isinstance(candidates, list):
         raise DataError(f'{where}: {columns["candidates"]!r} is no list: write ["yes", "no"]')
     choices = tuple(dict.fromkeys(as_text(choice, columns["candidates"], where) for choice in candidates))
     if choices and texts["answer"] not in choices:
         raise DataError(f"{where}: the answer {texts['answer'][:80]!r} is not among the candidates: add it")
-    return AnswerSample(**texts | {"id": texts["id"] or default_id}, candidates=choices)
+    return AnswerSample(**texts | {"id": texts["id"] or default_id}, candidates=choices, references=references)
+
+
+def references_of(value: Any, name: str, where: str) -> tuple[str, ...]:
+    """Several people's answers, which stand in a list; nothing where ``value`` is one answer."""
+    given = listed(value)
+    if not isinstance(given, list):
+        return ()
+    texts = tuple(as_text(answer, name, where) for answer in given)
+    if not texts or not all(texts):
+        raise DataError(f"{where}: {name!r} is a list with {'an empty answer' if texts else 'no answer'}: give answers")
+    return texts
+
+
+def commonest(answers: Sequence[str]) -> str:
+    """The most frequent one, the first of equally frequent ones."""
+    return Counter(answers).most_common(1)[0][0]

@@ -208,8 +208,7 @@ def as_text(value: Any, name: str, where: str) -> str:
         return value.strip()
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
         return str(value)
-    one = ", one of them (of VQA's ten answers the most frequent)" if isinstance(value, list) else ""
-    raise DataError(f"{where}: {name!r} is a {type(value).__name__}: give text{one}")
+    raise DataError(f"{where}: {name!r} is a {type(value).__name__}: give text")
 
 
 def check_meant(text: str, name: str, where: str, missing: Collection[str]) -> None:
