@@ -10,11 +10,12 @@ from folders import colour_records, llm_folder, vision_folder
 
 from mitrain import methods
 from mitrain.cli import main
+from mitrain.core import config as sections
 from mitrain.core.errors import UserError
 from mitrain.inference.scoring import score_run
 from mitrain.methods.mit.mit import MiT
 from mitrain.tasks.answer import AnswerTask
-from mitrain.training import checkpoint, runs, schema
+from mitrain.training import build, checkpoint, runs, schema
 from mitrain.training.evaluate import Evaluation
 from mitrain.training.trainer import Trainer
 
@@ -280,3 +281,29 @@ def test_the_last_line_counts_the_bad_samples(world, tmp_path, capsys):
     assert "at step 1 (1 bad samples skipped); next" in capsys.readouterr().out.splitlines()[-1]
     assert main(["train", str(tmp_path / "config.yaml"), "data.bad_share=0.05", "--run-dir", str(tmp_path / "no")]) == 2
     assert "1 of 12 samples cannot be used" in capsys.readouterr().err
+
+
+def test_max_skipped_bounds_the_skipped_steps_of_a_run(world):
+    config = configured(world, steps=4, max_skipped=1)
+    trainer = Trainer(config, runs.create(config, world / "runs"), quiet=True)
+    loss = trainer.loss
+    trainer.loss = lambda batch: (loss(batch)[0] * torch.nan, loss(batch)[1])
+    with pytest.raises(UserError, match="2 steps skipped in total at step 2, more than the 1 allowed"):
+        trainer.fit()
+
+
+def test_eval_views_says_how_many_variants_an_evaluation_averages(world):
+    values = configured(world).to_dict()
+    config = schema.from_dict({**values, "features": {"normalize": "none", "eval_views": 3}})
+    trainer = Trainer(config, runs.create(config, world / "runs"), quiet=True)
+    paths = sorted({sample.image for sample in trainer.val})
+    batch = trainer.model.evaluation_batch(trainer.val[: len(paths)], paths, trainer.images)
+    views = torch.stack([trainer.images.pooled(paths, [view] * len(paths)) for view in range(3)])
+    assert torch.equal(batch.inputs.feature, views.mean(0)) and not torch.equal(views[0], views.mean(0))
+
+
+def test_source_seed_chooses_the_prepared_data_set(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(build.prepared, "ensure_data", lambda name, seed: asked.append((name, seed)) or tmp_path)
+    given = {"name": "records", "source": "tuxpaint", "source_seed": 3}
+    assert build.resolve_data(sections.choose("data", given)) == tmp_path and asked == [("tuxpaint", 3)]
