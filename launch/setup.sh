@@ -22,8 +22,8 @@ fail() { printf 'setup: %s\n' "$*" >&8; exit 2; }
 
 for extra in "$@"; do
     case $extra in
-        gpu | deepspeed | demo | peft | plots | quant | wandb | dev | all) ;;
-        *) fail "unknown extra '$extra': choose from gpu deepspeed demo peft plots quant wandb dev all" ;;
+        audio | gpu | deepspeed | demo | parquet | peft | plots | quant | video | wandb | dev | all) ;;
+        *) fail "unknown extra '$extra': choose from audio gpu deepspeed demo parquet peft plots quant video wandb dev all" ;;
     esac
 done
 

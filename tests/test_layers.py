@@ -28,9 +28,13 @@ LAYER_OF = {folder: number for number, row in enumerate(LAYERS) for folder in ro
 
 # What may import an optional or heavy package, or one of our own that lies beside mitrain; a folder ends with a slash.
 ALLOWED: dict[str, tuple[str, ...]] = {
+    "av": ("mitrain/data/containers.py",),
     "deepspeed": ("mitrain/training/engine/",),
     "bitsandbytes": ("mitrain/models/quant/",),
     "matplotlib": ("mitrain/compare/plots.py",),
+    "pyarrow": ("mitrain/data/arrays.py",),
+    "soundfile": ("mitrain/data/audio.py",),
+    "soxr": ("mitrain/data/audio.py",),
     "peft": ("mitrain/methods/peft.py",),
     "wandb": ("mitrain/training/telemetry.py", "mitrain/training/wandb_process.py"),
     "triton": ("kernels/mitrain_kernels/",),

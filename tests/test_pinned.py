@@ -12,7 +12,18 @@ from packaging.requirements import Requirement
 from source_tree import ROOT, imports, our_files
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = {"deepspeed", "flash-attn", "bitsandbytes", "matplotlib", "peft", "wandb"}
+OPTIONAL = {
+    "av",
+    "deepspeed",
+    "flash-attn",
+    "bitsandbytes",
+    "matplotlib",
+    "peft",
+    "pyarrow",
+    "soundfile",
+    "soxr",
+    "wandb",
+}
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "google": "protobuf"}
 OF_TRANSFORMERS = {"numpy", "pyyaml", "safetensors", "tokenizers", "tqdm"}
 """What transformers itself needs, whatever is done with it."""

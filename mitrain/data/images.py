@@ -24,7 +24,7 @@ from mitrain.core.errors import DataError
 from mitrain.data.kinds import CONVERT, FORMATS, kind_of
 
 MAX_PIXELS = 50_000_000
-MAX_BYTES = 1 << 30  # of a picture's file, which is read whole: its digest is of the bytes that are decoded
+MAX_BYTES = 1 << 30  # of a file that is read whole: its digest is of the bytes that are decoded
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 NAMED = 5  # bad samples that the final message names; the log names all
 TURNS = {
@@ -182,7 +182,7 @@ def read_image(root: Path, relative: str, max_pixels: int = MAX_PIXELS) -> Decod
     raise DataError(f"{where} has {width} x {height} pixels, {max_pixels} are allowed: scale it down")
 
 
-def read_whole(path: Path, where: str) -> bytes:
+def read_whole(path: Path, where: str, what: str = "picture") -> bytes:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -190,7 +190,7 @@ def read_whole(path: Path, where: str) -> bytes:
                 return file.read(MAX_BYTES)
     except OSError as error:
         raise DataError(f"{where} cannot be opened ({error.strerror}): make it readable") from None
-    raise DataError(f"{where} has {size} bytes, {MAX_BYTES} are allowed: this is no picture to train on")
+    raise DataError(f"{where} has {size} bytes, {MAX_BYTES} are allowed: this is no {what} to train on")
 
 
 class Hush:
@@ -227,10 +227,10 @@ def orientation(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def contained(root: Path, relative: str) -> Path:
+def contained(root: Path, relative: str, what: str = "picture") -> Path:
     """The file ``relative`` in ``root``, if it is one and its path, as it is written, stays below ``root``."""
     if not isinstance(relative, str) or not relative or "\0" in relative:
-        raise DataError(f"{str(relative)[:80]!r} is not a path of a picture in {str(root)!r}: correct the annotation")
+        raise DataError(f"{str(relative)[:80]!r} is not a path of a {what} in {str(root)!r}: correct the annotation")
     bases = [Path(os.path.abspath(root)), Path(os.path.realpath(root))]  # a whole path may name either
     path = Path(os.path.normpath(bases[0] / relative))
     if not any(path.is_relative_to(base) for base in bases):
@@ -243,7 +243,7 @@ def contained(root: Path, relative: str) -> Path:
         ) from None
     if not there:
         link = ", only a link that leads to none" if path.is_symlink() else ""
-        raise DataError(f"no picture {relative[:200]!r} in {str(root)!r}{link}: put it there or correct the path")
+        raise DataError(f"no {what} {relative[:200]!r} in {str(root)!r}{link}: put it there or correct the path")
     return path
 
 
