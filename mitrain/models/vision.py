@@ -310,16 +310,17 @@ def load_encoder(
     dtype: torch.dtype,
     device: torch.device,
     shard: stream.Shard | None,
+    what: str = "image encoder",
 ) -> nn.Module:
     """The encoder on ``device``; in shards, layer by layer as rank 0 reads them, where its names allow that."""
     if shard and (weights := stream.Weights.of(source)):
         model = empty_vision(factory, config).to(dtype)
         loading.freeze(model)
         if stream.fits(model, weights):
-            loading.tell_unplaced(stream.unplaced(model, weights), source, "image encoder")
+            loading.tell_unplaced(stream.unplaced(model, weights), source, what)
             stream.fill(model, weights, device, lambda name, unit: shard(unit), reads=dist.is_main())
             return model
-    model = loading.load_model(factory, source, "image encoder", used, config=config, dtype=dtype).to(device)
+    model = loading.load_model(factory, source, what, used, config=config, dtype=dtype).to(device)
     loading.freeze(model)
     for _, unit in stream.units(model) if shard else ():
         shard(unit)
@@ -341,9 +342,9 @@ def blip_encoder(
 
 
 def empty_vision(factory: Any, config: Any) -> nn.Module:
-    if factory is CLIPVisionModelWithProjection:
+    if isinstance(factory, type) and issubclass(factory, nn.Module):
         with torch.device("meta"), loading.quiet():
-            return CLIPVisionModelWithProjection(config)
+            return factory(config)
     return loading.empty_model(factory, config)
 
 

@@ -1,0 +1,188 @@
+"""What frozen encoders of every kind of input have in common.
+
+Shapes: B samples, T steps of time, D hidden width, e feature width.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.models import layouts, loading, stream
+from mitrain.models.digests import frozen_digest, weights_of
+from mitrain.models.vision import empty_vision, load_encoder
+
+log = logging.getLogger(__name__)
+Pool = Literal["auto", "mean", "mean+std"]
+
+
+class EncoderConfig(Section):
+    """One frozen encoder of a kind of input (``takes``, which each kind sets).
+
+    ``name``: a prepared model's name, a folder or a Hugging Face id. ``layer``: read the hidden states after that many
+    layers (none: the top). ``shape``: a configuration in place of weights, for ``--dry-run`` alone.
+    """
+
+    name: str
+    layer: int | None = Field(None, ge=1)
+    shape: dict[str, Any] | None = None
+
+    @property
+    def label(self) -> str:
+        """The encoder in messages."""
+        return f"the {self.takes} encoder {self.name!r}"
+
+
+class Encoder(nn.Module):
+    """A frozen encoder: files' content in, one vector for each out.
+
+    ``width``: e. ``depth``: its layers. ``family``: its model type. ``settings``: its configuration. ``model``: its modules.
+    ``views``: how many variants of a sample differ. A kind implements ``preprocess`` (of what was decoded, in any thread),
+    ``_pooled`` and ``_preprocessing``.
+    """
+
+    views = 1
+    config: Any
+    model: nn.Module
+    settings: Any
+    family: str
+    source: str | Path | None
+    width: int
+    depth: int
+    _settings: dict[str, Any]
+
+    def preprocess(self, decoded: Any, view: int = 0) -> Tensor:
+        raise NotImplementedError
+
+    def encode(self, items: Sequence[Tensor], views: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """``pooled`` (B, e) float32 of preprocessed samples: each is what it would be alone.
+
+        ``views``: which variant each is, which preprocessing has dealt with.
+        """
+        del views
+        rows = torch.zeros(len(items), self.width)
+        with torch.no_grad():
+            for members in self._groups(items):
+                rows[members] = self._pooled([items[i] for i in members]).float().cpu()
+        return {"pooled": rows}
+
+    def _groups(self, items: Sequence[Tensor]) -> list[list[int]]:
+        """Which samples run together: those of one shape, so that nothing is padded for another's sake."""
+        groups: dict[Any, list[int]] = {}
+        for i, item in enumerate(items):
+            groups.setdefault(self._size(item), []).append(i)
+        return list(groups.values())
+
+    def _size(self, item: Tensor) -> Any:
+        return tuple(item.shape)
+
+    def _pooled(self, items: Sequence[Tensor]) -> Tensor:
+        """(B, e) of samples of one `_size`."""
+        raise NotImplementedError
+
+    def _preprocessing(self) -> Any:
+        """What, in plain JSON types, decides what ``preprocess`` makes."""
+        raise NotImplementedError
+
+    @cached_property
+    def _digest(self) -> str:
+        return frozen_digest(self.model)
+
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on: the caches' address. The weights are those at the first call."""
+        return {
+            "takes": self.config.takes,
+            "weights": self._digest,
+            "preprocess": self._preprocessing(),
+            "layer": self.config.layer,
+            "pool": self.config.pool,
+            "dtype": str(next(self.model.parameters()).dtype),
+        }
+
+    def base(self) -> dict[str, Any]:
+        """What decides what the encoder computes, its preprocessing included, whatever its precision."""
+        weights = weights_of(self.source, self.model)
+        return {"weights": weights, **self._settings, "preprocess": self._preprocessing()}
+
+    def _batch(self, items: Sequence[Tensor]) -> Tensor:
+        weight = next(self.model.parameters())
+        return torch.stack(list(items)).to(weight.device, weight.dtype)
+
+
+def read_settings(config: EncoderConfig, source: str | Path) -> PretrainedConfig:
+    """The configuration of an encoder's checkpoint, or its ``shape``."""
+    if config.shape:
+        return loading.config_from_shape(config.shape, f"the shape of {config.label}")
+    found = loading.read_config(source, f"{config.takes} encoder")
+    if getattr(found, "quantization_config", None):
+        raise ModelError(f"{config.label} is quantised: give its weights in floats")
+    return found
+
+
+def load(
+    config: EncoderConfig,
+    source: str | Path,
+    factory: Any,
+    settings: PretrainedConfig,
+    used: Callable[[str], bool],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shard: stream.Shard | None,
+) -> nn.Module:
+    """The frozen model; without weights where ``config`` gives a shape."""
+    if config.shape:
+        model = empty_vision(factory, settings)
+    else:
+        what = f"{config.takes} encoder"
+        model = load_encoder(factory, source, settings, used, dtype, torch.device(device), shard, what)
+    loading.freeze(model)
+    return model
+
+
+def cut_to_layer(model: nn.Module, config: EncoderConfig, depth: int) -> None:
+    """Leave out the layers above ``config.layer``; ConfigError where there is no such layer."""
+    if config.layer is None:
+        return
+    if not 1 <= config.layer <= depth:
+        more = f"has {depth} layers, not a layer {config.layer}: give one of 1..{depth}" if depth else ""
+        raise ConfigError(f"{config.label} {more or 'has no layers that can be read: leave out layer'}")
+    del layers_of(model)[config.layer :]
+    model.config.num_hidden_layers = config.layer
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The transformer layers, bottom first; other lists of the model may be as long."""
+    stacks = (getattr(owner, name) for owner, name in layouts.layer_lists(model))
+    return next(stack for stack in stacks if layouts.attention_of(stack[0]) is not None)
+
+
+@contextmanager
+def top_layer(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, what leaves the topmost layer, before any norm that follows it, is appended to the list."""
+    seen: list[Tensor] = []
+    keep = lambda _, inputs, out: seen.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
+    hook = layers_of(model)[-1].register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def over_time(states: Tensor, steps: Sequence[int], pool: str) -> Tensor:
+    """(B, D), or (B, 2 D) with the standard deviation behind the mean: of the first ``steps`` of ``states`` (B, T, D)."""
+    states, count = states.float(), torch.tensor(steps, device=states.device)
+    shown = (torch.arange(states.shape[1], device=states.device) < count[:, None])[..., None]
+    mean = (states * shown).sum(1) / count[:, None]
+    if pool != "mean+std":
+        return mean
+    variance = ((states - mean[:, None]).square() * shown).sum(1) / count[:, None]
+    return torch.cat([mean, variance.sqrt()], dim=-1)
