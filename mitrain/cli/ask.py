@@ -25,7 +25,9 @@ def add_eval(commands: Any) -> None:
     sub.add_argument("--data", metavar="DIR", help="the data's folder, where it is another than the run's data.root")
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over the split")
     sub.add_argument(
-        "--generate", action="store_true", help="also let the model speak and count exact matches (answer)"
+        "--generate",
+        action="store_true",
+        help="also let the model speak and count exact matches (answer; caption does anyway)",
     )
     sub.add_argument("--seed", type=int, default=0, help="of the control's pairing")
     sub.add_argument(
@@ -64,7 +66,7 @@ def metric_lines(metrics: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name}"
             yield from metric_lines(value, indent + "  ")
         else:
-            shown = f"{value:.4f}" if isinstance(value, float) else "cannot be wrong" if value is None else value
+            shown = f"{value:.4f}" if isinstance(value, float) else "decided or undefined" if value is None else value
             yield f"{indent + name:24s} {shown}"
 
 

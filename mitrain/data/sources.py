@@ -184,7 +184,11 @@ class RatedConfig(TargetSection, kind="data", name="rated"):
         return root
 
 
-class CaptionsConfig(DataSection, kind="data", name="captions"):
+class CaptionSection(DataSection):
+    """Pictures with captions."""
+
+
+class CaptionsConfig(CaptionSection, kind="data", name="captions"):
     """Pictures with captions in JSONL or CSV files, one per split, with columns image and text.
 
     ``columns`` maps those names to the file's own. ``missing``: words that stand for an empty cell, and are no caption.
@@ -205,7 +209,7 @@ class CaptionsConfig(DataSection, kind="data", name="captions"):
         return root
 
 
-class KarpathyConfig(DataSection, kind="data", name="karpathy"):
+class KarpathyConfig(CaptionSection, kind="data", name="karpathy"):
     """COCO or Flickr30k in Karpathy's ``dataset_*.json``. ``file`` is its name; ``images`` the pictures' folder below the
     data's, where it is not a usual one."""
 

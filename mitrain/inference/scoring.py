@@ -75,7 +75,9 @@ def score_split(
 ) -> Evaluation:
     """Metrics and predictions of prepared ``samples``."""
     if generate and not run.model.task.speaks:
-        raise ConfigError("--generate lets the model speak, which only the task 'answer' does: leave it out")
+        raise ConfigError(
+            "--generate lets the model speak, which only the tasks 'answer' and 'caption' do: leave it out"
+        )
     batch = run.config.train.eval_batch
     what = f"{run.folder} at step {run.saved.step}"
     return evaluate(run.model, images, samples, control=control, seed=seed, batch=batch, generate=generate, what=what)

@@ -3,33 +3,29 @@
 The prompt is text alone; the picture can reach the answer only through the infusion. Trained by cross-entropy over the
 full vocabulary on the answer's tokens; scored by likelihood among answers to choose from, or by generation (exact match).
 
-Shapes: B samples, R rows (a sample and one of its candidates), T tokens, V vocabulary.
+Shapes: R rows (a sample and one of its candidates).
 """
 
 import logging
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
 from mitrain.core import dist
-from mitrain.core.config import Section
-from mitrain.core.errors import ConfigError, ModelError
+from mitrain.core.errors import ConfigError
 from mitrain.data.formats.records import AnswerSample, commonest
 from mitrain.data.sources import RecordsConfig
-from mitrain.models.batch import ModalityInputs
-from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, look_alike, only_one
+from mitrain.tasks.base import Answer, Batch, Parts, Prediction, Question, Splits, look_alike, only_one
 from mitrain.tasks.figures import Panel
-from mitrain.tasks.generation import decoding, greedy
+from mitrain.tasks.language import LanguageConfig, LanguageTask
 from mitrain.tasks.probe import probe_answers
 from mitrain.tasks.soft_accuracy import AGREE, soft_accuracy
-from mitrain.tasks.template import frame_of, template_with
+from mitrain.tasks.template import template_with
 
 log = logging.getLogger(__name__)
 SCORE_ROWS = 112
@@ -38,17 +34,16 @@ MOST_ANSWERS = 100
 """Of how many training answers to its prompt one is chosen for a sample without candidates; beyond, the model speaks."""
 
 
-class AnswerConfig(Section, kind="task", name="answer"):
+class AnswerConfig(LanguageConfig, kind="task", name="answer"):
     """``template``: how the prompt is put to the model; its special tokens act, those in a user's text are plain text.
-    ``normalize``: candidates' log-likelihood per token instead of its sum. ``max_new_tokens``: bound of what is generated.
+    ``normalize``: candidates' log-likelihood per token instead of its sum. The rest as in `LanguageConfig`.
     """
 
     template: template_with("prompt") = "{prompt}"
     normalize: bool = False
-    max_new_tokens: int = Field(8, ge=1, le=512)
 
 
-class AnswerTask(Task):
+class AnswerTask(LanguageTask):
     """loss = − Σ_t log p(answer_t | prompt, answer_<t, image) over the answer's tokens and its end; the answer of a sample
     with several references is the commonest.
 
@@ -60,28 +55,16 @@ class AnswerTask(Task):
     settings = AnswerConfig
     formats = (RecordsConfig,)
     metric = "accuracy"
-    speaks = True
     remembers = True
     columns = (("accuracy", "accuracy"), ("exact match", "exact_match"), ("soft accuracy", "soft_accuracy"))
 
     def __init__(self, config: AnswerConfig, parts: Parts):
-        super().__init__(parts)
-        self.config, self.frame = config, frame_of(config.template)
+        super().__init__(config, parts)
         self.known: Mapping[str, Sequence[str]] = {}
-        self._prompt_ids = cache(lambda prompt: parts.text.prompt(prompt, self.frame, config.max_new_tokens))
-        self._answered = lru_cache(1 << 17)(lambda prompt, answer: parts.text.answered(prompt, answer, self.frame))
 
-    @classmethod
-    def build(cls, config: AnswerConfig, given: Given) -> "AnswerTask":
-        text, adapter = given.parts.text, given.parts.adapter
-        if not text.speaks:
-            name = type(text.model).__name__
-            raise ConfigError(f"model.llm is a {name}, which has no language head to answer with: take another task")
-        if adapter.traits.runs_layers or adapter.traits.wraps_text_model or adapter.traits.backbones != ("text",):
-            raise ConfigError(
-                f"the method {adapter.traits.name!r} does not work through the language head: take another task"
-            )
-        return cls(config, given.parts)
+    @staticmethod
+    def pair(sample: Any) -> tuple[str, str]:
+        return sample.prompt, sample.answer
 
     def remember(self, samples: Sequence[Any]) -> None:
         self.known = answers_by_prompt(samples)
@@ -95,10 +78,6 @@ class AnswerTask(Task):
     def must_generate(self, samples: Sequence[Any]) -> bool:
         return not all(map(self.offered, samples))
 
-    def row(self, prompt: str, answer: str) -> list[int]:
-        """Token ids of a prompt with an answer, without the end, which predicts nothing."""
-        return self._answered(prompt, answer)[0]
-
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         rows = {(s.prompt, s.answer) for s in samples}
         if every_candidate:
@@ -107,28 +86,6 @@ class AnswerTask(Task):
                 if not self.offered(sample):
                     self._prompt_ids(sample.prompt)  # raises where what the model says would not fit behind it
         return [self.row(*pair) for pair in sorted(rows)]
-
-    def tokens(self, samples: Sequence[Any]) -> int:
-        return sum(len(self.row(s.prompt, s.answer)) for s in samples)
-
-    def _log_likelihood(self, pairs: Sequence[tuple[str, str]], inputs: ModalityInputs | None) -> list[Tensor]:
-        """log p of each answer's tokens (its end included) for each (prompt, answer), with R rows of ``inputs``."""
-        text, states = self.parts.text, self.parts.states
-        rows, starts = zip(*(self._answered(*pair) for pair in pairs), strict=True)
-        answers = [[*row[start:], text.tokenizer.eos_token_id] for row, start in zip(rows, starts, strict=True)]
-        ids, mask = text.pad(rows)
-        spans = [range(start - 1, len(row)) for row, start in zip(rows, starts, strict=True)]
-        row_index = torch.tensor([r for r, span in enumerate(spans) for _ in span], device=ids.device)
-        positions = torch.tensor([p for span in spans for p in span], device=ids.device)
-        targets = torch.tensor([token for answer in answers for token in answer], device=ids.device)
-        below = states.batch(rows)
-        with self.parts.adapter.conditioned(inputs):
-            picked = text.log_likelihood(ids, mask, row_index, positions, targets, below, states.depth)
-        return list(picked.split([len(answer) for answer in answers]))
-
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        likelihood = torch.cat(self._log_likelihood([(s.prompt, s.answer) for s in batch.samples], batch.inputs))
-        return -likelihood.sum(), torch.tensor(float(likelihood.numel()), dtype=torch.float64)
 
     @torch.no_grad()
     def candidate_scores(self, batch: Batch) -> list[Tensor]:
@@ -141,43 +98,20 @@ class AnswerTask(Task):
         for start, own in dist.lockstep(range(0, len(pairs), SCORE_ROWS), 0):
             part = slice(start, start + SCORE_ROWS)
             inputs = batch.inputs and batch.inputs.rows(owner[part].to(batch.inputs.feature.device))
-            log_likelihoods = self._log_likelihood((pairs or spare)[part], inputs)
+            log_likelihoods = self.log_likelihood((pairs or spare)[part], inputs)
             for token_scores in log_likelihoods if own else ():
                 scores.append(token_scores.double().mean() if self.config.normalize else token_scores.double().sum())
         values = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64)
         return list(values.split([len(names) for names in offered]))
 
-    @cached_property
-    def decoding(self) -> dict[str, Any]:
-        return decoding(self.parts)
-
-    def rehearse(self, samples: Sequence[Any]) -> None:
-        try:
-            self.decoding  # noqa: B018
-        except ModelError as error:
-            if self.must_generate(samples):
-                raise
-            log.warning("this run will not be able to generate (predict, eval --generate): %s", error)
-
-    def generate(self, batch: Batch, num_beams: int = 1) -> list[str]:
-        """What the model says on its own: greedy (or beam) decoding, as `decoding` found it to be right."""
-        return [said for said, _ in self._spoken(batch, num_beams)]
-
-    @torch.no_grad()
-    def _spoken(self, batch: Batch, num_beams: int = 1) -> list[tuple[str, bool]]:
-        """What the model says of each sample, and whether all its logits were numbers."""
-        text, numbers = self.parts.text, Numbers(len(batch.samples))
-        ids, mask = text.pad([self._prompt_ids(s.prompt) for s in batch.samples], side="left")
-        options = {"max_new_tokens": self.config.max_new_tokens, "num_beams": num_beams, **self.decoding}
-        with self.parts.adapter.conditioned(batch.inputs, copies=num_beams):
-            out = greedy(self.parts, ids, mask, logits_processor=[numbers], **options)
-        said = text.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        return list(zip([words.strip() for words in said], numbers.all, strict=True))
+    def generate(self, batch: Batch) -> list[str]:
+        """What the model says of each sample on its own."""
+        return [said for said, _ in self.spoken(batch.samples, batch.inputs)]
 
     def predict(self, batch: Batch, generate: bool = False) -> list[Prediction]:
         scores = self.candidate_scores(batch)
         speaks = generate or self.must_generate(batch.samples)
-        said = self._spoken(batch) if speaks else [(None, True)] * len(scores)
+        said = self.spoken(batch.samples, batch.inputs) if speaks else [(None, True)] * len(scores)
         return [
             self._prediction(s, score, *spoken) for s, score, spoken in zip(batch.samples, scores, said, strict=True)
         ]
@@ -300,18 +234,6 @@ class AnswerTask(Task):
                 f"{split}: {unseen} samples have an answer that training never gave to their prompt: always wrong"
             )
         return lines
-
-
-class Numbers:
-    """A logits processor that changes nothing and notes for which of ``rows`` samples all logits were numbers."""
-
-    def __init__(self, rows: int):
-        self.all = [True] * rows
-
-    def __call__(self, _ids: Tensor, logits: Tensor) -> Tensor:
-        broken = logits.isnan().reshape(len(self.all), -1).any(1).tolist()  # −inf forbids a token, NaN is none
-        self.all = [good and not bad for good, bad in zip(self.all, broken, strict=True)]
-        return logits
 
 
 def answers_by_prompt(samples: Sequence[Any]) -> dict[str, tuple[str, ...]]:

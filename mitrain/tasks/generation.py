@@ -14,26 +14,23 @@ log = logging.getLogger(__name__)
 TRIED = 3  # tokens
 
 
-def greedy(parts: Parts, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
-    """What transformers' ``generate`` returns for prompts padded on the left, without the model's own sampling settings."""
+def generated(parts: Parts, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
+    """What transformers' ``generate`` returns for prompts padded on the left, by default the likeliest token each time; the
+    model's own sampling settings do not act."""
     text = parts.text
     return text.model.generate(
         input_ids=ids,
         attention_mask=mask,
         synced_gpus=text.sharded,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         eos_token_id=text.tokenizer.eos_token_id,
         pad_token_id=text.pad_id,
-        **options,
+        **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **options},
     )
 
 
 @torch.no_grad()
 def decoding(parts: Parts) -> dict[str, Any]:
-    """Keywords for `greedy` under which the attached model generates what its whole passes say.
+    """Keywords for `generated` under which the attached model generates what its whole passes say.
 
     It is asked by a short text: not every layer reads the cache as it was written, nor every method. ModelError where it
     cannot generate at all.
@@ -66,4 +63,4 @@ def logits(parts: Parts, use_cache: bool) -> list[torch.Tensor]:
     inputs = ModalityInputs(torch.zeros(len(ids), width, **factory)) if width else None
     options = {"max_new_tokens": TRIED, "min_new_tokens": TRIED, "use_cache": use_cache}
     with parts.adapter.conditioned(inputs):
-        return list(greedy(parts, ids, mask, return_dict_in_generate=True, output_logits=True, **options).logits)
+        return list(generated(parts, ids, mask, return_dict_in_generate=True, output_logits=True, **options).logits)

@@ -26,7 +26,7 @@ from mitrain.core import dist
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.formats.captions import CaptionSample
-from mitrain.data.sources import CaptionsConfig, KarpathyConfig
+from mitrain.data.sources import CaptionSection
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, require_finite
 from mitrain.tasks.contrast import Everyone
@@ -79,7 +79,7 @@ class RetrieveTask(Task):
     """
 
     settings = RetrieveConfig
-    formats = (CaptionsConfig, KarpathyConfig)
+    formats = (CaptionSection,)
     metric = "recall_mean"
     shuffles = "images"
     texts_apart = "text"

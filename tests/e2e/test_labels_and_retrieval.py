@@ -161,6 +161,28 @@ def test_retrieval(world, capsys):
     assert "| i→t R@1 |" in made["markdown"] and (world / "report" / "captions-test.png").is_file()
 
 
+def test_captions(world, capsys):
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (world / "data" / f"captions-{split}.jsonl").read_text().splitlines()]
+        made = [r | {"text": [r["text"], r["text"].replace("a ", "this is a ")]} for r in rows]
+        (world / "data" / f"two-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    task = {"name": "caption", "template": "this picture is", "max_new_tokens": 6}
+    config = configuration(world, "described", task, {"name": "captions"}, "two")
+    assert as_json(capsys, "data", "inspect", config)["splits"]["train"]["captions_per_image"] == {"2": 24}
+    run = as_json(capsys, "train", config, "--runs", world / "runs")["run"]
+    found = controls(capsys, run, "none", "no-image", "frozen", "shuffle")
+    assert found["none"]["images"] == 8 and found["none"]["captions"] == 16
+    for metric in ("cider", "bleu4", "rouge_l"):
+        assert max(found[c][metric] for c in ("no-image", "frozen", "shuffle")) < found["none"][metric], metric
+    part = as_json(capsys, "eval", run, "--split", "test", "--samples", "4", "--baselines")
+    assert part["images"] == 4 and part["captions"] == 8
+    assert set(part["baselines"]) == {"commonest caption", "caption of the nearest picture"}
+    said = as_json(capsys, "predict", run, "--image", world / "data" / "images" / "32.png", "--text", "a red square")
+    assert "square" in said["caption"] and said["log_likelihood"] < 0
+    table = as_json(capsys, "report", run, "--splits", "test", "--out", world / "report-described")["markdown"]
+    assert "| CIDEr |" in table and (world / "report-described" / "described-test.png").is_file()
+
+
 def test_inspect_says_what_splits_share(world, capsys):
     for name in ("labels", "captions"):
         found = as_json(capsys, "data", "inspect", world / f"{name}.yaml", "--out", world / "sheet")

@@ -12,9 +12,11 @@ from mitrain.core.errors import ModelError
 from mitrain.data.formats.records import AnswerSample
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import answer as module
-from mitrain.tasks.answer import AnswerTask, Numbers, answers_by_prompt, plain
+from mitrain.tasks import language
+from mitrain.tasks.answer import AnswerTask, answers_by_prompt, plain
 from mitrain.tasks.base import Batch, Prediction, Splits
 from mitrain.tasks.figures import Panel
+from mitrain.tasks.language import Numbers
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +53,10 @@ def test_answers_of_training_are_those_it_gave_and_could_have_given():
 def test_many_candidates_are_scored_in_parts(folder, monkeypatch):
     task, sizes = make(folder), []
     expected = [p.values["probabilities"] for p in task.predict(Batch(samples(), ModalityInputs(FEATURES)))]
-    whole = task._log_likelihood
+    whole = task.log_likelihood
     monkeypatch.setattr(module, "SCORE_ROWS", 4)
     monkeypatch.setattr(
-        task, "_log_likelihood", lambda pairs, features: sizes.append(len(pairs)) or whole(pairs, features)
+        task, "log_likelihood", lambda pairs, features: sizes.append(len(pairs)) or whole(pairs, features)
     )
     found = task.predict(Batch(samples(), ModalityInputs(FEATURES)))
     count = sum(len(s.candidates) for s in samples())
@@ -65,9 +67,9 @@ def test_many_candidates_are_scored_in_parts(folder, monkeypatch):
 def test_a_rank_without_candidates_keeps_the_others_company(folder, monkeypatch):
     """It runs its first sample again, so often as others have rounds, and scores nothing by that."""
     task, seen, alone = make(folder), [], opened(["red", "blue", "yes"])
-    whole = task._log_likelihood
+    whole = task.log_likelihood
     monkeypatch.setattr(
-        task, "_log_likelihood", lambda pairs, features: seen.append((pairs, features)) or whole(pairs, features)
+        task, "log_likelihood", lambda pairs, features: seen.append((pairs, features)) or whole(pairs, features)
     )
     monkeypatch.setattr(module.dist, "gather", lambda rounds: [rounds, 2])
     assert [len(scores) for scores in task.candidate_scores(Batch(alone, ModalityInputs(FEATURES)))] == [0, 0, 0]
@@ -83,7 +85,7 @@ def test_a_rank_without_candidates_keeps_the_others_company(folder, monkeypatch)
 def test_scores_are_summed_in_float64_and_without_a_picture_too(folder):
     task = make(folder)
     with torch.no_grad():
-        parts = task._log_likelihood([("is this red", "yes"), ("is this red", "no")], None)
+        parts = task.log_likelihood([("is this red", "yes"), ("is this red", "no")], None)
     blind = task.candidate_scores(Batch(samples()[2:], None))[0]
     assert blind.tolist() == [part.double().sum().item() for part in parts] and blind.dtype == torch.float64
     total, count = task.loss(Batch(samples(), ModalityInputs(FEATURES)))
@@ -197,32 +199,31 @@ def test_a_run_that_needs_no_words_starts_on_a_model_that_has_none(folder, monke
         assert parts is task.parts
         raise ModelError("it is mute")
 
-    monkeypatch.setattr(module, "decoding", refuse)
+    monkeypatch.setattr(language, "decoding", refuse)
     with pytest.raises(ModelError, match="it is mute"):
         task.rehearse([*samples(), *opened(["red"])])
     assert caplog.messages == []
     task.rehearse(samples())
     assert caplog.messages == ["this run will not be able to generate (predict, eval --generate): it is mute"]
     made = make(folder)
-    monkeypatch.setattr(module, "decoding", lambda parts: {"use_cache": False})
+    monkeypatch.setattr(language, "decoding", lambda parts: {"use_cache": False})
     made.rehearse(samples())
     assert made.decoding == {"use_cache": False}
 
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_what_is_said_is_asked_for_with_the_settings_of_the_task(folder, beams, monkeypatch):
-    task, asked = make(folder, max_new_tokens=3), {}
-    whole = module.greedy
-    monkeypatch.setattr(module, "decoding", lambda parts: {"use_cache": False})
-    monkeypatch.setattr(module, "greedy", lambda *a, **options: asked.update(options) or whole(*a, **options))
-    said = task.generate(Batch(samples(), ModalityInputs(FEATURES)), num_beams=beams)
+    task, asked = make(folder, max_new_tokens=3, beams=beams), {}
+    whole = language.generated
+    monkeypatch.setattr(language, "decoding", lambda parts: {"use_cache": False})
+    monkeypatch.setattr(language, "generated", lambda *a, **options: asked.update(options) or whole(*a, **options))
+    said = task.generate(Batch(samples(), ModalityInputs(FEATURES)))
     assert asked.pop("logits_processor")[0].all == [True] * 3
-    assert asked == {"max_new_tokens": 3, "num_beams": beams, "use_cache": False}
+    assert asked == {"max_new_tokens": 3, "num_beams": beams, "use_cache": False} | (
+        {"length_penalty": 1.0} if beams > 1 else {}
+    )
     assert len(said) == 3 and all(words == words.strip() for words in said)
-    alone = [
-        task.generate(Batch([s], ModalityInputs(FEATURES[i : i + 1])), num_beams=beams)[0]
-        for i, s in enumerate(samples())
-    ]
+    alone = [task.generate(Batch([s], ModalityInputs(FEATURES[i : i + 1])))[0] for i, s in enumerate(samples())]
     assert said == alone
 
 

@@ -43,7 +43,7 @@ def all_settings() -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_reference_is_a_configuration_at_its_defaults(path):
     config = schema.load(path)
-    assert config.name == config.adapter.section_name == path.stem
+    assert config.name == path.stem
     plan = dry_run(config, memory_gb=80, ranks=1)
     assert plan.trainable_parameters > 0 and plan.config_hash == config.hash
 
@@ -51,6 +51,6 @@ def test_a_reference_is_a_configuration_at_its_defaults(path):
 def test_the_references_name_every_setting_at_its_default():
     found = [one for path in FILES for one in given(schema.load(path), "")]
     assert not all_settings() - {name for name, _ in found}, "give these settings a line in configs/reference"
-    assert {path.stem for path in FILES} == set(KINDS["adapter"])
+    assert {path.stem for path in FILES} >= set(KINDS["adapter"])
     others = {re.sub(r"\[.*]", "", name) for name, is_default in found if not is_default}
     assert others <= ILLUSTRATED, "a reference shows what holds where a setting is left out"

@@ -5,9 +5,10 @@ Karpathy: ``{"dataset": …, "images": [{"imgid", "filename", "filepath" (COCO a
 many lines as it has captions (in JSONL ``text`` may be a list); ``id`` and ``object`` are optional.
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ FIRST = 20  # pictures that the folder is looked for with
 
 @dataclass(frozen=True)
 class CaptionSample:
-    """A picture (its path below the data's folder) and one of its captions.
+    """A picture (its path below the data's folder) and one of its ``captions`` in the split.
 
     ``object`` names what must not be shared by splits.
     """
@@ -43,6 +44,7 @@ class CaptionSample:
     image: str
     text: str
     object: str = ""
+    captions: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def fault(self) -> str:
         """What is wrong with the sample beside its picture: nothing, or it would not have been read."""
@@ -60,7 +62,7 @@ def read_captions(
     samples = unique(placed(path, columns, missing))
     if not samples:
         raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
-    return samples
+    return with_captions(samples)
 
 
 def placed(path: Path, columns: Mapping[str, str], missing: Collection[str]) -> Iterator[tuple[str, CaptionSample]]:
@@ -76,6 +78,15 @@ def placed(path: Path, columns: Mapping[str, str], missing: Collection[str]) -> 
         for number, text in enumerate(texts):
             check_meant(text, columns["text"], where, missing)
             yield where, CaptionSample(f"{name}/{number}" if len(texts) > 1 else name, image, text, thing)
+
+
+def with_captions(samples: Sequence[CaptionSample]) -> list[CaptionSample]:
+    """The samples with all captions of their pictures: a part of them is scored against all, too."""
+    texts: dict[str, list[str]] = {}
+    for sample in samples:
+        texts.setdefault(sample.image, []).append(sample.text)
+    shared = {image: tuple(several) for image, several in texts.items()}
+    return [replace(sample, captions=shared[sample.image]) for sample in samples]
 
 
 def read_karpathy(root: Path, file: str | None, split: str, images: str | None = None) -> list[CaptionSample]:
@@ -102,7 +113,7 @@ def read_karpathy(root: Path, file: str | None, split: str, images: str | None =
     report_left_out(kept, left_out, f"{path}: {split}")
     if not kept:
         raise DataError(f"{str(path)!r} has no caption in the split {split!r}: get the original file")
-    return kept
+    return with_captions(kept)
 
 
 def karpathy_splits(root: Path, file: str | None) -> list[str]:

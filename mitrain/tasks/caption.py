@@ -1,0 +1,144 @@
+"""Describing a picture in words of the frozen language head, and scoring them against several people's descriptions."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import AfterValidator, Field
+
+from mitrain.core.errors import ConfigError, DataError
+from mitrain.data.formats.captions import CaptionSample
+from mitrain.data.formats.records import commonest
+from mitrain.data.sources import CaptionSection
+from mitrain.tasks.base import Answer, Batch, Prediction, Question, Splits
+from mitrain.tasks.caption_metrics import caption_metrics
+from mitrain.tasks.figures import Panel
+from mitrain.tasks.language import LanguageConfig, LanguageTask
+from mitrain.tasks.probe import unit
+from mitrain.tasks.template import LONGEST, frame_of
+
+CHUNK = 1024  # pictures whose nearest neighbours are looked for at once
+
+
+def fixed(template: str) -> str:
+    """``template``, if it has no field; else ValueError."""
+    if len(frame_of(template)) > 1:
+        raise ValueError("this template has no field: write the words that captions go on from, {{ and }} for braces")
+    return template
+
+
+class CaptionConfig(LanguageConfig, kind="task", name="caption"):
+    """``template``: the words that a caption goes on from; special tokens act. The rest as in `LanguageConfig`."""
+
+    template: Annotated[str, Field(max_length=LONGEST), AfterValidator(fixed)] = "A picture of"
+    max_new_tokens: int = Field(30, ge=1, le=512)
+
+
+class CaptionTask(LanguageTask):
+    """Trained on every caption, by the loss of `LanguageTask`; each picture is described once and compared with all of its
+    captions in the split (`caption_metrics`)."""
+
+    settings = CaptionConfig
+    formats = (CaptionSection,)
+    metric = "cider"
+    shuffles = "images"
+    texts_apart = "text"
+    columns = (("CIDEr", "cider"), ("BLEU-4", "bleu4"), ("ROUGE-L", "rouge_l"), ("different", "different"))
+
+    @staticmethod
+    def pair(sample: Any) -> tuple[str, str]:
+        return "", sample.text
+
+    def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
+        if every_candidate:
+            self._prompt_ids("")  # raises where what the model says would not fit behind it
+        return [self.row("", text) for text in sorted({s.text for s in samples})]
+
+    def must_generate(self, samples: Sequence[Any]) -> bool:
+        return True
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, generate: bool = True) -> list[Prediction]:
+        """What the model says; of samples with one picture it is asked once."""
+        images = [s.image for s in batch.samples]
+        first = {image: images.index(image) for image in images}
+        rows = torch.tensor(list(first.values()))
+        inputs = batch.inputs and batch.inputs.rows(rows.to(batch.inputs.feature.device))
+        said = dict(zip(first, self.spoken([batch.samples[i] for i in first.values()], inputs), strict=True))
+        return [
+            Prediction(
+                s.id, s.image, {"predicted": said[s.image][0], "captions": list(s.captions)}, finite=said[s.image][1]
+            )
+            for s in batch.samples
+        ]
+
+    def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
+        return scores_of(samples, [p.values["predicted"] for p in predictions])
+
+    def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
+        """The commonest training caption for all, and that of the training picture whose features are the most similar."""
+        train, chosen = splits.parts[0], splits.chosen
+        one = list({s.image: s for s in train}.values())
+        known, asked = (unit(splits.features(part).numpy()) for part in (one, chosen))
+        near = [i for start in range(0, len(asked), CHUNK) for i in (asked[start : start + CHUNK] @ known.T).argmax(1)]
+        return {
+            "commonest caption": scores_of(chosen, [commonest([s.text for s in train])] * len(chosen)),
+            "caption of the nearest picture": scores_of(chosen, [one[i].text for i in near]),
+        }
+
+    def ask(self, question: Question) -> Answer:
+        """What the model says, and how likely it finds the text: the mean of log p over its tokens."""
+        if question.candidates:
+            raise ConfigError("--candidates are for the task 'answer'; 'caption' speaks freely: leave it out")
+        sample = CaptionSample(question.path.name, question.path.name, question.text)
+        batch = question.see(sample)
+        said = question.predicted(self.predict(batch)).values["predicted"]
+        with torch.no_grad():
+            (likelihood,) = self.log_likelihood([self.pair(sample)], batch.inputs)
+        values = {"image": str(question.path), "caption": said, "text": question.text}
+        values["log_likelihood"] = round(likelihood.double().mean().item(), 6)
+        return Answer(values, [f"says: {said}", f"{values['log_likelihood']:7.3f}  {question.text}"])
+
+    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
+        return Panel(picture, [prediction.values["predicted"], *(f"truth: {text}" for text in references(sample)[:2])])
+
+    @staticmethod
+    def describe(samples: Sequence[CaptionSample]) -> dict[str, Any]:
+        each = Counter(sample.image for sample in samples)
+        return {
+            "objects": len({sample.object for sample in samples if sample.object}),
+            "texts": len({sample.text for sample in samples}),
+            "captions_per_image": dict(sorted(Counter(each.values()).items())),
+            "mean_words": round(float(np.mean([len(sample.text.split()) for sample in samples])), 2),
+        }
+
+    @staticmethod
+    def caption(sample: CaptionSample) -> str:
+        return sample.text
+
+    @staticmethod
+    def caution(samples: Sequence[CaptionSample], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
+        several = {sample.image: frozenset(references(sample)) for sample in samples}
+        if len(set(several.values())) < 2:
+            raise DataError(
+                f"{split}: every picture has the same captions, so that CIDEr, which weighs words by how few pictures have"
+                " them, is 0 whatever a model says: give pictures with captions of their own"
+            )
+        return []
+
+
+def references(sample: Any) -> tuple[str, ...]:
+    """All captions of a sample's picture."""
+    return sample.captions or (sample.text,)
+
+
+def scores_of(samples: Sequence[Any], said: Sequence[str]) -> dict[str, Any]:
+    """The metrics of what is ``said`` of each sample's picture; ``different``: how many captions there are of them, as a
+    share of the pictures."""
+    last = {s.image: i for i, s in enumerate(samples)}
+    own, several = [said[i] for i in last.values()], [references(samples[i]) for i in last.values()]
+    counts = {"samples": len(samples), "images": len(own), "captions": sum(map(len, several))}
+    return {**caption_metrics(own, several), "different": len(set(own)) / len(own), **counts}

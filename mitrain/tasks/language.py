@@ -1,0 +1,150 @@
+"""What `answer` and `caption` have in common: text from the frozen language head, behind a prompt.
+
+The prompt is text alone; the picture can reach the words only through the infusion.
+
+Shapes: B samples, R rows (a prompt and what follows it), T tokens, V vocabulary.
+"""
+
+import logging
+import zlib
+from collections.abc import Sequence
+from functools import cache, cached_property, lru_cache
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.models.batch import ModalityInputs
+from mitrain.tasks.base import Batch, Given, Parts, Task
+from mitrain.tasks.generation import decoding, generated
+from mitrain.tasks.template import frame_of
+
+log = logging.getLogger(__name__)
+
+
+class LanguageConfig(Section):
+    """``max_new_tokens``: bound of what is generated. ``beams``: how many texts a search keeps; the one of most
+    log-likelihood / length^``length_penalty`` is said. ``temperature``: words are drawn, from logits divided by it and of
+    the likeliest words that have ``top_p`` together; 0: the likeliest word is taken each time."""
+
+    max_new_tokens: int = Field(8, ge=1, le=512)
+    beams: int = Field(1, ge=1, le=64)
+    length_penalty: float = Field(1.0, ge=-10, le=10)
+    temperature: float = Field(0.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _acts(self) -> Self:
+        if self.temperature and self.beams > 1:
+            raise ValueError("beams search for the likeliest text and temperature draws one: set one of them")
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError("top_p cuts what is drawn from: set temperature, too")
+        if self.length_penalty != 1 and self.beams == 1:
+            raise ValueError("length_penalty chooses among beams: set beams, too")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """Keywords for `generated`."""
+        if self.temperature:
+            drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        else:
+            drawn = {"length_penalty": self.length_penalty} if self.beams > 1 else {}
+        return {"max_new_tokens": self.max_new_tokens, "num_beams": self.beams, **drawn}
+
+
+class LanguageTask(Task):
+    """loss = − Σ_t log p(text_t | prompt, text_<t, image) over the tokens behind the prompt and the end."""
+
+    speaks = True
+
+    def __init__(self, config: Any, parts: Parts):
+        super().__init__(parts)
+        self.config, self.frame = config, frame_of(config.template)
+        self._prompt_ids = cache(lambda prompt: parts.text.prompt(prompt, self.frame, config.max_new_tokens))
+        self._answered = lru_cache(1 << 17)(lambda prompt, answer: parts.text.answered(prompt, answer, self.frame))
+
+    @classmethod
+    def build(cls, config: Any, given: Given) -> "LanguageTask":
+        text, adapter = given.parts.text, given.parts.adapter
+        if not text.speaks:
+            name = type(text.model).__name__
+            raise ConfigError(f"model.llm is a {name}, which has no language head to answer with: take another task")
+        if adapter.traits.runs_layers or adapter.traits.wraps_text_model or adapter.traits.backbones != ("text",):
+            raise ConfigError(
+                f"the method {adapter.traits.name!r} does not work through the language head: take another task"
+            )
+        return cls(config, given.parts)
+
+    @staticmethod
+    def pair(sample: Any) -> tuple[str, str]:
+        """A sample's prompt and what training says behind it."""
+        raise NotImplementedError
+
+    def row(self, prompt: str, answer: str) -> list[int]:
+        """Token ids of a prompt with an answer, without the end, which predicts nothing."""
+        return self._answered(prompt, answer)[0]
+
+    def tokens(self, samples: Sequence[Any]) -> int:
+        return sum(len(self.row(*self.pair(s))) for s in samples)
+
+    def log_likelihood(self, pairs: Sequence[tuple[str, str]], inputs: ModalityInputs | None) -> list[Tensor]:
+        """log p of each answer's tokens (its end included) for each (prompt, answer), with R rows of ``inputs``."""
+        text, states = self.parts.text, self.parts.states
+        rows, starts = zip(*(self._answered(*pair) for pair in pairs), strict=True)
+        answers = [[*row[start:], text.tokenizer.eos_token_id] for row, start in zip(rows, starts, strict=True)]
+        ids, mask = text.pad(rows)
+        spans = [range(start - 1, len(row)) for row, start in zip(rows, starts, strict=True)]
+        row_index = torch.tensor([r for r, span in enumerate(spans) for _ in span], device=ids.device)
+        positions = torch.tensor([p for span in spans for p in span], device=ids.device)
+        targets = torch.tensor([token for answer in answers for token in answer], device=ids.device)
+        below = states.batch(rows)
+        with self.parts.adapter.conditioned(inputs):
+            picked = text.log_likelihood(ids, mask, row_index, positions, targets, below, states.depth)
+        return list(picked.split([len(answer) for answer in answers]))
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        likelihood = torch.cat(self.log_likelihood([self.pair(s) for s in batch.samples], batch.inputs))
+        return -likelihood.sum(), torch.tensor(float(likelihood.numel()), dtype=torch.float64)
+
+    @cached_property
+    def decoding(self) -> dict[str, Any]:
+        return decoding(self.parts)
+
+    def rehearse(self, samples: Sequence[Any]) -> None:
+        try:
+            self.decoding  # noqa: B018
+        except ModelError as error:
+            if self.must_generate(samples):
+                raise
+            log.warning("this run will not be able to generate (predict, eval --generate): %s", error)
+
+    @torch.no_grad()
+    def spoken(self, samples: Sequence[Any], inputs: ModalityInputs | None) -> list[tuple[str, bool]]:
+        """What the model says of each sample on its own, and whether all its logits were numbers.
+
+        Drawn words depend on the samples alone, not on what was drawn before, nor by which rank.
+        """
+        text, numbers = self.parts.text, Numbers(len(samples))
+        ids, mask = text.pad([self._prompt_ids(self.pair(s)[0]) for s in samples], side="left")
+        devices = [ids.device] if ids.device.type == "cuda" else []
+        with self.parts.adapter.conditioned(inputs, copies=self.config.beams), torch.random.fork_rng(devices):
+            torch.manual_seed(zlib.crc32(samples[0].id.encode()))
+            options = {**self.config.options(), **self.decoding}
+            out = generated(self.parts, ids, mask, logits_processor=[numbers], **options)
+        said = text.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        return list(zip([words.strip() for words in said], numbers.all, strict=True))
+
+
+class Numbers:
+    """A logits processor that changes nothing and notes for which of ``rows`` samples all logits were numbers."""
+
+    def __init__(self, rows: int):
+        self.all = [True] * rows
+
+    def __call__(self, _ids: Tensor, logits: Tensor) -> Tensor:
+        broken = logits.isnan().reshape(len(self.all), -1).any(1).tolist()  # −inf forbids a token, NaN is none
+        self.all = [good and not bad for good, bad in zip(self.all, broken, strict=True)]
+        return logits
