@@ -1,1 +1,42 @@
 """Frozen encoders, by the kind of input that they take: each makes one vector of a sample."""
+
+from pathlib import Path
+
+import torch
+
+from mitrain.models.encoders.arrays import ArrayConfig, ArrayEncoder
+from mitrain.models.encoders.audio import AudioConfig, AudioEncoder
+from mitrain.models.encoders.base import Encoder, EncoderConfig
+from mitrain.models.encoders.text import TextEncoder, TextEncoderConfig
+from mitrain.models.stream import Shard
+
+__all__ = [
+    "ENCODERS",
+    "ArrayConfig",
+    "ArrayEncoder",
+    "AudioConfig",
+    "AudioEncoder",
+    "Encoder",
+    "EncoderConfig",
+    "TextEncoder",
+    "TextEncoderConfig",
+    "encoder_of",
+]
+
+ENCODERS: dict[str, tuple[type[EncoderConfig], type[Encoder]]] = {
+    "audio": (AudioConfig, AudioEncoder),
+    "features": (ArrayConfig, ArrayEncoder),
+    "text": (TextEncoderConfig, TextEncoder),
+}
+"""What an encoder ``takes`` → its section, its class."""
+
+
+def encoder_of(
+    config: EncoderConfig,
+    folder: str | Path | None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    shard: Shard | None = None,
+) -> Encoder:
+    """The encoder that ``config`` describes, its weights from ``folder`` (none: from where its name leads)."""
+    return ENCODERS[config.takes][1](config, folder, dtype, device, shard)

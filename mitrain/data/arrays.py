@@ -1,0 +1,244 @@
+"""Arrays of one's own, as features made by other programs: .npy, .npz, .safetensors, a column of Parquet.
+
+A sample names its file and, behind ``#``, where in it: a row of an .npy or of a Parquet column, an array of an .npz or
+.safetensors; with ``key``, which names the array or column for all samples, a row of that. Only what is named is read.
+Numbers alone are: nothing is ever unpickled.
+"""
+
+import functools
+import hashlib
+import io
+import math
+import os
+import threading
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors import safe_open
+
+from mitrain.core.errors import DataError, UserError, need_extra
+from mitrain.data.images import MAX_BYTES, contained
+
+MAX_NUMBERS = 1 << 26  # of a sample
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+PICKLE = b"\x80"
+ONE_AT_A_TIME = threading.Lock()  # so that threads that want the same rows read them once
+
+
+class Refused(ValueError):
+    """What is wrong with a file, to be put behind its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Array:
+    """``values``: (T, e), or (e,) float32, finite. ``digest``: sha256 of its shape and numbers. ``where``: in messages."""
+
+    digest: str
+    where: str
+    values: np.ndarray
+
+
+def read_array(
+    root: Path, relative: str, key: str | None = None, width: int | None = None, numbers: int = MAX_NUMBERS
+) -> Array:
+    """The array that ``relative`` names, below ``root``; ``width``: the e that it must have.
+
+    Raises DataError, naming the file, where its path leads out of ``root``, where it is missing, torn, or of no kind that is
+    read, where the array is no (T, e) or (e,) of at most so many finite ``numbers``, or holds anything else.
+    """
+    if not isinstance(relative, str):
+        raise DataError(f"{str(relative)[:80]!r} is no path of an array in {str(root)!r}: correct it")
+    file, mark, place = relative.rpartition("#")
+    addressed = mark and Path(file).suffix in READERS
+    path, where = contained(root, file if addressed else relative, "array"), f"{relative!r} in {str(root)!r}"
+    try:
+        if path.suffix not in READERS:
+            raise Refused(f"is of no kind that is read: save it as {', '.join(READERS)}")
+        found = READERS[path.suffix](path, place if addressed else None, key, numbers)
+        values = checked(found, width)
+    except Refused as error:
+        raise DataError(f"{where} {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise many kinds for what is torn or hostile
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise DataError(f"{where} is no readable {path.suffix} file ({reason}): write it again") from None
+    digest = hashlib.sha256(f"{values.shape}".encode() + values.tobytes()).hexdigest()
+    return Array(digest=digest, where=where, values=values)
+
+
+def checked(values: np.ndarray, width: int | None) -> np.ndarray:
+    """(T, e) or (e,) float32."""
+    if values.ndim not in (1, 2) or not values.size:
+        raise Refused(f"has shape {values.shape}, not (e,) or (T, e): pool or reshape it")
+    if width is not None and values.shape[-1] != width:
+        raise Refused(f"has {values.shape[-1]} numbers in a row, not width={width}: correct one of them")
+    with np.errstate(over="ignore"):
+        found = np.array(values, np.float32, order="C")
+    if not np.isfinite(found).all():
+        at = [int(i) for i in np.argwhere(~np.isfinite(found))[0]]
+        raise Refused(
+            f"holds {values[tuple(at)]} at {at}, no finite number of 32 bits: correct it, or leave the sample's input out"
+        )
+    return found
+
+
+def row_of(place: str | None, rows: int) -> int | None:
+    """The number of the row that ``place`` names; None for none."""
+    if place is None:
+        return None
+    if not place.isdecimal() or int(place) >= rows:
+        raise Refused(f"names the row {place[:40]!r}, and there are the rows 0 to {rows - 1}: correct it")
+    return int(place)
+
+
+def name_of(names: list[str], place: str | None, key: str | None, what: str) -> tuple[str, str | None]:
+    """Which of the ``names`` in a file is meant, and the place in it that is left to say."""
+    name, left = (key, place) if key is not None else (place, None)
+    if name is None and len(names) == 1:
+        return names[0], left
+    if name not in names:
+        shown = ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
+        raise Refused(f"has the {what}s {shown}" + (f", not {name[:80]!r}" if name else ": name one behind #"))
+    return name, left
+
+
+def check_count(shape: tuple[int, ...], numbers: int) -> None:
+    if math.prod(shape) > numbers or min(shape, default=0) < 0:
+        raise Refused(f"has shape {shape}, {numbers} numbers are allowed: pool it")
+
+
+def npy(path: Path, place: str | None, key: str | None, numbers: int) -> np.ndarray:
+    with open(path, "rb") as file:
+        return npy_in(file, place, numbers)
+
+
+def npy_in(file: BinaryIO, place: str | None, numbers: int) -> np.ndarray:
+    """The array, or one row of it, in an open .npy file."""
+    start = file.read(6)
+    if start[:1] == PICKLE:
+        raise Refused("is a pickle, which could run anything and is never read: save it with numpy.save")
+    file.seek(0)
+    version = np.lib.format.read_magic(file)
+    if version not in HEADERS:
+        raise Refused(f"is an .npy file of version {version}, which no array of plain numbers needs: save it again")
+    shape, fortran, dtype = HEADERS[version](file)
+    if dtype.hasobject or dtype.kind not in "fiu":
+        raise Refused(
+            f"holds {'pickled objects' if dtype.hasobject else dtype}, and numbers alone are read: save those"
+        )
+    row = row_of(place, shape[0] if shape else 0)
+    part = shape if row is None or fortran else shape[1:]
+    check_count(part, numbers)
+    size = math.prod(part) * dtype.itemsize
+    file.seek(0 if row is None or fortran else row * size, io.SEEK_CUR)
+    content = file.read(size)
+    if len(content) < size:
+        raise Refused(f"is torn ({len(content)} of {size} bytes are there): write it again")
+    values = np.frombuffer(content, dtype).reshape(part, order="F" if fortran else "C")
+    return values[row] if row is not None and fortran else values
+
+
+def npz(path: Path, place: str | None, key: str | None, numbers: int) -> np.ndarray:
+    archive, names = opened_zip(path, stamp(path))
+    name, left = name_of(names, place, key, "array")
+    with archive.open(f"{name}.npy") as file:
+        found = npy_in(file, left, numbers)
+        file.read(1)  # at a member's end its checksum is compared
+    return found
+
+
+def safetensors(path: Path, place: str | None, key: str | None, numbers: int) -> np.ndarray:
+    file, names = opened_safetensors(path, stamp(path))
+    name, left = name_of(names, place, key, "tensor")
+    part = file.get_slice(name)
+    shape = tuple(part.get_shape())
+    row = row_of(left, shape[0] if shape else 0)
+    check_count(shape if row is None else shape[1:], numbers)
+    if not part.get_dtype().startswith(("F", "BF", "I", "U")):
+        raise Refused(f"holds {part.get_dtype()}, and numbers alone are read: save those")
+    return (file.get_tensor(name) if row is None else part[row]).float().numpy()
+
+
+def parquet(path: Path, place: str | None, key: str | None, numbers: int) -> np.ndarray:
+    if place is None:
+        raise Refused("is a table: name a row of it behind #")
+    now = stamp(path)
+    with ONE_AT_A_TIME:
+        table = opened_parquet(path, now)
+        lists = [field.name for field in table.schema_arrow if hasattr(field.type, "value_type")]
+        name, _ = name_of(lists, None, key, "column of list") if key is None else (key, None)
+        row = row_of(place, table.metadata.num_rows)
+        group, before = 0, 0
+        while row >= before + table.metadata.row_group(group).num_rows:
+            before += table.metadata.row_group(group).num_rows
+            group += 1
+        column = rows_of(path, now, group, name)
+    return of_arrow(column[row - before], numbers)
+
+
+def of_arrow(value: Any, numbers: int) -> np.ndarray:
+    """A list of numbers (e,), or a list of lists of equal length (T, e)."""
+    if not value.is_valid:
+        raise Refused("is empty (null): leave the sample's input out")
+    values, rows = value.values, None
+    if hasattr(values.type, "value_type"):
+        lengths = {len(part) if part.is_valid else None for part in values}
+        if len(lengths) != 1 or None in lengths:
+            raise Refused("holds lists of several lengths, or an empty one: make them rows of one length")
+        rows, values = len(values), values.flatten()
+    check_count((len(values),), numbers)
+    if values.null_count:
+        raise Refused("holds an empty number (null): correct it")
+    found = values.to_numpy(zero_copy_only=False)
+    if found.dtype.kind not in "fiu":
+        raise Refused(f"holds {values.type}, and numbers alone are read: save those")
+    return found if rows is None else found.reshape(rows, -1)
+
+
+READERS: dict[str, Callable[[Path, str | None, str | None, int], np.ndarray]] = {
+    ".npy": npy,
+    ".npz": npz,
+    ".safetensors": safetensors,
+    ".parquet": parquet,
+}
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced: those that are kept open are of one stamp."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+@functools.lru_cache(4)
+def opened_zip(path: Path, stamp: tuple[int, int, int]) -> tuple[zipfile.ZipFile, list[str]]:
+    archive = zipfile.ZipFile(path)
+    return archive, [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+@functools.lru_cache(4)
+def opened_safetensors(path: Path, stamp: tuple[int, int, int]) -> tuple[Any, list[str]]:
+    file = safe_open(path, "pt")
+    return file, sorted(file.keys())
+
+
+@functools.lru_cache(4)
+def opened_parquet(path: Path, stamp: tuple[int, int, int]) -> Any:
+    need_extra("pyarrow", "parquet", "reading Parquet")
+    return need_extra("pyarrow.parquet", "parquet", "reading Parquet").ParquetFile(path)
+
+
+@functools.lru_cache(2)
+def rows_of(path: Path, stamp: tuple[int, int, int], group: int, name: str) -> Any:
+    """A column of one group of rows."""
+    table = opened_parquet(path, stamp)
+    if name not in table.schema_arrow.names:
+        shown = ", ".join(map(repr, table.schema_arrow.names[:5]))
+        raise Refused(f"has the columns {shown}, not {name[:80]!r}")
+    if (size := table.metadata.row_group(group).total_byte_size) > MAX_BYTES:
+        raise Refused(f"has groups of rows of {size} bytes, {MAX_BYTES} are allowed: write smaller ones")
+    return table.read_row_group(group, columns=[name]).column(0)

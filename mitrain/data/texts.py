@@ -1,0 +1,39 @@
+"""Texts in files of their own: a second text beside a sample's, for an encoder of texts."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from mitrain.core import parsing
+from mitrain.core.errors import DataError
+from mitrain.data.images import contained
+from mitrain.data.kinds import kind_of
+
+MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """``digest``: sha256 of the very bytes that were read. ``where``: the file in messages."""
+
+    digest: str
+    where: str
+    text: str
+
+
+def read_text(root: Path, relative: str) -> Text:
+    """The text of the file ``root/relative``, in UTF-8; DataError, naming the file, where it has none."""
+    path, where = contained(root, relative, "text"), f"{relative!r} in {str(root)!r}"
+    try:
+        content = parsing.read_bytes(path, MAX_BYTES)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{where} cannot be opened ({error.strerror}): make it readable") from None
+    except parsing.Unreadable as error:
+        raise DataError(f"{where} {error}: shorten it") from None
+    except UnicodeDecodeError as error:
+        what = f", it is {kind_of(content)}" if kind_of(content) else ""
+        raise DataError(f"{where} is no text in UTF-8 (byte {error.start}{what}): convert it") from None
+    if not text.strip() or "\0" in text:
+        raise DataError(f"{where} {'holds zero bytes' if text.strip() else 'is empty'}: replace it, or leave it out")
+    return Text(digest=hashlib.sha256(content).hexdigest(), where=where, text=text)
