@@ -32,6 +32,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 FAMILIES = {"clip": CLIP, "blip": CLIP, "siglip": HALF, "dinov2": IMAGENET, "deit": IMAGENET}
+FAMILIES |= {"videomae": IMAGENET, "vivit": ((0.75,) * 3, (0.25,) * 3)}
 """Mean and standard deviation of all published checkpoints of a family, by how its model type begins."""
 POOLING = ("pooler", "head", "visual_projection")
 VIEWS = 6
@@ -386,6 +387,10 @@ def normalisation(config: VisionConfig, source: str | Path, kind: str) -> tuple[
         scale = float(values.get("rescale_factor", 1 / 255))
     except (TypeError, ValueError):
         raise ModelError(f"{path} is malformed: image_mean and image_std must be three numbers each") from None
+    if (
+        values.get("offset") and abs(scale * 127.5 - 1) <= 1e-3
+    ):  # ViViT's pixels are from -1 to 1 before they are normalised
+        mean, std, scale = tuple((1 + m) / 2 for m in mean), tuple(s / 2 for s in std), 1 / 255
     sane = all(SMALLEST <= s <= LARGEST for s in std) and all(-LARGEST <= m <= LARGEST for m in mean)
     if len(mean) != 3 or len(std) != 3 or not sane:
         raise ModelError(

@@ -8,6 +8,7 @@ from mitrain.models.encoders.arrays import ArrayConfig, ArrayEncoder
 from mitrain.models.encoders.audio import AudioConfig, AudioEncoder
 from mitrain.models.encoders.base import Encoder, EncoderConfig
 from mitrain.models.encoders.text import TextEncoder, TextEncoderConfig
+from mitrain.models.encoders.video import VideoConfig, VideoEncoder
 from mitrain.models.stream import Shard
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "EncoderConfig",
     "TextEncoder",
     "TextEncoderConfig",
+    "VideoConfig",
+    "VideoEncoder",
     "encoder_of",
 ]
 
@@ -27,6 +30,7 @@ ENCODERS: dict[str, tuple[type[EncoderConfig], type[Encoder]]] = {
     "audio": (AudioConfig, AudioEncoder),
     "features": (ArrayConfig, ArrayEncoder),
     "text": (TextEncoderConfig, TextEncoder),
+    "video": (VideoConfig, VideoEncoder),
 }
 """What an encoder ``takes`` → its section, its class."""
 
