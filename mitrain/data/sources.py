@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
-from mitrain.data.formats import captions, food101, labels, mmimdb, snli_ve, targets
+from mitrain.data.formats import captions, coco, food101, labels, mmimdb, snli_ve, targets
 from mitrain.data.formats.records import read_records
 from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
 from mitrain.data.formats.rows import MISSING
@@ -55,11 +55,7 @@ class RecordsConfig(DataSection, kind="data", name="records"):
     def read(self, root: Path, split: str) -> list[Any]:
         path = root / split_file(self.splits, split)
         samples = read_records(path, self.columns or None, self.missing)
-        kept = [s for s in samples if not self.kinds or s.kind in self.kinds]
-        if not kept:
-            kinds = sorted({s.kind for s in samples})
-            raise DataError(f"{path} holds no sample of kind {', '.join(self.kinds)}: it has {', '.join(kinds)}")
-        return kept
+        return of_kinds(samples, self.kinds, str(path))
 
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""
@@ -227,6 +223,46 @@ class KarpathyConfig(CaptionSection, kind="data", name="karpathy"):
         return root
 
 
+class VqaConfig(DataSection, kind="data", name="vqa"):
+    """VQA's questions about COCO's pictures and their answers (VQA v1, v2, OK-VQA), in their own files.
+
+    ``subsets``: what each split is called in the files' names; ``images``: the pictures' folder, where it is not
+    SUBSET/ or images/SUBSET/; ``kinds`` keeps only those kinds of answer (yes/no, number, other).
+    """
+
+    subsets: dict[str, str] = {"train": "train2014", "val": "val2014"}
+    images: str | None = None
+    kinds: tuple[str, ...] = ()
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        samples = coco.read_vqa(root, split_file(self.subsets, split, "subsets"), self.images)
+        return of_kinds(samples, self.kinds, f"{root}: {split}")
+
+    def split_names(self, root: Path) -> list[str]:
+        """The splits whose files are there."""
+        return coco.subsets_there(root, coco.QUESTIONS, self.subsets)
+
+    def image_root(self, root: Path) -> Path:
+        return root
+
+
+class CocoCaptionsConfig(CaptionSection, kind="data", name="coco-captions"):
+    """COCO's captions in their own files. ``subsets`` and ``images`` as of `VqaConfig`."""
+
+    subsets: dict[str, str] = {"train": "train2017", "val": "val2017"}
+    images: str | None = None
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        return coco.read_coco_captions(root, split_file(self.subsets, split, "subsets"), self.images)
+
+    def split_names(self, root: Path) -> list[str]:
+        """The splits whose files are there."""
+        return coco.subsets_there(root, coco.CAPTIONS, self.subsets)
+
+    def image_root(self, root: Path) -> Path:
+        return root
+
+
 class RefcocoConfig(DataSection, kind="data", name="refcoco"):
     """Referring expressions in the files of RefCOCO, RefCOCO+, RefCOCOg or RefCLEF, and their images."""
 
@@ -245,10 +281,19 @@ class RefcocoConfig(DataSection, kind="data", name="refcoco"):
         return image_folder(root, self.dataset, self.images)
 
 
-def split_file(splits: Mapping[str, str], split: str) -> str:
+def of_kinds(samples: list[Any], kinds: Sequence[str], where: str) -> list[Any]:
+    """The samples of one of the ``kinds`` (none named: all); DataError where there are none."""
+    kept = [s for s in samples if not kinds or s.kind in kinds]
+    if not kept:
+        there = sorted({s.kind for s in samples})
+        raise DataError(f"{where} holds no sample of kind {', '.join(kinds)}: it has {', '.join(there)}")
+    return kept
+
+
+def split_file(splits: Mapping[str, str], split: str, setting: str = "splits") -> str:
     """The file of a split."""
     if split not in splits:
-        raise ConfigError(f"data.splits has no {split!r}: choose one of {', '.join(splits)}")
+        raise ConfigError(f"data.{setting} has no {split!r}: choose one of {', '.join(splits)}")
     return splits[split]
 
 

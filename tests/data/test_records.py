@@ -180,9 +180,15 @@ TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "va
             r"a\.json:1: the record is of conversations, as LLaVA's",
         ),
         ([{"messages": TURNS, "images": ["0.png"]}], "the record is of conversations"),
-        ({"questions": [{"image_id": 1, "question_id": 1, "question": "?"}]}, "holds VQA's questions.* join both by"),
-        ({"annotations": [{"question_id": 1, "multiple_choice_answer": "dog"}]}, "holds VQA's answers.* join both by"),
-        (COCO, r"holds COCO's captions: write .*data\.name=karpathy"),
+        (
+            {"questions": [{"image_id": 1, "question_id": 1, "question": "?"}]},
+            "VQA's questions: data.name=vqa",
+        ),
+        (
+            {"annotations": [{"question_id": 1, "multiple_choice_answer": "dog"}]},
+            "VQA's answers: data.name=vqa",
+        ),
+        (COCO, r"holds COCO's captions: data\.name=coco-captions .*data\.name=karpathy"),
         ({"images": [], "annotations": [{"id": 1, "segmentation": []}]}, r"holds COCO's instances: data\.name=refcoco"),
         (SENTENCES, r"holds Karpathy's captions: data\.name=karpathy"),
         ({"rows": []}, "holds a dict instead of a list"),

@@ -178,13 +178,13 @@ def text_of(value: Any, key: str, where: str) -> str:
     return value
 
 
-def image_folder(root: Path, first: list[str], images: str | None) -> str:
+def image_folder(root: Path, first: list[str], images: str | None, usual: Sequence[str] = FOLDERS) -> str:
     """The pictures' folder below ``root``, with a slash at its end: where one of the ``first`` pictures lies."""
-    for folder in (images,) if images is not None else FOLDERS:
+    for folder in (images,) if images is not None else usual:
         prefix = f"{folder.rstrip('/')}/" if folder.strip("./") else ""
         if any((root / prefix / picture).is_file() for picture in first):
             return prefix
-    tried = images or "images/ or flickr30k_images/"
+    tried = images or " or ".join(f"{folder}/" for folder in usual if folder)
     raise DataError(
         f"no picture {first[0][:200]!r} in {str(root)!r}, nor in its {tried}: set data.images to their folder"
     )

@@ -3,7 +3,6 @@
 from typing import Any
 
 RECORD = '{"image": …, "prompt": …, "answer": …} a line'
-CAPTION = '{"image": …, "text": …} a line'
 
 
 def advice(value: Any) -> str:
@@ -16,11 +15,11 @@ def advice(value: Any) -> str:
     if "conversations" in listed or "messages" in listed:
         return f"conversations, as LLaVA's: write one question with its answer, {RECORD}"
     if "questions" in listed:
-        return f"VQA's questions, whose answers are in another file: join both by question_id and write {RECORD}"
+        return f"VQA's questions: data.name=vqa reads them beside their answers; or write {RECORD}"
     if "multiple_choice_answer" in inner or "answers" in inner:
-        return f"VQA's answers, whose questions are in another file: join both by question_id and write {RECORD}"
+        return f"VQA's answers: data.name=vqa reads them beside their questions; or write {RECORD}"
     if "caption" in inner:
-        return f"COCO's captions: write {CAPTION}, or read Karpathy's dataset_coco.json with data.name=karpathy"
+        return "COCO's captions: data.name=coco-captions reads them, data.name=karpathy Karpathy's dataset_coco.json"
     if "segmentation" in inner or "bbox" in inner:
         return "COCO's instances: data.name=refcoco reads them, beside the references that speak of them"
     if isinstance(listed.get("images"), dict) and "sentences" in listed["images"]:
