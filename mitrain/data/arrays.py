@@ -15,13 +15,13 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from safetensors import safe_open
 
 from mitrain.core.errors import DataError, UserError, need_extra
-from mitrain.data.images import MAX_BYTES, contained
+from mitrain.data.images import MAX_BYTES, Facts, contained
 
 MAX_NUMBERS = 1 << 26  # of a sample
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -34,12 +34,16 @@ class Refused(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Array:
-    """``values``: (T, e), or (e,) float32, finite. ``digest``: sha256 of its shape and numbers. ``where``: in messages."""
+class Array(Facts):
+    """``values``: (T, e), or (e,) float32, finite. ``digest``: sha256 of its shape and numbers, not of its file's bytes:
+    which array of a file is meant ``key`` may say, so that no index by the file's times holds it. ``stored_size``: (T, e).
+    """
 
-    digest: str
-    where: str
     values: np.ndarray
+
+    def content(self) -> Self:
+        """What encoders are given."""
+        return self
 
 
 def read_array(
@@ -68,7 +72,8 @@ def read_array(
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DataError(f"{where} is no readable {path.suffix} file ({reason}): write it again") from None
     digest = hashlib.sha256(f"{values.shape}".encode() + values.tobytes()).hexdigest()
-    return Array(digest=digest, where=where, values=values)
+    size = (values.size // values.shape[-1], values.shape[-1])
+    return Array(digest=digest, stored_size=size, where=where, values=values)
 
 
 def checked(values: np.ndarray, width: int | None) -> np.ndarray:

@@ -10,13 +10,13 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from mitrain.core.errors import DataError, need_extra
 from mitrain.data import containers
-from mitrain.data.images import contained, read_whole
+from mitrain.data.images import Facts, contained, read_whole
 from mitrain.data.kinds import MEDIA, kind_of
 
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "NIST")
@@ -52,18 +52,25 @@ class AudioLimits:
                 f"{where} lasts {samples / rate:.0f} s, {self.seconds:g} s are allowed: cut it, or leave it out"
             )
 
+    def admits(self, facts: Facts) -> bool:
+        """Whether a file of which that much is known, as of a `Sound`, is not too much."""
+        samples, rate = facts.stored_size
+        return rate <= self.rate and samples <= self.seconds * rate
+
 
 @dataclass(frozen=True, kw_only=True)
-class Sound:
+class Sound(Facts):
     """A file's sound: ``samples`` (n,) float32, the mean of its channels, ``rate`` of them per second.
 
-    ``digest``: sha256 of the very bytes that were decoded. ``where``: the file in messages.
+    ``stored_size`` is (n, rate).
     """
 
-    digest: str
-    where: str
     samples: np.ndarray
     rate: int
+
+    def content(self) -> Self:
+        """What encoders are given."""
+        return self
 
     def at(self, rate: int) -> np.ndarray:
         """(n',) float32: resampled to ``rate`` samples per second."""
@@ -87,7 +94,8 @@ def read_audio(root: Path, relative: str, limits: AudioLimits | None = None) -> 
     if not np.isfinite(samples).all():
         first = int(np.flatnonzero(~np.isfinite(samples))[0])
         raise DataError(f"{where} has a sample that is not finite ({first / rate:.3f} s from its start): replace it")
-    return Sound(digest=hashlib.sha256(content).hexdigest(), where=where, samples=samples, rate=rate)
+    digest, size = hashlib.sha256(content).hexdigest(), (len(samples), rate)
+    return Sound(digest=digest, stored_size=size, where=where, samples=samples, rate=rate)
 
 
 def decode(content: bytes, where: str, limits: AudioLimits) -> tuple[np.ndarray, int]:

@@ -84,16 +84,16 @@ class BadSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a picture file's first frame without its pixels.
+    """What is known of a file without its content: of a picture, of its first frame.
 
-    ``digest``: sha256 of the very bytes that were decoded. ``stored_size``: width and height in the file. ``turn``: what
-    its EXIF tag asks for, none where the tag is damaged. ``where``: the file in messages. ``note``: how an annotation of
-    another size was brought together with it.
+    ``digest``: sha256 of the very bytes that were decoded. ``stored_size``: width and height in the file; of other files
+    what limits are held to, see their kinds. ``turn``: what a picture's EXIF tag asks for, none where the tag is damaged.
+    ``where``: the file in messages. ``note``: how an annotation of another size was brought together with it.
     """
 
     digest: str
     stored_size: tuple[int, int]
-    turn: Image.Transpose | None
+    turn: Image.Transpose | None = None
     where: str
     note: str = ""
 

@@ -3,22 +3,25 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from mitrain.core import parsing
 from mitrain.core.errors import DataError
-from mitrain.data.images import contained
+from mitrain.data.images import Facts, contained
 from mitrain.data.kinds import kind_of
 
 MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
-    """``digest``: sha256 of the very bytes that were read. ``where``: the file in messages."""
+class Text(Facts):
+    """``stored_size``: (characters, 1)."""
 
-    digest: str
-    where: str
     text: str
+
+    def content(self) -> Self:
+        """What encoders are given."""
+        return self
 
 
 def read_text(root: Path, relative: str) -> Text:
@@ -36,4 +39,4 @@ def read_text(root: Path, relative: str) -> Text:
         raise DataError(f"{where} is no text in UTF-8 (byte {error.start}{what}): convert it") from None
     if not text.strip() or "\0" in text:
         raise DataError(f"{where} {'holds zero bytes' if text.strip() else 'is empty'}: replace it, or leave it out")
-    return Text(digest=hashlib.sha256(content).hexdigest(), where=where, text=text)
+    return Text(digest=hashlib.sha256(content).hexdigest(), stored_size=(len(text), 1), where=where, text=text)

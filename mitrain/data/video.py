@@ -9,13 +9,13 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 
 from mitrain.core.errors import DataError
 from mitrain.data.containers import STREAMS, decoded, opened, packets_of
-from mitrain.data.images import MAX_PIXELS, contained, read_whole
+from mitrain.data.images import MAX_PIXELS, Facts, contained, read_whole
 
 TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
@@ -28,18 +28,25 @@ class VideoLimits:
     seconds: float = 3600
     streams: int = STREAMS
 
+    def admits(self, facts: Facts) -> bool:
+        """Whether a file of which that much is known, as of a `Video`, is not too much."""
+        pixels, milliseconds = facts.stored_size
+        return pixels <= self.pixels and milliseconds <= self.seconds * 1000
+
 
 @dataclass(frozen=True, kw_only=True)
-class Video:
+class Video(Facts):
     """``frames``: RGB pictures, upright, in the order of time; ``times``: when each is first shown, in seconds.
 
-    ``digest``: sha256 of the very bytes that were decoded. ``where``: the file in messages.
+    ``stored_size``: pixels of a frame, and milliseconds from the first to the last that is taken.
     """
 
-    digest: str
-    where: str
     frames: tuple[Image.Image, ...]
     times: tuple[float, ...]
+
+    def content(self) -> Self:
+        """What encoders are given."""
+        return self
 
 
 def read_video(root: Path, relative: str, frames: int, limits: VideoLimits | None = None) -> Video:
@@ -66,7 +73,9 @@ def read_video(root: Path, relative: str, frames: int, limits: VideoLimits | Non
         times = tuple(float(frame.pts * stream.time_base) for frame in shown)
         images = {id(frame): upright(frame, where) for frame in shown}
     taken = tuple(images[id(frame)] for frame in shown)
-    return Video(digest=hashlib.sha256(content).hexdigest(), where=where, frames=taken, times=times)
+    digest = hashlib.sha256(content).hexdigest()
+    size = (taken[0].width * taken[0].height, round(1000 * (times[-1] - times[0])))
+    return Video(digest=digest, stored_size=size, where=where, frames=taken, times=times)
 
 
 def is_cover(stream: Any) -> bool:

@@ -246,7 +246,8 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def holds_shards(module: nn.Module) -> bool:
     """Whether a frozen module's weights lie in shards on all ranks, which then must run it together."""
-    return is_sharded(next(module.parameters()))
+    first = next(module.parameters(), None)
+    return first is not None and is_sharded(first)
 
 
 def elements(parameter: Tensor) -> int:

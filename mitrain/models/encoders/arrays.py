@@ -61,6 +61,13 @@ class ArrayEncoder(Encoder):
         }
         return torch.cat(parts[self.config.pool]()).float()
 
+    @property
+    def reads(self) -> dict[str, Any]:
+        return {"key": self.config.key, "width": self.config.width}
+
+    def blank(self) -> Tensor:
+        return torch.zeros(self.width)
+
     def _pooled(self, items: Any) -> Tensor:
         return torch.stack(list(items))
 

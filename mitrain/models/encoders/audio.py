@@ -207,7 +207,12 @@ class AudioEncoder(Encoder):
                 self.longest / self.rate,
                 decoded.where,
             )
-        samples = samples[: self.longest]
+        return self._prepared(samples[: self.longest])
+
+    def blank(self) -> Tensor:
+        return self._prepared(np.zeros(1, np.float32))
+
+    def _prepared(self, samples: np.ndarray) -> Tensor:
         if not self.family.startswith("clap"):  # which repeats a short clip
             samples = np.pad(samples, (0, max(0, self._shortest - len(samples))))
         if self.family == "whisper":

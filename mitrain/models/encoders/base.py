@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from mitrain.core import dist
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import layouts, loading, stream
@@ -63,16 +64,29 @@ class Encoder(nn.Module):
     def preprocess(self, decoded: Any, view: int = 0) -> Tensor:
         raise NotImplementedError
 
-    def encode(self, items: Sequence[Tensor], views: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """``pooled`` (B, e) float32 of preprocessed samples: each is what it would be alone.
+    @property
+    def reads(self) -> dict[str, Any]:
+        """What the reader of its kind of files is told, by name."""
+        return {}
 
-        ``views``: which variant each is, which preprocessing has dealt with.
+    def blank(self) -> Tensor:
+        """Some preprocessed sample, where one must be encoded."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, samples: Sequence[Any], views: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """``pooled`` (B, e) float32: each is what it would be alone.
+
+        ``views``: the variant of each of the ``samples`` (0 where none are given); tensors are preprocessed already. Where
+        weights lie in shards all ranks call it equally often, and it sees to it that they run the model equally often.
         """
-        del views
-        rows = torch.zeros(len(items), self.width)
-        with torch.no_grad():
-            for members in self._groups(items):
-                rows[members] = self._pooled([items[i] for i in members]).float().cpu()
+        views = views or [0] * len(samples)
+        items = [s if isinstance(s, Tensor) else self.preprocess(s, v) for s, v in zip(samples, views, strict=True)]
+        rows, groups = torch.zeros(len(items), self.width), self._groups(items)
+        for members, own in dist.lockstep(groups) if loading.holds_shards(self) else ((g, True) for g in groups):
+            pooled = self._pooled([items[i] for i in members])
+            if own:
+                rows[members] = pooled.float().cpu()
         return {"pooled": rows}
 
     def _groups(self, items: Sequence[Tensor]) -> list[list[int]]:

@@ -96,6 +96,9 @@ class TextEncoder(Encoder):
                 )
         return torch.tensor(ids)
 
+    def blank(self) -> Tensor:
+        return torch.tensor(self.backbone.tokens("a"))
+
     def _size(self, item: Tensor) -> Any:
         return -(-len(item) // STEP)
 

@@ -31,7 +31,7 @@ from mitrain.models.vision import LONGEST, VIEWS, VisionConfig, VisionEncoder, p
 CLASS_TOKENS = {"videomae": 0, "vivit": 1}
 """The families that read frames together, and how many tokens stand before those of the frames."""
 FRAMES = 8  # of a video that an image encoder reads
-TOGETHER = 64  # frames that it reads at once
+TOGETHER = 64  # frames that are read at once, but for a video that has more
 
 
 class Video(Protocol):
@@ -116,10 +116,21 @@ class VideoEncoder(Encoder):
             raise ModelError(f"{self.config.label} takes {self.frames} frames, not {len(decoded.frames)}")
         return torch.stack([self._of_frame(frame, view) for frame in decoded.frames])
 
+    @property
+    def reads(self) -> dict[str, Any]:
+        return {"frames": self.frames}
+
+    def blank(self) -> Tensor:
+        return torch.zeros(self.frames, 3, self._of_frame.size, self._of_frame.size)
+
+    def _groups(self, items: Sequence[Tensor]) -> list[list[int]]:
+        count = max(1, TOGETHER // self.frames)
+        return [list(range(i, min(i + count, len(items)))) for i in range(0, len(items), count)]
+
     def _pooled(self, items: Sequence[Tensor]) -> Tensor:
         if self.vision is not None:
-            parts = [self.vision.encode(list(part))["pooled"] for part in torch.cat(list(items)).split(TOGETHER)]
-            return over_time(torch.cat(parts).unflatten(0, (len(items), -1)), [self.frames] * len(items), self.pool)
+            rows = self.vision.encode(list(torch.cat(list(items))))["pooled"]
+            return over_time(rows.unflatten(0, (len(items), -1)), [self.frames] * len(items), self.pool)
         with top_layer(self.model) as seen:
             final = self.model(pixel_values=self._batch(items)).last_hidden_state
         states = seen[-1] if self.config.layer else final

@@ -105,7 +105,7 @@ def encoder(folder, **settings) -> AudioEncoder:
 def clip(seconds: float, rate: int = 16_000, seed: int = 0) -> Sound:
     noise = np.random.default_rng([seed, round(1000 * seconds)]).standard_normal(round(seconds * rate))
     samples = tone(seconds, rate) + 0.1 * noise.astype(np.float32)
-    return Sound(digest="", where="'a.wav'", samples=samples, rate=rate)
+    return Sound(digest="", stored_size=(1, 1), where="'a.wav'", samples=samples, rate=rate)
 
 
 def features(found: AudioEncoder, clips: list[Sound]) -> torch.Tensor:
@@ -218,14 +218,14 @@ def test_a_layer_as_deep_as_there_are_convolutions(saved):
 
 def test_clips_of_another_rate_are_resampled(saved):
     found = encoder(saved("hubert"))
-    low = Sound(digest="", where="", samples=tone(0.5, 8000), rate=8000)
-    high = Sound(digest="", where="", samples=tone(0.5), rate=16_000)
+    low = Sound(digest="", stored_size=(1, 1), where="", samples=tone(0.5, 8000), rate=8000)
+    high = Sound(digest="", stored_size=(1, 1), where="", samples=tone(0.5), rate=16_000)
     torch.testing.assert_close(features(found, [low]), features(found, [high]), atol=0.02, rtol=0.02)
 
 
 def test_of_a_long_clip_the_beginning_is_read_which_is_said_once(saved, caplog):
     found, long = encoder(saved("wav2vec2"), seconds=0.5), clip(0.9)
-    start = Sound(digest="", where="", samples=long.samples[:8000], rate=16_000)
+    start = Sound(digest="", stored_size=(1, 1), where="", samples=long.samples[:8000], rate=16_000)
     torch.testing.assert_close(features(found, [long]), features(found, [start]))
     features(found, [long])
     assert caplog.text.count("reads the first 0.5 s of clips: 'a.wav' is longer") == 1
@@ -234,7 +234,7 @@ def test_of_a_long_clip_the_beginning_is_read_which_is_said_once(saved, caplog):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_clip_of_one_sample_has_a_feature(saved, name):
     found = encoder(saved(name))
-    one = Sound(digest="", where="", samples=np.ones(1, np.float32), rate=found.rate)
+    one = Sound(digest="", stored_size=(1, 1), where="", samples=np.ones(1, np.float32), rate=found.rate)
     assert features(found, [one]).isfinite().all()
 
 
