@@ -1,8 +1,8 @@
-"""Arrays of one's own, as features made by other programs: .npy, .npz, .safetensors, a column of Parquet.
+"""Arrays of one's own, as features made by other programs: .npy, .npz, .safetensors, a column of Parquet; MMSA's pickles.
 
 A sample names its file and, behind ``#``, where in it: a row of an .npy or of a Parquet column, an array of an .npz or
 .safetensors; with ``key``, which names the array or column for all samples, a row of that. Only what is named is read.
-Numbers alone are: nothing is ever unpickled.
+Numbers alone are: a pickle is never run (`mitrain.data.formats.pickles`), and an array of pickled objects is refused.
 """
 
 import functools
@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import safe_open
 
 from mitrain.core.errors import DataError, UserError, need_extra
+from mitrain.data.formats.pickles import read_arrays
 from mitrain.data.images import MAX_BYTES, Facts, contained
 
 MAX_NUMBERS = 1 << 26  # of a sample
@@ -205,11 +206,40 @@ def of_arrow(value: Any, numbers: int) -> np.ndarray:
     return found if rows is None else found.reshape(rows, -1)
 
 
+def mmsa(path: Path, place: str | None, key: str | None, numbers: int) -> np.ndarray:
+    """The rows of one clip, which ``place`` names: SPLIT/MODALITY/NUMBER (`mitrain.data.formats.mmsa`)."""
+    split, _, left = (place or "").partition("/")
+    modality, _, row = left.partition("/")
+    with ONE_AT_A_TIME:
+        part = opened_pickle(path, stamp(path)).get(split)
+    arrays = part.get(modality) if isinstance(part, dict) else None
+    if not isinstance(arrays, np.ndarray) or arrays.ndim != 3 or arrays.dtype.kind not in "fiu":
+        raise Refused(f"has no arrays {place!r}: name them as SPLIT/MODALITY/NUMBER behind #")
+    check_count(arrays.shape[1:], numbers)
+    return clip(arrays[row_of(row, len(arrays))], part.get(f"{modality}_lengths"), int(row))
+
+
+def clip(rows: np.ndarray, lengths: Any, number: int) -> np.ndarray:
+    """(T, e): the ``rows`` of a clip without its padding, which are those beyond its length, or where no ``lengths`` are
+    told those of zeros at both ends; at least one stays. −∞, COVAREP's logarithm of silence, becomes 0."""
+    if lengths is not None:
+        length = int(lengths[number])
+        if not 0 <= length <= len(rows):
+            raise Refused(f"says that clip {number} has {length} of {len(rows)} rows: get the original file")
+        rows = rows[: max(1, length)]
+    elif (filled := np.flatnonzero(rows.any(1))).size:
+        rows = rows[filled[0] : filled[-1] + 1]
+    else:
+        rows = rows[:1]
+    return np.where(np.isneginf(rows), 0, rows)
+
+
 READERS: dict[str, Callable[[Path, str | None, str | None, int], np.ndarray]] = {
     ".npy": npy,
     ".npz": npz,
     ".safetensors": safetensors,
     ".parquet": parquet,
+    ".pkl": mmsa,
 }
 
 
@@ -223,6 +253,14 @@ def stamp(path: Path) -> tuple[int, int, int]:
 def opened_zip(path: Path, stamp: tuple[int, int, int]) -> tuple[zipfile.ZipFile, list[str]]:
     archive = zipfile.ZipFile(path)
     return archive, [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+@functools.lru_cache(1)
+def opened_pickle(path: Path, stamp: tuple[int, int, int]) -> dict[str, Any]:
+    tree = read_arrays(path)
+    if not isinstance(tree, dict):
+        raise Refused(f"holds a {type(tree).__name__} instead of a dictionary of splits")
+    return tree
 
 
 @functools.lru_cache(4)

@@ -5,11 +5,7 @@ same as JSON. A pickle can run any program, so this one is read by an unpickler 
 and values.
 """
 
-import io
-import pickle
-import pickletools
 import re
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,17 +15,12 @@ from typing import Any
 from mitrain.core import parsing
 from mitrain.core.errors import DataError
 from mitrain.core.parsing import Unreadable
+from mitrain.data.formats.pickles import read_plain
 from mitrain.data.formats.rows import PACKED
 
 HUGE = 1 << 63  # no number in these files
 NAMES = ("refs({}).p", "refs({}).json", "grefs({}).p", "grefs({}).json")
 NO_TARGET = ("-1",)  # gRefCOCO's ann_id of an expression that nothing in the picture fits
-OPCODES = """
-    PROTO FRAME STOP MARK POP POP_MARK DUP MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET
-    NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
-    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES
-    EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS
-"""
 
 
 @dataclass(frozen=True)
@@ -101,41 +92,10 @@ def once(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
     return reader
 
 
-class Opcodes(dict):
-    """An unpickler's table of opcodes that says which one it does not admit."""
-
-    def __missing__(self, code: int):
-        known = pickletools.code2op.get(chr(code))
-        raise pickle.UnpicklingError(f"it holds more than plain values (opcode {known.name if known else code})")
-
-
-class PlainUnpickler(pickle._Unpickler):
-    """Reads containers, strings and numbers; nothing that names a class or calls a function is even parsed.
-
-    The pure Python unpickler is the base because its table of opcodes can be cut down, and because the C one
-    allocates whatever size a hostile file claims.
-    """
-
-    dispatch = Opcodes(
-        {
-            ord(op.code): pickle._Unpickler.dispatch[ord(op.code)]
-            for op in pickletools.opcodes
-            if op.name in OPCODES.split()
-        }
-    )
-
-    def _decode_string(self, value: bytes) -> str:
-        """Python 2's byte strings, most of them ASCII."""
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return value.decode("latin1")
-
-
 @once
 def read_refs(path: Path) -> list[Reference]:
     """The references, each with the fields that we use."""
-    refs = read_json(path) if path.suffix == ".json" else read_pickle(path)
+    refs = read_json(path) if path.suffix == ".json" else read_plain(path, read_bytes(path))
     if not isinstance(refs, list) or not refs:
         raise DataError(f"{str(path)!r} holds {brief(refs)} instead of a list of references: get the original file")
     references = [to_reference(ref, f"{str(path)!r}: reference {number}") for number, ref in enumerate(refs)]
@@ -148,17 +108,6 @@ def read_refs(path: Path) -> list[Reference]:
                 )
             seen.add((ref.id, sentence))
     return references
-
-
-def read_pickle(path: Path) -> Any:
-    content = read_bytes(path)
-    try:
-        return PlainUnpickler(io.BytesIO(content)).load()
-    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
-        why = str(error)[:80] or "it ends too early"
-        raise DataError(f"{str(path)!r} is not a pickle of plain values ({why}): get the original file") from None
-    except (struct.error, OverflowError, MemoryError) as error:
-        raise DataError(f"{str(path)!r} is a torn pickle ({str(error)[:80]}): get the original file") from None
 
 
 def to_reference(ref: Any, where: str) -> Reference:

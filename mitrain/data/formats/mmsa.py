@@ -1,0 +1,120 @@
+"""Clips with a sentiment in the pickles of MMSA: CMU-MOSI, CMU-MOSEI, CH-SIMS (Mao et al. 2022).
+
+``{train, valid, test: {"id", "raw_text", "regression_labels", "annotations", "audio" (N, T, e), "vision" (N, T, e),
+"audio_lengths", "vision_lengths"}}``; aligned files have no lengths. SIMS has labels of each modality, too
+(``regression_labels_A`` …). The arrays are read clip by clip by `mitrain.data.arrays`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mitrain.core.errors import DataError
+from mitrain.core.parsing import is_whole
+from mitrain.data.arrays import Refused, opened_pickle, stamp
+from mitrain.data.formats.rows import unique
+from mitrain.data.formats.targets import LARGEST, TargetSample
+
+PARTS = {"train": "train", "val": "valid", "test": "test"}
+CLIP = "$_$"  # between a video's name and a clip's number
+NAMES = {"video": "vision", "speech": "audio", "sound": "audio"}
+"""What MMSA calls a modality, where it may be called otherwise here."""
+
+
+def read_mmsa(root: Path, file: str, split: str, inputs: Sequence[str], labels: str) -> list[TargetSample]:
+    """A split's clips in the file's order, with the arrays of ``inputs``; ``labels``: the numbers' name in the file.
+
+    Clips of one video are of one object. Raises DataError naming file, split and clip.
+    """
+    path, name = Path(root) / file, PARTS.get(split, split)
+    part = part_of(path, name)
+    where = f"{path}: {name}"
+    ids, texts = texts_in(part, "id", where), texts_in(part, "raw_text", where)
+    kinds = texts_in(part, "annotations", where) if "annotations" in part else [""] * len(ids)
+    targets = numbers_in(part, labels, where)
+    keys = {one: NAMES.get(one, one) if one not in part else one for one in inputs}
+    counts = {"raw_text": len(texts), labels: len(targets), "annotations": len(kinds)}
+    counts |= {key: rows_in(part, key, where) for key in keys.values()}
+    for key, count in counts.items():
+        if count != len(ids):
+            raise DataError(f"{where} has {len(ids)} clips and {count} in {key!r}: get the original file")
+    clips = zip(ids, texts, targets, kinds, strict=True)
+    return unique(
+        (
+            f"{where}: clip {n}",
+            TargetSample(
+                clip, {one: f"{file}#{name}/{key}/{n}" for one, key in keys.items()}, text, target, clip.split(CLIP)[0], kind
+            ),
+        )
+        for n, (clip, text, target, kind) in enumerate(clips)
+    )  # fmt: skip
+
+
+def parts_in(root: Path, file: str) -> list[str]:
+    """The splits that the file has."""
+    tree = tree_of(Path(root) / file)
+    return [split for split, name in PARTS.items() if name in tree]
+
+
+def tree_of(path: Path) -> dict[str, Any]:
+    try:
+        return opened_pickle(path, stamp(path))
+    except Refused as error:
+        raise DataError(f"{str(path)!r} {error}: get the original file") from None
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)!r} ({error}): put the file there") from None
+
+
+def part_of(path: Path, name: str) -> dict[str, Any]:
+    tree = tree_of(path)
+    if not isinstance(tree.get(name), dict):
+        raise DataError(
+            f"{str(path)!r} has no part {name!r}, only {', '.join(map(str, tree))[:80]}: choose another split"
+        )
+    return tree[name]
+
+
+def value_of(part: dict[str, Any], key: str, where: str) -> Any:
+    if key not in part:
+        more = ": this is a file of features alone, as MulT's; get MMSA's" if key == "raw_text" else ""
+        raise DataError(f"{where} has no {key!r}, only {', '.join(map(str, part))[:160]}{more}")
+    return part[key]
+
+
+def texts_in(part: dict[str, Any], key: str, where: str) -> list[str]:
+    """A list or an array of texts (N,) or (N, 1)."""
+    value = value_of(part, key, where)
+    try:
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+    except ValueError:  # no character has this number
+        value = None
+    if isinstance(value, list):
+        value = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in value]
+        value = [one.decode("utf-8", "replace") if isinstance(one, bytes) else one for one in value]
+    if not isinstance(value, list) or not all(isinstance(one, str) and is_whole(one) for one in value):
+        raise DataError(f"{where} has no list of texts {key!r}: get the original file")
+    return [" ".join(one.split()) for one in value]
+
+
+def numbers_in(part: dict[str, Any], key: str, where: str) -> list[float]:
+    """(N,) or (N, 1, 1) finite numbers."""
+    try:
+        value = np.asarray(value_of(part, key, where), np.float64)
+    except (TypeError, ValueError):
+        raise DataError(f"{where} has {key!r} that are no numbers: get the original file") from None
+    if value.ndim < 1 or value.size != len(value):
+        raise DataError(f"{where} has {key!r} of shape {value.shape}, not one number a clip: choose others")
+    value = value.reshape(-1)
+    if not (np.abs(value) < LARGEST).all():
+        bad = int(np.argmin(np.abs(value) < LARGEST))
+        raise DataError(f"{where}: clip {bad} has the label {value[bad]} in {key!r}: get the original file")
+    return value.tolist()
+
+
+def rows_in(part: dict[str, Any], key: str, where: str) -> int:
+    value = value_of(part, key, where)
+    if not isinstance(value, np.ndarray) or value.ndim != 3:
+        raise DataError(f"{where} has no arrays (N, T, e) in {key!r}: read others")
+    return len(value)
