@@ -30,6 +30,7 @@ def add_benchmarks(verbs: Any) -> None:
     add_load(verbs)
     add_step(verbs)
     add_start(verbs)
+    add_encode(verbs)
     add_ledger(verbs)
     kernels = (
         "the operators beside plain ones: times and bytes, if they are right; python kernels/bench has more options"
@@ -99,6 +100,13 @@ def add_start(verbs: Any) -> None:
     sub.add_argument("--pictures", type=int, metavar="N", help="(default: 2000)")
     sub.add_argument("--runs", type=int, metavar="N", help="starts of each kind (default: 3)")
     sub.add_argument("--before", metavar="DIR", help="a checkout of another commit, to compare with")
+    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+
+
+def add_encode(verbs: Any) -> None:
+    text = "seconds from files of sound to their features, beside the encoder's bare passes and a limit"
+    sub = benchmark(verbs, "encode", run_encode, text, "120 clips, a smaller encoder")
+    sub.add_argument("--clips", type=int, metavar="N", help="(default: 1000)")
     sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
@@ -175,6 +183,20 @@ def run_start(arguments: argparse.Namespace) -> Any:
     if arguments.out:
         results.write(Path(arguments.out), found, start.table(found))
     return found
+
+
+def run_encode(arguments: argparse.Namespace) -> Any:
+    from benchmarks import encode, results
+
+    clips = 120 if arguments.quick else 1000
+    clips = clips if arguments.clips is None else arguments.clips
+    if clips < 1:
+        raise ConfigError(f"--clips {clips} measures nothing: give at least 1")
+    found = encode.measured(clips, encode.TINY if arguments.quick else encode.BASE, again(arguments), say=aside)
+    say(arguments, encode.table(found))
+    if arguments.out:
+        results.write(Path(arguments.out), found, encode.table(found))
+    return refused(encode.check, found)
 
 
 def run_ledger(arguments: argparse.Namespace) -> Any:

@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def add_bench(commands: Any) -> None:
-    text = "benchmarks: parity of shards, faults, loading, steps, kernels, and the papers' claims"
+    text = "benchmarks: parity of shards, faults, loading, steps, encoding, kernels, and the papers' claims"
     group = commands.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
     if not (REPOSITORY / "benchmarks" / "command.py").is_file():
         group.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME")
