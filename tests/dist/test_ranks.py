@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from ranks import PATH, ROOT, SAMPLES, STEPS, losses, make_world, run_folder
 from worker import CLIPPED, trained
 
@@ -197,3 +198,31 @@ def test_the_launcher_script_trains_on_two_ranks(world):
     folder = run_folder(world / "two", "launched")
     assert json.loads(done.stdout)["run"] == str(folder)
     assert losses(folder) == pytest.approx(losses(run_folder(world, "one")), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "row"),
+    [
+        ("regress", "rated", lambda r: {"text": r["prompt"], "target": len(r["answer"])}),
+        ("caption", "captions", lambda r: {"text": [f"a {r['answer']} square", r["answer"]]}),
+    ],
+)
+def test_numbers_and_drawn_captions_are_the_same_on_two_ranks(world, forge, tmp_path, capsys, task, data, row):
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (world / "data" / f"{split}.jsonl").read_text().splitlines()]
+        made = [{"image": r["image"], **row(r)} for r in rows]
+        (world / "data" / f"{task}-{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in made))
+    config = yaml.safe_load((world / "config.yaml").read_text())
+    config["task"] = {"name": task, **({"temperature": 2.0, "max_new_tokens": 4} if task == "caption" else {})}
+    splits = {split: f"{task}-{split}.jsonl" for split in ("train", "val", "test")}
+    config["data"] = {"name": data, "root": str(world / "data"), "splits": splits}
+    config["train"] |= {"steps": 2, "eval_every": 2, "eval_batch": 3}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run")]) == 0
+    arguments = ("eval", str(tmp_path / "run"), "--split", "test", "--json")
+    capsys.readouterr()
+    assert main([*arguments]) == 0
+    one = json.loads(capsys.readouterr().out)
+    two = forge.start(RANKS, "worker:command", *arguments, **environment(world)).wait()
+    assert [rank.code for rank in two] == [0] * RANKS, "".join(rank.err for rank in two)
+    assert json.loads(two[0].out) == one and one["samples"] > 6

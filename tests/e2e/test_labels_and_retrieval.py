@@ -179,6 +179,13 @@ def test_captions(world, capsys):
     assert set(part["baselines"]) == {"commonest caption", "caption of the nearest picture"}
     said = as_json(capsys, "predict", run, "--image", world / "data" / "images" / "32.png", "--text", "a red square")
     assert "square" in said["caption"] and said["log_likelihood"] < 0
+    exported = as_json(capsys, "export", run, "--out", world / "export-described")["folder"]
+    again = as_json(
+        capsys, "predict", exported, "--image", world / "data" / "images" / "32.png", "--text", "a red square"
+    )
+    assert again["caption"] == said["caption"] and again["log_likelihood"] == pytest.approx(
+        said["log_likelihood"], abs=1e-5
+    )
     table = as_json(capsys, "report", run, "--splits", "test", "--out", world / "report-described")["markdown"]
     assert "| CIDEr |" in table and (world / "report-described" / "described-test.png").is_file()
 
