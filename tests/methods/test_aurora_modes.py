@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from closed_forms import AuroraShape, aurora_parameters
 from tiny import scramble
 from tiny_pair import WIDTH, aurora, pair
 from torch.nn import functional as F
@@ -12,7 +13,7 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 from mitrain.core import config
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.aurora.aurora import Aurora
-from mitrain.methods.aurora.config import AuroraConfig, parameter_count, rank_for
+from mitrain.methods.aurora.config import AuroraConfig
 
 BASE, LAYERS = 768, 12  # BLIP-base: both encoders
 
@@ -28,8 +29,9 @@ def counted(backbones, **settings):
     try:
         trainable = [p for model in backbones.values() for p in model.parameters() if p.requires_grad]
         total = sum(p.numel() for p in {id(p): p for p in trainable}.values())
-        assert total == sum(p.numel() for p in adapter.parameters()) == parameter_count(adapter.config, adapter.shape)
-        return total, adapter.shape
+        shape = AuroraShape.of(adapter)
+        assert total == sum(p.numel() for p in adapter.parameters()) == aurora_parameters(adapter.config, shape)
+        return total, shape
     finally:
         adapter.detach()
 
@@ -56,9 +58,8 @@ def test_factors_of_their_own_cost_three_times_and_are_compared_at_equal_count(b
     shared, _ = counted(blip_base, **settings)
     apart, shape = counted(blip_base, **settings, factors="per-modality")
     assert apart == 3 * 2 * BASE * 64 + (144 + 3) * 64 and set(shape.widths) == {"vision", "text", "fusion"}
-    rank = rank_for(AuroraConfig(**settings, factors="per-modality"), shape, shared)
-    assert parameter_count(AuroraConfig(**settings, factors="per-modality"), shape, rank) <= shared
-    assert parameter_count(AuroraConfig(**settings, factors="per-modality"), shape, rank + 1) > shared and rank == 22
+    below, above = (AuroraConfig(**settings | {"rank": rank}, factors="per-modality") for rank in (22, 23))
+    assert aurora_parameters(below, shape) <= shared < aurora_parameters(above, shape)
 
 
 def test_a_dual_encoder_alone_has_no_fusion_parameters(blip_base):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dequantised import plain_linear
 from saved import saved_bytes
 from tiny import tiny
 from torch import nn
@@ -77,7 +78,7 @@ def test_a_row_of_zeros_stays_zero_and_damaged_weights_are_refused():
 def test_output_and_gradient_are_those_of_the_dequantised_layer(kind, shape):
     """In float64, where the payload and its fp32 steps are exact: sums of at most 130 terms in another order."""
     layer = kind.of(linear(*shape)).double()
-    plain, x = layer.dequantised(torch.float64), rows(6, shape[1], torch.float64)
+    plain, x = plain_linear(layer, torch.float64), rows(6, shape[1], torch.float64)
     y, z = layer(x.view(2, 3, -1)), plain(x.view(2, 3, -1))
     assert y.shape == z.shape and y.dtype == torch.float64
     torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dequantised import dequantised
 from refusals import read_or_refused
 from tiny import features, scramble, text, tiny
 from torch import nn
@@ -36,7 +37,7 @@ def test_the_layers_matrices_are_replaced_under_their_names(name, precision):
     assert not any(p.requires_grad for p in after.parameters())
     inputs = text()
     with torch.no_grad():
-        truth = quant.dequantised(after)(**inputs).logits
+        truth = dequantised(after)(**inputs).logits
         found = after(**inputs).logits
     if precision != "int8-activations":
         torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-4 * float(truth.abs().max()))
@@ -123,7 +124,7 @@ def test_mit_starts_as_the_quantised_frozen_model(name, precision):
 def test_mit_trains_on_a_quantised_model(precision):
     """Gradients of the maps equal those over the dequantised model; a few steps lower the loss."""
     model = quant.quantise(frozen(), precision)
-    plain = quant.dequantised(model)
+    plain = dequantised(model)
     config = MiTConfig(modalities={"image": 6}, layers=[1, 2])
     grads = []
     for one in (model, plain):

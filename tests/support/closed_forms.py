@@ -1,8 +1,11 @@
 """Trained parameters by arithmetic alone, from the equations: what the modules' own counts are held against."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
+from mitrain.methods.aurora.aurora import Aurora
+from mitrain.methods.aurora.config import AuroraConfig, Part
+from mitrain.methods.aurora.points import vector_counts
 from mitrain.methods.mit.config import MiTConfig
 from mitrain.methods.mit.decoder import LayerShape
 from mitrain.methods.mit.maps import attention_maps
@@ -97,6 +100,36 @@ def router_count(config: MoPEConfig, widths: Sequence[int], condition: int) -> i
     of_tokens, of_condition = config.router_widths
     keys = (of_tokens + of_condition) * config.experts * (config.keys == "learned")
     return sum((width + 1) * of_tokens + (condition + 1) * of_condition + keys for width in widths)
+
+
+@dataclass(frozen=True)
+class AuroraShape:
+    """What the count depends on: the width of each set of factors that is used, the vectors p_n of each part, the
+    fusion layers, how many of them are composed, and the text model's width."""
+
+    widths: Mapping[str, int]
+    vectors: Mapping[Part, int]
+    fusion_layers: int
+    composed: int
+    text_width: int
+
+    @classmethod
+    def of(cls, adapter: Aurora) -> "AuroraShape":
+        """Of an attached adapter."""
+        fusion = adapter.fusion
+        layers = 0 if fusion is None else fusion.layers
+        composed = layers if fusion is not None and fusion.composed else 0
+        return cls(adapter.modes.widths, vector_counts(adapter._points), layers, composed, adapter._widths[0])
+
+
+def aurora_parameters(config: AuroraConfig, shape: AuroraShape) -> int:
+    """2 d R + |core| for each set of factors, R for every p_n, 2 D for every pair of GQT, one factor for each composed
+    cross-attention; |core| is R (CP) or R³ (dense)."""
+    r = config.rank
+    core = r if config.core == "cp" else r**3
+    factors = sum(2 * width * r + core for width in shape.widths.values())
+    gqt = 2 * shape.text_width * config.gqt_pairs * shape.fusion_layers
+    return factors + r * sum(shape.vectors.values()) + gqt + shape.composed
 
 
 def pmf_parameters(config: PMFConfig, text: int, image: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mitrain.core.errors import ModelError
-from mitrain.methods.aurora.config import COMPOSED_LAYERS, AuroraConfig, AuroraShape
+from mitrain.methods.aurora.config import COMPOSED_LAYERS, AuroraConfig
 from mitrain.methods.aurora.fusion import Fusion, distinct, enhanced, pooled
 from mitrain.methods.aurora.modes import Modes
 from mitrain.methods.aurora.points import (
@@ -22,7 +22,6 @@ from mitrain.methods.aurora.points import (
     find_points,
     has_cross_attention,
     laid_out,
-    vector_counts,
     widths_of,
 )
 from mitrain.methods.base import Adapter, Attachment, Traits
@@ -53,14 +52,6 @@ class Aurora(Adapter):
         self._crossing = False
         self._disabled = False
         self._widths = (0, 0)
-
-    @property
-    def shape(self) -> AuroraShape:
-        """What the count of parameters follows from; known once attached."""
-        fusion = self.fusion
-        layers = 0 if fusion is None else fusion.layers
-        composed = layers if fusion is not None and fusion.composed else 0
-        return AuroraShape(self.modes.widths, vector_counts(self._points), layers, composed, self._widths[0])
 
     # Attaching
 

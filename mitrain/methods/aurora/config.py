@@ -1,7 +1,5 @@
-"""Aurora's settings: presets for the paper's and the release's forms, and the count of parameters that follows."""
+"""Aurora's settings: presets for the paper's and the release's forms."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -96,36 +94,3 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
     def gqt_pairs(self) -> int:
         """Pairs (γ, β) in each fusion layer: of the self- and the cross-attention's output, or of the former alone."""
         return {"residual": 2, "gate": 1, "none": 0}[self.gqt]
-
-
-@dataclass(frozen=True)
-class AuroraShape:
-    """What the count depends on: the width of each set of factors that is used, the vectors p_n of each part, the
-    fusion layers, how many of them are composed, and the text model's width."""
-
-    widths: Mapping[str, int]
-    vectors: Mapping[Part, int]
-    fusion_layers: int
-    composed: int
-    text_width: int
-
-
-def parameter_count(config: AuroraConfig, shape: AuroraShape, rank: int | None = None) -> int:
-    """Trainable parameters without building anything; ``rank``: another than the settings'.
-
-    2 d R + |core| for each set of factors, R for every p_n, 2 D for every pair of GQT, one factor for each composed
-    cross-attention; |core| is R (CP) or R³ (dense).
-    """
-    r = config.rank if rank is None else rank
-    core = r if config.core == "cp" else r**3
-    factors = sum(2 * width * r + core for width in shape.widths.values())
-    gqt = 2 * shape.text_width * config.gqt_pairs * shape.fusion_layers
-    return factors + r * sum(shape.vectors.values()) + gqt + shape.composed
-
-
-def rank_for(config: AuroraConfig, shape: AuroraShape, count: int) -> int:
-    """The largest rank whose count is at most ``count`` (at least 1), to compare settings at equal count."""
-    rank = 1
-    while parameter_count(config, shape, rank + 1) <= count:
-        rank += 1
-    return rank

@@ -6,7 +6,6 @@ from mitrain.models.quant.linear import FrozenInt8Linear, FrozenLinear, FrozenNF
 from mitrain.models.quant.replace import (
     PRECISIONS,
     Precision,
-    dequantised,
     linear_refs,
     quantise,
     split_of,
@@ -21,7 +20,6 @@ __all__ = [
     "FrozenNF4Linear",
     "Precision",
     "check_four_bit",
-    "dequantised",
     "linear_refs",
     "nf4_fault",
     "nothing_fetched",

@@ -21,7 +21,6 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 NF4_BLOCK = 64
-ZERO = NF4.index(0.0)
 TINY = torch.finfo(torch.float32).tiny
 PIECE = 2**20
 """Weights that are held in full precision at a time."""

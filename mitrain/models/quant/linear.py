@@ -64,18 +64,10 @@ class FrozenLinear(nn.Module, ABC):
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W (out, in) in floats, whole: for tests and for export."""
+        """W (out, in) in floats, whole."""
         view, wide = self.weight_view, torch.promote_types(dtype, torch.float32)
         parts = [view.rows(part, wide) for part in pieces(view, self.qweight.device)]
         return torch.cat([(rows if factor is None else rows * factor[:, None]).to(dtype) for rows, factor in parts])
-
-    def dequantised(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """The plain linear layer that this one stands for."""
-        made = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        made.weight = frozen(self.dense(dtype))
-        if self.bias is not None:
-            made.bias = frozen(self.bias.detach().to(dtype))
-        return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keeping(tensor: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Quantising a loaded model in place, one matrix at a time."""
 
-import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -118,21 +117,6 @@ def quantise_embedding(model: PreTrainedModel) -> None:
 def empty_embedding(embedding: nn.Embedding) -> FrozenInt8Embedding:
     width, dtype = embedding.embedding_dim, embedding.weight.dtype
     return FrozenInt8Embedding(embedding.num_embeddings, width, dtype, torch.device("meta"))
-
-
-def dequantised(model: nn.Module) -> nn.Module:
-    """A copy with plain linear layers and embedding in fp32, for tests and export. Untied, and without hooks' owners."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        owner, _, attribute = name.rpartition(".")
-        if isinstance(module, FrozenInt8Embedding):
-            plain: nn.Module = nn.Embedding.from_pretrained(module.dense(module.dtype))
-        elif isinstance(module, FrozenLinear):
-            plain = module.dequantised()
-        else:
-            continue
-        setattr(model.get_submodule(owner), attribute, plain)
-    return model
 
 
 def split_of(model: PreTrainedModel, embedding: bool = False) -> tuple[Split, Split]:
