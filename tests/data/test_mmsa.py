@@ -1,4 +1,4 @@
-"""MMSA's pickles: texts, labels and clips' arrays, with their traps."""
+"""MMSA's pickles and tables: texts, labels, and clips as arrays or as videos, with their traps."""
 
 import pickle
 
@@ -7,7 +7,7 @@ import pytest
 
 from mitrain.core.errors import DataError
 from mitrain.data.arrays import read_array
-from mitrain.data.formats.mmsa import parts_in, read_mmsa
+from mitrain.data.formats.mmsa import parts_in, read_clips, read_features
 from mitrain.data.formats.targets import TargetSample
 
 NAME = "unaligned_50.pkl"
@@ -37,7 +37,7 @@ def write(root, tree=None):
 
 
 def read(root, split="train", inputs=("audio", "video"), labels="regression_labels"):
-    return read_mmsa(root, NAME, split, inputs, labels)
+    return read_features(root, NAME, split, inputs, labels)
 
 
 def test_clips_have_texts_labels_and_the_place_of_their_arrays(tmp_path):
@@ -125,3 +125,50 @@ def test_labels_of_one_modality_and_shapes_of_old(tmp_path):
     write(tmp_path, {"train": part(regression_labels_A=np.array([[[0.5]], [[-0.5]]]), id=np.array([["a"], ["b"]]))})
     found = read(tmp_path, labels="regression_labels_A", inputs=())
     assert [(s.id, s.target) for s in found] == [("a", 0.5), ("b", -0.5)]
+
+
+TABLE = """video_id,clip_id,text,label,label_T,label_A,label_V,annotation,mode
+v1,1,"Good, it was",0.8,1,0.6,0.4,Positive,train
+v1,0002,,-0.2,0,0,0,Negative,train
+v2,1,fine,0,0,0,0,Neutral,valid
+"""
+
+
+def written(root, text=TABLE):
+    (root / "label.csv").write_text(text, encoding="utf-8-sig")
+    for clip in ("v1/0001", "v1/0002", "v2/1"):
+        path = root / "Raw" / f"{clip}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def clips(root, split="train", labels="label", inputs=("video", "audio")):
+    return read_clips(root, "label.csv", split, inputs, labels, "Raw")
+
+
+def test_rows_of_a_table_are_clips_whose_sound_lies_in_the_video(tmp_path):
+    first, second = clips(written(tmp_path))
+    files = {"video": "Raw/v1/0001.mp4", "audio": "Raw/v1/0001.mp4"}  # a spreadsheet took the zeros of the first away
+    assert first == TargetSample("v1$_$1", files, "Good, it was", 0.8, "v1", "Positive")
+    assert (second.text, second.target, second.object) == ("", -0.2, "v1")
+    (found,) = clips(tmp_path, "val", "label_A", ("video",))
+    assert found == TargetSample("v2$_$1", {"video": "Raw/v2/1.mp4"}, "fine", 0.0, "v2", "Neutral")
+    assert parts_in(tmp_path, "label.csv") == ["train", "val"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("video_id", "video", r"label\.csv:1: no column 'video_id'"),
+        ("mode", "split", r"label\.csv:1: no column 'mode'"),
+        ("0.8,1", "much,1", r"label\.csv:2: 'label' is 'much', no number"),
+        ("v1,0002", ",0002", r"label\.csv:3: no 'video_id'"),
+        ("v1,0002", "v1,1", r"label\.csv:3: the id 'v1\$_\$1' stands twice"),
+        ("train", "dev", r"label\.csv' has no row of the mode 'train'"),
+    ],
+)
+def test_faults_of_a_table_are_one_line(tmp_path, old, new, match):
+    with pytest.raises(DataError, match=match) as caught:
+        clips(written(tmp_path, TABLE.replace(old, new)))
+    assert "\n" not in str(caught.value)

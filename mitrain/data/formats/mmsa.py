@@ -1,11 +1,13 @@
-"""Clips with a sentiment in the pickles of MMSA: CMU-MOSI, CMU-MOSEI, CH-SIMS (Mao et al. 2022).
+"""Clips with a sentiment in the files of MMSA: CMU-MOSI, CMU-MOSEI, CH-SIMS (Mao et al. 2022).
 
-``{train, valid, test: {"id", "raw_text", "regression_labels", "annotations", "audio" (N, T, e), "vision" (N, T, e),
-"audio_lengths", "vision_lengths"}}``; aligned files have no lengths. SIMS has labels of each modality, too
-(``regression_labels_A`` …). The arrays are read clip by clip by `mitrain.data.arrays`.
+``label.csv`` with the columns video_id, clip_id, text, label (of SIMS also label_T, label_A, label_V), annotation and mode,
+and the clips ``Raw/VIDEO_ID/CLIP_ID.mp4``. Or a pickle of features ``{train, valid, test: {"id", "raw_text",
+"regression_labels", "annotations", "audio" (N, T, e), "vision" (N, T, e), "audio_lengths", "vision_lengths"}}``; aligned
+files have no lengths, SIMS has labels of each modality, too (``regression_labels_A`` …). The arrays are read clip by clip
+by `mitrain.data.arrays`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,58 @@ import numpy as np
 from mitrain.core.errors import DataError
 from mitrain.core.parsing import is_whole
 from mitrain.data.arrays import Refused, opened_pickle, stamp
-from mitrain.data.formats.rows import unique
-from mitrain.data.formats.targets import LARGEST, TargetSample
+from mitrain.data.formats.rows import as_text, is_table, read_rows, unique
+from mitrain.data.formats.targets import LARGEST, TargetSample, number
 
 PARTS = {"train": "train", "val": "valid", "test": "test"}
+REQUIRED = ("video_id", "clip_id", "text", "mode")
+COLUMNS = (*REQUIRED, "annotation")
 CLIP = "$_$"  # between a video's name and a clip's number
 NAMES = {"video": "vision", "speech": "audio", "sound": "audio"}
 """What MMSA calls a modality, where it may be called otherwise here."""
 
 
-def read_mmsa(root: Path, file: str, split: str, inputs: Sequence[str], labels: str) -> list[TargetSample]:
-    """A split's clips in the file's order, with the arrays of ``inputs``; ``labels``: the numbers' name in the file.
+def read_clips(
+    root: Path, file: str, split: str, inputs: Sequence[str], labels: str, folder: str
+) -> list[TargetSample]:
+    """A split's rows of a table in its order; each of the ``inputs`` is the clip below ``folder``; ``labels``: the numbers'
+    column. Clips of one video are of one object. Raises DataError naming file and line.
+    """
+    path, name = Path(root) / file, PARTS.get(split, split)
+    samples = unique(rows_of(path, name, inputs, labels, Path(root), folder))
+    if not samples:
+        raise DataError(f"{str(path)!r} has no row of the mode {name!r}: choose another split")
+    return samples
+
+
+def rows_of(
+    path: Path, name: str, inputs: Sequence[str], labels: str, root: Path, folder: str
+) -> Iterator[tuple[str, TargetSample]]:
+    columns = {field: field for field in COLUMNS} | {"label": labels}
+    for line, row in read_rows(path, columns, (*REQUIRED, "label")):
+        where = f"{path}:{line}"
+        texts = {field: as_text(row.get(column), column, where) for field, column in columns.items()}
+        for field in (*REQUIRED[:2], "label", "mode"):
+            if not texts[field]:
+                raise DataError(f"{where}: no {columns[field]!r}: get the original file")
+        if texts["mode"] != name:
+            continue
+        video, clip = texts["video_id"], texts["clip_id"]
+        found = clip_file(root, f"{folder}/{video}", clip)
+        target = number(texts["label"], labels, where)
+        files = dict.fromkeys(inputs, found)
+        yield where, TargetSample(f"{video}{CLIP}{clip}", files, texts["text"], target, video, texts["annotation"])
+
+
+def clip_file(root: Path, folder: str, clip: str) -> str:
+    """The clip's path below ``root``; spreadsheets take the zeros of 0001 away."""
+    padded = f"{folder}/{clip.zfill(4)}.mp4"
+    plain = f"{folder}/{clip}.mp4"
+    return padded if not (root / plain).is_file() and (root / padded).is_file() else plain
+
+
+def read_features(root: Path, file: str, split: str, inputs: Sequence[str], labels: str) -> list[TargetSample]:
+    """A split's clips of a pickle in its order, with the arrays of ``inputs``; ``labels``: the numbers' name in the file.
 
     Clips of one video are of one object. Raises DataError naming file, split and clip.
     """
@@ -40,22 +83,21 @@ def read_mmsa(root: Path, file: str, split: str, inputs: Sequence[str], labels: 
     for key, count in counts.items():
         if count != len(ids):
             raise DataError(f"{where} has {len(ids)} clips and {count} in {key!r}: get the original file")
-    clips = zip(ids, texts, targets, kinds, strict=True)
-    return unique(
-        (
-            f"{where}: clip {n}",
-            TargetSample(
-                clip, {one: f"{file}#{name}/{key}/{n}" for one, key in keys.items()}, text, target, clip.split(CLIP)[0], kind
-            ),
-        )
-        for n, (clip, text, target, kind) in enumerate(clips)
-    )  # fmt: skip
+    clips: list[tuple[str, TargetSample]] = []
+    for n, (clip, text, target, kind) in enumerate(zip(ids, texts, targets, kinds, strict=True)):
+        places = {one: f"{file}#{name}/{key}/{n}" for one, key in keys.items()}
+        clips.append((f"{where}: clip {n}", TargetSample(clip, places, text, target, clip.split(CLIP)[0], kind)))
+    return unique(iter(clips))
 
 
 def parts_in(root: Path, file: str) -> list[str]:
-    """The splits that the file has."""
-    tree = tree_of(Path(root) / file)
-    return [split for split, name in PARTS.items() if name in tree]
+    """The splits that the table or the pickle has."""
+    path = Path(root) / file
+    if is_table(path):
+        there = {row.get("mode") for _, row in read_rows(path, {"mode": "mode"}, ("mode",))}
+    else:
+        there = set(tree_of(path))
+    return [split for split, name in PARTS.items() if name in there]
 
 
 def tree_of(path: Path) -> dict[str, Any]:
