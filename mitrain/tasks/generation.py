@@ -13,10 +13,21 @@ from mitrain.tasks.base import Parts
 log = logging.getLogger(__name__)
 TRIED = 3  # tokens
 
+# A checkpoint's generation_config.json acts where a keyword is left out: Qwen's penalises repetition, also without sampling.
+NEUTRAL: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "early_stopping": False}
+NEUTRAL |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "length_penalty": 1.0, "min_length": 0}
+NEUTRAL |= dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"))
+NEUTRAL |= dict.fromkeys(
+    ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "min_new_tokens")
+)
+NEUTRAL |= dict.fromkeys(
+    ("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "guidance_scale")
+)
+
 
 def generated(parts: Parts, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
-    """What transformers' ``generate`` returns for prompts padded on the left, by default the likeliest token each time; the
-    model's own sampling settings do not act."""
+    """What transformers' ``generate`` returns for prompts padded on the left, by default the likeliest token each time; no
+    setting acts that the model brings."""
     text = parts.text
     return text.model.generate(
         input_ids=ids,
@@ -24,7 +35,7 @@ def generated(parts: Parts, ids: torch.Tensor, mask: torch.Tensor, **options: An
         synced_gpus=text.sharded,
         eos_token_id=text.tokenizer.eos_token_id,
         pad_token_id=text.pad_id,
-        **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **options},
+        **{**NEUTRAL, **options},
     )
 
 

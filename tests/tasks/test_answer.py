@@ -142,6 +142,22 @@ def test_answers_are_compared_but_for_case_white_space_and_closing_marks(said, a
     assert same_text(said, answer) is same
 
 
+def test_what_a_model_brings_for_generation_does_not_act(folder):
+    """As Qwen's repetition_penalty, BART's no_repeat_ngram_size and Whisper's suppressed tokens would."""
+    task = make(folder)
+    said = task.generate(Batch(samples(), ModalityInputs(FEATURES)))
+    first = task.parts.text.tokenizer(said[0])["input_ids"][0]
+    task.parts.text.model.generation_config.update(
+        repetition_penalty=9.0,
+        no_repeat_ngram_size=1,
+        suppress_tokens=[first],
+        num_beams=3,
+        min_length=30,
+        do_sample=True,
+    )
+    assert task.generate(Batch(samples(), ModalityInputs(FEATURES))) == said
+
+
 def test_generation_equals_greedy_steps_without_a_cache(folder):
     task = make(folder, max_new_tokens=5)
     text = task.parts.text
