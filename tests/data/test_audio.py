@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from clips import RATE, sound_file, tone, video, wav
+from clips import RATE, adts, sound_file, tone, video, wav
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused
@@ -149,6 +149,13 @@ def test_samples_that_are_not_finite_are_refused(tmp_path):
     samples[1600] = np.nan
     sound_file(tmp_path / "a.wav", samples, subtype="FLOAT")
     refused(tmp_path, "a.wav", "not finite .0.100 s from its start")
+
+
+def test_a_rate_that_changes_in_the_middle_is_refused(tmp_path):
+    put(tmp_path, adts(RATE), "a.aac")
+    assert abs(len(read_audio(tmp_path, "a.aac").samples) - RATE) <= 2048
+    put(tmp_path, adts(RATE) + adts(48_000), "a.aac")
+    refused(tmp_path, "a.aac", "changes its sample rate or channels in the middle")
 
 
 def test_formats_that_are_only_guessed_are_refused(tmp_path):

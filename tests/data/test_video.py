@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import tone, video
+from clips import tone, video, with_cover
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,6 +13,7 @@ from refusals import read_or_refused
 
 from mitrain.core.errors import DataError
 from mitrain.data import containers
+from mitrain.data.audio import read_audio
 from mitrain.data.video import VideoLimits, read_video
 
 TIMES = (0, 0.1, 0.2, 1.5, 1.6, 3.0)
@@ -66,14 +67,28 @@ def test_an_even_frame_rate_gives_the_middle_of_each_part(tmp_path):
     assert numbers(read_video(tmp_path, name, 18).frames) == [n // 2 for n in range(18)]
 
 
-def test_only_what_a_frame_needs_is_decoded(tmp_path, monkeypatch):
-    name = put(tmp_path, video([n / 10 for n in range(9)], "matroska", "libx264", g="3", bf="0", sc_threshold="0"))
+def decoded_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each run of packets that is decoded from now on, how many they are."""
     runs, decoded = [], containers.decoded
     monkeypatch.setattr(
         "mitrain.data.video.decoded", lambda context, given: decoded(context, [runs.append(len(r)) or r for r in given])
     )
+    return runs
+
+
+def test_only_what_a_frame_needs_is_decoded(tmp_path, monkeypatch):
+    name = put(tmp_path, video([n / 10 for n in range(9)], "matroska", "libx264", g="3", bf="0", sc_threshold="0"))
+    runs = decoded_runs(monkeypatch)
     assert numbers(read_video(tmp_path, name, 1).frames) == [4]
     assert runs == [2]  # the key frame 3, and 4
+
+
+def test_what_is_shown_before_a_key_frame_may_need_the_one_before_it(tmp_path, monkeypatch):
+    groups = {"x264-params": "open-gop=1:keyint=6:min-keyint=6:bframes=2:b-adapt=0:scenecut=0"}
+    name = put(tmp_path, video([n / 10 for n in range(23)], rate=10, **groups))
+    runs = decoded_runs(monkeypatch)
+    assert numbers(read_video(tmp_path, name, 1).frames) == [1]  # frame 11, which lies behind key frame 12 in the file
+    assert runs == [9]  # from key frame 6: 4, 5, 9, 7, 8, 12, 10, 11
 
 
 def test_frames_whose_packets_have_no_times_are_found(tmp_path, monkeypatch):
@@ -122,10 +137,37 @@ def test_bad_files_are_one_line(tmp_path):
     refused(tmp_path, "a.mkv", "lasts 3 s, 2 s are allowed", seconds=2)
     refused(tmp_path, "../a.mkv", "leads out of the data folder")
     refused(tmp_path, "b.mkv", "no video 'b.mkv'")
+    Image.new("RGB", (32, 24)).save(tmp_path / "a.png")  # FFmpeg would read it as a video of one frame
+    refused(tmp_path, "a.png", "is no readable video")
     put(tmp_path, b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n", "a.m3u8")
     refused(tmp_path, "a.m3u8", "is no readable video")
     put(tmp_path, video(sound=tone()))
     refused(tmp_path, "a.mkv", "has more than 1 streams", streams=1)
+
+
+def test_a_picture_that_belongs_to_sound_is_no_frame(tmp_path):
+    put(tmp_path, with_cover(), "a.m4a")
+    refused(tmp_path, "a.m4a", "has no frames: replace it")
+    assert len(read_audio(tmp_path, "a.m4a").samples) > 7000
+
+
+def test_a_duration_that_no_header_states_is_held_to_the_limit(tmp_path):
+    put(tmp_path, video(container="mpegts"), "a.ts")
+    refused(tmp_path, "a.ts", "lasts 3 s, 2 s are allowed", seconds=2)
+
+
+def test_frames_that_are_damaged_are_refused(tmp_path):
+    whole = video([n / 10 for n in range(9)], "avi", "mpeg4", size=(320, 240), g="9", bf="0")
+    damage, said = np.random.default_rng(0), []
+    for _ in range(8):
+        content = bytearray(whole)
+        for at in damage.integers(len(whole) // 4, len(whole) * 3 // 4, 20):
+            content[at] ^= 0x55
+        put(tmp_path, bytes(content), "a.avi")
+        with pytest.raises(DataError, match="'a.avi'") as caught:
+            read_video(tmp_path, "a.avi", 9)
+        said.append(str(caught.value))
+    assert sum("is damaged (its frame at 0." in text for text in said) >= 2  # which FFmpeg mends without an error
 
 
 def test_a_torn_video_is_refused(tmp_path):

@@ -75,9 +75,38 @@ def video(
     return out.getvalue()
 
 
-def add_sound(file: av.container.OutputContainer, stream: av.AudioStream, samples: np.ndarray) -> None:
+def add_sound(
+    file: av.container.OutputContainer, stream: av.AudioStream, samples: np.ndarray, rate: int = RATE
+) -> None:
     whole = (samples * 32767).astype(np.int16)
     frame = av.AudioFrame.from_ndarray(whole[None], format="s16", layout="mono")
-    frame.sample_rate, frame.pts = RATE, 0
+    frame.sample_rate, frame.pts = rate, 0
     for packet in (*stream.encode(frame), *stream.encode()):
         file.mux(packet)
+
+
+def with_cover() -> bytes:
+    """Sound with a picture of its own, as music files have."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as file:
+        heard, cover = file.add_stream("aac", rate=RATE, layout="mono"), file.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = (
+            32,
+            24,
+            "yuvj420p",
+            av.stream.Disposition.attached_pic,
+        )
+        picture = av.VideoFrame.from_ndarray(grey(0), format="rgb24")
+        picture.pts = 0
+        file.mux(cover.encode(picture))
+        add_sound(file, heard, tone())
+        file.mux(cover.encode())
+    return out.getvalue()
+
+
+def adts(rate: int) -> bytes:
+    """A second of AAC in a stream without a container's header."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="adts") as file:
+        add_sound(file, file.add_stream("aac", rate=rate, layout="mono"), tone(1, rate), rate)
+    return out.getvalue()
