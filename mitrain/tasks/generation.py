@@ -15,14 +15,11 @@ TRIED = 3  # tokens
 
 # A checkpoint's generation_config.json acts where a keyword is left out: Qwen's penalises repetition, also without sampling.
 NEUTRAL: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "early_stopping": False}
-NEUTRAL |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "length_penalty": 1.0, "min_length": 0}
+NEUTRAL |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "length_penalty": 1.0}
 NEUTRAL |= dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"))
-NEUTRAL |= dict.fromkeys(
-    ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "min_new_tokens")
-)
-NEUTRAL |= dict.fromkeys(
-    ("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "guidance_scale")
-)
+NEUTRAL |= dict.fromkeys(("min_length", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"))
+NEUTRAL |= dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"))
+NEUTRAL |= dict.fromkeys(("sequence_bias", "guidance_scale"))
 
 
 def generated(parts: Parts, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
