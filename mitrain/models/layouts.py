@@ -161,7 +161,8 @@ def layer_owner(model: nn.Module) -> tuple[nn.Module, str]:
             f"{type(model).__name__} has no list of as many transformer layers as its configuration says: give a"
             " transformer, such as Llama, BERT or ViT"
         )
-    return stacks[0]
+    with_attention = (stack for stack in stacks if attention_of(getattr(*stack)[0]) is not None)
+    return next(with_attention, stacks[0])  # wav2vec 2.0 may have as many convolutions
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -275,13 +275,21 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def units(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Each transformer layer, and each module outside of them with tensors of its own."""
+    """Each transformer layer, and each module outside of them with tensors of its own, after those that it holds.
+
+    What is done to a module is done to all in it, whose tensors must be there by then.
+    """
     layers = layers_of(model)
     inside = {module for layer in layers for module in layer.modules()}
-    for name, module in list(model.named_modules()):
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if module in layers or (own and module not in inside):
-            yield name, module
+            found.append((name, module))
+    modules = {module for _, module in found}
+    holders = [pair for pair in found if pair[1] not in layers and len(modules & set(pair[1].modules())) > 1]
+    yield from (pair for pair in found if pair not in holders)
+    yield from reversed(holders)
 
 
 def fill_parameters(

@@ -169,14 +169,8 @@ def cut_to_layer(model: nn.Module, config: EncoderConfig, depth: int) -> None:
     if not 1 <= config.layer <= depth:
         more = f"has {depth} layers, not a layer {config.layer}: give one of 1..{depth}" if depth else ""
         raise ConfigError(f"{config.label} {more or 'has no layers that can be read: leave out layer'}")
-    del layers_of(model)[config.layer :]
+    del layouts.layers_of(model)[config.layer :]
     model.config.num_hidden_layers = config.layer
-
-
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The transformer layers, bottom first; other lists of the model may be as long."""
-    stacks = (getattr(owner, name) for owner, name in layouts.layer_lists(model))
-    return next(stack for stack in stacks if layouts.attention_of(stack[0]) is not None)
 
 
 @contextmanager
@@ -184,7 +178,7 @@ def top_layer(model: nn.Module) -> Iterator[list[Tensor]]:
     """Inside, what leaves the topmost layer, before any norm that follows it, is appended to the list."""
     seen: list[Tensor] = []
     keep = lambda _, inputs, out: seen.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
-    hook = layers_of(model)[-1].register_forward_hook(keep)
+    hook = layouts.layers_of(model)[-1].register_forward_hook(keep)
     try:
         yield seen
     finally:
