@@ -1,7 +1,8 @@
 """The table of a mutation run: what mutmut left in mutants/, as docs/results/mutation/{results.json,table.md}.
 
-A change that alters nothing is equivalent: docs/results/mutation/equivalent.json names each, with its reason.
-A module of which mutants/ has nothing tried keeps its earlier row: each row names the commit that it is of.
+A change that alters nothing is equivalent: docs/results/mutation/equivalent.json names each, with its reason. It counts
+as tried, whether or not this run took the time. A module of which mutants/ says less than its earlier row, or the same,
+keeps that row: each row names the commit that it is of.
 """
 
 import json
@@ -39,7 +40,7 @@ def main() -> None:
     }
     earlier = {kept["module"]: kept for kept in json.loads((OUT / "results.json").read_text("utf-8"))["rows"]}
     rows = [row(path, codes, reasons) | made for path, codes in verdicts.items()]
-    rows = [earlier.get(r["module"], r) if not r["tried"] else r for r in rows]
+    rows = [earlier[r["module"]] if stands(earlier.get(r["module"]), r) else r for r in rows]
     found = {"command": COMMAND, "rows": rows}
     (OUT / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (OUT / "table.md").write_text(table(rows), encoding="utf-8")
@@ -54,9 +55,17 @@ def again(name: str, code: int | None, reasons: dict[str, str]) -> bool:
     return code not in NOTICED and name not in reasons
 
 
+def stands(old: dict[str, int] | None, new: dict[str, int]) -> bool:
+    """Whether an earlier row stays: less of the module is tried by now, or nothing else came out."""
+    if old is None:
+        return False
+    less = new["tried"] * old["mutants"] < old["tried"] * new["mutants"]
+    return less or all(old[name] == new[name] for name in COUNTED)
+
+
 def row(path: str, codes: dict[str, int | None], reasons: dict[str, str]) -> dict[str, object]:
     """Counts of one module, and the names of the changes that no test noticed."""
-    tried = {name: code for name, code in codes.items() if code is not None}
+    tried = {name: code for name, code in codes.items() if code is not None or name in reasons}
     survived = sorted(name for name, code in tried.items() if again(name, code, reasons))
     noticed = sum(code in NOTICED for code in tried.values())
     return {

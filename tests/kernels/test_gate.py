@@ -17,7 +17,10 @@ from mitrain_kernels.infused_attention.gate import (
     cosine_gate,
     finite,
     gate_backward,
+    per_query_head,
     shield,
+    spread,
+    token_sums,
     whole_sums,
     without_hidden,
     without_missing,
@@ -159,3 +162,28 @@ def test_coefficients_have_the_precision_of_the_values():
     assert sums.dot.dtype == sums.square.dtype == torch.float32
     for mine, theirs in zip(rough, exact, strict=True):
         torch.testing.assert_close(mine.float(), theirs, rtol=2**-7, atol=2**-5)
+
+
+def test_the_last_tokens_are_counted_along_the_tokens():
+    sums = prefix_sums(drawn(1, B, G, T, D), drawn(2, M, B, H, D))
+    assert sums.last(H).dot.shape == (M, B, H, H) and torch.equal(sums.last(H).dot, sums.dot[..., -H:])
+    assert sums.last(T) is sums
+
+
+def test_heads_are_counted_along_the_heads_and_not_copied_where_there_is_one_for_each():
+    x = torch.arange(2 * H).view(1, 2, H)  # as long as there are query heads
+    assert torch.equal(per_query_head(x, H)[0], x[0, [0, 0, 1, 1]])
+    assert per_query_head(x, 2) is x
+
+
+def test_tokens_are_counted_as_precisely_as_values_are_summed():
+    values = drawn(1, B, G, T, D), drawn(2, M, B, H, D), right_padding()
+    for sums in (token_sums(*values), prefix_sums(*values), whole_sums(*values)):
+        assert sums.count.dtype == torch.float64
+
+
+def test_the_gradient_of_a_sum_reaches_its_terms_and_those_before():
+    x = torch.tensor([[[[1.0, 10.0, 100.0]]]])
+    assert spread(x, 3).tolist() == [[[[111.0, 110.0, 100.0]]]]
+    assert spread(x, 5).tolist() == [[[[111.0, 111.0, 111.0, 110.0, 100.0]]]]
+    assert spread(x[..., :1], 3).tolist() == [[[[1.0, 1.0, 1.0]]]]

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mitrain.core.errors import DataError
-from mitrain.tasks.controls import names_any, objects_by_scene, other_expressions, other_images
+from mitrain.tasks.controls import label_codes, names_any, objects_by_scene, other_expressions, other_images
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -165,3 +165,15 @@ def test_a_single_scene_is_refused():
         DataError, match="^all samples are of the scene 's': the other-expression control needs two scenes$"
     ):
         other_expressions(["a cat", "a dog"], ["cat", "dog"], ["s", "s"])
+
+
+def test_an_earlier_wish_is_worth_more_than_all_later_ones():
+    images, objects, answers = [1, 2, 3, 1], [1, 1, 2, 0], [1, 0, 1, 0]
+    for seed in range(6):
+        pairing = other_images(images, objects, answers, seed=seed)
+        assert all(images[i] != images[j] for i, j in enumerate(pairing.index))
+        assert pairing.clashes == {"object": 0, "answer": 4}
+
+
+def test_codes_are_integers_also_of_nothing():
+    assert label_codes([]).dtype == label_codes(["a"]).dtype == int
