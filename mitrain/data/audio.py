@@ -27,8 +27,8 @@ UNRECOGNISED = 1  # libsndfile's error for a format that it does not know
 TORN = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 UNKNOWN_LENGTH = 0x7FFF0000  # programs that write to a pipe put this or more in place of the length
 START = 1 << 16
-MP3_LENGTH = re.compile(b"Xing|Info|VBRI")
-"""Marks of a header that says how long an MP3 is. Without one libsndfile guesses, and reads no more than it guessed."""
+MP3_LENGTH = re.compile(rb"(?:Xing|Info)\x00{3}[\x01\x03\x05\x07\x09\x0b\x0d\x0f]|VBRI\x00\x01")
+"""Marks of a header that says how many frames an MP3 has. Without one libsndfile guesses, and reads what it guessed."""
 
 
 @dataclass(frozen=True)
