@@ -44,7 +44,10 @@ ODD += [
     "a #x",
 ]
 ODD += ["[" * 70, "*a", "&a [*a]", "!!binary aGk=", "2020-01-01", "-", "/dev/zero", '"' + "x" * 5000 + '"']
-TASK_DATA = {"answer": "records", "classify": "labelled", "retrieve": "captions", "segment": "refcoco"}
+TASK_DATA = {
+    name: next(data for data, kind in KINDS["data"].items() if issubclass(kind, task.formats))
+    for name, task in TASKS.items()
+}
 BASE = {
     "name": "odd",
     "model": {"llm": "no-such-model", "vision": [{"name": "no-such-encoder", "size": 28}]},
