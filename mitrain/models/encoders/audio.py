@@ -144,7 +144,7 @@ class AudioEncoder(Encoder):
         self.depth = 0 if self.family.startswith("clap") else self.settings.num_hidden_layers
         self.extractor = extractor_of(config, source, kind, self.settings)
         self._check_pooling(kind)
-        used = lambda name: is_used(name, kind.part, self.pool)  # noqa: E731
+        used = lambda name: is_used(name, kind.part)  # noqa: E731
         model = load(config, source, kind.factory, self.settings, used, dtype, device, shard)
         self.model = getattr(model, kind.part) if kind.part else model
         cut_to_layer(self.model, config, self.depth)
@@ -269,7 +269,7 @@ class AudioEncoder(Encoder):
         return {"extractor": said, "longest": self.longest, "step": STEP, **by}
 
 
-def is_used(name: str, part: str, pool: str) -> bool:
+def is_used(name: str, part: str) -> bool:
     """Whether a tensor of the model counts: not what masks frames in training, nor a head for another task."""
     return name.startswith(part) and not name.endswith("masked_spec_embed")
 
