@@ -12,11 +12,12 @@ import yaml
 from studies import BASE, NUMBERS, STUDY
 
 from mitrain.cli import main
-from mitrain.compare import compare, processes, study
+from mitrain.compare import compare, plots, processes, study
 from mitrain.compare.compare import FAILED, OK, TOO_LONG, Job
 
 FIELDS = ("method", "task", "seed", "metric", "value", "trainable_parameters", "share", "peak_bytes", "saved_bytes",
           "step_ms", "flops_per_sample", "adapter_bytes", "controls", "status")  # fmt: skip
+FIGURE = plots.figure
 
 
 class Bench:
@@ -41,9 +42,10 @@ class Bench:
 
 
 @pytest.fixture(autouse=True)
-def a_commit(monkeypatch):
-    """Asking git for every row would take longer than everything else here."""
+def quick(monkeypatch):
+    """Asking git for every row and drawing would take longer than everything else; test_compare_drawn looks at figures."""
     monkeypatch.setattr("mitrain.core.provenance.commit", lambda: "abc1234")
+    monkeypatch.setattr(plots, "figure", lambda *_: "<svg/>")
 
 
 @pytest.fixture
@@ -134,6 +136,7 @@ def test_a_sheet_of_other_settings_goes_with_its_rows(job, tmp_path):
 
 
 def test_without_matplotlib_there_is_a_table_and_a_line(job, monkeypatch):
+    monkeypatch.setattr(plots, "figure", FIGURE)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = []
     compare.compare(job, "x", say=said.append, measure=Bench())
