@@ -54,14 +54,14 @@ def picture_of_40000_by_1(lab: Lab, case: Path) -> Found:
     """85 bytes that a square canvas would make 6 GiB of: a bad sample that is named, or a picture scaled first."""
     here = lab.other_world(case)
     (here / "data" / "images" / "3.png").write_bytes(png(40_000, 1))
-    arguments = ("train", here / "config.yaml", "--run-dir", case / "run", "model.vision=" + padded(here))
+    arguments = ("train", here / "config.yaml", "--run-dir", case / "run", "model.encoders=" + padded(here))
     ended = lab.run(*arguments)
     state = "counted" if ended.code == 0 and ended.seconds < AT_ONCE_S * 3 else ended.state
     return Found(True, state, ended.seconds, said=" / ".join(ended.lines[:1]))
 
 
 def padded(here: Path) -> str:
-    return json.dumps([{"name": str(here / "vision"), "layer": 2, "resize": "pad"}])
+    return json.dumps({"image": {"name": str(here / "vision"), "layer": 2, "resize": "pad"}})
 
 
 def png(width: int, height: int) -> bytes:

@@ -32,7 +32,7 @@ def make(path: Path) -> Path:
 def configuration(path: Path) -> dict[str, Any]:
     """Eight steps with everything random that a step may hold: augmentation, noise and dropout."""
     return {
-        "model": {"llm": str(path / "llm"), "vision": [{"name": str(path / "vision"), "layer": 2}]},
+        "model": {"llm": str(path / "llm"), "encoders": {"image": {"name": str(path / "vision"), "layer": 2}}},
         "adapter": {"name": "mit", "layers": [1, 2]},
         "features": {"views": 2, "noise": 0.05, "dropout": 0.1},
         "task": {"name": "answer"},

@@ -65,7 +65,7 @@ def prepare(plan: Plan) -> None:
     if config.task.section_name != "answer":
         raise ConfigError(f"{plan.config} has task.name={config.task.section_name!r}: give a configuration of answer")
     resolve_data(config.data)
-    for name in (config.model.llm, *(encoder.name for encoder in config.model.vision)):
+    for name in (config.model.llm, *(encoder.name for encoder in config.model.encoders.values())):
         resolve_model(name)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mitrain.cli.shared import add_allow_changes, add_checkpoint, command, on_ranks, say
+from mitrain.core.errors import ConfigError
 
 
 def add_eval(commands: Any) -> None:
@@ -19,6 +20,12 @@ def add_eval(commands: Any) -> None:
         " image of another object; other-text, another sample's text (classify, regress); frozen, no infusion"
         " (default: none)",
     )
+    for option, help in (
+        ("--without", "score every sample without this input, as speech"),
+        ("--shuffle", "give every sample another sample's file of this input"),
+        ("--missing", "also say the score where 0, 25, 50, 75 and 100 %% of the samples lack this input"),
+    ):
+        sub.add_argument(option, action="append", default=[], metavar="INPUT", help=help)
     add_checkpoint(sub)
     add_allow_changes(sub)
     add_places(sub)
@@ -44,6 +51,9 @@ def run_eval(arguments: argparse.Namespace) -> Any:
         arguments.run_dir,
         split=arguments.split,
         control=arguments.control,
+        without=arguments.without,
+        shuffled=arguments.shuffle,
+        missing=arguments.missing,
         which=arguments.checkpoint,
         samples=arguments.samples,
         generate=arguments.generate,
@@ -71,10 +81,17 @@ def metric_lines(metrics: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def add_predict(commands: Any) -> None:
-    sub = command(commands, "predict", run_predict, "ask a run about one image")
+    sub = command(commands, "predict", run_predict, "ask a run about one sample's files")
     sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, or what was exported of one")
-    sub.add_argument("--image", required=True, metavar="FILE", help="a picture, of any size")
-    sub.add_argument("--text", required=True, help="the prompt, or the expression to segment")
+    sub.add_argument("--image", metavar="FILE", help="a picture, of any size: short for --input image=FILE")
+    sub.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="the file of one of the run's inputs, as speech",
+    )
+    sub.add_argument("--text", default="", help="the prompt, or the expression to segment")
     sub.add_argument(
         "--candidates", metavar="A,B,…", help="answers to choose among (answer; default: the training answers)"
     )
@@ -90,8 +107,21 @@ def add_places(sub: argparse.ArgumentParser) -> None:
         "--encoder",
         action="append",
         metavar="DIR",
-        help="the image encoder's folder, likewise; of several encoders one option each, in order",
+        help="an encoder's folder, likewise; of several encoders one option each, in order",
     )
+
+
+def files_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """The files that are asked about, by the run's names for its inputs."""
+    files = {"image": arguments.image} if arguments.image else {}
+    for given in arguments.input:
+        name, equals, file = given.partition("=")
+        if not (name and equals and file) or name in files:
+            raise ConfigError(f"--input {given}: write NAME=FILE, each name once")
+        files[name] = file
+    if not files:
+        raise ConfigError("give the picture with --image FILE, or other files with --input NAME=FILE")
+    return files
 
 
 def run_predict(arguments: argparse.Namespace) -> Any:
@@ -100,7 +130,7 @@ def run_predict(arguments: argparse.Namespace) -> Any:
     candidates = [c.strip() for c in arguments.candidates.split(",") if c.strip()] if arguments.candidates else None
     result = predict_one(
         arguments.run_dir,
-        arguments.image,
+        files_of(arguments),
         arguments.text,
         candidates=candidates,
         out=arguments.out,

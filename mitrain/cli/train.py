@@ -54,7 +54,7 @@ def run_train(arguments: argparse.Namespace) -> Any:
             dist.from_main(lambda: runs.create_or_find(config, folder, arguments.allow_changes))
         trainer, outcome = fitted(arguments, folder, config)
     say(arguments, trainer.watch.table())
-    bad = len(trainer.images.bad)
+    bad = len(trainer.features.bad)
     skipped = f" ({bad} bad samples skipped)" if bad else ""
     if outcome.stopped:
         say(

@@ -68,7 +68,7 @@ class Cell:
     @property
     def digest(self) -> str:
         """Names what is computed, whatever computes it."""
-        values = minimal(self.config)
+        values = as_measured(minimal(self.config))
         for key in ("name", "wandb"):
             values.pop(key, None)
         asked = {} if self.count is not None else self.part.model_dump(exclude={"config", "set"}, mode="json")
@@ -104,6 +104,16 @@ def minimal(run_config: RunConfig) -> dict[str, Any]:
     for key in ("adapter", "task", "data"):
         values[key] = {"name": getattr(run_config, key).section_name, **values.get(key, {})}
     return values
+
+
+def as_measured(values: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in the words of kept rows, where they have words for it: a list of encoders of one picture."""
+    encoders = values["model"]["encoders"]
+    if any(part["input"] != "image" or part.get("joins", "image") != "image" for part in encoders.values()):
+        return values
+    vision = [{key: part[key] for key in part if key not in ("input", "joins")} for part in encoders.values()]
+    model = {key: value for key, value in values["model"].items() if key != "encoders"}
+    return {**values, "model": {**model, "vision": vision}}
 
 
 def cell_ids(study: Study, seeds: Sequence[int] | None = None) -> list[CellId]:

@@ -62,9 +62,9 @@ def macs(model: Model, asked: CountOptions) -> dict[str, Any]:
     prepended_macs vision, and the language model over the text behind one token for each of the picture's patches
     """
     llm = costs.LlmShape.from_config(model.text.model.config.get_text_config().to_dict())
-    views = [costs.VitShape.from_config(encoder.model.config.to_dict()) for encoder in model.encoders]
+    views = [costs.VitShape.from_config(encoder.model.config.to_dict()) for encoder in model.encoders.values()]
     if not views:
-        raise ConfigError("model.vision is empty: give an encoder whose multiply-accumulates can be counted")
+        raise ConfigError("model.encoders is empty: give an encoder whose multiply-accumulates can be counted")
     vision = sum(view.macs(asked.side) for view in views)
     patches = sum(view.tokens(asked.side or view.image) - 1 for view in views)
     text = llm.macs(asked.text_tokens)

@@ -86,7 +86,7 @@ def of_step(trainer: Trainer) -> dict[str, Any]:
     model, samples = trainer.model, trainer.config.train.batch
     model.train()
     draws = trainer.loader.next()
-    batch = model.training_batch(draws, trainer.images)
+    batch = model.training_batch(draws, trainer.features)
     with Saved(weights(model)) as saved:
         loss = trainer.loss(batch)  # held: what it has saved lives as long
         kept = saved.bytes

@@ -89,8 +89,8 @@ def exported(folder: Path) -> dict[str, Any]:
 
 def scored(run: Run, part: TaskPart, shown: int, sheet: Path) -> dict[str, Any]:
     """The split's metrics, the controls' and baselines' value of the same metric; some predictions go to ``sheet``."""
-    chosen, images = split_of(run, part.split, part.samples)
-    plain = score_split(run, chosen, images, "none", seed=run.config.seed)
+    chosen, files = split_of(run, part.split, part.samples)
+    plain = score_split(run, chosen, files, "none", seed=run.config.seed)
     metrics = flatten(plain.metrics)
     metric = part.metric or run.model.task.metric
     if metric not in metrics:
@@ -98,15 +98,15 @@ def scored(run: Run, part: TaskPart, shown: int, sheet: Path) -> dict[str, Any]:
             f"metric={metric!r} is no metric of this task{nearest(metric, metrics)}: {', '.join(metrics)}"
         )
     beside = {
-        name: flatten(score_split(run, chosen, images, name, seed=run.config.seed).metrics).get(metric)
+        name: flatten(score_split(run, chosen, files, name, seed=run.config.seed).metrics).get(metric)
         for name in part.controls
     }
     if part.baselines:
         beside |= {
-            name: flatten(values).get(metric) for name, values in baselines_of(run, part.split, chosen, images).items()
+            name: flatten(values).get(metric) for name, values in baselines_of(run, part.split, chosen, files).items()
         }
     if shown:
-        write_atomic(sheet, figure(run, images, chosen, plain, shown))
+        write_atomic(sheet, figure(run, files, chosen, plain, shown))
     return {"metric": metric, "value": metrics[metric], "metrics": metrics, "controls": beside}
 
 

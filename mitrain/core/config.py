@@ -202,7 +202,9 @@ def known_keys(schema: Any, path: tuple) -> list[str]:
 
 def section_in(annotation: Any) -> Any:
     """The section that an annotation such as ``dict[str, Section]`` or ``Section | None`` speaks of, or None."""
-    if hasattr(annotation, "model_fields"):
+    if isinstance(annotation, type) and hasattr(
+        annotation, "model_fields"
+    ):  # an Annotated has its type's attributes, too
         return annotation
     return next((section for inner in get_args(annotation) if (section := section_in(inner))), None)
 

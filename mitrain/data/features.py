@@ -1,54 +1,37 @@
-"""What the frozen encoders say of images, computed once (or, with the cache off, whenever it is asked for).
+"""What the frozen encoders say of the samples' inputs: one feature of each modality, and what else is asked for.
 
-Shapes: B samples, e width of the infused feature (all encoders concatenated), N patches, c channels.
+A sample's ``inputs`` map the names of its files to their paths below the data's folder; one that has none lacks that
+modality. Shapes: B samples, e width of a modality's feature, E width of all of them side by side.
 """
 
-import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from mitrain.core import dist
 from mitrain.core.config import Section
-from mitrain.core.errors import DataError
-from mitrain.data.cache import FeatureCache
-from mitrain.data.images import BadSamples, Decoded, Facts, Size
-from mitrain.data.index import PictureIndex, ahead
-from mitrain.data.segments import Item
-from mitrain.models import VisionEncoder, loading
-from mitrain.models.vision import VIEWS
+from mitrain.core.errors import ConfigError
+from mitrain.data.encoded import ENCODE_BATCH, EncoderFeatures, Encoding, InputFeatures, Progress, no_progress
+from mitrain.data.images import BadSamples
+from mitrain.data.media import Limits, medium_of
+from mitrain.models import Encoder
+from mitrain.models.encoders.image import VIEWS
 
-log = logging.getLogger(__name__)
-
-Progress = Callable[[int], object]
-Found = TypeVar("Found", bound=Facts)
-Drawn = dict[str, tuple[Tensor, int]]
-"""Preprocessed pictures and their views by key."""
-
-ENCODE_BATCH = 8  # on a CPU larger batches only cost memory traffic
-PUBLISHED = 8192  # pictures that an interruption lets be read again, at most
-
-
-def no_progress(done: int) -> None:
-    """Say nothing."""
+Inputs = Mapping[str, str]
 
 
 class FeatureConfig(Section):
-    """How the infused feature is made from the encoders' output.
+    """How a modality's feature is made from its encoders' output.
 
-    ``normalize``: per dimension to zero mean and unit variance over the training images, then scaled so that the vector's
+    ``normalize``: per dimension to zero mean and unit variance over the training files, then scaled so that the vector's
     norm is about ``norm``; or to that length (l2). ``views``: deterministic variants of each training image (1 = the image
-    itself). ``eval_views``: how many of them are averaged at evaluation. ``noise``: standard deviation of Gaussian noise
-    and ``dropout``: share of dimensions zeroed, in training only.
+    itself); other kinds of files have none. ``eval_views``: how many of them are averaged at evaluation. ``noise``: standard
+    deviation of Gaussian noise and ``dropout``: share of dimensions zeroed, in training only.
     """
 
     normalize: Literal["standardize", "l2", "none"] = "standardize"
@@ -60,321 +43,209 @@ class FeatureConfig(Section):
 
 
 class FeatureNorm(nn.Module):
-    """Feature (B, e) → infused feature (B, e). Its statistics are buffers: an adapter carries them with it."""
+    """Features (B, E) of all modalities side by side → the same, normalised, each modality by itself.
+
+    Its statistics are buffers: an adapter carries them with it. ``widths``: e of each modality, in order.
+    """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, width: int, config: FeatureConfig):
+    def __init__(self, widths: Mapping[str, int], config: FeatureConfig):
         super().__init__()
-        self.config = config
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
+        self.config, self.widths = config, dict(widths)
+        self.register_buffer("mean", torch.zeros(sum(widths.values())))
+        self.register_buffer("scale", torch.ones(sum(widths.values())))
 
-    def fit(self, features: Tensor) -> None:
-        """Take mean and standard deviation from ``features`` (samples, e)."""
+    def split(self, features: Tensor) -> dict[str, Tensor]:
+        """(B, E) → modality → (B, e)."""
+        return dict(zip(self.widths, features.split(list(self.widths.values()), -1), strict=True))
+
+    def fit(self, features: Mapping[str, Tensor]) -> None:
+        """Take mean and standard deviation from the ``features`` (samples, e) of each modality's files."""
         if self.config.normalize != "standardize":
             return
-        features = features.double()
-        std = features.std(0, correction=0).clamp_min(1e-6)
-        self.mean.copy_(features.mean(0))
-        self.scale.copy_(self.config.norm / len(self.mean) ** 0.5 / std)
+        means, scales = self.split(self.mean), self.split(self.scale)
+        for name, values in features.items():
+            std = values.double().std(0, correction=0).clamp_min(1e-6)
+            means[name].copy_(values.double().mean(0))
+            scales[name].copy_(self.config.norm / values.shape[1] ** 0.5 / std)
 
     def forward(self, features: Tensor) -> Tensor:
         if self.config.normalize == "l2":
-            return nn.functional.normalize(features, dim=-1) * self.config.norm
+            parts = self.split(features).values()
+            return torch.cat([nn.functional.normalize(part, dim=-1) * self.config.norm for part in parts], -1)
         return (features - self.mean) * self.scale
 
     def disturb(self, features: Tensor, generator: torch.Generator) -> Tensor:
-        """Training noise on normalised features (B, e)."""
+        """Training noise on normalised features (B, E)."""
         if self.config.noise:
-            unit = self.config.norm / features.shape[-1] ** 0.5
-            features = features + self.config.noise * unit * torch.randn(features.shape, generator=generator).to(
-                features
-            )
+            unit = torch.cat([torch.full((e,), self.config.norm / e**0.5) for e in self.widths.values()]).to(features)
+            noise = torch.randn(features.shape, generator=generator).to(features)
+            features = features + self.config.noise * unit * noise
         if self.config.dropout:
             keep = torch.rand(features.shape, generator=generator).to(features) >= self.config.dropout
             features = features * keep / (1 - self.config.dropout)
         return features
 
 
-class EncoderFeatures:
-    """What one encoder makes of pictures, kept by their content and view: the pooled feature and, of view 0, the levels.
+@dataclass(frozen=True)
+class Part:
+    """One encoder's share of a modality: whose files it encodes, and to what."""
 
-    ``disabled`` takes off what changes the encoder meanwhile.
-    """
-
-    def __init__(self, encoder: VisionEncoder, cache: Path | None, disabled: Callable[[], AbstractContextManager[Any]]):
-        self.encoder, self.disabled = encoder, disabled
-        identity = encoder.identity() if cache else {}
-        dtypes = {"pooled": "float32", "levels": "float16"}
-        self.store = FeatureCache(cache / "images" if cache else None, identity, dtypes)
-
-    def encode(self, pictures: Sequence[Image.Image | Tensor], views: Sequence[int]) -> list[Item]:
-        """One item for each of ``pictures``, as it is or preprocessed."""
-        with self.disabled():  # one call, on every rank: its weights may be sharded
-            out = self.encoder.encode(pictures, views)
-        items: list[Item] = []
-        for i, view in enumerate(views):
-            items.append({"pooled": out["pooled"][i : i + 1].numpy()})
-            if "levels" in out and view == 0:
-                items[i]["levels"] = out["levels"][i].flatten(0, 1).numpy()
-        return items
+    modality: str
+    input: str
+    files: InputFeatures
+    encoding: EncoderFeatures
 
 
-class PictureEncoding(Protocol):
-    """What a frozen encoder makes of pictures, and where that is kept: `EncoderFeatures`, `PictureStates`."""
+class Features:
+    """The frozen encoders' view of samples whose files lie under ``root``.
 
-    encoder: VisionEncoder
-    store: FeatureCache
-
-    def encode(self, pictures: Sequence[Image.Image | Tensor], views: Sequence[int]) -> list[Item]: ...
-
-
-class ImageFeatures:
-    """The frozen encoders' view of image files under ``root``; ``disabled`` takes off what changes an encoder meanwhile.
-
-    ``also``: what else is made of each picture while it is decoded.
+    ``encoders`` and ``modalities`` as in `mitrain.models.ModelConfig`; ``disabled`` takes off what changes an encoder
+    meanwhile; ``also``: what else is made of the first encoder's files while they are read (`EncoderStates`).
     """
 
     def __init__(
         self,
-        encoders: Sequence[VisionEncoder],
+        encoders: Mapping[str, Encoder],
+        modalities: Mapping[str, Sequence[str]],
         root: Path,
         cache: Path | None,
-        max_pixels: int,
-        bad: BadSamples | None = None,
+        limits: Limits,
+        bad: Any = None,
         disabled: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        also: Sequence[PictureEncoding] = (),
+        also: Encoding | None = None,
     ):
-        self.max_pixels, self.bad = max_pixels, bad
-        self.index = PictureIndex(root, cache / "index" if cache else None, max_pixels)
-        self._keys: dict[str, str | None] = {}
-        self._sizes: dict[str, Size] = {}  # of pictures whose annotations state one
-        self._notes: dict[str, list[str]] = defaultdict(list)  # how pictures are read, where not plainly: which
-        self.features = [EncoderFeatures(encoder, cache, disabled) for encoder in encoders]
-        self.encodings: list[PictureEncoding] = [*self.features, *also]
-        self.kept = [encoding for encoding in self.encodings if encoding.store.folder is not None]
+        self.bad: BadSamples | None = bad
+        made = {name: EncoderFeatures(encoder, cache, disabled) for name, encoder in encoders.items()}
+        groups: dict[tuple[str, str], list[str]] = {}
+        media = {name: medium_of(encoder) for name, encoder in encoders.items()}
+        for name, encoder in encoders.items():
+            groups.setdefault((encoder.config.input, media[name].name), []).append(name)
+        self.also, self.first = also, next(iter(encoders), "")
+        self.groups: list[tuple[str, InputFeatures]] = []
+        files: dict[str, InputFeatures] = {}
+        for (source, _), names in groups.items():
+            encodings: list[Encoding] = [made[name] for name in names]
+            if also is not None and self.first in names:
+                encodings.append(also)
+            group = InputFeatures(media[names[0]], encodings, root, cache, limits, bad)
+            self.groups.append((source, group))
+            files |= dict.fromkeys(names, group)
+        self.parts = [
+            Part(modality, encoders[name].config.input, files[name], made[name])
+            for modality, names in modalities.items()
+            for name in names
+        ]
+        self.widths: dict[str, int] = {}
+        for part in self.parts:
+            self.widths[part.modality] = self.widths.get(part.modality, 0) + part.encoding.encoder.width
 
-    @property
-    def width(self) -> int:
-        return sum(features.encoder.width for features in self.features)
+    # which samples can be used
 
-    # which picture lies where
+    def contents(self, sample: Any) -> dict[str, str | None]:
+        """The digest of each of a sample's files, by input; None for one that cannot be read."""
+        return {source: group.key(sample.inputs[source]) for source, group in self.groups if source in sample.inputs}
 
-    def key(self, image: str) -> str | None:
-        """The content's address; None for a file that cannot be read (counted and named by the budget)."""
-        if image not in self._keys:
-            self.usable([image])
-        return self._keys[image]
-
-    def usable(self, images: Sequence[str]) -> list[bool]:
-        """Which of ``images`` can be read. Those that the index does not know are read now, once, by threads."""
-        unknown = self._recall(images)
-        for image, found in zip(unknown, ahead(self._look, unknown), strict=True):
-            self._learn(image, found)
-        self.index.publish()
-        return [self._keys[image] is not None for image in images]
-
-    def _recall(self, images: Iterable[str]) -> list[str]:
-        """Learn what the index knows of ``images``, and which are not there; returns the others."""
-        unknown = [image for image in dict.fromkeys(images) if image not in self._keys]
-        known = self.index.find(unknown)
-        for image in unknown:
-            if image in known:
-                facts = known[image]
-                self._learn(image, self._meant(image, facts) if facts else self._look(image))
-        return [image for image in unknown if image not in known]
-
-    def _look(self, image: str) -> Decoded | DataError:
-        """The picture, read and decoded, or what is wrong with it, which is the caller's to raise in the pictures' order."""
-        try:
-            return self._meant(image, self.index.read(image))
-        except DataError as error:
-            return error
-
-    def _meant(self, image: str, found: Found) -> Found | DataError:
-        """The picture as its annotation means it, where this states a size."""
-        try:
-            return found.annotated(self._sizes[image], self.max_pixels) if image in self._sizes else found
-        except DataError as error:
-            return error
-
-    def _learn(self, image: str, found: Facts | DataError) -> None:
-        """Let ``found`` be the picture's content; DataError where another one was, and has been used as its."""
-        if isinstance(found, DataError):
-            if self.bad is None or self._keys.get(image):
-                self.index.publish()
-                raise found
-            self.bad.skip(image, str(found))
-            self._keys[image] = None
-        elif image not in self._keys:
-            self._keys[image] = found.digest
-            if found.note:
-                self._notes[found.note].append(image)
-        elif self._keys[image] != found.digest:
-            self.index.publish()  # it may be the index that was wrong, which the next start would believe again
-            raise DataError(
-                f"{found.where} was replaced while it was being used: leave the pictures alone, start again"
-            )
-
-    def picture(self, image: str) -> Image.Image:
-        """The picture whose address is `key`. DataError where the file is not the same any more."""
-        read = self._look(image)
-        if isinstance(read, DataError):
-            raise read
-        self._learn(image, read)
-        return read.upright()
+    def work(self, samples: Sequence[Any], views: int) -> int:
+        """How many encodings `readable` makes of ``samples`` where nothing is kept."""
+        return sum(
+            len(files_of(samples, source)) * group.views(views) * len(group.encodings) for source, group in self.groups
+        )
 
     def readable(self, samples: Sequence[Any], views: int = 0, progress: Progress = no_progress) -> list[Any]:
-        """The samples whose picture and mask can be read and fit together; the budget counts and names the others.
+        """The samples whose files can be read and fit their annotations; the budget counts and names the others.
 
-        ``views``: so many of each picture are encoded at once (`prepare`), while it is decoded.
+        ``views``: so many of each file are encoded at once, while it is read.
         """
+        usable = [True] * len(samples)
+        for source, group in self.groups:
+            own = [i for i, sample in enumerate(samples) if source in sample.inputs]
+            files = [samples[i].inputs[source] for i in own]
+            group.expect({samples[i].inputs[source]: samples[i].size for i in own if getattr(samples[i], "size", None)})
+            if views:
+                group.prepare(sorted(set(files)), views, progress)
+            for i, able in zip(own, group.usable(files), strict=True):
+                usable[i] &= able
         kept = []
-        self._sizes.update({s.image: s.size for s in samples if getattr(s, "size", None)})
-        if views:
-            self.prepare(sorted({s.image for s in samples}), views, progress)
-        for sample, usable in zip(samples, self.usable([s.image for s in samples]), strict=True):
+        for sample, able in zip(samples, usable, strict=True):
             fault = sample.fault()
             if fault and self.bad is not None:
                 self.bad.skip(sample.id, fault)
-            elif usable:
+            elif able:
                 kept.append(sample)
         if self.bad is not None:
             self.bad.check_share(len(samples) - len(kept), len(samples))
-        self._say_notes()
+        for _, group in self.groups:
+            group.say_notes()
         return kept
-
-    def _say_notes(self) -> None:
-        """One line for each way in which pictures differ from what their annotations say of them."""
-        for note, images in self._notes.items():
-            log.warning("%d pictures are read %s, which fits their annotations: %r first", len(images), note, images[0])
-        self._notes.clear()
 
     # what is made of them
 
-    def prepare(self, images: Sequence[str], views: int = 1, progress: Progress = no_progress) -> int:
-        """Encode what is not in the cache yet, each picture decoded once; returns how many encodings that were.
+    def pooled(self, inputs: Sequence[Inputs], views: Sequence[int] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, E) float32: all features side by side, 0 where a sample lacks the modality; and of each modality that some
+        lack, which samples have it, (B,) bool."""
+        views = views or [0] * len(inputs)
+        columns = [self._column(part, inputs, views) for part in self.parts]
+        there = {part.modality: torch.tensor([part.input in given for given in inputs]) for part in self.parts}
+        return torch.cat(columns, 1), {name: mask for name, mask in there.items() if not mask.all()}
 
-        Ranks that share a cache share the work: each takes every n-th picture, and what then is still missing. A picture
-        is known by another rank's reading only where it is the same file by its times.
-        """
-        if not self.kept:
-            return 0
-        lacking, computed = self._lacking(images, views), 0
-        if dist.world() > 1:
-            every = list(dict.fromkeys(image for part in dist.gather(lacking) for image in part))
-            own = set(lacking)
-            mine = [image for image in every[dist.rank() :: dist.world()] if image in own]
-            computed = self._encode(mine, views, progress, judge=False)
-            for rows in dist.gather(self.index.rows):
-                self.index.rows.update(rows)
-            for encoding in self.kept:
-                encoding.store.refresh()
-            lacking = self._lacking(images, views)
-        return computed + self._encode(lacking, views, progress)
+    def _column(self, part: Part, inputs: Sequence[Inputs], views: Sequence[int]) -> Tensor:
+        """(B, e) of one encoder."""
+        own = [i for i, given in enumerate(inputs) if part.input in given]
+        if not own:
+            return torch.zeros(len(inputs), part.encoding.encoder.width)
+        values = part.files.pooled(part.encoding, [inputs[i][part.input] for i in own], [views[i] for i in own])
+        if len(own) == len(inputs):
+            return values
+        column = torch.zeros(len(inputs), part.encoding.encoder.width)
+        column[own] = values
+        return column
 
-    def _lacking(self, images: Sequence[str], views: int) -> list[str]:
-        """The pictures that are unknown, or of which something is not in the cache."""
-        unknown = set(self._recall(images))
-        known = {
-            f"{self._keys[image]}/{view}": image for image in images if self._keys.get(image) for view in range(views)
-        }
-        for encoding in self.kept:
-            missing = encoding.store.missing(known, loading.holds_shards(encoding.encoder))
-            unknown.update(known[key] for key in missing)
-        return [image for image in dict.fromkeys(images) if image in unknown]
+    def averaged(self, inputs: Sequence[Inputs], views: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """`pooled`, the mean over the first ``views`` variants."""
+        rows = [self.pooled(inputs, [view] * len(inputs)) for view in range(views)]
+        return torch.stack([features for features, _ in rows]).mean(0), rows[0][1]
 
-    def _encode(self, images: Sequence[str], views: int, progress: Progress, judge: bool = True) -> int:
-        """Decode and preprocess in threads, a little ahead of the encoders; returns how many encodings were made.
+    def of_files(self, samples: Sequence[Any]) -> dict[str, Tensor]:
+        """Modality -> (files, e): the features of all different files of ``samples``, for statistics."""
+        columns: dict[str, list[Tensor]] = {}
+        for part in self.parts:
+            files = sorted(files_of(samples, part.input))
+            starts = range(0, len(files), ENCODE_BATCH)  # a few are encoded at a time where nothing is kept
+            chunks = [files[start : start + ENCODE_BATCH] for start in starts]
+            rows = [part.files.pooled(part.encoding, chunk, [0] * len(chunk)) for chunk in chunks]
+            columns.setdefault(part.modality, []).append(torch.cat(rows) if rows else torch.zeros(0, 1))
+        return {name: torch.cat(parts, 1) for name, parts in columns.items() if len(parts[0])}
 
-        ``judge``: what cannot be read is counted; without, it is left unknown.
-        """
-        computed, size = 0, max(1, ENCODE_BATCH // views)
-        chunks = [images[start : start + size] for start in range(0, len(images), size)]
-        try:
-            with closing(ahead(partial(self._draw, views), images)) as drawn:
-                for chunk, own in dist.lockstep(chunks, ()):
-                    found = dict(zip(chunk, drawn)) if own else {}  # noqa: B905 - zip takes the next ones of all
-                    for image, (facts, _) in found.items():
-                        if judge or not isinstance(facts, DataError):
-                            self._learn(image, facts)
-                    parts = [[pixels[number] for _, pixels in found.values()] for number in range(len(self.kept))]
-                    made = sum(map(self._run, self.kept, parts))
-                    computed += made
-                    progress(made)
-                    self.index.publish(PUBLISHED)
-        finally:
-            for encoding in self.kept:
-                encoding.store.flush()
-            self.index.publish()
-        dist.barrier()
-        return computed
-
-    def _draw(self, views: int, image: str) -> tuple[Decoded | DataError, list[Drawn]]:
-        """A picture, and what each of the encodings lacks of it, preprocessed: in a thread."""
-        found = self._look(image)
-        if isinstance(found, DataError):
-            return found, [{} for _ in self.kept]
-        wanted = {f"{found.digest}/{view}": view for view in range(views)}
-        return found, [
-            {
-                key: (encoding.encoder.preprocess(found.upright(), view), view)
-                for key, view in wanted.items()
-                if key not in encoding.store
-            }
-            for encoding in self.kept
-        ]
-
-    def _run(self, encoding: PictureEncoding, drawn: Sequence[Drawn]) -> int:
-        """Encode and keep what was ``drawn``; returns how much that was. Encoders in shards run on all ranks at once."""
-        wanted = {key: pixels for part in drawn for key, pixels in part.items() if key not in encoding.store}
-        if wanted:
-            pixels, views = zip(*wanted.values(), strict=True)
-            encoding.store.add(dict(zip(wanted, encoding.encode(pixels, views), strict=True)))
-        elif loading.holds_shards(encoding.encoder):
-            encoding.encode([Image.new("RGB", (8, 8))], [0])
-        return len(wanted)
-
-    def items(self, encoding: PictureEncoding, images: Sequence[str], views: Sequence[int]) -> list[Item]:
-        """What ``encoding`` makes of the pictures' ``views``; what is not kept is made now."""
-        wanted = list(zip(images, views, strict=True))
-        keys = [f"{self.key(image)}/{view}" for image, view in wanted]
-        by_key = dict(zip(keys, wanted, strict=True))
-
-        def compute(absent: Sequence[str]) -> dict[str, Item]:
-            pictures = list(ahead(self.picture, [by_key[key][0] for key in absent]))
-            return dict(zip(absent, encoding.encode(pictures, [by_key[key][1] for key in absent]), strict=True))
-
-        return encoding.store.read(keys, compute, loading.holds_shards(encoding.encoder))
-
-    def pooled(self, images: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
-        """(B, e) float32: all encoders' global features side by side."""
-        views = views or [0] * len(images)
-        rows = [
-            np.concatenate([item["pooled"] for item in self.items(encoding, images, views)])
-            for encoding in self.features
-        ]
-        return torch.from_numpy(np.concatenate(rows, axis=1))
-
-    def pooled_of_all(self, images: Sequence[str]) -> Tensor:
-        """`pooled` of any number of pictures: a few are encoded at a time where nothing is kept, or it is damaged."""
-        starts = range(0, len(images), ENCODE_BATCH)
-        return torch.cat([self.pooled(images[start : start + ENCODE_BATCH]) for start in starts])
-
-    def averaged(self, images: Sequence[str], views: int) -> Tensor:
-        """(B, e): the mean over the first ``views`` variants."""
-        return torch.stack([self.pooled(images, [view] * len(images)) for view in range(views)]).mean(0)
-
-    def levels(self, images: Sequence[str]) -> list[Tensor]:
-        """The patch tokens of every level of the encoders that have levels: a list of (B, prefix + N, c) float32."""
-        tokens = []
-        for encoding in self.features:
-            encoder = encoding.encoder
-            if encoder.config.levels:
-                count, tokens_each = len(encoder.config.levels), encoder.prefix_tokens + encoder.grid**2
-                stacked = np.stack([item["levels"] for item in self.items(encoding, images, [0] * len(images))])
-                batch = torch.from_numpy(stacked.astype(np.float32)).unflatten(1, (count, tokens_each))
-                tokens += list(batch.unbind(1))
+    def levels(self, inputs: Sequence[Inputs]) -> list[Tensor]:
+        """The tokens of every level of the encoders that have levels: a list of (B, prefix + N, c) float32."""
+        tokens: list[Tensor] = []
+        for part in self.parts:
+            if not getattr(part.encoding.encoder.config, "levels", ()):
+                continue
+            if not all(part.input in given for given in inputs):
+                raise ConfigError(f"masks are decoded from the input {part.input!r}: no sample can go without it")
+            tokens += part.files.levels(part.encoding, [given[part.input] for given in inputs])
         return tokens
+
+    def states(self, inputs: Sequence[Inputs], views: Sequence[int] | None = None) -> Tensor:
+        """(B, N, c) float32: what enters the changed layers of the first encoder; of a sample that lacks its file, what
+        enters them of a blank one."""
+        part = next(part for part in self.parts if part.encoding.encoder is self.also.encoder)
+        views = views or [0] * len(inputs)
+        own = [i for i, given in enumerate(inputs) if part.input in given]
+        if len(own) == len(inputs):
+            return part.files.states(self.also, [given[part.input] for given in inputs], views)
+        blank = torch.from_numpy(self.also.encode([part.encoding.encoder.blank()], [0])[0]["states"]).float()
+        states = blank.repeat(len(inputs), 1, 1)
+        if own:
+            files = [inputs[i][part.input] for i in own]
+            states[own] = part.files.states(self.also, files, [views[i] for i in own])
+        return states
+
+
+def files_of(samples: Sequence[Any], source: str) -> set[str]:
+    """The different files that ``samples`` have of an input."""
+    return {sample.inputs[source] for sample in samples if source in sample.inputs}

@@ -1,7 +1,7 @@
-"""What enters the first layer that a method changes: of the text model per text, of the image encoder per picture.
+"""What enters the first layer that a method changes: of the text model per text, of another encoder per file.
 
 Everything below is frozen, so it is computed once (or, with the cache off, whenever it is asked for).
-Shapes: B samples, T tokens, D width of the text model, N picture tokens, c width of the image encoder's layers.
+Shapes: B samples, T tokens, D width of the text model, N tokens of an encoder's file, c width of its layers.
 """
 
 import hashlib
@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mitrain.data.cache import FeatureCache
-from mitrain.data.features import ImageFeatures, Progress, no_progress
+from mitrain.data.encoded import Progress, no_progress
 from mitrain.data.segments import Item
-from mitrain.models import TextBackbone, VisionEncoder, loading
+from mitrain.models import Encoder, TextBackbone, loading
 
 log = logging.getLogger(__name__)
 
@@ -98,20 +97,17 @@ class TextStates:
         return out.to(self.text.device)
 
 
-class PictureStates:
-    """What enters layer ``depth`` of an image encoder, per picture and view, kept in 16 bits."""
+class EncoderStates:
+    """What enters layer ``depth`` of an encoder, per file and view, kept in 16 bits."""
 
-    def __init__(self, encoder: VisionEncoder, depth: int, cache: Path | None):
+    def __init__(self, encoder: Encoder, depth: int, cache: Path | None):
         self.encoder, self.depth = encoder, depth
         identity = {**encoder.identity(), "enters layer": depth} if cache else {}
-        self.store = FeatureCache(cache / "pictures" if cache else None, identity, {"states": "float16"})
+        kind = encoder.config.takes
+        folder = "pictures" if kind == "image" else f"{kind}-states"
+        self.store = FeatureCache(cache / folder if cache else None, identity, {"states": "float16"})
 
-    def encode(self, pictures: Sequence[Image.Image | Tensor], views: Sequence[int]) -> list[Item]:
-        """One item for each of ``pictures``, as it is or preprocessed."""
-        states = self.encoder.entering(self.depth, pictures, views)
+    def encode(self, contents: Sequence[Any], views: Sequence[int]) -> list[Item]:
+        """One item for each of the files' ``contents``, as they are or preprocessed."""
+        states = self.encoder.entering(self.depth, contents, views)
         return [{"states": row.float().cpu().numpy()} for row in states]
-
-    def batch(self, images: ImageFeatures, paths: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
-        """(B, N, c) float32 of the pictures' ``views`` (0, as they are, where none are given)."""
-        items = images.items(self, paths, views or [0] * len(paths))
-        return torch.from_numpy(np.stack([item["states"] for item in items]).astype(np.float32))

@@ -128,6 +128,10 @@ class Decoded(Facts):
 
     stored: Image.Image
 
+    def content(self) -> Image.Image:
+        """What encoders are given: the picture `upright`."""
+        return self.upright()
+
     def upright(self) -> Image.Image:
         """Turned as its EXIF tag says."""
         return self.stored if self.turn is None else self.stored.transpose(self.turn)

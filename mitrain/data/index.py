@@ -31,7 +31,8 @@ from typing import TypeVar
 
 from mitrain.core import parsing
 from mitrain.core.files import write_atomic
-from mitrain.data.images import MAX_PIXELS, TURNS, Decoded, Facts, read_image
+from mitrain.data.images import TURNS, Decoded, Facts
+from mitrain.data.media import Limits, Medium
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +64,14 @@ def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
                 future.cancel()
 
 
-class PictureIndex:
-    """The pictures under ``root``, looked at through what earlier processes noted in ``folder`` (none: nothing is kept)."""
+class FileIndex:
+    """The files of one kind under ``root``, seen through what earlier processes noted in ``folder`` (none: nothing)."""
 
-    def __init__(self, root: Path, folder: Path | None, max_pixels: int = MAX_PIXELS):
-        self.root, self.max_pixels = Path(root), max_pixels
+    def __init__(self, root: Path, folder: Path | None, medium: Medium, limits: Limits):
+        self.root, self.medium, self.limits = Path(root), medium, limits
         self._base = os.path.abspath(root)
-        name = hashlib.sha256(os.path.realpath(root).encode(errors="surrogateescape")).hexdigest()
+        other = "" if medium.name == "image" else f"\0{medium.name}"
+        name = hashlib.sha256(f"{os.path.realpath(root)}{other}".encode(errors="surrogateescape")).hexdigest()
         self.path = folder / name if folder else None
         self.rows: dict[bytes, bytes] = {}  # read by this process, or by ranks of its run
         self._gone: set[bytes] = set()
@@ -78,7 +80,8 @@ class PictureIndex:
     def stamp(self, image: str) -> Stamp | None:
         """Size, inode, mtime and ctime in ns; None where there is no such file."""
         try:
-            status = os.stat(os.path.normpath(os.path.join(self._base, image)))
+            whole = os.path.normpath(os.path.join(self._base, image))
+            status = os.stat(whole if os.path.exists(whole) else whole.rpartition("#")[0] or whole)  # FILE#ARRAY
         except (OSError, ValueError, TypeError):  # an annotation may hold anything; reading it says what is wrong
             return None
         return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
@@ -93,19 +96,18 @@ class PictureIndex:
         facts: dict[str, Facts | None] = {image: None for image in images if not stamps[image]}
         for row in chain(self._stored(), self.rows.values()) if wanted else ():
             name, digest, width, height, tag = ROW.unpack(row)
-            if name in wanted and name not in self._gone and width * height <= self.max_pixels:
+            if name in wanted and name not in self._gone:
                 where = f"{wanted[name]!r} in {str(self.root)!r}"
-                facts[wanted[name]] = Facts(
-                    digest=digest.hex(), stored_size=(width, height), turn=TURNS.get(tag), where=where
-                )
+                known = Facts(digest=digest.hex(), stored_size=(width, height), turn=TURNS.get(tag), where=where)
+                facts |= {wanted[name]: known} if self.medium.admits(known, self.limits) else {}
         return facts
 
     def read(self, image: str) -> Decoded:
-        """Read and decode the picture, and note what it is. DataError as of `mitrain.data.images.open_image`."""
+        """Read and decode the file, and note what it is. DataError as of the kind's `Medium.read`."""
         before, begun = self.stamp(image), time.time_ns()
         name = key(image, before) if before else b""
         self._gone.add(name)  # what an earlier reading said holds no longer, be this one refused or too early
-        found = read_image(self.root, image, self.max_pixels)
+        found = self.medium.read(self.root, image, self.limits)
         # The stamp is the content's only if nothing changed while it was read, nor can have just before.
         if before and before == self.stamp(image) and max(before[2:]) < begun - RECENT_NS:
             self.rows[name] = ROW.pack(name, bytes.fromhex(found.digest), *found.stored_size, EXIF.get(found.turn, 1))

@@ -13,6 +13,7 @@ from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,21 @@ from PIL import Image, ImageDraw
 
 from mitrain.core.errors import DataError
 from mitrain.core.files import write_atomic
-from mitrain.data.images import MAX_PIXELS, Decoded, Facts, Size, annotated_image, open_image
-from mitrain.data.index import PictureIndex, ahead
+from mitrain.data.images import Decoded, Facts, Size, annotated_image, open_image
+from mitrain.data.index import FileIndex, ahead
+from mitrain.data.media import MEDIA, Limits
 
 EXAMPLES, LONGEST = 5, 200  # named of each kind of trouble; characters of a name
 THUMBNAIL, COLUMNS, LINES = 176, 6, 4  # of the sheet: pixels, samples of a split, lines of text under each
+USUAL = Limits()
 RED = np.array([230, 30, 30])
 
 Samples = Sequence[Any]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """``digest`` of its pixels, or the ``error`` that stopped us from reading it.
+class Seen:
+    """A file: the ``digest`` of its content (of a picture, its pixels), or the ``error`` that stopped us from reading it.
 
     ``misfit``: why it is not the picture that its annotation was made on. ``note``: how the two were brought together.
     """
@@ -49,50 +52,58 @@ def inspect_splits(
     splits: Mapping[str, Samples],
     root: Path,
     sheet: Path | None = None,
-    max_pixels: int = MAX_PIXELS,
+    limits: Limits = USUAL,
+    media: Mapping[str, str] = MappingProxyType({"image": "image"}),
     seed: int = 0,
     cache: Path | None = None,
 ) -> tuple[dict[str, Any], str]:
     """A report as JSON values and as text to print; ``sheet`` is where the PNG with samples is written.
 
     ``kind``: the task that the samples are for (a subclass of `mitrain.tasks.base.Task`), which describes them.
-    ``root`` is the folder that the samples' pictures are in. Reads every picture once, and puts the index of ``cache``
-    right where it is not what is there.
+    ``root`` is the folder that the samples' files are in; ``media``: what the file of each input is, as in `MEDIA`. Reads
+    every file once, and puts the index of ``cache`` right where it is not what is there.
     """
-    index = PictureIndex(root, cache / "index" if cache else None, max_pixels)
-    pictures = {split: read_pictures(samples, index) for split, samples in splits.items()}
-    index.publish()
+    folder = cache / "index" if cache else None
+    indices = {name: FileIndex(root, folder, MEDIA[medium], limits) for name, medium in media.items()}
+    seen = {
+        split: {name: read_files(samples, name, index) for name, index in indices.items()}
+        for split, samples in splits.items()
+    }
+    for index in indices.values():
+        index.publish()
     report: dict[str, Any] = {
-        "splits": {split: describe(kind, samples, pictures[split]) for split, samples in splits.items()},
+        "splits": {split: describe(kind, samples, seen[split]) for split, samples in splits.items()},
         "shared": [
             overlap
             for one, other in combinations(splits, 2)
-            for overlap in compare(one, other, splits, pictures, kind.texts_apart)
+            for overlap in compare(one, other, splits, seen, kind.texts_apart)
         ],
     }
     if sheet:
-        write_sheet(kind, splits, root, sheet, max_pixels, seed)
+        write_sheet(kind, splits, root, sheet, limits.pixels, seed)
         report["sheet"] = str(sheet)
     return report, as_text(report)
 
 
-def read_pictures(samples: Samples, index: PictureIndex) -> dict[str, Picture]:
-    """path → what is there."""
-    sizes = {sample.image: getattr(sample, "size", None) for sample in samples}
+def read_files(samples: Samples, name: str, index: FileIndex) -> dict[str, Seen]:
+    """path → what is there, of the input ``name``."""
+    sizes = {sample.inputs[name]: getattr(sample, "size", None) for sample in samples if name in sample.inputs}
     known = index.find(list(sizes))
-    return dict(ahead(lambda path: (path, read_picture(path, sizes[path], index, known.get(path))), sizes))
+    return dict(ahead(lambda path: (path, read_file(path, sizes[path], index, known.get(path))), sizes))
 
 
-def read_picture(path: str, size: Size | None, index: PictureIndex, known: Facts | None) -> Picture:
-    """The picture as it is; ``known``: what the index said of it."""
+def read_file(path: str, size: Size | None, index: FileIndex, known: Facts | None) -> Seen:
+    """The file as it is; ``known``: what the index said of it."""
     try:
         decoded = index.read(path)
     except DataError as error:
-        return Picture(error=str(error), unlike_index=known is not None)
-    image = decoded.upright()
-    digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        return Seen(error=str(error), unlike_index=known is not None)
+    content = decoded.content()
+    digest = decoded.digest
+    if isinstance(content, Image.Image):
+        digest = hashlib.sha256(f"{content.size}".encode() + content.tobytes()).hexdigest()
     unlike = known is not None and known.digest != decoded.digest
-    return Picture(digest, "", *fit(decoded, size, index.max_pixels), unlike)
+    return Seen(digest, "", *fit(decoded, size, index.limits.pixels), unlike)
 
 
 def fit(picture: Decoded, size: Size | None, max_pixels: int) -> tuple[str, str]:
@@ -106,56 +117,59 @@ def fit(picture: Decoded, size: Size | None, max_pixels: int) -> tuple[str, str]
 # one split
 
 
-def describe(kind: Any, samples: Samples, pictures: Mapping[str, Picture]) -> dict[str, Any]:
-    broken = {path: picture.error for path, picture in pictures.items() if picture.error}
-    details = kind.describe(samples)
-    if unlike := [path for path, picture in pictures.items() if picture.unlike_index]:
+def files_called(name: str) -> str:
+    """What the files of an input are called in a report."""
+    return "pictures" if name == "image" else f"{name}_files"
+
+
+def describe(kind: Any, samples: Samples, seen: Mapping[str, Mapping[str, Seen]]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"samples": len(samples)}
+    for name, files in seen.items():
+        called, broken = files_called(name), {path: file.error for path, file in files.items() if file.error}
+        facts |= {called: len(files), f"broken_{called}": len(broken)}
+        facts |= {
+            f"broken_{name}_examples" if name != "image" else "broken_examples": dict(list(broken.items())[:EXAMPLES])
+        }
+        if lacking := sum(name not in sample.inputs for sample in samples):
+            facts[f"samples_without_{name}"] = lacking
+    details, every = kind.describe(samples), {path: file for files in seen.values() for path, file in files.items()}
+    if unlike := [path for path, file in every.items() if file.unlike_index]:
         details["changed_without_a_new_time"] = len(unlike)
         details["changed_without_a_new_time_examples"] = unlike[:EXAMPLES]
     if hasattr(samples[0], "size"):  # the picture that the annotation was made on
-        misfits = {path: picture.misfit for path, picture in pictures.items() if picture.misfit}
+        misfits = {path: file.misfit for path, file in every.items() if file.misfit}
         details["wrong_sizes"] = len(misfits)
         details["wrong_size_examples"] = dict(list(misfits.items())[:EXAMPLES])
-        details["read"] = dict(Counter(picture.note for picture in pictures.values() if picture.note))
-    return {
-        "samples": len(samples),
-        "pictures": len(pictures),
-        "broken_pictures": len(broken),
-        "broken_examples": dict(list(broken.items())[:EXAMPLES]),
-        **details,
-    }
+        details["read"] = dict(Counter(file.note for file in every.values() if file.note))
+    return facts | details
 
 
 # two splits
 
 
 def compare(
-    one: str, other: str, splits: Mapping[str, Samples], pictures: Mapping[str, Mapping[str, Picture]], text: str
+    one: str, other: str, splits: Mapping[str, Samples], seen: Mapping[str, Mapping[str, Mapping[str, Seen]]], text: str
 ) -> list[dict[str, Any]]:
     """What two splits have in common, of what they had better not; ``text``: the samples' field of it, if any."""
-    checks: dict[str, Callable[[str], set]] = {
-        "id": lambda split: {sample.id for sample in splits[split]},
-        "picture": lambda split: set(pictures[split]),
-        "pixels": lambda split: {picture.digest for picture in pictures[split].values()} - {""},
-        "object": lambda split: {sample.object for sample in splits[split]} - {""},
-    }
+    checks: dict[str, tuple[str, Callable[[str], set]]] = {"id": ("", lambda split: {s.id for s in splits[split]})}
+    for name in seen[one]:
+        file, content = ("picture", "pixels") if name == "image" else (f"{name} file", f"{name} content")
+        checks[file] = (name, lambda split, name=name: set(seen[split][name]))
+        checks[content] = (name, lambda split, name=name: {file.digest for file in seen[split][name].values()} - {""})
+    checks["object"] = ("", lambda split: {sample.object for sample in splits[split]} - {""})
     if text:
-        checks[text] = lambda split: {getattr(sample, text) for sample in splits[split]} - {""}
+        checks[text] = ("", lambda split: {getattr(sample, text) for sample in splits[split]} - {""})
     overlaps = []
-    for what, values in checks.items():
+    for what, (name, values) in checks.items():
         mine, yours = values(one), values(other)
         both = sorted(mine & yours)
         if both:
             share = round(len(both) / len(yours), 4)
             overlaps.append({"splits": [one, other], "what": what, "count": len(both), "share": share})
-            overlaps[-1]["examples"] = examples(what, both, pictures[other])
+            files = seen[other][name] if what == "pixels" or what.endswith(" content") else {}
+            shown = [path for path, file in files.items() if file.digest in set(both)] or both
+            overlaps[-1]["examples"] = [value[:LONGEST] for value in shown[:EXAMPLES]]
     return overlaps
-
-
-def examples(what: str, both: Sequence[str], pictures: Mapping[str, Picture]) -> list[str]:
-    if what == "pixels":
-        return [path for path, picture in pictures.items() if picture.digest in set(both)][:EXAMPLES]
-    return [value[:LONGEST] for value in both[:EXAMPLES]]
 
 
 def as_text(report: Mapping[str, Any]) -> str:
@@ -202,6 +216,8 @@ def row_of(kind: Any, split: str, samples: Samples, root: Path, max_pixels: int,
             scale = THUMBNAIL / max(picture.size)
             row.paste(picture.resize([max(1, round(scale * side)) for side in picture.size]), (left, 4))
             text = kind.caption(sample)
+            names = [f"{name}: {path}" for name, path in sample.inputs.items() if name != "image"]
+            text = " | ".join([text, *names])
         except DataError as error:
             text = str(error)
         for line, words in enumerate(wrapped(f"{split}: {text}", draw)[:LINES]):
@@ -211,9 +227,11 @@ def row_of(kind: Any, split: str, samples: Samples, root: Path, max_pixels: int,
 
 def shown(sample: Any, root: Path, max_pixels: int) -> Image.Image:
     """The sample's picture, the target's mask in red."""
+    if "image" not in sample.inputs:
+        return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
     if not hasattr(sample, "mask"):
-        return open_image(root, sample.image, max_pixels)
-    pixels, mask = np.array(annotated_image(root, sample.image, sample.size, max_pixels)), sample.mask()
+        return open_image(root, sample.inputs["image"], max_pixels)
+    pixels, mask = np.array(annotated_image(root, sample.inputs["image"], sample.size, max_pixels)), sample.mask()
     pixels[mask] = (pixels[mask] + RED) // 2
     return Image.fromarray(pixels)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -19,7 +19,8 @@ class DataSection(Section):
 
     ``source`` names a prepared data set (mitrain data prepare); ``root`` is a folder of one's own. ``bad_samples`` is how
     many unreadable samples are skipped (and named) before a run stops, and ``bad_share`` which part of a split's samples
-    may be missing. ``max_pixels`` bounds every image.
+    may be missing. ``max_pixels`` bounds every image. ``inputs``: the names of a sample's files, and of their
+    columns; left out, those that ``model.encoders`` read. ``may_lack``: those of them that some samples may go without.
     """
 
     source: str | None = None
@@ -28,9 +29,28 @@ class DataSection(Section):
     bad_samples: int = Field(20, ge=0)
     bad_share: float = Field(0.1, ge=0, le=1)
     max_pixels: int = Field(50_000_000, ge=1)
+    inputs: tuple[str, ...] = ("image",)
+    may_lack: tuple[str, ...] = ()
+
+    takes_inputs: ClassVar[bool] = False
+    """Whether its files are tables whose columns may name any inputs; without, they name one picture each."""
 
     def with_class_names(self, root: Callable[[], Path]) -> Self:
         """The section with what follows from the data in the folder ``root()`` written out."""
+        return self
+
+    def image_root(self, root: Path) -> Path:
+        """The folder that the samples' files are in."""
+        return root
+
+    @model_validator(mode="after")
+    def _known_inputs(self) -> "DataSection":
+        if not self.takes_inputs and (self.inputs != ("image",) or self.may_lack):
+            raise ValueError(
+                f"the files of {self.section_name!r} have one picture a sample: leave out inputs and may_lack"
+            )
+        if len(set(self.inputs)) < len(self.inputs):
+            raise ValueError(f"inputs={list(self.inputs)} names one twice")
         return self
 
     @model_validator(mode="after")
@@ -41,11 +61,13 @@ class DataSection(Section):
 
 
 class RecordsConfig(DataSection, kind="data", name="records"):
-    """Questions about pictures in JSONL or CSV files, one per split, with columns image, prompt, answer, candidates.
+    """Questions about files in JSONL or CSV tables, one per split, with columns image, prompt, answer, candidates.
 
     ``columns`` maps those names to the file's own; ``kinds`` keeps only those kinds of question. ``missing``: words that
     stand for an empty cell, so that no prompt and no answer is one of them, unless among the candidates.
     """
+
+    takes_inputs = True
 
     splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
     columns: dict[str, str] = {}
@@ -54,15 +76,12 @@ class RecordsConfig(DataSection, kind="data", name="records"):
 
     def read(self, root: Path, split: str) -> list[Any]:
         path = root / split_file(self.splits, split)
-        samples = read_records(path, self.columns or None, self.missing)
+        samples = read_records(path, self.columns or None, self.missing, self.inputs, self.may_lack)
         return of_kinds(samples, self.kinds, str(path))
 
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""
         return there(self.splits, root)
-
-    def image_root(self, root: Path) -> Path:
-        return root
 
 
 class ClassSection(DataSection):
@@ -81,11 +100,13 @@ class ClassSection(DataSection):
 
 
 class LabelledConfig(ClassSection, kind="data", name="labelled"):
-    """Labelled pictures and texts in JSONL or CSV files, one per split, with columns image, text, label.
+    """Labelled files and texts in JSONL or CSV tables, one per split, with columns image, text, label.
 
     ``columns`` maps those names to the file's own; ``separator`` parts several labels in a CSV cell. ``missing``: words
     that stand for an empty cell, so that no label is one of them, unless ``classes`` names it.
     """
+
+    takes_inputs = True
 
     splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
     columns: dict[str, str] = {}
@@ -95,14 +116,12 @@ class LabelledConfig(ClassSection, kind="data", name="labelled"):
     def read(self, root: Path, split: str) -> list[Any]:
         known = self.classes if self.classes or split == "train" else self.class_names(root)
         path = root / split_file(self.splits, split)
-        return labels.read_labels(path, self.columns or None, self.multilabel, self.separator, known, self.missing)
+        words = (self.multilabel, self.separator, known, self.missing)
+        return labels.read_labels(path, self.columns or None, *words, self.inputs, self.may_lack)
 
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""
         return there(self.splits, root)
-
-    def image_root(self, root: Path) -> Path:
-        return root
 
 
 class Food101Config(ClassSection, kind="data", name="food101"):
@@ -118,9 +137,6 @@ class Food101Config(ClassSection, kind="data", name="food101"):
     def split_names(self, root: Path) -> list[str]:
         return list(food101.SPLITS)
 
-    def image_root(self, root: Path) -> Path:
-        return root
-
 
 class MmimdbConfig(ClassSection, kind="data", name="mmimdb"):
     """MM-IMDB in its own files, with its 23 genres."""
@@ -134,9 +150,6 @@ class MmimdbConfig(ClassSection, kind="data", name="mmimdb"):
     def split_names(self, root: Path) -> list[str]:
         """The splits that split.json has."""
         return mmimdb.split_names(root)
-
-    def image_root(self, root: Path) -> Path:
-        return root
 
 
 class SnliVeConfig(ClassSection, kind="data", name="snli-ve"):
@@ -152,57 +165,54 @@ class SnliVeConfig(ClassSection, kind="data", name="snli-ve"):
         """The splits whose files are there."""
         return there({split: snli_ve.file_of(split) for split in ("train", "val", "test")}, root)
 
-    def image_root(self, root: Path) -> Path:
-        return root
-
 
 class TargetSection(DataSection):
     """Data of a regression."""
 
 
 class RatedConfig(TargetSection, kind="data", name="rated"):
-    """Pictures and texts with a number in JSONL or CSV files, one per split, with columns image, text, target.
+    """Files and texts with a number in JSONL or CSV tables, one per split, with columns image, text, target.
 
     ``columns`` maps those names to the file's own.
     """
+
+    takes_inputs = True
 
     splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
     columns: dict[str, str] = {}
 
     def read(self, root: Path, split: str) -> list[Any]:
-        return targets.read_targets(root / split_file(self.splits, split), self.columns or None)
+        path = root / split_file(self.splits, split)
+        return targets.read_targets(path, self.columns or None, self.inputs, self.may_lack)
 
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""
         return there(self.splits, root)
 
-    def image_root(self, root: Path) -> Path:
-        return root
-
 
 class CaptionSection(DataSection):
-    """Pictures with captions."""
+    """Files with captions."""
 
 
 class CaptionsConfig(CaptionSection, kind="data", name="captions"):
-    """Pictures with captions in JSONL or CSV files, one per split, with columns image and text.
+    """Files with captions in JSONL or CSV tables, one per split, with columns image and text.
 
     ``columns`` maps those names to the file's own. ``missing``: words that stand for an empty cell, and are no caption.
     """
+
+    takes_inputs = True
 
     splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
     columns: dict[str, str] = {}
     missing: tuple[str, ...] = MISSING
 
     def read(self, root: Path, split: str) -> list[Any]:
-        return captions.read_captions(root / split_file(self.splits, split), self.columns or None, self.missing)
+        path = root / split_file(self.splits, split)
+        return captions.read_captions(path, self.columns or None, self.missing, self.inputs)
 
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""
         return there(self.splits, root)
-
-    def image_root(self, root: Path) -> Path:
-        return root
 
 
 class KarpathyConfig(CaptionSection, kind="data", name="karpathy"):
@@ -218,9 +228,6 @@ class KarpathyConfig(CaptionSection, kind="data", name="karpathy"):
     def split_names(self, root: Path) -> list[str]:
         """The splits that the file has images of."""
         return captions.karpathy_splits(root, self.file)
-
-    def image_root(self, root: Path) -> Path:
-        return root
 
 
 class VqaConfig(DataSection, kind="data", name="vqa"):
@@ -242,9 +249,6 @@ class VqaConfig(DataSection, kind="data", name="vqa"):
         """The splits whose files are there."""
         return coco.subsets_there(root, coco.QUESTIONS, self.subsets)
 
-    def image_root(self, root: Path) -> Path:
-        return root
-
 
 class CocoCaptionsConfig(CaptionSection, kind="data", name="coco-captions"):
     """COCO's captions in their own files. ``subsets`` and ``images`` as of `VqaConfig`."""
@@ -258,9 +262,6 @@ class CocoCaptionsConfig(CaptionSection, kind="data", name="coco-captions"):
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""
         return coco.subsets_there(root, coco.CAPTIONS, self.subsets)
-
-    def image_root(self, root: Path) -> Path:
-        return root
 
 
 class RefcocoConfig(DataSection, kind="data", name="refcoco"):

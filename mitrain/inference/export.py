@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mitrain.methods import export_format
 from mitrain.methods.base import Adapter, check_free
 from mitrain.methods.export_format import Contents, EncoderPart, PreprocessPart, RunPart
 from mitrain.methods.export_format.contents import ANSWER_LENGTH, ANSWERS_KEPT, PROMPTS_KEPT
-from mitrain.models import VisionEncoder, loading
+from mitrain.models import Encoder, loading
 from mitrain.models.digests import stored_base
 from mitrain.tasks import TASKS
 from mitrain.tasks.answer import answers_by_prompt
@@ -67,7 +67,7 @@ def export(
     peft = export_format.peft_files(model.adapter, tensors["adapter"], base)
     card = lambda contents: export_format.model_card(contents, licences, alone)  # noqa: E731
     folder = export_format.publish(out, fields, tensors, card, peft)
-    tell_folders([base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["vision"])])
+    tell_folders([base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["encoders"].values())])
     return {
         "folder": str(folder),
         "files": sorted(path.name for path in folder.iterdir()),
@@ -86,7 +86,7 @@ def run_part(
     values["task"] |= {"queue": 0} if "queue" in values["task"] else {}
     return RunPart(
         config=values,
-        encoders=[encoder_part(encoder) for encoder in model.encoders],
+        encoders=[encoder_part(encoder) for encoder in model.encoders.values()],
         answers=training_answers(run_config),
         step=saved.step,
         best=saved.best,
@@ -104,7 +104,9 @@ def tell_folders(models: Sequence[str]) -> None:
         )
 
 
-def encoder_part(encoder: VisionEncoder) -> EncoderPart:
+def encoder_part(encoder: Encoder) -> EncoderPart:
+    if encoder.config.takes != "image":
+        return EncoderPart(shape=runs.encoder_shape(encoder), preprocess=None)
     used = encoder.preprocess
     preprocess = PreprocessPart(size=used.size, mean=list(used.mean), std=list(used.std), resize=used.resize)
     return EncoderPart(shape=runs.encoder_shape(encoder), preprocess=preprocess)
@@ -168,27 +170,30 @@ class Pretrained:
         return self.run.model.adapter
 
     def predict(
-        self, image: str | Path | Image.Image, text: str, candidates: Sequence[str] | None = None
+        self,
+        image: str | Path | Image.Image | Mapping[str, str | Path | Image.Image],
+        text: str = "",
+        candidates: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """What ``mitrain predict --json`` prints for one picture (a file or a PIL image) and a prompt or expression.
 
-        Of the task `segment` also ``mask``, (H, W) bool. Raises a `mitrain.core.errors.UserError` for what cannot be read.
+        Of other modalities, or several: a mapping of a run's inputs to files, as {"speech": "a.wav", "image": "a.png"}. Of
+        the task `segment` also ``mask``, (H, W) bool. Raises a `mitrain.core.errors.UserError` for what cannot be read.
         """
-        if not text.strip():
+        if not text.strip() and not self.run.model.task.reads_no_text:
             raise ConfigError("the text is empty: give the prompt, or the expression to segment")
-        if not isinstance(image, Image.Image):
-            return self._ask(image, text, candidates)
-        if 0 in image.size:
-            raise DataError(f"the picture has no pixels ({image.width} × {image.height}): give another")
+        given = dict(image) if isinstance(image, Mapping) else {self.run.config.data.inputs[0]: image}
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "image.png"
-            image.convert("RGBA" if image.has_transparency_data else "RGB").save(path)
-            return {**self._ask(path, text, candidates), "image": None}
-
-    def _ask(self, image: str | Path, text: str, candidates: Sequence[str] | None) -> dict[str, Any]:
-        with self._turn:
-            answer = scoring.ask(self.run, image, text, candidates=candidates)
-        return answer.values if answer.mask is None else {**answer.values, "mask": answer.mask}
+            in_memory = {name: value for name, value in given.items() if isinstance(value, Image.Image)}
+            for name, picture in in_memory.items():
+                if 0 in picture.size:
+                    raise DataError(f"the picture has no pixels ({picture.width} × {picture.height}): give another")
+                given[name] = Path(folder) / f"{name}.png"
+                picture.convert("RGBA" if picture.has_transparency_data else "RGB").save(given[name])
+            with self._turn:
+                answer = scoring.ask(self.run, given, text, candidates=candidates)
+        values = {**answer.values, **dict.fromkeys(in_memory)}
+        return values if answer.mask is None else {**values, "mask": answer.mask}
 
 
 def from_pretrained(
@@ -275,6 +280,12 @@ def feature_norm(published: export_format.Published) -> FeatureNorm | None:
     if part is None:
         return None
     values = runs.with_base(part.config, published.contents.base_model_name_or_path)
-    norm = FeatureNorm(len(saved.get("mean", ())), schema.from_dict(values).features)
+    run_config = schema.from_dict(values)
+    shapes = dict(zip(run_config.model.encoders, part.encoders, strict=True))
+    widths = {
+        modality: sum(shapes[name].shape.width for name in names)
+        for modality, names in run_config.model.modalities.items()
+    }
+    norm = FeatureNorm(widths, run_config.features)
     checkpoint.restore(norm, saved, f"features in {published.path}")
     return norm.requires_grad_(False)

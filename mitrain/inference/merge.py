@@ -54,7 +54,7 @@ def write_models(model: Model, changed: set[str], folder: Path) -> None:
     with loading.quiet():
         model.text.tokenizer.save_pretrained(folder / "text")
     if "image" in changed:
-        encoder = model.encoders[0]
+        encoder = next(iter(model.encoders.values()))
         write(encoder.model, folder / "image")
         used = encoder.preprocess
         values = {

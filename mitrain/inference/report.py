@@ -19,7 +19,7 @@ from mitrain.core.errors import ConfigError
 from mitrain.core.files import as_json, remedy, write_atomic
 from mitrain.core.markdown import plain
 from mitrain.core.provenance import made_with, sentence
-from mitrain.data.features import ImageFeatures
+from mitrain.data.features import Features
 from mitrain.data.images import to_size
 from mitrain.inference.scoring import score_split, split_of
 from mitrain.tasks import figures
@@ -85,17 +85,17 @@ def write(out: Path, files: dict[str, bytes | str]) -> None:
 
 def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, Any]:
     """Metrics by row label; the plain evaluation with its samples under "figure"."""
-    chosen, images = split_of(run, split, samples)
+    chosen, files = split_of(run, split, samples)
     name = run.config.name
-    plain = score_split(run, chosen, images, "none", generate=run.model.task.speaks, seed=run.config.seed)
-    scores: dict[str, Any] = {name: plain.metrics, "figure": (images, chosen, plain)}
+    plain = score_split(run, chosen, files, "none", generate=run.model.task.speaks, seed=run.config.seed)
+    scores: dict[str, Any] = {name: plain.metrics, "figure": (files, chosen, plain)}
     blind = not run.model.adapter.traits.text_depends_on_input
     for control in run.model.task.controls:
         if not (blind and control == "frozen"):
             scores[LABELS[control].format(name=name)] = score_split(
-                run, chosen, images, control, seed=run.config.seed
+                run, chosen, files, control, seed=run.config.seed
             ).metrics
-    return scores | baselines_of(run, split, chosen, images)
+    return scores | baselines_of(run, split, chosen, files)
 
 
 def row(split: str, label: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -149,20 +149,23 @@ def provenance(folders: Sequence[str], splits: Sequence[str], samples: int | Non
     return {"command": command, **made_with(("torch", "transformers"))}
 
 
-def figure(run: Run, images: ImageFeatures, samples: Sequence[Any], evaluation: Evaluation, count: int) -> bytes:
+def figure(run: Run, files: Features, samples: Sequence[Any], evaluation: Evaluation, count: int) -> bytes:
     """A PNG of the predictions of ``count`` samples spread evenly over ``samples``: not picked.
 
     DataError where a picture was replaced since it was scored.
     """
     step = max(1, len(samples) // count)
     pairs = list(zip(samples, evaluation.predictions, strict=True))[::step][:count]
-    panels = [run.model.task.panel(sample, prediction, picture_of(sample, images)) for sample, prediction in pairs]
+    panels = [run.model.task.panel(sample, prediction, picture_of(sample, files)) for sample, prediction in pairs]
     with BytesIO() as buffer:
         figures.sheet(panels).save(buffer, format="PNG")
         return buffer.getvalue()
 
 
-def picture_of(sample: Any, images: ImageFeatures) -> Image.Image:
-    """The sample's picture, as its annotation was made on it."""
-    picture = images.picture(sample.image)
-    return to_size(picture, sample.size) if hasattr(sample, "size") else picture
+def picture_of(sample: Any, files: Features) -> Image.Image:
+    """What stands for the sample in a figure: its picture, as its annotation was made on it, or the name of its files."""
+    for source, group in files.groups:
+        if source in sample.inputs and group.shows:
+            picture = group.content(sample.inputs[source])
+            return to_size(picture, sample.size) if hasattr(sample, "size") else picture
+    return figures.card([f"{name}: {file}" for name, file in sample.inputs.items()])

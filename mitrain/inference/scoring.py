@@ -1,4 +1,4 @@
-"""What a finished run is asked: a split's metrics, one picture's answer or mask; and what a data set holds."""
+"""What a finished run is asked: a split's metrics, one sample's answer or mask; and what a data set holds."""
 
 import logging
 import os
@@ -15,9 +15,10 @@ from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError, UserError
 from mitrain.core.files import atomic_folder, write_atomic
 from mitrain.core.parsing import is_whole
-from mitrain.data.features import ImageFeatures
+from mitrain.data.features import Features, Inputs
 from mitrain.data.images import BadSamples, open_image
 from mitrain.data.inspection import inspect_splits
+from mitrain.data.media import Limits
 from mitrain.data.sources import limit, portion
 from mitrain.models.digests import frozen_digest
 from mitrain.tasks import TASKS, figures
@@ -43,24 +44,24 @@ def set_data_root(run: Run, root: str | None) -> None:
         raise DataError(f"the folder {folder!r} is not there: give the data's folder with --data")
 
 
-def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any], ImageFeatures]:
-    """A split's samples (at most ``samples``, evenly spread) that can be read, and their images' features."""
+def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any], Features]:
+    """A split's samples (at most ``samples``, evenly spread) that can be read, and their files' features."""
     data = run.config.data
     root = resolve_data(data)
-    images = run.model.images(data.image_root(root), BadSamples(data.bad_samples, data.bad_share))
-    chosen = images.readable(limit(data.read(root, split), samples), run.config.features.eval_views)
+    files = run.model.features(data.image_root(root), BadSamples(data.bad_samples, data.bad_share))
+    chosen = files.readable(limit(data.read(root, split), samples), run.config.features.eval_views)
     if not chosen:
         raise DataError(f"no sample of the split {split!r} can be read: check the data folder {root}")
     if run.model.task.remembers:
         recall(run, scoring=True)
     if dist.world() > 1:
         require_same(
-            fingerprint(run.config.to_dict(), {split: chosen}, images.key, run.model.base) | trained_parts(run)
+            fingerprint(run.config.to_dict(), {split: chosen}, files.contents, run.model.base) | trained_parts(run)
         )
     for line in cautions(run.model.task, chosen, f"the split {split!r}", getattr(run.model.task, "known", None)):
         log.warning(line)
     run.model.states.prepare(run.model.texts(chosen, True))
-    return chosen, images
+    return chosen, files
 
 
 def trained_parts(run: Run) -> dict[str, str]:
@@ -71,16 +72,18 @@ def trained_parts(run: Run) -> dict[str, str]:
 
 
 def score_split(
-    run: Run, samples: list[Any], images: ImageFeatures, control: str, generate: bool = False, seed: int = 0
+    run: Run, samples: list[Any], files: Features, control: str, generate: bool = False, seed: int = 0, **changed: Any
 ) -> Evaluation:
-    """Metrics and predictions of prepared ``samples``."""
+    """Metrics and predictions of prepared ``samples``; ``changed``: ``without`` and ``shuffled`` of `evaluate`."""
     if generate and not run.model.task.speaks:
         raise ConfigError(
             "--generate lets the model speak, which only the tasks 'answer' and 'caption' do: leave it out"
         )
     batch = run.config.train.eval_batch
     what = f"{run.folder} at step {run.saved.step}"
-    return evaluate(run.model, images, samples, control=control, seed=seed, batch=batch, generate=generate, what=what)
+    return evaluate(
+        run.model, files, samples, control=control, seed=seed, batch=batch, generate=generate, what=what, **changed
+    )
 
 
 def recall(run: Run, scoring: bool = False) -> None:
@@ -100,7 +103,10 @@ def score_run(
     folder: str | Path,
     *,
     split: str,
-    control: str,
+    control: str = "none",
+    without: Sequence[str] = (),
+    shuffled: Sequence[str] = (),
+    missing: Sequence[str] = (),
     which: str = "best",
     samples: int | None = None,
     generate: bool = False,
@@ -113,23 +119,44 @@ def score_run(
 ) -> dict[str, Any]:
     """The metrics of a run's checkpoint on a split under a control, and those of the ``baselines`` if asked for.
 
+    ``without``, ``shuffled``: inputs that no sample is shown, or another sample's; ``missing``: inputs for each of which the
+    score is also told where a growing share of the samples lacks it.
     ``root``: the folder of the data, where it is another than the run's; ``base``, ``encoders`` as in `runs.open_run`.
     """
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples {samples} scores nothing: give at least 1")
     run = runs.open_run(folder, which, allow_changes, base, encoders)
     set_data_root(run, root)
-    chosen, images = split_of(run, split, samples)
-    evaluation = score_split(run, chosen, images, control, generate, seed)
-    beside = {"baselines": baselines_of(run, split, chosen, images)} if baselines else {}
-    if len(images.bad):
-        beside["bad_samples"] = len(images.bad)
+    chosen, files = split_of(run, split, samples)
+    for name in (*without, *shuffled, *missing):
+        if name not in run.config.data.inputs:
+            raise ConfigError(f"{name!r} is none of this run's inputs: it reads {', '.join(run.config.data.inputs)}")
+    gone = dict.fromkeys(without, 1.0)
+    evaluation = score_split(run, chosen, files, control, generate, seed, without=gone, shuffled=shuffled)
+    beside = {"baselines": baselines_of(run, split, chosen, files)} if baselines else {}
+    metric = run.model.task.metric
+    for name in missing:
+        rows = {share: {**gone, name: share} for share in SHARES}
+        scores = {
+            share: score_split(run, chosen, files, control, generate, seed, without=lost, shuffled=shuffled).metrics[
+                metric
+            ]
+            for share, lost in rows.items()
+        }
+        beside[f"{metric}_without_{name}"] = {f"{share:.0%}": score for share, score in scores.items()}
+    if len(files.bad):
+        beside["bad_samples"] = len(files.bad)
     return {**evaluation.metrics, "split": split, "step": run.saved.step, "run": str(folder), **beside}
+
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of samples that lack an input
+Files = Mapping[str, str | Path]
+"""One file for each of a run's inputs, by their names."""
 
 
 def predict_one(
     folder: str | Path,
-    image: str,
+    files: Files,
     text: str,
     *,
     candidates: Sequence[str] | None = None,
@@ -139,41 +166,59 @@ def predict_one(
     base: str | None = None,
     encoders: Sequence[str] | None = None,
 ) -> Answer:
-    """Answer a prompt about a picture, or segment an expression in it; ``base``, ``encoders`` as in `runs.open_run`."""
+    """Answer a prompt about files, or segment an expression in a picture; ``base``, ``encoders`` as in `runs.open_run`."""
     check_words(text, candidates)
     run = runs.open_run(folder, which, allow_changes, base, encoders)
-    return ask(run, image, text, candidates=candidates, out=out)
+    return ask(run, files, text, candidates=candidates, out=out)
 
 
 def ask(
-    run: Run, image: str | Path, text: str, *, candidates: Sequence[str] | None = None, out: str | None = None
+    run: Run, files: Files, text: str, *, candidates: Sequence[str] | None = None, out: str | None = None
 ) -> Answer:
-    """What an opened run says of one picture."""
+    """What an opened run says of one sample's files."""
     check_words(text, candidates)
-    path = Path(image).expanduser()
-    images = run.model.images(path.parent, cached=False)
-    images.key(path.name)
-    task = run.model.task
+    data, task = run.config.data, run.model.task
+    check_asked(files, text, data.inputs, data.may_lack, task.reads_no_text)
+    root, inputs = together({name: Path(file).expanduser() for name, file in files.items()})
+    features = run.model.features(root, cached=False)
+    name = " ".join(Path(file).name for file in files.values())
     if out and not task.decodes:
         raise ConfigError("--out writes a mask, which only the task 'segment' has: leave it out")
     if task.remembers and not candidates:
         recall(run)
-    picture = cache(lambda: open_image(path.parent, path.name, run.config.data.max_pixels))
+    picture = cache(lambda: open_image(root, inputs["image"], data.max_pixels))
 
     def see(sample: Any) -> Batch:
-        return run.model.evaluation_batch([sample], [sample.image], images)
+        features.contents(sample)  # what cannot be read is said first
+        return run.model.evaluation_batch([sample], [inputs], features)
 
-    answer = task.ask(Question(path, text, candidates or (), see, picture, str(run.folder)))
+    given = {key: str(Path(file).expanduser()) for key, file in files.items()}
+    answer = task.ask(Question(name, inputs, given, text, candidates or (), see, picture, str(run.folder)))
     if not out:
         return answer
-    files = write_mask(Path(out), picture(), text, answer.mask)
-    lines = [*answer.lines, *(f"wrote {name}" for name in files)]
-    return replace(answer, values={**answer.values, "files": files}, lines=lines)
+    written = write_mask(Path(out), picture(), text, answer.mask)
+    lines = [*answer.lines, *(f"wrote {name}" for name in written)]
+    return replace(answer, values={**answer.values, "files": written}, lines=lines)
+
+
+def check_asked(files: Files, text: str, inputs: Sequence[str], may_lack: Sequence[str], no_text: bool) -> None:
+    """ConfigError where ``files`` are not those that a run reads, or there is no text where it needs one."""
+    if unknown := [name for name in files if name not in inputs]:
+        raise ConfigError(f"--input {unknown[0]}=… is none of this run's inputs: it reads {', '.join(inputs)}")
+    if absent := [name for name in inputs if name not in files and name not in may_lack]:
+        raise ConfigError(f"this run reads {', '.join(inputs)}: give --input {absent[0]}=FILE")
+    if not text.strip() and not no_text:
+        raise ConfigError("--text is empty: give the prompt, or the expression to segment")
+
+
+def together(files: Mapping[str, Path]) -> tuple[Path, Inputs]:
+    """A folder that all ``files`` are in, and their paths below it."""
+    paths = {name: Path(os.path.abspath(path)) for name, path in files.items()}
+    root = Path(os.path.commonpath([path.parent for path in paths.values()])) if paths else Path.cwd()
+    return root, {name: str(path.relative_to(root)) for name, path in paths.items()}
 
 
 def check_words(text: str, candidates: Sequence[str] | None) -> None:
-    if not text.strip():
-        raise ConfigError("--text is empty: give the prompt, or the expression to segment")
     if isinstance(candidates, str):
         raise ConfigError(f"candidates={candidates[:40]!r} is one text: give a list of them")
     for name, words in (("--text", text), *(("--candidates", words) for words in candidates or ())):
@@ -202,7 +247,9 @@ def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[di
     splits = {split: data.read(root, split) for split in data.split_names(root)}
     task = TASKS[run_config.task.section_name]
     sheet, cache = out / f"{run_config.name}.png", cache_root(run_config)
-    report, text = inspect_splits(task, splits, data.image_root(root), sheet, data.max_pixels, cache=cache)
+    media = {section.input: section.takes for section in reversed(run_config.model.encoders.values())}
+    limits, folder = Limits(data.max_pixels), data.image_root(root)
+    report, text = inspect_splits(task, splits, folder, sheet, limits, media, cache=cache)
     known = answers_by_prompt(splits.get("train", ())) if task.remembers else None
     report["cautions"] = [
         line for split, samples in splits.items() for line in cautions_of(task, samples, split, known)

@@ -33,8 +33,8 @@ def build(config: Section, widths: Mapping[str, int] | None = None) -> Adapter:
     given = dict(getattr(config, "modalities", {}))
     if widths is not None and given not in ({}, dict(widths)):
         raise ConfigError(
-            f"adapter.modalities={given}, but the encoders give {dict(widths)}: leave adapter.modalities out, or give each"
-            " encoder of model.vision, in order, a name with its width"
+            f"adapter.modalities={given}, but the encoders give {dict(widths)}: leave adapter.modalities out, or name"
+            " the modalities of model.encoders with their widths"
         )
     if widths is not None and "modalities" in type(config).model_fields:
         config = config.model_copy(update={"modalities": dict(widths)})

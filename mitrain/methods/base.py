@@ -54,15 +54,20 @@ class Traits:
     passes: int = 1
     checkpointing: bool = False
 
+    @property
+    def changes_encoder(self) -> bool:
+        """Whether it attaches to the first encoder of another modality, too."""
+        return "image" in self.backbones
+
 
 @dataclass(frozen=True)
 class Attachment:
     """What follows from the backbones that an adapter is attached to.
 
     ``first_layers``: of each backbone the lowest layer that the adapter changes (their number where it changes none);
-    those below are a frozen function. ``image_width``, ``joint_width``: widths of ``Outputs.image`` and ``Outputs.joint``;
-    0: the frozen encoders' feature, and no joint state. ``modalities``: the features that ``conditioned`` gives to passes
-    of the text model alone, with their widths e.
+    those below are a frozen function. ``image_width``, ``joint_width``: widths of the changed encoder's vector and of
+    ``Outputs.joint``; 0: the frozen encoder's feature, and no joint state. ``modalities``: the features that
+    ``conditioned`` gives to passes of the text model alone, with their widths e.
     For the dry run and comparisons: ``infused_parameters``, by the index of each text layer that infused attention runs
     in, and ``macs``, the multiply-accumulates that the method adds to a sample's forward pass; None: not known.
     ``peft``: PEFT's own configuration and its name for each of our tensors, where PEFT can load the adapter by itself.
@@ -112,17 +117,17 @@ class Adapter(nn.Module, ABC):
         """
 
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
-        """One pass of the adapted backbones over texts, pictures or (row by row) both.
+        """One pass of the adapted backbones over texts, other inputs or (row by row) both.
 
-        With one of them alone it is what a dual encoder needs: that modality by itself.
+        With one of them alone it is what a dual encoder needs: that one by itself.
         """
-        text, image = None, inputs and inputs.feature
+        text, vectors = None, {} if inputs is None else inputs.features
         if texts is not None:
             with self.conditioned(inputs):
                 text = frozen.last_hidden(self._backbones["text"], texts)
         if inputs is not None and self._image is not None:
-            _, image = self._image.encode_image(inputs)
-        return Outputs(text, texts and texts.mask, image)
+            vectors = inputs.with_vector(self._image.encode_tokens(inputs)[1])
+        return Outputs(text, texts and texts.mask, vectors)
 
     @contextlib.contextmanager
     def conditioned(self, inputs: ModalityInputs | None, copies: int = 1) -> Iterator[None]:

@@ -219,7 +219,7 @@ class Virtual(Adapter):
             options = {"attention_mask": texts.mask, "use_cache": self.traits.name == "prefix"}
             hidden = self._wrapped(input_ids=texts.ids, **options).last_hidden_state
             text = hidden[:, -texts.ids.shape[1] :]
-        return Outputs(text, texts and texts.mask, inputs and inputs.feature)
+        return Outputs(text, texts and texts.mask, inputs.features if inputs else {})
 
 
 class Prompt(Virtual):

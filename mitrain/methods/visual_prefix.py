@@ -71,23 +71,23 @@ class VisualPrefix(Adapter):
         return Attachment({"text": 0, "image": self._image.depth})
 
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
-        image = inputs and inputs.feature
+        vectors = {} if inputs is None else inputs.features
         if texts is None:
-            return Outputs(image=image)
+            return Outputs(vectors=vectors)
         if inputs is None or not inputs.infused:
-            return Outputs(frozen.last_hidden(self._text.model, texts), texts.mask, image)
+            return Outputs(frozen.last_hidden(self._text.model, texts), texts.mask, vectors)
         embeddings = self._text.model.get_input_embeddings()(texts.ids)
         visual = self.visual_tokens(inputs).to(embeddings)  # the embeddings' device, too
         check_positions(self._text.model, visual.shape[1], texts.ids.shape[1])
         prompted = beside(embeddings, texts.mask, before=[visual])
         given = {"inputs_embeds": prompted.states, "attention_mask": prompted.visible, "use_cache": False}
         text, _ = prompted.parted(self._text.model(**given).last_hidden_state)
-        return Outputs(text, texts.mask, image)
+        return Outputs(text, texts.mask, vectors)
 
     def visual_tokens(self, inputs: ModalityInputs) -> Tensor:
         """(B, P, D)."""
         with torch.no_grad():
-            tokens, _ = self._image.encode_image(inputs)
+            tokens, _ = self._image.encode_tokens(inputs)
         return self.projector(self._averaged(tokens).to(self.projector[0].weight.dtype))
 
     def _averaged(self, tokens: Tensor) -> Tensor:

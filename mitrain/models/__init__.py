@@ -1,23 +1,35 @@
-"""Frozen backbones: the language model, the image encoders, and the trunk that is computed once."""
+"""Frozen backbones: the language model, the encoders of other modalities, and the trunk that is computed once."""
 
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import SerializeAsAny, field_validator
 
+from mitrain.core import config
 from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError
+from mitrain.models.encoders import ENCODERS, Encoder, EncoderConfig, ImageConfig, ImageEncoder, encoder_of
+from mitrain.models.encoders.config import modalities_of, read_encoders
 from mitrain.models.quant import Precision
 from mitrain.models.stream import Shard
 from mitrain.models.text import TextBackbone
-from mitrain.models.vision import VisionConfig, VisionEncoder
 
-__all__ = ["ModelConfig", "Shard", "TextBackbone", "VisionConfig", "VisionEncoder"]
+__all__ = [
+    "Encoder",
+    "EncoderConfig",
+    "ImageConfig",
+    "ImageEncoder",
+    "ModelConfig",
+    "Shard",
+    "TextBackbone",
+    "encoder_of",
+]
 
 
 class ModelConfig(Section):
     """The frozen parts. ``llm_shape`` gives a configuration in place of weights, for ``--dry-run`` alone.
 
-    ``vision`` is one encoder or a list; a bare name stands for its defaults. Several feed one infusion: their global
-    features are concatenated; where ``adapter.modalities`` names as many, each is a modality of its own. ``device``:
+    ``encoders`` maps the name of each modality to the encoder that makes its feature; a bare name of a model stands for
+    its defaults, and encoders that join another's modality are concatenated to it (`EncoderConfig`). ``device``:
     auto takes a GPU if there is one. ``dtype`` is what is computed in; ``quantize`` holds the matrices of the
     language model's layers in 8 or 4 bits (``int8-activations`` rounds their inputs too), ``quantize_embedding`` also
     the embedding, and a head tied to it, in int8.
@@ -25,15 +37,22 @@ class ModelConfig(Section):
 
     llm: str
     llm_shape: dict[str, Any] | None = None
-    vision: tuple[VisionConfig, ...]
+    encoders: dict[str, SerializeAsAny[EncoderConfig]]
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     quantize: Precision = "none"
     quantize_embedding: bool = False
     attention: Literal["sdpa", "eager"] = "sdpa"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    @field_validator("vision", mode="before")
+    @field_validator("encoders", mode="before")
     @classmethod
-    def _shorthand(cls, value: Any) -> Any:
-        items = value if isinstance(value, list | tuple) else [value]
-        return [{"name": item} if isinstance(item, str) else item for item in items]
+    def _by_kind(cls, value: Any) -> Any:
+        try:
+            return read_encoders(value, {name: section for name, (section, _) in ENCODERS.items()})
+        except ConfigError as error:
+            raise config.Told(error) from None
+
+    @property
+    def modalities(self) -> dict[str, list[str]]:
+        """The modalities, each with the names of the encoders that make it."""
+        return modalities_of(self.encoders)

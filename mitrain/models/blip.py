@@ -1,7 +1,7 @@
 """BLIP (arXiv 2201.12086): a text and an image encoder in one checkpoint, with cross-attention between them.
 
 Its retrieval model is what Aurora was made for: as `model.llm` a BLIP checkpoint gives its text encoder, as
-`model.vision` its image encoder. The maps that its own retrieval reads them with come along, see `maps_of`.
+`model.encoders` its image encoder. The maps that its own retrieval reads them with come along, see `maps_of`.
 """
 
 from collections.abc import Mapping

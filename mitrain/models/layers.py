@@ -194,10 +194,10 @@ class Layers:
         finished = self.finish(hidden)
         return finished[:, 0] if self.has_class else finished.mean(1)
 
-    def encode_image(self, inputs: ModalityInputs) -> tuple[Tensor, Tensor]:
-        """An image encoder's final tokens (B, N, D) and its `summary` (B, D), from the layer that the states enter."""
+    def encode_tokens(self, inputs: ModalityInputs) -> tuple[Tensor, Tensor]:
+        """The encoder's final tokens (B, N, D) and its `summary` (B, D), from the layer that the states enter."""
         if inputs.states is None:
-            raise ModelError("this method reads the image encoder's tokens: give the states that enter its first layer")
+            raise ModelError("this method reads the encoder's tokens: give the states that enter its first layer")
         hidden = inputs.states.to(self.model.device, self.model.dtype)
         for index in range(inputs.depth, self.depth):
             hidden = self.run(index, hidden)

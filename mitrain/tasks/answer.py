@@ -97,7 +97,7 @@ class AnswerTask(LanguageTask):
         scores: list[Tensor] = []
         for start, own in dist.lockstep(range(0, len(pairs), SCORE_ROWS), 0):
             part = slice(start, start + SCORE_ROWS)
-            inputs = batch.inputs and batch.inputs.rows(owner[part].to(batch.inputs.feature.device))
+            inputs = batch.inputs and batch.inputs.rows(owner[part].to(batch.inputs.device))
             log_likelihoods = self.log_likelihood((pairs or spare)[part], inputs)
             for token_scores in log_likelihoods if own else ():
                 scores.append(token_scores.double().mean() if self.config.normalize else token_scores.double().sum())
@@ -126,7 +126,7 @@ class AnswerTask(LanguageTask):
             values |= {"generated": words, "exact_match": same_text(words, sample.answer)}
         if len(sample.references) > 1:
             values["soft_accuracy"] = soft_accuracy(values["predicted"], sample.references)
-        return Prediction(sample.id, sample.image, values, finite=numbers and bool(score.isfinite().all()))
+        return Prediction(sample.id, sample.inputs, values, finite=numbers and bool(score.isfinite().all()))
 
     def _chosen(self, sample: Any, score: Tensor) -> dict[str, Any]:
         """The likeliest of the answers offered; of equal ones the truth comes last, then the alphabet decides."""
@@ -167,12 +167,12 @@ class AnswerTask(LanguageTask):
 
     def ask(self, question: Question) -> Answer:
         """What the model says, and the likeliest of the candidates, or of the answers that training gave to this prompt."""
-        name, text, candidates = question.path.name, question.text, question.candidates
+        text, candidates = question.text, question.candidates
         if candidates and len(set(candidates)) < 2:
             raise ConfigError(f"--candidates {candidates[0][:60]} leaves nothing to choose: give two or more, or none")
-        sample = AnswerSample(name, name, text, "", tuple(candidates))
+        sample = AnswerSample(question.id, question.inputs, text, "", tuple(candidates))
         predicted = question.predicted(self.predict(question.see(sample), generate=True)).values
-        values = {"image": str(question.path), "prompt": text, "generated": predicted["generated"]}
+        values = {**question.files, "prompt": text, "generated": predicted["generated"]}
         values["answer"] = predicted["predicted"]
         lines = [f"answer: {predicted['predicted']}", f"says: {predicted['generated']}"]
         if "probabilities" in predicted:

@@ -22,7 +22,7 @@ from mitrain.data.formats.labels import look_alikes
 from mitrain.data.hidden_states import TextStates
 from mitrain.data.sources import DataSection
 from mitrain.methods.base import Adapter
-from mitrain.models import TextBackbone, VisionEncoder
+from mitrain.models import Encoder, TextBackbone
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.figures import Panel
 
@@ -42,26 +42,22 @@ class Parts:
 class Given:
     """What a task is built from besides its settings.
 
-    ``data``: the section that describes the samples, whose folder ``root()`` gives; ``encoders``: the frozen image encoders;
-    ``batch``: samples of a training step, over all ranks.
+    ``data``: the section that describes the samples, whose folder ``root()`` gives; ``encoders``: the frozen encoders;
+    ``widths``: e of each modality; ``batch``: samples of a training step, over all ranks.
     """
 
     parts: Parts
     data: DataSection
     root: Callable[[], Path]
-    encoders: Sequence[VisionEncoder]
+    encoders: Sequence[Encoder]
+    widths: Mapping[str, int]
     batch: int
-
-    @property
-    def image_width(self) -> int:
-        """e, the width of the encoders' features side by side."""
-        return sum(encoder.width for encoder in self.encoders)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples, the pictures' ``inputs`` to the method, and their patch tokens of each of the encoders' ``levels`` where the
-    task has a decoder."""
+    """Samples, their modalities' ``inputs`` to the method, and the tokens of each of the encoders' ``levels`` where the task
+    has a decoder."""
 
     samples: Sequence[Any]
     inputs: ModalityInputs | None
@@ -76,7 +72,7 @@ class Prediction:
     """
 
     id: str
-    image: str
+    inputs: Mapping[str, str]
     values: dict[str, Any]
     mask: Any = None
     vector: Any = None
@@ -85,12 +81,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Question:
-    """One picture and a text about it. ``candidates``: what the user lets the model choose from, if anything.
+    """Files and a text about them. ``candidates``: what the user lets the model choose from, if anything.
 
-    ``see(sample)``: the batch of one sample with this picture; ``picture()`` decodes it; ``what`` names the run in messages.
+    ``id``, ``inputs``: of the sample that they make; ``files``: what the user calls them. ``see(sample)``: the batch of one
+    sample with them; ``picture()`` decodes the image; ``what`` names the run in messages.
     """
 
-    path: Path
+    id: str
+    inputs: Mapping[str, str]
+    files: Mapping[str, str]
     text: str
     candidates: Sequence[str]
     see: Callable[[Any], "Batch"]
@@ -105,7 +104,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction for one picture, as JSON values and as lines to print; ``mask``: (H, W) bool, of `segment`."""
+    """A prediction for one sample, as JSON values and as lines to print; ``mask``: (H, W) bool, of `segment`."""
 
     values: dict[str, Any]
     lines: list[str]
@@ -139,9 +138,9 @@ class Task(nn.Module):
     ``settings``: its section of the configuration. ``formats``: the data sections whose samples it takes. ``metric``: what
     the best step is chosen by, the highest or, where the task ``minimises`` it, the lowest. ``decodes``: reads patch tokens
     and predicts masks. ``speaks``: can generate text. ``remembers``: predicts from the answers that training gave
-    (`remember`). ``shuffles``: what the negative control of that name exchanges (`evaluate`). ``columns``: title and metric
-    of a table's columns; ``controls``: which negative controls it has rows for. ``texts_apart``: the samples' field of
-    which two splits had better share nothing.
+    (`remember`). ``reads_no_text``: a sample may have none. ``shuffles``: what the negative control of that name exchanges
+    (`evaluate`). ``columns``: title and metric of a table's columns; ``controls``: which negative controls it has rows for.
+    ``texts_apart``: the samples' field of which two splits had better share nothing.
     """
 
     settings: ClassVar[type[Section]]
@@ -151,6 +150,7 @@ class Task(nn.Module):
     decodes: bool = False
     speaks: bool = False
     remembers: bool = False
+    reads_no_text: bool = False
     shuffles: Literal["samples", "images", "expressions"] = "samples"
     columns: tuple[tuple[str, str], ...] = ()
     controls: tuple[str, ...] = ("no-image", "frozen")

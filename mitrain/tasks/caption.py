@@ -63,16 +63,14 @@ class CaptionTask(LanguageTask):
     @torch.no_grad()
     def predict(self, batch: Batch, generate: bool = True) -> list[Prediction]:
         """What the model says; of samples with one picture it is asked once."""
-        images = [s.image for s in batch.samples]
+        images = [s.files for s in batch.samples]
         first = {image: images.index(image) for image in images}
         rows = torch.tensor(list(first.values()))
-        inputs = batch.inputs and batch.inputs.rows(rows.to(batch.inputs.feature.device))
+        inputs = batch.inputs and batch.inputs.rows(rows.to(batch.inputs.device))
         said = dict(zip(first, self.spoken([batch.samples[i] for i in first.values()], inputs), strict=True))
         return [
-            Prediction(
-                s.id, s.image, {"predicted": said[s.image][0], "captions": list(s.captions)}, finite=said[s.image][1]
-            )
-            for s in batch.samples
+            Prediction(s.id, s.inputs, {"predicted": words, "captions": list(s.captions)}, finite=finite)
+            for s, (words, finite) in ((s, said[s.files]) for s in batch.samples)
         ]
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -81,7 +79,7 @@ class CaptionTask(LanguageTask):
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
         """The commonest training caption for all, and that of the training picture whose features are the most similar."""
         train, chosen = splits.parts[0], splits.chosen
-        one = list({s.image: s for s in train}.values())
+        one = list({s.files: s for s in train}.values())
         known, asked = (unit(splits.features(part).numpy()) for part in (one, chosen))
         near = [i for start in range(0, len(asked), CHUNK) for i in (asked[start : start + CHUNK] @ known.T).argmax(1)]
         return {
@@ -93,12 +91,12 @@ class CaptionTask(LanguageTask):
         """What the model says, and how likely it finds the text: the mean of log p over its tokens."""
         if question.candidates:
             raise ConfigError("--candidates are for the task 'answer'; 'caption' speaks freely: leave it out")
-        sample = CaptionSample(question.path.name, question.path.name, question.text)
+        sample = CaptionSample(question.id, question.inputs, question.text)
         batch = question.see(sample)
         said = question.predicted(self.predict(batch)).values["predicted"]
         with torch.no_grad():
             (likelihood,) = self.log_likelihood([self.pair(sample)], batch.inputs)
-        values = {"image": str(question.path), "caption": said, "text": question.text}
+        values = {**question.files, "caption": said, "text": question.text}
         values["log_likelihood"] = round(likelihood.double().mean().item(), 6)
         return Answer(values, [f"says: {said}", f"{values['log_likelihood']:7.3f}  {question.text}"])
 
@@ -107,7 +105,7 @@ class CaptionTask(LanguageTask):
 
     @staticmethod
     def describe(samples: Sequence[CaptionSample]) -> dict[str, Any]:
-        each = Counter(sample.image for sample in samples)
+        each = Counter(sample.files for sample in samples)
         return {
             "objects": len({sample.object for sample in samples if sample.object}),
             "texts": len({sample.text for sample in samples}),
@@ -121,7 +119,7 @@ class CaptionTask(LanguageTask):
 
     @staticmethod
     def caution(samples: Sequence[CaptionSample], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
-        several = {sample.image: frozenset(references(sample)) for sample in samples}
+        several = {sample.files: frozenset(references(sample)) for sample in samples}
         if len(set(several.values())) < 2:
             raise DataError(
                 f"{split}: every picture has the same captions, so that CIDEr, which weighs words by how few pictures have"
@@ -138,7 +136,7 @@ def references(sample: Any) -> tuple[str, ...]:
 def scores_of(samples: Sequence[Any], said: Sequence[str]) -> dict[str, Any]:
     """The metrics of what is ``said`` of each sample's picture; ``different``: how many captions there are of them, as a
     share of the pictures."""
-    last = {s.image: i for i, s in enumerate(samples)}
+    last = {s.files: i for i, s in enumerate(samples)}
     own, several = [said[i] for i in last.values()], [references(samples[i]) for i in last.values()]
     counts = {"samples": len(samples), "images": len(own), "captions": sum(map(len, several))}
     return {**caption_metrics(own, several), "different": len(set(own)) / len(own), **counts}

@@ -1,4 +1,4 @@
-"""Classifying a picture and a text together, one label or several, with a linear head on the frozen language model.
+"""Classifying a text and files together, one label or several, with a linear head on the frozen language model.
 
 Shapes: B samples, C classes.
 """
@@ -51,11 +51,16 @@ class ClassifyTask(HeadTask):
     )
 
     def __init__(
-        self, config: ClassifyConfig, parts: Parts, classes: Sequence[str], multilabel: bool, image_width: int
+        self,
+        config: ClassifyConfig,
+        parts: Parts,
+        classes: Sequence[str],
+        multilabel: bool,
+        widths: Mapping[str, int],
     ):
         if len(set(classes)) != len(classes) or len(classes) < 2:
             raise ConfigError(f"data.classes must be two or more different names, not {str(list(classes))[:80]}")
-        super().__init__(config, parts, len(classes), image_width)
+        super().__init__(config, parts, len(classes), widths)
         self.classes, self.multilabel = tuple(classes), multilabel
         self.metric = "f1_micro" if multilabel else "accuracy"
         self.columns = self.several if multilabel else self.columns
@@ -65,7 +70,7 @@ class ClassifyTask(HeadTask):
     @classmethod
     def build(cls, config: ClassifyConfig, given: Given) -> "ClassifyTask":
         classes = given.data.classes or given.data.class_names(given.root())
-        return cls(config, given.parts, classes, given.data.multilabel, given.image_width)
+        return cls(config, given.parts, classes, given.data.multilabel, given.widths)
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
@@ -113,7 +118,7 @@ class ClassifyTask(HeadTask):
             "correct": set(predicted) == set(sample.labels),
             "probabilities": {self.classes[c]: round(float(chances[c]), 6) for c in order[:SHOWN]},
         }
-        return Prediction(sample.id, sample.image, values, vector=chances, finite=bool(np.isfinite(chances).all()))
+        return Prediction(sample.id, sample.inputs, values, vector=chances, finite=bool(np.isfinite(chances).all()))
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
         truth = self.targets(samples).cpu().numpy() > 0
@@ -140,10 +145,12 @@ class ClassifyTask(HeadTask):
             raise ConfigError(
                 "--candidates are for the task 'answer'; the classes of 'classify' are trained: leave it out"
             )
-        name, text = question.path.name, question.text
-        predicted = question.predicted(self.predict(question.see(LabelSample(name, name, text, ())))).values
+        text = question.text
+        predicted = question.predicted(
+            self.predict(question.see(LabelSample(question.id, question.inputs, text, ())))
+        ).values
         chances = predicted["probabilities"]
-        values = {"image": str(question.path), "text": text, "labels": predicted["predicted"], "probabilities": chances}
+        values = {**question.files, "text": text, "labels": predicted["predicted"], "probabilities": chances}
         lines = [f"{p:7.3f}  {label}" for label, p in chances.items()]
         return Answer(values, [f"labels: {', '.join(predicted['predicted']) or '(none)'}", *lines])
 

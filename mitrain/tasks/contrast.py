@@ -18,15 +18,18 @@ class Everyone:
     """The batch over all ranks: own vectors with their gradient, the others' without.
 
     Each rank computes the whole batch's contrast, and back-propagates through its own vectors alone; summed over the
-    ranks that is the gradient of one process. ``matching``: the pictures themselves are wanted too.
+    ranks that is the gradient of one process. ``keys``: each sample's file and text; ``matching``: the
+    inputs themselves are wanted too.
     """
 
-    def __init__(self, images: Tensor, text_vectors: Tensor, batch: Batch, matching: bool):
-        keys = [(s.image, s.text) for s in batch.samples]
+    def __init__(
+        self, images: Tensor, text_vectors: Tensor, batch: Batch, keys: Sequence[tuple[str, str]], matching: bool
+    ):
         cpu = torch.device("cpu")
         inputs = batch.inputs.to(cpu) if matching else None
         parts = dist.gather((images.detach().cpu(), text_vectors.detach().cpu(), inputs, keys))
         here = dist.rank()
+        self.keys = keys
         self.start = sum(len(part[3]) for part in parts[:here])
         self.count = len(keys)
         self.images = torch.cat([images if r == here else part[0].to(images) for r, part in enumerate(parts)])

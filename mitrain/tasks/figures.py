@@ -20,6 +20,15 @@ class Panel:
     right: bool | None = None
 
 
+def card(lines: Sequence[str], side: int = 200) -> Image.Image:
+    """A square with ``lines``, for what cannot be seen."""
+    picture = Image.new("RGB", (side, side), PAPER)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    for number, line in enumerate(lines):
+        draw.text((6, 6 + LINE * number), shorten(line, font, side - 12), fill=INK, font=font)
+    return picture
+
+
 def overlay(picture: Image.Image, mask: np.ndarray) -> Image.Image:
     """The picture with ``mask`` (H, W) tinted red and everything else paled."""
     pixels = np.asarray(picture, dtype=np.float32)

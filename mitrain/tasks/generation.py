@@ -67,8 +67,9 @@ def logits(parts: Parts, use_cache: bool) -> list[torch.Tensor]:
     """(B, V) of each step, up to the first at which two ways of computing them could part."""
     ids, mask = parts.text.probe("left")
     factory = {"dtype": parts.text.dtype, "device": parts.text.device}
-    width = sum(parts.adapter.attachment.modalities.values())
-    inputs = ModalityInputs(torch.zeros(len(ids), width, **factory)) if width else None
+    widths = parts.adapter.attachment.modalities
+    features = {name: torch.zeros(len(ids), width, **factory) for name, width in widths.items()}
+    inputs = ModalityInputs(features) if features else None
     options = {"max_new_tokens": TRIED, "min_new_tokens": TRIED, "use_cache": use_cache}
     with parts.adapter.conditioned(inputs):
         return list(generated(parts, ids, mask, return_dict_in_generate=True, output_logits=True, **options).logits)

@@ -1,13 +1,13 @@
 """What `classify` and `regress` have in common: a linear head on read-outs of the adapted backbones.
 
-The text runs through the language model, the picture reaches it through the infusion; a head reads the final state.
+The text runs through the language model, the other modalities reach it through the infusion; a head reads the final state.
 
-Shapes: B samples, e width of the infused feature.
+Shapes: B samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -19,17 +19,15 @@ from mitrain.tasks.base import Batch, Parts, Task
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
 from mitrain.tasks.template import frame_of, template_with
 
-Readout = Literal["last", "mean", "cls", "embeddings", "image", "joint"]
-
 
 class HeadConfig(Section):
     """``template``: how a sample's text is put to the model; one without {text} leaves the text out. ``readout``: what the
     head reads, concatenated: the last token's state, the mean over tokens, the first token's, the mean of the input
-    embeddings, the picture's vector itself (late fusion), the method's own joint state. ``max_tokens``: longer texts lose
-    their end. ``dropout``: of what the head reads."""
+    embeddings, a modality's vector itself by its name, as image (late fusion), the method's own joint state.
+    ``max_tokens``: longer texts lose their end. ``dropout``: of what the head reads."""
 
     template: template_with("text", required=False) = "{text}"
-    readout: tuple[Readout, ...] = Field(("last",), min_length=1)
+    readout: tuple[str, ...] = Field(("last",), min_length=1)
     max_tokens: int = Field(128, ge=1, le=1 << 20)
     dropout: float = Field(0.0, ge=0, lt=1)
 
@@ -38,11 +36,12 @@ class HeadTask(Task):
     """Base of the tasks that predict W x + b, x the standardised read-outs."""
 
     texts_apart = "text"
+    reads_no_text = True
 
-    def __init__(self, config: HeadConfig, parts: Parts, outputs: int, image_width: int):
+    def __init__(self, config: HeadConfig, parts: Parts, outputs: int, widths: Mapping[str, int]):
         super().__init__(parts)
-        self.config, self.frame, self.image_width = config, frame_of(config.template), image_width
-        width = sum(width_of(parts, name, image_width) for name in config.readout)
+        self.config, self.frame, self.widths = config, frame_of(config.template), dict(widths)
+        width = sum(width_of(parts, name, widths) for name in config.readout)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
         self.head = nn.Linear(width, outputs)
@@ -78,7 +77,7 @@ class HeadTask(Task):
         rows = [self._ids(text) for text in sorted({s.text for s in samples})]
         own = lambda sample: self._ids(sample.text)  # noqa: E731
         names = self.config.readout
-        mean, scale = statistics(self.parts, names, self.image_width, evenly(rows), samples, see, own)
+        mean, scale = statistics(self.parts, names, self.widths, evenly(rows), samples, see, own)
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 

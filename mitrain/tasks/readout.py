@@ -3,7 +3,7 @@
 Shapes: B samples, T tokens, D width of the text model.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from mitrain.tasks.base import Batch, Parts
 FIT_SAMPLES = 512
 """How many training samples the statistics are taken from, evenly spread."""
 SEEN_SAMPLES = 128
-"""The same where a picture goes through an encoder for it."""
+"""The same where a file goes through an encoder for it."""
 See = Callable[[Sequence[Any]], Batch]
-"""Training samples as a batch with their pictures, as an evaluation sees them."""
+"""Training samples as a batch with their files, as an evaluation sees them."""
 
 
 def runs_text(names: Iterable[str]) -> bool:
@@ -26,10 +26,13 @@ def runs_text(names: Iterable[str]) -> bool:
     return bool({*STATES, "joint"} & set(names))
 
 
-def width_of(parts: Parts, name: str, image_width: int) -> int:
-    """Width of the read-out ``name``; ``image_width``: of the frozen encoders' feature. ConfigError where there is none."""
-    if name == "image":
-        return parts.adapter.attachment.image_width or image_width
+def width_of(parts: Parts, name: str, widths: Mapping[str, int]) -> int:
+    """Width of the read-out ``name``; ``widths``: of each modality's feature. ConfigError where there is none."""
+    if name in widths:
+        return vector_widths(parts, widths)[name]
+    if name not in (*STATES, "embeddings", "joint"):
+        known = ", ".join((*STATES, "embeddings", "joint", *widths))
+        raise ConfigError(f"task.readout={name!r} is neither a state nor a modality: choose of {known}")
     if name == "joint" and not parts.adapter.attachment.joint_width:
         raise ConfigError(
             f"task.readout: the method {parts.adapter.traits.name!r} has no joint state: read last, mean, cls or image"
@@ -37,13 +40,19 @@ def width_of(parts: Parts, name: str, image_width: int) -> int:
     return parts.adapter.attachment.joint_width if name == "joint" else parts.text.width
 
 
+def vector_widths(parts: Parts, widths: Mapping[str, int]) -> dict[str, int]:
+    """The widths of the modalities' vectors: of their features, or of what a changed encoder gives, the first one's."""
+    changed = parts.adapter.attachment.image_width
+    return {**widths, **({next(iter(widths)): changed} if changed else {})}
+
+
 def read_out(
     parts: Parts, rows: Sequence[Sequence[int]], names: Sequence[str], inputs: ModalityInputs | None
 ) -> dict[str, Tensor]:
-    """Each read-out (B, its width) float32 of ``rows`` of token ids with their pictures.
+    """Each read-out (B, its width) float32 of ``rows`` of token ids with their samples' other inputs.
 
     ``last``, ``mean``, ``cls``: of the text model's final states; ``embeddings``: the mean of its input embeddings;
-    ``image``: the picture's vector; ``joint``: what the method itself predicts from.
+    ``joint``: what the method itself predicts from; the name of a modality: its vector.
     """
     readouts: dict[str, Tensor] = {}
     asked = set(names) - {"embeddings"}
@@ -61,7 +70,7 @@ def read_out(
 def statistics(
     parts: Parts,
     names: Sequence[str],
-    image_width: int,
+    widths: Mapping[str, int],
     rows: Sequence[Sequence[int]],
     samples: Sequence[Any] = (),
     see: See | None = None,
@@ -69,20 +78,18 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and 1 / std of the read-outs ``names``, concatenated; a constant dimension keeps its scale.
 
-    Those of the text alone are taken over ``rows`` of token ids; ``joint``, and ``image`` where the method changes the
-    encoder, over ``samples`` with their pictures; the frozen encoders' feature is normalised already.
+    Those of the text alone are taken over ``rows`` of token ids; ``joint``, and the vector of a modality whose encoder the
+    method changes, over ``samples`` with their files; the frozen encoders' features are normalised already.
     """
-    alone = [name for name in names if name not in ("image", "joint")]
-    seen = [
-        name for name in names if name == "joint" or (name == "image" and "image" in parts.adapter.traits.backbones)
-    ]
+    alone = [name for name in names if name != "joint" and name not in widths]
+    changed = next(iter(widths), None) if parts.adapter.traits.changes_encoder else None
+    seen = [name for name in names if name in ("joint", changed)]
     states = [read_out(parts, chunk, alone, None) for chunk in chunks(rows)] if alone else []
     shown = [(chunk, see(chunk).inputs) for chunk in chunks(evenly(samples, SEEN_SAMPLES))] if seen else []
     together = [read_out(parts, [row(s) for s in chunk], seen, inputs) for chunk, inputs in shown]
     moments_of = {name: moments(part[name] for part in states) for name in alone}
     moments_of |= {name: moments(part[name] for part in together) for name in seen}
-    blank = torch.zeros(image_width), torch.ones(image_width)
-    both = [moments_of.get(name, blank) for name in names]
+    both = [moments_of.get(name) or (torch.zeros(widths[name]), torch.ones(widths[name])) for name in names]
     return torch.cat([mean.cpu() for mean, _ in both]), torch.cat([scale.cpu() for _, scale in both])
 
 

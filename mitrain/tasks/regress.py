@@ -1,4 +1,4 @@
-"""Rating a picture and a text together with a number, such as a sentiment, with a linear head on the frozen language model.
+"""Rating a text and files together with a number, such as a sentiment, with a linear head on the frozen language model.
 
 Shapes: B samples.
 """
@@ -48,15 +48,15 @@ class RegressTask(HeadTask):
         *(("acc-7", "acc7"), ("acc-2", "acc2_positive"), ("F1", "f1_positive")),
     )
 
-    def __init__(self, config: RegressConfig, parts: Parts, image_width: int):
-        super().__init__(config, parts, 1, image_width)
+    def __init__(self, config: RegressConfig, parts: Parts, widths: Mapping[str, int]):
+        super().__init__(config, parts, 1, widths)
         self.register_buffer("target_mean", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("target_std", torch.tensor(1.0, dtype=torch.float64))
         self.register_buffer("target_range", torch.zeros(2, dtype=torch.float64))
 
     @classmethod
     def build(cls, config: RegressConfig, given: Given) -> "RegressTask":
-        return cls(config, given.parts, given.image_width)
+        return cls(config, given.parts, given.widths)
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
@@ -88,7 +88,7 @@ class RegressTask(HeadTask):
 
     def _prediction(self, sample: Any, number: float) -> Prediction:
         values = {"text": sample.text, "target": sample.target, "predicted": number}
-        return Prediction(sample.id, sample.image, values, vector=number, finite=math.isfinite(number))
+        return Prediction(sample.id, sample.inputs, values, vector=number, finite=math.isfinite(number))
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
         return self._metrics(samples, np.array([p.vector for p in predictions]))
@@ -111,9 +111,10 @@ class RegressTask(HeadTask):
         """The number."""
         if question.candidates:
             raise ConfigError("--candidates are for the task 'answer'; 'regress' says a number: leave it out")
-        name, text = question.path.name, question.text
-        number = question.predicted(self.predict(question.see(TargetSample(name, name, text, 0.0)))).vector
-        return Answer({"image": str(question.path), "text": text, "predicted": number}, [f"predicted: {number:.4f}"])
+        text = question.text
+        sample = TargetSample(question.id, question.inputs, text, 0.0)
+        number = question.predicted(self.predict(question.see(sample))).vector
+        return Answer({**question.files, "text": text, "predicted": number}, [f"predicted: {number:.4f}"])
 
     def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
         return Panel(picture, [f"{prediction.vector:.2f}", f"truth: {sample.target:g}", sample.text])

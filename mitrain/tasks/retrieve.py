@@ -1,6 +1,6 @@
-"""Finding the picture for a text and the text for a picture.
+"""Finding the file for a text and the text for a file: a picture, or one of another modality.
 
-A dual encoder: linear maps of the picture's vector and of the text model's state into one space, trained by contrast
+A dual encoder: linear maps of the file's vector and of the text model's state into one space, trained by contrast
 within the batch; every method that adapts an encoder by itself works in it. On top, a matching head reads the state that
 the method makes of the text *with* the picture (its joint state, or the infused text state), trained against the hardest
 wrong partner in the batch, and orders the best candidates anew: there picture and text meet.
@@ -46,7 +46,8 @@ Readout = Literal["last", "mean", "cls", "embeddings"]
 
 
 class RetrieveConfig(Section, kind="task", name="retrieve"):
-    """``readout``: the text's states, concatenated. ``dim``: of the common space. ``temperature``: at first; it is trained.
+    """``modality``: the one that is found for a text, and for which texts are; left out, the first. ``readout``: the text's
+    states, concatenated. ``dim``: of the common space. ``temperature``: at first; it is trained.
     ``matching``: weight of the matching loss, 0 for a dual encoder alone. ``rerank``: how many candidates of each query the
     matching head orders at evaluation. ``max_tokens``: longer texts lose their end. ``dropout``: of what the maps read.
     ``queue``: how many vectors of earlier steps are contrasted with too, made by a slow copy of what is trained, which
@@ -55,6 +56,7 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
     matching head of a checkpoint that was trained for retrieval (BLIP) where they fit, so that training starts from what
     it can do; ``fresh`` never does."""
 
+    modality: str = ""
     template: template_with("text") = "{text}"
     readout: tuple[Readout, ...] = Field(("last",), min_length=1)
     dim: int = Field(128, ge=2, le=1 << 16)
@@ -88,15 +90,20 @@ class RetrieveTask(Task):
         *(("t→i R@1", "t2i_r1"), ("R@5", "t2i_r5"), ("R@10", "t2i_r10"), ("median", "t2i_median_rank")),
     )
 
-    def __init__(self, config: RetrieveConfig, parts: Parts, image_width: int):
+    def __init__(self, config: RetrieveConfig, parts: Parts, widths: Mapping[str, int]):
         super().__init__(parts)
         self.config = config
         width = parts.text.width * len(config.readout)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
-        image_width = width_of(parts, "image", image_width)
+        self.widths, self.modality = dict(widths), config.modality or next(iter(widths))
+        if self.modality not in widths:
+            raise ConfigError(
+                f"task.modality={self.modality!r} is none of the modalities: choose of {', '.join(widths)}"
+            )
+        image_width = width_of(parts, self.modality, widths)
         self.seen: dict[str, int] = {}
-        if "image" in parts.adapter.traits.backbones:
+        if parts.adapter.traits.changes_encoder and self.modality == next(iter(widths)):
             self.seen["image"] = image_width
         if config.matching and parts.adapter.attachment.joint_width:
             self.seen["joint"] = parts.adapter.attachment.joint_width
@@ -131,7 +138,7 @@ class RetrieveTask(Task):
             raise ConfigError(
                 f"train.batch={given.batch} is less than a sample for each of {dist.world()} ranks: raise it"
             )
-        return cls(config, given.parts, given.image_width)
+        return cls(config, given.parts, given.widths)
 
     @torch.no_grad()
     def _take_over(self, maps: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
@@ -177,11 +184,12 @@ class RetrieveTask(Task):
         if self.own:
             return
         rows = [self._ids(text) for text in evenly(sorted({s.text for s in samples}))]
-        mean, scale = statistics(self.parts, self.config.readout, 0, rows)
+        mean, scale = statistics(self.parts, self.config.readout, self.widths, rows)
         self.mean.copy_(mean)
         self.scale.copy_(scale)
         for name in self.seen:
-            mean, scale = statistics(self.parts, (name,), 0, [], samples, see, lambda s: self._ids(s.text))
+            read = self.modality if name == "image" else name
+            mean, scale = statistics(self.parts, (read,), self.widths, [], samples, see, lambda s: self._ids(s.text))
             getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_scale").copy_(scale)
 
@@ -197,8 +205,15 @@ class RetrieveTask(Task):
 
     def image_vectors(self, inputs: ModalityInputs) -> Tensor:
         """(B, d) of length 1."""
-        vectors = self._standard("image", self.parts.adapter.encode(None, inputs).read_out("image"))
+        vectors = self._standard("image", self.parts.adapter.encode(None, inputs).read_out(self.modality))
         return F.normalize(self.image_map(self.dropout(vectors)), dim=-1)
+
+    def keys(self, samples: Sequence[Any]) -> list[tuple[str, str]]:
+        """Each sample's file and text: equal ones belong together."""
+        return [(s.inputs[self.modality], s.text) for s in samples]
+
+    def _gallery(self, samples: Sequence[Any]) -> Gallery:
+        return Gallery(*zip(*self.keys(samples), strict=True))
 
     def _standard(self, name: str, values: Tensor) -> Tensor:
         """What was read of pictures, standardised where it is not normalised already."""
@@ -230,12 +245,11 @@ class RetrieveTask(Task):
         vectors = lambda: (self.image_vectors(batch.inputs), self.text_vectors(texts))  # noqa: E731
         slow = self.slow.slow_vectors(vectors) if self.slow is not None else None  # before what is differentiated
         images, text_vectors = vectors()
-        everyone = Everyone(images, text_vectors, batch, bool(self.config.matching))
+        everyone = Everyone(images, text_vectors, batch, self.keys(batch.samples), bool(self.config.matching))
         if slow is None:
             total = everyone.contrast(self.sharpness())
         else:
-            keys = [(s.image, s.text) for s in batch.samples]
-            total = self.slow.contrast((images, text_vectors), slow, keys, self.sharpness())
+            total = self.slow.contrast((images, text_vectors), slow, everyone.keys, self.sharpness())
         if self.config.matching:
             total = total + self.config.matching * self._matching(batch, everyone)
         return total, torch.tensor(float(len(texts)), dtype=torch.float64)
@@ -246,7 +260,7 @@ class RetrieveTask(Task):
         own = [s.text for s in batch.samples]
         text, image, known = everyone.hardest()
         own_inputs = batch.inputs
-        wrong = everyone.inputs.rows(image.cpu()).to(own_inputs.feature.device)
+        wrong = everyone.inputs.rows(image.cpu()).to(self.mean.device)
         texts = [*own, *(everyone.texts[j] for j in text), *own]
         values = self.match_values(texts, ModalityInputs.joined([own_inputs, own_inputs, wrong]))
         near = 0.0 if self.own else self.sharpness().detach()
@@ -273,13 +287,13 @@ class RetrieveTask(Task):
         ]
         finite = np.isfinite(images).all(1) & np.isfinite(text_vectors).all(1)
         return [
-            Prediction(s.id, s.image, {"text": s.text}, vector=vector, finite=bool(numbers))
+            Prediction(s.id, s.inputs, {"text": s.text}, vector=vector, finite=bool(numbers))
             for s, vector, numbers in zip(batch.samples, vectors, finite, strict=True)
         ]
 
     @torch.no_grad()
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
-        gallery = Gallery([s.image for s in samples], [s.text for s in samples])
+        gallery = self._gallery(samples)
         images = np.stack([predictions[i].vector["image"] for i in gallery.first])
         text_vectors = np.stack([p.vector["text"] for p in predictions])
         counts = {"samples": len(samples), "images": len(gallery.images)}
@@ -294,7 +308,7 @@ class RetrieveTask(Task):
             metrics = rank_metrics(*ranks, decided) | {"before_reranking": metrics}
         places = {image: int(rank) for image, rank in zip(gallery.images, ranks[0], strict=True)}
         for sample, prediction, rank in zip(samples, predictions, ranks[1].tolist(), strict=True):
-            prediction.values |= {"rank_of_text": places[sample.image], "rank_of_image": rank}
+            prediction.values |= {"rank_of_text": places[sample.inputs[self.modality]], "rank_of_image": rank}
         return metrics | counts
 
     @torch.no_grad()
@@ -341,7 +355,7 @@ class RetrieveTask(Task):
         """A random order, and a ridge regression from the infused features to the frozen language model's text states."""
         features = [splits.features(part).numpy() for part in splits.parts]
         states = [self.frozen_states([s.text for s in part]) for part in splits.parts]
-        galleries = [Gallery([s.image for s in part], [s.text for s in part]) for part in splits.parts]
+        galleries = [self._gallery(part) for part in splits.parts]
         counts = {"samples": len(splits.chosen), "images": len(galleries[2].images)}
         metrics = {
             "random order": chance(galleries[2]),
@@ -351,12 +365,12 @@ class RetrieveTask(Task):
 
     def ask(self, question: Question) -> Answer:
         """How well the text and the candidates fit the picture, the best first."""
-        name, text = question.path.name, question.text
+        text = question.text
         texts = list(dict.fromkeys([text, *question.candidates]))
-        scores = self.fits(question.see(CaptionSample(name, name, text)), texts)
-        require_finite([name] * (not all(map(math.isfinite, scores))), 1, question.what)
+        scores = self.fits(question.see(CaptionSample(question.id, question.inputs, text)), texts)
+        require_finite([question.id] * (not all(map(math.isfinite, scores))), 1, question.what)
         ranked = dict(sorted(zip(texts, scores, strict=True), key=lambda pair: -pair[1]))
-        values: dict[str, Any] = {"image": str(question.path), "text": text, "scores": ranked}
+        values: dict[str, Any] = {**question.files, "text": text, "scores": ranked}
         if len(texts) > 1:
             values["rank"] = list(ranked).index(text) + 1
         return Answer(values, [f"{score:7.3f}  {words}" for words, score in ranked.items()])
@@ -368,7 +382,7 @@ class RetrieveTask(Task):
 
     @staticmethod
     def describe(samples: Sequence[CaptionSample]) -> dict[str, Any]:
-        each = Counter(sample.image for sample in samples)
+        each = Counter(sample.files for sample in samples)
         texts = Counter(sample.text for sample in samples)
         return {
             "objects": len({sample.object for sample in samples if sample.object}),
@@ -384,7 +398,7 @@ class RetrieveTask(Task):
 
     @staticmethod
     def caution(samples: Sequence[CaptionSample], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
-        gallery = Gallery([sample.image for sample in samples], [sample.text for sample in samples])
+        gallery = Gallery([sample.files for sample in samples], [sample.text for sample in samples])
         decided = gallery.decided()
         if len(decided) == len(gallery.depths()):
             raise DataError(

@@ -71,7 +71,7 @@ class SegmentTask(Task):
         super().__init__(parts)
         if not level_widths:
             raise ConfigError(
-                "the task 'segment' reads patch tokens: give model.vision levels, for example levels=[10,7,4]"
+                "the task 'segment' reads patch tokens: give an encoder of model.encoders levels, as levels=[10,7,4]"
             )
         if not config.readout:
             raise ConfigError("task.readout is empty: give last, mean or embeddings")
@@ -123,7 +123,7 @@ class SegmentTask(Task):
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
         """Mean and standard deviation of the frozen read-outs over the training expressions."""
         rows = [self._ids(expression) for expression in sorted({s.expression for s in samples})[:2048]]
-        mean, scale = statistics(self.parts, self.config.readout, 0, rows)
+        mean, scale = statistics(self.parts, self.config.readout, {}, rows)
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 
@@ -153,7 +153,7 @@ class SegmentTask(Task):
         predicted = masks.predict_masks(logits, [sample.size for sample in batch.samples])
         finite = logits.isfinite().flatten(1).all(1).tolist()
         return [
-            Prediction(s.id, s.image, {"expression": s.expression}, mask, finite=numbers)
+            Prediction(s.id, s.inputs, {"expression": s.expression}, mask, finite=numbers)
             for s, mask, numbers in zip(batch.samples, predicted, finite, strict=True)
         ]
 
@@ -167,7 +167,7 @@ class SegmentTask(Task):
         scenes: dict[str, dict[bytes, np.ndarray]] = defaultdict(dict)
         for s in splits.complete():
             mask = s.mask()
-            scenes[s.image][mask.tobytes()] = mask
+            scenes[s.inputs["image"]][mask.tobytes()] = mask
         names = {
             "union": "all objects",
             "largest": "largest object",
@@ -176,17 +176,17 @@ class SegmentTask(Task):
         }
         metrics = {kind: masks.MaskMetrics() for kind in names}
         for s in splits.chosen:
-            for kind, mask in masks.baseline_masks(list(scenes[s.image].values()), splits.seed, s.id).items():
+            for kind, mask in masks.baseline_masks(list(scenes[s.inputs["image"]].values()), splits.seed, s.id).items():
                 metrics[kind].update([mask], [s.mask()])
         return {f"{names[kind]} (true masks)": metric.compute() for kind, metric in metrics.items()}
 
     def ask(self, question: Question) -> Answer:
         """The mask of what the text refers to, and which share of the picture it is."""
-        name, text, picture = question.path.name, question.text, question.picture()
-        sample = ReferSample.unlabelled(name, name, text, (picture.height, picture.width))
+        text, picture = question.text, question.picture()
+        sample = ReferSample(question.id, question.inputs, text, (picture.height, picture.width))
         mask = question.predicted(self.predict(question.see(sample))).mask
         share = float(mask.mean())
-        values = {"image": str(question.path), "expression": text, "mask_share": share}
+        values = {**question.files, "expression": text, "mask_share": share}
         return Answer(values, [f"{text!r}: {int(mask.sum())} of {mask.size} pixels ({100 * share:.1f} %)"], mask)
 
     def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:

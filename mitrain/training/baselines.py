@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from mitrain.core import dist
-from mitrain.data.features import ImageFeatures
+from mitrain.data.features import Features
 from mitrain.data.sources import portion
 from mitrain.tasks.base import Splits
 from mitrain.training.build import resolve_data
@@ -14,32 +14,32 @@ from mitrain.training.fingerprint import digests_of, require_same
 from mitrain.training.runs import Run
 
 
-def baselines_of(run: Run, split: str, chosen: list[Any], images: ImageFeatures) -> dict[str, dict[str, Any]]:
+def baselines_of(run: Run, split: str, chosen: list[Any], files: Features) -> dict[str, dict[str, Any]]:
     """Metrics of each of the task's baselines by its name, on the samples ``chosen`` from a split."""
     data, root = run.config.data, resolve_data(run.config.data)
 
     def learn() -> tuple[list[Any], list[Any]]:
         """What the run was trained on (``train.fraction`` of the split), and val."""
         train, val = portion(data.read(root, "train"), run.config.train.fraction), data.read(root, "val")
-        readable = images.readable(train, 1), images.readable(val, 1)
-        compare_ranks({"train": readable[0], "val": readable[1]}, images)
+        readable = files.readable(train, 1), files.readable(val, 1)
+        compare_ranks({"train": readable[0], "val": readable[1]}, files)
         return readable
 
     def features(samples: Sequence[Any]) -> Tensor:
-        return run.model.norm(images.pooled_of_all([s.image for s in samples]))
+        return run.model.normalised(samples, files)
 
     def complete() -> list[Any]:
-        """All of the split that can be scored on the pictures chosen."""
-        shown = {s.image for s in chosen}
-        there = [s for s in data.read(root, split) if s.image in shown and not s.fault()]
-        compare_ranks({split: there}, images)
+        """All of the split that can be scored on the files chosen."""
+        shown = {s.files for s in chosen}
+        there = [s for s in data.read(root, split) if s.files in shown and not s.fault()]
+        compare_ranks({split: there}, files)
         return there
 
     splits = Splits(chosen, learn, complete, features, run.config.seed)
     return run.model.task.baselines(splits)
 
 
-def compare_ranks(splits: Mapping[str, Sequence[Any]], images: ImageFeatures) -> None:
-    """RankError where ranks, of which each reads what a baseline is made of, read different samples or pictures."""
+def compare_ranks(splits: Mapping[str, Sequence[Any]], files: Features) -> None:
+    """RankError where ranks, of which each reads what a baseline is made of, read different samples or files."""
     if dist.world() > 1:
-        require_same(digests_of(splits, images.key))
+        require_same(digests_of(splits, files.contents))

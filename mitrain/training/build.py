@@ -18,17 +18,20 @@ from mitrain import methods
 from mitrain.core import prepared
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.files import cache_home
-from mitrain.data.features import FeatureNorm, ImageFeatures
-from mitrain.data.hidden_states import PictureStates, TextStates
+from mitrain.data.features import FeatureNorm, Features, Inputs
+from mitrain.data.hidden_states import EncoderStates, TextStates
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw
+from mitrain.data.media import Limits
 from mitrain.methods.base import Adapter
-from mitrain.models import ModelConfig, Shard, TextBackbone, VisionEncoder, loading
+from mitrain.models import Encoder, ModelConfig, Shard, TextBackbone, encoder_of, loading
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import TASKS
 from mitrain.tasks.base import Batch, Given, Parts, Task
 from mitrain.training.fingerprint import digest
 from mitrain.training.schema import RunConfig
+
+FEW = 8  # samples whose features are read at a time
 
 
 def resolve_model(name: str) -> str | Path:
@@ -49,8 +52,11 @@ def resolved(config: RunConfig) -> RunConfig:
     """The configuration with what follows from this machine written out: where its folders are, and the classes of a
     classification."""
     data = config.data.model_copy(update={"root": absolute_if_there(config.data.root)} if config.data.root else {})
-    vision = tuple(part.model_copy(update={"name": absolute_if_there(part.name)}) for part in config.model.vision)
-    model = config.model.model_copy(update={"llm": absolute_if_there(config.model.llm), "vision": vision})
+    encoders = {
+        name: part.model_copy(update={"name": absolute_if_there(part.name)})
+        for name, part in config.model.encoders.items()
+    }
+    model = config.model.model_copy(update={"llm": absolute_if_there(config.model.llm), "encoders": encoders})
     data = data.with_class_names(lambda: resolve_data(data))
     return config.model_copy(update={"data": data, "model": model})
 
@@ -65,18 +71,18 @@ def absolute_if_there(name: str) -> str:
 class Model:
     """The assembled parts. ``trainable`` holds what is trained and saved: adapter, head, feature statistics.
 
-    ``pictures``: what enters the changed layers of the first encoder, for methods that change it. ``pretrained``: how many
+    ``entering``: what enters the changed layers of the first encoder, for methods that change it. ``pretrained``: how many
     parameters the backbones have by themselves.
     """
 
     config: RunConfig
     text: TextBackbone
-    encoders: list[VisionEncoder]
+    encoders: dict[str, Encoder]
     adapter: Adapter
     norm: FeatureNorm
     task: Task
     states: TextStates
-    pictures: PictureStates | None = None
+    entering: EncoderStates | None = None
     pretrained: int = 0
 
     def train(self, mode: bool = True) -> None:
@@ -90,7 +96,7 @@ class Model:
 
     @property
     def frozen(self) -> dict[str, nn.Module]:
-        return {"text": self.text.model, **{f"encoder{i}": e for i, e in enumerate(self.encoders)}}
+        return {"text": self.text.model, **numbered(self.encoders)}
 
     @cached_property
     def base(self) -> dict[str, str]:
@@ -98,7 +104,7 @@ class Model:
 
         They are of what was loaded, whatever its precision, and stay the same when a method changes the weights.
         """
-        named = {"text": self.text.base(), **{f"encoder{i}": e.base() for i, e in enumerate(self.encoders)}}
+        named = {"text": self.text.base(), **{name: e.base() for name, e in numbered(self.encoders).items()}}
         return {key: value for name, parts in named.items() for key, value in named_digests(name, parts).items()}
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
@@ -113,54 +119,86 @@ class Model:
                     raise DataError(f"sample {sample.id!r}: {error}") from None
             raise
 
-    def images(self, root: Path, bad: BadSamples | None = None, cached: bool = True) -> ImageFeatures:
-        """The encoders' view of the image files under ``root``."""
-        cache = cache_root(self.config) if cached else None
-        also = [self.pictures] if self.pictures else []
-        return ImageFeatures(self.encoders, root, cache, self.config.data.max_pixels, bad, self.adapter.disabled, also)
+    def features(self, root: Path, bad: BadSamples | None = None, cached: bool = True) -> Features:
+        """The encoders' view of samples whose files lie under ``root``."""
+        cache, limits = cache_root(self.config) if cached else None, Limits(self.config.data.max_pixels)
+        modalities = self.config.model.modalities
+        disabled = self.adapter.disabled
+        return Features(self.encoders, modalities, root, cache, limits, bad, disabled, self.entering)
 
-    def training_batch(self, draws: Sequence[Draw], images: ImageFeatures, share: slice = slice(None)) -> Batch:
-        """Drawn samples, each with one of its image's views; noise comes from the draws' own generators.
+    def training_batch(self, draws: Sequence[Draw], files: Features, share: slice = slice(None)) -> Batch:
+        """Drawn samples, each with one view of its files; noise comes from the draws' own generators.
 
         ``share``: the part of them that the batch holds, with the choices it would have in the whole.
         """
         config = self.config.features
-        paths = [draw.sample.image for draw in draws]
         views = [draw.random.randrange(config.views) for draw in draws]
-        features = self.norm(images.pooled(paths[share], views[share]))
+        given = [self._dropped(draw) for draw in draws]
+        pooled, present = files.pooled(given[share], views[share])
+        features = self.norm(pooled)
         noise = torch.Generator().manual_seed(draws[0].random.getrandbits(62))
         whole = features.new_zeros(len(draws), features.shape[1])
         whole[share] = features
         features = self.norm.disturb(whole, noise)[share]
         samples = [draw.sample for draw in draws[share]]
-        placed = self._placed(features)
-        levels = self._levels(images, paths[share])
-        inputs = ModalityInputs(placed, *self._states(images, paths[share], views[share]))
-        return Batch(samples, inputs, levels)
+        return self._batch(samples, given[share], files, features, present, views[share])
+
+    def _dropped(self, draw: Draw) -> Inputs:
+        """A drawn sample's inputs but those that ``train.modality_dropout`` takes; one is left."""
+        rate, inputs = self.config.train.modality_dropout, draw.sample.inputs
+        if not rate or len(inputs) < 2:
+            return inputs
+        kept = [name for name in inputs if draw.random.random() >= rate] or [draw.random.choice(list(inputs))]
+        return {name: inputs[name] for name in kept}
 
     def evaluation_batch(
-        self, samples: Sequence[Any], paths: Sequence[str], images: ImageFeatures, blind: bool = False
+        self, samples: Sequence[Any], inputs: Sequence[Inputs], files: Features, blind: bool = False
     ) -> Batch:
-        """Samples with the images ``paths`` (their own, or a control's); ``blind`` leaves the infusion out.
+        """Samples with the files ``inputs`` (their own, or a control's); ``blind`` leaves the infusion out.
 
-        Features are the mean over ``features.eval_views``; states are those of the image as it is.
+        Features are the mean over ``features.eval_views``; states are those of the file as it is.
         """
-        features = self._placed(self.norm(images.averaged(paths, self.config.features.eval_views)))
-        inputs = ModalityInputs(features, *self._states(images, paths), infused=not blind)
-        return Batch(samples, inputs, self._levels(images, paths))
+        pooled, present = files.averaged(inputs, self.config.features.eval_views)
+        return self._batch(samples, inputs, files, self.norm(pooled), present, None, not blind)
 
-    def _levels(self, images: ImageFeatures, paths: Sequence[str]) -> list[Tensor]:
-        return [level.to(self.text.device) for level in images.levels(paths)] if self.task.decodes else []
+    def _batch(
+        self,
+        samples: Sequence[Any],
+        inputs: Sequence[Inputs],
+        files: Features,
+        features: Tensor,
+        present: Mapping[str, Tensor],
+        views: Sequence[int] | None,
+        infused: bool = True,
+    ) -> Batch:
+        """``features`` (B, E): normalised; those of a modality that a sample lacks become 0."""
+        there = {name: mask.to(self.text.device) for name, mask in present.items()}
+        split = self.norm.split(self._placed(features))
+        split = {name: x * there[name][:, None] if name in there else x for name, x in split.items()}
+        states, depth, changed = None, 0, ""
+        if self.entering is not None:
+            states, depth = self._placed(files.states(inputs, views)), self.entering.depth
+            changed = next(iter(self.norm.widths))
+        levels = [level.to(self.text.device) for level in files.levels(inputs)] if self.task.decodes else []
+        return Batch(samples, ModalityInputs(split, there, states, depth, changed, infused), levels)
 
-    def _states(
-        self, images: ImageFeatures, paths: Sequence[str], views: Sequence[int] | None = None
-    ) -> tuple[Tensor | None, int]:
-        if self.pictures is None:
-            return None, 0
-        return self._placed(self.pictures.batch(images, paths, views)), self.pictures.depth
+    def normalised(self, samples: Sequence[Any], files: Features) -> Tensor:
+        """(n, E): the samples' features side by side, as they are infused; 0 for a modality that one lacks."""
+        starts = range(0, len(samples), FEW)
+        rows = []
+        for start in starts:
+            pooled, present = files.pooled([s.inputs for s in samples[start : start + FEW]])
+            parts = self.norm.split(self.norm(pooled))
+            rows.append(torch.cat([x * present[m][:, None] if m in present else x for m, x in parts.items()], 1))
+        return torch.cat(rows)
 
     def _placed(self, features: Tensor) -> Tensor:
         return features.to(self.text.device, self.text.dtype)
+
+
+def numbered(encoders: Mapping[str, Encoder]) -> dict[str, Encoder]:
+    """The encoders as encoder0, encoder1, …: their names in checkpoints, whatever a configuration calls them."""
+    return {f"encoder{i}": encoder for i, encoder in enumerate(encoders.values())}
 
 
 def named_digests(name: str, parts: Mapping[str, Any]) -> dict[str, str]:
@@ -172,10 +210,13 @@ def cache_root(config: RunConfig) -> Path | None:
     return cache_home() / "features" if config.cache else None
 
 
-def encoders_of(config: ModelConfig, device: torch.device, shard: Shard | None = None) -> list[VisionEncoder]:
-    """The frozen image encoders, on ``device``; those that a shape describes are without weights."""
+def encoders_of(config: ModelConfig, device: torch.device, shard: Shard | None = None) -> dict[str, Encoder]:
+    """The frozen encoders, on ``device``; those that a shape describes are without weights."""
     dtype = loading.DTYPES[config.dtype]
-    return [VisionEncoder(v, None if v.shape else resolve_model(v.name), dtype, device, shard) for v in config.vision]
+    return {
+        name: encoder_of(part, None if part.shape else resolve_model(part.name), dtype, device, shard)
+        for name, part in config.encoders.items()
+    }
 
 
 def build(
@@ -183,7 +224,7 @@ def build(
     *,
     empty: bool = False,
     shard: Shard | None = None,
-    encoders: list[VisionEncoder] | None = None,
+    encoders: dict[str, Encoder] | None = None,
 ) -> Model:
     """Load the backbones, attach the adapter, make the head.
 
@@ -219,52 +260,48 @@ def build(
     return assemble(config, text, encoders, empty=empty)
 
 
-def assemble(config: RunConfig, text: TextBackbone, encoders: list[VisionEncoder], *, empty: bool = False) -> Model:
+def assemble(config: RunConfig, text: TextBackbone, encoders: dict[str, Encoder], *, empty: bool = False) -> Model:
     """Adapter, head and statistics on loaded backbones; their start values follow from ``config.seed``."""
     seed_everything(config.seed)
-    width = sum(encoder.width for encoder in encoders)
+    widths = modality_widths(config.model, encoders)
     device = torch.device("meta") if empty else text.device
-    pretrained = loading.count_parameters(nn.ModuleList([text.model, *encoders]))
+    pretrained = loading.count_parameters(nn.ModuleList([text.model, *encoders.values()]))
     with torch.device(device):
-        adapter = methods.build(config.adapter, modality_widths(config, encoders))
+        adapter = methods.build(config.adapter, widths)
         backend = config.kernels.backend
-        backbones = {"text": text.model}
-        if "image" in adapter.traits.backbones:
-            backbones["image"] = changeable(encoders, adapter)
+        backbones, entering, first = {"text": text.model}, None, next(iter(encoders.values()), None)
+        if adapter.traits.changes_encoder:
+            backbones["image"] = changeable(first, adapter)
             if not empty:
-                encoders[0].identity()  # the pretrained weights', before anything is put into them
+                first.identity()  # the pretrained weights', before anything is put into them
         adapter.attach(backbones, checkpoint=config.train.checkpoint_activations, backend=backend)
         cache = None if empty else cache_root(config)
-        first = adapter.attachment.first_layers
-        states = TextStates(text, first["text"], cache, adapter.traits.runs_layers, adapter.disabled)
-        pictures = None
-        if "image" in adapter.traits.backbones:
-            pictures = PictureStates(encoders[0], first["image"], cache)
-        given = Given(
-            Parts(text, adapter, states), config.data, lambda: resolve_data(config.data), encoders, config.train.batch
-        )
+        layers = adapter.attachment.first_layers
+        states = TextStates(text, layers["text"], cache, adapter.traits.runs_layers, adapter.disabled)
+        if adapter.traits.changes_encoder:
+            entering = EncoderStates(first, layers["image"], cache)
+        parts = Parts(text, adapter, states)
+        root = lambda: resolve_data(config.data)  # noqa: E731
+        given = Given(parts, config.data, root, list(encoders.values()), widths, config.train.batch)
         task = TASKS[config.task.section_name].build(config.task, given)
-    return Model(
-        config, text, encoders, adapter, FeatureNorm(width, config.features), task, states, pictures, pretrained
-    )
+    norm = FeatureNorm(widths, config.features)
+    return Model(config, text, encoders, adapter, norm, task, states, entering, pretrained)
 
 
-def modality_widths(config: RunConfig, encoders: Sequence[VisionEncoder]) -> dict[str, int]:
-    """The modalities that the encoders make: one of all their features, or one of each where the adapter names as many."""
-    names = tuple(getattr(config.adapter, "modalities", ()))
-    if len(names) > 1 and len(names) == len(encoders):
-        return {name: encoder.width for name, encoder in zip(names, encoders, strict=True)}
-    return {"image": sum(encoder.width for encoder in encoders)}
+def modality_widths(config: ModelConfig, encoders: Mapping[str, Encoder]) -> dict[str, int]:
+    """e of each modality: its encoders' widths together."""
+    return {modality: sum(encoders[name].width for name in names) for modality, names in config.modalities.items()}
 
 
-def changeable(encoders: Sequence[VisionEncoder], adapter: Adapter) -> nn.Module:
-    """The first image encoder's model, which a method changes."""
-    if not encoders[0].depth:
+def changeable(encoder: Encoder | None, adapter: Adapter) -> nn.Module:
+    """The first encoder's model, which a method changes."""
+    if encoder is None or not encoder.depth:
         raise ConfigError(
-            f"the method {adapter.traits.name!r} changes the image encoder's transformer layers, and"
-            f" {encoders[0].config.name!r} has none: put another encoder first in model.vision, as dinov2-vits14"
+            f"the method {adapter.traits.name!r} changes an encoder's transformer layers, and"
+            f" {encoder.config.name if encoder else 'none'!r} has none: put another encoder first in model.encoders, as"
+            " dinov2-vits14"
         )
-    return encoders[0].model
+    return encoder.model
 
 
 def seed_everything(seed: int) -> None:

@@ -143,14 +143,14 @@ def activations(config: RunConfig, model: Model, tokens: int) -> int:
         logit_tokens=logits,
     )
     passes = model.adapter.traits.passes
-    return max(1, passes * (text + picture_activations(config, model)) + model.task.activation_bytes())
+    return max(1, passes * (text + encoder_activations(config, model)) + model.task.activation_bytes())
 
 
-def picture_activations(config: RunConfig, model: Model) -> int:
-    """The same of the image encoder, where the method changes it."""
-    if "image" not in model.adapter.traits.backbones:
+def encoder_activations(config: RunConfig, model: Model) -> int:
+    """The same of the first encoder, where the method changes it."""
+    if not model.adapter.traits.changes_encoder:
         return 0
-    encoder = model.encoders[0]
+    encoder = next(iter(model.encoders.values()))
     shape = costs.encoder_shape(encoder.settings.to_dict())
     above = max(0, encoder.depth - model.adapter.attachment.first_layers["image"])
     tokens = encoder.prefix_tokens + encoder.grid**2

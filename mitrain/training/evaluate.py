@@ -1,17 +1,21 @@
 """Scoring a split, as it is and under negative controls."""
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError
+from mitrain.data.features import Features, Inputs
 from mitrain.tasks import controls
 from mitrain.tasks.base import Prediction, require_finite
 from mitrain.training.build import Model
 
 Control = Literal["none", "shuffle", "no-image", "other-text", "frozen"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
+NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass
@@ -24,10 +28,12 @@ class Evaluation:
 
 def evaluate(
     model: Model,
-    images: Any,
+    files: Features,
     samples: Sequence[Any],
     *,
     control: str = "none",
+    without: Mapping[str, float] = NOTHING,
+    shuffled: Sequence[str] = (),
     seed: int = 0,
     batch: int = 32,
     generate: bool = False,
@@ -42,6 +48,9 @@ def evaluate(
     for `classify` and `regress` each sample keeps its image and is given another sample's text (of another object where
     possible); ``frozen``: the model without infusion.
 
+    ``without``: of each of these inputs the share of the samples that are scored without it; ``shuffled``: inputs of which
+    every sample is given another sample's file.
+
     UserError where a score would be made of numbers that are not finite; ``what`` says of which evaluation.
 
     Ranks take the batches in turn, the same batches that one process would make (and one of them again while others still
@@ -49,12 +58,16 @@ def evaluate(
     """
     if not samples:
         raise DataError(f"{what}: there is no sample to score; give a split that has some")
-    shown, paths, clashes = controlled(samples, model.task.shuffles, control, seed)
+    shown, inputs, clashes = controlled(samples, model.task.shuffles, control, seed)
+    for name in shuffled:
+        inputs = with_others(inputs, name, seed)
+    for name, share in without.items():
+        inputs = lacking(inputs, name, share, seed)
     done: dict[int, list[Prediction]] = {}
     kwargs = {"generate": True} if generate or model.task.must_generate(shown) else {}
     for start, own in dist.lockstep(range(0, len(samples), batch)[dist.rank() :: dist.world()], 0):
         part = slice(start, start + batch)
-        prepared = model.evaluation_batch(shown[part], paths[part], images, blind=control == "frozen")
+        prepared = model.evaluation_batch(shown[part], inputs[part], files, blind=control == "frozen")
         made = model.task.predict(prepared, **kwargs)
         if own:
             done[start] = made
@@ -63,44 +76,66 @@ def evaluate(
     predictions = [prediction for start in sorted(parts) for prediction in parts[start]]
     require_finite([p.id for p in predictions if not p.finite], len(predictions), what)
     metrics = {**model.task.score(samples, predictions), "control": control, **clashes}
+    metrics |= {"without": dict(without)} if without else {}
+    metrics |= {"shuffled": list(shuffled)} if shuffled else {}
     return Evaluation(metrics, predictions)
 
 
 def controlled(
     samples: Sequence[Any], shuffles: str, control: str, seed: int
-) -> tuple[list[Any], list[str], dict[str, Any]]:
-    """The samples and image paths to show, and what the control could not fulfil.
+) -> tuple[list[Any], list[Inputs], dict[str, Any]]:
+    """The samples and the inputs to show with each, and what the control could not fulfil.
 
     ``shuffles``: see `Task`; with ``images`` all samples of an image are given the same other one.
     """
-    own = [s.image for s in samples]
+    given = [s.inputs for s in samples]
+    own = [s.files for s in samples]
     objects = [s.object or s.id for s in samples]
     if control in ("none", "frozen"):
-        return list(samples), own, {}
+        return list(samples), given, {}
     if control == "other-text":
         pairing = controls.other_images(texts_of(samples, shuffles), objects, seed=seed, what="text")
         exchanged = [replace(s, text=samples[i].text) for s, i in zip(samples, pairing.index, strict=True)]
-        return exchanged, own, {"control_clashes": pairing.clashes}
+        return exchanged, given, {"control_clashes": pairing.clashes}
     if control == "shuffle" and shuffles == "expressions":
         pairing = controls.other_expressions(
             [s.expression for s in samples],
             [s.object for s in samples],
             own,
-            {s.image: s.present for s in samples},
+            {name: s.present for name, s in zip(own, samples, strict=True)},
             seed,
         )
         swapped = [replace(s, expression=samples[i].expression) for s, i in zip(samples, pairing.index, strict=True)]
-        return swapped, own, {"control_clashes": pairing.clashes}
+        return swapped, given, {"control_clashes": pairing.clashes}
     if shuffles == "images":
         named = dict(zip(own, objects, strict=True))
         images, objects = list(named), list(named.values())
     else:
         images = own
     pairing = controls.other_images(images, images if control == "shuffle" else objects, seed=seed)
-    shown = {image: images[i] for image, i in zip(images, pairing.index, strict=True)}
-    paths = [shown[image] for image in own] if shuffles == "images" else [own[i] for i in pairing.index]
+    first = dict(zip(own, given, strict=True))
+    shown = {image: first[images[i]] for image, i in zip(images, pairing.index, strict=True)}
+    exchanged = [shown[image] for image in own] if shuffles == "images" else [given[i] for i in pairing.index]
     same = sum(objects[i] == objects[j] for i, j in enumerate(pairing.index))  # of shuffle too, which does not avoid it
-    return list(samples), paths, {"control_clashes": {"object": same}}
+    return list(samples), exchanged, {"control_clashes": {"object": same}}
+
+
+def lacking(inputs: Sequence[Inputs], name: str, share: float, seed: int) -> list[Inputs]:
+    """The inputs, those of a ``share`` of the samples without ``name``; a larger share takes more of them."""
+    order = random.Random(f"{seed}/{name}").sample(range(len(inputs)), len(inputs))
+    gone = set(order[: round(share * len(inputs))])
+    return [{k: f for k, f in own.items() if k != name or i not in gone} for i, own in enumerate(inputs)]
+
+
+def with_others(inputs: Sequence[Inputs], name: str, seed: int) -> list[Inputs]:
+    """The inputs, each sample that has ``name`` with another one's; DataError where there are no two different ones."""
+    having = [i for i, own in enumerate(inputs) if name in own]
+    files = [inputs[i][name] for i in having]
+    if len(set(files)) < 2:
+        raise DataError(f"no two samples have a different {name!r}: there is nothing to shuffle")
+    pairing = controls.other_images(files, files, seed=seed, what=name)
+    given = {i: files[j] for i, j in zip(having, pairing.index, strict=True)}
+    return [{**own, name: given[i]} if i in given else own for i, own in enumerate(inputs)]
 
 
 def texts_of(samples: Sequence[Any], shuffles: str) -> list[str]:

@@ -5,7 +5,7 @@ A fingerprint is a flat ``{name: value}`` of strings, and is JSON as it stands:
     code.mitrain, code.sources, code.torch …   versions, and a digest of mitrain's own source files
     config.KEY                                 each value of the resolved configuration, as config.train.lr
     data.SPLIT.samples, data.SPLIT.FIELD       how many samples, and a digest of each of their fields, in order
-    data.SPLIT.pictures                        a digest of the pictures' contents
+    data.SPLIT.INPUT, data.SPLIT.INPUT.content a digest of the paths of an input's files, and of their contents
     base.NAME                                  a digest of frozen weights, as the caller made it
     base.NAME.settings, base.NAME.config.json  two of a frozen model's configuration, of which one must be the same
 
@@ -36,13 +36,13 @@ OURS = ("mitrain", "mitrain_kernels", "kernels/mitrain_kernels")  # installed, o
 def fingerprint(
     config: Mapping[str, Any],
     splits: Mapping[str, Sequence[Any]],
-    content: Callable[[str], str | None],
+    content: Callable[[Any], Mapping[str, str | None]],
     base: Mapping[str, str],
 ) -> dict[str, str]:
-    """The parts of a run on ``splits`` of samples (dataclasses with a field ``image``).
+    """The parts of a run on ``splits`` of samples (dataclasses of `mitrain.data.samples.Sample`).
 
-    ``config``: as ``RunConfig.to_dict()`` gives it. ``content``: the digest of a picture's file, as
-    ``ImageFeatures.key``. ``base``: digests of the frozen weights by name.
+    ``config``: as ``RunConfig.to_dict()`` gives it. ``content``: the digests of a sample's files, as
+    ``Features.contents``. ``base``: digests of the frozen weights by name.
     """
     return {
         **code_parts(),
@@ -52,7 +52,9 @@ def fingerprint(
     }
 
 
-def digests_of(splits: Mapping[str, Sequence[Any]], content: Callable[[str], str | None]) -> dict[str, str]:
+def digests_of(
+    splits: Mapping[str, Sequence[Any]], content: Callable[[Any], Mapping[str, str | None]]
+) -> dict[str, str]:
     """The parts of ``splits`` alone."""
     return {
         f"data.{split}.{name}": value
@@ -80,18 +82,23 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     entries: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
+            if key == "encoders":  # features stand side by side in this order, and the first one is what methods change
+                entries[f"{prefix}{key}"] = json.dumps(list(value), ensure_ascii=False)
             entries |= flat(value, f"{prefix}{key}.")
         else:
             entries[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return entries
 
 
-def of_samples(samples: Sequence[Any], content: Callable[[str], str | None]) -> Iterator[tuple[str, str]]:
-    """The count of ``samples``, and by field and for the pictures' contents a digest in their order."""
+def of_samples(samples: Sequence[Any], content: Callable[[Any], Mapping[str, str | None]]) -> Iterator[tuple[str, str]]:
+    """The count of ``samples``, and by field, and for each input's paths and contents, a digest in their order."""
     yield "samples", str(len(samples))
     for field in fields(samples[0]) if samples else ():
-        yield field.name, digest(getattr(sample, field.name) for sample in samples)
-    yield "pictures", digest(content(sample.image) for sample in samples)
+        if field.name != "inputs":
+            yield field.name, digest(getattr(sample, field.name) for sample in samples)
+    for name in dict.fromkeys(name for sample in samples for name in sample.inputs):
+        yield name, digest(sample.inputs.get(name) for sample in samples)
+        yield f"{name}.content", digest(content(sample).get(name) for sample in samples)
 
 
 def digest(values: Iterable[Any]) -> str:

@@ -24,8 +24,8 @@ from mitrain.core.files import remedy, write_atomic
 from mitrain.core.ownership import OWNERSHIP
 from mitrain.methods import export_format
 from mitrain.methods.export_format import Contents, EncoderShape
-from mitrain.models import ModelConfig, TextBackbone, VisionEncoder, loading
-from mitrain.models.vision import Preprocess
+from mitrain.models import Encoder, ModelConfig, TextBackbone, loading
+from mitrain.models.encoders.image import Preprocess
 from mitrain.training import checkpoint, schema
 from mitrain.training.build import Model, build, encoders_of, resolve_model, resolved
 from mitrain.training.checkpoint import Checkpoint
@@ -148,7 +148,7 @@ def open_run(
 ) -> Run:
     """Rebuild a run's model and load its ``best`` or ``latest`` checkpoint, or what was exported of it.
 
-    ``base`` and ``encoders``: where the language model and the image encoders are, if not where they were in training.
+    ``base`` and ``encoders``: where the language model and the encoders are, if not where they were in training.
     ModelError where the frozen models are not those it was trained on, unless ``allow_changes``.
     """
     folder = Path(folder)
@@ -222,7 +222,7 @@ def open_published(
 ) -> Run:
     """Rebuild an exported run's model on its frozen weights.
 
-    ``base`` and ``encoders``: other places of the same language model and image encoders; ``changes``: other values of
+    ``base`` and ``encoders``: other places of the same language model and encoders; ``changes``: other values of
     `ModelConfig`, as quantize="int8". ModelError where the base or an encoder is of another shape or, unless
     ``allow_changes``, has other weights.
     """
@@ -237,11 +237,12 @@ def open_published(
     here = export_format.base_shape(TextBackbone.read_config(llm))
     export_format.require_same(contents.base, here, f"the language model {str(llm)!r}", "give another with base=")
     seeing = encoders_of(run_config.model, loading.device_of(run_config.model.device))
-    for encoder, saved in zip(seeing, part.encoders, strict=True):
-        what = f"the image encoder {encoder.config.name!r}"
+    for encoder, saved in zip(seeing.values(), part.encoders, strict=True):
+        what = f"the {encoder.config.takes} encoder {encoder.config.name!r}"
         export_format.require_same(saved.shape, encoder_shape(encoder), what, "give another with encoders=")
         values = saved.preprocess
-        encoder.preprocess = Preprocess(values.size, tuple(values.mean), tuple(values.std), values.resize)
+        if values is not None:
+            encoder.preprocess = Preprocess(values.size, tuple(values.mean), tuple(values.std), values.resize)
     published = export_format.read(folder, trained_shapes(run_config, seeing, folder))
     model = build(run_config, encoders=seeing)
     check_frozen(contents.frozen or {}, lambda: model.base, folder, allow_changes)
@@ -251,7 +252,7 @@ def open_published(
 
 
 def trained_shapes(
-    run_config: RunConfig, encoders: list[VisionEncoder], folder: str | Path
+    run_config: RunConfig, encoders: dict[str, Encoder], folder: str | Path
 ) -> dict[str, tuple[int, ...]]:
     """The names and shapes of what a run trains, made without memory: what its export must hold, and no more.
 
@@ -291,13 +292,13 @@ def published_config(
     except ConfigError as error:
         raise CheckpointError(f"{folder}: the exported configuration is not understood ({error})") from None
     model = config.parse(ModelConfig, saved.model.to_dict() | dict(changes), "model")
-    if len(part.encoders) != len(model.vision):
+    if len(part.encoders) != len(model.encoders):
         raise CheckpointError(
-            f"{folder} describes {len(part.encoders)} of {len(model.vision)} encoders: export it again"
+            f"{folder} describes {len(part.encoders)} of {len(model.encoders)} encoders: export it again"
         )
     values = elsewhere(model, base, encoders).to_dict()
-    for encoder, saved_encoder in zip(values["vision"], part.encoders, strict=True):
-        encoder["size"] = saved_encoder.preprocess.size
+    for encoder, saved_encoder in zip(values["encoders"].values(), part.encoders, strict=True):
+        encoder |= {"size": saved_encoder.preprocess.size} if saved_encoder.preprocess else {}
     data = saved.data.model_copy(update={"root": export_format.data_seen(saved.data.root, Path(folder))})
     return saved.model_copy(update={"model": config.parse(ModelConfig, values, "model"), "data": data})
 
@@ -307,10 +308,10 @@ def elsewhere(model: ModelConfig, base: str | Path | None, encoders: Sequence[st
 
     ModelError where a folder that it names is not there and no other is given.
     """
-    given = [v.name for v in model.vision] if encoders is None else encoders
-    if len(given) != len(model.vision):
+    given = [v.name for v in model.encoders.values()] if encoders is None else encoders
+    if len(given) != len(model.encoders):
         raise ConfigError(
-            f"{len(given)} encoders were given, the adapter has {len(model.vision)}: give one for each, in order"
+            f"{len(given)} encoders were given, the adapter has {len(model.encoders)}: give one for each, in order"
         )
     llm, *names = (os.path.expanduser(str(name)) for name in (base or model.llm, *given))
     for name, option in [(llm, "--base"), *((name, "--encoder") for name in names)]:
@@ -319,8 +320,11 @@ def elsewhere(model: ModelConfig, base: str | Path | None, encoders: Sequence[st
                 f"the folder {name!r} of a frozen model is not there: say where it is with {option} (in Python"
                 f" {'base=' if option == '--base' else 'encoders='})"
             )
-    vision = tuple(v.model_copy(update={"name": name}) for v, name in zip(model.vision, names, strict=True))
-    return model.model_copy(update={"llm": llm, "vision": vision})
+    moved = {
+        key: part.model_copy(update={"name": name})
+        for (key, part), name in zip(model.encoders.items(), names, strict=True)
+    }
+    return model.model_copy(update={"llm": llm, "encoders": moved})
 
 
 def with_base(values: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -328,11 +332,11 @@ def with_base(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**values, "model": {**model, "llm": name} if isinstance(model, dict) else model}
 
 
-def encoder_shape(encoder: VisionEncoder) -> EncoderShape:
-    """The fingerprint of an image encoder."""
+def encoder_shape(encoder: Encoder) -> EncoderShape:
+    """The fingerprint of an encoder."""
     channels, patch = (getattr(encoder.settings, name, None) for name in ("hidden_size", "patch_size"))
     return EncoderShape(
-        model_type=encoder.kind,
+        model_type=encoder.family,
         width=encoder.width,
         layers=encoder.depth,
         channels=channels if isinstance(channels, int) else None,

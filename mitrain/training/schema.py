@@ -1,5 +1,6 @@
 """The whole configuration of a run, section by section."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from mitrain.core.errors import ConfigError
 from mitrain.data.features import FeatureConfig
 from mitrain.methods.kernels import KernelConfig
 from mitrain.models import ModelConfig
+from mitrain.models.encoders.config import from_list, inputs_of
 from mitrain.tasks import TASKS
 from mitrain.training.engine import OptimizerConfig, ZeroConfig
 from mitrain.training.schedule import ScheduleConfig
@@ -24,7 +26,8 @@ class TrainConfig(Section):
     ``batch`` samples are one micro-batch, ``accumulate`` of them one step. ``lr`` is the adapter's, ``head_lr`` the task
     head's (none: the same); ``rates``: the peak rates of parameters whose names begin so, as {adapter.others: 5e-4}.
     ``eval_every`` and ``save_every`` are in steps; the best step is chosen on ``val`` alone.
-    ``fraction``: of the training samples that are used, evenly spread. ``hang_minutes`` without a step print every
+    ``fraction``: of the training samples that are used, evenly spread. ``modality_dropout``: the probability with which a
+    training sample goes without each of its inputs, one at least left to it. ``hang_minutes`` without a step print every
     thread's stack.
     """
 
@@ -44,6 +47,7 @@ class TrainConfig(Section):
     save_every: int = Field(100, ge=1)
     keep: int = Field(2, ge=1)
     fraction: float = Field(1.0, gt=0, le=1)
+    modality_dropout: float = Field(0.0, ge=0, lt=1)
     log_every: int = Field(10, ge=1)
     max_skipped: int = Field(10, ge=0)
     hang_minutes: float = Field(30, ge=0, le=1e6)
@@ -68,10 +72,20 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _earlier(cls, values: Any) -> Any:
-        """Runs and exports of earlier versions also name the task in their section ``data``."""
-        data, task = (values.get(key) for key in ("data", "task")) if isinstance(values, dict) else (None, None)
+        """Runs and exports of earlier versions also name the task in their section ``data``, and list their image encoders
+        in ``model.vision``."""
+        if not isinstance(values, dict):
+            return values
+        data, task, model = (values.get(key) for key in ("data", "task", "model"))
         if isinstance(data, dict) and isinstance(task, dict) and data.get("task", 0) == task.get("name"):
-            return {**values, "data": {key: value for key, value in data.items() if key != "task"}}
+            values = {**values, "data": {key: value for key, value in data.items() if key != "task"}}
+        if isinstance(model, dict) and "vision" in model and "encoders" not in model:
+            kept = {key: value for key, value in model.items() if key != "vision"}
+            encoders = from_list(model["vision"], values.get("adapter"))
+            values = {**values, "model": {**kept, "encoders": encoders}}
+            if isinstance(task, dict) and "image" in (read := task.get("readout") or ()) and "image" not in encoders:
+                several = [name for each in read for name in (encoders if each == "image" else [each])]
+                values["task"] = {**task, "readout": several}
         return values
 
     @field_validator("adapter", "task", "data", mode="before")
@@ -89,6 +103,20 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.name={self.data.section_name!r} serves the task {fitting}, not {self.task.section_name!r}"
             )
+        read = inputs_of(self.model.encoders)
+        if self.data.takes_inputs and "inputs" not in self.data.model_fields_set and read:
+            return self.model_copy(update={"data": self.data.model_copy(update={"inputs": read})})._with_inputs(read)
+        return self._with_inputs(read)
+
+    def _with_inputs(self, read: Sequence[str]) -> "RunConfig":
+        """The same; ValueError where an encoder reads what no sample has."""
+        if absent := [name for name in read if name not in self.data.inputs]:
+            raise ValueError(
+                f"model.encoders reads the input {absent[0]!r}, which data.inputs={list(self.data.inputs)} does not list:"
+                f" name the encoder after one of these, or give it input={self.data.inputs[0]}"
+            )
+        if lost := [name for name in self.data.may_lack if name not in self.data.inputs]:
+            raise ValueError(f"data.may_lack names {lost[0]!r}, which is none of data.inputs={list(self.data.inputs)}")
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Training, as the algorithm box of a paper:
 
-encode every image and every text once with what is frozen
+encode every file and every text once with what is frozen
 for step = 1 … steps:
     for each micro-batch:  (sum, count) ← task.loss(batch) + adapter.extra_loss();  accumulate the gradient of the sum
     divide by the total count, clip, update the adapter and the head — or say why not
@@ -27,7 +27,7 @@ from mitrain.core import dist
 from mitrain.core.errors import CheckpointError, ConfigError, DataError
 from mitrain.core.files import write_json
 from mitrain.core.ownership import Standing, owned
-from mitrain.data.features import ImageFeatures
+from mitrain.data.features import Features
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit, portion
@@ -109,17 +109,17 @@ class Trainer:
     def _encode(self) -> None:
         """Run everything frozen once, and take the statistics that follow from it."""
         config, bad = self.config, BadSamples(self.config.data.bad_samples, self.config.data.bad_share)
-        self.images: ImageFeatures = self.model.images(config.data.image_root(self.root), bad)
+        self.features: Features = self.model.features(config.data.image_root(self.root), bad)
         splits = {"train": self.train, "val": self.val}
-        if dist.world() > 1:  # what differs besides the pictures' contents is said before the encoders run
-            require_same(fingerprint(config.to_dict(), splits, lambda _: None, self.model.base))
-        with self.watch.phase("encode images"):
+        if dist.world() > 1:  # what differs besides the files' contents is said before the encoders run
+            require_same(fingerprint(config.to_dict(), splits, lambda _: {}, self.model.base))
+        with self.watch.phase("encode inputs"):
             views = {"train": config.features.views, "val": config.features.eval_views}
-            total = sum(len({s.image for s in part}) * views[name] for name, part in splits.items())
-            with self._bar(total * len(self.images.encodings), "encode images") as bar:
+            total = sum(self.features.work(part, views[name]) for name, part in splits.items())
+            with self._bar(total, "encode inputs") as bar:
                 splits = {name: self._usable(part, name, views[name], bar) for name, part in splits.items()}
         self.train, self.val = splits.values()
-        self.fingerprint = fingerprint(config.to_dict(), splits, self.images.key, self.model.base)
+        self.fingerprint = fingerprint(config.to_dict(), splits, self.features.contents, self.model.base)
         require_same(self.fingerprint)
         for line in cautions(self.model.task, self.val, "the split 'val'", getattr(self.model.task, "known", None)):
             log.warning(line)
@@ -128,7 +128,7 @@ class Trainer:
             with self._bar(len(rows), "encode texts") as bar:
                 self.model.states.prepare(rows, bar.update)
             self.model.task.rehearse(self.val)
-            self.model.norm.fit(self.images.pooled_of_all(sorted({s.image for s in self.train})))
+            self.model.norm.fit(self.features.of_files(self.train))
             with self.engine.gathered(write=True):
                 self.model.train(False)
                 self.model.task.fit(self.train, self._see)
@@ -138,15 +138,15 @@ class Trainer:
                 dist.copy_from_main(module.state_dict().values())
 
     def _see(self, samples: Sequence[Any]) -> Batch:
-        return self.model.evaluation_batch(samples, [s.image for s in samples], self.images)
+        return self.model.evaluation_batch(samples, [s.inputs for s in samples], self.features)
 
     def _bar(self, total: int, text: str) -> tqdm:
         return tqdm(total=total, desc=text, disable=self.quiet or None, file=sys.stderr, leave=False)
 
     def _usable(self, samples: Sequence[Any], split: str, views: int, bar: tqdm) -> list[Any]:
-        kept = self.images.readable(samples, views, bar.update)
+        kept = self.features.readable(samples, views, bar.update)
         if not kept:
-            raise DataError(f"no sample of the split {split!r} can be read: check data.root and data.images")
+            raise DataError(f"no sample of the split {split!r} can be read: check data.root")
         return kept
 
     def _groups(self) -> list[Group]:
@@ -274,7 +274,7 @@ class Trainer:
         idle = not draws[share]
         if idle and not self.engine.lockstep:
             return
-        batch = self.model.training_batch(draws, self.images, slice(0, 1) if idle else share)
+        batch = self.model.training_batch(draws, self.features, slice(0, 1) if idle else share)
 
         # Through the engine: at stage 3 the modules gather their weights only within its forward pass.
         total, count = self.engine.forward(lambda: self.loss(batch))
@@ -305,7 +305,7 @@ class Trainer:
             self._require_finite(step, self._trained())
         with self.watch.phase("evaluate"):
             options = {"batch": self.config.train.eval_batch, "what": f"val at step {step}"}
-            scores = evaluate(self.model, self.images, self.val, **options).metrics
+            scores = evaluate(self.model, self.features, self.val, **options).metrics
         metrics.event("val", step, scores)
         value = float(scores[self.model.task.metric])
         if not math.isfinite(value):

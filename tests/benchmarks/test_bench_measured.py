@@ -69,7 +69,7 @@ def cache(monkeypatch, tmp_path):
 def test_the_trunk_runs_in_every_step_and_images_stay_cached(world, cache):
     plan = Plan(str(world / "bench.yaml"), steps=2)
     trainer = Measured(schema.load(plan.config, plan.overrides(Cell(OURS, "fp32", 0, 1))), plan.samples)
-    assert trainer.images.features[0].store.folder and not trainer.model.states.cached
+    assert trainer.features.parts[0].encoding.store.folder and not trainer.model.states.cached
     assert len(trainer.train) == plan.samples
     runs = []
     trainer.model.text.model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))

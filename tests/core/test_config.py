@@ -72,8 +72,8 @@ def test_yaml_floats_and_duplicate_keys():
 
 def test_override_parses_values_and_copies():
     values = {"train": {"steps": 1}}
-    changed = config.override(values, ["train.steps=5", "train.lr=1e-4", "model.vision=[a, b]"])
-    assert changed == {"train": {"steps": 5, "lr": 1e-4}, "model": {"vision": ["a", "b"]}}
+    changed = config.override(values, ["train.steps=5", "train.lr=1e-4", "model.encoders=[a, b]"])
+    assert changed == {"train": {"steps": 5, "lr": 1e-4}, "model": {"encoders": ["a", "b"]}}
     assert values == {"train": {"steps": 1}}
 
 

@@ -89,7 +89,7 @@ def config(tmp_path):
     vision_folder(tmp_path / "vision", layers=2)
     colour_records(tmp_path / "data", train=8, val=4)
     values = {
-        "model": {"llm": str(tmp_path / "llm"), "vision": [{"name": str(tmp_path / "vision")}]},
+        "model": {"llm": str(tmp_path / "llm"), "encoders": {"image": {"name": str(tmp_path / "vision")}}},
         "adapter": {"name": "mit", "layers": [1]},
         "task": {"name": "answer"},
         "data": {"name": "records", "root": str(tmp_path / "data")},

@@ -37,7 +37,7 @@ COCO = [
 def test_restval_is_training_and_filepath_is_a_folder(tmp_path, caplog):
     root = write(tmp_path, COCO)
     train = read_karpathy(root, None, "train")
-    assert [(s.image, s.text) for s in train] == [
+    assert [(s.inputs["image"], s.text) for s in train] == [
         ("images/train2014/a.jpg", "A cat."),
         ("images/train2014/a.jpg", "A black cat."),
         ("images/val2014/b.jpg", "A dog."),
@@ -52,13 +52,13 @@ def test_flickr_has_no_filepath_and_perhaps_tokens_alone(tmp_path, caplog):
     images = [image("1.jpg", "train", "One."), bare, image("3.jpg", "train")]
     root = write(tmp_path, images, "dataset_flickr30k.json", "flickr30k_images")
     found = read_karpathy(root, None, "train")
-    assert [(s.image, s.text) for s in found] == [
+    assert [(s.inputs["image"], s.text) for s in found] == [
         ("flickr30k_images/1.jpg", "One."),
         ("flickr30k_images/2.jpg", "a red kite"),
     ]
     assert "left out 1 images without a caption" in caplog.text
     elsewhere = write(tmp_path / "x", images, folder="pictures") if (tmp_path / "x").mkdir() is None else None
-    assert read_karpathy(elsewhere, None, "train", "pictures")[0].image == "pictures/1.jpg"
+    assert read_karpathy(elsewhere, None, "train", "pictures")[0].inputs["image"] == "pictures/1.jpg"
     with pytest.raises(DataError, match=r"no picture '1\.jpg' .*data\.images"):
         read_karpathy(elsewhere, None, "train")
 
@@ -108,18 +108,18 @@ def test_captions_of_ones_own(tmp_path):
     rows = [{"image": "a.png", "text": ["one", " two "], "object": "o"}, {"image": "b.png", "text": "three", "id": "x"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_captions(tmp_path / "a.jsonl") == [
-        CaptionSample("a.jsonl:1/0", "a.png", "one", "o"),
-        CaptionSample("a.jsonl:1/1", "a.png", "two", "o"),
-        CaptionSample("x", "b.png", "three"),
+        CaptionSample("a.jsonl:1/0", {"image": "a.png"}, "one", "o"),
+        CaptionSample("a.jsonl:1/1", {"image": "a.png"}, "two", "o"),
+        CaptionSample("x", {"image": "b.png"}, "three"),
     ]
     (tmp_path / "a.csv").write_text('file,caption\na.png,"one, two"\na.png,three\n')
     found = read_captions(tmp_path / "a.csv", {"image": "file", "text": "caption"})
-    assert [(s.image, s.text) for s in found] == [("a.png", "one, two"), ("a.png", "three")]
+    assert [(s.inputs["image"], s.text) for s in found] == [("a.png", "one, two"), ("a.png", "three")]
 
 
 def test_a_pictures_name_has_no_blanks_around_it(tmp_path):
     (tmp_path / "a.csv").write_text("image , text\n a.png ,A cat.\n")
-    assert [(s.image, s.text) for s in read_captions(tmp_path / "a.csv")] == [("a.png", "A cat.")]
+    assert [(s.inputs["image"], s.text) for s in read_captions(tmp_path / "a.csv")] == [("a.png", "A cat.")]
 
 
 def test_a_list_in_one_json_file_is_read(tmp_path):
@@ -127,7 +127,7 @@ def test_a_list_in_one_json_file_is_read(tmp_path):
     rows = [{"image": "a.jpg", "caption": "one", "image_id": "7"}, {"image": "b.jpg", "caption": ["two", "three"]}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     found = read_captions(tmp_path / "a.json", {"text": "caption"})
-    assert [(s.id, s.image, s.text) for s in found] == [
+    assert [(s.id, s.inputs["image"], s.text) for s in found] == [
         ("a.json:1", "a.jpg", "one"), ("a.json:2/0", "b.jpg", "two"), ("a.json:2/1", "b.jpg", "three"),
     ]  # fmt: skip
     for text, match in (
@@ -180,7 +180,7 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, changes, sent
     (root / "own.jsonl").write_text(json.dumps({"image": "a.jpg", "text": own}) + "\n")
     for read in (lambda: read_karpathy(root, None, "train"), lambda: read_captions(root / "own.jsonl")):
         samples = read_or_refused(read, DataError)
-        assert samples is None or all(s.text.strip() and s.image for s in samples)
+        assert samples is None or all(s.text.strip() and s.inputs["image"] for s in samples)
 
 
 def test_a_list_in_a_cell_is_several_captions(tmp_path):

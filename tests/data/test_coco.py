@@ -50,7 +50,7 @@ def test_questions_meet_their_answers_in_whatever_order(tmp_path, caplog):
     first, second = read_vqa(write(tmp_path), "train2014")
     picture = "images/train2014/COCO_train2014_000000000001.jpg"
     assert first == AnswerSample(
-        "11", picture, "What is it?", "net", kind="other", object=picture, references=("net", "net", "a net")
+        "11", {"image": picture}, "What is it?", "net", kind="other", object=picture, references=("net", "net", "a net")
     )
     assert (second.prompt, second.answer, second.kind) == ("Is it red?", "yes", "yes/no")
     assert "left out 1 without an answer, 1 with an empty answer; 2 samples remain" in caplog.text
@@ -58,10 +58,10 @@ def test_questions_meet_their_answers_in_whatever_order(tmp_path, caplog):
 
 def test_files_may_lie_in_a_folder_and_pictures_have_the_names_of_2017(tmp_path):
     root = write(tmp_path, folder="annotations", name="{1:012d}.jpg")
-    assert read_vqa(root, "train2014")[0].image == "images/train2014/000000000001.jpg"
+    assert read_vqa(root, "train2014")[0].inputs["image"] == "images/train2014/000000000001.jpg"
     (root / "elsewhere").mkdir()
     (root / "elsewhere" / "000000000001.jpg").touch()
-    assert read_vqa(root, "train2014", "elsewhere")[0].image == "elsewhere/000000000001.jpg"
+    assert read_vqa(root, "train2014", "elsewhere")[0].inputs["image"] == "elsewhere/000000000001.jpg"
 
 
 def test_without_a_multiple_choice_answer_the_commonest_counts(tmp_path):
@@ -127,7 +127,7 @@ CAPTIONS = [{"image_id": 7, "id": i, "caption": text} for i, text in enumerate([
 def test_captions_of_coco(tmp_path, caplog):
     root = write_captions(tmp_path, IMAGES, CAPTIONS)
     first, second = read_coco_captions(root, "val2017")
-    assert first == CaptionSample("0", "val2017/000000000007.jpg", "A cat.", "7")
+    assert first == CaptionSample("0", {"image": "val2017/000000000007.jpg"}, "A cat.", "7")
     assert first.captions == second.captions == ("A cat.", "Cats") and "left out 1 wordless captions" in caplog.text
     section = CocoCaptionsConfig(root=str(root))
     assert section.split_names(root) == ["val"] and section.read(root, "val") == [first, second]

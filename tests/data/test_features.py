@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from folders import colour_records, llm_folder, vision_folder
+from modalities import Pictures
 from PIL import Image
 
 from mitrain.core.errors import DataError
-from mitrain.data.features import FeatureConfig, FeatureNorm, ImageFeatures
+from mitrain.data.features import FeatureConfig, FeatureNorm
+from mitrain.data.formats.labels import LabelSample
 from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.data.images import BadSamples
-from mitrain.models import TextBackbone, VisionConfig, VisionEncoder
+from mitrain.models import ImageConfig, ImageEncoder, TextBackbone
 
 IMAGES = [f"images/{i}.png" for i in range(6)]
 
@@ -23,15 +25,15 @@ def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("features")
     folder = vision_folder(path / "vision")
     encoders = [
-        VisionEncoder(VisionConfig(name=str(folder), levels=[3, 1], layer=3, pool="cls+mean"), folder),
-        VisionEncoder(VisionConfig(name=str(folder), resize="pad"), folder),
+        ImageEncoder(ImageConfig(name=str(folder), levels=[3, 1], layer=3, pool="cls+mean"), folder),
+        ImageEncoder(ImageConfig(name=str(folder), resize="pad"), folder),
     ]
     text = TextBackbone.load(llm_folder(path / "llm"), torch.float32)
     return encoders, text, colour_records(path / "data", train=8, val=4)
 
 
 def features(world, cache, bad=None):
-    return ImageFeatures(world[0], world[2], cache, 10**6, bad)
+    return Pictures(world[0], world[2], cache, 10**6, bad)
 
 
 def test_cached_equals_uncached(world, tmp_path):
@@ -49,18 +51,19 @@ def test_cached_equals_uncached(world, tmp_path):
 def test_each_image_is_encoded_once(world, tmp_path, monkeypatch):
     features(world, tmp_path).prepare(IMAGES)
     again = features(world, tmp_path)
-    monkeypatch.setattr(VisionEncoder, "encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(ImageEncoder, "encode", lambda *_: pytest.fail("encoded again"))
     assert again.prepare(IMAGES) == 0
     again.pooled(IMAGES)
 
 
 def test_of_any_number_of_pictures_a_few_are_encoded_at_a_time(world, monkeypatch):
     monkeypatch.setattr("mitrain.data.features.ENCODE_BATCH", 4)
-    found, counts, encode = features(world, None), [], VisionEncoder.encode
+    found, counts, encode = features(world, None), [], ImageEncoder.encode
     whole = found.pooled(IMAGES)
-    monkeypatch.setattr(VisionEncoder, "encode", lambda self, *a: counts.append(len(a[0])) or encode(self, *a))
-    torch.testing.assert_close(found.pooled_of_all(IMAGES), whole)
-    assert counts == [4, 4, 2, 2]
+    monkeypatch.setattr(ImageEncoder, "encode", lambda self, *a: counts.append(len(a[0])) or encode(self, *a))
+    samples = [LabelSample(image, {"image": image}, "", ()) for image in IMAGES]
+    torch.testing.assert_close(found.all.of_files(samples)["image"], whole)
+    assert counts == [4, 2, 4, 2]
 
 
 def test_averaging_views(world, tmp_path):
@@ -81,7 +84,9 @@ def test_a_bad_image_is_named_and_counted_then_stops(world, caplog):
 def test_a_broken_mask_is_named_and_counted_then_stops(world, caplog):
     found = features(world, None, BadSamples(1, 1.0))
     whole, torn = ([[2, 1, 8, 1, 8, 5]], {"size": [20, 24], "counts": [3]})
-    samples = [ReferSample(f"s{i}", IMAGES[i], "x", (20, 24), mask) for i, mask in enumerate((whole, torn, whole))]
+    samples = [
+        ReferSample(f"s{i}", {"image": IMAGES[i]}, "x", (20, 24), mask) for i, mask in enumerate((whole, torn, whole))
+    ]
     assert found.readable(samples) == [samples[0], samples[2]]
     assert "skipped s1 (1 of at most 1): its segmentation is broken" in caplog.text
     with pytest.raises(DataError, match="more than data.bad_samples=1: s1 .*; s3 "):
@@ -89,8 +94,10 @@ def test_a_broken_mask_is_named_and_counted_then_stops(world, caplog):
 
 
 def test_a_split_of_which_too_much_is_missing_is_refused(world):
-    samples = [ReferSample(f"s{i}", f"images/gone{i}.png", "x", (20, 24), [[2, 1, 8, 1, 8, 5]]) for i in range(2)]
-    samples += [ReferSample("s9", IMAGES[0], "x", (20, 24), [[2, 1, 8, 1, 8, 5]])]
+    samples = [
+        ReferSample(f"s{i}", {"image": f"images/gone{i}.png"}, "x", (20, 24), [[2, 1, 8, 1, 8, 5]]) for i in range(2)
+    ]
+    samples += [ReferSample("s9", {"image": IMAGES[0]}, "x", (20, 24), [[2, 1, 8, 1, 8, 5]])]
     with pytest.raises(DataError, match=r"2 of 3 samples cannot be used.*bad_share=0.1: images/gone0\.png"):
         features(world, None, BadSamples(20)).readable(samples)
 
@@ -105,12 +112,14 @@ def test_a_picture_that_is_not_what_was_annotated_is_a_bad_sample(world, caplog)
     image.resize((20, 15)).save(folder / "half.png")
     image.crop((0, 0, 40, 20)).save(folder / "other.png")
     names = ["turned", "upright", "half", "other"]
-    samples = [ReferSample(name, f"images/{name}.png", "x", (30, 40), [[2, 1, 8, 1, 8, 5]]) for name in names]
+    samples = [
+        ReferSample(name, {"image": f"images/{name}.png"}, "x", (30, 40), [[2, 1, 8, 1, 8, 5]]) for name in names
+    ]
     found = features(world, None, BadSamples(1, 0.5))
     assert found.readable(samples) == samples[:3]
     assert "other.png' in" in caplog.text and "40 x 20 pixels, its annotation is made for 40 x 30" in caplog.text
     assert "1 pictures are read as it is stored" in caplog.text and "as a scaled copy" in caplog.text
-    assert found.picture("images/turned.png").tobytes() == image.tobytes()  # not turned: so its mask lies
+    assert found.content("images/turned.png").tobytes() == image.tobytes()  # not turned: so its mask lies
     assert torch.equal(*found.pooled(["images/turned.png", "images/upright.png"]))
     assert found.key("images/turned.png") != features(world, None).key("images/turned.png")
 
@@ -137,7 +146,7 @@ def test_a_picture_is_read_once_for_its_name_and_its_pixels(world, monkeypatch):
     found = features(world, None)
     found.key(IMAGES[0])
     assert len(opened) == 1
-    found.picture(IMAGES[0])
+    found.content(IMAGES[0])
     assert len(opened) == 2
 
 
@@ -168,8 +177,8 @@ def test_text_states_equal_the_trunk(world, tmp_path):
 
 def test_standardised_features_have_the_asked_norm():
     x = torch.randn(500, 64) * torch.rand(64) * 9 + 3
-    norm = FeatureNorm(64, FeatureConfig(norm=4.0))
-    norm.fit(x)
+    norm = FeatureNorm({"image": 64}, FeatureConfig(norm=4.0))
+    norm.fit({"image": x})
     out = norm(x)
     torch.testing.assert_close(out.mean(0), torch.zeros(64), atol=1e-5, rtol=0)
     torch.testing.assert_close(out.square().sum(1).mean(), torch.tensor(16.0), rtol=1e-3, atol=0)
@@ -179,14 +188,14 @@ def test_standardised_features_have_the_asked_norm():
 def test_l2_and_none():
     x = torch.randn(5, 8)
     torch.testing.assert_close(
-        FeatureNorm(8, FeatureConfig(normalize="l2", norm=2.0))(x).norm(dim=1), torch.full((5,), 2.0)
+        FeatureNorm({"image": 8}, FeatureConfig(normalize="l2", norm=2.0))(x).norm(dim=1), torch.full((5,), 2.0)
     )
-    assert torch.equal(FeatureNorm(8, FeatureConfig(normalize="none"))(x), x)
+    assert torch.equal(FeatureNorm({"image": 8}, FeatureConfig(normalize="none"))(x), x)
 
 
 def test_noise_follows_its_generator():
-    norm, x = FeatureNorm(8, FeatureConfig(noise=0.5, dropout=0.25)), torch.ones(4, 8)
+    norm, x = FeatureNorm({"image": 8}, FeatureConfig(noise=0.5, dropout=0.25)), torch.ones(4, 8)
     one = norm.disturb(x, torch.Generator().manual_seed(1))
     assert torch.equal(one, norm.disturb(x, torch.Generator().manual_seed(1)))
     assert not torch.equal(one, norm.disturb(x, torch.Generator().manual_seed(2)))
-    assert (one == 0).any() and torch.equal(FeatureNorm(8, FeatureConfig()).disturb(x, torch.Generator()), x)
+    assert (one == 0).any() and torch.equal(FeatureNorm({"image": 8}, FeatureConfig()).disturb(x, torch.Generator()), x)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from folders import colour_records, llm_folder, vision_folder
+from modalities import Pictures
 
-from mitrain.data.features import ImageFeatures
-from mitrain.data.hidden_states import PictureStates, TextStates
+from mitrain.data.hidden_states import EncoderStates, TextStates
 from mitrain.data.images import open_image
-from mitrain.models import TextBackbone, VisionConfig, VisionEncoder
+from mitrain.models import ImageConfig, ImageEncoder, TextBackbone
 
 IMAGES = [f"images/{i}.png" for i in range(4)]
 
@@ -16,37 +16,41 @@ IMAGES = [f"images/{i}.png" for i in range(4)]
 def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("states")
     folder = vision_folder(path / "vision")
-    encoder = VisionEncoder(VisionConfig(name=str(folder)), folder)
-    images = ImageFeatures([encoder], colour_records(path / "data", train=4, val=4), None, 10**6)
+    encoder = ImageEncoder(ImageConfig(name=str(folder)), folder)
+    images = Pictures([encoder], colour_records(path / "data", train=4, val=4), None, 10**6)
     return encoder, images, TextBackbone.load(llm_folder(path / "llm"), torch.float32)
 
 
+def asked(images, states):
+    return Pictures([states.encoder], images.index.root, None, also=states)
+
+
 def prepare(images, states, views=1):
-    return ImageFeatures([], images.index.root, None, 10**6, also=[states]).prepare(IMAGES, views)
+    return asked(images, states).prepare(IMAGES, views)
 
 
 @pytest.mark.parametrize("depth", [0, 2, 3])
 def test_cached_and_uncached_are_what_enters_the_layer(world, tmp_path, depth):
     encoder, images, _ = world
-    plain, cached = PictureStates(encoder, depth, None), PictureStates(encoder, depth, tmp_path)
+    plain, cached = EncoderStates(encoder, depth, None), EncoderStates(encoder, depth, tmp_path)
     assert prepare(images, plain, 2) == 0 and prepare(images, cached, 2) == 8
     views = [0, 1, 1, 0]
-    found = cached.batch(images, IMAGES, views)
-    assert torch.equal(found, plain.batch(images, IMAGES, views))
-    pixels = encoder._pixels([open_image(images.index.root, path, images.max_pixels) for path in IMAGES], views)
+    found = asked(images, cached).states(IMAGES, views)
+    assert torch.equal(found, asked(images, plain).states(IMAGES, views))
+    pixels = encoder._pixels([open_image(images.index.root, path, images.limits.pixels) for path in IMAGES], views)
     hidden = encoder.model(pixel_values=pixels, output_hidden_states=True).hidden_states[depth]
     torch.testing.assert_close(found, hidden, rtol=2**-10, atol=2**-10)  # kept in 16 bits: 11 of the mantissa
-    assert not torch.equal(found[1], cached.batch(images, IMAGES)[1])  # another view
+    assert not torch.equal(found[1], asked(images, cached).states(IMAGES)[1])  # another view
 
 
 def test_each_view_is_run_once_and_depths_do_not_mix(world, tmp_path, monkeypatch):
     encoder, images, _ = world
-    prepare(images, PictureStates(encoder, 1, tmp_path))
+    prepare(images, EncoderStates(encoder, 1, tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(VisionEncoder, "entering", lambda *_: pytest.fail("run again"))
-        again = PictureStates(encoder, 1, tmp_path)
-        assert prepare(images, again) == 0 and again.batch(images, IMAGES).shape == (4, 5, 24)
-    assert prepare(images, PictureStates(encoder, 2, tmp_path)) == 4
+        patch.setattr(ImageEncoder, "entering", lambda *_: pytest.fail("run again"))
+        again = EncoderStates(encoder, 1, tmp_path)
+        assert prepare(images, again) == 0 and asked(images, again).states(IMAGES).shape == (4, 5, 24)
+    assert prepare(images, EncoderStates(encoder, 2, tmp_path)) == 4
 
 
 def test_texts_are_given_to_methods_that_run_the_layers_also_without_a_cache(world):
@@ -61,7 +65,7 @@ def test_texts_are_given_to_methods_that_run_the_layers_also_without_a_cache(wor
 
 
 def test_the_identity_is_that_of_the_weights_before_a_method_changed_them(world):
-    encoder = VisionEncoder(VisionConfig(name=world[0].config.name), world[0].config.name)
+    encoder = ImageEncoder(ImageConfig(name=world[0].config.name), world[0].config.name)
     before = encoder.identity()
     with torch.no_grad():
         next(encoder.model.parameters()).add_(1.0)

@@ -6,17 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 from folders import colour_records, vision_folder
+from modalities import Pictures
 from PIL import Image
 
 from mitrain.core.errors import DataError
-from mitrain.data import index
-from mitrain.data.features import ImageFeatures
+from mitrain.data import index, media
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.images import BadSamples
-from mitrain.data.index import ROW, PictureIndex, ahead
+from mitrain.data.index import ROW, FileIndex, ahead
 from mitrain.data.inspection import inspect_splits
-from mitrain.models import VisionConfig, VisionEncoder
+from mitrain.data.media import MEDIA, Limits
+from mitrain.models import ImageConfig, ImageEncoder
 from mitrain.tasks.answer import AnswerTask
 
 IMAGES = [f"images/{i}.png" for i in range(5)]
@@ -25,7 +26,7 @@ IMAGES = [f"images/{i}.png" for i in range(5)]
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     folder = vision_folder(tmp_path_factory.mktemp("index") / "vision")
-    return VisionEncoder(VisionConfig(name=str(folder)), folder)
+    return ImageEncoder(ImageConfig(name=str(folder)), folder)
 
 
 @pytest.fixture
@@ -38,17 +39,17 @@ def data(tmp_path, monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """The pictures that were read, in order."""
-    found, read = [], index.read_image
-    monkeypatch.setattr(index, "read_image", lambda root, image, most: found.append(image) or read(root, image, most))
+    found, read = [], media.read_image
+    monkeypatch.setattr(media, "read_image", lambda root, image, most: found.append(image) or read(root, image, most))
     return found
 
 
 def features(encoder, data, cache, bad=None):
-    return ImageFeatures([encoder], data, cache, 10**6, bad)
+    return Pictures([encoder], data, cache, 10**6, bad)
 
 
 def test_a_picture_is_read_once_for_its_name_and_all_that_is_made_of_it(encoder, data, tmp_path, reads):
-    found = ImageFeatures([encoder, encoder], data, tmp_path / "cache", 10**6)
+    found = Pictures([encoder, encoder], data, tmp_path / "cache", 10**6)
     assert found.prepare(IMAGES, 3) == 2 * 5 * 3
     assert [found.key(image) for image in IMAGES] and sorted(reads) == IMAGES
 
@@ -69,7 +70,7 @@ def test_the_index_knows_size_and_turn_so_that_annotations_are_judged_alike(enco
     exif[0x0112] = 6
     Image.new("RGB", (40, 30), "red").save(data / "turned.png", exif=exif)
     Image.new("RGB", (40, 20), "red").save(data / "other.png")
-    samples = [ReferSample(n, f"{n}.png", "x", (30, 40), [[2, 1, 8, 1, 8, 5]]) for n in ("turned", "other")]
+    samples = [ReferSample(n, {"image": f"{n}.png"}, "x", (30, 40), [[2, 1, 8, 1, 8, 5]]) for n in ("turned", "other")]
     said = []
     for _ in range(2):
         found = features(encoder, data, tmp_path / "cache", BadSamples(1, 0.5))
@@ -136,7 +137,7 @@ def test_a_link_that_is_set_to_a_file_of_the_same_size_and_times_is_read_again(d
         return SimpleNamespace(st_size=found.st_size, st_ino=found.st_ino, st_mtime_ns=1, st_ctime_ns=1)
 
     monkeypatch.setattr(index, "os", SimpleNamespace(stat=one_tick, path=os.path))
-    seen = PictureIndex(data, tmp_path)
+    seen = FileIndex(data, tmp_path, MEDIA["image"], Limits())
     first = seen.read("link.png").digest
     assert seen.find(["link.png"])["link.png"].digest == first
     (data / "link.png").unlink()
@@ -147,7 +148,7 @@ def test_a_link_that_is_set_to_a_file_of_the_same_size_and_times_is_read_again(d
 def test_a_picture_that_changed_just_before_it_was_read_is_not_entered(data, tmp_path, monkeypatch):
     """Within the tick of its file system's clock it could change once more and keep its times."""
     monkeypatch.setattr(index, "RECENT_NS", 2_000_000_000)
-    seen = PictureIndex(data, tmp_path)
+    seen = FileIndex(data, tmp_path, MEDIA["image"], Limits())
     os.utime(data / IMAGES[0], (1e9, 1e9))  # as a copy may have it, which is no older for that
     status = (data / IMAGES[0]).stat()
     now = status.st_ctime_ns + 2_000_000_000
@@ -158,15 +159,15 @@ def test_a_picture_that_changed_just_before_it_was_read_is_not_entered(data, tmp
 
 
 def test_a_picture_that_changes_while_it_is_read_is_not_entered(data, tmp_path, monkeypatch):
-    read = index.read_image
+    read = media.read_image
 
     def slow(root, image, most):
         found = read(root, image, most)
         os.utime(data / image)
         return found
 
-    monkeypatch.setattr(index, "read_image", slow)
-    seen = PictureIndex(data, tmp_path)
+    monkeypatch.setattr(media, "read_image", slow)
+    seen = FileIndex(data, tmp_path, MEDIA["image"], Limits())
     seen.read(IMAGES[0])
     assert not seen.rows
 
@@ -174,7 +175,7 @@ def test_a_picture_that_changes_while_it_is_read_is_not_entered(data, tmp_path, 
 def test_another_size_limit_is_applied_to_what_the_index_knows(encoder, data, tmp_path):
     features(encoder, data, tmp_path / "cache").prepare(IMAGES)
     with pytest.raises(DataError, match=r"pixels, 3 are allowed"):
-        ImageFeatures([encoder], data, tmp_path / "cache", 3).key(IMAGES[0])
+        Pictures([encoder], data, tmp_path / "cache", 3).key(IMAGES[0])
 
 
 def flipped(path):
@@ -228,24 +229,27 @@ def test_an_index_that_cannot_be_written_is_said_and_costs_time(encoder, data, t
 
 
 def test_what_another_process_published_meanwhile_stays(data, tmp_path):
-    one, other = PictureIndex(data, tmp_path), PictureIndex(data, tmp_path)
+    one, other = (
+        FileIndex(data, tmp_path, MEDIA["image"], Limits()),
+        FileIndex(data, tmp_path, MEDIA["image"], Limits()),
+    )
     one.read(IMAGES[0]), other.read(IMAGES[1])
     one.publish(), other.publish()
-    assert set(PictureIndex(data, tmp_path).find(IMAGES)) == set(IMAGES[:2])
+    assert set(FileIndex(data, tmp_path, MEDIA["image"], Limits()).find(IMAGES)) == set(IMAGES[:2])
 
 
 def test_the_index_is_bounded(data, tmp_path, monkeypatch):
     monkeypatch.setattr(index, "MOST", 3)
-    seen = PictureIndex(data, tmp_path)
+    seen = FileIndex(data, tmp_path, MEDIA["image"], Limits())
     for image in IMAGES:
         seen.read(image)
     seen.publish()
-    assert set(PictureIndex(data, tmp_path).find(IMAGES)) == set(IMAGES[2:])
+    assert set(FileIndex(data, tmp_path, MEDIA["image"], Limits()).find(IMAGES)) == set(IMAGES[2:])
 
 
 def test_what_the_times_did_not_tell_is_refused_once_and_not_believed_again(encoder, data, tmp_path, monkeypatch):
     """The content changes below the file's times; the features of what the index says are not there any more."""
-    known = PictureIndex(data, tmp_path / "cache" / "index", 10**6)
+    known = FileIndex(data, tmp_path / "cache" / "index", MEDIA["image"], Limits(10**6))
     known.read(IMAGES[0])
     name, row = next(iter(known.rows.items()))
     known.rows[name] = row[:16] + bytes(32) + row[48:]
@@ -258,18 +262,18 @@ def test_what_the_times_did_not_tell_is_refused_once_and_not_believed_again(enco
 
 
 def test_a_row_of_a_picture_that_cannot_be_read_any_more_goes(data, tmp_path, monkeypatch):
-    known = PictureIndex(data, tmp_path)
+    known = FileIndex(data, tmp_path, MEDIA["image"], Limits())
     known.read(IMAGES[0]), known.publish()
-    again = PictureIndex(data, tmp_path, max_pixels=3)
+    again = FileIndex(data, tmp_path, MEDIA["image"], Limits(3))
     with pytest.raises(DataError, match="3 are allowed"):
         again.read(IMAGES[0])
     again.publish()
-    assert PictureIndex(data, tmp_path).find(IMAGES) == {}
+    assert FileIndex(data, tmp_path, MEDIA["image"], Limits()).find(IMAGES) == {}
 
 
 def test_inspect_names_what_the_times_did_not_tell_and_puts_the_index_right(data, tmp_path):
-    known = PictureIndex(data, tmp_path / "index")
-    samples = [AnswerSample(image, image, "x", "y") for image in IMAGES]
+    known = FileIndex(data, tmp_path / "index", MEDIA["image"], Limits())
+    samples = [AnswerSample(image, {"image": image}, "x", "y") for image in IMAGES]
     for image in IMAGES:
         known.read(image)
     name = list(known.rows)[3]

@@ -32,7 +32,7 @@ def answers(folder, split: str, count: int, first: int) -> list[AnswerSample]:
     return [
         AnswerSample(
             id=f"{split}{number}",
-            image=picture(folder, f"{split}{number}.png", first + number),
+            inputs={"image": picture(folder, f"{split}{number}.png", first + number)},
             prompt="What is it?",
             answer="cat" if number else "dog",
             kind="category",
@@ -46,7 +46,7 @@ def expressions(folder, split: str, count: int, first: int) -> list[ReferSample]
     return [
         ReferSample(
             id=f"{split}{number}",
-            image=picture(folder, f"{split}{number}.png", first + number),
+            inputs={"image": picture(folder, f"{split}{number}.png", first + number)},
             expression=f"the thing {first + number}",
             size=(6, 8),
             segmentation=HALF,
@@ -97,7 +97,7 @@ def test_everything_that_two_splits_share_is_found(tmp_path, make):
     train, test = make(tmp_path, "train", 3, 0), make(tmp_path, "test", 3, 10)
     (tmp_path / "test1.png").write_bytes((tmp_path / "train0.png").read_bytes())  # the same pixels, another name
     test[0] = replace(test[0], id="train1")
-    test[2] = replace(test[2], object="thing 2", image="train2.png")
+    test[2] = replace(test[2], object="thing 2", inputs={"image": "train2.png"})
     report, text = inspect_splits({"train": train, "test": test}, tmp_path)
     assert shared(report) == {"id": 1, "picture": 1, "pixels": 2, "object": 1}
     found = {entry["what"]: entry for entry in report["shared"]}

@@ -29,8 +29,8 @@ def test_jsonl_and_csv_say_the_same(tmp_path):
     rows = [ROW | {"object": "apple", "kind": "k", "other": [1]}, {"image": "b.png", "label": 7}]
     found = read_labels(write(tmp_path / "a.jsonl", *rows))
     assert found == [
-        LabelSample("a", "a.png", "a red apple", ("food",), "apple", "k"),
-        LabelSample("a.jsonl:2", "b.png", "", ("7",)),
+        LabelSample("a", {"image": "a.png"}, "a red apple", ("food",), "apple", "k"),
+        LabelSample("a.jsonl:2", {"image": "b.png"}, "", ("7",)),
     ]
     (tmp_path / "a.csv").write_text("id,image,text,label,object,kind\na,a.png,a red apple,food,apple,k\n,b.png,,7\n")
     assert [s.labels for s in read_labels(tmp_path / "a.csv")] == [("food",), ("7",)]
@@ -56,7 +56,7 @@ def test_several_labels(tmp_path, cell, labels):
 def test_a_users_own_columns(tmp_path):
     (tmp_path / "a.tsv").write_text("file\ttitle\tclass\na.png\ta, b\tfood\n")
     found = read_labels(tmp_path / "a.tsv", {"image": "file", "text": "title", "label": "class"})
-    assert (found[0].image, found[0].text, found[0].labels) == ("a.png", "a, b", ("food",))
+    assert (found[0].inputs["image"], found[0].text, found[0].labels) == ("a.png", "a, b", ("food",))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_column_that_was_asked_for_must_be_there(tmp_path, suffix):
 def test_headers_and_pictures_have_no_blanks_around_them(tmp_path):
     (tmp_path / "a.csv").write_text("\n \nimage, label , text\na.png ,food,an apple\n")
     (found,) = read_labels(tmp_path / "a.csv")
-    assert (found.image, found.text, found.labels) == ("a.png", "an apple", ("food",))
+    assert (found.inputs["image"], found.text, found.labels) == ("a.png", "an apple", ("food",))
 
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
@@ -169,7 +169,7 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, rows, noise, 
     path.write_bytes(start + "\n".join(map(json.dumps, rows)).encode() + noise)
     samples = read_or_refused(lambda: read_labels(path, multilabel=multilabel), DataError)
     for sample in samples or ():
-        assert sample.image.strip() and (multilabel or len(sample.labels) == 1) and all(sample.labels)
+        assert sample.inputs["image"].strip() and (multilabel or len(sample.labels) == 1) and all(sample.labels)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_what_programs_write_into_an_empty_cell_is_no_class_unless_it_is_meant(t
         section(**files).class_names(tmp_path)
     assert set(section(**files, missing=[]).class_names(tmp_path)) == {"food", word}
     assert section(**files, classes=["food", word]).read(tmp_path, "train")[1] == LabelSample(
-        "train.csv:3", "b.png", word, (word,)
+        "train.csv:3", {"image": "b.png"}, word, (word,)
     )
 
 

@@ -37,13 +37,13 @@ def test_food101_as_distributed(tmp_path, caplog):
     assert [s.id for s in food101.read_food101(root, "val", val_share=1e-9)] == ["tea_102.jpg"]
     caplog.clear()
     found = food101.read_food101(root, "train", val_share=1e-9)
-    assert [(s.image, s.text, s.labels) for s in found] == [
+    assert [(s.inputs["image"], s.text, s.labels) for s in found] == [
         ("images/train/apple_pie/apple_pie_0.jpg", 'Apple pie, the "best"', ("apple_pie",)),
         ("images/train/apple_pie/apple_pie_12.jpg", "Mom's pie, with cream, and more", ("apple_pie",)),
         ("images/train/french_onion_soup/french_onion_soup_3.jpg", "Soup of onions", ("french_onion_soup",)),
     ]
     assert "left out 1 without a title" in caplog.text
-    assert food101.read_food101(root, "test", 0.1)[0].image == "images/test/miso_soup/miso_soup_9.jpg"
+    assert food101.read_food101(root, "test", 0.1)[0].inputs["image"] == "images/test/miso_soup/miso_soup_9.jpg"
 
 
 def test_food101_takes_its_validation_from_training_by_name(tmp_path):
@@ -72,7 +72,9 @@ def test_food101_reads_names_and_titles_as_the_web_wrote_them(tmp_path, newline)
     root = food_folder(tmp_path, test=text)
     found = food101.read_food101(root, "test", 0.1)
     assert [s.text for s in found] == list(TRICKY.values())
-    assert found[0].image == "images/test/cheese_plate/cheese_plate_717-2.jpg" and found[0].labels == ("cheese_plate",)
+    assert found[0].inputs["image"] == "images/test/cheese_plate/cheese_plate_717-2.jpg" and found[0].labels == (
+        "cheese_plate",
+    )
 
 
 def test_food101_holds_something_out_of_a_handful(tmp_path):
@@ -96,7 +98,7 @@ def test_food101_in_the_derived_layout(tmp_path, caplog):
     (train,) = food101.read_food101(root, "train", 0.1)
     (val,), (test,) = (food101.read_food101(root, split, 0.1) for split in ("val", "test"))
     assert (train.labels, train.text) == (("a_pie",), "pie") and "left out 1 without a title" in caplog.text
-    assert val.image == "images/train/tea/tea_1.jpg" and test.image == "images/test/tea/tea_2.jpg"
+    assert val.inputs["image"] == "images/train/tea/tea_1.jpg" and test.inputs["image"] == "images/test/tea/tea_2.jpg"
     assert val.text == "tea"
 
 
@@ -159,7 +161,7 @@ def test_mmimdb_takes_the_longest_plot_and_leaves_rare_genres_out(tmp_path, capl
         ("0107465", "The longest plot of all.", ("Drama", "Comedy")),
         ("0000003", "A text alone.", ("Western",)),
     ]
-    assert found[0].image == "dataset/0107465.jpeg"
+    assert found[0].inputs["image"] == "dataset/0107465.jpeg"
     assert "1 of the genre News" in caplog.text and "1 without a plot" in caplog.text
     with pytest.raises(DataError, match="no usable film in the split 'val'"):
         mmimdb.read_mmimdb(tmp_path, "val")
@@ -178,7 +180,7 @@ def test_mmimdb_with_labels_and_images_apart_and_ids_as_numbers(tmp_path):
     film_folder(tmp_path, folder="labels", split={"train": [107465], "dev": [3], "test": []})
     (tmp_path / "images").mkdir()
     (film,) = mmimdb.read_mmimdb(tmp_path, "train")
-    assert (film.id, film.image) == ("0107465", "images/0107465.jpeg")
+    assert (film.id, film.inputs["image"]) == ("0107465", "images/0107465.jpeg")
     assert len(mmimdb.GENRES) == len(set(mmimdb.GENRES)) == 23
 
 
@@ -245,7 +247,7 @@ def pair_file(root, *rows, split="train"):
 def test_snli_ve_knows_every_spelling_of_the_pictures_name(tmp_path, picture):
     pair = PAIR | picture | ({"pairID": "without a picture"} if any(picture.values()) else {})
     (found,) = snli_ve.read_snli_ve(pair_file(tmp_path, pair), "train")
-    assert found.image == "flickr30k_images/4705552913.jpg" and found.object == "4705552913.jpg"
+    assert found.inputs["image"] == "flickr30k_images/4705552913.jpg" and found.object == "4705552913.jpg"
     assert (found.id, found.text, found.labels) == (pair["pairID"], "The sisters are hugging.", ("neutral",))
 
 
@@ -324,7 +326,9 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, data, noise):
         lambda: food101.read_food101(root, "train", 0.1),
     ):
         samples = read_or_refused(read, DataError)
-        assert samples is None or all(s.labels and s.image and "/../" not in s.image for s in samples)
+        assert samples is None or all(
+            s.labels and s.inputs["image"] and "/../" not in s.inputs["image"] for s in samples
+        )
 
 
 @settings(max_examples=30, deadline=None)

@@ -24,15 +24,15 @@ def test_jsonl(tmp_path):
     short = {"image": "b.png", "prompt": "And this?", "answer": 7}
     samples = read_records(write(tmp_path / "a.jsonl", full, "", short))
     assert samples == [
-        AnswerSample("a", "a.png", "What is it?", "cat", ("cat", "dog"), "category", "tabby"),
-        AnswerSample("a.jsonl:3", "b.png", "And this?", "7"),
+        AnswerSample("a", {"image": "a.png"}, "What is it?", "cat", ("cat", "dog"), "category", "tabby"),
+        AnswerSample("a.jsonl:3", {"image": "b.png"}, "And this?", "7"),
     ]
 
 
 def test_cells_have_no_blanks_around_them(tmp_path):
     (tmp_path / "a.csv").write_text("image, prompt ,answer,candidates\n a.png , What?, a cat, a cat | a dog|a cat\n")
     (found,) = read_records(tmp_path / "a.csv")
-    assert (found.image, found.prompt, found.answer) == ("a.png", "What?", "a cat")
+    assert (found.inputs["image"], found.prompt, found.answer) == ("a.png", "What?", "a cat")
     assert found.candidates == ("a cat", "a dog")
 
 
@@ -47,7 +47,7 @@ def test_csv_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path, suffix, del
         writer.writerow(["b.png", "What?", "no", "", ""])
     first, second = read_records(path)
     assert (first.prompt, first.answer, first.candidates) == ('One,\ttwo "or"\nthree?', "zwölf", ("zwölf", "drei"))
-    assert (second.image, second.candidates) == ("b.png", ())
+    assert (second.inputs["image"], second.candidates) == ("b.png", ())
     assert first.id != second.id
 
 
@@ -59,7 +59,7 @@ def test_columns_of_ones_own(tmp_path, suffix):
     else:
         write(path, {"file": "a.png", "question": "What?", "label": "cat", "answer": "ignored"})
     (sample,) = read_records(path, {"image": "file", "prompt": "question", "answer": "label"})
-    assert (sample.image, sample.prompt, sample.answer) == ("a.png", "What?", "cat")
+    assert (sample.inputs["image"], sample.prompt, sample.answer) == ("a.png", "What?", "cat")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_python_2_files_of_both_protocols(tmp_path, protocol):
     assert [sample.expression for sample in samples] == ["the man on the left", "caf\xe9's owner"]
     assert [sample.id for sample in samples] == ["refcoco/1/10", "refcoco/1/11"]
     assert samples[0].size == SIZE and samples[0].object == "person"
-    assert open_image(image_folder(root, "refcoco"), samples[0].image).size == (12, 9)
+    assert open_image(image_folder(root, "refcoco"), samples[0].inputs["image"]).size == (12, 9)
     expected = np.zeros(SIZE, bool)
     expected[1:5, 2:8] = True
     assert np.array_equal(samples[0].mask(), expected)
@@ -114,7 +114,7 @@ def test_every_data_set_and_its_picture_folder(tmp_path, dataset, split_by, imag
     root = refer_folder(tmp_path, [ref(1, "val", "x")], [annotation(1, SQUARE)], dataset, split_by, images)
     (sample,) = read_refer(root, dataset, None, "val")
     assert image_folder(root, dataset) == root / images
-    assert open_image(image_folder(root, dataset), sample.image).size == (12, 9)
+    assert open_image(image_folder(root, dataset), sample.inputs["image"]).size == (12, 9)
 
 
 def test_the_picture_folder_may_be_elsewhere(tmp_path):
@@ -125,7 +125,7 @@ def test_the_picture_folder_may_be_elsewhere(tmp_path):
     outside = str(tmp_path / "odd" / "place")
     assert read_refer(root, "refcoco", None, "val", images=outside) == [sample]
     os.symlink(tmp_path / "odd" / "place", root / "train2014")
-    assert open_image(image_folder(root, "refcoco"), sample.image).size == (12, 9)
+    assert open_image(image_folder(root, "refcoco"), sample.inputs["image"]).size == (12, 9)
 
 
 def test_one_of_several_splits_must_be_named(tmp_path):
@@ -255,8 +255,10 @@ def test_a_polygon_that_reaches_outside_is_cut():
 )
 def test_broken_segmentations_are_refused(segmentation):
     with pytest.raises(DataError, match="the segmentation of s is broken"):
-        ReferSample("s", "a.jpg", "x", SIZE, segmentation).mask()
-    assert ReferSample("s", "a.jpg", "x", SIZE, segmentation).fault().startswith("its segmentation is broken: ")
+        ReferSample("s", {"image": "a.jpg"}, "x", SIZE, segmentation).mask()
+    assert (
+        ReferSample("s", {"image": "a.jpg"}, "x", SIZE, segmentation).fault().startswith("its segmentation is broken: ")
+    )
 
 
 # hostile and broken files
@@ -395,7 +397,7 @@ def test_file_names_cannot_lead_out_of_the_picture_folder(tmp_path):
     path = root / "refcoco" / "instances.json"
     path.write_text(path.read_text().replace("COCO_train2014_000000000001.jpg", "../../../../refcoco/instances.json"))
     (sample,) = read_refer(root, "refcoco", None, "val")
-    refused(lambda: open_image(image_folder(root, "refcoco"), sample.image), "leads out")
+    refused(lambda: open_image(image_folder(root, "refcoco"), sample.inputs["image"]), "leads out")
 
 
 VALUES = st.recursive(
@@ -462,7 +464,9 @@ def test_any_run_lengths_are_decoded_or_refused(text, runs):
     for counts in (text, runs):
         mask = read_or_refused(lambda counts=counts: decode_mask({"size": [9, 12], "counts": counts}, SIZE), ValueError)
         assert mask is None or mask.shape == SIZE
-        assert (mask is None) == bool(ReferSample("s", "a.jpg", "x", SIZE, {"size": [9, 12], "counts": counts}).fault())
+        assert (mask is None) == bool(
+            ReferSample("s", {"image": "a.jpg"}, "x", SIZE, {"size": [9, 12], "counts": counts}).fault()
+        )
 
 
 def test_the_written_pickles_are_what_python_2_would_write():

@@ -15,12 +15,15 @@ def test_jsonl_and_csv_give_the_same_samples(tmp_path):
     lines = (
         '{"image": "a.png", "text": "bad", "target": -2.25, "id": "x"}\n{"image": "b.png", "target": 3, "kind": "k"}\n'
     )
-    expected = [TargetSample("x", "a.png", "bad", -2.25), TargetSample("a:2", "b.png", "", 3.0, kind="k")]
+    expected = [
+        TargetSample("x", {"image": "a.png"}, "bad", -2.25),
+        TargetSample("a:2", {"image": "b.png"}, "", 3.0, kind="k"),
+    ]
     found = read_targets(written(tmp_path / "a.jsonl", lines))
-    assert found == [expected[0], TargetSample("a.jsonl:2", "b.png", "", 3.0, kind="k")]
+    assert found == [expected[0], TargetSample("a.jsonl:2", {"image": "b.png"}, "", 3.0, kind="k")]
     table = "image,sentence,score,id,kind\na.png,bad,-2.25,x,\nb.png,,3e0,y,k\n"
     found = read_targets(written(tmp_path / "a.csv", table), {"text": "sentence", "target": "score"})
-    assert found == [expected[0], TargetSample("y", "b.png", "", 3.0, kind="k")]
+    assert found == [expected[0], TargetSample("y", {"image": "b.png"}, "", 3.0, kind="k")]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def base(tmp_path_factory):
     path = make_world(tmp_path_factory.mktemp("unequal"))
     config = yaml.safe_load((path / "config.yaml").read_text())
     here = "/proc/self/cwd"  # one absolute name for a folder of each rank's own, as on hosts that share no disk
-    config["model"] = {"llm": f"{here}/llm", "vision": [{"name": f"{here}/vision", "layer": 2}]}
+    config["model"] = {"llm": f"{here}/llm", "encoders": {"image": {"name": f"{here}/vision", "layer": 2}}}
     config["data"]["root"] = f"{here}/data"
     config["train"]["steps"] = 2
     (path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -73,7 +73,7 @@ def weights(root):
     ("spoil", "says"),
     [
         (answers, "data.train.answer of rank 1 is not rank 0's"),
-        (picture, "data.train.pictures of rank 1 is not rank 0's"),
+        (picture, "data.train.image.content of rank 1 is not rank 0's"),
         (weights, "base.text.weights of rank 1 is not rank 0's"),
     ],
 )

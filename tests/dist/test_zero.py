@@ -181,7 +181,7 @@ def test_a_model_that_diverges_on_one_rank_fails_on_all_and_is_not_saved(forge, 
 def test_an_adapter_of_int8_shards_loads_in_one_line_without_deepspeed(world, shards, tmp_path, monkeypatch):
     folder, picture = shards("int8")[0], next((world / "data").rglob("*.png"))
     assert main(["export", str(folder), "--out", str(tmp_path / "adapter")]) == 0
-    expected = predict_one(folder, str(picture), "what colour ?", candidates=["red", "blue"]).values
+    expected = predict_one(folder, {"image": str(picture)}, "what colour ?", candidates=["red", "blue"]).values
     for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "deepspeed", None)

@@ -35,7 +35,10 @@ def world(tmp_path_factory):
         (path / "data" / f"labels-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     base = {
         "name": "labels",
-        "model": {"llm": str(path / "llm"), "vision": [{"name": str(path / "vision"), "layer": 2, "pool": "cls+mean"}]},
+        "model": {
+            "llm": str(path / "llm"),
+            "encoders": {"image": {"name": str(path / "vision"), "layer": 2, "pool": "cls+mean"}},
+        },
         "adapter": {"name": "mit", "layers": [1, 2]},
         "task": {"name": "classify"},
         "data": {

@@ -37,7 +37,10 @@ def configuration(world, name, task, data, files):
     splits = {split: f"{files}-{split}.jsonl" for split in ("train", "val", "test")}
     config = {
         "name": name,
-        "model": {"llm": str(world / "llm"), "vision": [{"name": str(world / "vision"), "layer": 2, "pool": "cls+mean"}]},
+        "model": {
+            "llm": str(world / "llm"),
+            "encoders": {"image": {"name": str(world / "vision"), "layer": 2, "pool": "cls+mean"}},
+        },
         "adapter": {"name": "mit", "layers": [1, 2]},
         "task": task,
         "data": {"root": str(world / "data"), "splits": splits, **data},

@@ -125,9 +125,12 @@ def test_a_fifth_method_needs_its_own_file_and_an_entry(capsys, world, monkeypat
 
 def test_each_encoder_can_be_a_modality_of_its_own(capsys, world):
     """Two encoders of other widths: their maps are apart, and one missing at use leaves the other's infusion."""
-    encoders = [{"name": str(world / "vision"), "pool": pool} for pool in ("cls", "cls+mean")]
+    poolings = {"coarse": "cls", "fine": "cls+mean"}
+    of_pictures = {"name": str(world / "vision"), "takes": "image", "input": "image"}
+    encoders = {name: {**of_pictures, "pool": pool} for name, pool in poolings.items()}
     adapter = {"modalities": {"coarse": 24, "fine": 48}}
-    path = configured(world, "mit", "classify", model={"vision": encoders}, adapter=adapter)
+    readout = {"readout": ["last", "coarse", "fine"]}
+    path = configured(world, "mit", "classify", model={"encoders": encoders}, adapter=adapter, task=readout)
     run = said(capsys, "train", path, "--runs", world / "runs")["run"]
     saved = load_file(max((world / run).rglob("adapter.safetensors")))
     assert {name.split(".")[3]: t.shape[1] for name, t in saved.items() if "v_add.weight" in name} == {
@@ -155,10 +158,12 @@ def test_each_encoder_can_be_a_modality_of_its_own(capsys, world):
 
 @pytest.mark.parametrize("widths", [{"a": 48, "b": 24}, {"a": 24, "b": 48, "c": 1}, {"a": 72}])
 def test_modalities_that_no_encoder_makes_are_refused(capsys, world, widths):
-    encoders = [{"name": str(world / "vision"), "pool": pool} for pool in ("cls", "cls+mean")]
-    path = configured(world, "mit", "classify", model={"vision": encoders}, adapter={"modalities": widths})
+    poolings = {"a": "cls", "b": "cls+mean"}
+    of_pictures = {"name": str(world / "vision"), "takes": "image", "input": "image"}
+    encoders = {name: {**of_pictures, "pool": pool} for name, pool in poolings.items()}
+    path = configured(world, "mit", "classify", model={"encoders": encoders}, adapter={"modalities": widths}, task={"readout": ["last"]})
     assert main(["train", str(path), "--dry-run"]) == 2
-    assert "leave adapter.modalities out, or give each encoder of model.vision" in capsys.readouterr().err
+    assert "leave adapter.modalities out, or name the modalities of model.encoders" in capsys.readouterr().err
 
 
 def test_a_momentum_queue_is_saved_for_training_and_not_published(capsys, world):
@@ -197,10 +202,11 @@ def test_a_merged_method_is_in_plain_models(capsys, world, method):
     assert ("image" in made["files"]) == (method != "ia3")
     if method != "ia3":
         image = AutoModel.from_pretrained(world / f"merged-{method}" / "image")
-        pixels = torch.rand(1, 3, model.encoders[0].preprocess.size, model.encoders[0].preprocess.size)
+        pixels = torch.rand(1, 3, model.encoders["image"].preprocess.size, model.encoders["image"].preprocess.size)
         with torch.no_grad():
             torch.testing.assert_close(
-                image(pixel_values=pixels).pooler_output, model.encoders[0].model(pixel_values=pixels).pooler_output
+                image(pixel_values=pixels).pooler_output,
+                model.encoders["image"].model(pixel_values=pixels).pooler_output,
             )
 
 
@@ -227,7 +233,7 @@ def test_aurora_tunes_a_blip_checkpoint(capsys, world):
     words.save_pretrained(world / "blip")
     path = configured(world, "aurora", "retrieve")
     values = yaml.safe_load(path.read_text())
-    values["model"] = {"llm": str(world / "blip"), "vision": [{"name": str(world / "blip")}]}
+    values["model"] = {"llm": str(world / "blip"), "encoders": {"image": {"name": str(world / "blip")}}}
     path.write_text(yaml.safe_dump(values))
     run = said(capsys, "train", path, "--runs", world / "runs")["run"]
     opened = runs.open_run(run)
@@ -245,7 +251,7 @@ def test_mope_prompts_the_windows_of_a_swin(capsys, world):
     SwinModel(SwinConfig(**shape)).save_pretrained(world / "swin")
     path = configured(world, "mope", "classify")
     values = yaml.safe_load(path.read_text())
-    values["model"]["vision"] = [{"name": str(world / "swin"), "size": 32}]
+    values["model"]["encoders"] = {"image": {"name": str(world / "swin"), "size": 32}}
     path.write_text(yaml.safe_dump(values))
     run = said(capsys, "train", path, "--runs", world / "runs")["run"]
     found = said(capsys, "eval", run, "--split", "test")

@@ -26,7 +26,7 @@ def world(tmp_path_factory):
         "name": "colours",
         "model": {
             "llm": str(path / "llm"),
-            "vision": [{"name": str(path / "vision"), "layer": 2, "pool": "cls+mean"}],
+            "encoders": {"image": {"name": str(path / "vision"), "layer": 2, "pool": "cls+mean"}},
         },
         "adapter": {"name": "mit", "layers": [1, 2]},
         "features": {"views": 2, "noise": 0.05},
@@ -220,7 +220,7 @@ def test_segmentation_from_digit_scenes(world, capsys):
     decoder = {"dim": 16, "heads": 2, "ffn": 32, "loss": "bce+dice", "loss_size": 32}
     config |= {
         "name": "scenes",
-        "model": {**config["model"], "vision": [vision]},
+        "model": {**config["model"], "encoders": {"image": vision}},
         "task": {"name": "segment", "readout": ["mean", "embeddings"], **decoder},
         "data": {"name": "refcoco", "source": "digit-scenes"},
         "features": {},

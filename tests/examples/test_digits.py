@@ -33,7 +33,7 @@ def test_answers_are_the_bundled_labels(answers):
         samples = read_records(answers / f"{split}.jsonl")
         assert len(samples) == 2 * count
         for sample in samples:
-            digit = int(labels[int(sample.image.removeprefix("images/").removesuffix(".png"))])
+            digit = int(labels[int(sample.inputs["image"].removeprefix("images/").removesuffix(".png"))])
             if sample.kind == "digit":
                 assert sample.answer == digits.WORDS[digit] and sample.candidates == digits.WORDS
             else:
@@ -52,12 +52,12 @@ def test_no_drawing_is_in_two_splits(answers):
     where = {}
     for split in digits.DRAWINGS:
         for sample in read_records(answers / f"{split}.jsonl"):
-            assert where.setdefault(open_image(answers, sample.image).tobytes(), split) == split
+            assert where.setdefault(open_image(answers, sample.inputs["image"]).tobytes(), split) == split
 
 
 def test_pictures_show_dark_ink_on_light_paper(answers):
     sample = read_records(answers / "train.jsonl")[0]
-    pixels = np.asarray(open_image(answers, sample.image))
+    pixels = np.asarray(open_image(answers, sample.inputs["image"]))
     assert pixels.shape == (digits.SIDE, digits.SIDE, 3)
     assert pixels.min() < 60 and np.median(pixels) > 200
 
@@ -65,7 +65,7 @@ def test_pictures_show_dark_ink_on_light_paper(answers):
 def test_scenes_are_read_back(scenes):
     for split, count in digits.SCENES.items():
         samples = read_refer(scenes, "refcoco", None, split)
-        assert len({sample.image for sample in samples}) == count
+        assert len({sample.inputs["image"] for sample in samples}) == count
         assert all(sample.object in digits.WORDS and sample.object in sample.expression for sample in samples)
         assert all(0.005 < sample.mask().mean() < 0.2 for sample in samples)
 

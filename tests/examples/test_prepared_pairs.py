@@ -55,7 +55,9 @@ def shared(folder: Path, splits: dict[str, list]) -> list[str]:
     """Everything that two splits share and must not."""
     found = []
     prints = {
-        split: np.stack([fingerprint(open_image(folder, image)) for image in sorted({s.image for s in samples})])
+        split: np.stack(
+            [fingerprint(open_image(folder, image)) for image in sorted({s.inputs["image"] for s in samples})]
+        )
         for split, samples in splits.items()
     }
     for one, other in combinations(splits, 2):
@@ -75,7 +77,9 @@ def test_splits_share_no_object_no_text_and_no_picture(built, name):
     assert set(splits) == {"train", "val", "test"} and all(splits.values())
     assert shared(folder, splits) == []
     if known:  # the held-out vendor's drawings of known things are no near-duplicates of what training shows
-        pictures = [np.stack([fingerprint(open_image(folder, s.image)) for s in p]) for p in (splits["train"], known)]
+        pictures = [
+            np.stack([fingerprint(open_image(folder, s.inputs["image"])) for s in p]) for p in (splits["train"], known)
+        ]
         assert near_pairs(*pictures) == [] and {s.text for s in known} <= {s.text for s in splits["train"]}
 
 
@@ -85,7 +89,9 @@ def test_both_layouts_say_the_same(built, name):
     for split in ("train", "val", "test"):
         rows = read_captions(folder / f"{split}.jsonl")
         pairs = read_karpathy(folder, None, split)
-        assert Counter((s.image, s.text, s.object) for s in pairs) == Counter((s.image, s.text, s.object) for s in rows)
+        assert Counter((s.inputs["image"], s.text, s.object) for s in pairs) == Counter(
+            (s.inputs["image"], s.text, s.object) for s in rows
+        )
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["train"]["samples"] == len(read_captions(folder / "train.jsonl"))
 
@@ -164,7 +170,7 @@ def test_entailment_is_in_snli_ves_own_format(pairs_folder):
     for samples in splits.values():
         counts = Counter(s.labels[0] for s in samples)
         assert counts["entailment"] == counts["neutral"] >= counts["contradiction"] > 0
-        for image in {s.image for s in samples}:
+        for image in {s.inputs["image"] for s in samples}:
             open_image(pairs_folder, image)
     objects = [{s.object for s in samples} for samples in splits.values()]
     assert not objects[0] & objects[1] and not objects[0] & objects[2] and not objects[1] & objects[2]

@@ -116,11 +116,11 @@ def test_our_reader_reads_what_was_written(built):
     by_id = {annotation["id"]: annotation for annotation in table["annotations"]}
     for split, count in FEW.items():
         samples = read_refer(built, "refcoco", None, split)
-        assert len({sample.image for sample in samples}) == count
+        assert len({sample.inputs["image"] for sample in samples}) == count
         for sample in samples:
             annotation = by_id[int(sample.id.split("/")[1])]
             mask, (x, y, width, height) = sample.mask(), annotation["bbox"]
-            assert open_image(folder, sample.image).size == mask.shape[::-1] == (224, 224)
+            assert open_image(folder, sample.inputs["image"]).size == mask.shape[::-1] == (224, 224)
             assert mask.sum() == annotation["area"] == mask[y : y + height, x : x + width].sum()
             assert mask[y].any() and mask[y + height - 1].any() and mask[:, x].any() and mask[:, x + width - 1].any()
             assert sample.object in sample.expression
@@ -179,7 +179,7 @@ def test_thin_soft_and_tiny_stamps_are_no_targets(archive):
 def test_the_real_scenes_hold_what_is_promised():
     splits = {split: read_refer(PREPARED, "refcoco", "unc", split) for split in scenes.SCENES}
     for split, count in scenes.SCENES.items():
-        assert len({sample.image for sample in splits[split]}) == count
+        assert len({sample.inputs["image"] for sample in splits[split]}) == count
     texts = {sample.expression for samples in splits.values() for sample in samples}
     assert len(texts) <= 2000
     train, unseen = ({s.object for s in splits[split]} for split in ("train", "testA"))

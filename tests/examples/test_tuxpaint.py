@@ -102,7 +102,7 @@ def test_no_object_and_no_picture_is_in_two_splits(built, archive):
     for split in SPLITS:
         for sample in read_records(built / f"{split}.jsonl"):
             assert objects.setdefault(kinds[sample.object], split) == split
-            assert images.setdefault(sample.image, split) == split
+            assert images.setdefault(sample.inputs["image"], split) == split
     assert Counter(images.values())["train"] > Counter(images.values())["test"] > 0
 
 
@@ -115,8 +115,8 @@ def test_every_category_is_in_every_split(built):
 def test_every_picture_has_its_questions_and_can_be_opened(built):
     for split in SPLITS:
         samples = read_records(built / f"{split}.jsonl")
-        asked = Counter((sample.image, sample.kind) for sample in samples)
-        for image in {sample.image for sample in samples}:
+        asked = Counter((sample.inputs["image"], sample.kind) for sample in samples)
+        for image in {sample.inputs["image"] for sample in samples}:
             assert (asked[image, "category"], asked[image, "name"]) == (1, 1)
             picture = open_image(built, image)
             assert picture.width == picture.height
@@ -147,7 +147,7 @@ def test_yes_and_no_are_balanced_and_the_question_alone_tells_nothing(built, spl
     samples = [sample for sample in read_records(built / f"{split}.jsonl") if sample.kind == "yesno"]
     by_answer = {a: Counter(s.prompt for s in samples if s.answer == a) for a in ("yes", "no")}
     assert by_answer["yes"] == by_answer["no"]
-    truths = {(sample.image, sample.prompt): sample.answer for sample in samples}
+    truths = {(sample.inputs["image"], sample.prompt): sample.answer for sample in samples}
     assert len(truths) == len(samples)  # no picture is asked the same with both answers
 
 
@@ -194,7 +194,9 @@ def test_phrases_have_their_article():
 @pytest.mark.skipif(not PREPARED.is_dir(), reason="the real stamps are not prepared: mitrain data prepare tuxpaint")
 def test_the_real_data_set_holds_what_is_promised():
     splits = {split: read_records(PREPARED / f"{split}.jsonl") for split in SPLITS}
-    pictures = {split: {s.image: s for s in samples if s.kind == "category"} for split, samples in splits.items()}
+    pictures = {
+        split: {s.inputs["image"]: s for s in samples if s.kind == "category"} for split, samples in splits.items()
+    }
     total = sum(map(len, pictures.values()))
     assert total > 500
     assert len(pictures["train"]) / total == pytest.approx(0.7, abs=0.05)

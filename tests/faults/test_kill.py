@@ -149,7 +149,7 @@ def test_the_trainer_itself_killed_at_any_file_operation_goes_on_with_the_same_l
     config = schema.from_dict(
         {
             "name": "killed",
-            "model": {"llm": str(tmp_path / "llm"), "vision": [{"name": str(tmp_path / "vision")}]},
+            "model": {"llm": str(tmp_path / "llm"), "encoders": {"image": {"name": str(tmp_path / "vision")}}},
             "adapter": {"name": "mit", "layers": [1]},
             "task": {"name": "answer"},
             "data": {"name": "records", "root": str(tmp_path / "data")},

@@ -44,7 +44,7 @@ def pristine(world):
     config = schema.from_dict(
         {
             "name": "colours",
-            "model": {"llm": str(world / "llm"), "vision": [{"name": str(world / "vision")}]},
+            "model": {"llm": str(world / "llm"), "encoders": {"image": {"name": str(world / "vision")}}},
             "adapter": {"name": "mit", "layers": [1]},
             "task": {"name": "answer"},
             "data": {"name": "records", "root": str(world / "data")},

@@ -13,7 +13,7 @@ import mitrain
 from mitrain.core.errors import CheckpointError, ConfigError, ModelError, UserError
 from mitrain.inference.export import export
 from mitrain.methods import export_format
-from mitrain.models.vision import VisionConfig, preprocessing
+from mitrain.models.encoders.image import ImageConfig, preprocessing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -86,7 +86,7 @@ def test_settings_that_imply_huge_tensors_are_refused_before_any_is_made(world, 
 def test_a_huge_name_is_reported_in_short(copied, place):
     def change(values):
         config = values["run"]["config"]
-        (config["model"]["vision"][0] if place == "model" else config["task"])["name"] = "x" * 1_000_000
+        (config["model"]["encoders"]["image"] if place == "model" else config["task"])["name"] = "x" * 1_000_000
 
     with pytest.raises(UserError, match="cannot load the image encoder|is not known") as refused:
         mitrain.from_pretrained(forged(copied, change))
@@ -115,7 +115,7 @@ def test_sparse_weights_are_refused_unread(world, copied, monkeypatch):
 def test_an_encoders_own_preprocessing_has_the_same_bounds(tmp_path, values):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
     with pytest.raises(ModelError, match="is malformed: image_mean and image_std"):
-        preprocessing(VisionConfig(name="x", size=28), object(), tmp_path, "vit")
+        preprocessing(ImageConfig(name="x", size=28), object(), tmp_path, "vit")
 
 
 def hub_cache(export_folder, path):
@@ -158,7 +158,7 @@ def test_names_are_text_in_the_card(world, copied):
     def change(values):
         values["base_model_name_or_path"] = EVIL
         run = values["run"]
-        run["config"]["model"]["vision"][0]["name"] = EVIL
+        run["config"]["model"]["encoders"]["image"]["name"] = EVIL
         run["config"]["data"]["source"] = EVIL
         run["config"]["task"]["template"] = f"{EVIL} ```\n {{prompt}}"
         run["metrics"] = {EVIL: {EVIL: 1.0}}
@@ -177,4 +177,4 @@ def test_many_answers_are_not_exported(monkeypatch, world):
     monkeypatch.setattr(mitrain.inference.export, "ANSWERS_KEPT", 3)
     assert mitrain.inference.export.training_answers(make_config(world)) == {}
     with pytest.raises(ConfigError, match="is no multiple|patches of a picture"):
-        preprocessing(VisionConfig(name="x", size=4088), type("S", (), {"patch_size": 14}), None, "vit")
+        preprocessing(ImageConfig(name="x", size=4088), type("S", (), {"patch_size": 14}), None, "vit")

@@ -38,7 +38,7 @@ def exported(world, run):
 def test_no_file_of_it_names_the_home_or_the_data(world, exported):
     values = json.loads((exported / "adapter_config.json").read_text())
     assert values["base_model_name_or_path"] == "~/llm" and values["run"]["config"]["data"]["root"] == "../../data"
-    assert values["run"]["config"]["model"]["vision"][0]["name"] == "~/vision"
+    assert values["run"]["config"]["model"]["encoders"]["image"]["name"] == "~/vision"
     assert not any(str(world).encode() in path.read_bytes() for path in exported.iterdir())
 
 
@@ -105,11 +105,11 @@ def test_which_paths_are_kept(monkeypatch):
         "~/m", "/home/alicent/m", "owner/m", "minilm",
     ]  # fmt: skip
     data = {"root": "/data/bob/pets", "splits": {"train": "/data/bob/lists/a.csv", "val": "v.csv"}, "images": None}
-    model = {"llm": "/home/alice/m", "vision": [{"name": "/models/v"}], "device": "cuda"}
+    model = {"llm": "/home/alice/m", "encoders": {"image": {"name": "/models/v"}}, "device": "cuda"}
     values = {"model": model, "data": data, "wandb": {"project": "x"}, "zero": {"config": "/etc/z.json"}, "seed": 1}
     found = settings_from(values, "/data/out")
     assert found == {
-        "model": {"llm": "~/m", "vision": [{"name": "/models/v"}], "device": "auto"},
+        "model": {"llm": "~/m", "encoders": {"image": {"name": "/models/v"}}, "device": "auto"},
         "data": {"root": "../bob/pets", "splits": {"train": "../lists/a.csv", "val": "v.csv"}, "images": None},
         "seed": 1,
     }

@@ -24,12 +24,14 @@ def test_a_picture_that_was_replaced_since_it_was_scored_is_not_shown(world):
     path, run, chosen, images = world
     found = score_split(run, chosen, images, "none")
     assert figure(run, images, chosen, found, len(chosen)).startswith(b"\x89PNG")
-    file = path / "data" / chosen[0].image
+    file = path / "data" / chosen[0].inputs["image"]
     before = file.read_bytes()
-    other = next(s for s in chosen if (path / "data" / s.image).read_bytes() != before)
+    other = next(s for s in chosen if (path / "data" / s.inputs["image"]).read_bytes() != before)
     try:
-        file.write_bytes((path / "data" / other.image).read_bytes())
-        with pytest.raises(DataError, match=f"'{chosen[0].image}' in .* was replaced while it was being used"):
+        file.write_bytes((path / "data" / other.inputs["image"]).read_bytes())
+        with pytest.raises(
+            DataError, match=f"'{chosen[0].inputs['image']}' in .* was replaced while it was being used"
+        ):
             figure(run, images, chosen, found, len(chosen))
     finally:
         file.write_bytes(before)

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from modalities import pictures
 from tiny import GROUPED, features, text, tiny
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
@@ -11,7 +12,7 @@ from transformers import BertConfig, BertModel
 from mitrain.core.errors import ModelError
 from mitrain.methods.base import Adapter, Attachment, Traits
 from mitrain.methods.mit.bound import BoundFeatures
-from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
+from mitrain.models.batch import Outputs, TextBatch
 from mitrain.models.frozen import trunk_states
 
 
@@ -70,7 +71,7 @@ class TwoEncoders(Adapter):
             fused = torch.cat([states[name], summaries[name][:, None]], dim=1)
             states[name] = output(backbone.encoder.layer[-1](fused))[:, :-1]
         self.balance = summaries["text"].square().sum(), torch.tensor(summaries["text"].numel())
-        return Outputs(states["text"], words.mask, states["image"].mean(1))
+        return Outputs(states["text"], words.mask, {"image": states["image"].mean(1)})
 
     def extra_loss(self):
         return self.balance
@@ -130,11 +131,11 @@ def test_a_method_that_interleaves_two_encoders_overrides_read():
     tokens = torch.ones(2, 5, dtype=torch.long)
     states = trunk_states(backbones["text"], adapter.attachment.first_layers["text"], input_ids=tokens)
     words = TextBatch(tokens, tokens, states, adapter.attachment.first_layers["text"])
-    picture = ModalityInputs(torch.randn(2, 3), torch.randn(2, 7, 32), adapter.attachment.first_layers["image"])
+    picture = pictures(torch.randn(2, 3), torch.randn(2, 7, 32), adapter.attachment.first_layers["image"])
     results, again = adapter.encode(words, picture), adapter.encode(words, picture)
     assert torch.equal(results.text, again.text)  # dropout of the frozen encoders is off
     total, count = adapter.extra_loss()
-    (results.text.sum() + results.image.sum() + total / count).backward()
+    (results.text.sum() + results.vectors["image"].sum() + total / count).backward()
     assert all(p.grad is not None for p in adapter.parameters())
     for backbone in backbones.values():
         backbone.train()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from modalities import part_of, pictures
 from tiny import scramble, text
 from tiny_pair import DEPTH, WIDTH, aurora, batch, blip, dinov2, pair, pixels
 from torch import nn
@@ -10,7 +11,7 @@ from mitrain import methods
 from mitrain.core.errors import ModelError
 from mitrain.methods.aurora.aurora import Aurora
 from mitrain.methods.aurora.config import AuroraConfig
-from mitrain.models.batch import ModalityInputs, TextBatch
+from mitrain.models.batch import TextBatch
 from mitrain.models.frozen import last_hidden, trunk_states
 
 KINDS = ["bert", "llama", "blip"]
@@ -30,14 +31,14 @@ def test_at_the_start_every_output_is_the_frozen_models(kind):
     adapter = aurora(backbones, preset="released", rank=3, dropout=0.0, ice=False)
     reading = adapter.encode(words, picture)
     seen = words.mask.bool()
-    assert close(reading.text[seen], frozen_text[seen]) and close(reading.image, frozen_image[:, 0])
+    assert close(reading.text[seen], frozen_text[seen]) and close(reading.vectors["image"], frozen_image[:, 0])
     assert torch.equal(last_hidden(backbones["text"], words), frozen_text)
     scramble(adapter.modes)
     changed = adapter.encode(words, picture)
     for name in ("text", "image", "joint"):
-        assert not torch.allclose(getattr(changed, name), getattr(reading, name), atol=1e-2)
+        assert not torch.allclose(part_of(changed, name), part_of(reading, name), atol=1e-2)
     widths = adapter.attachment.joint_width, adapter.attachment.image_width
-    assert widths == (reading.joint.shape[1], reading.image.shape[1])
+    assert widths == (reading.joint.shape[1], reading.vectors["image"].shape[1])
 
 
 def test_blips_fused_vector_at_the_start_is_blips_own():
@@ -48,7 +49,7 @@ def test_blips_fused_vector_at_the_start_is_blips_own():
     frozen = model(encoded, pixels(3), attention_mask=words.mask)
     backbones = {"text": model.text_encoder, "image": model.vision_model}
     adapter = aurora(backbones)
-    picture = ModalityInputs(torch.zeros(3, 2), trunk_states(model.vision_model, 0, pixel_values=pixels(3)))
+    picture = pictures(torch.zeros(3, 2), trunk_states(model.vision_model, 0, pixel_values=pixels(3)))
     joint = adapter.encode(words, picture).joint
     assert close(joint, frozen.question_embeds[:, 0]) and close(model.itm_head(joint), frozen.itm_score)
     scramble(adapter.modes)
@@ -92,8 +93,8 @@ def test_reading_from_states_is_reading_from_ids(kind):
     assert torch.equal(states, kept)
     assert close(one.text[words.mask.bool()], two.text[words.mask.bool()]) and close(one.joint, two.joint)
     alone, seen = adapter.encode(words, None), adapter.encode(None, picture)
-    assert alone.joint is None and alone.image is None and close(alone.text, one.text)
-    assert seen.joint is None and seen.text is None and close(seen.image, one.image)
+    assert alone.joint is None and not alone.vectors and close(alone.text, one.text)
+    assert seen.joint is None and seen.text is None and close(seen.vectors["image"], one.vectors["image"])
     assert close(last_hidden(backbones["text"], words)[words.mask.bool()], one.text[words.mask.bool()])
 
 
@@ -104,7 +105,7 @@ def test_at_step_0_of_the_modes_only_v_learns(kind, core):
     words, picture = batch(backbones)
     adapter = aurora(backbones, core=core)
     reading = adapter.encode(words, picture)
-    (reading.joint.sin().sum() + reading.image.sin().sum()).backward()
+    (reading.joint.sin().sum() + reading.vectors["image"].sin().sum()).backward()
     grads = {name: p.grad.abs().max().item() for name, p in adapter.named_parameters()}
     assert {name for name, size in grads.items() if size and name.startswith("modes")} == {"modes.up.shared"}
     assert grads["fusion.gqt"] > 0 and grads.get("fusion.scale", 1) > 0
@@ -112,7 +113,7 @@ def test_at_step_0_of_the_modes_only_v_learns(kind, core):
     adapter.zero_grad()
     scramble(adapter.modes)
     reading = adapter.encode(words, picture)
-    (reading.joint.sin().sum() + reading.image.sin().sum()).backward()
+    (reading.joint.sin().sum() + reading.vectors["image"].sin().sum()).backward()
     assert all(p.grad.abs().max() > 0 for p in adapter.parameters())
 
 
@@ -128,7 +129,9 @@ def test_padding_and_neighbours_change_nothing(kind, gqt):
         length = int(words.mask[row].sum())
         own = TextBatch(words.ids[row : row + 1, :length], words.mask[row : row + 1, :length])
         alone = adapter.encode(own, picture.rows(slice(row, row + 1)))
-        assert close(alone.joint, together.joint[row : row + 1]) and close(alone.image, together.image[row : row + 1])
+        assert close(alone.joint, together.joint[row : row + 1]) and close(
+            alone.vectors["image"], together.vectors["image"][row : row + 1]
+        )
         assert close(alone.text, together.text[row : row + 1, :length])
 
 
@@ -141,8 +144,10 @@ def test_the_picture_changes_the_fused_vector_and_nothing_else():
         one = adapter.encode(words, picture)
         other = adapter.encode(words, picture.rows(torch.tensor([1, 2, 0])))
         assert close(one.text, other.text) and not torch.allclose(one.joint, other.joint, atol=1e-3)
-        blind = adapter.encode(words, ModalityInputs(picture.feature, picture.states, 0, infused=False))
-        assert close(blind.image, one.image) and not torch.allclose(blind.joint, one.joint, atol=1e-3)
+        blind = adapter.encode(words, pictures(picture.feature, picture.states, 0, infused=False))
+        assert close(blind.vectors["image"], one.vectors["image"]) and not torch.allclose(
+            blind.joint, one.joint, atol=1e-3
+        )
         name = {"bert": "mean", "llama": "last", "blip": "cls"}[kind]
         assert torch.allclose(blind.joint.float(), blind.read_out(name), rtol=1e-6, atol=1e-6)
 
@@ -167,7 +172,7 @@ def test_merged_weights_give_what_the_adapter_gave(kind, core):
     seen = words.mask.bool()
     merged_text = last_hidden(backbones["text"], words)
     merged_image = backbones["image"](pixel_values=pixels(3)).last_hidden_state
-    assert close(merged_text[seen], adapted.text[seen]) and close(merged_image[:, 0], adapted.image)
+    assert close(merged_text[seen], adapted.text[seen]) and close(merged_image[:, 0], adapted.vectors["image"])
     assert not torch.allclose(plain.text[seen], adapted.text[seen], atol=1e-2)
     if kind == "blip":
         encoded = words.ids.clone()
@@ -202,9 +207,9 @@ def test_quantised_weights_are_tuned_and_not_merged():
     first = backbones["image"].encoder.layer[0].attention.q_proj
     adapter = aurora(backbones, fusion_layers=0)
     _, picture = batch(backbones)
-    plain = adapter.encode(None, picture).image
+    plain = adapter.encode(None, picture).vectors["image"]
     scramble(adapter)
-    assert not torch.allclose(adapter.encode(None, picture).image, plain, atol=1e-2)
+    assert not torch.allclose(adapter.encode(None, picture).vectors["image"], plain, atol=1e-2)
     before = first.weight.clone()
     with pytest.raises(ModelError, match="vision model's weights are quantised or sharded"):
         adapter.merge()
@@ -275,7 +280,7 @@ def test_what_cannot_be_attached_or_read_is_reported_in_a_line():
     adapter = aurora(backbones)
     words, picture = batch(backbones)
     with pytest.raises(ModelError, match="changes every layer of the image encoder"):
-        adapter.encode(None, ModalityInputs(picture.feature))
+        adapter.encode(None, pictures(picture.feature))
     with pytest.raises(ModelError, match="changes every layer of the text model"):
         adapter.encode(TextBatch(words.ids, words.mask, torch.zeros(3, 9, WIDTH), 1), None)
 

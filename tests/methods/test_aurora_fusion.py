@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from modalities import pictures
 from tiny import scramble, tiny
 from tiny_pair import DEPTH, WIDTH, aurora, batch, dinov2, pair
 from torch.nn import functional as F
 
 from mitrain.core.errors import ModelError
 from mitrain.methods.aurora.fusion import RESIDUAL, distinct, enhanced, gated, orthogonal, rms_of
-from mitrain.models.batch import ModalityInputs, TextBatch
+from mitrain.models.batch import TextBatch
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -245,10 +246,10 @@ def test_each_text_and_picture_goes_through_its_encoder_once():
     for row, (a, b) in enumerate([(0, 1), (1, 1), (2, 2), (2, 1), (0, 1)]):
         one = adapter.encode(TextBatch(words.ids[a : a + 1], words.mask[a : a + 1]), picture.rows(slice(b, b + 1)))
         assert torch.allclose(many.joint[row], one.joint[0], **EXACT)
-        assert torch.allclose(many.image[row], one.image[0], **EXACT)
+        assert torch.allclose(many.vectors["image"][row], one.vectors["image"][0], **EXACT)
 
 
 def test_pictures_alone_need_no_contexts():
     adapter = aurora(pair(), ice=True)
     _, picture = batch(pair())
-    assert adapter.encode(None, ModalityInputs(picture.feature, picture.states)).joint is None
+    assert adapter.encode(None, pictures(picture.feature, picture.states)).joint is None

@@ -5,12 +5,13 @@ import logging
 import pytest
 import torch
 from attached import attached, bert, close, dino, inputs, made, needed, pixels, whole
+from modalities import pictures
 from tiny import scramble, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.peft import within_layer
-from mitrain.models.batch import ModalityInputs, TextBatch
+from mitrain.models.batch import TextBatch
 from mitrain.models.frozen import trunk_states
 from mitrain.models.quant.replace import quantise
 from mitrain.training import schema
@@ -32,7 +33,7 @@ def test_lora_is_a_low_rank_update_and_merges():
                 by_hand[side].get_submodule(".".join(path)).weight += 6 / 2 * b @ a
         close(found.text, whole(by_hand["text"], words))
         states = trunk_states(by_hand["image"], 3, pixel_values=pixels())
-        close(found.image, by_hand["image"].layernorm(states)[:, 0])
+        close(found.vectors["image"], by_hand["image"].layernorm(states)[:, 0])
         adapter.merge()
         close(whole(model, words), found.text)
     text_parameters, image_parameters = 4 * 2 * ((32 + 32) + (32 + 16)), 3 * 2 * 2 * (24 + 24)
@@ -92,7 +93,7 @@ def test_visual_tokens_are_projected_averages_of_patches_before_the_text():
             tiny("llama", torch.float64).base_model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
         )
         close(adapter.encode(words, picture).text, expected[:, 4:])
-        blind = adapter.encode(words, ModalityInputs(picture.feature, picture.states, picture.depth, infused=False))
+        blind = adapter.encode(words, pictures(picture.feature, picture.states, picture.depth, infused=False))
         close(blind.text, whole(model, words))
     assert sum(p.numel() for p in adapter.parameters()) == 24 * 32 + 32 + 32 * 32 + 32
     with pytest.raises(ConfigError, match=r"adapter.tokens=25: the picture has 16 patches: give at most as many"):
@@ -122,7 +123,7 @@ def test_parameters_are_wider_than_a_half_precision_model(name):
     adapter.attach(needed(adapter, model, image))
     reading = adapter.encode(*inputs(adapter, model, image))
     assert reading.text.dtype == torch.bfloat16
-    (reading.text.float().square().sum() + reading.image.float().square().sum()).backward()
+    (reading.text.float().square().sum() + reading.vectors["image"].float().square().sum()).backward()
     assert {p.grad.dtype for p in adapter.parameters()} == {p.dtype for p in adapter.parameters()} == {torch.float32}
 
 
@@ -150,7 +151,7 @@ def test_a_method_that_the_language_head_does_not_see_cannot_answer(name):
         "model": {
             "llm": "none",
             "llm_shape": {"model_type": "llama", **sizes, "vocab_size": 64},
-            "vision": [{"name": "none", "shape": dino().config.to_dict()}],
+            "encoders": {"image": {"name": "none", "shape": dino().config.to_dict()}},
         },
         "adapter": {"name": name},
         "task": {"name": "answer"},
@@ -171,7 +172,9 @@ def test_full_fine_tuning_trains_the_models_and_can_step_aside(layers):
         with adapter.disabled():
             close(adapter.encode(words, picture).text, frozen.text)
         close(adapter.encode(words, picture).text, changed.text)
-    assert not torch.allclose(changed.text, frozen.text) and not torch.allclose(changed.image, frozen.image)
+    assert not torch.allclose(changed.text, frozen.text) and not torch.allclose(
+        changed.vectors["image"], frozen.vectors["image"]
+    )
     inside = [
         n for n, _ in model.base_model.named_parameters() if layers is None or n.startswith(("layers.3.", "norm"))
     ]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attached import attached, close, dino, inputs, made, needed
+from modalities import pictures
 from tiny import CONFIGS, scramble, tiny
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -10,7 +11,7 @@ from mitrain.core.config import KINDS, Section
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods import METHODS, build
 from mitrain.models import loading
-from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
+from mitrain.models.batch import Outputs, TextBatch
 
 VARIANTS = [
     ("lora", {"where": "both", "rank": 2, "alpha": 6}),
@@ -28,7 +29,7 @@ every_method = pytest.mark.parametrize(("name", "values"), CASES, ids=IDS)
 def parts(reading: Outputs, words: TextBatch) -> dict[str, torch.Tensor]:
     """What a reading has, the text's states without padding."""
     text = None if reading.text is None else reading.text[words.mask.bool()]
-    found = {"text": text, "image": reading.image, "joint": reading.joint}
+    found = {"text": text, "image": reading.vectors.get("image"), "joint": reading.joint}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -105,12 +106,12 @@ def test_padding_and_batch_neighbours_do_not_matter_and_alone_each_reads_itself(
         ids = words.ids.masked_fill(words.mask == 0, 7)
         moved = parts(adapter.encode(TextBatch(ids, words.mask, words.states, words.depth), picture), words)
         only = adapter.encode(None, picture), adapter.encode(words, None)
-        blind = adapter.encode(words, ModalityInputs(picture.feature, picture.states, picture.depth, infused=False))
+        blind = adapter.encode(words, pictures(picture.feature, picture.states, picture.depth, infused=False))
     shown = words.mask.bool()
     for part, tensor in parts(together, words).items():
         close(moved[part], tensor)
-        close(alone[part], together.text[1][shown[1]] if part == "text" else getattr(together, part)[1:2])
-    assert only[0].text is None and only[1].image is None
+        close(alone[part], together.text[1][shown[1]] if part == "text" else tensor[1:2])
+    assert only[0].text is None and not only[1].vectors
     assert torch.allclose(only[1].text[shown], together.text[shown]) == (not adapter.traits.text_depends_on_input)
     assert torch.allclose(blind.text[shown], together.text[shown]) == (not adapter.traits.text_depends_on_input)
 

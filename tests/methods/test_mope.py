@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from modalities import pictures
 from tiny_mope import SMALL, Pair, attached, model_of
 
 from mitrain.core.errors import ModelError
 from mitrain.methods.mope.config import MoPEConfig
 from mitrain.methods.mope.mope import MoPE
-from mitrain.models.batch import ModalityInputs, TextBatch
+from mitrain.models.batch import TextBatch
 
 EXACT = {"rtol": 0, "atol": 1e-11}
 PAIRS = {
@@ -43,10 +44,10 @@ def test_the_shapes_of_a_reading(pair):
         reading = found.encode()
     joint = found.models[found.mope.config.main].config.hidden_size
     assert reading.text.shape == (4, 9, 32) and torch.equal(reading.mask, found.words.mask)
-    assert reading.image.shape == (4, 32) and found.mope.attachment.image_width == 32
+    assert reading.vectors["image"].shape == (4, 32) and found.mope.attachment.image_width == 32
     assert reading.joint.shape == (4, joint) and found.mope.attachment.joint_width == joint
     assert found.mope.routing.shape == (len(found.mope.prompts), 4, 3)
-    assert all(torch.isfinite(x).all() for x in (reading.text, reading.image, reading.joint))
+    assert all(torch.isfinite(x).all() for x in (reading.text, reading.vectors["image"], reading.joint))
 
 
 @everywhere
@@ -63,7 +64,7 @@ def test_padding_and_batch_neighbours_do_not_matter(pair):
     torch.testing.assert_close(repadded.joint, whole.joint, **EXACT)
     torch.testing.assert_close(repadded.text[shown], whole.text[shown], **EXACT)
     torch.testing.assert_close(torch.cat([one.joint for one in alone]), whole.joint, **EXACT)
-    torch.testing.assert_close(torch.cat([one.image for one in alone]), whole.image, **EXACT)
+    torch.testing.assert_close(torch.cat([one.vectors["image"] for one in alone]), whole.vectors["image"], **EXACT)
 
 
 @pytest.mark.parametrize("pair", ["vit", "bert", "llama", "swin"])
@@ -73,9 +74,10 @@ def test_one_modality_alone_does_without_what_depends_on_the_other(pair):
     with torch.no_grad():
         words, picture = found.mope.encode(found.words, None), found.mope.encode(None, found.picture)
         both = found.encode()
-    assert words.joint is None and words.image is None and picture.joint is None and picture.text is None
+    assert words.joint is None and not words.vectors and picture.joint is None and picture.text is None
     text_depends, image_depends = (
-        not torch.allclose(x, y) for x, y in ((words.text, both.text), (picture.image, both.image))
+        not torch.allclose(x, y)
+        for x, y in ((words.text, both.text), (picture.vectors["image"], both.vectors["image"]))
     )
     assert (text_depends, image_depends) == (main == "text", main == "image")
     assert [p.shape[1] for p in prompts] == [2] * len(found.mope.prompts) + [5] * len(found.mope.prompts)
@@ -89,9 +91,9 @@ def test_a_hidden_picture_leaves_the_main_encoder_with_static_prompts(pair):
         blind = found.encode(infused=False)
         alone = found.mope.encode(found.words if main == "text" else None, found.picture if main == "image" else None)
     assert found.mope.routing is None and found.mope.extra_loss() is None
-    assert torch.equal(blind.text, alone.text) if main == "text" else torch.equal(blind.joint, alone.image)
+    assert torch.equal(blind.text, alone.text) if main == "text" else torch.equal(blind.joint, alone.vectors["image"])
     if main == "text":
-        other = ModalityInputs(found.picture.feature, found.picture.states.flip(0), found.picture.depth, infused=False)
+        other = pictures(found.picture.feature, found.picture.states.flip(0), found.picture.depth, infused=False)
         with torch.no_grad():
             assert torch.equal(found.mope.encode(found.words, other).joint, blind.joint)
     assert found.mope.traits.text_depends_on_input == (main == "text")
@@ -361,7 +363,7 @@ def test_parameters_are_wider_than_a_half_precision_model():
     mope.attach(models)
     assert {p.dtype for p in mope.parameters()} == {torch.float32}
     words = TextBatch(torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.long))
-    reading = mope.encode(words, ModalityInputs(torch.zeros(2, 5), torch.randn(2, 5, 32, dtype=torch.bfloat16)))
+    reading = mope.encode(words, pictures(torch.zeros(2, 5), torch.randn(2, 5, 32, dtype=torch.bfloat16)))
     assert reading.joint.dtype == torch.bfloat16
     reading.joint.float().sum().backward()
     assert all(p.grad is not None for p in mope.parameters())
@@ -395,8 +397,8 @@ def test_what_does_not_fit_is_refused_in_one_line():
     with pytest.raises(ModelError, match="4 texts and 3 pictures"):
         found.mope.encode(found.words, found.picture.rows(slice(3)))
     with pytest.raises(ModelError, match="give the states"):
-        found.mope.encode(None, ModalityInputs(torch.zeros(4, 5)))
+        found.mope.encode(None, pictures(torch.zeros(4, 5)))
     with pytest.raises(ModelError, match="of depth 4 and 32 wide, but mope starts at depth 0"):
-        found.mope.encode(None, ModalityInputs(torch.zeros(4, 5), found.picture.states, 4))
+        found.mope.encode(None, pictures(torch.zeros(4, 5), found.picture.states, 4))
     with pytest.raises(ModelError, match="give it the image model"):
         MoPE(MoPEConfig()).attach({"text": model_of("bert", torch.float32)})

@@ -168,7 +168,7 @@ def test_swin_as_the_other_encoder_and_left_alone():
     with torch.no_grad():
         reading = found.encode()
         expected = found.models["image"].layernorm(found.picture.states).mean(1)
-    torch.testing.assert_close(reading.image, expected, **EXACT)
+    torch.testing.assert_close(reading.vectors["image"], expected, **EXACT)
     assert len(attached("bert", "swin", main="text").mope.others) == 6  # deep prompts in every block
 
 

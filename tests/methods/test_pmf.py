@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from modalities import part_of, pictures
 from pmf_pairs import IMAGE_DEPTH, IMAGE_WIDTH, PAIRS, UNEVEN, models, pair
 from saved import saved_bytes
 from tiny import DEPTH, WIDTH
@@ -14,7 +15,6 @@ from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.pmf.config import PMFConfig
 from mitrain.methods.pmf.pmf import PMF
 from mitrain.models import layouts
-from mitrain.models.batch import ModalityInputs
 
 # Padding and neighbours change the order of sums in matrix products, and nothing else: roundings of 1.1e-16 on values
 # below 10 through a few layers.
@@ -36,7 +36,7 @@ def frozen(case):
 
 
 def total(reading):
-    return reading.text.square().mean() + reading.image.square().mean()
+    return reading.text.square().mean() + reading.vectors["image"].square().mean()
 
 
 @names
@@ -47,12 +47,12 @@ def test_one_modality_alone_is_its_frozen_model(name):
     shown = case.words.mask.bool()
     alone, seen = case.adapter.encode(case.words, None), case.adapter.encode(None, case.picture)
     close(alone.text[shown], text[shown])
-    close(seen.image, image)
-    assert (alone.image, seen.text, seen.mask) == (None, None, None)
-    hidden = ModalityInputs(case.picture.feature, case.picture.states, case.picture.depth, infused=False)
+    close(seen.vectors["image"], image)
+    assert (alone.vectors, seen.text, seen.mask) == ({}, None, None)
+    hidden = pictures(case.picture.feature, case.picture.states, case.picture.depth, infused=False)
     unfused = case.adapter.encode(case.words, hidden)
     close(unfused.text[shown], text[shown])
-    close(unfused.image, image)
+    close(unfused.vectors["image"], image)
 
 
 @names
@@ -61,15 +61,15 @@ def test_together_each_modality_depends_on_the_other(name):
     case = pair(name, **UNEVEN)
     text, image = frozen(case)
     fused = case.encode()
-    assert fused.text.shape == (*case.words.ids.shape, WIDTH) and fused.image.shape == (3, IMAGE_WIDTH)
+    assert fused.text.shape == (*case.words.ids.shape, WIDTH) and fused.vectors["image"].shape == (3, IMAGE_WIDTH)
     assert case.adapter.attachment.image_width == IMAGE_WIDTH and torch.equal(fused.mask, case.words.mask)
-    assert (fused.image - image).abs().max() > 1e-3
+    assert (fused.vectors["image"] - image).abs().max() > 1e-3
     assert (fused.text - text)[:, 0].abs().min(1).values.max() > 1e-6  # the very first token, also under a causal mask
     turned = case.adapter.encode(case.words, case.picture.rows(torch.tensor([1, 2, 0])))
     assert (turned.text - fused.text)[:, 0].abs().max() > 1e-3
     other = case.words.states.clone()
     other[:, case.words.mask.sum(1).min() - 1] += 1.0  # a last token: the queries, too, stand behind it
-    assert (case.encode(states=other).image - fused.image).abs().max() > 1e-3
+    assert (case.encode(states=other).vectors["image"] - fused.vectors["image"]).abs().max() > 1e-3
 
 
 @names
@@ -80,7 +80,7 @@ def test_padding_and_the_neighbours_in_the_batch_do_not_matter(name):
     noise = torch.where(shown[..., None], case.words.states, torch.randn_like(case.words.states))
     noisy = case.encode(states=noise)
     close(noisy.text[shown], fused.text[shown])
-    close(noisy.image, fused.image)
+    close(noisy.vectors["image"], fused.vectors["image"])
     for row in range(3):
         count = int(shown[row].sum())
         words = type(case.words)(
@@ -91,7 +91,7 @@ def test_padding_and_the_neighbours_in_the_batch_do_not_matter(name):
         )
         alone = case.adapter.encode(words, case.picture.rows(slice(row, row + 1)))
         close(alone.text[0], fused.text[row, :count])
-        close(alone.image[0], fused.image[row])
+        close(alone.vectors["image"][0], fused.vectors["image"][row])
 
 
 @names
@@ -175,9 +175,9 @@ def test_each_switch_leaves_its_parameters_out_and_changes_the_reading(switch):
     changed, (text, image) = case.encode(), frozen(case)
     shown, towards = case.words.mask.bool(), settings.get("direction", "")
     assert ((changed.text - text)[shown].abs().max() < EXACT) == (towards == "text-to-image")
-    assert ((changed.image - image).abs().max() < EXACT) == (towards == "image-to-text")
+    assert ((changed.vectors["image"] - image).abs().max() < EXACT) == (towards == "image-to-text")
     assert (changed.text - reading.text)[shown].abs().max() > 1e-3 or towards == "image-to-text"
-    assert (changed.image - reading.image).abs().max() > 1e-3 or towards == "text-to-image"
+    assert (changed.vectors["image"] - reading.vectors["image"]).abs().max() > 1e-3 or towards == "text-to-image"
     case.adapter.detach()
 
 
@@ -189,13 +189,13 @@ def test_without_query_prompts_nothing_is_asked_of_the_other_encoder():
         own = case.encode()
         other = case.adapter.encode(case.words, replace(case.picture, states=case.picture.states.flip(0)))
         close(own.text, other.text)
-        close(own.image.flip(0), other.image)
+        close(own.vectors["image"].flip(0), other.vectors["image"])
 
 
 def test_one_direction_alone_still_trains_all_it_has():
     for direction, part in (("text-to-image", "image"), ("image-to-text", "text")):
         case = pair("bert+vit", direction=direction)
-        getattr(case.encode(), part).square().mean().backward()
+        part_of(case.encode(), part).square().mean().backward()
         assert all(p.grad.abs().max() > 0 for p in case.adapter.parameters())
 
 
@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
         choose("adapter", {"name": "pmf", "query_prompts": 0, "fusion_context": 0})
     case = pair("bert+vit", backbones)
     with pytest.raises(ModelError, match="only its global feature"):
-        case.adapter.encode(case.words, ModalityInputs(case.picture.feature))
+        case.adapter.encode(case.words, pictures(case.picture.feature))
     for wrong in ((replace(case.words, depth=0), case.picture), (case.words, replace(case.picture, depth=0))):
         with pytest.raises(ModelError, match="states are of depth 0, but pmf starts at"):
             case.adapter.encode(*wrong)

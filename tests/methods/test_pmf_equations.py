@@ -83,7 +83,7 @@ def test_two_fusion_layers_are_the_equations():
     visible = case.words.mask.bool()
     torch.testing.assert_close(reading.text[visible], x_t[visible], rtol=0, atol=EXACT)
     vector = norm(x_v, case.backbones["image"].layernorm)[:, 0]
-    torch.testing.assert_close(reading.image, vector, rtol=0, atol=EXACT)
+    torch.testing.assert_close(reading.vectors["image"], vector, rtol=0, atol=EXACT)
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def test_a_causal_text_model_has_its_prompts_in_front_and_its_queries_behind():
     case = pair("llama+dinov2", backbones, fusion_layers=1, **UNEVEN)
     own, told = {n.removeprefix("fusion.0."): p for n, p in case.adapter.state_dict().items()}, backbones["text"].model
     reading, alone = case.encode(), case.adapter.encode(None, case.picture)
-    assert (reading.image - alone.image).abs().max() > 1e-3
+    assert (reading.vectors["image"] - alone.vectors["image"]).abs().max() > 1e-3
     shown = backbones["image"].encoder.layer[-1]
 
     def dino(*rows):
@@ -107,7 +107,7 @@ def test_a_causal_text_model_has_its_prompts_in_front_and_its_queries_behind():
         told.norm = kept
         fused_v = dino(x_v, own["text_to_image.fusion"], mapped(answer, own, "text_to_image"))
         vector = norm(fused_v, backbones["image"].layernorm)[0]
-        torch.testing.assert_close(reading.image[row], vector, rtol=0, atol=EXACT)
+        torch.testing.assert_close(reading.vectors["image"][row], vector, rtol=0, atol=EXACT)
         answer = mapped(dino(x_v, own["image_to_text.context"], own["image_to_text.query"])[-3:], own, "image_to_text")
         fused = torch.cat([own["image_to_text.fusion"], answer, x_t])
         final = told(inputs_embeds=fused[None], use_cache=False).last_hidden_state[0, 4:]

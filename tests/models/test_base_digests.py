@@ -14,7 +14,7 @@ import mitrain
 from mitrain.cli import main
 from mitrain.core.errors import ModelError
 from mitrain.inference.export import export
-from mitrain.models import TextBackbone, VisionConfig, VisionEncoder, quant
+from mitrain.models import ImageConfig, ImageEncoder, TextBackbone, quant
 from mitrain.models.digests import weights_of
 from mitrain.training.fingerprint import differences, digest
 
@@ -100,8 +100,8 @@ def test_an_encoder_is_named_by_its_weights_configuration_and_preprocessing(tmp_
     folder = vision_folder(tmp_path / "one")
 
     def of(folder, **settings):
-        return VisionEncoder(
-            VisionConfig(name=str(folder), **settings), folder, settings.pop("dtype", torch.float32)
+        return ImageEncoder(
+            ImageConfig(name=str(folder), **settings), folder, settings.pop("dtype", torch.float32)
         ).base()
 
     first = of(folder)

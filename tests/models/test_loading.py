@@ -13,7 +13,7 @@ from tiny_pair import blip
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 from mitrain.core.errors import ModelError
-from mitrain.models import TextBackbone, VisionConfig, VisionEncoder, loading
+from mitrain.models import ImageConfig, ImageEncoder, TextBackbone, loading
 from mitrain.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
 PRECISIONS = ("none", "int8", "int8-activations", "nf4", "sharded")
@@ -62,7 +62,7 @@ def text(folder, precision="none"):
 
 
 def encoder(folder, **settings):
-    return VisionEncoder(VisionConfig(name=str(folder), **{"size": 28, **settings}), folder)
+    return ImageEncoder(ImageConfig(name=str(folder), **{"size": 28, **settings}), folder)
 
 
 def without(*parts):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from answers import FEATURES, make, samples
 from folders import llm_folder
+from modalities import pictures
 from transformers import AutoTokenizer
 
 from mitrain.core.errors import DataError, ModelError
 from mitrain.data.formats.records import AnswerSample
 from mitrain.models import TextBackbone
-from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch
 from mitrain.training.build import Model
 
@@ -36,14 +36,14 @@ def test_padding_without_an_embedding_changes_nothing(folder, tmp_path):
     plain, padded = make(folder), make(other)
     rows = len(plain.parts.text.model.get_input_embeddings().weight)
     assert padded.parts.text.tokenizer.pad_token_id == rows == padded.parts.text.vocabulary
-    batch = Batch(samples(), ModalityInputs(FEATURES))  # of different lengths
+    batch = Batch(samples(), pictures(FEATURES))  # of different lengths
     assert torch.equal(plain.loss(batch)[0], padded.loss(batch)[0])
     assert plain.generate(batch) == padded.generate(batch)
 
 
 def test_a_token_in_a_text_is_named_with_its_sample(folder, tmp_path):
     task = make(grown(folder, tmp_path / "image", "<image>"))
-    asked = [*samples(), AnswerSample("odd one", "i.png", "<image> is this red", "yes", ("yes", "no"))]
+    asked = [*samples(), AnswerSample("odd one", {"image": "i.png"}, "<image> is this red", "yes", ("yes", "no"))]
     with pytest.raises(DataError, match=r"'<image> is this red' has the token '<image>' \(id \d+\)"):
         task.texts(asked, True)
     model = Model(None, task.parts.text, [], task.parts.adapter, None, task, task.parts.states)
@@ -54,7 +54,7 @@ def test_a_token_in_a_text_is_named_with_its_sample(folder, tmp_path):
 
 def test_a_special_token_is_plain_in_a_text_and_named_in_a_template(folder, tmp_path):
     other = grown(folder, tmp_path / "special", additional_special_tokens=["<image>"])
-    assert make(other).texts([AnswerSample("0", "i.png", "<image> is this red", "yes", ("yes", "no"))], True)
+    assert make(other).texts([AnswerSample("0", {"image": "i.png"}, "<image> is this red", "yes", ("yes", "no"))], True)
     with pytest.raises(DataError, match="has the token '<image>'"):
         make(other, template="<image>{prompt}").texts(samples(), True)
 

@@ -26,7 +26,7 @@ def samples(candidates=True):
     answers = ["red", "blue square", "yes"]
     offered = [tuple(COLOURS), ("blue square", "red", "green square"), ("yes", "no")] if candidates else [()] * 3
     return [
-        AnswerSample(str(i), f"{i}.png", p, a, c, f"kind{i % 2}", "o")
+        AnswerSample(str(i), {"image": f"{i}.png"}, p, a, c, f"kind{i % 2}", "o")
         for i, (p, a, c) in enumerate(zip(prompts, answers, offered, strict=True))
     ]
 
@@ -36,4 +36,4 @@ FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 
 def opened(answers, prompt="this thing is a"):
     """Samples without candidates."""
-    return [AnswerSample(str(i), f"{i}.png", prompt, answer) for i, answer in enumerate(answers)]
+    return [AnswerSample(str(i), {"image": f"{i}.png"}, prompt, answer) for i, answer in enumerate(answers)]

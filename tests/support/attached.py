@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from methods_world import section
+from modalities import pictures
 from tiny import VOCABULARY, text, tiny
 from torch import Tensor
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, PreTrainedModel
@@ -70,9 +71,7 @@ def inputs(
             entering = adapter.attachment.first_layers["image"]
             states = trunk_states(image, entering, pixel_values=pixels()[rows])
     feature = torch.randn(3, FEATURE, generator=torch.Generator().manual_seed(6)).double()[rows]
-    return TextBatch(words["input_ids"], words["attention_mask"], below, depth), ModalityInputs(
-        feature, states, entering
-    )
+    return TextBatch(words["input_ids"], words["attention_mask"], below, depth), pictures(feature, states, entering)
 
 
 def whole(model: PreTrainedModel, words: TextBatch) -> Tensor:

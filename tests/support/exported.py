@@ -40,7 +40,7 @@ def make_config(world: Path, task: str = "answer") -> RunConfig:
             "model": {
                 "device": "cpu",
                 "llm": str(world / "llm"),
-                "vision": [vision],
+                "encoders": {"image": vision},
             },
             "adapter": {"name": "mit", "layers": [1], "rank": 3},
             "data": {"name": "records", "root": str(world / "data")},

@@ -70,12 +70,12 @@ class Gated(Adapter):
 
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
         if texts is None:
-            return Outputs(image=inputs.feature)
+            return Outputs(vectors=inputs.features)
         try:
             if inputs is not None and inputs.infused:
                 with torch.no_grad():
-                    self._picture, _ = self._image.encode_image(inputs)
+                    self._picture, _ = self._image.encode_tokens(inputs)
             text = frozen.last_hidden(self._backbones["text"], texts)
         finally:
             self._picture = None
-        return Outputs(text, texts.mask, inputs and inputs.feature)
+        return Outputs(text, texts.mask, inputs.features if inputs else {})

@@ -62,7 +62,7 @@ class RateTask(Task):
     def predict(self, batch: Batch) -> list[Prediction]:
         rates = self.rates(batch)
         pairs = zip(batch.samples, rates.isfinite().tolist(), rates.tolist(), strict=True)
-        return [Prediction(s.id, s.image, {"rate": rate}, finite=finite) for s, finite, rate in pairs]
+        return [Prediction(s.id, s.inputs, {"rate": rate}, finite=finite) for s, finite, rate in pairs]
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         return closeness(samples, lambda i: predictions[i].values["rate"])
@@ -73,9 +73,9 @@ class RateTask(Task):
         return {"training mean": closeness(chosen, lambda _: usual)}
 
     def ask(self, question: Question) -> Answer:
-        blank = AnswerSample(question.path.name, question.path.name, question.text, "")
+        blank = AnswerSample(question.id, question.inputs, question.text, "")
         rate = question.predicted(self.predict(question.see(blank))).values["rate"]
-        return Answer({"image": str(question.path), "rate": rate}, [f"rate: {rate:.3f}"])
+        return Answer({**question.files, "rate": rate}, [f"rate: {rate:.3f}"])
 
     def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
         return Panel(picture, [f"{prediction.values['rate']:.2f}", f"truth: {sample.answer}"])

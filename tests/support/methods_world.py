@@ -81,7 +81,7 @@ def settings(world: Path, method: str, readout: list[str], task: str) -> dict[st
     kinds = {"classify": "labelled", "retrieve": "captions"}
     return {
         "name": f"{task}-{method}",
-        "model": {"llm": str(world / "llm"), "vision": [{"name": str(world / "vision"), "pool": "cls"}]},
+        "model": {"llm": str(world / "llm"), "encoders": {"image": {"name": str(world / "vision"), "pool": "cls"}}},
         "adapter": section(method),
         "features": {"views": 2},
         "task": tasks[task],

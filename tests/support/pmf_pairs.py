@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from modalities import pictures
 from tiny import scramble, text, tiny
 from tiny_encoders import pixels, sound, tiny_encoder
 from torch import Tensor
@@ -60,5 +61,5 @@ def pair(
     states = {place: trunk_states(backbones[place], first[place], **inputs[place]) for place in backbones}
     ids, mask = inputs["text"].values()
     words = TextBatch(ids, mask, states["text"], first["text"])
-    picture = ModalityInputs(torch.zeros(len(ids), 1), states["image"], first["image"])
+    picture = pictures(torch.zeros(len(ids), 1), states["image"], first["image"])
     return Pair(adapter, backbones, inputs, words, picture)

@@ -47,7 +47,7 @@ def make_world(path: Path) -> Path:
     vision_folder(path / "vision")
     colour_records(path / "data", train=SAMPLES, val=13)
     config = {
-        "model": {"llm": str(path / "llm"), "vision": [{"name": str(path / "vision"), "layer": 2}]},
+        "model": {"llm": str(path / "llm"), "encoders": {"image": {"name": str(path / "vision"), "layer": 2}}},
         "adapter": {"name": "mit", "layers": [1, 2]},
         "features": {"views": 2, "noise": 0.05, "dropout": 0.1},
         "task": {"name": "answer"},

@@ -2,7 +2,7 @@
 
 BASE = {
     "name": "base",
-    "model": {"llm": "nowhere", "vision": ["nothing"]},
+    "model": {"llm": "nowhere", "encoders": {"image": "nothing"}},
     "adapter": {"name": "mit", "layers": "1-2"},
     "task": {"name": "classify"},
     "data": {"name": "labelled", "root": "data"},

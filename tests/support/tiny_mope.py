@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from modalities import pictures
 from tiny import scramble, text, tiny
 from tiny_encoders import pixels, tiny_encoder
 from torch import Tensor
@@ -61,7 +62,7 @@ def states_of(mope: MoPE, models: dict[str, PreTrainedModel], batch: dict[str, T
     depth = {name: mope.attachment.first_layers[name] for name in models}
     words = TextBatch(batch["input_ids"], batch["attention_mask"], trunk_states(models["text"], depth["text"], **batch))
     states = trunk_states(models["image"], depth["image"], pixel_values=image)
-    picture = ModalityInputs(torch.zeros(len(image), 5), states, depth["image"])
+    picture = pictures(torch.zeros(len(image), 5), states, depth["image"])
     return replace(words, depth=depth["text"]), picture
 
 

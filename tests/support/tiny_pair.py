@@ -1,6 +1,7 @@
 """Tiny random pairs of a text model and an image encoder, and one batch for them."""
 
 import torch
+from modalities import pictures
 from tiny import COMMON, text, tiny
 from torch import Tensor
 from transformers import (
@@ -66,9 +67,7 @@ def batch(
     dtype = backbones["image"].dtype
     given = text(rows, 9, padding)
     states = trunk_states(backbones["image"], 0, pixel_values=pixels(rows, dtype))
-    return TextBatch(given["input_ids"], given["attention_mask"]), ModalityInputs(
-        torch.zeros(rows, 2, dtype=dtype), states
-    )
+    return TextBatch(given["input_ids"], given["attention_mask"]), pictures(torch.zeros(rows, 2, dtype=dtype), states)
 
 
 def aurora(backbones: dict[str, PreTrainedModel], seed: int = 0, **settings: object) -> Aurora:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from answers import FEATURES, make, opened, samples
 from folders import llm_folder
+from modalities import pictures
 
 from mitrain.core.errors import DataError
 from mitrain.data.formats.records import AnswerSample
-from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.answer import same_text
 from mitrain.tasks.base import Batch
 
@@ -34,7 +34,7 @@ def by_hand(task, prompt, answer, feature):
 def test_the_loss_is_the_answers_negative_log_likelihood(folder, tmp_path, cached, gate):
     task = make(folder, tmp_path if cached else None, gate)
     task.parts.states.prepare(task.texts(samples(), False))
-    total, count = task.loss(Batch(samples(), ModalityInputs(FEATURES)))
+    total, count = task.loss(Batch(samples(), pictures(FEATURES)))
     found = [by_hand(task, s.prompt, s.answer, FEATURES[i : i + 1]) for i, s in enumerate(samples())]
     torch.testing.assert_close(total, -sum(value for value, _ in found), rtol=1e-5, atol=1e-5)
     assert float(count) == sum(n for _, n in found)
@@ -45,7 +45,7 @@ def test_the_loss_is_the_answers_negative_log_likelihood(folder, tmp_path, cache
 @pytest.mark.parametrize("normalize", [False, True])
 def test_candidates_are_ranked_by_likelihood(folder, normalize):
     task = make(folder, normalize=normalize)
-    predictions = task.predict(Batch(samples(), ModalityInputs(FEATURES)))
+    predictions = task.predict(Batch(samples(), pictures(FEATURES)))
     for i, (sample, prediction) in enumerate(zip(samples(), predictions, strict=True)):
         with torch.no_grad():
             found = [by_hand(task, sample.prompt, c, FEATURES[i : i + 1]) for c in sample.candidates]
@@ -59,20 +59,20 @@ def test_without_candidates_the_training_answers_to_the_prompt_are_ranked(folder
     task, asked = make(folder), opened(["red", "blue", "yes"])
     task.remember([*asked[:2], *opened(["green", "red"]), *opened(["no", "yes"], "is this red")])
     assert not task.must_generate(asked)
-    found = [p.values for p in task.predict(Batch(asked, ModalityInputs(FEATURES)))]
+    found = [p.values for p in task.predict(Batch(asked, pictures(FEATURES)))]
     assert all(
         set(v["probabilities"]) == {"red", "blue", "green"} and v["scored_by"] == "training answers" for v in found
     )
     assert all(v["correct"] == (v["predicted"] == s.answer) for v, s in zip(found, asked, strict=True))
     assert found[2]["correct"] is False  # training never gave its answer: it is not slipped in
     wrong = opened([next(a for a in ("red", "blue") if a != v["predicted"]) for v in found])
-    predictions = task.predict(Batch(wrong, ModalityInputs(FEATURES)))
+    predictions = task.predict(Batch(wrong, pictures(FEATURES)))
     metrics = task.score(wrong, predictions)
     assert metrics["accuracy"] == 0.0 and metrics["scored_by"] == {"training answers": 3}
-    others = [p.values["probabilities"] for p in task.predict(Batch(asked, ModalityInputs(FEATURES.flip(0))))]
+    others = [p.values["probabilities"] for p in task.predict(Batch(asked, pictures(FEATURES.flip(0))))]
     assert others[0] != found[0]["probabilities"]  # the picture decides, so that controls can change it
     ranked = task.predict(
-        Batch([replace(s, candidates=("red", "blue", "green")) for s in asked[:1]], ModalityInputs(FEATURES[:1]))
+        Batch([replace(s, candidates=("red", "blue", "green")) for s in asked[:1]], pictures(FEATURES[:1]))
     )
     assert ranked[0].values["probabilities"] == pytest.approx(found[0]["probabilities"], abs=2e-6)
 
@@ -85,29 +85,29 @@ def test_where_there_is_nothing_to_rank_the_model_must_say_the_answer(folder, kn
     )
     task.remember([replace(s, candidates=()) for s in opened(known)])
     assert task.must_generate(asked)
-    found = task.predict(Batch(asked, ModalityInputs(FEATURES)))
-    said = task.generate(Batch(asked, ModalityInputs(FEATURES)))
+    found = task.predict(Batch(asked, pictures(FEATURES)))
+    said = task.generate(Batch(asked, pictures(FEATURES)))
     for prediction, words in zip(found, said, strict=True):
         values = prediction.values
         assert values["predicted"] == values["generated"] == words and "probabilities" not in values
         assert values["scored_by"] == "generation" and values["correct"] is values["exact_match"] is (words == "red")
     right = [replace(s, answer=f" {w.upper()}.") for s, w in zip(asked, said, strict=True)]
-    metrics = task.score(right, task.predict(Batch(right, ModalityInputs(FEATURES))))
+    metrics = task.score(right, task.predict(Batch(right, pictures(FEATURES))))
     assert metrics["accuracy"] == metrics["exact_match"] == 1.0 and metrics["scored_by"] == {"generation": 3}
 
 
 def test_a_batch_of_both_kinds_keeps_its_order(folder):
     task = make(folder)
     mixed = [*samples()[:1], *opened(["red"]), *samples()[2:]]
-    alone = [task.predict(Batch([s], ModalityInputs(FEATURES[i : i + 1])))[0].values for i, s in enumerate(mixed)]
-    found = [p.values for p in task.predict(Batch(mixed, ModalityInputs(FEATURES)))]
+    alone = [task.predict(Batch([s], pictures(FEATURES[i : i + 1])))[0].values for i, s in enumerate(mixed)]
+    found = [p.values for p in task.predict(Batch(mixed, pictures(FEATURES)))]
     assert [v["scored_by"] for v in found] == ["candidates", "generation", "candidates"]
     assert [v["predicted"] for v in found] == [v["predicted"] for v in alone]
 
 
 @pytest.mark.parametrize("truth", ["blue", "red", "yellow"])
 def test_ties_count_against_the_truth(folder, truth):
-    sample = AnswerSample("0", "0.png", "p", truth, ("yellow", "blue", "red"))
+    sample = AnswerSample("0", {"image": "0.png"}, "p", truth, ("yellow", "blue", "red"))
     prediction = make(folder)._prediction(sample, torch.tensor([-1.0, -1.0, -1.0]), None)
     assert prediction.values["correct"] is False and prediction.values["predicted"] == {"blue": "red"}.get(
         truth, "blue"
@@ -123,8 +123,8 @@ def test_ties_count_against_the_truth(folder, truth):
 def test_scores_and_words_of_what_is_no_number_are_reported(folder):
     task, features = make(folder), FEATURES.clone()
     features[1, 0] = torch.nan
-    assert [p.finite for p in task.predict(Batch(samples(), ModalityInputs(features)))] == [True, False, True]
-    assert [p.finite for p in task.predict(Batch(opened(["red"] * 3), ModalityInputs(features)))] == [True, False, True]
+    assert [p.finite for p in task.predict(Batch(samples(), pictures(features)))] == [True, False, True]
+    assert [p.finite for p in task.predict(Batch(opened(["red"] * 3), pictures(features)))] == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_answers_are_compared_but_for_case_white_space_and_closing_marks(said, a
 def test_what_a_model_brings_for_generation_does_not_act(folder):
     """As Qwen's repetition_penalty, BART's no_repeat_ngram_size and Whisper's suppressed tokens would."""
     task = make(folder)
-    said = task.generate(Batch(samples(), ModalityInputs(FEATURES)))
+    said = task.generate(Batch(samples(), pictures(FEATURES)))
     first = task.parts.text.tokenizer(said[0])["input_ids"][0]
     task.parts.text.model.generation_config.update(
         repetition_penalty=9.0,
@@ -155,13 +155,13 @@ def test_what_a_model_brings_for_generation_does_not_act(folder):
         min_length=30,
         do_sample=True,
     )
-    assert task.generate(Batch(samples(), ModalityInputs(FEATURES))) == said
+    assert task.generate(Batch(samples(), pictures(FEATURES))) == said
 
 
 def test_generation_equals_greedy_steps_without_a_cache(folder):
     task = make(folder, max_new_tokens=5)
     text = task.parts.text
-    said = task.generate(Batch(samples(), ModalityInputs(FEATURES)))
+    said = task.generate(Batch(samples(), pictures(FEATURES)))
     for i, sample in enumerate(samples()):
         ids = text.tokens(sample.prompt)
         start = len(ids)
@@ -173,7 +173,7 @@ def test_generation_equals_greedy_steps_without_a_cache(folder):
 
 def test_scores_count_by_kind_and_name_the_majority(folder):
     task = make(folder)
-    predictions = task.predict(Batch(samples(), ModalityInputs(FEATURES)), generate=True)
+    predictions = task.predict(Batch(samples(), pictures(FEATURES)), generate=True)
     for prediction, correct in zip(predictions, (True, False, True), strict=True):
         prediction.values["correct"] = correct
     metrics = task.score(samples(), predictions)
@@ -185,8 +185,8 @@ def test_scores_count_by_kind_and_name_the_majority(folder):
 def test_the_image_matters_and_a_missing_one_is_the_frozen_model(folder):
     task = make(folder)
     with torch.no_grad():
-        with_image, _ = task.loss(Batch(samples(), ModalityInputs(FEATURES)))
-        other, _ = task.loss(Batch(samples(), ModalityInputs(FEATURES.flip(0))))
+        with_image, _ = task.loss(Batch(samples(), pictures(FEATURES)))
+        other, _ = task.loss(Batch(samples(), pictures(FEATURES.flip(0))))
         blind, _ = task.loss(Batch(samples(), None))
         task.parts.adapter.detach()
         ids, mask = task.parts.text.pad([task.row(s.prompt, s.answer) for s in samples()])
@@ -206,4 +206,4 @@ def test_a_prompt_leaves_space_for_what_is_said_behind_it(folder):
     ):
         task.texts(samples(candidates=False), True)
     with pytest.raises(DataError, match="a prompt of 6 tokens leaves no room for 62 more"):
-        task.generate(Batch(samples(), ModalityInputs(FEATURES)))
+        task.generate(Batch(samples(), pictures(FEATURES)))

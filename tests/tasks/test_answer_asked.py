@@ -1,17 +1,16 @@
 """What `answer` says of one picture, of its data and beside its baselines; and which models and methods it takes."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from answers import FEATURES, make, opened, samples
 from folders import llm_folder
+from modalities import pictures
 
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.methods.base import Traits
-from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.answer import FREQUENT, AnswerConfig, AnswerTask
 from mitrain.tasks.base import Batch, Question, Splits
 
@@ -26,22 +25,24 @@ def question(candidates=(), text="this thing is a", features=FEATURES[:1]):
 
     def see(sample):
         asked.append(sample)
-        return Batch([sample], ModalityInputs(features))
+        return Batch([sample], pictures(features))
 
-    return Question(Path("shelf/9.png"), text, candidates, see, lambda: None, "the run"), asked
+    return Question(
+        "9.png", {"image": "9.png"}, {"image": "shelf/9.png"}, text, candidates, see, lambda: None, "the run"
+    ), asked
 
 
 def test_a_picture_is_asked_about_with_the_users_candidates(folder):
     task, (put, asked) = make(folder), question(["red", "blue square"])
     found = task.ask(put)
     (sample,) = asked
-    assert (sample.id, sample.image, sample.prompt, sample.candidates) == (
+    assert (sample.id, sample.inputs["image"], sample.prompt, sample.candidates) == (
         "9.png",
         "9.png",
         "this thing is a",
         ("red", "blue square"),
     )
-    (one,) = task.predict(Batch([sample], ModalityInputs(FEATURES[:1])), generate=True)
+    (one,) = task.predict(Batch([sample], pictures(FEATURES[:1])), generate=True)
     chances = one.values["probabilities"]
     likeliest = max(chances, key=chances.get)
     assert found.values == {
@@ -80,7 +81,7 @@ def test_what_a_sample_with_one_candidate_is_scored_by(folder):
     task = make(folder)
     task.remember(opened(["red", "yes"]))
     asked = [replace(opened(["red"])[0], candidates=each) for each in (("red",), ("red", "yes"))]
-    found = task.predict(Batch(asked, ModalityInputs(FEATURES[:2])))
+    found = task.predict(Batch(asked, pictures(FEATURES[:2])))
     assert [each.values["scored_by"] for each in found] == ["training answers", "candidates"]
 
 

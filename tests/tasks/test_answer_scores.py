@@ -6,11 +6,11 @@ import pytest
 import torch
 from answers import FEATURES, make, opened, samples
 from folders import llm_folder
+from modalities import pictures
 from PIL import Image
 
 from mitrain.core.errors import ModelError
 from mitrain.data.formats.records import AnswerSample
-from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import answer as module
 from mitrain.tasks import language
 from mitrain.tasks.answer import AnswerTask, answers_by_prompt, plain
@@ -52,13 +52,13 @@ def test_answers_of_training_are_those_it_gave_and_could_have_given():
 
 def test_many_candidates_are_scored_in_parts(folder, monkeypatch):
     task, sizes = make(folder), []
-    expected = [p.values["probabilities"] for p in task.predict(Batch(samples(), ModalityInputs(FEATURES)))]
+    expected = [p.values["probabilities"] for p in task.predict(Batch(samples(), pictures(FEATURES)))]
     whole = task.log_likelihood
     monkeypatch.setattr(module, "SCORE_ROWS", 4)
     monkeypatch.setattr(
         task, "log_likelihood", lambda pairs, features: sizes.append(len(pairs)) or whole(pairs, features)
     )
-    found = task.predict(Batch(samples(), ModalityInputs(FEATURES)))
+    found = task.predict(Batch(samples(), pictures(FEATURES)))
     count = sum(len(s.candidates) for s in samples())
     assert sizes == [min(4, count - start) for start in range(0, count, 4)] and len(sizes) > 1
     assert [p.values["probabilities"] for p in found] == [pytest.approx(e, abs=2e-6) for e in expected]
@@ -72,11 +72,11 @@ def test_a_rank_without_candidates_keeps_the_others_company(folder, monkeypatch)
         task, "log_likelihood", lambda pairs, features: seen.append((pairs, features)) or whole(pairs, features)
     )
     monkeypatch.setattr(module.dist, "gather", lambda rounds: [rounds, 2])
-    assert [len(scores) for scores in task.candidate_scores(Batch(alone, ModalityInputs(FEATURES)))] == [0, 0, 0]
+    assert [len(scores) for scores in task.candidate_scores(Batch(alone, pictures(FEATURES)))] == [0, 0, 0]
     assert [pairs for pairs, _ in seen] == [[("this thing is a", "red")]] * 2
     assert all(torch.equal(inputs.feature, FEATURES[:1]) for _, inputs in seen)
     seen.clear()
-    assert [len(scores) for scores in task.candidate_scores(Batch(samples(), ModalityInputs(FEATURES)))] == [
+    assert [len(scores) for scores in task.candidate_scores(Batch(samples(), pictures(FEATURES)))] == [
         len(s.candidates) for s in samples()
     ]
     assert len(seen) == 2 and task.candidate_scores(Batch(alone, None))[0].dtype == torch.float64
@@ -88,16 +88,16 @@ def test_scores_are_summed_in_float64_and_without_a_picture_too(folder):
         parts = task.log_likelihood([("is this red", "yes"), ("is this red", "no")], None)
     blind = task.candidate_scores(Batch(samples()[2:], None))[0]
     assert blind.tolist() == [part.double().sum().item() for part in parts] and blind.dtype == torch.float64
-    total, count = task.loss(Batch(samples(), ModalityInputs(FEATURES)))
+    total, count = task.loss(Batch(samples(), pictures(FEATURES)))
     assert count.dtype == torch.float64 and total.requires_grad and not blind.requires_grad
 
 
 def test_a_prediction_says_what_it_is_of(folder):
-    sample = AnswerSample("7", "7.png", "is this red", "no", ("yes", "no", "perhaps"), "kind", "thing")
+    sample = AnswerSample("7", {"image": "7.png"}, "is this red", "no", ("yes", "no", "perhaps"), "kind", "thing")
     task, score = make(folder), torch.tensor([0.25, 1.5, -1.0], dtype=torch.float64)
     found = task._prediction(sample, score, "No!")
     chances = {n: round(v, 6) for n, v in zip(sample.candidates, score.softmax(0).tolist(), strict=True)}
-    assert (found.id, found.image, found.finite) == ("7", "7.png", True)
+    assert (found.id, found.inputs["image"], found.finite) == ("7", "7.png", True)
     assert found.values == {
         "prompt": "is this red",
         "answer": "no",
@@ -128,7 +128,7 @@ def scored(task, *rows):
     predictions = [
         Prediction(
             s.id,
-            s.image,
+            s.inputs["image"],
             {"kind": s.kind, "correct": correct, "scored_by": how} | ({} if exact is None else {"exact_match": exact}),
         )
         for s, (_, _, correct, exact, how) in zip(asked, rows, strict=True)
@@ -217,13 +217,13 @@ def test_what_is_said_is_asked_for_with_the_settings_of_the_task(folder, beams, 
     whole = language.generated
     monkeypatch.setattr(language, "decoding", lambda parts: {"use_cache": False})
     monkeypatch.setattr(language, "generated", lambda *a, **options: asked.update(options) or whole(*a, **options))
-    said = task.generate(Batch(samples(), ModalityInputs(FEATURES)))
+    said = task.generate(Batch(samples(), pictures(FEATURES)))
     assert asked.pop("logits_processor")[0].all == [True] * 3
     assert asked == {"max_new_tokens": 3, "num_beams": beams, "use_cache": False} | (
         {"length_penalty": 1.0} if beams > 1 else {}
     )
     assert len(said) == 3 and all(words == words.strip() for words in said)
-    alone = [task.generate(Batch([s], ModalityInputs(FEATURES[i : i + 1])))[0] for i, s in enumerate(samples())]
+    alone = [task.generate(Batch([s], pictures(FEATURES[i : i + 1])))[0] for i, s in enumerate(samples())]
     assert said == alone
 
 
@@ -234,9 +234,9 @@ def test_words_are_generated_where_they_are_asked_for_or_needed(folder):
         (True, samples(), True),
         (False, opened(["red"] * 3), True),
     ):
-        found = task.predict(Batch(asked, ModalityInputs(FEATURES)), generate)
+        found = task.predict(Batch(asked, pictures(FEATURES)), generate)
         assert [p.values.get("generated") for p in found] == (
-            task.generate(Batch(asked, ModalityInputs(FEATURES))) if spoken else [None] * 3
+            task.generate(Batch(asked, pictures(FEATURES))) if spoken else [None] * 3
         )
 
 
@@ -245,7 +245,7 @@ def test_a_prompt_stands_in_its_template(folder):
     plain_task = make(folder)
     assert task.row("this thing", "yes") == plain_task.row("is this thing red", "yes")
     short, long = (
-        Batch(opened(["a"], prompt), ModalityInputs(FEATURES[:1])) for prompt in ("this thing", "is this thing red")
+        Batch(opened(["a"], prompt), pictures(FEATURES[:1])) for prompt in ("this thing", "is this thing red")
     )
     assert task.generate(short) == plain_task.generate(long)
 
@@ -257,7 +257,7 @@ def test_several_references_are_scored_softly_whatever_the_answer_was_chosen_by(
     asked = [replace(s, references=r) for s, r in zip(samples(), people, strict=True)]
     said = iter(["red", "blue square", "yes"])
     task._chosen = lambda sample, score: {"predicted": next(said), "correct": True, "scored_by": "candidates"}
-    found = task.predict(Batch(asked, ModalityInputs(FEATURES)))
+    found = task.predict(Batch(asked, pictures(FEATURES)))
     assert [p.values["soft_accuracy"] for p in found] == pytest.approx([0.9, 1.0, 0.0])
     assert task.score(asked, found)["soft_accuracy"] == pytest.approx(1.9 / 3)
     some = [replace(asked[0], references=("red",)), *asked[1:]]

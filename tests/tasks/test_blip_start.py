@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from folders import llm_folder
+from modalities import pictures
 from safetensors.torch import load_file, save_file
 from tiny_pair import aurora, blip, pixels
 from transformers import AutoTokenizer, BlipForImageTextRetrieval
@@ -13,7 +14,6 @@ from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.models import TextBackbone
 from mitrain.models import blip as checkpoint
-from mitrain.models.batch import ModalityInputs
 from mitrain.models.frozen import trunk_states
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.contrast import Everyone
@@ -38,11 +38,11 @@ def opened(folder, **settings) -> tuple[RetrieveTask, Batch]:
     adapter = aurora({"text": text.model, "image": image}, preset="released", rank=3, ice=False, dropout=0.0).eval()
     torch.manual_seed(0)
     parts = Parts(text, adapter, TextStates(text, 0, None))
-    task = RetrieveTask(RetrieveConfig(**{**OWN, **settings}), parts, image.config.hidden_size).eval()
+    task = RetrieveTask(RetrieveConfig(**{**OWN, **settings}), parts, {"image": image.config.hidden_size}).eval()
     states = trunk_states(image, 0, pixel_values=pixels(3, torch.float32))
     feature = torch.zeros(3, image.config.hidden_size)
-    samples = [CaptionSample(str(i), f"{i}.png", text, f"o{i}") for i, text in enumerate(TEXTS)]
-    batch = Batch(samples, ModalityInputs(feature, states))
+    samples = [CaptionSample(str(i), {"image": f"{i}.png"}, text, f"o{i}") for i, text in enumerate(TEXTS)]
+    batch = Batch(samples, pictures(feature, states))
     task.fit(samples, lambda chosen: batch)
     return task, batch
 
@@ -80,10 +80,12 @@ def test_before_a_step_the_scores_are_blips_own(folder):
 def test_the_matching_loss_of_such_a_start_is_that_of_the_matching_value_alone(folder):
     task, batch = opened(folder)
     with torch.no_grad():
-        everyone = Everyone(task.image_vectors(batch.inputs), task.text_vectors(TEXTS), batch, True)
+        everyone = Everyone(
+            task.image_vectors(batch.inputs), task.text_vectors(TEXTS), batch, task.keys(batch.samples), True
+        )
         text, image, known = everyone.hardest()
         picture = batch.inputs
-        wrong = ModalityInputs.joined([picture.rows(i.view(1)) for i in image])
+        wrong = type(picture).joined([picture.rows(i.view(1)) for i in image])
         right = task.match_values(TEXTS, picture)
         other_text = task.match_values([TEXTS[i] for i in text], picture)
         other_image = task.match_values(TEXTS, wrong)

@@ -7,12 +7,12 @@ import torch
 from answers import FEATURES
 from answers import make as make_answer
 from folders import llm_folder
+from modalities import pictures
 from pydantic import ValidationError
 
 from mitrain.core.errors import DataError
 from mitrain.data.formats.captions import CaptionSample, with_captions
 from mitrain.data.formats.records import AnswerSample
-from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import base
 from mitrain.tasks.base import Batch, Splits
 from mitrain.tasks.caption import CaptionConfig, CaptionTask
@@ -33,19 +33,21 @@ def make(folder, **config):
 
 def samples():
     pairs = zip(PICTURES, TEXTS, strict=True)
-    return with_captions([CaptionSample(str(i), image, text, image) for i, (image, text) in enumerate(pairs)])
+    return with_captions(
+        [CaptionSample(str(i), {"image": image}, text, image) for i, (image, text) in enumerate(pairs)]
+    )
 
 
 def batch(some=None):
     """Samples of one picture have its features."""
     some = samples() if some is None else some
-    rows = torch.tensor([PICTURES.index(s.image) for s in some])
-    return Batch(some, ModalityInputs(torch.cat([FEATURES, FEATURES.flip(1)])[rows]))
+    rows = torch.tensor([PICTURES.index(s.files) for s in some])
+    return Batch(some, pictures(torch.cat([FEATURES, FEATURES.flip(1)])[rows]))
 
 
 def test_the_loss_is_that_of_an_answer_behind_the_template(folder):
     task, answer = make(folder), make_answer(folder)
-    asked = [AnswerSample(s.id, s.image, "this picture is", s.text) for s in samples()]
+    asked = [AnswerSample(s.id, s.inputs, "this picture is", s.text) for s in samples()]
     one, other = task.loss(batch()), answer.loss(Batch(asked, batch().inputs))
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and float(one[1]) > 5
     assert task.tokens(samples()) == answer.tokens(asked) and task.texts(samples(), True) == answer.texts(asked, False)
@@ -113,7 +115,7 @@ def test_settings_that_would_not_act_are_refused(settings, message):
 def test_pictures_are_scored_once_each_with_all_their_captions(folder):
     task = make(folder)
     said = {"a.png": "a red thing", "b.png": "blue square", "c.png": "a green square"}
-    found = [replace(p, values={"predicted": said[p.image]}) for p in task.predict(batch())]
+    found = [replace(p, values={"predicted": said[p.inputs["image"]]}) for p in task.predict(batch())]
     expected = caption_metrics(list(said.values()), [[TEXTS[0], TEXTS[2]], [TEXTS[1], TEXTS[4]], [TEXTS[3]]])
     scores = task.score(samples(), found)
     counts = {"samples": 5, "images": 3, "captions": 5, "different": 1.0}
@@ -124,9 +126,9 @@ def test_pictures_are_scored_once_each_with_all_their_captions(folder):
 
 def test_baselines_say_what_training_said(folder):
     table = {"a.png": [1.0, 0.0], "b.png": [0.0, 1.0], "c.png": [0.1, 2.0]}
-    train = [s for s in samples() if s.image != "c.png"]
+    train = [s for s in samples() if s.files != "c.png"]
     splits = Splits(samples()[3:], lambda: ([*train, replace(train[0], id="y")], []), lambda: [], None, 0)
-    splits.features = lambda part: torch.tensor([table[s.image] for s in part])
+    splits.features = lambda part: torch.tensor([table[s.files] for s in part])
     found = make(folder).baselines(splits)
     expected = [["a green square"], ["this thing is blue", "blue square"]]
     assert found["commonest caption"]["cider"] == caption_metrics(["a red square"] * 2, expected)["cider"]
@@ -135,7 +137,7 @@ def test_baselines_say_what_training_said(folder):
 
 
 def test_captions_that_no_word_tells_apart_are_refused():
-    same = with_captions([CaptionSample("0", "a.png", "red"), CaptionSample("1", "b.png", "red")])
+    same = with_captions([CaptionSample("0", {"image": "a.png"}, "red"), CaptionSample("1", {"image": "b.png"}, "red")])
     with pytest.raises(DataError, match="val: every picture has the same captions"):
         base.cautions(CaptionTask, same, "val")
     assert base.cautions(CaptionTask, samples(), "val") == []

@@ -25,19 +25,19 @@ def cautions(samples, split, known=None):
 
 
 def answer(text, candidates=(), prompt="p"):
-    return AnswerSample(text, "a.png", prompt, text, candidates)
+    return AnswerSample(text, {"image": "a.png"}, prompt, text, candidates)
 
 
 def masks(*segmentations):
-    return [ReferSample(str(i), "a.png", "x", (6, 8), s, "o") for i, s in enumerate(segmentations)]
+    return [ReferSample(str(i), {"image": "a.png"}, "x", (6, 8), s, "o") for i, s in enumerate(segmentations)]
 
 
 def captions(pairs):
-    return [CaptionSample(str(i), image, text, image) for i, (image, text) in enumerate(pairs)]
+    return [CaptionSample(str(i), {"image": image}, text, image) for i, (image, text) in enumerate(pairs)]
 
 
 def labels(*sets):
-    return [LabelSample(str(i), "a.png", "t", tuple(names)) for i, names in enumerate(sets)]
+    return [LabelSample(str(i), {"image": "a.png"}, "t", tuple(names)) for i, names in enumerate(sets)]
 
 
 def test_what_can_be_wrong_has_no_caution():

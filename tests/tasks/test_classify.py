@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from folders import llm_folder
+from modalities import pictures
 from PIL import Image
 from tiny import scramble
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from mitrain.data.formats.labels import LabelSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
-from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch, Parts, Prediction
 from mitrain.tasks.classify import ClassifyConfig, ClassifyTask, class_weights
 from mitrain.tasks.label_metrics import label_metrics
@@ -38,20 +38,21 @@ def make(folder, cache=None, multilabel=False, classes=CLASSES, **config):
     scramble(adapter)
     torch.manual_seed(0)
     parts = Parts(text, adapter, TextStates(text, 1, cache))
-    return ClassifyTask(ClassifyConfig(**config), parts, classes, multilabel, 6).eval()
+    return ClassifyTask(ClassifyConfig(**config), parts, classes, multilabel, {"image": 6}).eval()
 
 
 def samples(multilabel=False):
     texts = ["the colour of this picture is", "this thing", "a red square"]
     labels = [("red", "blue"), (), ("green",)] if multilabel else [("red",), ("blue",), ("green",)]
     return [
-        LabelSample(str(i), f"{i}.png", t, names, "o") for i, (t, names) in enumerate(zip(texts, labels, strict=True))
+        LabelSample(str(i), {"image": f"{i}.png"}, t, names, "o")
+        for i, (t, names) in enumerate(zip(texts, labels, strict=True))
     ]
 
 
 def batch(multilabel=False, features=FEATURES):
     return Batch(
-        samples(multilabel), ModalityInputs(FEATURES if features is None else features, infused=features is not None)
+        samples(multilabel), pictures(FEATURES if features is None else features, infused=features is not None)
     )
 
 
@@ -114,7 +115,7 @@ def test_the_statistics_are_those_of_the_frozen_states(folder):
     task = make(folder, readout=("last", "image"))
     task.fit(samples())
     with torch.no_grad():
-        states = task.states([s.text for s in samples()], ModalityInputs(torch.zeros(3, 6), infused=False))
+        states = task.states([s.text for s in samples()], pictures(torch.zeros(3, 6), infused=False))
     assert states[:, :32].mean(0).abs().max() < 1e-5
     torch.testing.assert_close(states[:, :32].std(0, correction=0), torch.ones(32), rtol=1e-4, atol=1e-4)
     assert task.scale[32:].tolist() == [1.0] * 6 and task.mean[32:].tolist() == [0.0] * 6
@@ -152,11 +153,11 @@ def test_the_image_matters_through_the_infusion_alone(folder):
 def test_long_texts_lose_their_end_and_the_template_nothing(folder):
     task = make(folder, template="{text} colour is", max_tokens=5)
     tokens = task.parts.text.tokens
-    assert task.texts([LabelSample("0", "0", "red green blue yellow square", ())], False) == [
+    assert task.texts([LabelSample("0", {"image": "0"}, "red green blue yellow square", ())], False) == [
         tokens("red green blue colour is")
     ]
-    assert task.tokens([LabelSample("0", "0", "red", ())]) == 3
-    empty = make(folder).texts([LabelSample("0", "0", "", ())], False)
+    assert task.tokens([LabelSample("0", {"image": "0"}, "red", ())]) == 3
+    empty = make(folder).texts([LabelSample("0", {"image": "0"}, "", ())], False)
     assert empty == [[task.parts.text.tokenizer.eos_token_id]]
 
 
@@ -164,7 +165,7 @@ def test_what_does_not_fit_is_refused_in_one_line(folder):
     with pytest.raises(ConfigError, match="two or more different names"):
         make(folder, classes=("a", "a"))
     with pytest.raises(DataError, match="'pink', which training did not know"):
-        make(folder).targets([LabelSample("0", "0.png", "", ("pink",))])
+        make(folder).targets([LabelSample("0", {"image": "0.png"}, "", ("pink",))])
 
 
 # metrics
@@ -221,7 +222,7 @@ def test_scores_do_not_depend_on_the_order_in_which_ranks_predicted(folder):
     task = make(folder)
     predictions = task.predict(batch())
     whole = task.score(samples(), predictions)
-    alone = [task.predict(Batch([s], ModalityInputs(FEATURES[i : i + 1])))[0] for i, s in enumerate(samples())]
+    alone = [task.predict(Batch([s], pictures(FEATURES[i : i + 1])))[0] for i, s in enumerate(samples())]
     assert whole == pytest.approx(task.score(samples(), alone)) and isinstance(predictions[0], Prediction)
 
 

@@ -20,14 +20,24 @@ from mitrain.training.evaluate import CONTROLS, controlled, evaluate
 
 
 def answers(count=12):
-    return [AnswerSample(str(i), f"{i}.png", "p", "ab"[i % 2], ("a", "b"), "k", f"o{i // 2}") for i in range(count)]
+    return [
+        AnswerSample(str(i), {"image": f"{i}.png"}, "p", "ab"[i % 2], ("a", "b"), "k", f"o{i // 2}")
+        for i in range(count)
+    ]
 
 
 def expressions():
     names = ["frog", "boat", "rose", "drum"]
     return [
-        ReferSample(f"{i}", f"scene{i // 2}.png", f"the {names[i % 4]}", (8, 8), None, names[i % 4]) for i in range(8)
+        ReferSample(f"{i}", {"image": f"scene{i // 2}.png"}, f"the {names[i % 4]}", (8, 8), None, names[i % 4])
+        for i in range(8)
     ]
+
+
+def images_of(*arguments):
+    """`controlled`, with each sample's image in place of its inputs."""
+    shown, inputs, extra = controlled(*arguments)
+    return shown, [given["image"] for given in inputs], extra
 
 
 class Echo:
@@ -47,7 +57,7 @@ class Echo:
         return [Prediction(s.id, path, {"text": getattr(s, "expression", s.id)}) for s, path in batch.samples]
 
     def score(self, samples, predictions):
-        own = [p.image == s.image for s, p in zip(samples, predictions, strict=True)]
+        own = [p.inputs["image"] == s.inputs["image"] for s, p in zip(samples, predictions, strict=True)]
         return {"own image": sum(own), "samples": len(samples)}
 
 
@@ -57,7 +67,7 @@ def test_controls_replace_the_image(control, own):
     found = evaluate(model, None, answers(), control=control, batch=5)
     assert found.metrics["own image"] == own and found.metrics["control"] == control
     assert set(model.blind) == {control == "frozen"}
-    assert sorted(p.image for p in found.predictions) == sorted(s.image for s in answers())
+    assert sorted(p.inputs["image"] for p in found.predictions) == sorted(s.inputs["image"] for s in answers())
 
 
 def test_scores_of_what_is_no_number_and_of_nothing_are_refused():
@@ -99,8 +109,8 @@ def test_a_plain_evaluation_shows_each_sample_its_own_picture_in_batches_of_32()
 def test_a_control_is_drawn_from_the_seed_as_the_task_shuffles(seed, shuffles):
     given = {} if seed is None else {"seed": seed}
     found = evaluate(Echo(shuffles), None, answers(), control="shuffle", batch=12, **given)
-    _, paths, clashes = controlled(answers(), shuffles, "shuffle", seed or 0)
-    assert [p.image for p in found.predictions] == paths and found.metrics["control_clashes"] == clashes[
+    _, paths, clashes = images_of(answers(), shuffles, "shuffle", seed or 0)
+    assert [p.inputs["image"] for p in found.predictions] == paths and found.metrics["control_clashes"] == clashes[
         "control_clashes"
     ]
 
@@ -112,7 +122,9 @@ def test_ranks_take_the_batches_in_turn_and_keep_those_of_their_own(monkeypatch,
     sound = model.evaluation_batch
     starts = []
     model.evaluation_batch = lambda samples, *a, **k: starts.append(int(samples[0].id)) or sound(samples, *a, **k)
-    whole = {start: [Prediction(str(i), "", {}) for i in range(start, min(start + 5, 12))] for start in (0, 5, 10)}
+    whole = {
+        start: [Prediction(str(i), {"image": ""}, {}) for i in range(start, min(start + 5, 12))] for start in (0, 5, 10)
+    }
     rounds = [len(range(0, 12, 5)[r::world]) for r in range(world)]
 
     def gather(value):
@@ -130,30 +142,33 @@ def test_ranks_take_the_batches_in_turn_and_keep_those_of_their_own(monkeypatch,
 
 def test_shuffling_does_not_look_at_objects_and_counts_what_stays_within_one():
     """Two pictures an object: over seeds a blind permutation gives some sample its object's other picture, no-image none."""
-    own = {s.image: s.object for s in answers()}
+    own = {s.inputs["image"]: s.object for s in answers()}
     stayed = []
     for seed in range(10):
-        _, paths, extra = controlled(answers(), "samples", "shuffle", seed)
+        _, paths, extra = images_of(answers(), "samples", "shuffle", seed)
         stayed.append(sum(own[path] == s.object for s, path in zip(answers(), paths, strict=True)))
         assert extra["control_clashes"] == {"object": stayed[-1]}
     assert max(stayed) > 0
 
 
 def test_the_other_image_is_of_another_object():
-    samples, paths, extra = controlled(answers(), "samples", "no-image", 0)
-    objects = {s.image: s.object for s in answers()}
+    samples, paths, extra = images_of(answers(), "samples", "no-image", 0)
+    objects = {s.inputs["image"]: s.object for s in answers()}
     assert all(objects[path] != s.object for s, path in zip(samples, paths, strict=True))
     assert extra["control_clashes"]["object"] == 0
 
 
 def labelled(count=12):
-    return [LabelSample(f"{i}", f"{i}.png", f"text {i // 3}", "ab"[i % 2], object=f"o{i // 3}") for i in range(count)]
+    return [
+        LabelSample(f"{i}", {"image": f"{i}.png"}, f"text {i // 3}", "ab"[i % 2], object=f"o{i // 3}")
+        for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_other_text_is_another_objects_and_leaves_the_image(seed):
-    shown, paths, extra = controlled(labelled(), "samples", "other-text", seed)
-    assert paths == [s.image for s in labelled()]
+    shown, paths, extra = images_of(labelled(), "samples", "other-text", seed)
+    assert paths == [s.inputs["image"] for s in labelled()]
     assert all(
         new == replace(old, text=new.text) and new.text != old.text for new, old in zip(shown, labelled(), strict=True)
     )
@@ -166,7 +181,7 @@ def test_the_other_text_is_another_objects_and_leaves_the_image(seed):
 )
 def test_only_texts_beside_pictures_are_exchanged(samples, shuffles):
     with pytest.raises(ConfigError) as error:
-        controlled(samples, shuffles, "other-text", 0)
+        images_of(samples, shuffles, "other-text", 0)
     assert str(error.value) == (
         "the control other-text exchanges the texts that `classify` and `regress` read beside pictures; this task has"
         " none: use shuffle or no-image"
@@ -181,12 +196,12 @@ def test_the_command_line_offers_every_control(control):
 @pytest.mark.parametrize("control", ["shuffle", "no-image"])
 def test_all_samples_of_an_image_are_given_the_same_other_one_and_clashes_count_images(control):
     """Eight pictures of two samples each, two pictures an object."""
-    samples = [AnswerSample(f"{i}", f"{i // 2}.png", "p", "a", (), "k", f"o{i // 4}") for i in range(16)]
-    own, seen = {s.image: s.object for s in samples}, set()
+    samples = [AnswerSample(f"{i}", {"image": f"{i // 2}.png"}, "p", "a", (), "k", f"o{i // 4}") for i in range(16)]
+    own, seen = {s.inputs["image"]: s.object for s in samples}, set()
     for seed in range(8):
-        shown, paths, extra = controlled(samples, "images", control, seed)
+        shown, paths, extra = images_of(samples, "images", control, seed)
         assert shown == samples and paths[::2] == paths[1::2] and sorted(paths[::2]) == sorted(own)
-        assert all(path != s.image for s, path in zip(samples, paths, strict=True))
+        assert all(path != s.inputs["image"] for s, path in zip(samples, paths, strict=True))
         same = sum(own[path] == s.object for s, path in zip(samples[::2], paths[::2], strict=True))
         assert extra == {"control_clashes": {"object": same}} and (control == "shuffle" or same == 0)
         seen.add(tuple(paths))
@@ -195,8 +210,8 @@ def test_all_samples_of_an_image_are_given_the_same_other_one_and_clashes_count_
 
 def test_samples_without_an_object_are_objects_of_their_own():
     samples = [replace(s, object="") for s in answers()]
-    _, paths, extra = controlled(samples, "samples", "no-image", 0)
-    assert extra == {"control_clashes": {"object": 0}} and sorted(paths) == sorted(s.image for s in samples)
+    _, paths, extra = images_of(samples, "samples", "no-image", 0)
+    assert extra == {"control_clashes": {"object": 0}} and sorted(paths) == sorted(s.inputs["image"] for s in samples)
 
 
 @pytest.mark.parametrize(
@@ -209,23 +224,23 @@ def test_samples_without_an_object_are_objects_of_their_own():
     ],
 )
 def test_every_control_is_drawn_from_its_seed(samples, shuffles, control):
-    drawn = [str(controlled(samples, shuffles, control, seed)) for seed in (*range(6), *range(6))]
+    drawn = [str(images_of(samples, shuffles, control, seed)) for seed in (*range(6), *range(6))]
     assert drawn[:6] == drawn[6:] and len(set(drawn)) > 1
 
 
 def test_one_text_for_most_samples_cannot_be_exchanged():
     with pytest.raises(DataError) as error:
-        controlled([replace(s, text="same") for s in labelled()], "samples", "other-text", 0)
+        images_of([replace(s, text="same") for s in labelled()], "samples", "other-text", 0)
     assert str(error.value) == (
         "the other-text control is impossible: one text makes up more than half of the 12 samples; evaluate more samples"
     )
 
 
 def test_shuffled_expressions_name_nothing_of_the_scene():
-    shown, paths, extra = controlled(expressions(), "expressions", "shuffle", 0)
+    shown, paths, extra = images_of(expressions(), "expressions", "shuffle", 0)
     inside = {"scene0.png": {"frog", "boat"}, "scene2.png": {"frog", "boat"}}
     for original, changed, path in zip(expressions(), shown, paths, strict=True):
-        assert path == original.image and changed == replace(original, expression=changed.expression)
+        assert path == original.inputs["image"] and changed == replace(original, expression=changed.expression)
         own = inside.get(path, {"rose", "drum"})
         assert not any(name in changed.expression for name in own)
     assert extra["control_clashes"]["named"] == 0
@@ -233,10 +248,12 @@ def test_shuffled_expressions_name_nothing_of_the_scene():
 
 def test_shuffled_expressions_name_nothing_that_no_sample_asks_about():
     """The scene of sample 0 also holds a rose: of the other scenes' expressions only the drum is left for it."""
-    samples = [replace(s, present=("boat", "frog", "rose")) if s.image == "scene0.png" else s for s in expressions()]
+    samples = [
+        replace(s, present=("boat", "frog", "rose")) if s.inputs["image"] == "scene0.png" else s for s in expressions()
+    ]
     for seed in range(10):
-        shown, _, extra = controlled(samples, "expressions", "shuffle", seed)
-        assert {s.expression for s in shown if s.image == "scene0.png"} == {"the drum"}
+        shown, _, extra = images_of(samples, "expressions", "shuffle", seed)
+        assert {s.expression for s in shown if s.inputs["image"] == "scene0.png"} == {"the drum"}
         assert extra["control_clashes"]["named"] == 0
 
 

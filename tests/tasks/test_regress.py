@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from folders import llm_folder
+from modalities import pictures
 from PIL import Image
 from tiny import scramble
 
@@ -15,7 +16,6 @@ from mitrain.data.formats.targets import TargetSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
-from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import base
 from mitrain.tasks.base import Batch, Parts, Splits
 from mitrain.tasks.probe import probe_numbers
@@ -36,15 +36,18 @@ def make(folder, **config):
     adapter.attach({"text": text.model})
     scramble(adapter)
     torch.manual_seed(0)
-    return RegressTask(RegressConfig(**config), Parts(text, adapter, TextStates(text, 1, None)), 6).eval()
+    return RegressTask(RegressConfig(**config), Parts(text, adapter, TextStates(text, 1, None)), {"image": 6}).eval()
 
 
 def samples():
-    return [TargetSample(str(i), f"{i}.png", t, y, "o") for i, (t, y) in enumerate(zip(TEXTS, TARGETS, strict=True))]
+    return [
+        TargetSample(str(i), {"image": f"{i}.png"}, t, y, "o")
+        for i, (t, y) in enumerate(zip(TEXTS, TARGETS, strict=True))
+    ]
 
 
 def batch():
-    return Batch(samples(), ModalityInputs(FEATURES))
+    return Batch(samples(), pictures(FEATURES))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,7 @@ def test_numbers_that_are_none_are_reported(folder):
     task.fit(samples())
     features = FEATURES.clone()
     features[1, 0] = torch.inf
-    found = task.predict(Batch(samples(), ModalityInputs(features)))
+    found = task.predict(Batch(samples(), pictures(features)))
     assert [p.finite for p in found] == [True, False, True]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from folders import llm_folder
+from modalities import pictures
 from PIL import Image
 from tiny import scramble
 from torch.nn import functional as F
@@ -15,7 +16,6 @@ from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
-from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import ranks
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.contrast import Everyone
@@ -29,7 +29,14 @@ IMAGES = ["0", "1", "2", "2", "3", "4"]  # image 2 has two captions; images 0 an
 
 
 def samples():
-    return [CaptionSample(str(i), f"{a}.png", t, f"o{a}") for i, (a, t) in enumerate(zip(IMAGES, TEXTS, strict=True))]
+    return [
+        CaptionSample(str(i), {"image": f"{a}.png"}, t, f"o{a}")
+        for i, (a, t) in enumerate(zip(IMAGES, TEXTS, strict=True))
+    ]
+
+
+def keys():
+    return [(s.inputs["image"], s.text) for s in samples()]
 
 
 def features():
@@ -38,7 +45,7 @@ def features():
 
 def batch(rows=slice(None), blind=False):
     own = features()[rows]
-    return Batch(samples()[rows], ModalityInputs(own, infused=not blind))
+    return Batch(samples()[rows], pictures(own, infused=not blind))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +59,9 @@ def make(folder, **config):
     adapter.attach({"text": text.model})
     scramble(adapter)
     torch.manual_seed(0)
-    task = RetrieveTask(RetrieveConfig(dim=8, **config), Parts(text, adapter, TextStates(text, 1, None)), 5).eval()
+    task = RetrieveTask(
+        RetrieveConfig(dim=8, **config), Parts(text, adapter, TextStates(text, 1, None)), {"image": 5}
+    ).eval()
     task.fit(samples())
     return task
 
@@ -75,7 +84,7 @@ def by_hand(images, texts):
 @pytest.mark.parametrize("chunk", [1, 2, 256])
 def test_ranks_of_several_captions_and_of_shared_texts(monkeypatch, chunk):
     monkeypatch.setattr(ranks, "CHUNK", chunk)
-    gallery = Gallery([s.image for s in samples()], [s.text for s in samples()])
+    gallery = Gallery([s.inputs["image"] for s in samples()], [s.text for s in samples()])
     assert gallery.images == ["0.png", "1.png", "2.png", "3.png", "4.png"] and gallery.first.tolist() == [0, 1, 2, 4, 5]
     for seed in range(20):
         random = np.random.default_rng(seed)
@@ -87,7 +96,7 @@ def test_ranks_of_several_captions_and_of_shared_texts(monkeypatch, chunk):
 
 
 def test_equal_scores_find_nothing():
-    gallery = Gallery([s.image for s in samples()], [s.text for s in samples()])
+    gallery = Gallery([s.inputs["image"] for s in samples()], [s.text for s in samples()])
     to_text, to_image = both_ways(gallery, np.ones((5, 2)), np.ones((6, 2)))
     assert to_text.tolist() == [5, 6, 5, 5, 6]  # N less the image's right texts, and one
     assert to_image.tolist() == [4, 5, 5, 5, 4, 5]
@@ -102,7 +111,7 @@ def test_recall_median_and_mean():
 
 
 def test_chance_is_what_random_orders_reach():
-    gallery = Gallery([s.image for s in samples()], [s.text for s in samples()])
+    gallery = Gallery([s.inputs["image"] for s in samples()], [s.text for s in samples()])
     expected, random = chance(gallery), np.random.default_rng(0)
     draws = []
     for _ in range(2000):
@@ -142,7 +151,7 @@ def test_the_contrast_is_a_cross_entropy_over_right_partners(folder):
     task = make(folder, matching=0.0)
     total, count = task.loss(batch())
     with torch.no_grad():
-        images, texts = task.image_vectors(ModalityInputs(features())), task.text_vectors(TEXTS)
+        images, texts = task.image_vectors(pictures(features())), task.text_vectors(TEXTS)
         logits = task.sharpness() * images @ texts.T
     right = torch.tensor([[float(IMAGES[i] == IMAGES[j] or TEXTS[i] == TEXTS[j]) for j in range(6)] for i in range(6)])
     right = right / right.sum(1, keepdim=True)
@@ -163,12 +172,12 @@ def each_ranks_rows_and_gradients_are_those_of_the_definition():
     by_vectors = torch.autograd.grad(rows.sum(), whole[:2], retain_graph=True)
     shares = [slice(0, 2), slice(2, 6)]
     for rank, share in enumerate(shares):
-        sent = [(images[s], words[s], None, [(x.image, x.text) for x in samples()[s]]) for s in shares]
+        sent = [(images[s], words[s], None, [(x.inputs["image"], x.text) for x in samples()[s]]) for s in shares]
         own = [x.detach().clone().requires_grad_() for x in (images[share], words[share], whole[2])]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dist, "rank", lambda rank=rank: rank)
             patch.setattr(dist, "gather", lambda value, sent=sent: sent if value[2] is None else None)
-            everyone = Everyone(own[0], own[1], batch(share), False)
+            everyone = Everyone(own[0], own[1], batch(share), keys()[share], False)
         loss = everyone.contrast(own[2])
         loss.backward()
         (by_sharpness,) = torch.autograd.grad(rows[share].sum(), whole[2:], retain_graph=True)
@@ -197,7 +206,7 @@ def test_ranks_together_have_the_loss_and_the_gradient_of_one_process(folder, mo
     with torch.no_grad():  # what each rank would gather
         for share in shares:
             part = batch(share)
-            keys = [(s.image, s.text) for s in part.samples]
+            keys = [(s.inputs["image"], s.text) for s in part.samples]
             words = task.text_vectors([text for _, text in keys])
             seen.append((task.image_vectors(part.inputs), words, part.inputs, keys))
     totals, grads = [], {}
@@ -242,7 +251,7 @@ def trained_of(task):
 def test_the_hardest_partner_is_wrong_and_the_most_similar():
     images, texts = F.normalize(FEATURES, dim=-1), F.normalize(FEATURES.roll(1, 0), dim=-1)
     texts[0] = texts[4] = images[0]  # one text, most similar to the first image: it is never its wrong partner
-    everyone = Everyone(images, texts, batch(), True)
+    everyone = Everyone(images, texts, batch(), keys(), True)
     text, image, known = everyone.hardest()
     for i in range(6):
         wrong = [j for j in range(6) if IMAGES[i] != IMAGES[j] and TEXTS[i] != TEXTS[j]]
@@ -250,7 +259,9 @@ def test_the_hardest_partner_is_wrong_and_the_most_similar():
         assert float(images[i] @ texts[text[i]]) == pytest.approx(max(float(images[i] @ texts[j]) for j in wrong))
         assert float(images[image[i]] @ texts[i]) == pytest.approx(max(float(images[j] @ texts[i]) for j in wrong))
     assert known.tolist() == [1.0] * 6 and known.dtype == images.dtype
-    alone = Everyone(images[2:4], texts[2:4], batch(slice(2, 4)), True)  # two captions of one image: nothing is wrong
+    alone = Everyone(
+        images[2:4], texts[2:4], batch(slice(2, 4)), keys()[2:4], True
+    )  # two captions of one image: nothing is wrong
     assert alone.hardest()[2].tolist() == [0.0, 0.0]
 
 
@@ -259,9 +270,9 @@ def test_the_matching_head_reads_the_infused_text(folder):
     torch.nn.init.normal_(task.match.weight)
     with torch.no_grad():
         shown = (
-            ModalityInputs(features()),
-            ModalityInputs(features().flip(0)),
-            ModalityInputs(features(), infused=False),
+            pictures(features()),
+            pictures(features().flip(0)),
+            pictures(features(), infused=False),
         )
         own, other, blind = (task.match_values(TEXTS, picture) for picture in shown)
     assert not torch.allclose(own, other, atol=1e-3) and not torch.allclose(own, blind, atol=1e-3)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from folders import llm_folder
+from modalities import pictures
 from tiny import scramble
 
 from mitrain import methods
@@ -12,7 +13,6 @@ from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
-from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.segment import SegmentConfig, SegmentTask
 
@@ -38,7 +38,7 @@ def samples():
     polygons = [[[0, 0, 10, 0, 10, 8, 0, 8]], [[4, 4, 20, 4, 20, 18, 4, 18]], [[0, 10, 24, 10, 24, 20, 0, 20]]]
     texts = ["the red square", "the blue thing on the left", "a square"]
     return [
-        ReferSample(str(i), f"{i}.png", t, (20, 24), p, "o")
+        ReferSample(str(i), {"image": f"{i}.png"}, t, (20, 24), p, "o")
         for i, (t, p) in enumerate(zip(texts, polygons, strict=True))
     ]
 
@@ -46,7 +46,7 @@ def samples():
 def batch(features=True):
     generator = torch.Generator().manual_seed(3)
     levels = [torch.randn(3, 1 + GRID**2, w, generator=generator) for w in WIDTHS]
-    return Batch(samples(), ModalityInputs(torch.randn(3, 6, generator=generator)) if features else None, levels)
+    return Batch(samples(), pictures(torch.randn(3, 6, generator=generator)) if features else None, levels)
 
 
 @pytest.mark.parametrize("readout", [["last"], ["mean"], ["embeddings"], ["last", "mean", "embeddings"]])

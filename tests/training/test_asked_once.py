@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from folders import llm_folder
+from modalities import pictures
 from tiny import NAMES, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -16,7 +17,6 @@ from mitrain.data.formats.records import AnswerSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone, frozen
-from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import generation
 from mitrain.tasks.answer import AnswerConfig, AnswerTask
 from mitrain.tasks.base import Batch, Parts
@@ -42,7 +42,10 @@ STRANGE = {  # layers that read more than what the layer below hands them
     "convolutions": ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"] * 2}),
 }  # fmt: skip
 FEATURES = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
-SAMPLES = [AnswerSample(str(i), "i.png", p, "red", ("red", "blue")) for i, p in enumerate(["this thing is", "is this"])]
+SAMPLES = [
+    AnswerSample(str(i), {"image": "i.png"}, p, "red", ("red", "blue"))
+    for i, p in enumerate(["this thing is", "is this"])
+]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def test_what_cannot_be_replayed_runs_from_the_bottom_and_says_so(name, tokenize
         task = task_on(strange(name, tokenizer), cache)
         with caplog.at_level(logging.WARNING):
             assert task.parts.states.prepare(task.texts(SAMPLES, True)) == 0
-        losses.append(task.loss(Batch(SAMPLES, ModalityInputs(FEATURES)))[0])
+        losses.append(task.loss(Batch(SAMPLES, pictures(FEATURES)))[0])
     assert torch.equal(*losses)
     assert [r.getMessage() for r in caplog.records if "cannot go on from" in r.getMessage()] != []
 
@@ -90,7 +93,7 @@ def test_padding_that_is_embedded_as_zeros_leaves_a_gradient(tokenizer):
     for rows in (samples[:1], samples[1:], samples):
         task = task_on(strange("several streams", tokenizer))
         assert not task.parts.text.model.get_input_embeddings().weight[tokenizer.pad_token_id].any()
-        loss = task.loss(Batch(rows, ModalityInputs(FEATURES[[samples.index(s) for s in rows]])))[0]
+        loss = task.loss(Batch(rows, pictures(FEATURES[[samples.index(s) for s in rows]])))[0]
         loss.backward()
         losses.append(loss.detach())
         gradients.append(torch.cat([p.grad.flatten() for p in task.parts.adapter.parameters() if p.grad is not None]))
@@ -126,7 +129,7 @@ def test_a_model_whose_cache_infusion_cannot_use_speaks_without(name, tokenizer,
         task.rehearse(SAMPLES)
     if name != "narrow embedding":
         assert task.decoding == {"use_cache": False} and "generates without a KV cache" in caplog.text
-    said = task.generate(Batch(SAMPLES, ModalityInputs(FEATURES)))
+    said = task.generate(Batch(SAMPLES, pictures(FEATURES)))
     for sample, feature, words in zip(SAMPLES, FEATURES[:, None], said, strict=True):  # one at a time, token by token
         ids = task.parts.text.prompt(sample.prompt)
         start = len(ids)
@@ -155,7 +158,7 @@ def test_a_run_that_cannot_generate_is_reported_before_its_first_step(tokenizer,
         task.rehearse(SAMPLES)
     assert "will not be able to generate" in caplog.text and "set adapter.gate=prefix" in caplog.text
     with pytest.raises(ModelError, match=r"set adapter\.gate=prefix"):
-        task.generate(Batch(SAMPLES, ModalityInputs(FEATURES)))
+        task.generate(Batch(SAMPLES, pictures(FEATURES)))
 
 
 def test_nothing_is_compared_that_is_not_finite():

@@ -26,13 +26,17 @@ from mitrain.training.fingerprint import (
     require_same,
 )
 
-SAMPLES = [AnswerSample(f"s{i}", f"{i}.png", "What is it?", "cat", ("cat", "dog")) for i in range(3)]
-CONFIG = {"seed": 0, "train": {"lr": 1e-3, "steps": 10}, "model": {"vision": [{"name": "v"}]}, "wandb": {}}
+SAMPLES = [AnswerSample(f"s{i}", {"image": f"{i}.png"}, "What is it?", "cat", ("cat", "dog")) for i in range(3)]
+CONFIG = {"seed": 0, "train": {"lr": 1e-3, "steps": 10}, "model": {"encoders": {"image": {"name": "v"}}}, "wandb": {}}
 BASE = {"text": f"{MARK}aa"}
 
 
+def contents(change):
+    return lambda sample: {name: change(file) for name, file in sample.inputs.items()}
+
+
 def of(samples=SAMPLES, config=CONFIG, content=str.upper, base=BASE):
-    return fingerprint(config, {"train": samples}, content, base)
+    return fingerprint(config, {"train": samples}, contents(content), base)
 
 
 def test_the_same_run_has_the_same_fingerprint_also_after_json():
@@ -43,7 +47,7 @@ def test_the_same_run_has_the_same_fingerprint_also_after_json():
 def test_every_field_of_a_sample_and_the_content_of_its_picture_counts():
     for field, value in [
         ("id", "other"),
-        ("image", "other.png"),
+        ("inputs", {"image": "other.png"}),
         ("prompt", "Which?"),
         ("answer", "dog"),
         ("candidates", ("dog", "cat")),
@@ -51,9 +55,10 @@ def test_every_field_of_a_sample_and_the_content_of_its_picture_counts():
         ("object", "o"),
     ]:
         changed = [*SAMPLES[:2], replace(SAMPLES[2], **{field: value})]
-        expected = [f"data.train.{field} differs"] + ["data.train.pictures differs"] * (field == "image")
+        names = ("image", "image.content") if field == "inputs" else (field,)
+        expected = [f"data.train.{name} differs" for name in names]
         assert differences(of(), of(changed)) == expected
-    assert differences(of(), of(content=str.lower)) == ["data.train.pictures differs"]
+    assert differences(of(), of(content=str.lower)) == ["data.train.image.content differs"]
 
 
 def test_order_and_number_of_samples_count():
@@ -72,7 +77,7 @@ def test_a_thousand_and_more_samples_are_digested_whole():
 
 def test_run_lengths_that_came_as_bytes_are_digested():
     def refer(counts):
-        return [ReferSample("a", "a.png", "the dog", (2, 2), {"size": [2, 2], "counts": counts})]
+        return [ReferSample("a", {"image": "a.png"}, "the dog", (2, 2), {"size": [2, 2], "counts": counts})]
 
     assert differences(of(refer(b"04")), of(refer(b"13"))) == ["data.train.segmentation differs"]
 
@@ -83,7 +88,7 @@ def test_configuration_names_its_keys_and_values():
         "config.train.lr is 0.001 there, 0.5 here"
     ]
     assert 'config.wandb.project is absent there, "p" here' in differences(of(), of(config=other))
-    assert flat(CONFIG)["model.vision"] == '[{"name": "v"}]'
+    assert flat(CONFIG)["model.encoders.image.name"] == '"v"'
 
 
 def test_ignoring_a_section_does_not_ignore_what_begins_alike():
@@ -162,7 +167,7 @@ def test_parts_stand_in_the_order_of_the_run_and_then_of_what_is_gone():
         "a is 1 there, 6 here",
         "gone is 2 there, absent here",
     ]
-    parts = ["data.train.samples", "data.train.pictures", "base.text"]
+    parts = ["data.train.samples", "base.text"]
     assert [name for name in of([]) if not name.startswith(("code.", "config."))] == parts
 
 
@@ -250,7 +255,7 @@ def test_a_checkpoint_keeps_all_but_the_configuration_which_it_has_in_full(tmp_p
 
 
 def test_a_saved_configuration_gets_the_defaults_that_have_come_since(tmp_path):
-    least = {"model": {"llm": "l", "vision": [{"name": "v"}]}, "adapter": {"name": "mit", "layers": [1]}}
+    least = {"model": {"llm": "l", "encoders": {"image": {"name": "v"}}}, "adapter": {"name": "mit", "layers": [1]}}
     least |= {"task": {"name": "answer"}, "data": {"name": "records", "root": "r"}, "train": {"steps": 2}}
     config = schema.from_dict(least).to_dict()
     older = json.loads(json.dumps(config))

@@ -50,7 +50,7 @@ TASK_DATA = {
 }
 BASE = {
     "name": "odd",
-    "model": {"llm": "no-such-model", "vision": [{"name": "no-such-encoder", "size": 28}]},
+    "model": {"llm": "no-such-model", "encoders": {"image": {"name": "no-such-encoder", "size": 28}}},
     "adapter": {"name": "mit"},
     "task": {"name": "answer"},
     "data": {"name": "records", "root": "nowhere"},

@@ -7,12 +7,18 @@ import pytest
 from source_tree import ROOT
 
 from mitrain.core.config import KINDS, Section, section_in
+from mitrain.models.encoders import ENCODERS
+from mitrain.models.encoders.config import EncoderConfig
 from mitrain.training import schema
 from mitrain.training.dryrun import dry_run
 
 FILES = sorted((ROOT / "configs" / "reference").glob("*.yaml"))
-ILLUSTRATED = {"name", "data.source", "data.root", "data.classes", "task.readout", "task.matching"}
-ILLUSTRATED |= {"model.llm", "model.llm_shape", "model.vision.name", "model.vision.shape", "model.vision.levels"}
+ILLUSTRATED = {"name", "data.inputs", "data.source", "data.root", "data.classes", "task.readout", "task.matching"}
+ILLUSTRATED |= {
+    "model.llm",
+    "model.llm_shape",
+    *(f"encoder.{name}" for name in ("name", "input", "shape", "levels", "width")),
+}
 """Models and data that a user has, and what the file's method or task needs."""
 
 
@@ -27,10 +33,12 @@ def given(section: Section, before: str) -> Iterator[tuple[str, bool]]:
     """Each name of `settings` that a file sets, and whether to the default."""
     for name in section.model_fields_set:
         value, default = getattr(section, name), type(section).model_fields[name].get_default(call_default_factory=True)
-        inner = [one for one in (value if isinstance(value, tuple) else [value]) if isinstance(one, Section)]
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+        inner = [one for one in parts if isinstance(one, Section)]
         yield from [] if inner else [(f"{before}{name}", value == default)]
         for one in inner:
             chosen = f"{name}[{one.section_name}]." if one.section_name else f"{before}{name}."
+            chosen = f"encoder[{one.takes}]." if isinstance(one, EncoderConfig) else chosen
             yield from given(one, chosen)
 
 
@@ -41,7 +49,9 @@ def all_settings() -> set[str]:
         for chosen, section in sections.items()
         for name in settings(section, f"{kind}[{chosen}].")
     }
-    return of_kinds | set(settings(schema.RunConfig, "")) - set(KINDS)
+    encoders = {f"encoder[{kind}].{name}" for kind, (section, _) in ENCODERS.items() for name in settings(section, "")}
+    run = {name for name in settings(schema.RunConfig, "") if not name.startswith("model.encoders.")}
+    return of_kinds | encoders | run - set(KINDS)
 
 
 def ours() -> dict[str, dict[str, type[Section]]]:

@@ -33,7 +33,7 @@ def world(tmp_path_factory):
         patch.setenv("MITRAIN_CACHE", str(path / "cache"))
         config = schema.from_dict(
             {
-                "model": {"llm": str(path / "llm"), "vision": [{"name": str(path / "vision")}]},
+                "model": {"llm": str(path / "llm"), "encoders": {"image": {"name": str(path / "vision")}}},
                 "adapter": {"name": "mit", "layers": [1]},
                 "features": {"views": 2, "noise": 0.1, "dropout": 0.2},
                 "task": {"name": "answer"},
@@ -97,7 +97,7 @@ CHANGES = [
     (lambda run: edit(run, lambda v: v.update(seed=7)), ["seed is 0 there, 7 here"]),
     (lambda run: edit(run, lambda v: v["train"].update(steps=6)), ["train.steps is 4 there, 6 here"]),
     (other_answers, ["data.train.answer differs"]),
-    (other_picture, ["data.val.pictures differs"]),
+    (other_picture, ["data.val.image.content differs"]),
     (other_base, ["base.text.weights differs", "model.llm is"]),
 ]
 
@@ -204,7 +204,7 @@ def test_the_generators_go_on_where_they_were(world, tmp_path, monkeypatch):
 
 def test_a_run_answers_alike_from_another_folder(world, tmp_path, monkeypatch, capsys):
     config = yaml.safe_load((world / "config.yaml").read_text())
-    config["model"].update(llm="llm", vision=[{"name": "./vision"}])
+    config["model"].update(llm="llm", encoders={"image": {"name": "./vision"}})
     config["data"]["root"] = "data"
     (world / "relative.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(world)

@@ -13,7 +13,7 @@ from mitrain.training import runs, schema
 def configured(**train):
     return schema.from_dict(
         {
-            "model": {"llm": "smollm2-135m-instruct", "vision": [{"name": "dinov2-vits14"}]},
+            "model": {"llm": "smollm2-135m-instruct", "encoders": {"image": {"name": "dinov2-vits14"}}},
             "adapter": {"name": "mit"},
             "task": {"name": "answer"},
             "data": {"name": "records", "source": "digits"},

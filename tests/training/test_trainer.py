@@ -47,7 +47,7 @@ def world(tmp_path_factory):
 def configured(world: Path, **train) -> schema.RunConfig:
     return schema.from_dict(
         {
-            "model": {"llm": str(world / "llm"), "vision": [{"name": str(world / "vision")}]},
+            "model": {"llm": str(world / "llm"), "encoders": {"image": {"name": str(world / "vision")}}},
             "adapter": {"name": "mit", "layers": [1]},
             "task": {"name": "answer"},
             "data": {"name": "records", "root": str(world / "data")},
@@ -296,9 +296,10 @@ def test_eval_views_says_how_many_variants_an_evaluation_averages(world):
     values = configured(world).to_dict()
     config = schema.from_dict({**values, "features": {"normalize": "none", "eval_views": 3}})
     trainer = Trainer(config, runs.create(config, world / "runs"), quiet=True)
-    paths = sorted({sample.image for sample in trainer.val})
-    batch = trainer.model.evaluation_batch(trainer.val[: len(paths)], paths, trainer.images)
-    views = torch.stack([trainer.images.pooled(paths, [view] * len(paths)) for view in range(3)])
+    paths = sorted({sample.inputs["image"] for sample in trainer.val})
+    inputs = [{"image": path} for path in paths]
+    batch = trainer.model.evaluation_batch(trainer.val[: len(paths)], inputs, trainer.features)
+    views = torch.stack([trainer.features.pooled(inputs, [view] * len(paths))[0] for view in range(3)])
     assert torch.equal(batch.inputs.feature, views.mean(0)) and not torch.equal(views[0], views.mean(0))
 
 

@@ -20,13 +20,15 @@ from mitrain.data.formats.rows import (
     as_text,
     check_columns,
     check_meant,
+    inputs_of,
     listed,
     read_rows,
     read_table,
     unique,
 )
+from mitrain.data.samples import Sample
 
-REQUIRED = ("image", "text")
+REQUIRED = ("text",)
 FIELDS = (*REQUIRED, "id", "object")
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 FOLDERS = ("", "images", "flickr30k_images", "flickr30k-images", "Images")
@@ -34,59 +36,57 @@ FIRST = 20  # pictures that the folder is looked for with
 
 
 @dataclass(frozen=True)
-class CaptionSample:
-    """A picture (its path below the data's folder) and one of its ``captions`` in the split.
+class CaptionSample(Sample):
+    """Files, of a picture or another modality, and one of their ``captions`` in the split. ``object`` names what must not be
+    shared by splits."""
 
-    ``object`` names what must not be shared by splits.
-    """
-
-    id: str
-    image: str
     text: str
     object: str = ""
     captions: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
-    def fault(self) -> str:
-        """What is wrong with the sample beside its picture: nothing, or it would not have been read."""
-        return ""
-
 
 def read_captions(
-    path: Path, columns: Mapping[str, str] | None = None, missing: Collection[str] = MISSING
+    path: Path,
+    columns: Mapping[str, str] | None = None,
+    missing: Collection[str] = MISSING,
+    inputs: Sequence[str] = ("image",),
 ) -> list[CaptionSample]:
-    """Every caption of a ``.jsonl``, ``.csv`` or ``.tsv`` file; none is of the words ``missing``.
+    """Every caption of a ``.jsonl``, ``.csv`` or ``.tsv`` file; none is of the words ``missing``. ``inputs``: the columns
+    that name files.
 
     Raises DataError with file and line.
     """
-    path, columns = Path(path), check_columns(columns or {}, FIELDS)
-    samples = unique(placed(path, columns, missing))
+    path, columns = Path(path), check_columns(columns or {}, (*inputs, *FIELDS))
+    samples = unique(placed(path, columns, missing, inputs))
     if not samples:
         raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
     return with_captions(samples)
 
 
-def placed(path: Path, columns: Mapping[str, str], missing: Collection[str]) -> Iterator[tuple[str, CaptionSample]]:
-    for line, row in read_rows(path, columns, REQUIRED):
+def placed(
+    path: Path, columns: Mapping[str, str], missing: Collection[str], inputs: Sequence[str]
+) -> Iterator[tuple[str, CaptionSample]]:
+    for line, row in read_rows(path, columns, (*inputs, *REQUIRED)):
         where = f"{path}:{line}"
-        image, name, thing = (as_text(row.get(columns[f]), columns[f], where) for f in ("image", "id", "object"))
+        files = inputs_of(row, columns, inputs, (), where)
+        name, thing = (as_text(row.get(columns[f]), columns[f], where) for f in ("id", "object"))
         given = listed(row.get(columns["text"]))
         texts = [as_text(t, columns["text"], where) for t in (given if isinstance(given, list) else [given])]
-        for field, there in (("image", image), ("text", texts and all(texts))):
-            if not there:
-                raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")
+        if not (texts and all(texts)):
+            raise DataError(f"{where}: no {columns['text']!r}: fill it in, or map another with columns.text=NAME")
         name = name or f"{path.name}:{line}"
         for number, text in enumerate(texts):
             check_meant(text, columns["text"], where, missing)
-            yield where, CaptionSample(f"{name}/{number}" if len(texts) > 1 else name, image, text, thing)
+            yield where, CaptionSample(f"{name}/{number}" if len(texts) > 1 else name, files, text, thing)
 
 
 def with_captions(samples: Sequence[CaptionSample]) -> list[CaptionSample]:
     """The samples with all captions of their pictures: a part of them is scored against all, too."""
-    texts: dict[str, list[str]] = {}
+    texts: dict[tuple[str, ...], list[str]] = {}
     for sample in samples:
-        texts.setdefault(sample.image, []).append(sample.text)
-    shared = {image: tuple(several) for image, several in texts.items()}
-    return [replace(sample, captions=shared[sample.image]) for sample in samples]
+        texts.setdefault(tuple(sample.inputs.values()), []).append(sample.text)
+    shared = {files: tuple(several) for files, several in texts.items()}
+    return [replace(sample, captions=shared[tuple(sample.inputs.values())]) for sample in samples]
 
 
 def read_karpathy(root: Path, file: str | None, split: str, images: str | None = None) -> list[CaptionSample]:
@@ -106,7 +106,9 @@ def read_karpathy(root: Path, file: str | None, split: str, images: str | None =
     samples: list[tuple[str, CaptionSample]] = []
     for number, (_, picture, thing, sentences) in enumerate(chosen):
         left_out.update(["wordless captions"] * sum(not text for _, text in sentences))
-        captions = [CaptionSample(name, f"{folder}{picture}", text, thing) for name, text in sentences if text]
+        captions = [
+            CaptionSample(name, {"image": f"{folder}{picture}"}, text, thing) for name, text in sentences if text
+        ]
         left_out.update([] if captions else ["images without a caption"])
         samples += [(f"{path}: image {number} of {split}", sample) for sample in captions]
     kept = unique(iter(samples))

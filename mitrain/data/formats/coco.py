@@ -113,7 +113,10 @@ def asked(
         if not usual:
             left_out["with an empty answer"] += 1
             continue
-        yield where, AnswerSample(number, picture, text, usual, kind=kind, object=picture, references=answers)
+        yield (
+            where,
+            AnswerSample(number, {"image": picture}, text, usual, kind=kind, object=picture, references=answers),
+        )
 
 
 def people(annotation: dict[str, Any], where: str) -> tuple[tuple[str, ...], str, str]:
@@ -154,4 +157,4 @@ def captions_in(
         if not text:
             left_out["wordless captions"] += 1
             continue
-        yield where, CaptionSample(number, f"{folder}{pictures[picture]}", text, picture)
+        yield where, CaptionSample(number, {"image": f"{folder}{pictures[picture]}"}, text, picture)

@@ -52,7 +52,7 @@ def class_of(image: str, where: str) -> str:
 
 def sample_of(image: str, text: str, folder: str, where: str) -> tuple[str, LabelSample]:
     label = class_of(image, where)
-    return where, LabelSample(image, f"images/{folder}/{label}/{image}", " ".join(text.split()), (label,))
+    return where, LabelSample(image, {"image": f"images/{folder}/{label}/{image}"}, " ".join(text.split()), (label,))
 
 
 # as distributed

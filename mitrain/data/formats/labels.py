@@ -1,4 +1,4 @@
-"""Pictures with a text and one or several labels, from JSONL or CSV: a user's own columns by name.
+"""Files with a text and one or several labels, from JSONL or CSV: a user's own columns by name.
 
 JSONL: ``{"image": "a.jpg", "text": "a red apple", "label": "food"}``, or a list of labels where samples have several;
 ``id``, ``object`` and ``kind`` are optional and other keys are ignored. CSV: the same by its header, several labels
@@ -9,6 +9,7 @@ import logging
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ from mitrain.core.config import nearest
 from mitrain.core.errors import DataError
 from mitrain.data.formats.rows import (
     MISSING,
+    Row,
     as_text,
     check_columns,
     check_meant,
+    inputs_of,
     listed,
     read_rows,
     split_cell,
     unique,
 )
+from mitrain.data.samples import Sample
 
-REQUIRED = ("image", "label")
-FIELDS = ("image", "text", "label", "id", "object", "kind")
+FIELDS = ("text", "label", "id", "object", "kind")
 BITS = {"0", "1", "0.0", "1.0", "0.", "1."}
 """What a one-hot vector is made of."""
 
@@ -34,22 +37,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LabelSample:
-    """A picture (its path below the data's folder), a text and the labels that both together have.
+class LabelSample(Sample):
+    """Files and a text, and the labels that all together have. ``object`` names what must not be shared by splits."""
 
-    ``object`` names what must not be shared by splits.
-    """
-
-    id: str
-    image: str
     text: str
     labels: tuple[str, ...]
     object: str = ""
     kind: str = ""
-
-    def fault(self) -> str:
-        """What is wrong with the sample beside its picture: nothing, or it would not have been read."""
-        return ""
 
 
 def read_labels(
@@ -59,17 +53,22 @@ def read_labels(
     separator: str = "|",
     known: Collection[str] = (),
     missing: Collection[str] = MISSING,
+    inputs: Sequence[str] = ("image",),
+    may_lack: Collection[str] = (),
 ) -> list[LabelSample]:
     """Every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
 
     ``columns`` maps our fields to the file's names where they differ. With ``multilabel`` a label is a list, or a text
     split at ``separator``, and may be empty; without, there is exactly one. Where classes are ``known``, others are
-    refused; where not, a label is none of the words ``missing``.
+    refused; where not, a label is none of the words ``missing``. ``inputs``: the columns that name files, of which samples
+    ``may_lack`` some.
     Raises DataError with the file and line of the first thing that is wrong.
     """
-    path, columns = Path(path), check_columns(columns or {}, FIELDS)
+    path, columns = Path(path), check_columns(columns or {}, (*inputs, *FIELDS))
     read = several_labels if multilabel else one_label
-    samples = unique(placed(path, columns, read, separator, frozenset(known), () if known else missing))
+    rows = read_rows(path, columns, (*inputs, "label"))
+    files = partial(inputs_of, columns=columns, inputs=inputs, may_lack=may_lack)
+    samples = unique(placed(path, rows, columns, read, separator, frozenset(known), () if known else missing, files))
     if not samples:
         raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
     if len(samples) > 1 and all(len(s.labels) == 2 and set(s.labels) <= BITS for s in samples):
@@ -82,24 +81,25 @@ def read_labels(
 
 def placed(
     path: Path,
+    rows: Iterable[Row],
     columns: Mapping[str, str],
     read: Callable[..., tuple[str, ...]],
     separator: str,
     known: frozenset[str],
     missing: Collection[str],
+    files: Callable[..., dict[str, str]],
 ) -> Iterator[tuple[str, LabelSample]]:
     """Every record with its place, FILE:LINE."""
-    for line, row in read_rows(path, columns, REQUIRED):
+    for line, row in rows:
         where = f"{path}:{line}"
         texts = {f: as_text(row.get(columns[f]), columns[f], where) for f in FIELDS if f != "label"}
-        if not texts["image"]:
-            raise DataError(f"{where}: no {columns['image']!r}: fill it in, or map another with columns.image=NAME")
+        there = files(row, where=where)
         if columns["label"] not in row:
             raise DataError(f"{where}: no {columns['label']!r}: add it, or map another with columns.label=NAME")
         labels = check_known(read(row[columns["label"]], columns["label"], where, separator), known, where)
         for label in labels:
             check_meant(label, columns["label"], where, missing)
-        yield where, LabelSample(**texts | {"id": texts["id"] or f"{path.name}:{line}"}, labels=labels)
+        yield where, LabelSample(**texts | {"id": texts["id"] or f"{path.name}:{line}"}, inputs=there, labels=labels)
 
 
 def one_label(value: Any, name: str, where: str, _separator: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Questions about pictures from JSONL or CSV: one record a line, a user's own columns by name.
+"""Questions about files from JSONL or CSV: one record a line, a user's own columns by name.
 
 JSONL: ``{"image": "a.jpg", "prompt": "This is a", "answer": "cat"}``; ``id``, ``candidates`` (a list), ``kind`` and
 ``object`` are optional and other keys are ignored. Several people's answers are a list. CSV: the same by its header,
@@ -17,28 +17,28 @@ from mitrain.data.formats.rows import (
     as_text,
     check_columns,
     check_meant,
+    inputs_of,
     is_table,
     listed,
     read_rows,
     split_cell,
     unique,
 )
+from mitrain.data.samples import Sample
 
-REQUIRED = ("image", "prompt", "answer")
+REQUIRED = ("prompt", "answer")
 FIELDS = (*REQUIRED, "id", "candidates", "kind", "object")
 SEPARATOR = "|"  # of the candidates in a CSV cell
 
 
 @dataclass(frozen=True)
-class AnswerSample:
-    """A picture (its path below the data's folder), a question and its answer.
+class AnswerSample(Sample):
+    """Files, a question about them and its answer.
 
     ``candidates`` are the answers to choose from (none: open); ``object`` names what must not be shared by splits.
     ``references`` are several people's answers, and ``answer`` the commonest of them, of equally common ones the first.
     """
 
-    id: str
-    image: str
     prompt: str
     answer: str
     candidates: tuple[str, ...] = ()
@@ -46,34 +46,38 @@ class AnswerSample:
     object: str = ""
     references: tuple[str, ...] = ()
 
-    def fault(self) -> str:
-        """What is wrong with the sample beside its picture: nothing, or it would not have been read."""
-        return ""
-
 
 def read_records(
-    path: Path, columns: Mapping[str, str] | None = None, missing: Collection[str] = MISSING
+    path: Path,
+    columns: Mapping[str, str] | None = None,
+    missing: Collection[str] = MISSING,
+    inputs: Sequence[str] = ("image",),
+    may_lack: Collection[str] = (),
 ) -> list[AnswerSample]:
     """Every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
 
     ``columns`` maps our fields to the file's names where they differ, for example ``{"prompt": "question"}``; ``missing``
-    are words that no prompt is, and no answer that is not among its candidates.
+    are words that no prompt is, and no answer that is not among its candidates. ``inputs``: the columns that name files, of
+    which samples ``may_lack`` some.
     Raises DataError with the file and line of the first thing that is wrong.
     """
-    path, columns = Path(path), check_columns(columns or {}, FIELDS)
-    samples = unique(placed(path, columns, missing))
+    path, columns = Path(path), check_columns(columns or {}, (*inputs, *FIELDS))
+    samples = unique(placed(path, columns, missing, inputs, may_lack))
     if not samples:
         raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
     return samples
 
 
-def placed(path: Path, columns: Mapping[str, str], missing: Collection[str]) -> Iterator[tuple[str, AnswerSample]]:
+def placed(
+    path: Path, columns: Mapping[str, str], missing: Collection[str], inputs: Sequence[str], may_lack: Collection[str]
+) -> Iterator[tuple[str, AnswerSample]]:
     """Every record with its place, FILE:LINE."""
-    for line, row in read_rows(path, columns, REQUIRED):
+    for line, row in read_rows(path, columns, (*inputs, *REQUIRED)):
         if is_table(path) and columns["candidates"] in row:
             row[columns["candidates"]] = split_cell(listed(row[columns["candidates"]]), SEPARATOR)
         where = f"{path}:{line}"
-        sample = to_sample(row, where, columns, default_id=f"{path.name}:{line}")
+        there = inputs_of(row, columns, inputs, may_lack, where)
+        sample = to_sample(row, where, columns, there, default_id=f"{path.name}:{line}")
         check_meant(sample.prompt, columns["prompt"], where, missing)
         if not sample.candidates:
             for answer in sample.references or [sample.answer]:
@@ -81,7 +85,9 @@ def placed(path: Path, columns: Mapping[str, str], missing: Collection[str]) -> 
         yield where, sample
 
 
-def to_sample(row: Mapping[str, Any], where: str, columns: Mapping[str, str], default_id: str) -> AnswerSample:
+def to_sample(
+    row: Mapping[str, Any], where: str, columns: Mapping[str, str], inputs: Mapping[str, str], default_id: str
+) -> AnswerSample:
     values = {field: row.get(name) for field, name in columns.items()}
     references = references_of(values["answer"], columns["answer"], where)
     if references:
@@ -96,7 +102,9 @@ def to_sample(row: Mapping[str, Any], where: str, columns: Mapping[str, str], de
     choices = tuple(dict.fromkeys(as_text(choice, columns["candidates"], where) for choice in candidates))
     if choices and texts["answer"] not in choices:
         raise DataError(f"{where}: the answer {texts['answer'][:80]!r} is not among the candidates: add it")
-    return AnswerSample(**texts | {"id": texts["id"] or default_id}, candidates=choices, references=references)
+    return AnswerSample(
+        **texts | {"id": texts["id"] or default_id}, inputs=inputs, candidates=choices, references=references
+    )
 
 
 def references_of(value: Any, name: str, where: str) -> tuple[str, ...]:

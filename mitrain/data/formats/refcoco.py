@@ -26,6 +26,7 @@ from mitrain.data.formats.references import (
     refs_file,
 )
 from mitrain.data.formats.rle import check_segmentation, decode_mask
+from mitrain.data.samples import Sample
 
 MAX_PIXELS = 1 << 28  # of a mask
 IMAGE_FOLDERS = {"refclef": ("images/saiapr_tc-12", "saiapr_tc-12")}
@@ -34,26 +35,20 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ReferSample:
-    """One expression. ``image`` is below :func:`image_folder`; ``size`` is the picture's (height, width).
+class ReferSample(Sample):
+    """One expression about a picture, the input ``image`` below :func:`image_folder`; ``size`` is its (height, width).
 
     ``object`` is the name of the target's category (of several, their names), ``present`` the names of all objects
     annotated in the picture, the target's among them; ``kind`` is what an expression of a composed scene needs (name,
     horizontal, vertical, size) and empty elsewhere.
     """
 
-    id: str
-    image: str
     expression: str
     size: tuple[int, int]
     segmentation: Any = None
     object: str = ""
     kind: str = ""
     present: tuple[str, ...] = ()
-
-    @classmethod
-    def unlabelled(cls, id: str, image: str, expression: str, size: tuple[int, int]) -> "ReferSample":
-        return cls(id, image, expression, size)
 
     def fault(self) -> str:
         """What is wrong with the segmentation, or ""."""
@@ -185,10 +180,8 @@ def samples_of(ref: Reference, tables: Instances, dataset: str) -> list[ReferSam
         raise DataError(f"{here} has an impossible height and width: get the original file")
     things = " and ".join(sorted({tables.category(target) for target in targets} - {""}))
     shared = (size, union(ref, targets, tables.where), things, ref.kind, tables.present.get(ref.image, ()))
-    file_name = field(image, "file_name", str, here)
-    return [
-        ReferSample(f"{dataset}/{ref.id}/{number}"[:200], file_name, words, *shared) for number, words in ref.sentences
-    ]
+    there = {"image": field(image, "file_name", str, here)}
+    return [ReferSample(f"{dataset}/{ref.id}/{number}"[:200], there, words, *shared) for number, words in ref.sentences]
 
 
 def looked_up(table: Mapping[str, dict], number: str, key: str, where: str, file: str) -> dict:

@@ -114,6 +114,20 @@ def is_table(path: Path) -> bool:
     return Path(path).suffix.lower() in DELIMITERS
 
 
+def inputs_of(
+    row: Mapping[str, Any], columns: Mapping[str, str], inputs: Sequence[str], may_lack: Collection[str], where: str
+) -> dict[str, str]:
+    """A record's files by their names. DataError for one that is missing and not among those that samples ``may_lack``."""
+    paths = {name: as_text(row.get(columns[name]), columns[name], where) for name in inputs}
+    for name, path in paths.items():
+        if not path and name not in may_lack:
+            raise DataError(
+                f"{where}: no {columns[name]!r}: fill it in, map another with columns.{name}=NAME, or let samples go"
+                f" without it with data.may_lack=[{name}]"
+            )
+    return {name: path for name, path in paths.items() if path}
+
+
 def check_columns(columns: Mapping[str, str], fields: Sequence[str]) -> dict[str, str]:
     """Every field with the file's name for it."""
     for field in columns:

@@ -57,7 +57,7 @@ def hypotheses(path: Path, folder: str, left_out: Counter, known: Collection[str
         pair = text_at(row, "pairID", where) if "pairID" in row else f"{path.name}:{line}"
         labels = check_known([label], known, where)
         text = text_at(row, "sentence2", where).strip()
-        yield where, LabelSample(pair, f"{folder}/{picture}", text, labels, object=picture)
+        yield where, LabelSample(pair, {"image": f"{folder}/{picture}"}, text, labels, object=picture)
 
 
 def picture_of(row: Mapping[str, Any], where: str) -> str:

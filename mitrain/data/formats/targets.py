@@ -1,62 +1,64 @@
-"""Pictures with a text and a number, from JSONL or CSV: a user's own columns by name.
+"""Files with a text and a number, from JSONL or CSV: a user's own columns by name.
 
 JSONL: ``{"image": "a.jpg", "text": "not bad at all", "target": 1.5}``; ``id``, ``object`` and ``kind`` are optional and
 other keys are ignored. CSV: the same by its header.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mitrain.core.errors import DataError
-from mitrain.data.formats.rows import as_text, check_columns, read_rows, unique
+from mitrain.data.formats.rows import as_text, check_columns, inputs_of, read_rows, unique
+from mitrain.data.samples import Sample
 
-REQUIRED = ("image", "target")
-FIELDS = ("image", "text", "target", "id", "object", "kind")
+FIELDS = ("text", "target", "id", "object", "kind")
 LARGEST = 1e15
 
 
 @dataclass(frozen=True)
-class TargetSample:
-    """A picture (its path below the data's folder), a text, and the number that both together have.
+class TargetSample(Sample):
+    """Files and a text, and the number that all together have. ``object`` names what must not be shared by splits."""
 
-    ``object`` names what must not be shared by splits.
-    """
-
-    id: str
-    image: str
     text: str
     target: float
     object: str = ""
     kind: str = ""
 
-    def fault(self) -> str:
-        """What is wrong with the sample beside its picture: nothing, or it would not have been read."""
-        return ""
 
-
-def read_targets(path: Path, columns: Mapping[str, str] | None = None) -> list[TargetSample]:
+def read_targets(
+    path: Path,
+    columns: Mapping[str, str] | None = None,
+    inputs: Sequence[str] = ("image",),
+    may_lack: Collection[str] = (),
+) -> list[TargetSample]:
     """Every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file; ``columns`` maps our fields to the file's names.
+    ``inputs``: the columns that name files, of which samples ``may_lack`` some.
 
     Raises DataError with the file and line of the first thing that is wrong.
     """
-    path, columns = Path(path), check_columns(columns or {}, FIELDS)
-    samples = unique(placed(path, columns))
+    path, columns = Path(path), check_columns(columns or {}, (*inputs, *FIELDS))
+    samples = unique(placed(path, columns, inputs, may_lack))
     if not samples:
         raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
     return samples
 
 
-def placed(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, TargetSample]]:
+def placed(
+    path: Path, columns: Mapping[str, str], inputs: Sequence[str], may_lack: Collection[str]
+) -> Iterator[tuple[str, TargetSample]]:
     """Every record with its place, FILE:LINE."""
-    for line, row in read_rows(path, columns, REQUIRED):
+    for line, row in read_rows(path, columns, (*inputs, "target")):
         where = f"{path}:{line}"
-        texts = {field: as_text(row.get(name), name, where) for field, name in columns.items()}
-        for field in REQUIRED:
-            if not texts[field]:
-                raise DataError(f"{where}: no {columns[field]!r}: fill it in, or map another with columns.{field}=NAME")
+        texts = {field: as_text(row.get(columns[field]), columns[field], where) for field in FIELDS}
+        there = inputs_of(row, columns, inputs, may_lack, where)
+        if not texts["target"]:
+            raise DataError(f"{where}: no {columns['target']!r}: fill it in, or map another with columns.target=NAME")
         target = number(texts["target"], columns["target"], where)
-        yield where, TargetSample(**texts | {"id": texts["id"] or f"{path.name}:{line}", "target": target})
+        yield (
+            where,
+            TargetSample(inputs=there, **texts | {"id": texts["id"] or f"{path.name}:{line}", "target": target}),
+        )
 
 
 def number(text: str, name: str, where: str) -> float:

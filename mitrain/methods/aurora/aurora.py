@@ -164,7 +164,7 @@ class Aurora(Adapter):
             entering, text = self._write(texts, *kinds)
         if texts is not None and inputs is not None and self.fusion is not None:
             joint = self._joint(mask, entering, text, seen if inputs.infused else None, kinds[0])
-        return Outputs(text, mask, image, joint)
+        return Outputs(text, mask, {} if inputs is None else inputs.with_vector(image), joint)
 
     def _see(self, inputs: ModalityInputs) -> tuple[Tensor, Tensor]:
         """The picture's final tokens (B, N, c) and its vector (B, c)."""

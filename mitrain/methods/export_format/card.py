@@ -85,14 +85,14 @@ def parameter_line(contents: Contents) -> str:
 
 
 def encoder_lines(run: RunPart, licences: Mapping[str, str]) -> list[str]:
-    settings = run.config["model"]["vision"]
+    settings = list(run.config["model"]["encoders"].values())
     rows = []
     for setting, part in zip(settings, run.encoders, strict=True):
-        own = {key: value for key, value in setting.items() if key != "name" and value not in (None, [], "auto")}
-        size, resize = part.preprocess.size, part.preprocess.resize
+        own = {key: value for key, value in setting.items() if key != "name" and value not in (None, [], "", "auto")}
+        how = f"{part.preprocess.size} px, {part.preprocess.resize}" if part.preprocess else ""
         name, licence = shown(setting["name"]), licences.get(setting["name"], UNKNOWN)
-        rows.append([code(name), str(part.shape.width), f"{size} px, {resize}", code(json.dumps(own)), licence])
-    return table(["encoder", "feature width", "images", "settings", "licence"], rows)
+        rows.append([code(name), str(part.shape.width), how, code(json.dumps(own)), licence])
+    return table(["encoder", "feature width", "pictures", "settings", "licence"], rows)
 
 
 def data_lines(run: RunPart, licences: Mapping[str, str]) -> list[str]:

@@ -42,10 +42,11 @@ class PreprocessPart(Strict):
 
 
 class EncoderPart(Strict):
-    """One image encoder; its name and settings are in the run's configuration, in the same order."""
+    """One encoder; its name and settings are in the run's configuration, in the same order. ``preprocess``: of an image
+    encoder."""
 
     shape: EncoderShape
-    preprocess: PreprocessPart
+    preprocess: PreprocessPart | None
 
 
 class RunPart(Strict):

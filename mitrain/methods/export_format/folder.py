@@ -89,7 +89,7 @@ def publish(
     fields["peft"] = {name: summed(content) for name, content in beside.items()} or None
     contents = parse_contents(fields, folder / config_name)
     contents = contents.model_copy(update={"checksum": checksum(contents.to_dict())})
-    text = json.dumps(contents.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+    text = json.dumps(contents.to_dict(), indent=2, allow_nan=False)
     try:
         with atomic_folder(folder) as work:
             for name, content in beside.items():

@@ -11,8 +11,8 @@ def settings_from(values: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     machine's to say, and with as little of this machine's folders as predictions need."""
     kept = {section: value for section, value in values.items() if section not in ("wandb", "zero")}
     model = values["model"]
-    vision = [{**encoder, "name": without_home(encoder["name"])} for encoder in model["vision"]]
-    kept["model"] = {**model, "llm": without_home(model["llm"]), "vision": vision, "device": "auto"}
+    encoders = {name: {**part, "name": without_home(part["name"])} for name, part in model["encoders"].items()}
+    kept["model"] = {**model, "llm": without_home(model["llm"]), "encoders": encoders, "device": "auto"}
     return {**kept, "data": data_from(values["data"], folder)}
 
 

@@ -44,19 +44,20 @@ class BoundFeatures(Adapter):
 
     @contextlib.contextmanager
     def conditioned(self, inputs: ModalityInputs | None, copies: int = 1) -> Iterator[None]:
-        shown = inputs is not None and inputs.infused
-        with self.bind(self.modalities_of(inputs.feature if shown else None), copies):
+        shown = inputs.features if inputs is not None and inputs.infused and self.feature_widths else {}
+        present = inputs.present if shown else {}
+        with self.bind({name: (x, present[name]) if name in present else x for name, x in shown.items()}, copies):
             yield
 
     def modalities_of(self, feature: Tensor | None) -> dict[str, Feature]:
-        """What `bind` takes for the image encoders' features side by side, (B, e): as many of the columns as each modality
+        """What `bind` takes for the encoders' features side by side, (B, e): as many of the columns as each modality
         of `feature_widths` is wide, in order. Empty without a feature, or for a method that reads none."""
         widths = self.feature_widths
         if feature is None or not widths:
             return {}
         if sum(widths.values()) != feature.shape[-1]:
             raise ModelError(
-                f"the pictures' features are {feature.shape[-1]} wide, but the adapter's modalities are {dict(widths)}: give"
+                f"the features are {feature.shape[-1]} wide, but the adapter's modalities are {dict(widths)}: give"
                 " features of their widths side by side"
             )
         return dict(zip(widths, feature.split(list(widths.values()), -1), strict=True))

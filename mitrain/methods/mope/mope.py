@@ -125,7 +125,8 @@ class MoPE(Adapter):
             encoded[main] = self._run_main(states[main], mask, condition if linked else None)
             vectors[main] = self._pool(main, encoded[main], mask)
         text = None if texts is None else self._encoders[TEXT].finish(encoded[TEXT].tokens)
-        return Outputs(text, mask, vectors.get(IMAGE), vectors.get(main) if len(vectors) == 2 else None)
+        read = {} if inputs is None else inputs.with_vector(vectors[IMAGE])
+        return Outputs(text, mask, read, vectors.get(main) if len(vectors) == 2 else None)
 
     def _text_states(self, texts: TextBatch | None) -> Tensor | None:
         if texts is None:

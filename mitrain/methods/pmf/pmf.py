@@ -166,7 +166,7 @@ class PMF(Adapter):
         return Outputs(
             None if texts is None else self._sides["text"].layers.finish(states["text"]),
             None if texts is None else texts.mask,
-            None if inputs is None else self._sides["image"].layers.summary(states["image"]),
+            {} if inputs is None else inputs.with_vector(self._sides["image"].layers.summary(states["image"])),
         )
 
     def _text_states(self, texts: TextBatch) -> Tensor:

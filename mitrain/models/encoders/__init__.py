@@ -6,7 +6,9 @@ import torch
 
 from mitrain.models.encoders.arrays import ArrayConfig, ArrayEncoder
 from mitrain.models.encoders.audio import AudioConfig, AudioEncoder
-from mitrain.models.encoders.base import Encoder, EncoderConfig
+from mitrain.models.encoders.base import Encoder
+from mitrain.models.encoders.config import EncoderConfig
+from mitrain.models.encoders.image import ImageConfig, ImageEncoder
 from mitrain.models.encoders.text import TextEncoder, TextEncoderConfig
 from mitrain.models.encoders.video import VideoConfig, VideoEncoder
 from mitrain.models.stream import Shard
@@ -19,6 +21,8 @@ __all__ = [
     "AudioEncoder",
     "Encoder",
     "EncoderConfig",
+    "ImageConfig",
+    "ImageEncoder",
     "TextEncoder",
     "TextEncoderConfig",
     "VideoConfig",
@@ -26,11 +30,12 @@ __all__ = [
     "encoder_of",
 ]
 
-ENCODERS: dict[str, tuple[type[EncoderConfig], type[Encoder]]] = {
+ENCODERS: dict[str, tuple[type[EncoderConfig], type[Encoder] | type[ImageEncoder]]] = {
+    "image": (ImageConfig, ImageEncoder),
     "audio": (AudioConfig, AudioEncoder),
-    "features": (ArrayConfig, ArrayEncoder),
-    "text": (TextEncoderConfig, TextEncoder),
     "video": (VideoConfig, VideoEncoder),
+    "text": (TextEncoderConfig, TextEncoder),
+    "features": (ArrayConfig, ArrayEncoder),
 }
 """What an encoder ``takes`` → its section, its class."""
 
@@ -41,6 +46,6 @@ def encoder_of(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     shard: Shard | None = None,
-) -> Encoder:
+) -> Encoder | ImageEncoder:
     """The encoder that ``config`` describes, its weights from ``folder`` (none: from where its name leads)."""
     return ENCODERS[config.takes][1](config, folder, dtype, device, shard)

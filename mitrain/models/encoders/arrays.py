@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mitrain.models import stream
-from mitrain.models.encoders.base import Encoder, EncoderConfig
+from mitrain.models.encoders.base import Encoder
+from mitrain.models.encoders.config import EncoderConfig
 
 
 class Array(Protocol):

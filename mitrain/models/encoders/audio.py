@@ -37,7 +37,6 @@ from mitrain.models import loading, stream
 from mitrain.models.digests import settings_of
 from mitrain.models.encoders.base import (
     Encoder,
-    EncoderConfig,
     Pool,
     cut_to_layer,
     load,
@@ -45,6 +44,7 @@ from mitrain.models.encoders.base import (
     read_settings,
     top_layer,
 )
+from mitrain.models.encoders.config import EncoderConfig
 
 log = logging.getLogger(__name__)
 

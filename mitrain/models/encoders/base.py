@@ -11,36 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from mitrain.core import dist
-from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import layouts, loading, stream
 from mitrain.models.digests import frozen_digest, weights_of
-from mitrain.models.vision import empty_vision, load_encoder
+from mitrain.models.encoders.config import EncoderConfig
+from mitrain.models.encoders.image import empty_vision, load_encoder
 
 log = logging.getLogger(__name__)
 Pool = Literal["auto", "mean", "mean+std"]
-
-
-class EncoderConfig(Section):
-    """One frozen encoder of a kind of input (``takes``, which each kind sets).
-
-    ``name``: a prepared model's name, a folder or a Hugging Face id. ``layer``: read the hidden states after that many
-    layers (none: the top). ``shape``: a configuration in place of weights, for ``--dry-run`` alone.
-    """
-
-    name: str
-    layer: int | None = Field(None, ge=1)
-    shape: dict[str, Any] | None = None
-
-    @property
-    def label(self) -> str:
-        """The encoder in messages."""
-        return f"the {self.takes} encoder {self.name!r}"
 
 
 class Encoder(nn.Module):

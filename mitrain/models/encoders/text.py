@@ -19,7 +19,8 @@ from mitrain.core.config import read_file
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import loading, stream
 from mitrain.models.digests import settings_of, tokenizer_of
-from mitrain.models.encoders.base import Encoder, EncoderConfig, cut_to_layer, read_settings, top_layer
+from mitrain.models.encoders.base import Encoder, cut_to_layer, read_settings, top_layer
+from mitrain.models.encoders.config import EncoderConfig
 from mitrain.models.text import TextBackbone
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ from mitrain.models import stream
 from mitrain.models.digests import settings_of
 from mitrain.models.encoders.base import (
     Encoder,
-    EncoderConfig,
     Pool,
     cut_to_layer,
     load,
@@ -26,7 +25,8 @@ from mitrain.models.encoders.base import (
     read_settings,
     top_layer,
 )
-from mitrain.models.vision import LONGEST, VIEWS, VisionConfig, VisionEncoder, preprocessing
+from mitrain.models.encoders.config import EncoderConfig
+from mitrain.models.encoders.image import LONGEST, VIEWS, ImageConfig, ImageEncoder, preprocessing
 
 CLASS_TOKENS = {"videomae": 0, "vivit": 1}
 """The families that read frames together, and how many tokens stand before those of the frames."""
@@ -105,7 +105,7 @@ class VideoEncoder(Encoder):
 
     def _take_one_by_one(self, folder: str | Path | None, *where: Any) -> None:
         given = self.config.model_dump(include={"name", "size", "layer", "resize", "shape"})
-        self.vision = VisionEncoder(VisionConfig(**given, pool=self.config.image_pool), folder, *where)
+        self.vision = ImageEncoder(ImageConfig(**given, pool=self.config.image_pool), folder, *where)
         self.model, self.settings, self._of_frame = self.vision.model, self.vision.settings, self.vision.preprocess
         self.depth, self._wide, self.frames = self.vision.depth, self.vision.width, self.config.frames or FRAMES
         self.pool = "mean+std" if self.config.pool == "auto" else self.config.pool

@@ -89,7 +89,7 @@ def write(
             raise ValueError(f"{group!r} cannot name a group of tensors: use small letters, digits and underscores")
         content = safetensors.save({name: portable(tensor) for name, tensor in named.items()}, {"format": "pt"})
         files[f"{group}.safetensors"] = put(work / f"{group}.safetensors", content)
-    files[STATE] = put(work / STATE, json.dumps(state, sort_keys=True, allow_nan=False).encode())
+    files[STATE] = put(work / STATE, json.dumps(state, allow_nan=False).encode())
     manifest = {
         "format": FORMAT,
         "mitrain": mitrain_version(),

@@ -13,7 +13,7 @@ from transformers import AutoModel, VideoMAEConfig, VideoMAEModel, VivitConfig, 
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.data.video import Video, read_video
-from mitrain.models import VisionConfig, VisionEncoder
+from mitrain.models import ImageConfig, ImageEncoder
 from mitrain.models.encoders import VideoConfig, VideoEncoder, encoder_of
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
@@ -93,8 +93,8 @@ def test_pixels_are_normalised_as_each_family_was_trained(saved, tmp_path):
 @pytest.mark.parametrize("pool", ["auto", "mean"])
 def test_an_image_encoder_reads_the_frames_one_by_one(saved, pool):
     found = encoder(saved("dinov2"), frames=5, pool=pool, image_pool="cls+mean", layer=2)
-    config = VisionConfig(name=str(saved("dinov2")), pool="cls+mean", layer=2)
-    frames = VisionEncoder(config, saved("dinov2")).encode(shown(5).frames)["pooled"]
+    config = ImageConfig(name=str(saved("dinov2")), pool="cls+mean", layer=2)
+    frames = ImageEncoder(config, saved("dinov2")).encode(shown(5).frames)["pooled"]
     parts = [frames.mean(0), frames.std(0, correction=0)][: 1 if pool == "mean" else 2]
     assert found.width == 48 * len(parts) and found.family == "dinov2"
     torch.testing.assert_close(features(found, [shown(5)])[0], torch.cat(parts), atol=2e-6, rtol=1e-5)

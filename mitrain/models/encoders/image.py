@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, CLIPVisionModelWithProjection, PretrainedConfig
 
 from mitrain.core import dist
-from mitrain.core.config import Section, read_file
+from mitrain.core.config import read_file
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import blip, efficientnet_lite, frozen, layouts, loading, stream
 from mitrain.models.digests import frozen_digest, settings_of, weights_of
+from mitrain.models.encoders.config import EncoderConfig
 from mitrain.models.shapes import LARGEST, SMALLEST
 
 log = logging.getLogger(__name__)
@@ -44,21 +45,18 @@ View = int
 Channels = tuple[float, float, float]
 
 
-class VisionConfig(Section):
+class ImageConfig(EncoderConfig):
     """One frozen image encoder.
 
-    ``name``: a prepared model's name, a folder or a Hugging Face id. ``size``: side in pixels. ``layer``: read the hidden
-    states after that many layers (none: the top). ``pool``: what the global feature is. ``levels``: hidden states whose
-    patch tokens a decoder reads. ``shape``: a configuration in place of weights, for ``--dry-run`` alone.
+    ``size``: side in pixels. ``pool``: what the
+    global feature is. ``levels``: hidden states whose patch tokens a decoder reads.
     """
 
-    name: str
+    takes: Literal["image"] = "image"
     size: int | None = Field(None, ge=14, le=LONGEST)
-    layer: int | None = Field(None, ge=1)
     pool: Literal["auto", "cls", "mean", "cls+mean"] = "auto"
     levels: tuple[int, ...] = ()
     resize: Literal["squash", "pad"] = "squash"
-    shape: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,15 +109,18 @@ def augment(image: Image.Image, view: View) -> Image.Image:
     return image
 
 
-class VisionEncoder(nn.Module):
+class ImageEncoder(nn.Module):
     """A frozen encoder with its preprocessing.
 
-    ``width``: e of the global feature. ``level_width``: c of the patch tokens. ``grid``: patches per side.
+    ``views``: how many variants of a picture differ. ``width``: e of the global feature. ``level_width``: c of the patch
+    tokens. ``grid``: patches per side.
     """
+
+    views = VIEWS
 
     def __init__(
         self,
-        config: VisionConfig,
+        config: ImageConfig,
         folder: str | Path | None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -128,13 +129,17 @@ class VisionEncoder(nn.Module):
         super().__init__()
         efficientnet_lite.register()
         self.config = config
-        shape = loading.config_from_shape(config.shape, f"model.vision {config.name!r} shape") if config.shape else None
+        shape = (
+            loading.config_from_shape(config.shape, f"{config.name!r} in model.encoders shape")
+            if config.shape
+            else None
+        )
         model_config = shape or loading.read_config(folder or config.name, "image encoder")
         if getattr(model_config, "quantization_config", None):
             raise ModelError(f"the image encoder {config.name!r} is quantised: give its weights in floats")
         self.source = None if shape else folder or config.name
-        self.kind, self._settings = model_config.model_type, settings_of(model_config, self.source)
-        factory = CLIPVisionModelWithProjection if self.kind in ("clip", "clip_vision_model") else AutoModel
+        self.family, self._settings = model_config.model_type, settings_of(model_config, self.source)
+        factory = CLIPVisionModelWithProjection if self.family in ("clip", "clip_vision_model") else AutoModel
         if blip.is_blip(model_config):
             self.model = blip_encoder(shape, folder or config.name, dtype, device, shard)
         elif shape is not None:
@@ -144,7 +149,7 @@ class VisionEncoder(nn.Module):
             self.model = load_encoder(factory, self.source, part, self._reads, dtype, torch.device(device), shard)
         loading.freeze(self.model)
         self.settings = getattr(self.model.config, "vision_config", self.model.config)
-        self.preprocess = preprocessing(config, self.settings, folder, self.kind)
+        self.preprocess = preprocessing(config, self.settings, folder, self.family)
         self._check_levels()
 
     def _reads(self, name: str) -> bool:
@@ -204,15 +209,19 @@ class VisionEncoder(nn.Module):
     def width(self) -> int:
         """e of the global feature."""
         if self.config.pool == "auto":
-            names = (*["projection_dim"] * self.kind.startswith("clip"), "pooled_dim", "hidden_size", "hidden_dim")
+            names = (*["projection_dim"] * self.family.startswith("clip"), "pooled_dim", "hidden_size", "hidden_dim")
             if width := next(filter(None, (getattr(self.settings, name, None) for name in names)), None):
                 return width
             if stages := getattr(self.settings, "hidden_sizes", None):  # as ResNet's
                 return stages[-1]
             raise ConfigError(
-                f"the feature width of {self.config.name!r}, a {self.kind} model, is not known: take another"
+                f"the feature width of {self.config.name!r}, a {self.family} model, is not known: take another"
             )
         return self.settings.hidden_size * (2 if self.config.pool == "cls+mean" else 1)
+
+    def blank(self) -> Image.Image:
+        """A picture that says nothing, where some file must be encoded."""
+        return Image.new("RGB", (8, 8))
 
     @cached_property
     def _digest(self) -> str:
@@ -297,8 +306,8 @@ def seeing_part(config: PretrainedConfig, name: str) -> PretrainedConfig:
         return config
     if config.model_type not in ("clip", "siglip"):
         raise ConfigError(
-            f"model.vision {name!r} holds more than an image encoder ({config.model_type}): give its encoder saved alone, or"
-            " a CLIP, SigLIP or BLIP checkpoint"
+            f"{name!r} in model.encoders holds more than an image encoder ({config.model_type}): give its encoder alone,"
+            " or a CLIP, SigLIP or BLIP checkpoint"
         )
     return config.vision_config
 
@@ -349,7 +358,7 @@ def empty_vision(factory: Any, config: Any) -> nn.Module:
     return loading.empty_model(factory, config)
 
 
-def preprocessing(config: VisionConfig, settings: Any, folder: str | Path | None, kind: str) -> Preprocess:
+def preprocessing(config: ImageConfig, settings: Any, folder: str | Path | None, kind: str) -> Preprocess:
     """As the model's image processor was saved, else with its family's constants; in the setting's size or the model's."""
     mean, std = normalisation(config, folder or config.name, kind)
     usual = getattr(settings, "image_size", 224)
@@ -357,17 +366,18 @@ def preprocessing(config: VisionConfig, settings: Any, folder: str | Path | None
     patch = getattr(settings, "patch_size", None)
     if isinstance(patch, int) and size % patch:
         raise ConfigError(
-            f"model.vision {config.name!r} size={size} is no multiple of its patch {patch}: give {size // patch * patch}"
+            f"{config.name!r} in model.encoders: size={size} is no multiple of its patch {patch}: give"
+            f" {size // patch * patch}"
         )
     if isinstance(patch, int) and (size // patch) ** 2 > PATCHES:
         raise ConfigError(
-            f"model.vision {config.name!r} size={size} makes {(size // patch) ** 2} patches of a picture, more than"
+            f"{config.name!r} in model.encoders: size={size} makes {(size // patch) ** 2} patches of a picture, more than"
             f" {PATCHES}: give at most {int(PATCHES**0.5) * patch}"
         )
     return Preprocess(size, mean, std, config.resize)
 
 
-def normalisation(config: VisionConfig, source: str | Path, kind: str) -> tuple[Channels, Channels]:
+def normalisation(config: ImageConfig, source: str | Path, kind: str) -> tuple[Channels, Channels]:
     """Mean and standard deviation of each channel, of pixels from 0 to 1."""
     path, values = written(source)
     if values.get("do_normalize") is False:

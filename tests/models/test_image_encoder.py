@@ -25,9 +25,10 @@ from transformers import (
 )
 
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models import VisionConfig, VisionEncoder, loading, vision
+from mitrain.models import ImageConfig, ImageEncoder, loading
 from mitrain.models.digests import frozen_digest
-from mitrain.models.vision import VIEWS, Preprocess, augment, pad_square
+from mitrain.models.encoders import image as module
+from mitrain.models.encoders.image import VIEWS, Preprocess, augment, pad_square
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def images(count: int = 3) -> list[Image.Image]:
     return [Image.fromarray(generator.integers(0, 255, (30, 40, 3), np.uint8)) for _ in range(count)]
 
 
-def encoder(folder, **settings) -> VisionEncoder:
-    return VisionEncoder(VisionConfig(name=str(folder), **settings), folder)
+def encoder(folder, **settings) -> ImageEncoder:
+    return ImageEncoder(ImageConfig(name=str(folder), **settings), folder)
 
 
 def test_dinov2_gives_its_cls_by_default(dinov2):
@@ -168,7 +169,7 @@ def test_pictures_are_normalised_as_the_checkpoint_says(dinov2, tmp_path, monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
     name = "owner/seer" if at == "id in the cache" else str(commit)
-    found = VisionEncoder(VisionConfig(name=name), None).preprocess
+    found = ImageEncoder(ImageConfig(name=name), None).preprocess
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and not caplog.text
 
 
@@ -245,7 +246,7 @@ def test_what_is_made_of_a_thin_picture_is_bounded(monkeypatch, size, resize):
         Image, "new", lambda mode, shape, *rest: made.append(shape[0] * shape[1]) or new(mode, shape, *rest)
     )
     monkeypatch.setattr(Image.Image, "resize", resized)
-    monkeypatch.setattr(vision, "LONGEST", 512)
+    monkeypatch.setattr(module, "LONGEST", 512)
     preprocess = Preprocess(28, (0.0,) * 3, (1.0,) * 3, resize)
     for view in range(VIEWS):
         pixels = preprocess(image, view)

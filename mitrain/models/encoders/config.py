@@ -1,0 +1,119 @@
+"""The encoders of a run, by name: ``model.encoders`` maps NAME to a section of the kind of file that the encoder takes."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from mitrain.core import config
+from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError
+
+ALIASES = {"speech": "audio", "sound": "audio", "frames": "video"}
+NAME = r"[a-z][a-z0-9_]{0,40}"
+RESERVED = ("text", "prompt", "answer", "label", "target", "id", "object", "kind", "candidates")
+RESERVED += ("last", "mean", "cls", "embeddings", "joint")
+"""Names of a sample's other fields and of read-outs, which no modality can have."""
+
+
+class EncoderConfig(Section):
+    """What every frozen encoder has.
+
+    ``name``: a prepared model's name, a folder or a Hugging Face id. ``takes``: the kind of file that it reads; left out it
+    is the encoder's own name where that is one (image, audio or speech, video, features). ``input``: which of a sample's
+    inputs it reads (the encoder's own name). ``joins``: another encoder, whose modality its feature is appended to and whose
+    input it reads; without, it makes a modality of its own. ``layer``: read the hidden states after that many layers (none:
+    the top). ``shape``: a configuration in place of weights, for ``--dry-run`` alone.
+    """
+
+    name: str
+    takes: str
+    input: str = Field("", pattern=rf"^({NAME})?$")
+    joins: str = Field("", pattern=rf"^({NAME})?$")
+    layer: int | None = Field(None, ge=1)
+    shape: dict[str, Any] | None = None
+
+    @property
+    def label(self) -> str:
+        """The encoder in messages."""
+        return f"the {self.takes} encoder {self.name!r}"
+
+
+def read_encoders(value: Any, kinds: Mapping[str, type[EncoderConfig]]) -> dict[str, EncoderConfig]:
+    """The sections of ``model.encoders``, of the ``kinds`` of files that there are; a bare name of a model stands for its
+    defaults."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            "model.encoders must be a mapping from a modality to its encoder, as image: {name: dinov2-vits14}, not"
+            f" {repr(value)[:60]}"
+        )
+    sections: dict[str, EncoderConfig] = {}
+    for name, values in value.items():
+        sections[name] = read_encoder(str(name), values, sections, kinds)
+    return sections
+
+
+def read_encoder(
+    name: str, values: Any, before: Mapping[str, EncoderConfig], kinds: Mapping[str, type[EncoderConfig]]
+) -> EncoderConfig:
+    where = f"model.encoders.{name}"
+    if isinstance(values, EncoderConfig):
+        return values
+    values = {"name": values} if isinstance(values, str) else values
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} must be a section or the name of a model, not {repr(values)[:60]}")
+    check_name(name, where)
+    joined = values.get("joins") or ""
+    if not isinstance(joined, str):
+        raise ConfigError(f"{where}.joins={joined!r}: give the name of an encoder")
+    if joined and (joined not in before or before[joined].joins):
+        raise ConfigError(
+            f"{where}.joins={joined!r}: name an encoder that stands before it and joins none itself:"
+            f" {', '.join(each for each, section in before.items() if not section.joins) or 'there is none'}"
+        )
+    known = before[joined].takes if joined else ALIASES.get(name, name)
+    takes = values.get("takes", known)
+    if not isinstance(takes, str) or takes not in kinds:
+        raise ConfigError(
+            f"{where}.takes={takes!r}: say what kind of file the encoder takes, one of {', '.join(sorted(kinds))}"
+        )
+    reads = before[joined].input if joined else values.get("input") or name
+    if joined and values.get("input", reads) not in ("", reads):
+        raise ConfigError(f"{where}.input: an encoder that joins {joined!r} reads its input {reads!r}: leave it out")
+    return config.parse(kinds[takes], {**values, "takes": takes, "input": reads}, where)
+
+
+def check_name(name: str, where: str) -> None:
+    if not re.fullmatch(NAME, name) or name in RESERVED:
+        raise ConfigError(
+            f"{where}: {name!r} cannot name a modality: take lower-case letters, digits and _, and none of"
+            f" {', '.join(RESERVED)}"
+        )
+
+
+def modalities_of(encoders: Mapping[str, EncoderConfig]) -> dict[str, list[str]]:
+    """Each modality with the names of the encoders whose features make it, side by side."""
+    modalities: dict[str, list[str]] = {}
+    for name, section in encoders.items():
+        modalities.setdefault(section.joins or name, []).append(name)
+    return modalities
+
+
+def inputs_of(encoders: Mapping[str, EncoderConfig]) -> tuple[str, ...]:
+    """The inputs of a sample that encoders read."""
+    return tuple(dict.fromkeys(section.input for section in encoders.values()))
+
+
+def from_list(vision: Any, adapter: Any) -> Any:
+    """``model.encoders`` from the list of image encoders that earlier versions had: ``model.vision``.
+
+    They joined one modality, but where ``adapter`` named as many modalities, each was one of these.
+    """
+    items = vision if isinstance(vision, list | tuple) else [vision]
+    items = [{"name": item} if isinstance(item, str) else item for item in items]
+    names = list(adapter.get("modalities") or {}) if isinstance(adapter, Mapping) else []
+    if len(names) > 1 and len(names) == len(items):
+        return {name: {**item, "takes": "image", "input": "image"} for name, item in zip(names, items, strict=True)}
+    more = {f"image{n}": {**item, "joins": "image"} for n, item in enumerate(items[1:], 2)}
+    return {**({"image": items[0]} if items else {}), **more}

@@ -1,0 +1,157 @@
+"""Pictures, speech and arrays of one's own in one run, from end to end through the command line; some samples lack some."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from clips import sound_file, tone
+from folders import colour_records, llm_folder, vision_folder
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+from mitrain.cli import main
+from mitrain.inference.export import from_pretrained
+
+HERTZ = {"red": 300, "green": 700, "blue": 1500, "yellow": 3000}
+
+
+def whisper_folder(path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_mel_bins": 16}
+    WhisperModel(WhisperConfig(**sizes, vocab_size=60, max_source_positions=100, pad_token_id=0)).save_pretrained(path)
+    WhisperFeatureExtractor(feature_size=16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a CSV a split, whose columns are a picture, a clip with its colour's tone, an array, and a label."""
+    path = tmp_path_factory.mktemp("modalities")
+    llm_folder(path / "llm", width=48)
+    vision_folder(path / "vision")
+    whisper_folder(path / "whisper")
+    colour_records(path / "data", train=24, val=8)
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
+        with open(path / "data" / f"{split}.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, ["image", "speech", "mine", "text", "label", "number"])
+            table.writeheader()
+            for number, row in enumerate(rows):
+                name, colour = f"{split}{number}", row["answer"]
+                sound_file(path / "data" / f"{name}.wav", tone(0.3 + 0.1 * (number % 3), hertz=HERTZ[colour]))
+                np.save(path / "data" / f"{name}.npy", rng.standard_normal((2 + number % 3, 5)).astype(np.float32))
+                speech = "" if number % 2 else f"{name}.wav"
+                table.writerow(
+                    {"image": row["image"], "speech": speech, "mine": f"{name}.npy", "text": "this thing is",
+                     "label": colour, "number": list(HERTZ).index(colour)}
+                )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
+
+
+def written(world, name, **changes):
+    encoders = {
+        "image": {"name": str(world / "vision"), "layer": 2, "pool": "cls+mean"},
+        "speech": str(world / "whisper"),
+        "mine": {"takes": "features", "width": 5},
+    }
+    data = {"name": "labelled", "root": str(world / "data"), "may_lack": ["speech"]}
+    data["splits"] = {split: f"{split}.csv" for split in ("train", "val", "test")}
+    config = {
+        "name": name,
+        "model": {"llm": str(world / "llm"), "encoders": encoders},
+        "adapter": {"name": "mit", "layers": [1, 2]},
+        "task": {"name": "classify", "readout": ["last", "image", "speech"]},
+        "data": data,
+        "train": {"steps": 12, "batch": 8, "lr": 1e-2, "eval_every": 6, "save_every": 6, "modality_dropout": 0.2},
+    }
+    for key, value in changes.items():
+        config[key] = {**config[key], **value}
+    (world / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return world / f"{name}.yaml"
+
+
+def as_json(capsys, *arguments):
+    code = main([*(str(a) for a in arguments), "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out)
+
+
+@pytest.fixture(scope="module")
+def run(world):
+    assert main(["train", str(written(world, "all")), "--runs", str(world / "runs")]) == 0
+    return next((world / "runs").glob("all-*"))
+
+
+def test_a_run_of_three_modalities_is_trained_scored_asked_and_published(world, run, capsys):
+    plain = as_json(capsys, "eval", run, "--split", "test", "--missing", "speech")
+    assert plain["samples"] == 8 and set(plain["accuracy_without_speech"]) == {"0%", "25%", "50%", "75%", "100%"}
+    assert plain["accuracy_without_speech"]["0%"] == plain["accuracy"]
+    gone = as_json(capsys, "eval", run, "--split", "test", "--without", "speech")
+    assert gone["accuracy"] == plain["accuracy_without_speech"]["100%"] and gone["without"] == {"speech": 1.0}
+    assert as_json(capsys, "eval", run, "--split", "test", "--shuffle", "image")["shuffled"] == ["image"]
+    files = {name: str(world / "data" / f"test0.{end}") for name, end in (("speech", "wav"), ("mine", "npy"))}
+    files["image"] = str(
+        world / "data" / json.loads((world / "data" / "test.jsonl").read_text().splitlines()[0])["image"]
+    )
+    given = [part for name, file in files.items() for part in ("--input", f"{name}={file}")]
+    said = as_json(capsys, "predict", run, *given, "--text", "this thing is")
+    assert said["speech"] == files["speech"] and len(said["labels"]) == 1
+    mute = as_json(capsys, "predict", run, *given[2:], "--text", "this thing is")
+    assert "speech" not in mute and mute["probabilities"] != said["probabilities"]
+    out = world / "published"
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    capsys.readouterr()
+    again = from_pretrained(out).predict(files, "this thing is")
+    assert again["probabilities"] == pytest.approx(said["probabilities"], abs=1e-5)
+
+
+def test_what_a_run_reads_is_said_where_a_file_is_missing_or_of_no_use(world, run, capsys):
+    for arguments, words in (
+        (["--image", "x.png", "--text", "a"], "give --input mine=FILE"),
+        (["--input", "smell=x"], "is none of this run's inputs: it reads image, speech, mine"),
+        (["--input", "speech"], "write NAME=FILE"),
+    ):
+        assert main(["predict", str(run), *arguments]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["eval", str(run), "--without", "smell"]) == 2
+    assert "'smell' is none of this run's inputs: it reads image, speech, mine" in capsys.readouterr().err
+
+
+def test_an_empty_cell_is_refused_unless_samples_may_go_without(world, capsys):
+    strict = written(world, "strict", data={"may_lack": []})
+    assert main(["train", str(strict), "--runs", str(world / "runs")]) == 2
+    assert "train.csv:3: no 'speech': fill it in" in capsys.readouterr().err
+
+
+def test_data_inspect_counts_each_kind_of_file(world, capsys):
+    found = as_json(capsys, "data", "inspect", world / "all.yaml", "--out", world / "sheets")["splits"]["train"]
+    assert (found["pictures"], found["speech_files"], found["samples_without_speech"]) == (24, 12, 12)
+    assert found["broken_mine_files"] == 0
+
+
+def test_numbers_are_learned_from_speech_alone_without_a_text(world, capsys):
+    encoders = {"speech": {"name": str(world / "whisper")}}
+    data = {"name": "rated", "columns": {"target": "number", "text": "nothing"}, "may_lack": []}
+    with open(world / "data" / "train.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["speech"]]
+    for split in ("train", "val"):
+        with open(world / "data" / f"heard-{split}.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, ["speech", "number", "nothing"], extrasaction="ignore")
+            table.writeheader()
+            table.writerows({**row, "nothing": ""} for row in rows)
+    data["splits"] = {split: f"heard-{split}.csv" for split in ("train", "val")}
+    task = {"name": "regress", "readout": ["last", "speech"]}
+    config = written(world, "heard", model={"encoders": encoders}, data=data, task=task)
+    run = as_json(capsys, "train", config, "--runs", world / "runs", "train.steps=40", "train.modality_dropout=0")[
+        "run"
+    ]
+    heard = as_json(capsys, "eval", run)
+    other = as_json(capsys, "eval", run, "--shuffle", "speech")
+    assert heard["mae"] < 0.5 < other["mae"]
