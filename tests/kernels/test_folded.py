@@ -114,6 +114,8 @@ def test_coefficients_are_as_precise_as_the_gate():
     gate, maps = torch.ones(1, 2, 3, 1), torch.ones(3, 1, 2, 3, 4, dtype=torch.bfloat16)
     for found in coefficients(gate, *maps, torch.tensor([0.0, 1.0], dtype=torch.float64)):
         assert found.dtype == gate.dtype and torch.equal(found[0], torch.ones(3, 1, 4))
+    alpha, gamma, delta = coefficients(gate, *maps)  # by itself the frozen key and value stay
+    assert alpha.eq(2).all() and gamma.eq(2).all() and delta.eq(1).all()
 
 
 def test_what_cannot_be_done_is_said_whole():

@@ -177,3 +177,10 @@ def test_an_earlier_wish_is_worth_more_than_all_later_ones():
 
 def test_codes_are_integers_also_of_nothing():
     assert label_codes([]).dtype == label_codes(["a"]).dtype == int
+
+
+def test_by_itself_it_is_images_that_are_exchanged_from_seed_0():
+    images = list(range(12))
+    assert other_images(images, images) == other_images(images, images, seed=0) != other_images(images, images, seed=1)
+    with pytest.raises(DataError, match=r"^the other-image control is impossible: one image makes up more than half"):
+        other_images([1, 1, 2], [1, 1, 1])
