@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
-from mitrain.data.formats import captions, coco, food101, labels, mmimdb, snli_ve, targets
+from mitrain.data.formats import captions, coco, food101, labels, mmimdb, mmsa, msrvtt, snli_ve, targets
 from mitrain.data.formats.records import read_records
 from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
-from mitrain.data.formats.rows import MISSING
+from mitrain.data.formats.rows import MISSING, is_table
 
 
 class DataSection(Section):
@@ -190,6 +190,29 @@ class RatedConfig(TargetSection, kind="data", name="rated"):
         return there(self.splits, root)
 
 
+class MmsaConfig(TargetSection, kind="data", name="mmsa"):
+    """Clips with a sentiment in MMSA's files: CMU-MOSI, CMU-MOSEI, CH-SIMS.
+
+    ``file``: the table of the clips below ``clips``, each of which has a sample's video and sound, or a pickle of features,
+    whose arrays (audio, vision) are the inputs; ``labels``: the numbers' name in it, where it is not the usual one.
+    """
+
+    takes_inputs = True
+
+    file: str = "label.csv"
+    clips: str = "Raw"
+    labels: str | None = None
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        if is_table(Path(self.file)):
+            return mmsa.read_clips(root, self.file, split, self.inputs, self.labels or "label", self.clips)
+        return mmsa.read_features(root, self.file, split, self.inputs, self.labels or "regression_labels")
+
+    def split_names(self, root: Path) -> list[str]:
+        """The splits that the file has."""
+        return mmsa.parts_in(root, self.file)
+
+
 class CaptionSection(DataSection):
     """Files with captions."""
 
@@ -262,6 +285,21 @@ class CocoCaptionsConfig(CaptionSection, kind="data", name="coco-captions"):
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there."""
         return coco.subsets_there(root, coco.CAPTIONS, self.subsets)
+
+
+class MsrvttConfig(CaptionSection, kind="data", name="msr-vtt"):
+    """MSR-VTT's captions of videos in its own files. ``videos``: the videos' folder, where it is not a usual one."""
+
+    takes_inputs = True
+
+    videos: str | None = None
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        return msrvtt.read_msrvtt(root, split, self.inputs, self.videos)
+
+    def split_names(self, root: Path) -> list[str]:
+        """The splits that the files have videos of."""
+        return msrvtt.splits_in(root)
 
 
 class RefcocoConfig(DataSection, kind="data", name="refcoco"):

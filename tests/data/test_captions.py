@@ -59,7 +59,7 @@ def test_flickr_has_no_filepath_and_perhaps_tokens_alone(tmp_path, caplog):
     assert "left out 1 images without a caption" in caplog.text
     elsewhere = write(tmp_path / "x", images, folder="pictures") if (tmp_path / "x").mkdir() is None else None
     assert read_karpathy(elsewhere, None, "train", "pictures")[0].inputs["image"] == "pictures/1.jpg"
-    with pytest.raises(DataError, match=r"no picture '1\.jpg' .*data\.images"):
+    with pytest.raises(DataError, match=r"no file '1\.jpg' .*data\.images"):
         read_karpathy(elsewhere, None, "train")
 
 

@@ -95,7 +95,7 @@ def test_sections_name_splits_kinds_and_what_is_there(tmp_path):
         (QUESTIONS, [{"question_id": 11, "answers": ["net"]}], "question_id=11 is 'net' instead of a dictionary"),
         (QUESTIONS, [annotation(11, "a", multiple_choice_answer=[1])], "impossible multiple_choice_answer"),
         (QUESTIONS, [annotation(99, "a")], "has no question that is answered"),
-        ([question(11, 3)], ANNOTATIONS, r"no picture .*000000000003\.jpg' in .*train2014/ or images/train2014/"),
+        ([question(11, 3)], ANNOTATIONS, r"no file .*000000000003\.jpg' in .*train2014/ or images/train2014/"),
     ],
 )
 def test_faults_of_vqa_are_one_line(tmp_path, questions, annotations, match):

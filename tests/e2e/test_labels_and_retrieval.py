@@ -1,8 +1,10 @@
 """The tasks classify and retrieve from end to end through the command line, on folders as users have them."""
 
 import json
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from fifth_task import RateTask
@@ -162,6 +164,43 @@ def test_retrieval(world, capsys):
     assert len(said["scores"]) == 3 and said["rank"] == 1
     made = as_json(capsys, "report", run, "--out", world / "report")
     assert "| i→t R@1 |" in made["markdown"] and (world / "report" / "captions-test.png").is_file()
+
+
+def test_mmsas_features_of_two_modalities(world, capsys):
+    """Half of a clip's sentiment is heard, the other half is seen; the text says nothing."""
+    folder, random = world / "mmsa", np.random.default_rng(0)
+    folder.mkdir()
+    parts = {}
+    for part, count in (("train", 48), ("valid", 12), ("test", 12)):
+        heard, seen = random.choice([-1.4, 1.4], (2, count))
+        audio, vision = random.normal(0, 0.1, (count, 5, 4)), random.normal(0, 0.1, (count, 6, 3))
+        audio[:, :, 0] += heard[:, None]
+        audio[:, 3:] = -np.inf  # beyond each clip's end
+        vision[:, :, 1] += seen[:, None]
+        vision[:, :2] = 0
+        parts[part] = {
+            "id": [f"{part}{n}$_$0" for n in range(count)], "raw_text": np.array(["this thing is"] * count),
+            "regression_labels": (heard + seen).astype(np.float32), "audio_lengths": [3] * count,
+            "audio": audio.astype(np.float32), "vision": vision.astype(np.float32),
+        }  # fmt: skip
+    (folder / "unaligned_50.pkl").write_bytes(pickle.dumps(parts))
+    config = configuration(world, "mmsa", {"name": "regress"}, {"name": "mmsa"}, "none")
+    values = yaml.safe_load(config.read_text())
+    values["model"]["encoders"] = {
+        "audio": {"takes": "features", "width": 4}, "video": {"takes": "features", "width": 3}
+    }  # fmt: skip
+    values["data"] = {"name": "mmsa", "root": str(folder), "file": "unaligned_50.pkl"}
+    config.write_text(yaml.safe_dump(values))
+    assert as_json(capsys, "data", "inspect", config)["splits"]["train"]["samples"] == 48
+    run = as_json(capsys, "train", config, "--runs", world / "runs")["run"]
+    found = as_json(capsys, "eval", run, "--split", "test", "--baselines")
+    assert found["mae"] < 0.7 and found["acc2_positive"] == 1.0 and found["acc7"] > 0.3
+    assert found["baselines"]["ridge regression on the same features"]["mae"] < 0.2
+    assert as_json(capsys, "eval", run, "--split", "test", "--control", "frozen")["mae"] > 1.2
+    (folder / "unaligned_50.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    assert main(["train", str(config), "--runs", str(world / "none")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("run folder")]
+    assert "unaligned_50.pkl" in line and "it names os.system" in line and not list((world / "none").glob("*"))
 
 
 def test_captions(world, capsys):

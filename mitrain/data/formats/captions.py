@@ -180,13 +180,16 @@ def text_of(value: Any, key: str, where: str) -> str:
     return value
 
 
-def image_folder(root: Path, first: list[str], images: str | None, usual: Sequence[str] = FOLDERS) -> str:
-    """The pictures' folder below ``root``, with a slash at its end: where one of the ``first`` pictures lies."""
+def image_folder(
+    root: Path, first: list[str], images: str | None, usual: Sequence[str] = FOLDERS, setting: str = "images"
+) -> str:
+    """The pictures' folder below ``root``, with a slash at its end: where one of the ``first`` pictures lies. ``images``:
+    what ``setting`` says, which names it where it is none of the ``usual`` ones."""
     for folder in (images,) if images is not None else usual:
         prefix = f"{folder.rstrip('/')}/" if folder.strip("./") else ""
         if any((root / prefix / picture).is_file() for picture in first):
             return prefix
     tried = images or " or ".join(f"{folder}/" for folder in usual if folder)
     raise DataError(
-        f"no picture {first[0][:200]!r} in {str(root)!r}, nor in its {tried}: set data.images to their folder"
+        f"no file {first[0][:200]!r} in {str(root)!r}, nor in its {tried}: set data.{setting} to their folder"
     )
