@@ -62,15 +62,15 @@ class CaptionTask(LanguageTask):
 
     @torch.no_grad()
     def predict(self, batch: Batch, generate: bool = True) -> list[Prediction]:
-        """What the model says; of samples with one picture it is asked once."""
-        images = [s.files for s in batch.samples]
-        first = {image: images.index(image) for image in images}
-        rows = torch.tensor(list(first.values()))
-        inputs = batch.inputs and batch.inputs.rows(rows.to(batch.inputs.device))
-        said = dict(zip(first, self.spoken([batch.samples[i] for i in first.values()], inputs), strict=True))
+        """What the model says; of samples that show it the same it is asked once."""
+        shown = keys_of(batch)
+        first = {key: shown.index(key) for key in shown}
+        rows = list(first.values())
+        inputs = batch.inputs and batch.inputs.rows(torch.tensor(rows, device=batch.inputs.device))
+        said = dict(zip(first, self.spoken([batch.samples[i] for i in rows], inputs), strict=True))
         return [
             Prediction(s.id, s.inputs, {"predicted": words, "captions": list(s.captions)}, finite=finite)
-            for s, (words, finite) in ((s, said[s.files]) for s in batch.samples)
+            for s, (words, finite) in ((s, said[key]) for s, key in zip(batch.samples, shown, strict=True))
         ]
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -126,6 +126,14 @@ class CaptionTask(LanguageTask):
                 " them, is 0 whatever a model says: give pictures with captions of their own"
             )
         return []
+
+
+def keys_of(batch: Batch) -> list[bytes]:
+    """What each sample shows the model, its features and which of them are there: under a control not what its files say."""
+    if batch.inputs is None:
+        return [b""] * len(batch.samples)
+    there = [present[:, None].float() for present in batch.inputs.present.values()]
+    return [row.tobytes() for row in torch.cat([batch.inputs.feature.float(), *there], 1).cpu().numpy()]
 
 
 def references(sample: Any) -> tuple[str, ...]:

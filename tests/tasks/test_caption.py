@@ -62,6 +62,8 @@ def test_every_picture_is_described_once_as_it_would_be_alone(folder, monkeypatc
     alone = [task.predict(batch([s]))[0].values["predicted"] for s in samples()]
     assert [p.values["predicted"] for p in found] == alone and len(set(alone)) > 1
     assert found[0].values["captions"] == ["a red square", "red"]
+    other = Batch(samples(), pictures(torch.cat([FEATURES, FEATURES.flip(1)])[:5]))  # of one picture, but shown two
+    assert len({p.values["predicted"] for p in task.predict(other)}) > 3
     without = task.predict(Batch(samples(), None))
     assert len({p.values["predicted"] for p in without}) == 1  # the picture alone makes a difference
 
