@@ -161,7 +161,14 @@ def test_modalities_that_no_encoder_makes_are_refused(capsys, world, widths):
     poolings = {"a": "cls", "b": "cls+mean"}
     of_pictures = {"name": str(world / "vision"), "takes": "image", "input": "image"}
     encoders = {name: {**of_pictures, "pool": pool} for name, pool in poolings.items()}
-    path = configured(world, "mit", "classify", model={"encoders": encoders}, adapter={"modalities": widths}, task={"readout": ["last"]})
+    path = configured(
+        world,
+        "mit",
+        "classify",
+        model={"encoders": encoders},
+        adapter={"modalities": widths},
+        task={"readout": ["last"]},
+    )
     assert main(["train", str(path), "--dry-run"]) == 2
     assert "leave adapter.modalities out, or name the modalities of model.encoders" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ VERSIONS = range(1, checkpoint.FORMAT + 1)
 
 
 def test_there_is_one_for_every_format():
-    assert sorted(path.name for path in golden.GOLDEN.iterdir()) == [f"format-{version}" for version in VERSIONS]
+    assert sorted(path.name for path in golden.GOLDEN.glob("format-*")) == [f"format-{version}" for version in VERSIONS]
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -30,7 +30,7 @@ from mitrain.models.shapes import base_shape
 if TYPE_CHECKING:
     from mitrain.methods.base import Adapter
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 OWN_CONFIG, OWN_WEIGHTS = "mitrain.json", "mitrain.safetensors"
 """The names of ours where PEFT's own files have the names above."""

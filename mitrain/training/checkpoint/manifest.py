@@ -19,10 +19,11 @@ from mitrain.core.errors import CheckpointError
 from mitrain.core.safe_io import parse_json, parse_tensors, read_regular, regular_size
 from mitrain.training.checkpoint.modules import not_finite
 
-FORMAT = 2
+FORMAT = 3
 KEYS = {
     1: {"format", "mitrain", "step", "sequence", "best", "files"},
     2: {"format", "mitrain", "step", "sequence", "best", "files", "checksum"},
+    3: {"format", "mitrain", "step", "sequence", "best", "files", "checksum"},
 }
 MANIFEST = "manifest.json"
 STATE = "state.json"
