@@ -39,7 +39,7 @@ class DataSection(Section):
         """The section with what follows from the data in the folder ``root()`` written out."""
         return self
 
-    def image_root(self, root: Path) -> Path:
+    def file_root(self, root: Path) -> Path:
         """The folder that the samples' files are in."""
         return root
 
@@ -316,7 +316,7 @@ class RefcocoConfig(DataSection, kind="data", name="refcoco"):
         """The splits that the references name."""
         return split_names(root, self.dataset, self.split_by)
 
-    def image_root(self, root: Path) -> Path:
+    def file_root(self, root: Path) -> Path:
         return image_folder(root, self.dataset, self.images)
 
 

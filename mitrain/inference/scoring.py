@@ -48,7 +48,7 @@ def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any
     """A split's samples (at most ``samples``, evenly spread) that can be read, and their files' features."""
     data = run.config.data
     root = resolve_data(data)
-    files = run.model.features(data.image_root(root), BadSamples(data.bad_samples, data.bad_share))
+    files = run.model.features(data.file_root(root), BadSamples(data.bad_samples, data.bad_share))
     chosen = files.readable(limit(data.read(root, split), samples), run.config.features.eval_views)
     if not chosen:
         raise DataError(f"no sample of the split {split!r} can be read: check the data folder {root}")
@@ -248,7 +248,7 @@ def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[di
     task = TASKS[run_config.task.section_name]
     sheet, cache = out / f"{run_config.name}.png", cache_root(run_config)
     media = {section.input: section.takes for section in reversed(run_config.model.encoders.values())}
-    limits, folder = Limits(data.max_pixels), data.image_root(root)
+    limits, folder = Limits(data.max_pixels), data.file_root(root)
     report, text = inspect_splits(task, splits, folder, sheet, limits, media, cache=cache)
     known = answers_by_prompt(splits.get("train", ())) if task.remembers else None
     report["cautions"] = [

@@ -1,7 +1,7 @@
 """What training, evaluation, prediction and inspection ask of a task.
 
 A task is one file: its settings, the file formats whose samples it takes, its trainable head (if it has one), its loss as
-(sum, count), its metrics, the baselines that its scores are read beside, its prediction for one picture, and how its data
+(sum, count), its metrics, the baselines that its scores are read beside, its prediction for one sample, and how its data
 and predictions are described and drawn. It is handed the frozen models and the adapter; it never loads anything.
 """
 
@@ -116,7 +116,7 @@ class Splits:
     """What baselines are made of: the samples ``chosen`` from a split, and more of the data where they ask for it.
 
     ``learn()``: the samples that training saw and those of val, whose features are at hand; ``complete()``: all of the
-    split's samples on the pictures of those chosen;
+    split's samples on the files of those chosen;
     ``features(samples)``: (n, e), what is infused.
     """
 
@@ -151,7 +151,7 @@ class Task(nn.Module):
     speaks: bool = False
     remembers: bool = False
     reads_no_text: bool = False
-    shuffles: Literal["samples", "images", "expressions"] = "samples"
+    shuffles: Literal["samples", "files", "expressions"] = "samples"
     columns: tuple[tuple[str, str], ...] = ()
     controls: tuple[str, ...] = ("no-image", "frozen")
     texts_apart: str = ""
@@ -221,7 +221,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def ask(self, question: Question) -> Answer:
-        """What the model makes of one picture."""
+        """What the model makes of one sample's files."""
         raise NotImplementedError
 
     def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
@@ -255,7 +255,7 @@ def only_one(values: Sequence[str], split: str, what: str) -> list[str]:
         return []
     return [
         f"{split}: every sample has the {what} {values[0][:60]!r}, so that always giving it is right every time:"
-        " a score says nothing of the pictures"
+        " a score says nothing of the inputs"
     ]
 
 

@@ -44,7 +44,7 @@ class CaptionTask(LanguageTask):
     settings = CaptionConfig
     formats = (CaptionSection,)
     metric = "cider"
-    shuffles = "images"
+    shuffles = "files"
     texts_apart = "text"
     columns = (("CIDEr", "cider"), ("BLEU-4", "bleu4"), ("ROUGE-L", "rouge_l"), ("different", "different"))
 

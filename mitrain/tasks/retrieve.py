@@ -83,7 +83,7 @@ class RetrieveTask(Task):
     settings = RetrieveConfig
     formats = (CaptionSection,)
     metric = "recall_mean"
-    shuffles = "images"
+    shuffles = "files"
     texts_apart = "text"
     columns = (
         *(("i→t R@1", "i2t_r1"), ("R@5", "i2t_r5"), ("R@10", "i2t_r10"), ("median", "i2t_median_rank")),

@@ -86,7 +86,7 @@ def controlled(
 ) -> tuple[list[Any], list[Inputs], dict[str, Any]]:
     """The samples and the inputs to show with each, and what the control could not fulfil.
 
-    ``shuffles``: see `Task`; with ``images`` all samples of an image are given the same other one.
+    ``shuffles``: see `Task`; with ``files`` all samples of a file are given the same other one.
     """
     given = [s.inputs for s in samples]
     own = [s.files for s in samples]
@@ -107,7 +107,7 @@ def controlled(
         )
         swapped = [replace(s, expression=samples[i].expression) for s, i in zip(samples, pairing.index, strict=True)]
         return swapped, given, {"control_clashes": pairing.clashes}
-    if shuffles == "images":
+    if shuffles == "files":
         named = dict(zip(own, objects, strict=True))
         images, objects = list(named), list(named.values())
     else:
@@ -115,7 +115,7 @@ def controlled(
     pairing = controls.other_images(images, images if control == "shuffle" else objects, seed=seed)
     first = dict(zip(own, given, strict=True))
     shown = {image: first[images[i]] for image, i in zip(images, pairing.index, strict=True)}
-    exchanged = [shown[image] for image in own] if shuffles == "images" else [given[i] for i in pairing.index]
+    exchanged = [shown[image] for image in own] if shuffles == "files" else [given[i] for i in pairing.index]
     same = sum(objects[i] == objects[j] for i, j in enumerate(pairing.index))  # of shuffle too, which does not avoid it
     return list(samples), exchanged, {"control_clashes": {"object": same}}
 

@@ -109,7 +109,7 @@ class Trainer:
     def _encode(self) -> None:
         """Run everything frozen once, and take the statistics that follow from it."""
         config, bad = self.config, BadSamples(self.config.data.bad_samples, self.config.data.bad_share)
-        self.features: Features = self.model.features(config.data.image_root(self.root), bad)
+        self.features: Features = self.model.features(config.data.file_root(self.root), bad)
         splits = {"train": self.train, "val": self.val}
         if dist.world() > 1:  # what differs besides the files' contents is said before the encoders run
             require_same(fingerprint(config.to_dict(), splits, lambda _: {}, self.model.base))

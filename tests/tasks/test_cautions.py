@@ -67,12 +67,12 @@ def test_one_answer_and_one_label_are_pointed_out():
     (line,) = cautions([answer("a" * 70, ("a" * 70, "b"))], "val")
     assert line == (
         f"val: every sample has the answer {'a' * 60!r}, so that always giving it is right every time:"
-        " a score says nothing of the pictures"
+        " a score says nothing of the inputs"
     )
     (line,) = cautions(labels("a", "a"), "val")
     assert line == (
         "val: every sample has the label 'a', so that always giving it is right every time:"
-        " a score says nothing of the pictures"
+        " a score says nothing of the inputs"
     )
     assert cautions(labels("ab", "ba"), "val")[0].startswith("val: every sample has all 2 labels")
 

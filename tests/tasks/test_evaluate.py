@@ -105,7 +105,7 @@ def test_a_plain_evaluation_shows_each_sample_its_own_picture_in_batches_of_32()
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1, 5])
-@pytest.mark.parametrize("shuffles", ["samples", "images"])
+@pytest.mark.parametrize("shuffles", ["samples", "files"])
 def test_a_control_is_drawn_from_the_seed_as_the_task_shuffles(seed, shuffles):
     given = {} if seed is None else {"seed": seed}
     found = evaluate(Echo(shuffles), None, answers(), control="shuffle", batch=12, **given)
@@ -177,7 +177,7 @@ def test_the_other_text_is_another_objects_and_leaves_the_image(seed):
 
 
 @pytest.mark.parametrize(
-    ("samples", "shuffles"), [(answers(), "samples"), (expressions(), "expressions"), (labelled(), "images")]
+    ("samples", "shuffles"), [(answers(), "samples"), (expressions(), "expressions"), (labelled(), "files")]
 )
 def test_only_texts_beside_pictures_are_exchanged(samples, shuffles):
     with pytest.raises(ConfigError) as error:
@@ -199,7 +199,7 @@ def test_all_samples_of_an_image_are_given_the_same_other_one_and_clashes_count_
     samples = [AnswerSample(f"{i}", {"image": f"{i // 2}.png"}, "p", "a", (), "k", f"o{i // 4}") for i in range(16)]
     own, seen = {s.inputs["image"]: s.object for s in samples}, set()
     for seed in range(8):
-        shown, paths, extra = images_of(samples, "images", control, seed)
+        shown, paths, extra = images_of(samples, "files", control, seed)
         assert shown == samples and paths[::2] == paths[1::2] and sorted(paths[::2]) == sorted(own)
         assert all(path != s.inputs["image"] for s, path in zip(samples, paths, strict=True))
         same = sum(own[path] == s.object for s, path in zip(samples[::2], paths[::2], strict=True))
@@ -218,7 +218,7 @@ def test_samples_without_an_object_are_objects_of_their_own():
     ("samples", "shuffles", "control"),
     [
         (answers(), "samples", "no-image"),
-        (answers(), "images", "shuffle"),
+        (answers(), "files", "shuffle"),
         (expressions(), "expressions", "shuffle"),
         (labelled(), "samples", "other-text"),
     ],
