@@ -113,7 +113,7 @@ class RunConfig(Section):
         if absent := [name for name in read if name not in self.data.inputs]:
             raise ValueError(
                 f"model.encoders reads the input {absent[0]!r}, which data.inputs={list(self.data.inputs)} does not list:"
-                f" name the encoder after one of these, or give it input={self.data.inputs[0]}"
+                " name the encoder after one of these, or set its input to one"
             )
         if lost := [name for name in self.data.may_lack if name not in self.data.inputs]:
             raise ValueError(f"data.may_lack names {lost[0]!r}, which is none of data.inputs={list(self.data.inputs)}")

@@ -61,7 +61,7 @@ def shared(folder: Path, splits: dict[str, list]) -> list[str]:
         for split, samples in splits.items()
     }
     for one, other in combinations(splits, 2):
-        for what in ("id", "image", "object", "text"):
+        for what in ("id", "files", "object", "text"):
             both = {getattr(s, what) for s in splits[one]} & {getattr(s, what) for s in splits[other]}
             found += [f"{one} and {other} share the {what} {value!r}" for value in sorted(both)]
         near = near_pairs(prints[one], prints[other])
