@@ -301,6 +301,11 @@ def changeable(encoder: Encoder | None, adapter: Adapter) -> nn.Module:
             f" {encoder.config.name if encoder else 'none'!r} has none: put another encoder first in model.encoders, as"
             " dinov2-vits14"
         )
+    if encoder.config.takes != "image":
+        raise ConfigError(
+            f"the method {adapter.traits.name!r} changes the layers of the first encoder, which it can do for images alone,"
+            f" and {encoder.config.label} is first: put an image encoder before it, or take another method"
+        )
     return encoder.model
 
 

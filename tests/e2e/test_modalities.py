@@ -155,3 +155,13 @@ def test_numbers_are_learned_from_speech_alone_without_a_text(world, capsys):
     heard = as_json(capsys, "eval", run)
     other = as_json(capsys, "eval", run, "--shuffle", "speech")
     assert heard["mae"] < 0.5 < other["mae"]
+
+
+@pytest.mark.parametrize("method", ["pmf", "mope", "aurora", "visual-prefix"])
+def test_a_method_that_changes_an_encoder_takes_pictures_alone(world, capsys, method):
+    encoders = {"speech": {"name": str(world / "whisper")}}
+    config = written(world, method, model={"encoders": encoders}, task={"readout": ["last"]})
+    values = {**yaml.safe_load(config.read_text()), "adapter": {"name": method}}
+    config.write_text(yaml.safe_dump(values))
+    assert main(["train", str(config), "--dry-run"]) == 2
+    assert "is first: put an image encoder before it, or take another method" in capsys.readouterr().err
