@@ -198,9 +198,9 @@ def test_mmsas_features_of_two_modalities(world, capsys):
     assert found["baselines"]["ridge regression on the same features"]["mae"] < 0.2
     assert as_json(capsys, "eval", run, "--split", "test", "--control", "frozen")["mae"] > 1.2
     (folder / "unaligned_50.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    assert main(["train", str(config), "--runs", str(world / "none")]) == 2
+    assert main(["train", str(config), "--runs", str(world / "payload")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("run folder")]
-    assert "unaligned_50.pkl" in line and "it names os.system" in line and not list((world / "none").glob("*"))
+    assert "unaligned_50.pkl" in line and "it names os.system" in line and not list((world / "payload").glob("*"))
 
 
 def test_captions(world, capsys):

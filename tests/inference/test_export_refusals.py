@@ -127,7 +127,7 @@ def get(values: Any, path: tuple) -> Any:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": 2}, "format 2, written by mitrain 0.1.0; this version reads up to 1: upgrade mitrain"),
+        ({"format": 3}, "format 3, written by mitrain 0.1.0; this version reads up to 2: upgrade mitrain"),
         ({"format": True}, "names no format"),
         ({"format": 0}, "names no format"),
         ({"note": 1}, "unknown key 'note'"),

@@ -47,7 +47,7 @@ def test_the_folder_holds_what_the_format_says_and_nothing_else(tmp_path):
     names = {"adapter.safetensors", "optimizer.safetensors", "state.json"}
     assert {file.name for file in path.iterdir()} == names | {"manifest.json"}
     manifest = json.loads((path / "manifest.json").read_text())
-    assert (manifest["format"], manifest["step"], manifest["best"]) == (2, 12, False)
+    assert (manifest["format"], manifest["step"], manifest["best"]) == (3, 12, False)
     for name in names:
         content = (path / name).read_bytes()
         assert manifest["files"][name] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -35,7 +35,7 @@ def entry(**changes) -> dict:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": 3, "files": "moved"}, "format 3.*upgrade mitrain"),
+        ({"format": 4, "files": "moved"}, "format 4.*upgrade mitrain"),
         ({"format": 0}, "no checkpoint manifest"),
         ({"format": True}, "no checkpoint manifest"),
         ({"format": None}, "no checkpoint manifest"),
@@ -45,8 +45,8 @@ def entry(**changes) -> dict:
         ({"best": 1}, "no checkpoint manifest"),
         ({"files": [1]}, "no checkpoint manifest"),
         ({"format": 1}, "not the keys of format 1"),
-        ({"note": "x"}, "not the keys of format 2"),
-        ({"mitrain": None}, "not the keys of format 2"),
+        ({"note": "x"}, "not the keys of format 3"),
+        ({"mitrain": None}, "not the keys of format 3"),
         ({"files": {}}, "lists no state.json"),
         ({"files": {"state.json": entry(), "../../secret.safetensors": entry()}}, "which no checkpoint has"),
         ({"files": {"state.json": entry(), "/etc/passwd": entry()}}, "which no checkpoint has"),
