@@ -7,6 +7,7 @@ modality. Shapes: B samples, e width of a modality's feature, E width of all of 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -230,6 +231,11 @@ class Features:
             tokens += part.files.levels(part.encoding, [given[part.input] for given in inputs])
         return tokens
 
+    @cached_property
+    def _blank(self) -> Tensor:
+        """(N, c): what enters the changed layers of the first encoder where a sample lacks its file."""
+        return torch.from_numpy(self.also.encode([self.also.encoder.blank()], [0])[0]["states"]).float()
+
     def states(self, inputs: Sequence[Inputs], views: Sequence[int] | None = None) -> Tensor:
         """(B, N, c) float32: what enters the changed layers of the first encoder; of a sample that lacks its file, what
         enters them of a blank one."""
@@ -238,8 +244,7 @@ class Features:
         own = [i for i, given in enumerate(inputs) if part.input in given]
         if len(own) == len(inputs):
             return part.files.states(self.also, [given[part.input] for given in inputs], views)
-        blank = torch.from_numpy(self.also.encode([part.encoding.encoder.blank()], [0])[0]["states"]).float()
-        states = blank.repeat(len(inputs), 1, 1)
+        states = self._blank.repeat(len(inputs), 1, 1)
         if own:
             files = [inputs[i][part.input] for i in own]
             states[own] = part.files.states(self.also, files, [views[i] for i in own])

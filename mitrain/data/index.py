@@ -81,7 +81,10 @@ class FileIndex:
         """Size, inode, mtime and ctime in ns; None where there is no such file."""
         try:
             whole = os.path.normpath(os.path.join(self._base, image))
-            status = os.stat(whole if os.path.exists(whole) else whole.rpartition("#")[0] or whole)  # FILE#ARRAY
+            try:
+                status = os.stat(whole)
+            except FileNotFoundError:
+                status = os.stat(whole.rpartition("#")[0])  # FILE#ARRAY
         except (OSError, ValueError, TypeError):  # an annotation may hold anything; reading it says what is wrong
             return None
         return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns

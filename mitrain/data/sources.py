@@ -12,6 +12,7 @@ from mitrain.data.formats import captions, coco, food101, labels, mmimdb, mmsa, 
 from mitrain.data.formats.records import read_records
 from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
 from mitrain.data.formats.rows import MISSING, is_table
+from mitrain.models.encoders.config import check_name
 
 
 class DataSection(Section):
@@ -49,6 +50,8 @@ class DataSection(Section):
             raise ValueError(
                 f"the files of {self.section_name!r} have one picture a sample: leave out inputs and may_lack"
             )
+        for name in self.inputs:
+            check_name(name, "inputs")
         if len(set(self.inputs)) < len(self.inputs):
             raise ValueError(f"inputs={list(self.inputs)} names one twice")
         return self

@@ -126,30 +126,29 @@ def score_run(
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples {samples} scores nothing: give at least 1")
     run = runs.open_run(folder, which, allow_changes, base, encoders)
-    set_data_root(run, root)
-    chosen, files = split_of(run, split, samples)
     for name in (*without, *shuffled, *missing):
         if name not in run.config.data.inputs:
             raise ConfigError(f"{name!r} is none of this run's inputs: it reads {', '.join(run.config.data.inputs)}")
+    set_data_root(run, root)
+    chosen, files = split_of(run, split, samples)
     gone = dict.fromkeys(without, 1.0)
     evaluation = score_split(run, chosen, files, control, generate, seed, without=gone, shuffled=shuffled)
     beside = {"baselines": baselines_of(run, split, chosen, files)} if baselines else {}
     metric = run.model.task.metric
     for name in missing:
-        rows = {share: {**gone, name: share} for share in SHARES}
-        scores = {
-            share: score_split(run, chosen, files, control, generate, seed, without=lost, shuffled=shuffled).metrics[
-                metric
-            ]
-            for share, lost in rows.items()
-        }
-        beside[f"{metric}_without_{name}"] = {f"{share:.0%}": score for share, score in scores.items()}
+        scores = {"0%": evaluation.metrics[metric]}
+        for share in SHARES:
+            lost = score_split(
+                run, chosen, files, control, generate, seed, without=gone | {name: share}, shuffled=shuffled
+            )
+            scores[f"{share:.0%}"] = lost.metrics[metric]
+        beside[f"{metric}_without_{name}"] = scores
     if len(files.bad):
         beside["bad_samples"] = len(files.bad)
     return {**evaluation.metrics, "split": split, "step": run.saved.step, "run": str(folder), **beside}
 
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of samples that lack an input
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of samples that lack an input
 Files = Mapping[str, str | Path]
 """One file for each of a run's inputs, by their names."""
 

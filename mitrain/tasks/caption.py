@@ -105,13 +105,7 @@ class CaptionTask(LanguageTask):
 
     @staticmethod
     def describe(samples: Sequence[CaptionSample]) -> dict[str, Any]:
-        each = Counter(sample.files for sample in samples)
-        return {
-            "objects": len({sample.object for sample in samples if sample.object}),
-            "texts": len({sample.text for sample in samples}),
-            "captions_per_image": dict(sorted(Counter(each.values()).items())),
-            "mean_words": round(float(np.mean([len(sample.text.split()) for sample in samples])), 2),
-        }
+        return described(samples)
 
     @staticmethod
     def caption(sample: CaptionSample) -> str:
@@ -148,3 +142,14 @@ def scores_of(samples: Sequence[Any], said: Sequence[str]) -> dict[str, Any]:
     own, several = [said[i] for i in last.values()], [references(samples[i]) for i in last.values()]
     counts = {"samples": len(samples), "images": len(own), "captions": sum(map(len, several))}
     return {**caption_metrics(own, several), "different": len(set(own)) / len(own), **counts}
+
+
+def described(samples: Sequence[CaptionSample]) -> dict[str, Any]:
+    """Of what kind captions are, for ``data inspect``."""
+    each = Counter(sample.files for sample in samples)
+    return {
+        "objects": len({sample.object for sample in samples if sample.object}),
+        "texts": len({sample.text for sample in samples}),
+        "captions_per_image": dict(sorted(Counter(each.values()).items())),
+        "mean_words": round(float(np.mean([len(sample.text.split()) for sample in samples])), 2),
+    }

@@ -32,7 +32,19 @@ class HeadConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
-class HeadTask(Task):
+class ReadTask(Task):
+    """Base of the tasks that read the adapted backbones' states: the read-outs ``config.readout``, standardised."""
+
+    def tokens(self, samples: Sequence[Any]) -> int:
+        return sum(len(self._ids(s.text)) for s in samples)
+
+    def states(self, texts: Sequence[str], inputs: ModalityInputs | None) -> Tensor:
+        """(B, widths of the read-outs): what the head reads, standardised per dimension."""
+        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, inputs)
+        return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
+
+
+class HeadTask(ReadTask):
     """Base of the tasks that predict W x + b, x the standardised read-outs."""
 
     texts_apart = "text"
@@ -62,14 +74,6 @@ class HeadTask(Task):
         if not runs_text(self.config.readout):
             return []
         return [self._ids(text) for text in sorted({s.text for s in samples})]
-
-    def tokens(self, samples: Sequence[Any]) -> int:
-        return sum(len(self._ids(s.text)) for s in samples)
-
-    def states(self, texts: Sequence[str], inputs: ModalityInputs | None) -> Tensor:
-        """(B, widths of the read-outs): what the head reads, standardised per dimension."""
-        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, inputs)
-        return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:

@@ -28,9 +28,11 @@ from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.sources import CaptionSection
 from mitrain.models.batch import ModalityInputs
-from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task, require_finite
+from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, require_finite
+from mitrain.tasks.caption import described
 from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.figures import Panel
+from mitrain.tasks.heads import ReadTask
 from mitrain.tasks.momentum import MomentumQueue
 from mitrain.tasks.probe import ridge
 from mitrain.tasks.ranks import Gallery, both_ways, chance, rank_metrics, reranked
@@ -73,7 +75,7 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
     start: Literal["auto", "fresh"] = "auto"
 
 
-class RetrieveTask(Task):
+class RetrieveTask(ReadTask):
     """s(i, t) = cos(A v_i, B h_t) / τ; reranked by s + m, m the matching head's value of the infused state (0 at first).
 
     Where A, B and m start from a checkpoint's own (`start`), m alone tells right from wrong: pairs are reranked by
@@ -169,14 +171,6 @@ class RetrieveTask(Task):
         if not (self.config.matching or runs_text(self.config.readout)):
             return []
         return [self._ids(text) for text in sorted({s.text for s in samples})]
-
-    def tokens(self, samples: Sequence[Any]) -> int:
-        return sum(len(self._ids(s.text)) for s in samples)
-
-    def states(self, texts: Sequence[str], inputs: ModalityInputs | None) -> Tensor:
-        """(B, D · read-outs), standardised per dimension; with the pictures ``inputs``, or not."""
-        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, inputs)
-        return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
@@ -382,15 +376,8 @@ class RetrieveTask(Task):
 
     @staticmethod
     def describe(samples: Sequence[CaptionSample]) -> dict[str, Any]:
-        each = Counter(sample.files for sample in samples)
         texts = Counter(sample.text for sample in samples)
-        return {
-            "objects": len({sample.object for sample in samples if sample.object}),
-            "texts": len(texts),
-            "captions_per_image": dict(sorted(Counter(each.values()).items())),
-            "texts_of_several_samples": sum(count > 1 for count in texts.values()),
-            "mean_words": round(float(np.mean([len(sample.text.split()) for sample in samples])), 2),
-        }
+        return described(samples) | {"texts_of_several_samples": sum(count > 1 for count in texts.values())}
 
     @staticmethod
     def caption(sample: CaptionSample) -> str:

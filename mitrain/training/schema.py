@@ -115,6 +115,11 @@ class RunConfig(Section):
                 f"model.encoders reads the input {absent[0]!r}, which data.inputs={list(self.data.inputs)} does not list:"
                 " name the encoder after one of these, or set its input to one"
             )
+        if self.zero.stage == 3 and (self.data.may_lack or self.train.modality_dropout):
+            # A rank whose samples lack a modality would not run that encoder's shards, and the others would wait for it.
+            raise ValueError(
+                "samples may lack an input where weights are whole on each rank: set zero.stage to at most 2"
+            )
         if lost := [name for name in self.data.may_lack if name not in self.data.inputs]:
             raise ValueError(f"data.may_lack names {lost[0]!r}, which is none of data.inputs={list(self.data.inputs)}")
         return self

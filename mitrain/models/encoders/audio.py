@@ -34,14 +34,12 @@ from transformers.utils import is_speech_available
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import loading, stream
-from mitrain.models.digests import settings_of
 from mitrain.models.encoders.base import (
     Encoder,
     Pool,
     cut_to_layer,
     load,
     over_time,
-    read_settings,
     top_layer,
 )
 from mitrain.models.encoders.config import EncoderConfig
@@ -132,15 +130,11 @@ class AudioEncoder(Encoder):
         shard: stream.Shard | None = None,
     ):
         super().__init__()
-        self.config = config
-        source = folder or config.name
-        self.source = None if config.shape else source
-        settings = read_settings(config, source)
-        self.family = settings.model_type
+        source, settings = self._begin(config, folder)
         if self.family not in FAMILIES:
             raise ConfigError(f"{config.label} is a {self.family} model: give one of {', '.join(FAMILIES)}")
         kind = FAMILIES[self.family]
-        self.settings, self._settings = getattr(settings, "audio_config", settings), settings_of(settings, self.source)
+        self.settings = getattr(settings, "audio_config", settings)
         self.depth = 0 if self.family.startswith("clap") else self.settings.num_hidden_layers
         self.extractor = extractor_of(config, source, kind, self.settings)
         self._check_pooling(kind)

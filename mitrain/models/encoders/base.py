@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import layouts, loading, stream
-from mitrain.models.digests import frozen_digest, weights_of
+from mitrain.models.digests import frozen_digest, settings_of, weights_of
 from mitrain.models.encoders.config import EncoderConfig
 from mitrain.models.encoders.image import empty_vision, load_encoder
 
@@ -42,6 +42,14 @@ class Encoder(nn.Module):
     width: int
     depth: int
     _settings: dict[str, Any]
+
+    def _begin(self, config: EncoderConfig, folder: str | Path | None) -> tuple[str | Path, PretrainedConfig]:
+        """Take the settings; returns where the weights are, and the checkpoint's configuration."""
+        self.config, source = config, folder or config.name
+        self.source = None if config.shape else source
+        settings = read_settings(config, source)
+        self.family, self._settings = settings.model_type, settings_of(settings, self.source)
+        return source, settings
 
     def preprocess(self, decoded: Any, view: int = 0) -> Tensor:
         raise NotImplementedError

@@ -12,9 +12,12 @@ from mitrain.core.errors import ConfigError
 
 ALIASES = {"speech": "audio", "sound": "audio", "frames": "video"}
 NAME = r"[a-z][a-z0-9_]{0,40}"
-RESERVED = ("text", "prompt", "answer", "label", "target", "id", "object", "kind", "candidates")
-RESERVED += ("last", "mean", "cls", "embeddings", "joint")
-"""Names of a sample's other fields and of read-outs, which no modality can have."""
+RESERVED = frozenset(
+    "id object kind text prompt answer answers candidates references label labels target expression size segmentation"
+    " present captions caption samples pictures last mean cls embeddings joint files predicted generated probabilities"
+    " scores rank mask_share log_likelihood".split()
+)
+"""Names of a sample's other fields, of read-outs and of what is predicted, recorded or printed beside the inputs."""
 
 
 class EncoderConfig(Section):
@@ -81,14 +84,15 @@ def read_encoder(
     reads = before[joined].input if joined else values.get("input") or name
     if joined and values.get("input", reads) not in ("", reads):
         raise ConfigError(f"{where}.input: an encoder that joins {joined!r} reads its input {reads!r}: leave it out")
+    check_name(str(reads), f"{where}.input")
     return config.parse(kinds[takes], {**values, "takes": takes, "input": reads}, where)
 
 
 def check_name(name: str, where: str) -> None:
     if not re.fullmatch(NAME, name) or name in RESERVED:
         raise ConfigError(
-            f"{where}: {name!r} cannot name a modality: take lower-case letters, digits and _, and none of"
-            f" {', '.join(RESERVED)}"
+            f"{where}: {name[:60]!r} cannot name a modality or an input: take lower-case letters, digits and _, and none of"
+            f" {', '.join(sorted(RESERVED))}"
         )
 
 

@@ -18,8 +18,8 @@ from mitrain.core import parsing
 from mitrain.core.config import read_file
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import loading, stream
-from mitrain.models.digests import settings_of, tokenizer_of
-from mitrain.models.encoders.base import Encoder, cut_to_layer, read_settings, top_layer
+from mitrain.models.digests import tokenizer_of
+from mitrain.models.encoders.base import Encoder, cut_to_layer, top_layer
 from mitrain.models.encoders.config import EncoderConfig
 from mitrain.models.text import TextBackbone
 
@@ -60,11 +60,7 @@ class TextEncoder(Encoder):
         shard: stream.Shard | None = None,
     ):
         super().__init__()
-        self.config = config
-        source = folder or config.name
-        self.source = None if config.shape else source
-        settings = read_settings(config, source)
-        self._settings, self.family = settings_of(settings, self.source), settings.model_type
+        source, settings = self._begin(config, folder)
         if config.shape:
             self.backbone = TextBackbone.empty(settings)
         else:

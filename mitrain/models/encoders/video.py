@@ -15,14 +15,12 @@ from transformers import AutoModel
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import stream
-from mitrain.models.digests import settings_of
 from mitrain.models.encoders.base import (
     Encoder,
     Pool,
     cut_to_layer,
     load,
     over_time,
-    read_settings,
     top_layer,
 )
 from mitrain.models.encoders.config import EncoderConfig
@@ -72,11 +70,7 @@ class VideoEncoder(Encoder):
         shard: stream.Shard | None = None,
     ):
         super().__init__()
-        self.config = config
-        source = folder or config.name
-        self.source = None if config.shape else source
-        settings = read_settings(config, source)
-        self.family, self._settings = settings.model_type, settings_of(settings, self.source)
+        source, settings = self._begin(config, folder)
         if self.family in CLASS_TOKENS:
             self._take_together(settings, source, dtype, device, shard)
         else:
