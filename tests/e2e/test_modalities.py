@@ -71,7 +71,7 @@ def written(world, name, **changes):
         "train": {"steps": 12, "batch": 8, "lr": 1e-2, "eval_every": 6, "save_every": 6, "modality_dropout": 0.2},
     }
     for key, value in changes.items():
-        config[key] = {**config[key], **value}
+        config[key] = {**config.get(key, {}), **value}
     (world / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return world / f"{name}.yaml"
 
@@ -155,6 +155,49 @@ def test_numbers_are_learned_from_speech_alone_without_a_text(world, capsys):
     heard = as_json(capsys, "eval", run)
     other = as_json(capsys, "eval", run, "--shuffle", "speech")
     assert heard["mae"] < 0.5 < other["mae"]
+
+
+def test_mit_without_any_input_scores_as_the_frozen_model(world, capsys):
+    """Gates of 0 and factors of 1, through a whole run: the same scores as with the infusion left out."""
+    config = written(world, "bare", task={"readout": ["last"]}, train={"steps": 6, "modality_dropout": 0})
+    assert main(["train", str(config), "--runs", str(world / "runs")]) == 0
+    folder = next((world / "runs").glob("bare-*"))
+    capsys.readouterr()
+    frozen = as_json(capsys, "eval", folder, "--split", "test", "--control", "frozen")
+    gone = as_json(
+        capsys, "eval", folder, "--split", "test", *"--without image --without speech --without mine".split()
+    )
+    plain = as_json(capsys, "eval", folder, "--split", "test")
+    measured = [
+        {name: value for name, value in said.items() if isinstance(value, float)} for said in (gone, frozen, plain)
+    ]
+    assert measured[0] == measured[1] != measured[2], measured
+
+
+def test_a_control_of_an_unknown_input_is_refused_before_anything_is_read(world, run, capsys, monkeypatch):
+    monkeypatch.setattr("mitrain.inference.scoring.split_of", lambda *_: pytest.fail("the split was read"))
+    for control in ("--without", "--shuffle", "--missing"):
+        assert main(["eval", str(run), control, "smell"]) == 2
+        assert "'smell' is none of this run's inputs" in capsys.readouterr().err
+
+
+def test_names_that_mean_something_else_cannot_name_an_input(world, capsys):
+    speech = {"takes": "audio", "name": str(world / "whisper")}
+    wrong = {
+        "label": written(world, "wrong1", model={"encoders": {"label": speech}}),
+        "answer": written(world, "wrong2", model={"encoders": {"speech": speech | {"input": "answer"}}}),
+        "caption": written(world, "wrong3", data={"inputs": ["image", "speech", "mine", "caption"]}),
+    }
+    for name, config in wrong.items():
+        assert main(["train", str(config), "--dry-run"]) == 2
+        assert f"{name!r} cannot name a modality or an input" in capsys.readouterr().err
+
+
+def test_whole_weights_on_each_rank_and_samples_that_lack_an_input_are_refused(world, capsys):
+    for changes in ({}, {"data": {"may_lack": []}}):
+        config = written(world, "sharded", zero={"stage": 3}, **changes)
+        assert main(["train", str(config), "--dry-run"]) == 2
+        assert "set zero.stage to at most 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["pmf", "mope", "aurora", "visual-prefix"])
