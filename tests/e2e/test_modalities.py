@@ -15,6 +15,7 @@ from mitrain.cli import main
 from mitrain.inference.export import from_pretrained
 
 HERTZ = {"red": 300, "green": 700, "blue": 1500, "yellow": 3000}
+TEXTS = ("this thing is", "one sees something that is", "it is")
 
 
 def whisper_folder(path):
@@ -46,7 +47,7 @@ def world(tmp_path_factory):
                 np.save(path / "data" / f"{name}.npy", rng.standard_normal((2 + number % 3, 5)).astype(np.float32))
                 speech = "" if number % 2 else f"{name}.wav"
                 table.writerow(
-                    {"image": row["image"], "speech": speech, "mine": f"{name}.npy", "text": "this thing is",
+                    {"image": row["image"], "speech": speech, "mine": f"{name}.npy", "text": TEXTS[number % 3],
                      "label": colour, "number": list(HERTZ).index(colour)}
                 )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
