@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "mitrain", "kernels")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "mitrain", "kernels", "configs")
 
 
 def run(*command: str | Path, paths: tuple[Path, ...] = (), cwd: Path) -> str:
@@ -65,6 +65,13 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: Path):
     assert modules - names == set(), "left out of the wheel: does their folder lack an __init__.py?"
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"mitrain", "mitrain_kernels"}
+
+
+def test_the_wheel_carries_the_configurations_by_their_names(wheel: Path, installed: Path, tmp_path: Path):
+    ours = {f"mitrain/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert len(ours) > 40 and ours - set(zipfile.ZipFile(wheel).namelist()) == set()
+    shown = run(installed / "bin" / "mitrain", "config", paths=(installed,), cwd=tmp_path)
+    assert "quickstart " in shown and "reference/mit" in shown
 
 
 def test_wheel_carries_its_licence_and_notice(wheel: Path):

@@ -1,4 +1,4 @@
-"""The command line: ``mitrain train | eval | predict | models | data | report | export | bench | compare |
+"""The command line: ``mitrain train | eval | predict | config | models | data | report | export | bench | compare |
 doctor``.
 
 Results go to stdout (with ``--json`` one JSON document and nothing else), progress and notices to stderr. The user's
@@ -21,6 +21,7 @@ from mitrain.cli.ask import add_eval, add_predict
 from mitrain.cli.bench import add_bench
 from mitrain.cli.catalogue import add_catalogue
 from mitrain.cli.compare import add_compare
+from mitrain.cli.config import add_config
 from mitrain.cli.doctor import add_doctor
 from mitrain.cli.publish import add_export, add_report
 from mitrain.cli.shared import Parser
@@ -135,6 +136,7 @@ def parser() -> Parser:
     add_train(commands)
     add_eval(commands)
     add_predict(commands)
+    add_config(commands)
     add_catalogue(commands, "models", "list or prepare frozen backbones with real weights")
     add_catalogue(commands, "data", "list, prepare or inspect data sets")
     add_report(commands)

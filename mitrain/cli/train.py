@@ -11,7 +11,7 @@ from mitrain.core.errors import ConfigError, UserError
 
 def add_train(commands: Any) -> None:
     sub = command(commands, "train", on_ranks(run_train), "train from a configuration, or resume a run")
-    sub.add_argument("config", nargs="?", help="a YAML file; the shipped ones are in configs/")
+    sub.add_argument("config", nargs="?", help="a YAML file or a shipped configuration's name, as quickstart")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100 model.dtype=bf16")
     sub.add_argument(
         "--resume",
@@ -105,7 +105,9 @@ def resolve_run(arguments: argparse.Namespace) -> tuple[Path, Any]:
         config = schema.with_resume_overrides(runs.read_config(arguments.resume), changes, arguments.allow_changes)
         return runs.require_started(arguments.resume), config
     if not arguments.config:
-        raise ConfigError("give a configuration file (configs/quickstart.yaml is one) or --resume RUN_DIR")
+        raise ConfigError(
+            "give a configuration (quickstart is one; mitrain config names the others) or --resume RUN_DIR"
+        )
     config = resolved(schema.load(arguments.config, arguments.overrides))
     if arguments.at:
         return runs.create_or_find(config, arguments.at, arguments.allow_changes), config

@@ -8,6 +8,7 @@ are several kinds (``adapter``, ``task``, ``data``) are chosen by their ``name``
 import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import shlex
@@ -34,6 +35,7 @@ WORDS |= dict.fromkeys(
 )
 
 KINDS: dict[str, dict[str, type["Section"]]] = {}
+SHIPPED = Path(__file__).parents[1] / "configs"  # a link to the clone's, a folder in a wheel
 
 
 class Section(BaseModel):
@@ -216,12 +218,27 @@ def read_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} {error}") from None
 
 
+def shipped() -> dict[str, Path]:
+    """The configurations that come with mitrain, by the name that stands for one."""
+    return {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in sorted(SHIPPED.rglob("*.yaml"))}
+
+
+def summary(path: Path) -> str:
+    """The first sentence of the comment that a configuration begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    text = " ".join(line.lstrip("# ") for line in lines if not line.startswith("# yaml-language-server"))
+    return text.partition(". ")[0].rstrip(".") + "."
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The plain mapping in a YAML file."""
+    """The plain mapping in a YAML file, or in the shipped configuration of that name."""
     try:
+        if not Path(path).exists() and str(path) in (ours := shipped()):
+            path = ours[str(path)]
         text = parsing.read_bytes(path, parsing.YAML_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"no configuration file {str(path)!r}: the shipped ones are in configs/") from None
+        hint = nearest(Path(path).stem, ours)
+        raise ConfigError(f"no configuration file {str(path)!r}{hint}: mitrain config names the shipped ones") from None
     except (OSError, ValueError) as error:
         reason = error if isinstance(error, parsing.Unreadable) else f"cannot be read ({error})"
         raise ConfigError(f"{str(path)!r} {reason}: give a YAML text file") from None
