@@ -3,17 +3,21 @@
 import json
 import warnings
 
+import exported
 import pytest
 import torch
-from folders import llm_folder, vision_folder
+from attached import attached as inside
+from folders import llm_folder
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny import scramble
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import mitrain
 from mitrain import methods
 from mitrain.core import config
 from mitrain.core.errors import CheckpointError
+from mitrain.inference.export import export
 from mitrain.methods import export_format
 from mitrain.models.batch import TextBatch
 
@@ -72,15 +76,38 @@ def test_peft_gives_what_the_adapter_gave(folder, tmp_path, settings):
     assert "PeftModel.from_pretrained" in (tmp_path / "saved" / "README.md").read_text()
 
 
-def test_peft_does_not_take_what_is_not_its_own(folder, tmp_path):
-    image = AutoModel.from_pretrained(vision_folder(tmp_path / "vision", layers=2))
-    both = attached(folder, {"name": "lora", "where": "both"}, image=image)[0]
-    mit = mitrain.attach(llm(folder), mitrain.MiTConfig(modalities={"image": 6}, layers=[1]))
-    for name, adapter in (("both", both), ("mit", mit)):
-        adapter.save_pretrained(tmp_path / name)
-        assert "PeftModel" not in (tmp_path / name / "README.md").read_text()
-        with pytest.raises(KeyError, match="MITRAIN_"):
-            PeftModel.from_pretrained(llm(folder), tmp_path / name)
+@torch.no_grad()
+def test_of_a_run_peft_has_the_adapter_and_the_card_says_what_it_has_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("MITRAIN_CACHE", str(tmp_path / "cache"))
+    world = exported.make_world(tmp_path)
+    run = exported.make_run(world, "segment", {"name": "lora", "rank": 2})
+    export(run, tmp_path / "out")
+    assert {name.split(".")[0] for name in load_file(tmp_path / "out" / "mitrain.safetensors")} == {
+        "adapter", "head", "features",
+    }  # fmt: skip
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "nothing else. The task head and the statistics of features are in `mitrain.safetensors` alone." in card
+    model = mitrain.from_pretrained(tmp_path / "out").model
+    expected = model.text.model.lm_head(model.adapter.encode(TextBatch(IDS, MASK), None).text)
+    found = by_peft(world / "llm", tmp_path / "out")(input_ids=IDS, attention_mask=MASK).logits
+    assert torch.equal(found, expected)
+
+
+OTHERS = [*(name for name in methods.METHODS if name not in ("lora", "ia3", "prompt", "prefix")), "lora", "ia3"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_peft_does_not_take_what_is_not_its_own(tmp_path, name):
+    """Every method but PEFT's own on the text model, and PEFT's own where they change the image encoder too."""
+    values = {"where": "both"} if name in ("lora", "ia3") else None
+    adapter, model, _ = inside(name, values)
+    adapter.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "PeftModel" not in card and "PEFT cannot hold this adapter and refuses the folder" in card
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["peft_type"].startswith("MITRAIN_")
+    adapter.detach()
+    with pytest.raises(KeyError, match="MITRAIN_"):
+        PeftModel.from_pretrained(model, tmp_path / "saved")
 
 
 def test_files_of_peft_that_were_changed_or_forged_are_refused(folder, tmp_path):

@@ -31,7 +31,7 @@ def make_world(path: Path) -> Path:
     return path
 
 
-def make_config(world: Path, task: str = "answer") -> RunConfig:
+def make_config(world: Path, task: str = "answer", adapter: dict[str, Any] | None = None) -> RunConfig:
     vision = {"name": str(world / "vision"), "size": 56, "layer": 2, "pool": "cls+mean", "resize": "pad"}
     vision |= {"levels": [2]} if task == "segment" else {}
     return schema.from_dict(
@@ -42,7 +42,7 @@ def make_config(world: Path, task: str = "answer") -> RunConfig:
                 "llm": str(world / "llm"),
                 "encoders": {"image": vision},
             },
-            "adapter": {"name": "mit", "layers": [1], "rank": 3},
+            "adapter": adapter or {"name": "mit", "layers": [1], "rank": 3},
             "data": {"name": "records", "root": str(world / "data")},
             "wandb": {"project": "secret"},
             **TASKS[task],
@@ -50,9 +50,9 @@ def make_config(world: Path, task: str = "answer") -> RunConfig:
     )
 
 
-def make_run(world: Path, task: str = "answer") -> Path:
+def make_run(world: Path, task: str = "answer", adapter: dict[str, Any] | None = None) -> Path:
     """A run of ``task`` whose trained tensors are random, with its best checkpoint at step 4 and its last at step 6."""
-    config = make_config(world, task)
+    config = make_config(world, task, adapter)
     folder = runs.create(config, world / "runs")
     model = build(config)
     lines, state = [], {"fingerprint": {f"base.{name}": value for name, value in model.base.items()}}

@@ -150,4 +150,13 @@ def loading_lines(contents: Contents, alone: bool) -> list[str]:
         *([BY_PEFT] if contents.peft else []),
     ]
     lines = ["import mitrain", *(whole if contents.run else []), *(attached if alone else [])]
-    return [f"The frozen language model ({code(name)}) must have the shape above.", "", "```python", *lines, "```"]
+    shape = f"The frozen language model ({code(name)}) must have the shape above."
+    return [f"{shape} {by_peft(contents)}", "", "```python", *lines, "```"]
+
+
+def by_peft(contents: Contents) -> str:
+    """What PEFT makes of the folder, and what is then left out of what was scored."""
+    if contents.peft is None:
+        return "PEFT cannot hold this adapter and refuses the folder: mitrain loads it."
+    left = " The task head and the statistics of features are in `mitrain.safetensors` alone." if contents.run else ""
+    return f"PEFT loads the adapter of the language model and nothing else.{left}"
