@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from mitrain_demo import packages
-from mitrain_demo.packages import debian_package, pypi_wheel, unpack_one
+from mitrain_demo.packages import debian_package, npm_package, pypi_wheel, unpack_one
 
 from mitrain.core.errors import PrepareError
 
@@ -181,6 +181,16 @@ def test_apt_with_empty_lists(apt: Client, tmp_path: Path):
         debian_package("stamps", tmp_path)
     text = message(caught)
     assert "Unable to locate package stamps" in text and "apt-get update" in text and "W:" not in text
+
+
+def test_npm_names_the_archive_of_a_package_with_a_scope_without_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "bin").mkdir()
+    npm = Client(tmp_path / "bin" / "npm")
+    npm.plays(brings("food-pictures-1.0.tgz"))
+    monkeypatch.setenv("PATH", f"{npm.path.parent}{os.pathsep}{os.environ['PATH']}")
+    archives = [npm_package("@food/pictures", "1.0", SHA, tmp_path / "archives") for _ in range(2)]
+    assert archives == [tmp_path / "archives" / "food-pictures-1.0.tgz"] * 2
+    assert npm.calls() == ["pack --ignore-scripts --silent @food/pictures@1.0"]
 
 
 def test_no_apt_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

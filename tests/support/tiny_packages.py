@@ -1,4 +1,4 @@
-"""Packages of a few kilobytes laid out like Open Clip Art's two and like the emoji's three."""
+"""Packages of a few kilobytes laid out like Open Clip Art's two, the emoji's three and the food tables' two."""
 
 import gzip
 import io
@@ -110,3 +110,36 @@ def emoji(folder: Path, count: int = 60) -> list[Path]:
         tgz(folder / "twitter.tgz", {"emoji.json": b"[]", **art["twitter"]}),
         tgz(folder / "cldr.tgz", {"annotations/en/annotations.json": notes}),
     ]
+
+
+FOOD_HEADER = ("Food Code; code", "Food Name; name", "Scientific Name; scie", "Total Fat; fatce")
+FOOD_HEADER += ("Carbohydrate; choavldf", "Protein; protcnt", "Moisture; water")
+FOODS = [  # code, name, species, fat, carbohydrate, protein, water; the last: the photograph's number
+    ("B901", "Bean, red", "Phaseolus a", 0.5, 50, 20, 10, 901),
+    ("D901", "Bean, green", "Phaseolus b", 0.2, 5, 2, 90, 902),  # named as B901
+    ("D902", "Tall stalk-1", "Phaseolus b", 0.2, 5, 2, 90, 903),  # of D901's species
+    ("D903", "Tall stalk - all varieties", "", 0.2, 5, 2, 90, 903),  # D902's photograph
+    ("O901", "Yak, leg", "", 5, 0, 20, 70, 904),
+    ("O902", "Yak, brain", "", 12, 0, 9, 78, 904),  # less protein and more water than O901
+    ("I901", "Jaggery, cane", "", 0, 85, 1, 4, 905),  # of a group that is left out
+    ("E901", "Plum, green and red", "", 0.1, 12, 1, 85, 906),  # of two colours
+]
+
+
+def jpeg(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(drawing(number))).convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def food(folder: Path) -> list[Path]:
+    """The packages pictures and compositions: six foods of each of three groups, and FOODS."""
+    plain = [
+        (f"{g}{i:03}", f"Food {'abcdef'[i]}{g}", f"species {g}{i}", i % 2, 4 * i, 4 * i, 90 - 5 * i, 100 + n * 20 + i)
+        for n, g in enumerate("ACE")
+        for i in range(6)
+    ]
+    lines = [FOOD_HEADER, *([*food[:-1]] for food in plain + FOODS)]
+    table = "".join(",".join(f'"{value}"' for value in line) + "\n" for line in lines).encode()
+    pictures = {f"assets/{food[0]}.jpeg": jpeg(food[-1]) for food in plain + FOODS}
+    return [tgz(folder / "pictures.tgz", pictures | {"index.ts": b""}), tgz(folder / "table.tgz", {"index.csv": table})]

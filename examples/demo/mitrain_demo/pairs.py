@@ -37,7 +37,12 @@ def write_karpathy(target: Path, name: str, rows: Rows) -> None:
 
 
 def write_summary(target: Path, rows: Rows) -> None:
-    """``summary.json``: counts of every split, and the share of its commonest label."""
+    """``summary.json``: `summary_of` the splits."""
+    write_json(target / "summary.json", summary_of(rows))
+
+
+def summary_of(rows: Rows) -> dict[str, dict[str, Any]]:
+    """Counts of every split, and the share of its commonest label."""
     summary = {}
     for split, records in rows.items():
         labels = Counter(label for record in records for label in labels_of(record))
@@ -49,7 +54,7 @@ def write_summary(target: Path, rows: Rows) -> None:
             "labels": dict(labels.most_common()),
             "majority_share": round(max(labels.values(), default=0) / max(1, len(records)), 4),
         }
-    write_json(target / "summary.json", summary)
+    return summary
 
 
 def labels_of(record: Mapping[str, Any]) -> list[str]:

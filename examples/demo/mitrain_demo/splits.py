@@ -19,3 +19,16 @@ def split_groups(groups: Sequence[int], seed: str, shares: dict[str, float] = SH
         left[split] -= sizes[group]
         chosen[group] = split
     return [chosen[group] for group in groups]
+
+
+def split_classes(groups: Sequence[int], classes: Sequence[str], seed: str) -> list[str]:
+    """`split_groups` of each class by itself, so that every class is shared out; a group is of its first thing's class."""
+    of_class: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        of_class.setdefault(classes[group], []).append(i)
+    chosen = [""] * len(groups)
+    for name, things in of_class.items():
+        splits = split_groups([groups[i] for i in things], f"{seed} {name}")
+        for i, split in zip(things, splits, strict=True):
+            chosen[i] = split
+    return chosen
