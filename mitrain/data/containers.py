@@ -105,6 +105,8 @@ def sound_in(content: bytes, where: str, limits: Any) -> tuple[np.ndarray, int]:
         if not container.streams.audio:
             raise DataError(f"{where} has no sound: replace it, or leave it out")
         stream = container.streams.audio[0]
+        if stream.codec_context is None:
+            raise DataError(f"{where} has sound of a codec that is not known: convert it")
         rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
         limits.check(where, channels, rate, stated_duration(container) * rate)
         planar = need_extra("av", "video", "reading video").AudioResampler(format="fltp")

@@ -1,6 +1,6 @@
 """From a ``data:`` section to lists of samples."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
+from mitrain.data import splitting
 from mitrain.data.formats import captions, coco, food101, labels, mmimdb, mmsa, msrvtt, snli_ve, targets
 from mitrain.data.formats.records import read_records
 from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
@@ -63,28 +64,71 @@ class DataSection(Section):
         return self
 
 
-class RecordsConfig(DataSection, kind="data", name="records"):
-    """Questions about files in JSONL or CSV tables, one per split, with columns image, prompt, answer, candidates.
+class TableSection(DataSection):
+    """Samples in JSONL or CSV tables, one per split, whose ``columns`` maps our names to the file's own.
 
-    ``columns`` maps those names to the file's own; ``kinds`` keeps only those kinds of question. ``missing``: words that
-    stand for an empty cell, so that no prompt and no answer is one of them, unless among the candidates.
+    ``val_share``, ``test_share``: where ``splits`` has no file for them, of the training file's samples that are drawn for
+    them; what shares an object, a file or nearly its picture stays together.
     """
 
     takes_inputs = True
 
     splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
     columns: dict[str, str] = {}
+    val_share: float = Field(0.0, ge=0, lt=1)
+    test_share: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The splits that are drawn from the training file, with their shares of it."""
+        return {split: share for split, share in (("val", self.val_share), ("test", self.test_share)) if share}
+
+    @model_validator(mode="after")
+    def _drawn_or_given(self) -> Self:
+        for split in self.shares:
+            if split in self.splits:
+                raise ValueError(
+                    f"{split}_share draws a split that has a file: leave {split!r} out of splits={self.splits}"
+                )
+        if self.shares and ("train" not in self.splits or sum(self.shares.values()) >= 1):
+            raise ValueError(
+                "val_share and test_share are parts of splits.train: give its file, and less than all of it"
+            )
+        return self
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        """The samples of a split. DataError with file and line, ConfigError for a split that there is not."""
+        if not self.shares or (split != "train" and split not in self.shares):
+            return self.read_file(root / split_file(self.splits, split, also=self.shares), self.known(root, split))
+        table = root / self.splits["train"]
+        samples = self.read_file(table, self.known(root, "train"))
+        return splitting.drawn(samples, self.shares, self.source_seed, self.file_root(root), table)[split]
+
+    def known(self, root: Path, split: str) -> Sequence[str]:
+        """What the samples of a split may be labelled with; empty: anything."""
+        return ()
+
+    def read_file(self, path: Path, known: Sequence[str]) -> list[Any]:
+        raise NotImplementedError
+
+    def split_names(self, root: Path) -> list[str]:
+        """The splits whose files are there, and those that are drawn."""
+        return there(self.splits, root) + list(self.shares)
+
+
+class RecordsConfig(TableSection, kind="data", name="records"):
+    """Questions about files in tables with columns image, prompt, answer, candidates.
+
+    ``kinds`` keeps only those kinds of question. ``missing``: words that stand for an empty cell, so that no prompt and no
+    answer is one of them, unless among the candidates.
+    """
+
     kinds: tuple[str, ...] = ()
     missing: tuple[str, ...] = MISSING
 
-    def read(self, root: Path, split: str) -> list[Any]:
-        path = root / split_file(self.splits, split)
+    def read_file(self, path: Path, known: Sequence[str]) -> list[Any]:
         samples = read_records(path, self.columns or None, self.missing, self.inputs, self.may_lack)
         return of_kinds(samples, self.kinds, str(path))
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits whose files are there."""
-        return there(self.splits, root)
 
 
 class ClassSection(DataSection):
@@ -102,29 +146,22 @@ class ClassSection(DataSection):
         return self.classes or labels.class_names(self.read(root, "train"), f"the training split in {str(root)!r}")
 
 
-class LabelledConfig(ClassSection, kind="data", name="labelled"):
-    """Labelled files and texts in JSONL or CSV tables, one per split, with columns image, text, label.
+class LabelledConfig(TableSection, ClassSection, kind="data", name="labelled"):
+    """Labelled files and texts in tables with columns image, text, label.
 
-    ``columns`` maps those names to the file's own; ``separator`` parts several labels in a CSV cell. ``missing``: words
-    that stand for an empty cell, so that no label is one of them, unless ``classes`` names it.
+    ``separator`` parts several labels in a CSV cell. ``missing``: words that stand for an empty cell, so that no label is
+    one of them, unless ``classes`` names it.
     """
 
-    takes_inputs = True
-
-    splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
-    columns: dict[str, str] = {}
     separator: str = Field("|", min_length=1)
     missing: tuple[str, ...] = MISSING
 
-    def read(self, root: Path, split: str) -> list[Any]:
-        known = self.classes if self.classes or split == "train" else self.class_names(root)
-        path = root / split_file(self.splits, split)
+    def known(self, root: Path, split: str) -> Sequence[str]:
+        return self.classes if self.classes or split == "train" else self.class_names(root)
+
+    def read_file(self, path: Path, known: Sequence[str]) -> list[Any]:
         words = (self.multilabel, self.separator, known, self.missing)
         return labels.read_labels(path, self.columns or None, *words, self.inputs, self.may_lack)
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits whose files are there."""
-        return there(self.splits, root)
 
 
 class Food101Config(ClassSection, kind="data", name="food101"):
@@ -173,24 +210,11 @@ class TargetSection(DataSection):
     """Data of a regression."""
 
 
-class RatedConfig(TargetSection, kind="data", name="rated"):
-    """Files and texts with a number in JSONL or CSV tables, one per split, with columns image, text, target.
+class RatedConfig(TableSection, TargetSection, kind="data", name="rated"):
+    """Files and texts with a number in tables with columns image, text, target."""
 
-    ``columns`` maps those names to the file's own.
-    """
-
-    takes_inputs = True
-
-    splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
-    columns: dict[str, str] = {}
-
-    def read(self, root: Path, split: str) -> list[Any]:
-        path = root / split_file(self.splits, split)
+    def read_file(self, path: Path, known: Sequence[str]) -> list[Any]:
         return targets.read_targets(path, self.columns or None, self.inputs, self.may_lack)
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits whose files are there."""
-        return there(self.splits, root)
 
 
 class MmsaConfig(TargetSection, kind="data", name="mmsa"):
@@ -220,25 +244,14 @@ class CaptionSection(DataSection):
     """Files with captions."""
 
 
-class CaptionsConfig(CaptionSection, kind="data", name="captions"):
-    """Files with captions in JSONL or CSV tables, one per split, with columns image and text.
+class CaptionsConfig(TableSection, CaptionSection, kind="data", name="captions"):
+    """Files with captions in tables with columns image and text. ``missing``: words that stand for an empty cell, and are
+    no caption."""
 
-    ``columns`` maps those names to the file's own. ``missing``: words that stand for an empty cell, and are no caption.
-    """
-
-    takes_inputs = True
-
-    splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
-    columns: dict[str, str] = {}
     missing: tuple[str, ...] = MISSING
 
-    def read(self, root: Path, split: str) -> list[Any]:
-        path = root / split_file(self.splits, split)
+    def read_file(self, path: Path, known: Sequence[str]) -> list[Any]:
         return captions.read_captions(path, self.columns or None, self.missing, self.inputs)
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits whose files are there."""
-        return there(self.splits, root)
 
 
 class KarpathyConfig(CaptionSection, kind="data", name="karpathy"):
@@ -332,10 +345,11 @@ def of_kinds(samples: list[Any], kinds: Sequence[str], where: str) -> list[Any]:
     return kept
 
 
-def split_file(splits: Mapping[str, str], split: str, setting: str = "splits") -> str:
-    """The file of a split."""
+def split_file(splits: Mapping[str, str], split: str, setting: str = "splits", also: Iterable[str] = ()) -> str:
+    """The file of a split; ``also``: splits without one."""
     if split not in splits:
-        raise ConfigError(f"data.{setting} has no {split!r}: choose one of {', '.join(splits)}")
+        draw = f", or draw it with data.{split}_share" if setting == "splits" and split in ("val", "test") else ""
+        raise ConfigError(f"data.{setting} has no {split!r}: choose one of {', '.join([*splits, *also])}{draw}")
     return splits[split]
 
 

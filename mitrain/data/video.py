@@ -62,7 +62,8 @@ def read_video(root: Path, relative: str, frames: int, limits: VideoLimits | Non
         stream = next((s for s in container.streams.video if not is_cover(s)), None)
         if stream is None:
             raise DataError(f"{where} has no frames: replace it, or leave it out")
-        context = stream.codec_context
+        if (context := stream.codec_context) is None:
+            raise DataError(f"{where} is of a codec that is not known: convert it")
         check_size(where, context, limits)
         context.options = {"max_pixels": str(limits.pixels)}  # the size may change in the middle
         context.thread_count = 1

@@ -123,6 +123,13 @@ def test_what_is_torn_is_refused_and_what_was_written_to_a_pipe_is_not(tmp_path)
     refused(tmp_path, "a.mp4", "no readable video or sound|torn")
 
 
+def test_sound_of_a_codec_that_nobody_knows_is_refused(tmp_path):
+    content = video(container="mp4", sound=tone(1))
+    assert content.count(b"mp4a") == 1
+    put(tmp_path, content.replace(b"mp4a", b"zzzz").replace(b"esds", b"free"), "a.mp4")
+    refused(tmp_path, "a.mp4", "has sound of a codec that is not known")
+
+
 def test_ten_hours_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda *_, **__: pytest.fail("decoded"))
     head = wav(b"", rate=1000, promised=36_000 * 1000 * 2)

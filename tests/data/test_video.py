@@ -182,6 +182,13 @@ def test_a_frame_that_grows_in_the_middle_is_refused(tmp_path):
     refused(tmp_path, "a.ts", "no readable video|no frames that can be decoded|pixels", pixels=32 * 24 * 40)
 
 
+def test_a_codec_that_nobody_knows_is_refused(tmp_path):
+    content = video(container="mp4")
+    assert content.count(b"avc1") == 2  # the brand, and the description of the stream
+    put(tmp_path, content[::-1].replace(b"1cva", b"zzzz", 1)[::-1])
+    refused(tmp_path, "a.mkv", "of a codec that is not known")
+
+
 FILES = [video(), video(container="mp4"), video(container="avi", codec="mpeg4")]
 
 

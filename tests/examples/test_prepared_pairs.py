@@ -11,12 +11,12 @@ import pytest
 import tiny_deb
 import tiny_packages
 from mitrain_demo import captions, emoji, entailment, food, openclipart, stamps
-from mitrain_demo.duplicates import fingerprint, merged, near_pairs
 from mitrain_demo.splits import split_groups
 from PIL import Image, ImageDraw
 
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import cache_home
+from mitrain.data.duplicates import fingerprint, merged, near_pairs
 from mitrain.data.formats.captions import read_captions, read_karpathy
 from mitrain.data.formats.labels import read_labels
 from mitrain.data.formats.snli_ve import read_snli_ve

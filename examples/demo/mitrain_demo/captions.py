@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mitrain_demo.duplicates import fingerprint, merged, near_pairs
+from mitrain.data.duplicates import fingerprint, merged, near_pairs
 from mitrain_demo.pairs import write_karpathy, write_splits, write_summary
 from mitrain_demo.stamps import CATEGORIES, Stamp, read_stamps
 from mitrain_demo.tuxpaint import SHARES, image_path, on_plain_ground, split_kinds, write_texts

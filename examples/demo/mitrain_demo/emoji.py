@@ -17,7 +17,7 @@ from PIL import Image
 
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import write_atomic
-from mitrain_demo.duplicates import fingerprint, merged, near_pairs
+from mitrain.data.duplicates import fingerprint, merged, near_pairs
 from mitrain_demo.npm import package_file, package_files
 from mitrain_demo.pairs import write_karpathy, write_splits, write_summary
 from mitrain_demo.splits import split_groups

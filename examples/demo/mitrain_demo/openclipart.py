@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import write_atomic
+from mitrain.data.duplicates import fingerprint, merged, near_pairs
 from mitrain_demo.deb import members
-from mitrain_demo.duplicates import fingerprint, merged, near_pairs
 from mitrain_demo.pairs import write_karpathy, write_splits, write_summary
 from mitrain_demo.splits import split_groups
 from mitrain_demo.stamps import VISIBLE, cut_out
