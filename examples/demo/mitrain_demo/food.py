@@ -20,7 +20,7 @@ from PIL import Image
 
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import write_atomic, write_json
-from mitrain_demo.duplicates import fingerprint, merged, near_pairs
+from mitrain.data.duplicates import fingerprint, merged, near_pairs
 from mitrain_demo.npm import package_file, package_files
 from mitrain_demo.pairs import summary_of, write_karpathy, write_splits
 from mitrain_demo.splits import split_classes
