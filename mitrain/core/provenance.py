@@ -1,11 +1,14 @@
 """What a committed number needs beside it: the commit, the versions and the machine it was made with."""
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,15 @@ from mitrain.core.markdown import code
 
 RESULTS = ("docs", "kernels/bench/results", "*.md")
 """What measuring changes itself, and text: no number depends on it."""
+MARK = "sha256:"
+
+
+def digest(values: Iterable[Any]) -> str:
+    """sha256 of plain values in their order, marked as a digest."""
+    seen, rest = hashlib.sha256(), iter(values)
+    while part := list(islice(rest, 1024)):
+        seen.update(json.dumps(part, sort_keys=True, default=repr).encode())
+    return MARK + seen.hexdigest()
 
 
 def commit() -> str:

@@ -20,15 +20,15 @@ from mitrain.data.features import FeatureNorm
 from mitrain.data.sources import portion
 from mitrain.inference import scoring
 from mitrain.methods import export_format
-from mitrain.methods.base import Adapter, check_free
+from mitrain.methods.base import Adapter, check_free, without_wrapper
 from mitrain.methods.export_format import Contents, EncoderPart, PreprocessPart, RunPart
 from mitrain.methods.export_format.contents import ANSWER_LENGTH, ANSWERS_KEPT, PROMPTS_KEPT
 from mitrain.models import Encoder, loading
-from mitrain.models.digests import stored_base
+from mitrain.models.digests import PEFT, stored_digests
 from mitrain.tasks import TASKS
 from mitrain.tasks.answer import answers_by_prompt
 from mitrain.training import checkpoint, runs, schema
-from mitrain.training.build import Model, build, named_digests, resolve_data
+from mitrain.training.build import Model, build, resolve_data
 from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.schema import RunConfig
 
@@ -224,6 +224,7 @@ def load_adapter(
     read from other weights than the run's; it is then left as it was.
     """
     contents, _ = export_format.read_contents(Path(folder))
+    given, model = model, without_wrapper(model)
     runs.check_amount(contents.tensors.bytes // 4, loading.count_parameters(model), folder)
     published = export_format.read(folder)
     here = export_format.base_shape(model.config)
@@ -242,7 +243,7 @@ def load_adapter(
     check_base(model, contents, folder, allow_changes)
     check_free({"text": model}, adapter.traits.name)
     check_size(methods.build(section), model, published)
-    adapter.attach({"text": model})
+    adapter.attach({"text": given})
     try:
         checkpoint.restore(adapter, published.tensors["adapter"], f"adapter in {published.path}")
     except BaseException:
@@ -256,11 +257,11 @@ def check_base(model: PreTrainedModel, contents: Contents, folder: str | Path, a
     """Compare what ``model`` was read from with the language model that a run was trained on, as `runs.check_frozen`."""
     there = {name: value for name, value in (contents.frozen or {}).items() if name.startswith("text.")}
     there.pop("text.tokenizer", None)  # the caller's
-    source = stored_base(model.name_or_path) if there else None
-    if there and source is None:
+    here = stored_digests(model) if there else {}
+    if "text.weights" in there and "text.weights" not in here:
         log.warning("%s: the model in memory names no folder with its weights: they are not compared", folder)
-        return
-    runs.check_frozen(there, lambda: named_digests("text", source), folder, allow_changes)
+        there = {name: value for name, value in there.items() if name == PEFT}
+    runs.check_frozen(there, lambda: here, folder, allow_changes)
 
 
 def check_size(twin: Adapter, model: PreTrainedModel, published: export_format.Published) -> None:

@@ -15,6 +15,7 @@ Public names are for training, tasks and users; those with an underscore are bet
 """
 
 import contextlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from mitrain.methods.refusals import guard_saving
 from mitrain.models import frozen, quant
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,8 @@ class Adapter(nn.Module, ABC):
         checkpoint: activation checkpointing of the layers that the adapter changes. backend: see ``KernelConfig``.
         Raises ModelError where one of ``backbones`` is missing, has such an adapter or is computed wrongly here.
         """
-        name = self.traits.name
+        name, given = self.traits.name, list(backbones.values())
+        backbones = {key: without_wrapper(model) for key, model in backbones.items()}
         if self._backbones:
             raise ModelError(f"this {name} adapter is attached already: call detach() first")
         check_free(backbones, name)
@@ -183,8 +187,9 @@ class Adapter(nn.Module, ABC):
             for backbone in backbones.values():
                 backbone.add_module(name, self)
                 self._undo.callback(delattr, backbone, name)
-                for model in {backbone, getattr(backbone, "base_model", backbone)}:
-                    self._undo.callback(guard_saving(model, name))
+            outside = [*given, *backbones.values()]
+            for model in {*outside, *(getattr(each, "base_model", each) for each in outside)}:
+                self._undo.callback(guard_saving(model, name))
             self.train(self.training)
         except BaseException:
             self.detach()
@@ -228,12 +233,31 @@ class Adapter(nn.Module, ABC):
 
     def _freeze(self, backbone: PreTrainedModel) -> None:
         trainable = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+        if trainable and any(not parameter.requires_grad for parameter in backbone.parameters()):  # someone's choice
+            names = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+            log.warning(
+                "%s froze %d tensors that were to be trained (%s …): to train them beside it, call requires_grad_(True) on"
+                " them afterwards, before the optimizer is made",
+                *(self.traits.name, len(names), names[0]),
+            )
         training = [module for module in backbone.modules() if module.training]
         self._undo.callback(_restore, trainable, training)
         for parameter in trainable:
             parameter.requires_grad_(False)
         for module in training:
             module.training = False
+
+
+def without_wrapper(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformers model inside PEFT's ``PeftModel``; any other model as it is."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"{type(model).__name__} puts trained vectors before the text ({model.peft_type.value}), which would be"
+            " infused as tokens: attach to a model with LoRA or IA³, or to model.get_base_model()"
+        )
+    return model.get_base_model()
 
 
 def check_free(backbones: Mapping[str, PreTrainedModel], method: str) -> None:

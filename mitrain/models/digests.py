@@ -6,6 +6,7 @@ files. What is made of them depends on the model's configuration, and on its tok
 
 import hashlib
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from mitrain.core.provenance import digest
 from mitrain.models import loading
 from mitrain.models.stream import Weights
 
+PEFT = "text.peft"
 NO_MATTER = (
     "_name_or_path",
     "_commit_hash",
@@ -90,6 +93,27 @@ def stored_base(source: str | Path) -> dict[str, Any] | None:
         return None
     config = loading.read_config(source, "language model")
     return {"weights": weights_of(source, nn.Module()), **settings_of(config, source)}
+
+
+def stored_digests(model: PreTrainedModel, adapter: nn.Module | None = None) -> dict[str, str]:
+    """Digests of the files that a language ``model`` in memory was read from, none where it names none, and as
+    text.peft of PEFT's adapters in it: what an ``adapter`` beside them is trained on."""
+    own = {id(tensor) for tensor in adapter.parameters()} if adapter else set()
+    beside = [(name, tensor_digest(name, t).hex()) for name, t in peft_tensors(model) if id(t) not in own]
+    parts = (stored_base(model.name_or_path) or {}) | ({"peft": beside} if beside else {})
+    return named_digests("text", parts)
+
+
+def peft_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The tensors that PEFT's layers in ``model`` add, by name."""
+    owners = {name: m for name, m in model.named_modules() if getattr(m, "adapter_layer_names", ())}
+    added = [f"{owner}.{part}." for owner, module in owners.items() for part in module.adapter_layer_names]
+    return [pair for pair in sorted(model.state_dict(keep_vars=True).items()) if pair[0].startswith(tuple(added))]
+
+
+def named_digests(name: str, parts: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of what decides what a frozen model computes, as NAME.PART."""
+    return {f"{name}.{part}": digest([value]) for part, value in parts.items()}
 
 
 def without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from mitrain.data.media import Limits
 from mitrain.methods.base import Adapter
 from mitrain.models import Encoder, ModelConfig, Shard, TextBackbone, encoder_of, loading
 from mitrain.models.batch import ModalityInputs
+from mitrain.models.digests import named_digests
 from mitrain.tasks import TASKS
 from mitrain.tasks.base import Batch, Given, Parts, Task
-from mitrain.training.fingerprint import digest
 from mitrain.training.schema import RunConfig
 
 FEW = 8  # samples whose features are read at a time
@@ -199,11 +199,6 @@ class Model:
 def numbered(encoders: Mapping[str, Encoder]) -> dict[str, Encoder]:
     """The encoders as encoder0, encoder1, …: their names in checkpoints, whatever a configuration calls them."""
     return {f"encoder{i}": encoder for i, encoder in enumerate(encoders.values())}
-
-
-def named_digests(name: str, parts: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of what decides what a frozen model computes, as NAME.PART."""
-    return {f"{name}.{part}": digest([value]) for part, value in parts.items()}
 
 
 def cache_root(config: RunConfig) -> Path | None:

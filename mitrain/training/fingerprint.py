@@ -12,21 +12,18 @@ A fingerprint is a flat ``{name: value}`` of strings, and is JSON as it stands:
 A digest tells that a part differs, not where: a checkpoint of a million samples holds as much of it as one of ten.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mitrain.core import dist
 from mitrain.core.errors import RankError
-from mitrain.core.provenance import versions
+from mitrain.core.provenance import MARK, digest, versions
 from mitrain.core.version import __version__
 
-MARK = "sha256:"
 SETTINGS, WRITTEN = ".settings", ".config.json"
 SHOWN = 6  # differences that a message names
 LONGEST = 60  # characters of a value in a message
@@ -99,14 +96,6 @@ def of_samples(samples: Sequence[Any], content: Callable[[Any], Mapping[str, str
     for name in dict.fromkeys(name for sample in samples for name in sample.inputs):
         yield name, digest(sample.inputs.get(name) for sample in samples)
         yield f"{name}.content", digest(content(sample).get(name) for sample in samples)
-
-
-def digest(values: Iterable[Any]) -> str:
-    """sha256 of plain values in their order, marked as a digest."""
-    seen, rest = hashlib.sha256(), iter(values)
-    while part := list(islice(rest, 1024)):
-        seen.update(json.dumps(part, sort_keys=True, default=repr).encode())
-    return MARK + seen.hexdigest()
 
 
 def require_same(own: Mapping[str, str]) -> None:

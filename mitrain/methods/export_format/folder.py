@@ -25,6 +25,7 @@ from mitrain.methods.export_format.card import model_card
 from mitrain.methods.export_format.contents import Contents, FileSum, Parameters
 from mitrain.methods.export_format.paths import without_home
 from mitrain.models import loading
+from mitrain.models.digests import stored_digests
 from mitrain.models.shapes import base_shape
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def publish_adapter(folder: str | Path, adapter: "Adapter", model: PreTrainedMod
     """`publish` an ``adapter`` alone, which is attached to the language ``model``."""
     base, tensors = without_home(model.name_or_path), adapter.state_dict()
     fields = method_fields(adapter, model.config, base, count([adapter], model))
+    fields["frozen"] = stored_digests(model, adapter) or None
     return publish(folder, fields, {"adapter": tensors}, model_card, peft_files(adapter, tensors, base))
 
 

@@ -32,7 +32,7 @@ class BoundFeatures(Adapter):
 
     def attach(self, backbones: Mapping[str, PreTrainedModel], checkpoint: bool = False, backend: str = "auto") -> Self:
         super().attach(backbones, checkpoint, backend)
-        for backbone in backbones.values():
+        for backbone in {*backbones.values(), *self._backbones.values()}:  # with PEFT's wrapper, which calls forward
             take = backbone.register_forward_pre_hook(self._take_keyword, prepend=True, with_kwargs=True)
             self._undo.callback(take.remove)
             self._undo.callback(backbone.register_forward_hook(self._drop_keyword, always_call=True).remove)
