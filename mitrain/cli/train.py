@@ -64,7 +64,8 @@ def run_train(arguments: argparse.Namespace) -> Any:
     else:
         say(
             arguments,
-            f"best val {outcome.best:.4f} at step {outcome.best_step}{skipped}; next: mitrain eval {folder} --split test",
+            f"{f'ended after step {outcome.step}: {outcome.ended}; ' if outcome.ended else ''}best val {outcome.best:.4f} at"
+            f" step {outcome.best_step}{skipped}; next: mitrain eval {folder} --split test",
         )
     return {
         "run": str(folder),
@@ -72,6 +73,7 @@ def run_train(arguments: argparse.Namespace) -> Any:
         "best": outcome.best,
         "best_step": outcome.best_step,
         "stopped": outcome.stopped,
+        "ended": outcome.ended,
         "bad_samples": bad,
     }
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from mitrain.core.errors import ConfigError
 from mitrain.models import costs, loading, quant
 from mitrain.training.build import Model, build
-from mitrain.training.schema import RunConfig
+from mitrain.training.schema import RunConfig, TrainConfig
 
 TOKENS = 64
 ORDER = ("fp32", "bf16", "fp16", "int8", "nf4")
@@ -38,6 +38,7 @@ class Plan:
     memory_bytes: int
     ranks: int
     config_hash: str
+    length: str
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -47,6 +48,7 @@ class Plan:
             return f"{n:,.0f}"
 
         lines = [
+            f"training                  {self.length}",
             f"trainable parameters      {count(self.trainable_parameters)}"
             f"  ({100 * self.share:.2f} % of the pretrained ones)",
             f"  adapter                 {count(self.infusion_parameters)}",
@@ -109,6 +111,17 @@ def dry_run(config: RunConfig, *, memory_gb: float, ranks: int, tokens: int = TO
         memory_bytes=budget,
         ranks=ranks,
         config_hash=config.hash,
+        length=length(config.train),
+    )
+
+
+def length(train: TrainConfig) -> str:
+    """How long a run is, in words."""
+    step = f"{train.batch * train.accumulate} samples"
+    if train.steps:
+        return f"{train.steps} steps of {step}"
+    return (
+        f"{train.epochs:g} epochs in steps of {step}; how many steps those are, the data's size says: train to see it"
     )
 
 

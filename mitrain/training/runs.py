@@ -110,9 +110,9 @@ def remove_unstarted(folder: Path) -> None:
         folder.rmdir()
 
 
-def write_config(run_config: RunConfig, folder: Path) -> None:
+def write_config(run_config: RunConfig, folder: Path, note: str = "") -> None:
     text = parsing.dump_yaml(run_config.to_dict())
-    write_atomic(folder / "config.yaml", f"# resolved configuration, hash {run_config.hash}\n{text}")
+    write_atomic(folder / "config.yaml", f"# resolved configuration, hash {run_config.hash}{note}\n{text}")
 
 
 def read_config(folder: str | Path) -> RunConfig:

@@ -6,10 +6,12 @@ without any state of its own. The engine is handed ``ScheduleConfig(...).over(st
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from mitrain.core.config import Section
 
@@ -20,6 +22,40 @@ USED_BY = {
     "milestones": {"multistep"},
     "floor": {"linear", "cosine", "poly"},
 }
+
+
+def whole_or_share(value: Any) -> Any:
+    number = value if isinstance(value, int | float) else 0
+    if value != "epoch" and not 0 < number < 1 and not (number >= 1 and number % 1 == 0):
+        raise ValueError("give a whole number of steps, a share of the run below 1, or epoch")
+    return value
+
+
+Every = Annotated[
+    Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["epoch"],
+    BeforeValidator(whole_or_share),
+]
+"""How often something is done: after so many steps, after a share of the run, or when an epoch is complete."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """How long a run is: its ``steps``, and how many of them an ``epoch`` takes, which need not be a whole number."""
+
+    steps: int
+    epoch: Fraction
+
+    def due(self, every: int | float | str, step: int) -> bool:
+        """Whether ``step`` (from 1) is one of `Every`."""
+        if every == "epoch":
+            return step // self.epoch > (step - 1) // self.epoch
+        return step % max(1, steps_of(every, self.steps)) == 0
+
+
+def span(steps: int | None, epochs: float | None, samples: int, batch: int) -> Span:
+    """``steps``, or the fewest with ``batch`` samples each in which every one of ``samples`` comes ``epochs`` times."""
+    epoch = Fraction(samples, batch)
+    return Span(steps or math.ceil(Fraction(str(epochs)) * epoch), epoch)  # 0.1 as it is written, not as it is stored
 
 
 class ScheduleConfig(Section):

@@ -16,22 +16,26 @@ from mitrain.models import ModelConfig
 from mitrain.models.encoders.config import from_list, inputs_of
 from mitrain.tasks import TASKS
 from mitrain.training.engine import OptimizerConfig, ZeroConfig
-from mitrain.training.schedule import ScheduleConfig
+from mitrain.training.schedule import Every, ScheduleConfig
 from mitrain.training.telemetry import WandbConfig
 
 
 class TrainConfig(Section):
     """How long, how fast, and when to look.
 
-    ``batch`` samples are one micro-batch, ``accumulate`` of them one step. ``lr`` is the adapter's, ``head_lr`` the task
-    head's (none: the same); ``rates``: the peak rates of parameters whose names begin so, as {adapter.others: 5e-4}.
-    ``eval_every`` and ``save_every`` are in steps; the best step is chosen on ``val`` alone.
+    ``steps`` updates, or ``epochs`` of the training samples, of which one is given; with ``epochs`` val is scored and the
+    run saved once an epoch, unless it says otherwise. ``patience``: so many evaluations in a row without a better score end
+    the run. ``batch`` samples are one micro-batch, ``accumulate`` of them one step. ``lr`` is the adapter's, ``head_lr`` the
+    task head's (none: the same); ``rates``: the peak rates of parameters whose names begin so, as {adapter.others: 5e-4}.
+    ``eval_every`` and ``save_every`` are in steps, shares of the run or epochs; the best step is chosen on ``val`` alone.
     ``fraction``: of the training samples that are used, evenly spread. ``modality_dropout``: the probability with which a
     training sample goes without each of its inputs, one at least left to it. ``hang_minutes`` without a step print every
     thread's stack.
     """
 
-    steps: int = Field(200, ge=1)
+    steps: int | None = Field(200, ge=1)
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    patience: int | None = Field(None, ge=1)
     batch: int = Field(32, ge=1, le=1 << 20)
     accumulate: int = Field(1, ge=1, le=1 << 20)
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -41,16 +45,29 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint_activations: bool = False
-    eval_every: int = Field(100, ge=1)
+    eval_every: Every = 100
     eval_batch: int = Field(32, ge=1, le=1 << 20)
     eval_samples: int | None = Field(None, ge=1)
-    save_every: int = Field(100, ge=1)
+    save_every: Every = 100
     keep: int = Field(2, ge=1)
     fraction: float = Field(1.0, gt=0, le=1)
     modality_dropout: float = Field(0.0, ge=0, lt=1)
     log_every: int = Field(10, ge=1)
     max_skipped: int = Field(10, ge=0)
     hang_minutes: float = Field(30, ge=0, le=1e6)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _counted_in_epochs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("epochs") is not None:
+            return {"steps": None, "eval_every": "epoch", "save_every": "epoch", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> "TrainConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give steps or epochs, one of the two (the other null or left out)")
+        return self
 
 
 class RunConfig(Section):
@@ -137,9 +154,19 @@ class RunConfig(Section):
 
 def load(path: str | Path, assignments: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """A run's configuration from a YAML file and ``key=value`` overrides."""
-    values = config.override(config.read_file(path), assignments)
+    values = config.override(one_length(config.read_file(path), assignments), assignments)
     with config.quoting(assignments):
         return from_dict(values)
+
+
+def one_length(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """``values`` without their train.steps where ``assignments`` give train.epochs in its place, and the other way round."""
+    given = {key.strip() for key, _, text in (a.partition("=") for a in assignments) if text.strip() != "null"}
+    train = values.get("train")
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):
+        if isinstance(train, dict) and f"train.{key}" in given and f"train.{other}" not in given:
+            values = {**values, "train": {k: v for k, v in train.items() if k != other}}
+    return values
 
 
 RESUME_OVERRIDES = ("zero", "kernels", "wandb", "model.device", "train.checkpoint_activations", "train.hang_minutes")
@@ -156,7 +183,8 @@ def with_resume_overrides(run_config: RunConfig, assignments: list[str], allow_c
                 f" (without it {', '.join(RESUME_OVERRIDES)} may change)"
             )
     with config.quoting(assignments):
-        return from_dict(config.override(run_config.to_dict(), assignments)) if assignments else run_config
+        values = one_length(run_config.to_dict(), assignments)
+        return from_dict(config.override(values, assignments)) if assignments else run_config
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:

@@ -33,6 +33,7 @@ from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit, portion
 from mitrain.tasks.base import Batch, cautions
 from mitrain.training import checkpoint, resume, runs
+from mitrain.training.best import Best
 from mitrain.training.build import Model, build, resolve_data
 from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.engine import (
@@ -49,6 +50,7 @@ from mitrain.training.engine.zero import ZeroEngine, sharding
 from mitrain.training.evaluate import evaluate
 from mitrain.training.fingerprint import fingerprint, require_same
 from mitrain.training.guard import Heartbeat, SkipBudget, StopRequest, diverged
+from mitrain.training.schedule import multiplier, span
 from mitrain.training.schema import RunConfig
 from mitrain.training.telemetry import Metrics, NoMetrics, Stopwatch, Wandb
 
@@ -57,13 +59,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. ``stopped`` is the signal's name if it was asked to stop before its last step."""
+    """How a run ended: ``stopped`` is the signal's name if it was asked to stop before its last step, ``ended`` what else
+    ended it there."""
 
     folder: Path
     step: int
     best: float
     best_step: int
     stopped: str | None
+    ended: str | None
     phases: dict[str, float]
 
 
@@ -77,7 +81,6 @@ class Trainer:
         self.config, self.folder, self.quiet = config, folder, quiet or not dist.is_main()
         self.allow_changes = allow_changes
         self.watch = Stopwatch()
-        self.best, self.best_step = -math.inf, 0
         self.saved = 0  # the step of the newest checkpoint
         with self.watch.phase("load models and data"):
             self.root = resolve_data(config.data)
@@ -85,8 +88,11 @@ class Trainer:
             self.val = limit(config.data.read(self.root, "val"), config.train.eval_samples)
             self.model: Model = self._build()
             self.model.task.remember(self.train)
+            self.best = Best(self.model.task.minimises, config.train.patience)
             self.engine = self._make_engine()
         self._encode()
+        train = config.train
+        self.span = span(train.steps, train.epochs, len(self.train), train.batch * train.accumulate)
         # Until here all ranks drew the same start values; from here each draws its own dropout and noise.
         if dist.world() > 1:
             checkpoint.seed_rank(config.seed, 0, dist.rank())
@@ -98,7 +104,9 @@ class Trainer:
 
     def _make_engine(self) -> Engine:
         train, zero = self.config.train, self.config.zero
-        common = (self._groups(), train.schedule.over(train.steps), train.optimizer)
+        # How many steps there are is known when the samples have been read; the first step asks for its rate.
+        schedule = lambda step: multiplier(train.schedule, step, self.span.steps)  # noqa: E731
+        common = (self._groups(), schedule, train.optimizer)
         scale = FP16_SCALE if self.config.model.dtype == "fp16" else 1.0
         if not zero.stage:
             return LocalEngine(*common, scale)
@@ -167,6 +175,9 @@ class Trainer:
             self._take(saved)
         if self.allow_changes:
             dist.from_main(lambda: runs.write_config(self.config, self.folder))
+        if self.config.train.epochs:
+            note = f"; {self.config.train.epochs:g} epochs of {len(self.train)} samples: {self.span.steps} steps"
+            dist.from_main(lambda: runs.write_config(self.config, self.folder, note))
         return saved.step if saved else 0
 
     def _take(self, saved: Checkpoint) -> None:
@@ -176,7 +187,7 @@ class Trainer:
             self.engine.load_state_dict(saved.tensors["optimizer"], saved.state["engine"])
             self.loader.load_state(saved.state["loader"], self.allow_changes)
             self.skips.load_state_dict(saved.state["skips"])
-            self.best, self.best_step = checked_best(saved.state)
+            self.best.load_state(saved.state)
             self.saved = saved.step
             checkpoint.resume_rng(saved.state["rng"], self.config.seed, saved.step)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -196,7 +207,7 @@ class Trainer:
             return self._fit()
 
     def _fit(self) -> Outcome:
-        train = self.config.train
+        train, span = self.config.train, self.span
         first = step = self.resume()
         heart = Heartbeat(train.hang_minutes)
         self.standing = Standing(self.folder)
@@ -204,7 +215,7 @@ class Trainer:
         with StopRequest() as stop, closing(self._metrics(step, stop)) as metrics, closing(self.standing), heart:
             # A signal may reach one rank alone: all must leave the loop at the same step, or the others wait forever.
             stopped = dist.first_not_none(stop.requested)
-            while step < train.steps and not stopped:
+            while step < span.steps and not stopped and not self.best.ended:
                 result, seconds = self._step()
                 # What a gradient reaches follows from the configuration: the first step shows it.
                 if step == first and result.applied:
@@ -213,23 +224,19 @@ class Trainer:
                 heart.beat()
                 self.skips.record(step, result.reason, self.saved)
                 self._log(metrics, step, result, seconds)
-                last = step == train.steps
+                last = step == span.steps
                 if last and not self.engine.applied:
                     raise self.skips.failed(step)
-                improved = self._evaluate(step, metrics) if step % train.eval_every == 0 or last else False
+                improved = self._evaluate(step, metrics) if last or span.due(train.eval_every, step) else False
+                last = last or self.best.ended is not None
                 stopped = dist.first_not_none(stop.requested or self.standing.fault())
-                if improved or last or step % train.save_every == 0 or stopped:
+                if improved or last or span.due(train.save_every, step) or stopped:
                     # A second signal would end the process in the middle of a checkpoint.
                     with stop.shield(), self.watch.phase("save"):
                         self._save(step, improved)
-            outcome = Outcome(
-                self.folder,
-                step,
-                self.best,
-                self.best_step,
-                stopped if step < train.steps else None,
-                self.watch.report(),
-            )
+            ended = self.best.ended if step < span.steps else None
+            stopped = stopped if step < span.steps and not ended else None
+            outcome = Outcome(self.folder, step, self.best.value, self.best.step, stopped, ended, self.watch.report())
             if outcome.stopped is None:
                 dist.from_main(lambda: self._finish(outcome))
         return outcome
@@ -240,7 +247,7 @@ class Trainer:
         train = self.config.train
         console = None if self.quiet else sys.stderr
         board = Wandb(self.config.wandb, self.folder, self.config.to_dict(), lambda: stop.requested)
-        return Metrics(self.folder / "metrics.jsonl", train.steps, console, train.log_every, step, board)
+        return Metrics(self.folder / "metrics.jsonl", self.span.steps, console, train.log_every, step, board)
 
     def _log(self, metrics: Metrics | NoMetrics, step: int, result: StepResult, seconds: float) -> None:
         metrics.step(
@@ -310,10 +317,7 @@ class Trainer:
         value = float(scores[self.model.task.metric])
         if not math.isfinite(value):
             raise diverged(f"val {self.model.task.metric} is {value}", step, self.saved)
-        if self.best_step and (value >= self.best if self.model.task.minimises else value <= self.best):
-            return False
-        self.best, self.best_step = value, step
-        return True
+        return self.best.take(value, step)
 
     def _save(self, step: int, improved: bool) -> None:
         """All ranks together: each may hold a part of the optimizer's state."""
@@ -341,9 +345,8 @@ class Trainer:
             **more,
             "loader": self.loader.state(),
             "skips": self.skips.state_dict(),
-            # JSON has no NaN; a best step of 0 says that there is no score yet.
-            "best": self.best if self.best_step else -1.0,
-            "best_step": self.best_step,
+            **self.best.state_dict(),
+            "steps": self.span.steps,
             "config": self.config.to_dict(),
             "config_hash": self.config.hash,
             "fingerprint": resume.recorded(self.fingerprint),
@@ -356,15 +359,8 @@ class Trainer:
             "best": outcome.best,
             "best_step": outcome.best_step,
             "steps": outcome.step,
+            "ended": outcome.ended or "last step",
             "seconds": {name: round(value, 2) for name, value in outcome.phases.items()},
             "config_hash": self.config.hash,
         }
         write_json(self.folder / "summary.json", summary)
-
-
-def checked_best(state: Mapping[str, Any]) -> tuple[float, int]:
-    """The best score and its step in a checkpoint's state; ValueError where they are none."""
-    best, step = state["best"], state["best_step"]
-    if type(best) not in (int, float) or not math.isfinite(best) or type(step) is not int or step < 0:
-        raise ValueError(f"no score has best={str(best)[:20]} and best_step={str(step)[:20]}")
-    return float(best), step

@@ -247,7 +247,7 @@ PLACES = [
     ("engine",), ("engine", "steps"), ("engine", "applied"), ("engine", "groups"), ("engine", "optimizer"),
     ("loader",), ("loader", "epoch"), ("loader", "position"), ("loader", "samples"),
     ("skips",), ("skips", "in_a_row"), ("skips", "reasons"),
-    ("best",), ("best_step",), ("config",),
+    ("best",), ("best_step",), ("waited",), ("config",),
     ("rng",), ("rng", 0), ("rng", 0, "python"), ("rng", 0, "numpy"), ("rng", 0, "torch"),
 ]  # fmt: skip
 
