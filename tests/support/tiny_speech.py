@@ -1,0 +1,81 @@
+"""Packages of a few kilobytes laid out like the speech ones: the game's dialogues, the voices, the rated sentences."""
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import tiny_deb
+
+QUEEN = "flight-of-the-amazon-queen"
+Line = tuple[int, str]
+
+
+def said(number: int, text: str) -> bytes:
+    made = struct.pack(">hhB", 0, number, len(text)) + text.encode("latin-1")
+    return made + bytes(-len(made) % 4)
+
+
+def dog(number: int, hero: Sequence[Line], other: Sequence[Line], again: tuple[str, str] = ("0", "0")) -> bytes:
+    """A dialogue of one level: what the hero says, what the other says, and the two lines of a second meeting."""
+    first, second = (b"".join(said(*line) for line in lines) for lines in (hero, other))
+    begins = 32 + 96
+    ends = begins + len(first) + len(second)
+    head = struct.pack(">5h", -1, number, number, 9, 9) + bytes(12)
+    head += struct.pack(">3H", begins + len(first), ends, ends + 8) + bytes(4)
+    meeting = b"".join(bytes([len(text)]) + text.encode("latin-1") for text in again)
+    return b"AmBk" + bytes(16) + head + bytes(96) + first + second + bytes(8) + meeting + bytes(20)
+
+
+def qtbl(files: dict[str, bytes]) -> bytes:
+    at, table, data = 15 + 21 * len(files), [], []
+    for name, content in files.items():
+        table.append(struct.pack(">12sBII", name.encode(), 1, at, len(content)))
+        data.append(content)
+        at += len(content)
+    return b"QTBL" + bytes(9) + struct.pack(">H", len(files)) + b"".join(table + data)
+
+
+def lines(who: str, number: int, count: int) -> list[Line]:
+    ends = (".", "?", "!", "...")
+    return [(5 + i, f"*FR{who} line {number} {i}{ends[i % 4]}*03 Yes, {who}'s {number}-{i}!*15") for i in range(count)]
+
+
+def queen_files() -> dict[str, bytes]:
+    """Dialogues with three people, each line two clips; one says what others say, too."""
+    files: dict[str, bytes] = {}
+    number = 0
+    for name, meetings in (("SAM", 3), ("TOM", 2), ("UMA", 1)):
+        for meeting in range(1, meetings + 1):
+            number += 1
+            hero, other = lines("joe", number, 4), lines(name.lower(), number, 12)
+            hero = [(0, f"Hi {name}{number}.*03"), *hero]
+            other = [*other, (90, "Good day!"), (91, "H")]
+            files[f"{name}{meeting}.DOG"] = dog(number, hero, other, ("You again?", f"Bye {number}."))
+            clips = [f"{number:02d}SSSSJ1", f"{number:02d}XXXXP1", f"{number:02d}XXXXJ1", f"{number:02d}005AP1"]
+            clips += [f"{number:02d}005BP1"]
+            clips += [
+                f"{number:02d}{i:04X}{who}{k}"
+                for who, n in (("J", 4), ("P", 12))
+                for i in range(5, 5 + n)
+                for k in (2, 3)
+            ]
+            files |= {f"{clip}.SB": clip.encode() for clip in clips if clip != "010006P2"}  # which has no clip
+    return files
+
+
+def queen(folder: Path, files: dict[str, bytes] | None = None) -> Path:
+    share = "./usr/share/"
+    inside = {f"{share}doc/{QUEEN}/copyright": b"give it away\n"}
+    inside[f"{share}scummvm/{QUEEN}/queen.1c"] = qtbl(queen_files() if files is None else files)
+    return tiny_deb.deb(folder / "queen.deb", inside)
+
+
+def voices(folder: Path, names: Sequence[str] = ("Ann", "Bob", "Cyd", "Dee", "Eve", "Flo", "Gus")) -> Path:
+    """Voices with an event of each group, one that is in none, and a clip that they share."""
+    events = ("Stupid", "Incoming", "Laugh", "Hello", "Ow1", "Kamikaze")
+    inside = {"./usr/share/doc/hedgewars-data/copyright": b"GFDL-1.3\n"}
+    for name in names:
+        at = f"./usr/share/games/hedgewars/Data/Sounds/voices/{name}/"
+        inside |= {f"{at}{event}.ogg": f"{name} {event}".encode() for event in events} | {f"{at}Ow2.ogg": b"the same"}
+    inside["./usr/share/games/hedgewars/Data/Sounds/Laugh.ogg"] = b"no voice"
+    return tiny_deb.deb(folder / "voices.deb", inside)
