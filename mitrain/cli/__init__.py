@@ -1,4 +1,4 @@
-"""The command line: ``mitrain train | eval | predict | config | models | data | report | export | bench | compare |
+"""The command line: ``mitrain train | eval | predict | init | config | models | data | report | export | bench | compare |
 doctor``.
 
 Results go to stdout (with ``--json`` one JSON document and nothing else), progress and notices to stderr. The user's
@@ -23,6 +23,7 @@ from mitrain.cli.catalogue import add_catalogue
 from mitrain.cli.compare import add_compare
 from mitrain.cli.config import add_config
 from mitrain.cli.doctor import add_doctor
+from mitrain.cli.init import add_init
 from mitrain.cli.publish import add_export, add_report
 from mitrain.cli.shared import Parser
 from mitrain.cli.train import add_train
@@ -136,6 +137,7 @@ def parser() -> Parser:
     add_train(commands)
     add_eval(commands)
     add_predict(commands)
+    add_init(commands)
     add_config(commands)
     add_catalogue(commands, "models", "list or prepare frozen backbones with real weights")
     add_catalogue(commands, "data", "list, prepare or inspect data sets")

@@ -1,0 +1,71 @@
+"""``mitrain init``: a configuration for a user's own table."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mitrain.cli.shared import command, say
+from mitrain.core.errors import ConfigError
+
+EXAMPLES = """examples:
+  mitrain init --data photos.csv                      what is there is looked at: files, labels, texts
+  mitrain init regress --data clips/train.csv         val.csv and test.csv beside it are taken, too
+  mitrain init --data all.csv --files my/photos --column label=species
+"""
+
+
+def add_init(commands: Any) -> None:
+    sub = command(commands, "init", run_init, "write a configuration for a table of your own")
+    sub.epilog, sub.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
+    tasks = ["answer", "classify", "regress", "caption", "retrieve"]
+    sub.add_argument(
+        "task", nargs="?", choices=tasks, help="what is to be learned (default: what the columns speak of)"
+    )
+    sub.add_argument("--data", required=True, metavar="FILE", help="a CSV, TSV, JSONL or JSON file with a sample a row")
+    sub.add_argument("--files", metavar="DIR", help="the folder that the paths in the table are below")
+    sub.add_argument(
+        "--column", action="append", default=[], metavar="FIELD=NAME", help="which column is a field, as label=class"
+    )
+    sub.add_argument("--llm", metavar="MODEL", help="a prepared model's name, a folder or a Hugging Face id")
+    sub.add_argument("--encoder", action="append", default=[], metavar="NAME=MODEL", help="of an input, as image=DIR")
+    sub.add_argument("--out", metavar="FILE", help="what is written (default: the table's name with .yaml)")
+
+
+def run_init(arguments: argparse.Namespace) -> Any:
+    from mitrain.training.starter import begin
+
+    made = begin(
+        Path(arguments.data),
+        Path(arguments.out) if arguments.out else None,
+        arguments.task,
+        pairs("--column", arguments.column),
+        Path(arguments.files) if arguments.files else None,
+        arguments.llm,
+        pairs("--encoder", arguments.encoder),
+    )
+    counts = ", ".join(f"{count} {split}" for split, count in made["samples"].items())
+    say(
+        arguments,
+        f"{made['task']}: {counts}; files: {', '.join(f'{name} ({kind})' for name, kind in made['inputs'].items())}",
+    )
+    if made["columns"]:
+        say(arguments, "columns: " + ", ".join(f"{field} is {name!r}" for field, name in made["columns"].items()))
+    if made["unused"]:
+        say(arguments, f"left out: {', '.join(made['unused'])} (--column FIELD=NAME takes one)")
+    say(
+        arguments,
+        f"wrote {made['config']}; next: mitrain data inspect {made['config']}, then mitrain train {made['config']}",
+    )
+    return made
+
+
+def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE options as a mapping."""
+    found: dict[str, str] = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not (name and equals and value) or name in found:
+            raise ConfigError(f"{option} {one}: write NAME=VALUE, each name once")
+        found[name] = value
+    return found

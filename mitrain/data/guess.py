@@ -1,0 +1,184 @@
+"""What the columns of a user's table are: files of a kind, a label, a number, a question, a text.
+
+Guessed from their names and from the first rows; whoever asks may say some of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mitrain.core.config import nearest
+from mitrain.core.errors import DataError
+from mitrain.data.formats.rows import MISSING, all_rows
+
+ROWS = 2000  # that are looked at
+SUFFIXES = {
+    "image": ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .avif",
+    "audio": ".wav .flac .ogg .oga .opus .mp3 .m4a .aac .aif .aiff .au .caf",
+    "video": ".mp4 .mkv .webm .mov .avi .mpg .mpeg .m4v .ts",
+    "features": ".npy .npz .safetensors",
+    "text": ".txt",
+}
+KINDS = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes.split()}
+NAMES = {
+    "answer": "answer answers response output reply label",
+    "prompt": "prompt question instruction query",
+    "candidates": "candidates choices options",
+    "label": "label labels class classes category emotion genre genres tag tags target y",
+    "target": "target score rating stars sentiment value label y",
+    "text": "text caption sentence title description utterance transcript transcription comment name",
+    "object": "object group speaker subject person session item dialogue",
+    "kind": "kind",
+    "id": "id uid key",
+}
+"""What people call a column of a sample's field, likeliest first."""
+FIELDS = {
+    "answer": ("prompt", "answer"),
+    "classify": ("label",),
+    "regress": ("target",),
+    "caption": ("text",),
+    "retrieve": ("text",),
+}
+"""The fields that a task's samples must have."""
+ALSO = {"answer": ("candidates", "kind"), "classify": ("text", "kind"), "regress": ("text", "kind")}
+"""Those that they may have, beside id and object."""
+MOST_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Guess:
+    """``inputs``: kind of file by column, ``fields``: column by field; ``lacking``: columns of files that some rows leave
+    empty; ``root``: the folder that their paths are below; ``first``: the first of them, by column;
+    ``unused``: columns that are left out."""
+
+    task: str
+    inputs: Mapping[str, str]
+    fields: Mapping[str, str]
+    lacking: tuple[str, ...]
+    root: Path
+    first: Mapping[str, str]
+    unused: tuple[str, ...]
+
+
+def guess(table: Path, task: str | None, said: Mapping[str, str], files: Path | None) -> Guess:
+    """What the ``table`` is for; ``task`` and columns that are ``said`` (by field) are taken as they are, and ``files`` is
+    the folder of its files.
+
+    Raises DataError for what cannot be told.
+    """
+    rows = first_rows(table)
+    columns = {name: [str(row[name]) for row in rows if filled(row.get(name))] for row in rows for name in row}
+    for field, name in said.items():
+        if name not in columns:
+            there = ", ".join(columns)[:200]
+            raise DataError(f"{table} has no column {name!r}{nearest(name, columns)} for {field}, only {there}")
+    inputs = {name: kind for name, values in columns.items() if (kind := kind_of(values)) and name not in said.values()}
+    if not inputs:
+        raise DataError(
+            f"no column of {table} names files of a known kind ({', '.join(columns)[:200]}): mitrain trains on pictures,"
+            " sound, video, arrays or text files that stand in a column as paths"
+        )
+    others = {name: values for name, values in columns.items() if name not in inputs and values}
+    task = task or task_of(others, said, table)
+    fields = dict(said)
+    for field in (*FIELDS[task], *ALSO.get(task, ()), "object", "id"):
+        left = {name: values for name, values in others.items() if name not in fields.values()}
+        if field not in fields and (name := column_for(field, left, required=field in FIELDS[task])):
+            fields[field] = name
+    if lost := [field for field in FIELDS[task] if field not in fields]:
+        raise DataError(
+            f"no column of {table} is known to be the {lost[0]} of {task!r}: say which with --column {lost[0]}=NAME, one of"
+            f" {', '.join(others)[:200]}"
+        )
+    if fields.get("id") and len(set(others[fields["id"]])) < len(rows):
+        del fields["id"]
+    lacking = tuple(name for name in inputs if len(columns[name]) < len(rows))
+    root = files or root_of(table, {path for name in inputs for path in columns[name]})
+    return Guess(
+        task,
+        inputs,
+        fields,
+        lacking,
+        root,
+        {name: columns[name][0] for name in inputs},
+        tuple(others.keys() - set(fields.values())),
+    )
+
+
+def first_rows(table: Path) -> list[dict[str, Any]]:
+    rows = []
+    for _, row in all_rows(table, {}, ()):
+        rows.append(row)
+        if len(rows) == ROWS:
+            break
+    if not rows:
+        raise DataError(f"{table} holds no rows: give a CSV, TSV, JSONL or JSON file with one sample a row")
+    return rows
+
+
+def filled(value: Any) -> bool:
+    return value is not None and str(value).strip() not in ("", *MISSING)
+
+
+def kind_of(values: Sequence[str]) -> str:
+    """The kind of files that most of ``values`` are paths of; empty for no paths."""
+    kinds = [KINDS.get(PurePosixPath(value.partition("#")[0]).suffix.lower(), "") for value in values]
+    likeliest = max(set(kinds), key=kinds.count, default="")
+    return likeliest if likeliest and kinds.count(likeliest) > 0.8 * len(kinds) else ""
+
+
+def task_of(others: Mapping[str, Sequence[str]], said: Mapping[str, str], table: Path) -> str:
+    """The task that the columns speak of."""
+    by_said = [task for task, fields in FIELDS.items() if set(said) & ({*fields} - {"text"})]
+    if by_said:
+        return by_said[0]
+    if all(any(name.lower() in NAMES[field].split() for name in others) for field in ("prompt", "answer")):
+        return "answer"
+    if column_for("target", others) and not column_for("label", others):
+        return "regress"
+    if column_for("label", others, required=True):
+        return "classify"
+    if column_for("text", others, required=True):
+        return "caption"
+    raise DataError(f"{table} has no column beside files: what is to be learned? Name it with --column label=NAME")
+
+
+def column_for(field: str, columns: Mapping[str, Sequence[str]], required: bool = False) -> str:
+    """The column of a field: by its name, else, where it is ``required``, by what stands in it; empty for none."""
+    fits = {"label": is_label, "target": is_number}.get(field, lambda values: True)
+    by_name = {name.lower(): name for name, values in columns.items() if fits(values)}
+    for name in NAMES[field].split():
+        if name in by_name:
+            return by_name[name]
+    likely = [name for name in by_name.values() if fits is not is_label or not is_number(columns[name])]
+    if not required or not likely or field in ("prompt", "answer"):
+        return ""
+    return max(likely, key=lambda name: sum(map(len, columns[name])) * (1 if field == "text" else -1))
+
+
+def is_number(values: Sequence[str]) -> bool:
+    """Whether they are numbers, and more of them than classes would be."""
+    try:
+        numbers = {float(value) for value in values}
+    except ValueError:
+        return False
+    return len(numbers) > 10 or any(number != int(number) for number in numbers if abs(number) < 1e15)
+
+
+def is_label(values: Sequence[str]) -> bool:
+    """Whether they repeat, as classes do."""
+    return 2 <= len(set(values)) <= min(MOST_CLASSES, max(2, len(values) // 2)) and not is_number(values)
+
+
+def root_of(table: Path, paths: set[str]) -> Path:
+    """The folder below which the files are: that of the table, one beside it, or the next above."""
+    some = sorted(paths)[:50]
+    beside = [folder for folder in sorted(table.parent.iterdir()) if folder.is_dir()] if table.parent.is_dir() else []
+    for folder in (table.parent, *beside, table.parent.parent):
+        if sum((folder / path).is_file() for path in (p.partition("#")[0] for p in some)) > len(some) / 2:
+            return folder
+    raise DataError(
+        f"most files that {table} names, as {some[0]!r}, are neither below {str(table.parent)!r} nor in a folder in it: say"
+        " where they are with --files DIR"
+    )

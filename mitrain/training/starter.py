@@ -1,0 +1,180 @@
+"""A configuration for a user's own table, written with comments: ``mitrain init``."""
+
+import datetime
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mitrain.core import parsing, prepared
+from mitrain.core.errors import ConfigError
+from mitrain.core.files import write_atomic
+from mitrain.data.arrays import read_array
+from mitrain.data.guess import Guess, guess
+from mitrain.training import schema, settings
+
+LLM = ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
+ENCODERS = {
+    "image": ("dinov2-vits14", "facebook/dinov2-small"),
+    "audio": ("whisper-base", "openai/whisper-base"),
+    "video": ("dinov2-vits14", "facebook/dinov2-small"),
+    "text": ("all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2"),
+}
+"""Small models: the name of a prepared one, and the same on the Hugging Face Hub."""
+FORMATS = {
+    "answer": "records",
+    "classify": "labelled",
+    "regress": "rated",
+    "caption": "captions",
+    "retrieve": "captions",
+}
+SPLITS = ("train", "val", "test")
+EPOCHS, FEWEST, MOST, BATCH = 10, 60, 600, 32
+
+
+def begin(
+    table: Path,
+    out: Path | None,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    files: Path | None = None,
+    llm: str | None = None,
+    encoders: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Look at ``table``, write a configuration that trains on it to ``out`` and read its data once; returns what was found.
+
+    Raises UserError, and writes nothing, where the table cannot be understood or ``out`` is there.
+    """
+    out = out or Path(f"{table.stem if table.stem not in SPLITS else table.resolve().parent.name}.yaml")
+    if out.exists():
+        raise ConfigError(f"{str(out)!r} is there: remove it, or choose another name with --out")
+    found = guess(table, task, columns or {}, files)
+    values, data = values_of(found, table, out, llm, encoders or {})
+    config = schema.config.parse(schema.RunConfig, values)
+    counts = {split: len(config.data.read(found.root, split)) for split in config.data.split_names(found.root)}
+    values["train"] = training(counts["train"])
+    write_atomic(out, commented(values, found, table))
+    schema.load(out)
+    return {
+        "config": str(out),
+        "task": found.task,
+        "inputs": found.inputs,
+        "columns": data["columns"],
+        "unused": sorted(found.unused),
+        "samples": counts,
+    }
+
+
+def values_of(
+    found: Guess, table: Path, out: Path, llm: str | None, encoders: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration, and its section ``data``."""
+    names = modality_names(found.inputs)
+    if strange := sorted(encoders.keys() - names.values()):
+        raise ConfigError(f"--encoder {strange[0]}=…: the table's inputs are {', '.join(names.values())}")
+    ours = {
+        name: encoder(name, found.inputs[column], encoders.get(name), found, column) for column, name in names.items()
+    }
+    renamed = {name: column for column, name in names.items() if column != name}
+    columns = renamed | {field: name for field, name in found.fields.items() if field != name}
+    data: dict[str, Any] = {"name": FORMATS[found.task], "root": relative(found.root)}
+    data |= splits_of(table, found.root) | {"columns": columns}
+    if found.lacking and found.task not in ("caption", "retrieve"):
+        data["may_lack"] = [names[column] for column in found.lacking]
+    task: dict[str, Any] = {"name": found.task}
+    if found.task in ("classify", "regress"):
+        task["readout"] = ["last", *ours]
+    values = {"name": schema_name(out.stem), "model": {"llm": llm or available(LLM), "encoders": ours}}
+    return values | {"adapter": {"name": "mit"}, "task": task, "data": data}, data
+
+
+def modality_names(inputs: Mapping[str, str]) -> dict[str, str]:
+    """A name for each column of files: its kind, where that is the only one, else the column's own."""
+    kinds = list(inputs.values())
+    usable = {column: "".join(c if c.isalnum() else "_" for c in column.lower()) for column in inputs}
+    return {
+        column: kind if kinds.count(kind) == 1 and kind not in ("text", "features") else usable[column]
+        for column, kind in inputs.items()
+    }
+
+
+def encoder(name: str, kind: str, given: str | None, found: Guess, column: str) -> Any:
+    if kind == "features":
+        return {"takes": "features", "width": width_of(found, column)}
+    model = given or available(ENCODERS[kind])
+    return model if name == kind else {"name": model, "takes": kind}
+
+
+def width_of(found: Guess, column: str) -> int:
+    """The width of the arrays in a column: that of the first."""
+    return int(read_array(found.root, found.first[column]).values.shape[-1])
+
+
+def available(names: tuple[str, str]) -> str:
+    """The prepared model where it can be had, else the Hugging Face id."""
+    return names[0] if names[0] in prepared.recipes("models") else names[1]
+
+
+def splits_of(table: Path, root: Path) -> dict[str, Any]:
+    """The splits' files: those beside a train.csv, else shares of the one there is."""
+    there = {split: table.with_name(split + table.suffix) for split in SPLITS}
+    own = (
+        {split: path for split, path in there.items() if path.is_file()} if table.stem == "train" else {"train": table}
+    )
+    shares = {f"{split}_share": 0.1 for split in SPLITS[1:] if split not in own}
+    if "val" in own:
+        shares = {}
+    return {"splits": {split: seen_from(root, path) for split, path in own.items()}, **shares}
+
+
+def seen_from(root: Path, path: Path) -> str:
+    """The file's path from the folder ``root``, which may be a link."""
+    beside = os.path.relpath(path, root)
+    return beside if (root / beside).is_file() else str(path.resolve())
+
+
+def relative(folder: Path) -> str:
+    """The folder as seen from here, where it is below."""
+    path = os.path.relpath(folder)
+    return str(folder.resolve()) if path.startswith("..") else path
+
+
+def schema_name(stem: str) -> str:
+    kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem if c.isascii()).lstrip("._-")
+    return kept[:64] or "run"
+
+
+def training(samples: int) -> dict[str, Any]:
+    """About ten epochs, a few evaluations."""
+    steps = min(MOST, max(FEWEST, EPOCHS * samples // BATCH // 20 * 20))
+    return {
+        "steps": steps, "batch": min(BATCH, samples), "lr": 5e-4, "schedule": {"name": "cosine", "warmup": steps // 10},
+        "eval_every": steps // 5, "save_every": steps // 5,
+    }  # fmt: skip
+
+
+def commented(values: Mapping[str, Any], found: Guess, table: Path) -> str:
+    """The configuration as YAML with what each setting means beside it."""
+    lines = [
+        f"# A run of the task {found.task} on {table.name}, written by mitrain init on {datetime.date.today()}.",
+        "# Every setting there is: mitrain config --keys",
+    ]
+    for text in parsing.dump_yaml(dict(values)).splitlines():
+        lines.append(text)
+    return "\n".join(annotated(lines, values)) + "\n"
+
+
+def annotated(lines: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    """The lines, each that sets something with its meaning as far as one is known."""
+    path: list[tuple[int, str]] = []
+    shown = []
+    for line in lines:
+        indent, key = len(line) - len(line.lstrip()), line.strip().partition(":")[0]
+        if not line.startswith("#"):
+            path = [*[(at, name) for at, name in path if at < indent], (indent, key)]
+            top = path[0][1]
+            kind = f"{top}[{values[top]['name']}]" if top in ("adapter", "task", "data") else top
+            meaning = settings.meaning_of(".".join([kind, *(name for _, name in path[1:])]))
+            line = f"{line:34s} # {meaning}" if meaning and not line.endswith(":") else line
+        shown.append(line)
+    return shown
