@@ -29,7 +29,7 @@ FORMATS = {
     "retrieve": "captions",
 }
 SPLITS = ("train", "val", "test")
-EPOCHS, FEWEST, MOST, BATCH = 10, 60, 600, 32
+STEPS, FEWEST, MOST, BATCH = 150, 3, 30, 32
 
 
 def begin(
@@ -145,12 +145,10 @@ def schema_name(stem: str) -> str:
 
 
 def training(samples: int) -> dict[str, Any]:
-    """About ten epochs, a few evaluations."""
-    steps = min(MOST, max(FEWEST, EPOCHS * samples // BATCH // 20 * 20))
-    return {
-        "steps": steps, "batch": min(BATCH, samples), "lr": 5e-4, "schedule": {"name": "cosine", "warmup": steps // 10},
-        "eval_every": steps // 5, "save_every": steps // 5,
-    }  # fmt: skip
+    """More epochs of few samples, so that there are some hundred steps."""
+    batch = max(1, min(BATCH, samples // 4))
+    epochs = min(MOST, max(FEWEST, STEPS * batch // max(1, samples)))
+    return {"epochs": epochs, "batch": batch, "lr": 5e-4, "schedule": {"name": "cosine", "warmup": 0.1}}
 
 
 def commented(values: Mapping[str, Any], found: Guess, table: Path) -> str:
