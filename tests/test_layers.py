@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "deepspeed": ("mitrain/training/engine/",),
     "bitsandbytes": ("mitrain/models/quant/",),
     "matplotlib": ("mitrain/compare/plots.py",),
-    "pyarrow": ("mitrain/data/arrays.py",),
+    "pyarrow": ("mitrain/data/tables.py",),
     "soundfile": ("mitrain/data/audio.py",),
     "soxr": ("mitrain/data/audio.py",),
     "peft": ("mitrain/methods/peft.py",),

@@ -1,7 +1,8 @@
 """Arrays of one's own, as features made by other programs: .npy, .npz, .safetensors, a column of Parquet; MMSA's pickles.
 
 A sample names its file and, behind ``#``, where in it: a row of an .npy or of a Parquet column, an array of an .npz or
-.safetensors; with ``key``, which names the array or column for all samples, a row of that. Only what is named is read.
+.safetensors, a member of a tar archive; with ``key``, which names the array or column for all samples, a row of that. Only
+what is named is read.
 Numbers alone are: a pickle is never run (`mitrain.data.formats.pickles`), and an array of pickled objects is refused.
 """
 
@@ -9,8 +10,6 @@ import functools
 import hashlib
 import io
 import math
-import os
-import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,18 +19,15 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from safetensors import safe_open
 
-from mitrain.core.errors import DataError, UserError, need_extra
+from mitrain.core.errors import DataError, UserError
+from mitrain.data.contents import ADDRESS, contained, part_of
 from mitrain.data.formats.pickles import read_arrays
-from mitrain.data.images import MAX_BYTES, Facts, contained
+from mitrain.data.images import Facts
+from mitrain.data.tables import ONE_AT_A_TIME, Refused, cell, name_of, row_of, stamp
 
 MAX_NUMBERS = 1 << 26  # of a sample
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 PICKLE = b"\x80"
-ONE_AT_A_TIME = threading.Lock()  # so that threads that want the same rows read them once
-
-
-class Refused(ValueError):
-    """What is wrong with a file, to be put behind its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +53,8 @@ def read_array(
     """
     if not isinstance(relative, str):
         raise DataError(f"{str(relative)[:80]!r} is no path of an array in {str(root)!r}: correct it")
-    file, mark, place = relative.rpartition("#")
+    part = ADDRESS.fullmatch(relative)
+    file, mark, place = (part[1], "#", part[2]) if part else relative.rpartition("#")
     addressed = mark and Path(file).suffix in READERS
     path, where = contained(root, file if addressed else relative, "array"), f"{relative!r} in {str(root)!r}"
     try:
@@ -91,26 +88,6 @@ def checked(values: np.ndarray, width: int | None) -> np.ndarray:
             f"holds {values[tuple(at)]} at {at}, no finite number of 32 bits: correct it, or leave the sample's input out"
         )
     return found
-
-
-def row_of(place: str | None, rows: int) -> int | None:
-    """The number of the row that ``place`` names; None for none."""
-    if place is None:
-        return None
-    if not place.isdecimal() or int(place) >= rows:
-        raise Refused(f"names the row {place[:40]!r}, and there are the rows 0 to {rows - 1}: correct it")
-    return int(place)
-
-
-def name_of(names: list[str], place: str | None, key: str | None, what: str) -> tuple[str, str | None]:
-    """Which of the ``names`` in a file is meant, and the place in it that is left to say."""
-    name, left = (key, place) if key is not None else (place, None)
-    if name is None and len(names) == 1:
-        return names[0], left
-    if name not in names:
-        shown = ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
-        raise Refused(f"has the {what}s {shown}" + (f", not {name[:80]!r}" if name else ": name one behind #"))
-    return name, left
 
 
 def check_count(shape: tuple[int, ...], numbers: int) -> None:
@@ -150,7 +127,11 @@ def npy_in(file: BinaryIO, place: str | None, numbers: int) -> np.ndarray:
 
 
 def npz(path: Path, place: str | None, key: str | None, numbers: int) -> np.ndarray:
-    archive, names = opened_zip(path, stamp(path))
+    return npz_in(opened_zip(path, stamp(path)), place, key, numbers)
+
+
+def npz_in(archive: zipfile.ZipFile, place: str | None, key: str | None, numbers: int) -> np.ndarray:
+    names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
     name, left = name_of(names, place, key, "array")
     with archive.open(f"{name}.npy") as file:
         return npy_in(file, left, numbers)
@@ -168,21 +149,18 @@ def safetensors(path: Path, place: str | None, key: str | None, numbers: int) ->
     return (file.get_tensor(name) if row is None else part[row]).float().numpy()
 
 
-def parquet(path: Path, place: str | None, key: str | None, numbers: int) -> np.ndarray:
-    if place is None:
-        raise Refused("is a table: name a row of it behind #")
-    now = stamp(path)
-    with ONE_AT_A_TIME:
-        table = opened_parquet(path, now)
-        lists = [field.name for field in table.schema_arrow if hasattr(field.type, "value_type")]
-        name, _ = name_of(lists, None, key, "column of list") if key is None else (key, None)
-        row = row_of(place, table.metadata.num_rows)
-        group, before = 0, 0
-        while row >= before + table.metadata.row_group(group).num_rows:
-            before += table.metadata.row_group(group).num_rows
-            group += 1
-        column = rows_of(path, now, group, name)
-    return of_arrow(column[row - before], numbers)
+def table(path: Path, place: str | None, key: str | None, numbers: int) -> np.ndarray:
+    return of_arrow(cell(path, place, key), numbers)
+
+
+def member(path: Path, place: str | None, key: str | None, numbers: int) -> np.ndarray:
+    """The array in a member of an archive, which ``place`` names (`mitrain.data.contents`)."""
+    content = io.BytesIO(part_of(path, place or ""))
+    return (
+        npz_in(zipfile.ZipFile(content), None, key, numbers)
+        if place.endswith(".npz")
+        else npy_in(content, None, numbers)
+    )
 
 
 def of_arrow(value: Any, numbers: int) -> np.ndarray:
@@ -236,21 +214,16 @@ READERS: dict[str, Callable[[Path, str | None, str | None, int], np.ndarray]] = 
     ".npy": npy,
     ".npz": npz,
     ".safetensors": safetensors,
-    ".parquet": parquet,
+    ".parquet": table,
+    ".arrow": table,
+    ".tar": member,
     ".pkl": mmsa,
 }
 
 
-def stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is replaced: those that are kept open are of one stamp."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, status.st_ino
-
-
 @functools.lru_cache(4)
-def opened_zip(path: Path, stamp: tuple[int, int, int]) -> tuple[zipfile.ZipFile, list[str]]:
-    archive = zipfile.ZipFile(path)
-    return archive, [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+def opened_zip(path: Path, stamp: tuple[int, int, int]) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
 
 
 @functools.lru_cache(1)
@@ -265,21 +238,3 @@ def opened_pickle(path: Path, stamp: tuple[int, int, int]) -> dict[str, Any]:
 def opened_safetensors(path: Path, stamp: tuple[int, int, int]) -> tuple[Any, list[str]]:
     file = safe_open(path, "pt")
     return file, sorted(file.keys())
-
-
-@functools.lru_cache(4)
-def opened_parquet(path: Path, stamp: tuple[int, int, int]) -> Any:
-    need_extra("pyarrow", "parquet", "reading Parquet")
-    return need_extra("pyarrow.parquet", "parquet", "reading Parquet").ParquetFile(path)
-
-
-@functools.lru_cache(2)
-def rows_of(path: Path, stamp: tuple[int, int, int], group: int, name: str) -> Any:
-    """A column of one group of rows."""
-    table = opened_parquet(path, stamp)
-    if name not in table.schema_arrow.names:
-        shown = ", ".join(map(repr, table.schema_arrow.names[:5]))
-        raise Refused(f"has the columns {shown}, not {name[:80]!r}")
-    if (size := table.metadata.row_group(group).total_byte_size) > MAX_BYTES:
-        raise Refused(f"has groups of rows of {size} bytes, {MAX_BYTES} are allowed: write smaller ones")
-    return table.read_row_group(group, columns=[name]).column(0)

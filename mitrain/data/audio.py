@@ -16,7 +16,8 @@ import numpy as np
 
 from mitrain.core.errors import DataError, need_extra
 from mitrain.data import containers
-from mitrain.data.images import Facts, contained, read_whole
+from mitrain.data.contents import read_content
+from mitrain.data.images import Facts
 from mitrain.data.kinds import MEDIA, kind_of
 
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "NIST")
@@ -86,8 +87,7 @@ def read_audio(root: Path, relative: str, limits: AudioLimits | None = None) -> 
     sound, where its samples are not finite, or where it exceeds ``limits``.
     """
     limits = limits or AudioLimits()
-    path, where = contained(root, relative, "sound"), f"{relative!r} in {str(root)!r}"
-    content = read_whole(path, where, "sound")
+    content, where = read_content(root, relative, "sound")
     samples, rate = decode(content, where, limits)
     if not len(samples):
         raise DataError(f"{where} has no samples: replace it, or leave it out")

@@ -1,14 +1,12 @@
 """Pictures from a folder that others filled: every kind becomes plain RGB, every trap a DataError.
 
-Paths come from annotation files, so they are held to stay under the data's folder as they are written; links in that
-folder are its owner's and are followed. The header's size is checked before anything is decoded, so that a small file
-cannot fill the memory. What cannot be read is skipped within a budget, counted and named.
+The header's size is checked before anything is decoded, so that a small file cannot fill the memory. What cannot be read is
+skipped within a budget, counted and named.
 """
 
 import hashlib
 import io
 import logging
-import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -21,10 +19,10 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mitrain.core.errors import DataError
+from mitrain.data.contents import read_content
 from mitrain.data.kinds import CONVERT, FORMATS, kind_of
 
 MAX_PIXELS = 50_000_000
-MAX_BYTES = 1 << 30  # of a file that is read whole: its digest is of the bytes that are decoded
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 NAMED = 5  # bad samples that the final message names; the log names all
 TURNS = {
@@ -166,8 +164,7 @@ def to_size(picture: Image.Image, size: Size) -> Image.Image:
 
 def read_image(root: Path, relative: str, max_pixels: int = MAX_PIXELS) -> Decoded:
     """The picture ``root/relative`` as it is stored; DataError as of `open_image`. The file is read once."""
-    path, where = contained(root, relative), f"{relative!r} in {str(root)!r}"
-    content = read_whole(path, where)
+    content, where = read_content(root, relative)
     try:
         with quiet(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
@@ -184,17 +181,6 @@ def read_image(root: Path, relative: str, max_pixels: int = MAX_PIXELS) -> Decod
     except Exception as error:  # a decoder may raise anything when the file is torn or hostile
         raise DataError(f"{where} is not a readable picture ({error}): replace it") from None
     raise DataError(f"{where} has {width} x {height} pixels, {max_pixels} are allowed: scale it down")
-
-
-def read_whole(path: Path, where: str, what: str = "picture") -> bytes:
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size <= MAX_BYTES:
-                return file.read(MAX_BYTES)
-    except OSError as error:
-        raise DataError(f"{where} cannot be opened ({error.strerror}): make it readable") from None
-    raise DataError(f"{where} has {size} bytes, {MAX_BYTES} are allowed: this is no {what} to train on")
 
 
 class Hush:
@@ -229,26 +215,6 @@ def orientation(image: Image.Image) -> Image.Transpose | None:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # PIL raises whatever the block's damage leads to, and other things for other formats
         return None
-
-
-def contained(root: Path, relative: str, what: str = "picture") -> Path:
-    """The file ``relative`` in ``root``, if it is one and its path, as it is written, stays below ``root``."""
-    if not isinstance(relative, str) or not relative or "\0" in relative:
-        raise DataError(f"{str(relative)[:80]!r} is not a path of a {what} in {str(root)!r}: correct the annotation")
-    bases = [Path(os.path.abspath(root)), Path(os.path.realpath(root))]  # a whole path may name either
-    path = Path(os.path.normpath(bases[0] / relative))
-    if not any(path.is_relative_to(base) for base in bases):
-        raise DataError(f"{relative[:200]!r} leads out of the data folder {str(root)!r}: give paths below it")
-    try:
-        there = path.is_file()
-    except OSError as error:  # a name too long, a folder that may not be entered
-        raise DataError(
-            f"{relative[:80]!r} in {str(root)!r} cannot be opened ({error.strerror}): correct the path"
-        ) from None
-    if not there:
-        link = ", only a link that leads to none" if path.is_symlink() else ""
-        raise DataError(f"no {what} {relative[:200]!r} in {str(root)!r}{link}: put it there or correct the path")
-    return path
 
 
 def mend_transparency(image: Image.Image, content: bytes) -> None:

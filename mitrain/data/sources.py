@@ -10,6 +10,7 @@ from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data import splitting
 from mitrain.data.formats import captions, coco, food101, labels, mmimdb, mmsa, msrvtt, snli_ve, targets
+from mitrain.data.formats.manifest import Manifest
 from mitrain.data.formats.records import read_records
 from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
 from mitrain.data.formats.rows import MISSING, is_table
@@ -65,7 +66,8 @@ class DataSection(Section):
 
 
 class TableSection(DataSection):
-    """Samples in JSONL or CSV tables, one per split, whose ``columns`` maps our names to the file's own.
+    """Samples in tables, whose ``columns`` maps our names to the file's own; ``splits`` names each split's file, files or
+    folder (`Manifest`).
 
     ``val_share``, ``test_share``: where ``splits`` has no file for them, of the training file's samples that are drawn for
     them; what shares an object, a file or nearly its picture stays together.
@@ -99,21 +101,24 @@ class TableSection(DataSection):
     def read(self, root: Path, split: str) -> list[Any]:
         """The samples of a split. DataError with file and line, ConfigError for a split that there is not."""
         if not self.shares or (split != "train" and split not in self.shares):
-            return self.read_file(root / split_file(self.splits, split, also=self.shares), self.known(root, split))
-        table = root / self.splits["train"]
-        samples = self.read_file(table, self.known(root, "train"))
-        return splitting.drawn(samples, self.shares, self.source_seed, self.file_root(root), table)[split]
+            file = split_file(self.splits, split, also=self.shares)
+            return self.read_file(Manifest(root, file), self.known(root, split))
+        source = Manifest(root, self.splits["train"])
+        samples = self.read_file(source, self.known(root, "train"))
+        return splitting.drawn(samples, self.shares, self.source_seed, source)[split]
 
     def known(self, root: Path, split: str) -> Sequence[str]:
         """What the samples of a split may be labelled with; empty: anything."""
         return ()
 
-    def read_file(self, path: Path, known: Sequence[str]) -> list[Any]:
+    def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
+        """The samples of ``source``."""
         raise NotImplementedError
 
     def split_names(self, root: Path) -> list[str]:
         """The splits whose files are there, and those that are drawn."""
-        return there(self.splits, root) + list(self.shares)
+        sources = {split: Manifest(root, name) for split, name in self.splits.items()}
+        return ([split for split, one in sources.items() if one.is_there()] or list(self.splits)) + list(self.shares)
 
 
 class RecordsConfig(TableSection, kind="data", name="records"):
@@ -126,9 +131,9 @@ class RecordsConfig(TableSection, kind="data", name="records"):
     kinds: tuple[str, ...] = ()
     missing: tuple[str, ...] = MISSING
 
-    def read_file(self, path: Path, known: Sequence[str]) -> list[Any]:
-        samples = read_records(path, self.columns or None, self.missing, self.inputs, self.may_lack)
-        return of_kinds(samples, self.kinds, str(path))
+    def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
+        samples = read_records(source, self.columns, self.missing, self.inputs, self.may_lack)
+        return of_kinds(samples, self.kinds, str(source))
 
 
 class ClassSection(DataSection):
@@ -159,9 +164,9 @@ class LabelledConfig(TableSection, ClassSection, kind="data", name="labelled"):
     def known(self, root: Path, split: str) -> Sequence[str]:
         return self.classes if self.classes or split == "train" else self.class_names(root)
 
-    def read_file(self, path: Path, known: Sequence[str]) -> list[Any]:
+    def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
         words = (self.multilabel, self.separator, known, self.missing)
-        return labels.read_labels(path, self.columns or None, *words, self.inputs, self.may_lack)
+        return labels.read_labels(source, self.columns, *words, self.inputs, self.may_lack)
 
 
 class Food101Config(ClassSection, kind="data", name="food101"):
@@ -213,8 +218,8 @@ class TargetSection(DataSection):
 class RatedConfig(TableSection, TargetSection, kind="data", name="rated"):
     """Files and texts with a number in tables with columns image, text, target."""
 
-    def read_file(self, path: Path, known: Sequence[str]) -> list[Any]:
-        return targets.read_targets(path, self.columns or None, self.inputs, self.may_lack)
+    def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
+        return targets.read_targets(source, self.columns, self.inputs, self.may_lack)
 
 
 class MmsaConfig(TargetSection, kind="data", name="mmsa"):
@@ -250,8 +255,8 @@ class CaptionsConfig(TableSection, CaptionSection, kind="data", name="captions")
 
     missing: tuple[str, ...] = MISSING
 
-    def read_file(self, path: Path, known: Sequence[str]) -> list[Any]:
-        return captions.read_captions(path, self.columns or None, self.missing, self.inputs)
+    def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
+        return captions.read_captions(source, self.columns, self.missing, self.inputs)
 
 
 class KarpathyConfig(CaptionSection, kind="data", name="karpathy"):

@@ -19,7 +19,9 @@ from PIL import Image
 from mitrain.core import parsing
 from mitrain.core.errors import DataError
 from mitrain.core.files import cache_home, file_lock, sha256_file, write_json
+from mitrain.data.contents import ADDRESS, read_content
 from mitrain.data.duplicates import fingerprint, merged, near_pairs
+from mitrain.data.formats.manifest import Manifest
 from mitrain.data.images import open_image
 from mitrain.data.index import ahead
 
@@ -29,15 +31,20 @@ MOST_TOGETHER = 0.5  # of the samples; a larger group means that pictures look t
 log = logging.getLogger(__name__)
 
 
-def drawn(
-    samples: Sequence[Any], shares: Mapping[str, float], seed: int, root: Path, table: Path
-) -> dict[str, list[Any]]:
-    """``samples`` of the file ``table`` by split: ``shares`` of them in each of its splits, the rest in "train".
+def drawn(samples: Sequence[Any], shares: Mapping[str, float], seed: int, table: Manifest) -> dict[str, list[Any]]:
+    """``samples`` of ``table`` by split: ``shares`` of them in each of its splits, the rest in "train".
 
     Deterministic in the table and the seed. Pictures are read once; which sample belongs where is then kept in the cache.
     Raises DataError where a split would be empty.
     """
-    asked = [sha256_file(table), str(Path(root).resolve()), dict(shares), seed, [sample.id for sample in samples]]
+    root = Path(table.root)
+    asked = [
+        *map(sha256_file, table.files()),
+        str(root.resolve()),
+        dict(shares),
+        seed,
+        [sample.id for sample in samples],
+    ]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
     kept = cache_home() / "splits" / f"{key}.json"
     with file_lock(kept.with_suffix(".lock")):
@@ -45,7 +52,7 @@ def drawn(
         with suppress(OSError, parsing.Unreadable):
             held = parsing.read_json(kept)
         if not isinstance(held, dict) or set(held) != {sample.id for sample in samples}:
-            held = draw(samples, shares, seed, Path(root), str(table))
+            held = draw(samples, shares, seed, root, str(table))
             write_json(kept, held)
     parts: dict[str, list[Any]] = {split: [] for split in ("train", *shares)}
     for sample in samples:
@@ -128,11 +135,16 @@ def together(samples: Sequence[Any], root: Path, table: str) -> list[int]:
 def alike(root: Path, paths: Sequence[str]) -> dict[str, str]:
     """A name for the content of each file that has another's size; only these are read."""
     sizes: dict[int, list[str]] = defaultdict(list)
+    cells: dict[str, str] = {}
     for path in paths:
+        if ADDRESS.fullmatch(path):
+            with suppress(DataError):
+                cells[path] = hashlib.sha256(read_content(root, path)[0]).hexdigest()
+            continue
         with suppress(OSError, ValueError):  # reading it later says what is wrong
             sizes[os.stat(root / path).st_size].append(path)
     several = [path for own in sizes.values() if len(own) > 1 for path in own]
-    return {path: sha256_file(root / path) for path in several}
+    return {path: sha256_file(root / path) for path in several} | cells
 
 
 def near(samples: Sequence[Any], files: Mapping[str, Sequence[str]], root: Path, table: str) -> list[tuple[int, int]]:
@@ -140,7 +152,7 @@ def near(samples: Sequence[Any], files: Mapping[str, Sequence[str]], root: Path,
     first: dict[str, int] = {}
     for own in files.values():
         for number, path in enumerate(own):
-            if Path(path).suffix.lower() in Image.registered_extensions():
+            if Path(path).suffix.lower() in Image.registered_extensions() or ADDRESS.fullmatch(path):
                 first.setdefault(path, number)
     if len(first) > MOST_PICTURES:
         log.warning("%s: names more than %d pictures: near-duplicates are not looked for", table, MOST_PICTURES)

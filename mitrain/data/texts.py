@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from mitrain.core import parsing
 from mitrain.core.errors import DataError
-from mitrain.data.images import Facts, contained
+from mitrain.data.contents import read_content
+from mitrain.data.images import Facts
 from mitrain.data.kinds import kind_of
 
 MAX_BYTES = 1 << 20
@@ -26,14 +26,9 @@ class Text(Facts):
 
 def read_text(root: Path, relative: str) -> Text:
     """The text of the file ``root/relative``, in UTF-8; DataError, naming the file, where it has none."""
-    path, where = contained(root, relative, "text"), f"{relative!r} in {str(root)!r}"
+    content, where = read_content(root, relative, "text", MAX_BYTES)
     try:
-        content = parsing.read_bytes(path, MAX_BYTES)
         text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{where} cannot be opened ({error.strerror}): make it readable") from None
-    except parsing.Unreadable as error:
-        raise DataError(f"{where} {error}: shorten it") from None
     except UnicodeDecodeError as error:
         what = f", it is {kind_of(content)}" if kind_of(content) else ""
         raise DataError(f"{where} is no text in UTF-8 (byte {error.start}{what}): convert it") from None

@@ -15,7 +15,8 @@ from PIL import Image
 
 from mitrain.core.errors import DataError
 from mitrain.data.containers import STREAMS, decoded, opened, packets_of
-from mitrain.data.images import MAX_PIXELS, Facts, contained, read_whole
+from mitrain.data.contents import read_content
+from mitrain.data.images import MAX_PIXELS, Facts
 
 TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
@@ -56,8 +57,7 @@ def read_video(root: Path, relative: str, frames: int, limits: VideoLimits | Non
     ``root``, where the file is missing, torn, has no frames or is no video, or where it exceeds ``limits``.
     """
     limits = limits or VideoLimits()
-    path, where = contained(root, relative, "video"), f"{relative!r} in {str(root)!r}"
-    content = read_whole(path, where, "video")
+    content, where = read_content(root, relative, "video")
     with opened(content, where, limits.streams) as container:
         stream = next((s for s in container.streams.video if not is_cover(s)), None)
         if stream is None:

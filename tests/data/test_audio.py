@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from refusals import read_or_refused
 
 from mitrain.core.errors import DataError, MissingExtraError
-from mitrain.data import audio, images
+from mitrain.data import audio, contents
 from mitrain.data.audio import AudioLimits, read_audio
 
 
@@ -73,7 +73,8 @@ def test_resampling_keeps_the_sound(tmp_path, rate):
 def test_the_file_is_read_once(tmp_path, monkeypatch):
     opened = []
     sound_file(tmp_path / "a.wav", tone())
-    monkeypatch.setattr(audio, "read_whole", lambda path, *rest: opened.append(path) or images.read_whole(path, *rest))
+    read = contents.read_whole
+    monkeypatch.setattr(contents, "read_whole", lambda path, *rest: opened.append(path) or read(path, *rest))
     read_audio(tmp_path, "a.wav")
     assert len(opened) == 1
 

@@ -142,7 +142,7 @@ def test_a_picture_replaced_after_it_was_named_is_refused_and_not_stored(world, 
 def test_a_picture_is_read_once_for_its_name_and_its_pixels(world, monkeypatch):
     """What lies there when the file is opened a second time could be another picture."""
     opened = []
-    monkeypatch.setattr("mitrain.data.images.read_whole", lambda path, _: opened.append(path) or path.read_bytes())
+    monkeypatch.setattr("mitrain.data.contents.read_whole", lambda path, *_: opened.append(path) or path.read_bytes())
     found = features(world, None)
     found.key(IMAGES[0])
     assert len(opened) == 1

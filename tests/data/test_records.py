@@ -127,7 +127,7 @@ def test_faults_of_csv(tmp_path, text, match):
 def test_other_faults(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         read_records(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="is no data set of save_to_disk .* name a file"):
         read_records(tmp_path)
     with pytest.raises(DataError, match=r"columns\.promt is not a field \(did you mean 'prompt'\?\)"):
         read_records(write(tmp_path / "a.jsonl", ROW), {"promt": "question"})

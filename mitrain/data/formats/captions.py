@@ -14,6 +14,7 @@ from typing import Any
 
 from mitrain.core.errors import DataError
 from mitrain.data.formats.labels import report_left_out
+from mitrain.data.formats.manifest import Manifest, read_rows
 from mitrain.data.formats.references import once
 from mitrain.data.formats.rows import (
     MISSING,
@@ -22,7 +23,6 @@ from mitrain.data.formats.rows import (
     check_meant,
     inputs_of,
     listed,
-    read_rows,
     read_table,
     unique,
 )
@@ -46,35 +46,34 @@ class CaptionSample(Sample):
 
 
 def read_captions(
-    path: Path,
+    source: Path | Manifest,
     columns: Mapping[str, str] | None = None,
     missing: Collection[str] = MISSING,
     inputs: Sequence[str] = ("image",),
 ) -> list[CaptionSample]:
-    """Every caption of a ``.jsonl``, ``.csv`` or ``.tsv`` file; none is of the words ``missing``. ``inputs``: the columns
+    """Every caption of a file (`Manifest`); none is of the words ``missing``. ``inputs``: the columns
     that name files.
 
     Raises DataError with file and line.
     """
-    path, columns = Path(path), check_columns(columns or {}, (*inputs, *FIELDS))
-    samples = unique(placed(path, columns, missing, inputs))
+    source, columns = Manifest.of(source), check_columns(columns or {}, (*inputs, *FIELDS))
+    samples = unique(placed(source, columns, missing, inputs))
     if not samples:
-        raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
+        raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
     return with_captions(samples)
 
 
 def placed(
-    path: Path, columns: Mapping[str, str], missing: Collection[str], inputs: Sequence[str]
+    source: Manifest, columns: Mapping[str, str], missing: Collection[str], inputs: Sequence[str]
 ) -> Iterator[tuple[str, CaptionSample]]:
-    for line, row in read_rows(path, columns, (*inputs, *REQUIRED)):
-        where = f"{path}:{line}"
+    for where, place, row in read_rows(source, columns, (*inputs, *REQUIRED), inputs):
         files = inputs_of(row, columns, inputs, (), where)
         name, thing = (as_text(row.get(columns[f]), columns[f], where) for f in ("id", "object"))
         given = listed(row.get(columns["text"]))
         texts = [as_text(t, columns["text"], where) for t in (given if isinstance(given, list) else [given])]
         if not (texts and all(texts)):
             raise DataError(f"{where}: no {columns['text']!r}: fill it in, or map another with columns.text=NAME")
-        name = name or f"{path.name}:{line}"
+        name = name or place
         for number, text in enumerate(texts):
             check_meant(text, columns["text"], where, missing)
             yield where, CaptionSample(f"{name}/{number}" if len(texts) > 1 else name, files, text, thing)

@@ -15,15 +15,14 @@ from typing import Any
 
 from mitrain.core.config import nearest
 from mitrain.core.errors import DataError
+from mitrain.data.formats.manifest import Manifest, Row, read_rows
 from mitrain.data.formats.rows import (
     MISSING,
-    Row,
     as_text,
     check_columns,
     check_meant,
     inputs_of,
     listed,
-    read_rows,
     split_cell,
     unique,
 )
@@ -47,7 +46,7 @@ class LabelSample(Sample):
 
 
 def read_labels(
-    path: Path,
+    source: Path | Manifest,
     columns: Mapping[str, str] | None = None,
     multilabel: bool = False,
     separator: str = "|",
@@ -56,7 +55,7 @@ def read_labels(
     inputs: Sequence[str] = ("image",),
     may_lack: Collection[str] = (),
 ) -> list[LabelSample]:
-    """Every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
+    """Every record of a file (`Manifest`).
 
     ``columns`` maps our fields to the file's names where they differ. With ``multilabel`` a label is a list, or a text
     split at ``separator``, and may be empty; without, there is exactly one. Where classes are ``known``, others are
@@ -64,23 +63,22 @@ def read_labels(
     ``may_lack`` some.
     Raises DataError with the file and line of the first thing that is wrong.
     """
-    path, columns = Path(path), check_columns(columns or {}, (*inputs, *FIELDS))
+    source, columns = Manifest.of(source), check_columns(columns or {}, (*inputs, *FIELDS))
     read = several_labels if multilabel else one_label
-    rows = read_rows(path, columns, (*inputs, "label"))
+    rows = read_rows(source, columns, (*inputs, "label"), inputs)
     files = partial(inputs_of, columns=columns, inputs=inputs, may_lack=may_lack)
-    samples = unique(placed(path, rows, columns, read, separator, frozenset(known), () if known else missing, files))
+    samples = unique(placed(rows, columns, read, separator, frozenset(known), () if known else missing, files))
     if not samples:
-        raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
+        raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
     if len(samples) > 1 and all(len(s.labels) == 2 and set(s.labels) <= BITS for s in samples):
         raise DataError(
-            f"{str(path)!r}: every {columns['label']!r} is a vector of a zero and a one: give the names of the labels"
+            f"{str(source)!r}: every {columns['label']!r} is a vector of a zero and a one: give the names of the labels"
             " instead"
         )
     return samples
 
 
 def placed(
-    path: Path,
     rows: Iterable[Row],
     columns: Mapping[str, str],
     read: Callable[..., tuple[str, ...]],
@@ -90,8 +88,7 @@ def placed(
     files: Callable[..., dict[str, str]],
 ) -> Iterator[tuple[str, LabelSample]]:
     """Every record with its place, FILE:LINE."""
-    for line, row in rows:
-        where = f"{path}:{line}"
+    for where, name, row in rows:
         texts = {f: as_text(row.get(columns[f]), columns[f], where) for f in FIELDS if f != "label"}
         there = files(row, where=where)
         if columns["label"] not in row:
@@ -99,7 +96,7 @@ def placed(
         labels = check_known(read(row[columns["label"]], columns["label"], where, separator), known, where)
         for label in labels:
             check_meant(label, columns["label"], where, missing)
-        yield where, LabelSample(**texts | {"id": texts["id"] or f"{path.name}:{line}"}, inputs=there, labels=labels)
+        yield where, LabelSample(**texts | {"id": texts["id"] or name}, inputs=there, labels=labels)
 
 
 def one_label(value: Any, name: str, where: str, _separator: str) -> tuple[str, ...]:

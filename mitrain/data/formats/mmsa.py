@@ -15,9 +15,11 @@ import numpy as np
 
 from mitrain.core.errors import DataError
 from mitrain.core.parsing import is_whole
-from mitrain.data.arrays import Refused, opened_pickle, stamp
-from mitrain.data.formats.rows import as_text, is_table, read_rows, unique
+from mitrain.data.arrays import opened_pickle
+from mitrain.data.formats.manifest import read_rows
+from mitrain.data.formats.rows import as_text, is_table, unique
 from mitrain.data.formats.targets import LARGEST, TargetSample, number
+from mitrain.data.tables import Refused, stamp
 
 PARTS = {"train": "train", "val": "valid", "test": "test"}
 REQUIRED = ("video_id", "clip_id", "text", "mode")
@@ -44,8 +46,7 @@ def rows_of(
     path: Path, name: str, inputs: Sequence[str], labels: str, root: Path, folder: str
 ) -> Iterator[tuple[str, TargetSample]]:
     columns = {field: field for field in COLUMNS} | {"label": labels}
-    for line, row in read_rows(path, columns, (*REQUIRED, "label")):
-        where = f"{path}:{line}"
+    for where, _, row in read_rows(path, columns, (*REQUIRED, "label")):
         texts = {field: as_text(row.get(column), column, where) for field, column in columns.items()}
         for field in (*REQUIRED[:2], "label", "mode"):
             if not texts[field]:
@@ -94,7 +95,7 @@ def parts_in(root: Path, file: str) -> list[str]:
     """The splits that the table or the pickle has."""
     path = Path(root) / file
     if is_table(path):
-        there = {row.get("mode") for _, row in read_rows(path, {"mode": "mode"}, ("mode",))}
+        there = {row.cells.get("mode") for row in read_rows(path, {"mode": "mode"}, ("mode",))}
     else:
         there = set(tree_of(path))
     return [split for split, name in PARTS.items() if name in there]

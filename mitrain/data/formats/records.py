@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.core.errors import DataError
+from mitrain.data.formats.manifest import Manifest, read_rows
 from mitrain.data.formats.rows import (
     MISSING,
     as_text,
     check_columns,
     check_meant,
     inputs_of,
-    is_table,
     listed,
-    read_rows,
     split_cell,
     unique,
 )
@@ -48,36 +47,39 @@ class AnswerSample(Sample):
 
 
 def read_records(
-    path: Path,
+    source: Path | Manifest,
     columns: Mapping[str, str] | None = None,
     missing: Collection[str] = MISSING,
     inputs: Sequence[str] = ("image",),
     may_lack: Collection[str] = (),
 ) -> list[AnswerSample]:
-    """Every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
+    """Every record of a file (`Manifest`).
 
     ``columns`` maps our fields to the file's names where they differ, for example ``{"prompt": "question"}``; ``missing``
     are words that no prompt is, and no answer that is not among its candidates. ``inputs``: the columns that name files, of
     which samples ``may_lack`` some.
     Raises DataError with the file and line of the first thing that is wrong.
     """
-    path, columns = Path(path), check_columns(columns or {}, (*inputs, *FIELDS))
-    samples = unique(placed(path, columns, missing, inputs, may_lack))
+    source, columns = Manifest.of(source), check_columns(columns or {}, (*inputs, *FIELDS))
+    samples = unique(placed(source, columns, missing, inputs, may_lack))
     if not samples:
-        raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
+        raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
     return samples
 
 
 def placed(
-    path: Path, columns: Mapping[str, str], missing: Collection[str], inputs: Sequence[str], may_lack: Collection[str]
+    source: Manifest,
+    columns: Mapping[str, str],
+    missing: Collection[str],
+    inputs: Sequence[str],
+    may_lack: Collection[str],
 ) -> Iterator[tuple[str, AnswerSample]]:
     """Every record with its place, FILE:LINE."""
-    for line, row in read_rows(path, columns, (*inputs, *REQUIRED)):
-        if is_table(path) and columns["candidates"] in row:
+    for where, name, row in read_rows(source, columns, (*inputs, *REQUIRED), inputs):
+        if source.parted and columns["candidates"] in row:
             row[columns["candidates"]] = split_cell(listed(row[columns["candidates"]]), SEPARATOR)
-        where = f"{path}:{line}"
         there = inputs_of(row, columns, inputs, may_lack, where)
-        sample = to_sample(row, where, columns, there, default_id=f"{path.name}:{line}")
+        sample = to_sample(row, where, columns, there, default_id=name)
         check_meant(sample.prompt, columns["prompt"], where, missing)
         if not sample.candidates:
             for answer in sample.references or [sample.answer]:

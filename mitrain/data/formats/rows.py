@@ -33,32 +33,14 @@ ARRAY_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[-+]?\d[-+.\de]*""")
 ARRAY = re.compile(rf"\[\s*(?:{ARRAY_ITEM.pattern})(?:\s+(?:{ARRAY_ITEM.pattern}))+\s*\]")
 """As numpy writes one, without commas; Python would read its texts as one long text."""
 
-Row = tuple[int, dict[str, Any]]  # line number, cells by column
+Line = tuple[int, dict[str, Any]]  # its number, cells by column
 
 
-def read_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Row]:
+def all_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Line]:
     """Line number and cells of every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
 
-    A ``.json`` file with one list of objects, as BLIP's are, is read too; its records are numbered from 1. ``columns``
-    maps our fields to the file's names; those ``required`` must stand in a CSV file's header, and a name that differs
-    from the field's is a column that somebody asked for: one that no record has is refused.
+    A ``.json`` file with one list of objects, as BLIP's are, is read too; its records are numbered from 1.
     """
-    asked = {name: field for field, name in columns.items() if name != field}
-    seen: set[str] = set()
-    for line, row in all_rows(Path(path), columns, required):
-        if not seen and any(columns[field] not in row for field in required) and (known := advice(row)):
-            raise DataError(f"{path}:{line}: the record is of {known}")
-        seen.update(row)
-        yield line, row
-    for name in asked.keys() - seen if seen else ():
-        there = ", ".join(sorted(seen))[:200]
-        raise DataError(
-            f"{str(path)!r} has no {name!r}{nearest(name, seen)} in any record, only {there}: "
-            f"correct columns.{asked[name]}={name}"
-        )
-
-
-def all_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Row]:
     try:
         if path.suffix.lower() == ".json":
             yield from rows_of_json(path)
@@ -136,13 +118,13 @@ def check_columns(columns: Mapping[str, str], fields: Sequence[str]) -> dict[str
     return {field: columns.get(field, field) for field in fields}
 
 
-def rows_of_jsonl(file: TextIO, path: Path) -> Iterator[Row]:
+def rows_of_jsonl(file: TextIO, path: Path) -> Iterator[Line]:
     for line, text in enumerate(parsing.lines_of(file), start=1):
         if text.strip():
             yield line, json_object(text, f"{path}:{line}")
 
 
-def rows_of_json(path: Path) -> Iterator[Row]:
+def rows_of_json(path: Path) -> Iterator[Line]:
     rows = read_whole(path)
     if not isinstance(rows, list):
         known = advice(rows)
@@ -167,12 +149,12 @@ def json_object(text: str, where: str) -> dict[str, Any]:
     return row
 
 
-def rows_of_csv(file: TextIO, path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Row]:
+def rows_of_csv(file: TextIO, path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Line]:
     header: list[str] | None = None
     for line, cells in cells_of_csv(file, path):
         if header is None:
             names = [cell.strip() for cell in cells]
-            header = check_header(names, path, columns, required) if any(names) else None
+            header = check_header(names, f"{path}:1", columns, required) if any(names) else None
         elif len(cells) > len(header):
             raise DataError(f"{path}:{line}: {len(cells)} cells under {len(header)} columns: quote commas")
         elif cells:
@@ -194,17 +176,18 @@ def cells_of_csv(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{path}:{begin}: not valid CSV ({problem}{over}): {mend}") from None
 
 
-def check_header(header: list[str], path: Path, columns: Mapping[str, str], required: Sequence[str]) -> list[str]:
+def check_header(header: list[str], where: Any, columns: Mapping[str, str], required: Sequence[str]) -> list[str]:
+    """The names of a table's columns, each of those ``required`` once among them."""
     for field in required:
         name = columns[field]
         if header.count(name) != 1:
             if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
                 raise DataError(
-                    f"{path}:1: cells are parted by {other!r}: part them by commas, or by tabs in a .tsv file"
+                    f"{where}: cells are parted by {other!r}: part them by commas, or by tabs in a .tsv file"
                 )
             problem = "two columns" if name in header else "no column"
             raise DataError(
-                f"{path}:1: {problem} {name!r} for {field}{'' if name in header else nearest(name, header)}: "
+                f"{where}: {problem} {name!r} for {field}{'' if name in header else nearest(name, header)}: "
                 f"the header has {', '.join(header)[:200]}; map it with columns.{field}=NAME"
             )
     return header

@@ -13,7 +13,8 @@ from typing import Any
 
 from mitrain.core.errors import DataError
 from mitrain.data.formats.labels import LabelSample, check_known, report_left_out
-from mitrain.data.formats.rows import read_rows, unique
+from mitrain.data.formats.manifest import read_rows
+from mitrain.data.formats.rows import unique
 
 CLASSES = ("entailment", "neutral", "contradiction")
 UNDECIDED = "-"  # the annotators' votes have no majority
@@ -47,14 +48,13 @@ def file_of(split: str) -> str:
 
 
 def hypotheses(path: Path, folder: str, left_out: Counter, known: Collection[str]) -> Iterator[tuple[str, LabelSample]]:
-    for line, row in read_rows(path, {}, ()):
-        where = f"{path}:{line}"
+    for where, name, row in read_rows(path, {}, ()):
         label = text_at(row, "gold_label", where)
         if label == UNDECIDED:
             left_out["without a majority of votes"] += 1
             continue
         picture = picture_of(row, where)
-        pair = text_at(row, "pairID", where) if "pairID" in row else f"{path.name}:{line}"
+        pair = text_at(row, "pairID", where) if "pairID" in row else name
         labels = check_known([label], known, where)
         text = text_at(row, "sentence2", where).strip()
         yield where, LabelSample(pair, {"image": f"{folder}/{picture}"}, text, labels, object=picture)

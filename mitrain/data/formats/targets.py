@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mitrain.core.errors import DataError
-from mitrain.data.formats.rows import as_text, check_columns, inputs_of, read_rows, unique
+from mitrain.data.formats.manifest import Manifest, read_rows
+from mitrain.data.formats.rows import as_text, check_columns, inputs_of, unique
 from mitrain.data.samples import Sample
 
 FIELDS = ("text", "target", "id", "object", "kind")
@@ -27,29 +28,28 @@ class TargetSample(Sample):
 
 
 def read_targets(
-    path: Path,
+    source: Path | Manifest,
     columns: Mapping[str, str] | None = None,
     inputs: Sequence[str] = ("image",),
     may_lack: Collection[str] = (),
 ) -> list[TargetSample]:
-    """Every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file; ``columns`` maps our fields to the file's names.
+    """Every record of a file (`Manifest`); ``columns`` maps our fields to the file's names.
     ``inputs``: the columns that name files, of which samples ``may_lack`` some.
 
     Raises DataError with the file and line of the first thing that is wrong.
     """
-    path, columns = Path(path), check_columns(columns or {}, (*inputs, *FIELDS))
-    samples = unique(placed(path, columns, inputs, may_lack))
+    source, columns = Manifest.of(source), check_columns(columns or {}, (*inputs, *FIELDS))
+    samples = unique(placed(source, columns, inputs, may_lack))
     if not samples:
-        raise DataError(f"{str(path)!r} holds no records: give one JSON object or CSV row a line")
+        raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
     return samples
 
 
 def placed(
-    path: Path, columns: Mapping[str, str], inputs: Sequence[str], may_lack: Collection[str]
+    source: Manifest, columns: Mapping[str, str], inputs: Sequence[str], may_lack: Collection[str]
 ) -> Iterator[tuple[str, TargetSample]]:
     """Every record with its place, FILE:LINE."""
-    for line, row in read_rows(path, columns, (*inputs, "target")):
-        where = f"{path}:{line}"
+    for where, name, row in read_rows(source, columns, (*inputs, "target"), inputs):
         texts = {field: as_text(row.get(columns[field]), columns[field], where) for field in FIELDS}
         there = inputs_of(row, columns, inputs, may_lack, where)
         if not texts["target"]:
@@ -57,7 +57,7 @@ def placed(
         target = number(texts["target"], columns["target"], where)
         yield (
             where,
-            TargetSample(inputs=there, **texts | {"id": texts["id"] or f"{path.name}:{line}", "target": target}),
+            TargetSample(inputs=there, **texts | {"id": texts["id"] or name, "target": target}),
         )
 
 
