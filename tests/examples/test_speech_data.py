@@ -8,14 +8,20 @@ from pathlib import Path
 import pytest
 import tiny_deb
 import tiny_speech
-from mitrain_demo import dialogue, voices
+from mitrain_demo import dialogue, sentiment, voices
 from mitrain_demo.dialogue import Clip
 
 from mitrain.core.errors import PrepareError
 from mitrain.data.formats.captions import read_captions
 from mitrain.data.formats.labels import read_labels
+from mitrain.data.formats.targets import read_targets
 
 SPLITS = ("train", "val", "test")
+PACKAGES = {
+    "dialogue": (dialogue, tiny_speech.queen),
+    "voices": (voices, tiny_speech.voices),
+    "sentiment": (sentiment, tiny_speech.ratings),
+}
 
 
 def rows(folder: Path, prefix: str = "") -> dict[str, list[dict]]:
@@ -170,9 +176,9 @@ def test_a_package_without_voices_is_refused(tmp_path: Path):
         voices.build([tiny_speech.voices(tmp_path, ("Ann", "Bob"))], tmp_path, 0)
 
 
-@pytest.mark.parametrize("name", ["dialogue", "voices"])
+@pytest.mark.parametrize("name", ["dialogue", "voices", "sentiment"])
 def test_the_same_seed_gives_the_same_files_and_another_seed_other_splits(tmp_path: Path, name: str):
-    module, package = {"dialogue": (dialogue, tiny_speech.queen), "voices": (voices, tiny_speech.voices)}[name]
+    module, package = PACKAGES[name]
     made = []
     for folder, seed in (("a", 0), ("b", 0), ("c", 5)):
         (tmp_path / folder).mkdir()
@@ -180,3 +186,30 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_other_splits(tmp_pa
         files = sorted(path for path in (tmp_path / folder).rglob("*") if path.is_file())
         made.append({str(path.relative_to(tmp_path / folder)): path.read_bytes() for path in files})
     assert made[0] == made[1] and made[0]["test.jsonl"] != made[2]["test.jsonl"]
+
+
+# sentiment
+
+
+def test_rated_sentences_keep_their_ratings_and_no_words_are_in_two_splits(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    sentiment.build([tiny_speech.ratings(tmp_path)], tmp_path / "out", 0)
+    films = {split: read_targets(tmp_path / "out" / f"{split}.jsonl", inputs=()) for split in SPLITS}
+    every = {sample.id: sample for part in films.values() for sample in part}
+    assert len(every) == 30 and all(films.values())
+    assert (every["movie/3"].text, every["movie/3"].target) == ("A film of d0, café.", -1.2)
+    where = [split for split, part in films.items() if {"movie/1", "movie/29"} & {sample.id for sample in part}]
+    assert len(where) == 1  # the same words in other letters
+    products = read_targets(tmp_path / "out" / "test_amazon.jsonl", inputs=())
+    assert [(s.id, s.target) for s in products] == [("amazon/1_1", -0.5), ("amazon/1_2", 2.25), ("amazon/2_2", 1.0)]
+
+
+@pytest.mark.parametrize("films", ["1\tgood\tA film.\r\n", "1 2 3\r\n"])
+def test_a_source_package_of_something_else_is_refused_in_a_line(tmp_path: Path, films: str):
+    path = tiny_speech.ratings(tmp_path, films)
+    with pytest.raises(PrepareError, match="is not vaderSentiment's source package") as caught:
+        sentiment.build([path], tmp_path, 0)
+    assert "\n" not in str(caught.value)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(PrepareError, match="is not vaderSentiment's source package"):
+        sentiment.build([path], tmp_path, 0)

@@ -1,6 +1,8 @@
 """Packages of a few kilobytes laid out like the speech ones: the game's dialogues, the voices, the rated sentences."""
 
+import io
 import struct
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,3 +81,27 @@ def voices(folder: Path, names: Sequence[str] = ("Ann", "Bob", "Cyd", "Dee", "Ev
         inside |= {f"{at}{event}.ogg": f"{name} {event}".encode() for event in events} | {f"{at}Ow2.ogg": b"the same"}
     inside["./usr/share/games/hedgewars/Data/Sounds/Laugh.ogg"] = b"no voice"
     return tiny_deb.deb(folder / "voices.deb", inside)
+
+
+def tgz(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def ratings(folder: Path, films: str | None = None) -> Path:
+    """vaderSentiment's source package: 30 sentences on films, two of them alike, and 4 on products."""
+    said = [f"{i}\t{i / 10 - 1.5}\tA film of {chr(97 + i % 26)}{i // 26}, caf\u00e9.\r\n" for i in range(29)]
+    movie = "".join([*said, "29\t-4\tA  FILM of b0, caf\u00e9.\r\n"]) if films is None else films
+    amazon = "1_1\t-0.5\tno picture.\r\n1_2\t2.25\tworks\r\n2_1\t0\ta film of c0, caf\u00e9.\r\n2_2\t1\tfine\r\n"
+    names = {"movie": movie, "amazon": amazon, "tweets": "1\t1\tx\r\n"}
+    inner = {f"hutto_ICWSM_2014/{n}ReviewSnippets_GroundTruth.txt": text.encode() for n, text in names.items()}
+    base = "vaderSentiment-2.5/"
+    path = folder / "vaderSentiment-2.5.tar.gz"
+    outer = {f"{base}additional_resources/hutto_ICWSM_2014.tar.gz": tgz(inner), f"{base}LICENSE.txt": b"MIT\n"}
+    path.write_bytes(tgz(outer))
+    return path

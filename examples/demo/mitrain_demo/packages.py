@@ -31,16 +31,20 @@ KNOWN_DEBIAN = {
 ELSEWHERE = "or download it elsewhere and give --archive FILE"
 
 
-def pypi_wheel(name: str, version: str, sha256: str, folder: Path) -> Path:
-    """The wheel ``name`` ``version`` in ``folder``, brought by pip unless it is there. Raises PrepareError."""
+def pypi_wheel(name: str, version: str, sha256: str, folder: Path, source: bool = False) -> Path:
+    """The wheel ``name`` ``version`` in ``folder``, brought by pip unless it is there. Raises PrepareError.
+
+    ``source``: its source package in place of a wheel, of which pip runs what tells its metadata.
+    """
     pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check"]
-    command = [*pip, "download", "--no-deps", "--only-binary=:all:", f"{name}=={version}"]
+    only = "--no-binary=:all:" if source else "--only-binary=:all:"
+    command = [*pip, "download", "--no-deps", only, f"{name}=={version}"]
 
     def bring(work: Path) -> None:
         failure = f"pip could not download {name} {version}"
         run_client(command, failure, "check the network and pip's configuration,", work)
 
-    pattern = f"{re.sub(r'[-_.]+', '_', name)}-{version}-*.whl"
+    pattern = f"{re.sub(r'[-_.]+', '_', name)}-{version}{'.tar.gz' if source else '-*.whl'}"
     return kept_or_brought(folder, name, pattern, bring, lambda file: sha256)
 
 
