@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,14 +150,10 @@ def sane(value: Any) -> bool:
 
 
 class Pretrained:
-    """An exported run on its frozen weights, ready to predict; made by `from_pretrained`.
-
-    Threads may share it: their predictions take turns, for a prediction puts stand-ins into the model while it runs.
-    """
+    """An exported run on its frozen weights, ready to predict; made by `from_pretrained`. Threads may share it."""
 
     def __init__(self, run: runs.Run):
         self.run = run
-        self._turn = threading.Lock()
 
     @property
     def model(self) -> Model:
@@ -190,8 +185,7 @@ class Pretrained:
                     raise DataError(f"the picture has no pixels ({picture.width} × {picture.height}): give another")
                 given[name] = Path(folder) / f"{name}.png"
                 picture.convert("RGBA" if picture.has_transparency_data else "RGB").save(given[name])
-            with self._turn:
-                answer = scoring.ask(self.run, given, text, candidates=candidates)
+            answer = scoring.ask(self.run, given, text, candidates=candidates)
         values = {**answer.values, **dict.fromkeys(in_memory)}
         return values if answer.mask is None else {**values, "mask": answer.mask}
 

@@ -174,7 +174,7 @@ def predict_one(
 def ask(
     run: Run, files: Files, text: str, *, candidates: Sequence[str] | None = None, out: str | None = None
 ) -> Answer:
-    """What an opened run says of one sample's files."""
+    """What an opened run says of one sample's files. Threads may share the run: they take turns."""
     check_words(text, candidates)
     data, task = run.config.data, run.model.task
     check_asked(files, text, data.inputs, data.may_lack, task.reads_no_text)
@@ -192,7 +192,8 @@ def ask(
         return run.model.evaluation_batch([sample], [inputs], features)
 
     given = {key: str(Path(file).expanduser()) for key, file in files.items()}
-    answer = task.ask(Question(name, inputs, given, text, candidates or (), see, picture, str(run.folder)))
+    with run.turn, run.model.adapter.conditioned(None):  # what a caller has bound is not this sample's
+        answer = task.ask(Question(name, inputs, given, text, candidates or (), see, picture, str(run.folder)))
     if not out:
         return answer
     written = write_mask(Path(out), picture(), text, answer.mask)

@@ -11,10 +11,11 @@ runs/NAME-TIME/
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -130,6 +131,7 @@ class Run:
     """An opened run: its configuration, its model with the trained tensors in place, and where they came from.
 
     ``answers``: of an exported run, the answers that training samples had, by prompt; otherwise None: ask the data.
+    ``turn``: held by the thread that asks it, as a prediction puts stand-ins into the model while it runs.
     """
 
     folder: Path
@@ -137,6 +139,7 @@ class Run:
     model: Model
     saved: Checkpoint
     answers: Mapping[str, Sequence[str]] | None = None
+    turn: Any = field(default_factory=threading.RLock, repr=False)
 
 
 def open_run(

@@ -4,8 +4,9 @@ What a forward pass infuses comes by ``adapter.bind({"image": x})`` or as the ke
 """
 
 import contextlib
-import threading
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -16,9 +17,14 @@ from mitrain.methods.base import Adapter
 from mitrain.methods.mit.condition import Condition, Feature, make_condition
 from mitrain.models.batch import ModalityInputs
 
+Given = Mapping["BoundFeatures", Condition | None]
+# Of the running call alone: of its thread and, where tasks of asyncio take turns in a thread, of its task.
+BOUND: ContextVar[Given] = ContextVar("bound", default=MappingProxyType({}))
+KEYWORDS: ContextVar[Given] = ContextVar("keywords", default=MappingProxyType({}))
+
 
 class BoundFeatures(Adapter):
-    """An adapter whose hooks read the features that are bound in the thread of the forward pass."""
+    """An adapter whose hooks read the features that are bound in the context (`contextvars`) of the forward pass."""
 
     takes_infused: ClassVar[bool] = True
     """Read by `refusals.call_without_losing_features`."""
@@ -27,8 +33,7 @@ class BoundFeatures(Adapter):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._bound: dict[int, list[Condition | None]] = {}  # by thread: several may run the model at a time
-        self._keywords: dict[int, Condition | None] = {}
+        self._held: set[object] = set()  # one for each `bind` that is under way, in whatever context
 
     def attach(self, backbones: Mapping[str, PreTrainedModel], checkpoint: bool = False, backend: str = "auto") -> Self:
         super().attach(backbones, checkpoint, backend)
@@ -37,10 +42,6 @@ class BoundFeatures(Adapter):
             self._undo.callback(take.remove)
             self._undo.callback(backbone.register_forward_hook(self._drop_keyword, always_call=True).remove)
         return self
-
-    def detach(self) -> None:
-        super().detach()
-        self._keywords.clear()
 
     @contextlib.contextmanager
     def conditioned(self, inputs: ModalityInputs | None, copies: int = 1) -> Iterator[None]:
@@ -68,48 +69,46 @@ class BoundFeatures(Adapter):
 
         features: name -> (B, e), or ((B, e), (B,) bool mask of the samples that have it), or None for a missing
         modality. copies: rows per sample, for ``generate`` its num_beams or num_return_sequences; None: as many as
-        the batch asks for. They are those of the thread that binds them. Raises ModelError where they don't fit the
-        adapter or, inside, the batch.
+        the batch asks for. They are those of the thread, or of the asyncio task, that binds them, and of what it starts
+        with a copy of its context (asyncio.to_thread). Raises ModelError where they don't fit the adapter or, inside,
+        the batch.
         """
         if not self._backbones:
             raise ModelError(
                 f"this {self.traits.name} adapter is not attached, so features have no effect: call attach()"
             )
-        own, condition = threading.get_ident(), make_condition(features, self.feature_widths, copies)
-        outer = self._bound.get(own, [])
-        self._bound[own] = [*outer, condition]
+        condition, held = make_condition(features, self.feature_widths, copies), object()
+        token = BOUND.set({**BOUND.get(), self: condition})
+        self._held.add(held)
         try:
             yield self
         finally:
-            if outer:
-                self._bound[own] = outer
-            else:
-                del self._bound[own]
+            self._held.discard(held)
+            BOUND.reset(token)
 
     @property
     def condition(self) -> Condition | None:
         """The features of the running forward pass: the keyword ``infused=`` of the call, else the innermost bind.
 
-        ModelError in a thread that has neither while another thread holds a binding: it may be meant for this one or not.
+        ModelError in a thread or task that has neither while another one holds a binding: it may be meant for this one or
+        not.
         """
-        own = threading.get_ident()
-        if own in self._keywords:
-            return self._keywords[own]
-        if own in self._bound:
-            return self._bound[own][-1]
-        if self._bound:
+        for given in (KEYWORDS.get(), BOUND.get()):
+            if self in given:
+                return given[self]
+        if self._held:
             raise ModelError(
-                "features are bound in another thread than the one that runs the model: call bind() in the thread of the"
+                "features are bound in another thread or task than the one that runs the model: call bind() in that of the"
                 " forward pass (or generate), or give infused= with the call"
             )
         return None
 
     def _take_keyword(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if "infused" in kwargs:
-            own = threading.get_ident()
-            self._keywords[own] = None
-            self._keywords[own] = make_condition(kwargs.pop("infused"), self.feature_widths)
+            condition = make_condition(kwargs.pop("infused"), self.feature_widths)
+            KEYWORDS.set({**KEYWORDS.get(), self: condition})
         return args, kwargs
 
     def _drop_keyword(self, backbone: nn.Module, args: tuple, output: Any) -> None:
-        self._keywords.pop(threading.get_ident(), None)
+        if self in KEYWORDS.get():
+            KEYWORDS.set({other: given for other, given in KEYWORDS.get().items() if other is not self})
