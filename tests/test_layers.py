@@ -31,6 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "av": ("mitrain/data/containers.py",),
     "deepspeed": ("mitrain/training/engine/",),
     "bitsandbytes": ("mitrain/models/quant/",),
+    "datasets": ("mitrain/core/hub.py",),
     "matplotlib": ("mitrain/compare/plots.py",),
     "pyarrow": ("mitrain/data/tables.py",),
     "soundfile": ("mitrain/data/audio.py",),

@@ -17,6 +17,7 @@ OPTIONAL = {
     "deepspeed",
     "flash-attn",
     "bitsandbytes",
+    "datasets",
     "matplotlib",
     "peft",
     "pyarrow",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mitrain import methods
-from mitrain.core import prepared
+from mitrain.core import hub, prepared
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.files import cache_home
 from mitrain.data.features import FeatureNorm, Features, Inputs
@@ -43,6 +43,8 @@ def resolve_model(name: str) -> str | Path:
 
 def resolve_data(data: Any) -> Path:
     """The folder of a prepared data set (prepared on first use), or the user's own."""
+    if data.source is not None and data.source.startswith(hub.PREFIX):
+        return hub.ensure(data.source)
     if data.source is not None:
         return prepared.ensure_data(data.source, seed=data.source_seed)
     return Path(data.root).expanduser()

@@ -1,15 +1,14 @@
 """Records of Parquet and of Hugging Face's folders: the same samples as of a CSV, files in their cells among them."""
 
 import io
-import json
 
 import numpy as np
 import pyarrow
 import pytest
+from embedded import COLOURS, described, embedded, png, refused, saved
 from PIL import Image
 from pyarrow import parquet
 
-from mitrain.core.errors import DataError
 from mitrain.data import tables
 from mitrain.data.arrays import read_array
 from mitrain.data.formats.captions import read_captions
@@ -20,44 +19,6 @@ from mitrain.data.formats.targets import read_targets
 from mitrain.data.images import read_image
 from mitrain.data.sources import LabelledConfig
 from mitrain.data.texts import read_text
-
-COLOURS = ("red", "green", "blue", "white")
-
-
-def png(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (6, 4), colour).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def embedded(lacking: tuple[int, ...] = ()) -> pyarrow.Array:
-    """A picture of each colour, as Hugging Face's Image keeps it."""
-    cells = [None if i in lacking else {"bytes": png(c), "path": None} for i, c in enumerate(COLOURS)]
-    return pyarrow.array(cells, pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}))
-
-
-def described(table: pyarrow.Table, **features: dict) -> pyarrow.Table:
-    """The table with the features that Hugging Face's datasets write into it."""
-    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-
-
-def saved(folder, table: pyarrow.Table, files: int = 2) -> None:
-    """As ``save_to_disk`` writes a data set."""
-    folder.mkdir(parents=True)
-    names = [f"data-{n:05}-of-{files:05}.arrow" for n in range(files)]
-    rows = table.num_rows // files
-    for n, name in enumerate(names):
-        with pyarrow.ipc.new_stream(str(folder / name), table.schema) as out:
-            out.write_table(table.slice(n * rows, rows))
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
-
-
-def refused(read, *words: str) -> None:
-    with pytest.raises(DataError) as caught:
-        read()
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_parquet_is_read_as_a_csv_of_the_same_columns(tmp_path):

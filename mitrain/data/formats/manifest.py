@@ -1,8 +1,9 @@
 """The records of a split, whatever they are written in: one road from a file's rows to a reader's samples.
 
-JSONL, JSON, CSV and TSV (`rows`), Parquet and the Arrow files of a Hugging Face data set (here). A split may be several
-files: ``part-*.parquet``, ``shards/{000..009}.jsonl``, or a folder of ``save_to_disk``. A cell that holds a file's bytes,
-or a list of numbers, becomes an address of itself (`mitrain.data.contents`): what is in it is read when it is encoded.
+JSONL, JSON, CSV and TSV (`rows`), WebDataset's tar archives (`shards`), Parquet and the Arrow files of a Hugging Face data
+set (here). A split may be several files: ``part-*.parquet``, ``shards/{000..009}.tar``, or a folder of ``save_to_disk``.
+A cell that holds a file's bytes, or a list of numbers, becomes an address of itself (`mitrain.data.contents`): what is in it
+is read when it is encoded.
 """
 
 import os
@@ -18,6 +19,7 @@ from mitrain.core.errors import DataError, UserError
 from mitrain.data import tables
 from mitrain.data.formats.foreign import advice
 from mitrain.data.formats.rows import all_rows, check_header, is_table
+from mitrain.data.formats.shards import rows_of_shard
 
 RANGE = re.compile(r"(.*)\{(\d{1,9})\.\.(\d{1,9})\}(.*)")
 MOST_FILES = 1_000_000
@@ -107,16 +109,20 @@ def rows_in(
     path: Path, root: Path, columns: Mapping[str, str], required: Sequence[str], inputs: Sequence[str]
 ) -> Iterator[Row]:
     """Every record of one file."""
-    if path.suffix not in (".parquet", ".arrow"):
+    if path.suffix not in (".parquet", ".arrow", ".tar"):
         for line, cells in all_rows(path, columns, required):
             yield Row(f"{path}:{line}", f"{path.name}:{line}", cells)
         return
-    files = {columns[name] for name in inputs}
+    files, address = {columns[name] for name in inputs}, os.path.relpath(path, root)
     try:
-        yield from rows_of_table(path, os.path.relpath(path, root), columns, required, files)
+        if path.suffix == ".tar":
+            for key, cells in rows_of_shard(path, address, columns.values(), files):
+                yield Row(f"{path}:{key}", f"{address}:{key}", cells)
+        else:
+            yield from rows_of_table(path, address, columns, required, files)
     except UserError:
         raise
-    except Exception as error:  # pyarrow raises many kinds for what is torn or hostile
+    except Exception as error:  # the libraries raise many kinds for what is torn or hostile
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DataError(f"cannot read {str(path)!r} ({reason}): write it again") from None
 
@@ -143,7 +149,7 @@ def rows_of_table(
             else:
                 parts.append([plain(value, classes.get(name)) for value in column.to_pylist()])
         for row, cells in enumerate(zip(*parts, strict=True), number):
-            yield Row(f"{path}#{row}", f"{path.name}#{row}", dict(zip(wanted, cells, strict=True)))
+            yield Row(f"{path}#{row}", f"{address}#{row}", dict(zip(wanted, cells, strict=True)))
         number += batch.num_rows
 
 
