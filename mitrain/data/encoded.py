@@ -279,11 +279,15 @@ class InputFeatures:
     def levels(self, encoding: Encoding, files: Sequence[str]) -> list[Tensor]:
         """The tokens of every level of an encoder that has levels: a list of (B, prefix + N, c) float32."""
         encoder = encoding.encoder
-        count, tokens_each = len(encoder.config.levels), encoder.prefix_tokens + encoder.grid**2
+        count, tokens_each = len(encoder.config.levels), encoder.tokens
         stacked = np.stack([item["levels"] for item in self.items(encoding, files, [0] * len(files))])
         return list(torch.from_numpy(stacked.astype(np.float32)).unflatten(1, (count, tokens_each)).unbind(1))
 
-    def states(self, encoding: Encoding, files: Sequence[str], views: Sequence[int]) -> Tensor:
-        """(B, N, c) float32: what enters the changed layers of an encoder (`EncoderStates`)."""
+    def states(self, encoding: Encoding, files: Sequence[str], views: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """What enters the changed layers of an encoder (`EncoderStates`): each file's (N, c) float32, how many are shown."""
         items = self.items(encoding, files, views)
-        return torch.from_numpy(np.stack([item["states"] for item in items]).astype(np.float32))
+        rows = [torch.from_numpy(item["states"].astype(np.float32)) for item in items]
+        return [
+            (row, int(item["shown"].item()) if "shown" in item else len(row))
+            for row, item in zip(rows, items, strict=True)
+        ]

@@ -7,7 +7,6 @@ modality. Shapes: B samples, e width of a modality's feature, E width of all of 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -231,24 +230,19 @@ class Features:
             tokens += part.files.levels(part.encoding, [given[part.input] for given in inputs])
         return tokens
 
-    @cached_property
-    def _blank(self) -> Tensor:
-        """(N, c): what enters the changed layers of the first encoder where a sample lacks its file."""
-        return torch.from_numpy(self.also.encode([self.also.encoder.blank()], [0])[0]["states"]).float()
-
-    def states(self, inputs: Sequence[Inputs], views: Sequence[int] | None = None) -> Tensor:
-        """(B, N, c) float32: what enters the changed layers of the first encoder; of a sample that lacks its file, what
-        enters them of a blank one."""
+    def states(self, inputs: Sequence[Inputs], views: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
+        """What enters the changed layers of the first encoder: (B, N, c) float32, padded with zeros, which a sample has
+        alone that lacks its file; and `ModalityInputs.counts` where they differ."""
         part = next(part for part in self.parts if part.encoding.encoder is self.also.encoder)
         views = views or [0] * len(inputs)
         own = [i for i, given in enumerate(inputs) if part.input in given]
-        if len(own) == len(inputs):
-            return part.files.states(self.also, [given[part.input] for given in inputs], views)
-        states = self._blank.repeat(len(inputs), 1, 1)
-        if own:
-            files = [inputs[i][part.input] for i in own]
-            states[own] = part.files.states(self.also, files, [views[i] for i in own])
-        return states
+        made = part.files.states(self.also, [inputs[i][part.input] for i in own], [views[i] for i in own])
+        longest = max([len(row) for row, _ in made], default=1)
+        states = torch.zeros(len(inputs), longest, self.also.width)
+        counts = torch.full((len(inputs), 2), longest)
+        for i, (row, shown) in zip(own, made, strict=True):
+            states[i, : len(row)], counts[i, 0], counts[i, 1] = row, len(row), shown
+        return states, None if (counts == longest).all() else counts
 
 
 def files_of(samples: Sequence[Any], source: str) -> set[str]:

@@ -105,9 +105,19 @@ class EncoderStates:
         identity = {**encoder.identity(), "enters layer": depth} if cache else {}
         kind = encoder.config.takes
         folder = "pictures" if kind == "image" else f"{kind}-states"
-        self.store = FeatureCache(cache / folder if cache else None, identity, {"states": "float16"})
+        dtypes = {"states": "float16"} | ({} if kind == "image" else {"shown": "float32"})
+        self.store = FeatureCache(cache / folder if cache else None, identity, dtypes)
+
+    @property
+    def width(self) -> int:
+        """c; of a Swin's first stage it is not that of its last."""
+        settings = self.encoder.settings
+        return settings.embed_dim if hasattr(settings, "depths") and not self.depth else settings.hidden_size
 
     def encode(self, contents: Sequence[Any], views: Sequence[int]) -> list[Item]:
-        """One item for each of the files' ``contents``, as they are or preprocessed."""
-        states = self.encoder.entering(self.depth, contents, views)
-        return [{"states": row.float().cpu().numpy()} for row in states]
+        """One item for each of the files' ``contents``, as they are or preprocessed: ``states``, and (1, 1) how many of
+        them are ``shown``, where files have different numbers."""
+        entering = self.encoder.entering(self.depth, contents, views)
+        if isinstance(entering, Tensor):
+            return [{"states": row.float().cpu().numpy()} for row in entering]
+        return [{"states": row.float().cpu().numpy(), "shown": np.full((1, 1), shown)} for row, shown in entering]

@@ -1,7 +1,7 @@
 """Full fine-tuning: every weight of the chosen backbones is trained. What parameter-efficient methods save on."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -67,8 +67,12 @@ class Full(Adapter):
         """Of float models what a pass goes through: the topmost layers and what follows them, or all that there is."""
         for side in SIDES[self.config.where]:
             model = backbones[side]
-            inside = {id(p) for p in model.base_model.parameters()}
-            below = {id(p) for layer in layouts.layers_of(model)[: first_layers[side]] for p in layer.parameters()}
+            inside = ids([model.base_model])
+            below = ids(layouts.layers_of(model)[: first_layers[side]])
+            if (
+                side == "image" and model.main_input_name != "pixel_values"
+            ):  # its states enter above all that is no layer
+                inside = ids((*layouts.layers_of(model), *self._image.norms))
             no_embeddings = side == "image" or self.config.layers is not None
             for name, parameter in model.named_parameters():
                 if not parameter.is_floating_point() or loading.is_sharded(parameter):
@@ -106,3 +110,8 @@ class Full(Adapter):
         """The models keep the trained values."""
         self._pretrained = {name: parameter.detach().clone() for name, parameter in self.weights.items()}
         self.detach()
+
+
+def ids(modules: Iterable[nn.Module]) -> set[int]:
+    """Of the modules' parameters."""
+    return {id(parameter) for module in modules for parameter in module.parameters()}

@@ -57,6 +57,11 @@ class VisualPrefix(Adapter):
         self._text: Layers | None = None
 
     def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
+        if backbones["image"].main_input_name != "pixel_values":
+            raise ConfigError(
+                "visual-prefix averages patches over squares of a picture, which"
+                f" {type(backbones['image']).__name__} does not read: put an image encoder first in model.encoders"
+            )
         self._image, self._text = Layers.of(backbones["image"]), Layers.of(backbones["text"])
         widths, text = (self._image.width, self._text.width), self._text.model
         if self.projector is None:
@@ -79,8 +84,15 @@ class VisualPrefix(Adapter):
         embeddings = self._text.model.get_input_embeddings()(texts.ids)
         visual = self.visual_tokens(inputs).to(embeddings)  # the embeddings' device, too
         check_positions(self._text.model, visual.shape[1], texts.ids.shape[1])
-        prompted = beside(embeddings, texts.mask, before=[visual])
+        prompted = beside(
+            embeddings,
+            texts.mask,
+            before=[visual],
+            unseen=inputs.lacking if inputs.lacking is None else inputs.lacking[:, None],
+        )
         given = {"inputs_embeds": prompted.states, "attention_mask": prompted.visible, "use_cache": False}
+        if prompted.positions is not None:
+            given["position_ids"] = prompted.positions
         text, _ = prompted.parted(self._text.model(**given).last_hidden_state)
         return Outputs(text, texts.mask, vectors)
 

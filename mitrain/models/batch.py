@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 STATES = ("last", "mean", "cls")
 """Read-outs of the text model's final states."""
@@ -33,8 +33,12 @@ class ModalityInputs:
 
     ``features``: modality -> (B, e) normalised; a row of zeros where a sample lacks it. ``present``: modality -> (B,) bool,
     only of those that some samples lack. ``states`` (B, N, c): what enters layer ``depth`` of the encoder of the modality
-    ``changed``, for methods that change it or read its tokens. ``infused`` False: the inputs are there, but the language
-    model is not to see them (a control).
+    ``changed``, for methods that change it or read its tokens. ``counts`` (B, 2) int64: how many states a sample's file has,
+    which see one another, and how many of these, the first, are read out; the rest is padding (none: all of both).
+    ``infused`` False: the inputs are there, but the language model is not to see them (a control).
+
+    A sample that lacks the modality ``changed`` has states of zeros. They pass the encoder, so that nothing is divided by a
+    count of 0, and whoever reads them gives them no weight (`lacking`).
     """
 
     features: Mapping[str, Tensor]
@@ -43,6 +47,7 @@ class ModalityInputs:
     depth: int = 0
     changed: str = ""
     infused: bool = True
+    counts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.features.values())))
@@ -59,9 +64,8 @@ class ModalityInputs:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "ModalityInputs":
         features, present = ({name: function(x) for name, x in part.items()} for part in (self.features, self.present))
-        return replace(
-            self, features=features, present=present, states=None if self.states is None else function(self.states)
-        )
+        states, counts = (None if x is None else function(x) for x in (self.states, self.counts))
+        return replace(self, features=features, present=present, states=states, counts=counts)
 
     def rows(self, index: Tensor | slice) -> "ModalityInputs":
         """Only (or repeatedly) the samples ``index``."""
@@ -77,8 +81,39 @@ class ModalityInputs:
         features = {name: torch.cat([part.features[name] for part in parts]) for name in first.features}
         lacked = dict.fromkeys(name for part in parts for name in part.present)
         present = {name: torch.cat([part.has(name) for part in parts]) for name in lacked}
-        states = None if first.states is None else torch.cat([part.states for part in parts])
-        return replace(first, features=features, present=present, states=states)
+        if first.states is None:
+            return replace(first, features=features, present=present)
+        longest = max(part.states.shape[1] for part in parts)
+        states = torch.cat([nn.functional.pad(p.states, (0, 0, 0, longest - p.states.shape[1])) for p in parts])
+        known = any(part.counts is not None or part.states.shape[1] < longest for part in parts)
+        counts = torch.cat([part.counted for part in parts]) if known else None
+        return replace(first, features=features, present=present, states=states, counts=counts)
+
+    @property
+    def counted(self) -> Tensor:
+        """`counts`, written out."""
+        whole = torch.full((len(self), 2), self.states.shape[1], device=self.states.device)
+        return whole if self.counts is None else self.counts
+
+    @property
+    def visible(self) -> Tensor | None:
+        """(B, N) bool: which states are no padding; None: all."""
+        return self._first(0)
+
+    @property
+    def shown(self) -> Tensor | None:
+        """(B, N) bool: which states are read out; None: all."""
+        return self._first(1)
+
+    def _first(self, column: int) -> Tensor | None:
+        if self.counts is None:
+            return None
+        return torch.arange(self.states.shape[1], device=self.counts.device) < self.counts[:, column, None]
+
+    @property
+    def lacking(self) -> Tensor | None:
+        """(B,) bool: which samples lack the modality ``changed``; None: none of them."""
+        return ~self.present[self.changed] if self.changed in self.present else None
 
     def has(self, name: str) -> Tensor:
         """(B,) bool: which samples have the modality ``name``."""
@@ -86,8 +121,10 @@ class ModalityInputs:
         return torch.ones(len(self), dtype=torch.bool, device=self.features[name].device) if there is None else there
 
     def with_vector(self, vector: Tensor) -> dict[str, Tensor]:
-        """The features, that of the changed encoder replaced by the ``vector`` (B, w) that it gives now."""
-        return {**self.features, self.changed: vector}
+        """The features, that of the changed encoder replaced by the ``vector`` (B, w) that it gives now, 0 where a sample
+        lacks its file."""
+        lacking = self.lacking
+        return {**self.features, self.changed: vector if lacking is None else vector.masked_fill(lacking[:, None], 0)}
 
 
 @dataclass(frozen=True)
@@ -119,6 +156,6 @@ class Outputs:
 
 
 def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of (B, T, D) over the tokens that ``mask`` (B, T) admits."""
+    """Mean of (B, T, D) over the tokens that ``mask`` (B, T) admits, 0 where it admits none."""
     weight = mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weight).sum(1) / weight.sum(1)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)

@@ -267,9 +267,12 @@ def training_memory(trainable: int, frozen: int = 0, precision: str = "fp32", st
     return Memory(frozen=frozen, weights=size, gradients=size, optimizer=share(state, stage >= 1, world))
 
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
 def encoder_shape(config: Mapping[str, Any]) -> LlmShape | None:
-    """An image transformer's, from its configuration; None for one of several stages, as Swin, whose layers differ."""
-    hidden, layers, heads = (config.get(key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    """An encoder's, from its configuration; None for one of several stages, as Swin, whose layers differ."""
+    hidden, layers, heads = (config.get(key) for key in SIZES)
     if not all(isinstance(value, int) for value in (hidden, layers, heads)):
         return None
     ffn = config.get("intermediate_size") or int(hidden * config.get("mlp_ratio", 4))

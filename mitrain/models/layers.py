@@ -23,7 +23,7 @@ from transformers.masking_utils import (
 )
 
 from mitrain.core.errors import ModelError
-from mitrain.models.batch import ModalityInputs
+from mitrain.models.batch import ModalityInputs, mean_over
 from mitrain.models.layouts import CLASS_TOKENS, ENCODERS, LAYOUTS, LLAMA, NORMS, ROTARY, layer_lists
 
 SERVED = f"the layers of {{}} cannot be run one by one: use one of {', '.join(ENCODERS)} or a decoder of the Llama kind"
@@ -62,22 +62,30 @@ def beside(
     before: Sequence[Tensor] = (),
     after: Sequence[Tensor] = (),
     lead: int = 0,
+    unseen: Tensor | None = None,
 ) -> Prompted:
     """[tokens[:lead] ; before ; tokens[lead:] ; after], the prompts visible, in the tokens' type.
 
     tokens: (B, T, D), of which ``visible`` (B, T) are seen, right-padded, or all. before, after: prompts (M, D) or
     (B, M, D). Those after the tokens get the positions that follow the sample's last visible token, so that the amount
-    of padding, which other samples of the batch decide, does not matter.
+    of padding, which other samples of the batch decide, does not matter. unseen: (B, M) or (B, 1) bool, the prompts of
+    ``before`` and ``after`` that no token of the sample sees.
     """
     batch, count = tokens.shape[:2]
     ahead, behind = ([p.to(tokens.dtype).expand(batch, -1, -1) for p in group] for group in (before, after))
     first, last = (sum(prompt.shape[1] for prompt in group) for group in (ahead, behind))
     positions = None
+    if visible is None and unseen is not None:
+        visible = torch.ones(batch, count, dtype=torch.bool, device=tokens.device)
     if visible is not None and last:
         positions = torch.arange(first + count + last, device=tokens.device).expand(batch, -1)
         positions = positions - (count - visible.sum(1, keepdim=True)) * (positions >= first + count)
-    if visible is not None:  # the tokens that lead are never padding, so the prompts' ones may stand before theirs
-        visible = nn.functional.pad(visible, (first, last), value=1)
+    if visible is not None:
+        seen = visible.new_ones(1, 1) if unseen is None else (~unseen).to(visible.dtype)
+        ahead_seen, behind_seen = seen.expand(batch, first + last).split([first, last], 1)
+        visible = torch.cat([visible[:, :lead], ahead_seen, visible[:, lead:], behind_seen], 1)
+    if unseen is not None:  # what is not there takes no place either
+        positions = (visible.long().cumsum(1) - 1).clamp_min(0)
     states = torch.cat([tokens[:, :lead], *ahead, tokens[:, lead:], *behind], dim=1)
     return Prompted(states, visible, positions, (lead, first, count - lead))
 
@@ -97,7 +105,7 @@ class Layers:
     rotary: nn.Module | None
     norms: tuple[nn.Module, ...]
     class_norm: nn.Module | None
-    has_class: bool
+    class_tokens: int
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Layers":
@@ -108,7 +116,7 @@ class Layers:
         base = model.base_model
         if base.config.sub_configs:
             raise ModelError(f"{name} joins several models: give one of them, such as its text_model or vision_model")
-        stacks = layer_lists(base)
+        stacks = [stack for stack in layer_lists(base) if stack[1] != "conv_layers"]
         if not stacks:
             raise ModelError(
                 f"{name} has no stack of equal transformer layers: give a transformer, such as BERT or ViT"
@@ -124,9 +132,13 @@ class Layers:
         check_family(base, name, causal, rotary)
         check_layers(layers, name)
         norms = [getattr(module, n) for module in reversed(path) for n in NORMS if hasattr(module, n)]
-        class_norm = norms.pop() if LAYOUTS.get(base.config.model_type, LLAMA).class_norm else None
+        layout = LAYOUTS.get(base.config.model_type, LLAMA)
+        class_norm = norms.pop() if layout.class_norm else None
+        if not getattr(base.config, "do_stable_layer_norm", True):
+            norms = []  # wav2vec 2.0's stands before the layers then
         has_class = any(n.split(".")[-1] in CLASS_TOKENS for n, _ in base.named_parameters())
-        return cls(base, owner, attribute, causal, rotary, tuple(norms), class_norm, has_class)
+        class_tokens = layout.class_tokens if has_class else 0
+        return cls(base, owner, attribute, causal, rotary, tuple(norms), class_norm, class_tokens)
 
     @property
     def modules(self) -> nn.ModuleList:
@@ -173,9 +185,10 @@ class Layers:
         before: Sequence[Tensor] = (),
         after: Sequence[Tensor] = (),
         lead: int = 0,
+        unseen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Layer ``index`` on what `beside` makes: the tokens (B, T, D) and the prompts (B, M, D) that leave it."""
-        prompted = beside(tokens, visible, before, after, lead)
+        prompted = beside(tokens, visible, before, after, lead, unseen)
         return prompted.parted(self.run(index, prompted.states, prompted.visible, prompted.positions))
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -184,15 +197,18 @@ class Layers:
             hidden = norm(hidden)
         return hidden
 
-    def summary(self, hidden: Tensor) -> Tensor:
-        """(B, D) from the last layer's output (B, T, D): the class token after the final norm.
+    def summary(self, hidden: Tensor, shown: Tensor | None = None) -> Tensor:
+        """(B, D) from the last layer's output (B, T, D): the class token after the final norm, the mean of AST's two.
 
-        Without a class token (Whisper, SigLIP) the mean over the tokens; prompts must be gone by then.
+        Without a class token (Whisper, wav2vec 2.0, SigLIP) the mean over the tokens, of those that are ``shown`` (B, T) or
+        all; prompts must be gone by then.
         """
         if self.class_norm is not None:
             return self.class_norm(hidden[:, 0])
         finished = self.finish(hidden)
-        return finished[:, 0] if self.has_class else finished.mean(1)
+        if self.class_tokens:
+            return finished[:, 0] if self.class_tokens == 1 else finished[:, : self.class_tokens].mean(1)
+        return finished.mean(1) if shown is None else mean_over(finished, shown)
 
     def encode_tokens(self, inputs: ModalityInputs) -> tuple[Tensor, Tensor]:
         """The encoder's final tokens (B, N, D) and its `summary` (B, D), from the layer that the states enter."""
@@ -200,8 +216,8 @@ class Layers:
             raise ModelError("this method reads the encoder's tokens: give the states that enter its first layer")
         hidden = inputs.states.to(self.model.device, self.model.dtype)
         for index in range(inputs.depth, self.depth):
-            hidden = self.run(index, hidden)
-        return self.finish(hidden), self.summary(hidden)
+            hidden = self.run(index, hidden, inputs.visible)
+        return self.finish(hidden), self.summary(hidden, inputs.shown)
 
     def _pattern(self, index: int) -> str:
         config = self.model.config
@@ -231,7 +247,7 @@ def check_family(base: PreTrainedModel, name: str, causal: bool, rotary: nn.Modu
         raise ModelError(f"{name} has layers of the kind {strange[0]}: only full and sliding attention are supported")
     if causal and rotary is None:
         raise ModelError(f"{name} is causal without rotary embeddings: use a decoder of the Llama kind")
-    if not causal and base.config.model_type not in ENCODERS:
+    if (not causal and base.config.model_type not in ENCODERS) or getattr(base.config, "add_adapter", False):
         raise ModelError(SERVED.format(name))
 
 

@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 class Layout:
     """The names of one family.
 
-    where: ``attention`` = the block in a layer, with ``q``, ``k``, ``v`` and ``o`` in it (``qkv``: one projection that makes
-    three; ``thirds``: it gives queries, keys and values in this order); ``mlp`` = the feed-forward's projections in a layer,
-    the activation enters the last; ``norms`` = what follows the last layer; ``class_token`` = the parameter, if any, and
-    ``class_norm`` = the norm is for the class token alone; ``beside`` = the norm before attention (``pre``) or behind it,
-    where a cross-attention can be composed from the block; ``kin`` = the layer's children, by which families without a
-    row are known to be composed alike; ``gated`` = the feed-forward has three matrices; ``checked`` = an encoder whose
-    layers are tested, one after another, to be the whole model.
+    where: ``attention`` = the block in a layer, with ``q``, ``k``, ``v`` and ``o`` in it (``qkv``: one projection that
+    makes three; ``thirds``: it gives queries, keys and values in this order); ``mlp`` = the feed-forward's projections in
+    a layer, the activation enters the last; ``norms`` = what follows the last layer; ``class_token`` = the parameter, if
+    any, and ``class_tokens`` = how many of the first are read out; ``class_norm`` = the norm is for the class token alone;
+    ``beside`` = the norm before attention (``pre``) or behind it, where a cross-attention can be composed from the block;
+    ``kin`` = the layer's children, by which families without a row are known to be composed alike; ``gated`` = the feed-
+    forward has three matrices; ``checked`` = an encoder whose layers are tested, one after another, to be the whole model.
     """
 
     attention: str
@@ -46,6 +46,7 @@ class Layout:
     mlp: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     class_token: str = ""
+    class_tokens: int = 1
     class_norm: bool = False
     beside: str = ""
     pre: bool = True
@@ -98,6 +99,18 @@ LAYOUTS: dict[str, Layout] = {
     "clip_vision_model": CLIP,
     "siglip_vision_model": SIGLIP,
     "whisper": Layout("self_attn", **SPLIT, o="out_proj", mlp=("fc1", "fc2"), norms=("layer_norm",), **SEEN),
+    "audio-spectrogram-transformer": Layout(**{**vars(VIT), "class_tokens": 2}),
+    **dict.fromkeys(
+        ("wav2vec2", "hubert"),
+        Layout(
+            "attention",
+            **SPLIT,
+            o="out_proj",
+            mlp=("feed_forward.intermediate_dense", "feed_forward.output_dense"),
+            norms=("layer_norm",),
+            **SEEN,
+        ),
+    ),
     "blip_vision_model": Layout(
         "self_attn",
         qkv="qkv",

@@ -39,9 +39,14 @@ class ReadTask(Task):
         return sum(len(self._ids(s.text)) for s in samples)
 
     def states(self, texts: Sequence[str], inputs: ModalityInputs | None) -> Tensor:
-        """(B, widths of the read-outs): what the head reads, standardised per dimension."""
-        parts = read_out(self.parts, [self._ids(text) for text in texts], self.config.readout, inputs)
-        return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
+        """(B, widths of the read-outs): what the head reads, standardised per dimension; 0 of a modality that is lacking."""
+        names = self.config.readout
+        parts = read_out(self.parts, [self._ids(text) for text in texts], names, inputs)
+        values = (torch.cat([parts[name] for name in names], -1) - self.mean) * self.scale
+        if inputs is None or inputs.lacking is None or inputs.changed not in names:
+            return values
+        there = [~inputs.lacking[:, None] | (name != inputs.changed) for name in names]
+        return values * torch.cat([mask.expand(parts[name].shape) for name, mask in zip(names, there, strict=True)], -1)
 
 
 class HeadTask(ReadTask):

@@ -86,16 +86,20 @@ def statistics(
     seen = [name for name in names if name in ("joint", changed)]
     states = [read_out(parts, chunk, alone, None) for chunk in chunks(rows)] if alone else []
     shown = [(chunk, see(chunk).inputs) for chunk in chunks(evenly(samples, SEEN_SAMPLES))] if seen else []
-    together = [read_out(parts, [row(s) for s in chunk], seen, inputs) for chunk, inputs in shown]
+    together = [(read_out(parts, [row(s) for s in chunk], seen, inputs), inputs.lacking) for chunk, inputs in shown]
     moments_of = {name: moments(part[name] for part in states) for name in alone}
-    moments_of |= {name: moments(part[name] for part in together) for name in seen}
+    for name in seen:
+        rows_of = [part[name] if name == "joint" or gone is None else part[name][~gone] for part, gone in together]
+        moments_of[name] = moments(rows_of)
     both = [moments_of.get(name) or (torch.zeros(widths[name]), torch.ones(widths[name])) for name in names]
     return torch.cat([mean.cpu() for mean, _ in both]), torch.cat([scale.cpu() for _, scale in both])
 
 
 def moments(states: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean, and 1 / std, over the rows of ``states``, both (width,) float64."""
+    """Mean, and 1 / std, over the rows of ``states``, both (width,) float64; 0 and 1 of no rows."""
     rows = torch.cat([part.double() for part in states])
+    if not len(rows):
+        return torch.zeros(rows.shape[1]), torch.ones(rows.shape[1])
     std = rows.std(0, correction=0)
     return rows.mean(0), torch.where(std > 1e-6, 1 / std.clamp_min(1e-3), 1.0)
 

@@ -177,12 +177,13 @@ class Model:
         there = {name: mask.to(self.text.device) for name, mask in present.items()}
         split = self.norm.split(self._placed(features))
         split = {name: x * there[name][:, None] if name in there else x for name, x in split.items()}
-        states, depth, changed = None, 0, ""
+        states, counts, depth, changed = None, None, 0, ""
         if self.entering is not None:
-            states, depth = self._placed(files.states(inputs, views)), self.entering.depth
-            changed = next(iter(self.norm.widths))
+            states, counts = files.states(inputs, views)
+            states, counts = self._placed(states), counts if counts is None else counts.to(self.text.device)
+            depth, changed = self.entering.depth, next(iter(self.norm.widths))
         levels = [level.to(self.text.device) for level in files.levels(inputs)] if self.task.decodes else []
-        return Batch(samples, ModalityInputs(split, there, states, depth, changed, infused), levels)
+        return Batch(samples, ModalityInputs(split, there, states, depth, changed, infused, counts), levels)
 
     def normalised(self, samples: Sequence[Any], files: Features) -> Tensor:
         """(n, E): the samples' features side by side, as they are infused; 0 for a modality that one lacks."""
@@ -298,10 +299,10 @@ def changeable(encoder: Encoder | None, adapter: Adapter) -> nn.Module:
             f" {encoder.config.name if encoder else 'none'!r} has none: put another encoder first in model.encoders, as"
             " dinov2-vits14"
         )
-    if encoder.config.takes != "image":
+    if not encoder.enters:
         raise ConfigError(
-            f"the method {adapter.traits.name!r} changes the layers of the first encoder, which it can do for images alone,"
-            f" and {encoder.config.label} is first: put an image encoder before it, or take another method"
+            f"the method {adapter.traits.name!r} changes the layers of the first encoder, which it can do for images, speech"
+            f" and texts, not for {encoder.config.label}: put another encoder before it, or take another method"
         )
     return encoder.model
 

@@ -164,7 +164,7 @@ def encoder_activations(config: RunConfig, model: Model) -> int:
     if not model.adapter.traits.changes_encoder:
         return 0
     encoder = next(iter(model.encoders.values()))
-    shape = costs.encoder_shape(encoder.settings.to_dict())
+    sizes = {name: getattr(encoder.settings, name, None) for name in costs.SIZES}  # some have other names in the file
+    shape = costs.encoder_shape(encoder.settings.to_dict() | sizes)
     above = max(0, encoder.depth - model.adapter.attachment.first_layers["image"])
-    tokens = encoder.prefix_tokens + encoder.grid**2
-    return costs.activation_bytes(shape, tokens, above, 0, precision=config.model.dtype) if shape else 0
+    return costs.activation_bytes(shape, encoder.tokens, above, 0, precision=config.model.dtype) if shape else 0

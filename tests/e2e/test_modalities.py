@@ -201,11 +201,48 @@ def test_whole_weights_on_each_rank_and_samples_that_lack_an_input_are_refused(w
         assert "set zero.stage to at most 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["pmf", "mope", "aurora", "visual-prefix"])
-def test_a_method_that_changes_an_encoder_takes_pictures_alone(world, capsys, method):
-    encoders = {"speech": {"name": str(world / "whisper")}}
-    config = written(world, method, model={"encoders": encoders}, task={"readout": ["last"]})
-    values = {**yaml.safe_load(config.read_text()), "adapter": {"name": method}}
-    config.write_text(yaml.safe_dump(values))
-    assert main(["train", str(config), "--dry-run"]) == 2
-    assert "is first: put an image encoder before it, or take another method" in capsys.readouterr().err
+def test_a_method_that_changes_an_encoder_refuses_one_that_it_cannot_change(world, capsys):
+    speech, mine = {"name": str(world / "whisper")}, {"takes": "features", "width": 5}
+    for method, name, encoder, words in (
+        (
+            "visual-prefix",
+            "speech",
+            speech,
+            "squares of a picture, which WhisperEncoder does not read: put an image encoder",
+        ),
+        (
+            "pmf",
+            "mine",
+            mine,
+            "changes an encoder's transformer layers, and 'features' has none: put another encoder first",
+        ),
+    ):
+        changes = {"model": {"encoders": {name: encoder}}, "task": {"readout": ["last"]}, "data": {"may_lack": []}}
+        config = written(world, method, **changes)
+        config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "adapter": {"name": method}}))
+        assert main(["train", str(config), "--dry-run"]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_method_that_changes_an_encoder_does_so_for_speech(world, capsys):
+    """Texts and clips of unequal length, of which half the samples have none, through PMF and Whisper's encoder."""
+    path = written(
+        world, "asked", task={"readout": ["last", "speech"]}, model={"encoders": {"speech": str(world / "whisper")}}
+    )
+    config = yaml.safe_load(path.read_text())
+    config |= {"adapter": {"name": "pmf", "fusion_layers": 1}}
+    config["data"]["inputs"] = ["speech"]
+    path.write_text(yaml.safe_dump(config))
+    assert as_json(capsys, "train", path, "--dry-run")["infusion_parameters"] > 0
+    run = as_json(capsys, "train", path, "--runs", world / "runs")["run"]
+    plain = as_json(capsys, "eval", run, "--split", "test", "--missing", "speech")
+    assert plain["samples"] == 8 and set(plain["accuracy_without_speech"]) == {"0%", "25%", "50%", "75%", "100%"}
+    file = world / "data" / "test0.wav"
+    said = as_json(capsys, "predict", run, "--input", f"speech={file}", "--text", "this thing is")
+    other = as_json(
+        capsys, "predict", run, "--input", f"speech={world / 'data' / 'test2.wav'}", "--text", "this thing is"
+    )
+    assert said["probabilities"] != other["probabilities"]
+    out = as_json(capsys, "export", run, "--out", world / "published-pmf")["folder"]
+    again = as_json(capsys, "predict", out, "--input", f"speech={file}", "--text", "this thing is")
+    assert again["probabilities"] == pytest.approx(said["probabilities"], abs=1e-5)

@@ -394,7 +394,7 @@ def test_a_read_out_that_the_encoder_lacks_is_refused(settings, message):
 
 def test_what_does_not_fit_is_refused_in_one_line():
     found = attached()
-    with pytest.raises(ModelError, match="4 texts and 3 pictures"):
+    with pytest.raises(ModelError, match="4 texts and 3 files"):
         found.mope.encode(found.words, found.picture.rows(slice(3)))
     with pytest.raises(ModelError, match="give the states"):
         found.mope.encode(None, pictures(torch.zeros(4, 5)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import DEPTH, NAMES, WIDTH, WINDOW, text, tiny
-from tiny_encoders import IMAGES, TEXTS, WHISPER, pixels, sound, tiny_encoder
+from tiny_encoders import IMAGES, RAW, SOUNDS, TEXTS, WHISPER, pixels, sound, tiny_encoder
 from transformers import (
     BertConfig,
     BertModel,
@@ -21,6 +21,8 @@ from transformers import (
     ResNetModel,
     SwinConfig,
     SwinModel,
+    WavLMConfig,
+    WavLMModel,
     WhisperConfig,
     WhisperModel,
 )
@@ -43,13 +45,17 @@ def example(name, padding="right"):
     dtype = torch.float32 if name == "gemma2" else torch.float64
     model = tiny(name, dtype) if name in NAMES else tiny_encoder(name, dtype)
     inputs = (
-        text(padding=padding) if name in WORDS else sound(dtype=dtype) if name == "whisper" else pixels(dtype=dtype)
+        text(padding=padding)
+        if name in WORDS
+        else sound(dtype=dtype, name=name)
+        if name in SOUNDS
+        else pixels(dtype=dtype)
     )
     mask = inputs.get("attention_mask")
     return model, inputs, None if mask is None else mask.bool()
 
 
-@pytest.mark.parametrize("name", [*WORDS, *IMAGES, "whisper"])
+@pytest.mark.parametrize("name", [*WORDS, *IMAGES, *SOUNDS])
 @torch.no_grad()
 def test_the_layers_one_by_one_are_the_model(name):
     model, inputs, visible = example(name)
@@ -64,7 +70,9 @@ def test_the_layers_one_by_one_are_the_model(name):
     torch.testing.assert_close(layers.finish(hidden)[shown], whole[shown], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "dinov2_with_registers", "clip_vision_model"])
+@pytest.mark.parametrize(
+    "name", ["dinov2", "dinov2_with_registers", "clip_vision_model", "audio-spectrogram-transformer"]
+)
 @torch.no_grad()
 def test_the_summary_is_the_class_token_that_the_model_reads_out(name):
     model, inputs, _ = example(name)
@@ -72,7 +80,7 @@ def test_the_summary_is_the_class_token_that_the_model_reads_out(name):
     torch.testing.assert_close(summary, model(**inputs).pooler_output, rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("name", ["whisper", "siglip_vision_model"])
+@pytest.mark.parametrize("name", ["whisper", "wav2vec2", "hubert", "siglip_vision_model"])
 @torch.no_grad()
 def test_without_a_class_token_the_summary_is_the_mean(name):
     model, inputs, _ = example(name)
@@ -92,15 +100,17 @@ def test_rotary_embeddings_come_from_the_positions(name):
     assert (layers.run(1, hidden, visible, 2 * count) - usual)[visible].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["llama", "bert", "whisper", "wav2vec2"])
 @torch.no_grad()
 def test_padding_is_not_seen(name):
     model, inputs, visible = example(name)
     layers, hidden = Layers.of(model), trunk_states(model, 0, **inputs)
+    if visible is None:
+        visible = torch.arange(hidden.shape[1]) < torch.tensor([[2], [hidden.shape[1]], [4]])
     noise = torch.where(visible[..., None], hidden, torch.randn_like(hidden))
     out, other = layers.run(0, hidden, visible), layers.run(0, noise, visible)
     assert torch.equal(out[visible], other[visible])
-    if name == "bert":  # a causal token does not see what comes after it, padding or not
+    if name != "llama":  # a causal token does not see what comes after it, padding or not
         assert (layers.run(0, noise) - out)[visible].abs().max() > 1e-3
 
 
@@ -124,6 +134,8 @@ REFUSED = {
     "the layers of SwinModel": lambda: small(SwinModel, SwinConfig, embed_dim=8, depths=[1, 1], num_heads=[2, 2]),
     "BloomModel": lambda: small(BloomModel, BloomConfig, hidden_size=32, n_layer=2, n_head=4, vocab_size=67),
     "causal without rotary": lambda: small(GPT2Model, GPT2Config, n_embd=32, n_layer=2, n_head=4, vocab_size=67),
+    "the layers of WavLMModel": lambda: small(WavLMModel, WavLMConfig, **RAW),
+    "the layers of Wav2Vec2Model": lambda: tiny_encoder("wav2vec2", add_adapter=True),
     "BertModel is causal": lambda: small(BertModel, BertConfig, **SHAPE, is_decoder=True),
     "full and sliding": lambda: tiny("llama", layer_types=["linear_attention"] * DEPTH),
     "no stack of equal": lambda: small(ResNetModel, ResNetConfig, hidden_sizes=[8, 8], depths=[1, 1], embedding_size=8),

@@ -2,12 +2,12 @@
 
 import pytest
 from tiny import NAMES, tiny
-from tiny_encoders import IMAGES, TEXTS, tiny_encoder
+from tiny_encoders import IMAGES, SOUNDS, TEXTS, tiny_encoder
 
 from mitrain.models.layouts import ENCODERS, LAYOUTS, LLAMA, PROJECTIONS, attention_of, kind_of, layers_of, makes
 
 
-@pytest.mark.parametrize("name", [*NAMES, *TEXTS, *IMAGES, "whisper"])
+@pytest.mark.parametrize("name", [*NAMES, *TEXTS, *IMAGES, *SOUNDS])
 def test_each_row_names_what_is_there(name):
     layer = layers_of(tiny(name) if name in NAMES else tiny_encoder(name))[1]
     layout = LAYOUTS.get(name, LLAMA)
@@ -23,4 +23,4 @@ def test_each_row_names_what_is_there(name):
 
 
 def test_the_encoders_are_those_whose_layers_are_tested_one_by_one():
-    assert set(ENCODERS) == {*TEXTS, *IMAGES, "whisper"}
+    assert set(ENCODERS) == {*TEXTS, *IMAGES, *SOUNDS}

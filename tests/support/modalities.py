@@ -54,7 +54,7 @@ class Pictures:
         return self.all.levels([{"image": image} for image in images])
 
     def states(self, images: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
-        return self.all.states([{"image": image} for image in images], views)
+        return self.all.states([{"image": image} for image in images], views)[0]
 
 
 def part_of(outputs: Outputs, name: str) -> Tensor:

@@ -52,6 +52,13 @@ IMAGES: dict[str, dict] = {
     "siglip_vision_model": PIXELS,
     "blip_vision_model": PIXELS,
 }
+RAW = {**SHAPE, "conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (80, 2), "num_conv_pos_embeddings": 6}
+SOUNDS: dict[str, dict] = {
+    "whisper": {},
+    "wav2vec2": {**RAW, "num_conv_pos_embedding_groups": 2},
+    "hubert": {**RAW, "num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": True, "feat_extract_norm": "layer"},
+    "audio-spectrogram-transformer": {**SHAPE, "num_mel_bins": 8, "max_length": 24, "patch_size": 4},
+}
 NOT_AUTO = {
     "clip_vision_model": (CLIPVisionModel, CLIPVisionConfig),
     "siglip_vision_model": (SiglipVisionModel, SiglipVisionConfig),
@@ -72,7 +79,7 @@ def tiny_encoder(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     if name == "whisper":
         return WhisperModel(WhisperConfig(**{**WHISPER, **changes})).encoder.to(dtype).eval()
     kind, settings = NOT_AUTO[name] if name in NOT_AUTO else (AutoModel.from_config, CONFIG_MAPPING[name])
-    model = kind(settings(**{**TEXTS, **IMAGES}[name] | changes))
+    model = kind(settings(**{**TEXTS, **IMAGES, **SOUNDS}[name] | changes))
     with torch.no_grad():  # norms that differ from the identity, so that one left out or doubled shows
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -84,6 +91,8 @@ def pixels(rows: int = 3, seed: int = 4, dtype: torch.dtype = torch.float32) -> 
     return {"pixel_values": torch.randn(rows, 3, SIZE, SIZE, generator=generator, dtype=dtype)}
 
 
-def sound(rows: int = 3, seed: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def sound(rows: int = 3, seed: int = 5, dtype: torch.dtype = torch.float32, name: str = "whisper") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {"input_features": torch.randn(rows, WHISPER["num_mel_bins"], 2 * FRAMES, generator=generator, dtype=dtype)}
+    shapes = {"whisper": (WHISPER["num_mel_bins"], 2 * FRAMES), "audio-spectrogram-transformer": (24, 8)}
+    clips = torch.randn(rows, *shapes.get(name, (1600,)), generator=generator, dtype=dtype)
+    return {"input_features" if name == "whisper" else "input_values": clips}

@@ -163,7 +163,7 @@ class Aurora(Adapter):
             mask, kinds = texts.mask, distinct(texts.ids.masked_fill(texts.mask == 0, -1))
             entering, text = self._write(texts, *kinds)
         if texts is not None and inputs is not None and self.fusion is not None:
-            joint = self._joint(mask, entering, text, seen if inputs.infused else None, kinds[0])
+            joint = self._joint(mask, entering, text, seen, inputs, kinds[0])
         return Outputs(text, mask, {} if inputs is None else inputs.with_vector(image), joint)
 
     def _see(self, inputs: ModalityInputs) -> tuple[Tensor, Tensor]:
@@ -172,10 +172,11 @@ class Aurora(Adapter):
         if hidden is None or inputs.depth:
             raise ModelError("aurora changes every layer of the image encoder: give the states that enter its layer 0")
         first, group = distinct(hidden)
+        visible, shown = (None if mask is None else mask[first] for mask in (inputs.visible, inputs.shown))
         hidden = hidden[first].to(layers.model.device, layers.model.dtype)
         for index in range(layers.depth):
-            hidden = layers.run(index, hidden)
-        return layers.finish(hidden)[group], layers.summary(hidden)[group]
+            hidden = layers.run(index, hidden, visible)
+        return layers.finish(hidden)[group], layers.summary(hidden, shown)[group]
 
     def _write(self, texts: TextBatch, first: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """The text's states where they enter the fusion (or the bottom), and its final states: (B, T, D) each."""
@@ -192,13 +193,18 @@ class Aurora(Adapter):
             hidden = layers.run(index, hidden, mask.bool())
         return entering[group], layers.finish(hidden)[group]
 
-    def _joint(self, mask: Tensor, entering: Tensor, text: Tensor, image: Tensor | None, texts: Tensor) -> Tensor:
-        """(B, D): the fused vector; without ``image`` the text's own. ``texts``: a row of each different text."""
+    def _joint(
+        self, mask: Tensor, entering: Tensor, text: Tensor, seen: Tensor, inputs: ModalityInputs, texts: Tensor
+    ) -> Tensor:
+        """(B, D): the fused vector of texts and the tokens ``seen``; the text's own where a sample lacks its file, and
+        where nothing is to be seen. ``texts``: a row of each different text."""
         own = self._pooled(text, mask)
-        if image is None:
+        if not inputs.infused:
             return own
-        fused = self._pooled(self.fusion(self._entering(entering), mask.bool(), image.to(text.device)), mask)
-        return enhanced(fused, own[texts]) if self.config.ice else fused
+        states = self.fusion(self._entering(entering), mask.bool(), seen.to(text.device), inputs.shown)
+        fused = self._pooled(states, mask)
+        fused = enhanced(fused, own[texts]) if self.config.ice else fused
+        return fused if inputs.lacking is None else torch.where(inputs.lacking[:, None], own, fused)
 
     def _entering(self, hidden: Tensor) -> Tensor:
         """What enters the fusion (B, T, D), its first token exchanged: the pass starts at the embeddings then."""

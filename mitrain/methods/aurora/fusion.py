@@ -31,10 +31,11 @@ INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 @dataclass
 class Pass:
     """One run of the fusion layers: the picture's tokens, which text tokens are real, and what the running layer's
-    attention blocks gave (A_self, A_cross)."""
+    attention blocks gave (A_self, A_cross). ``shown`` (B, N): which of the picture's tokens are read, None: all."""
 
     image: Tensor
     visible: Tensor
+    shown: Tensor | None = None
     entered: Tensor | None = None
     own: Tensor | None = None
     across: Tensor | None = None
@@ -67,8 +68,8 @@ class Composed:
     scaling: float
     head_norms: tuple[nn.Module, nn.Module] | None = None
 
-    def __call__(self, asking: Tensor, image: Tensor) -> Tensor:
-        """(B, T, D) of the states A (B, T, D) and the picture's standardised tokens (B, N, D)."""
+    def __call__(self, asking: Tensor, image: Tensor, shown: Tensor | None) -> Tensor:
+        """(B, T, D) of the states A (B, T, D) and the picture's standardised tokens (B, N, D), of those ``shown`` (B, N)."""
         asking = self.norm(asking) if self.before else asking
         image = (image * self.rms).to(asking.dtype)
         q, k, v = (
@@ -78,7 +79,8 @@ class Composed:
         if self.head_norms:
             q, k = self.head_norms[0](q), self.head_norms[1](k)
         grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling, enable_gqa=grouped)
+        mask = None if shown is None else shown[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=self.scaling, enable_gqa=grouped)
         return self.o(out.transpose(1, 2).flatten(2))
 
 
@@ -171,12 +173,13 @@ class Fusion(nn.Module):
     def _forget(self) -> None:
         self._text, self._crossing = None, contextlib.nullcontext
 
-    def forward(self, hidden: Tensor, visible: Tensor, image: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, visible: Tensor, image: Tensor, shown: Tensor | None = None) -> Tensor:
         """Final fused states (B, T, D).
 
-        hidden: (B, T, D) what enters the lowest fusion layer. visible: (B, T) bool. image: (B, N, c) final tokens.
+        hidden: (B, T, D) what enters the lowest fusion layer. visible: (B, T) bool. image: (B, N, c) final tokens, of
+        which those ``shown`` (B, N) are read, or all.
         """
-        self._pass = Pass(self._standard(image) if self.composed else image.to(hidden.dtype), visible)
+        self._pass = Pass(self._standard(image) if self.composed else image.to(hidden.dtype), visible, shown)
         try:
             for index in range(self.first, self._text.depth):
                 hidden = self._transform(index - self.first, self._layer(index, hidden))
@@ -190,7 +193,14 @@ class Fusion(nn.Module):
         mask = create_bidirectional_mask(
             config=self._text.model.config, inputs_embeds=hidden, attention_mask=self._pass.visible
         )
-        return first_of(self._text.modules[index](hidden, encoder_hidden_states=self._pass.image, attention_mask=mask))
+        read = create_bidirectional_mask(
+            config=self._text.model.config,
+            inputs_embeds=hidden,
+            attention_mask=self._pass.shown,
+            encoder_hidden_states=self._pass.image,
+        )
+        given = {"encoder_hidden_states": self._pass.image, "encoder_attention_mask": read}
+        return first_of(self._text.modules[index](hidden, attention_mask=mask, **given))
 
     def _standard(self, image: Tensor) -> Tensor:
         """Tokens of mean 0 and mean square 1, in the text model's width and the parameters' type."""
@@ -211,7 +221,7 @@ class Fusion(nn.Module):
             out = first_of(output)
             seen.own = seen.entered + out if cross.before else out
             with self._crossing():
-                added = self.scale[index - self.first].to(out.dtype) * cross(seen.own, seen.image)
+                added = self.scale[index - self.first].to(out.dtype) * cross(seen.own, seen.image, seen.shown)
             seen.across = seen.own + added
             return (out + added, *output[1:]) if isinstance(output, tuple) else out + added
 

@@ -87,7 +87,11 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
     @property
     def prompt_tokens(self) -> int:
         """Tokens that a layer of the main encoder gets; with all three prompts 2l + 1."""
-        return self.length * (self.static + self.dynamic) + self.mapped
+        return self.static_tokens + self.length * self.dynamic + self.mapped
+
+    @property
+    def static_tokens(self) -> int:
+        return self.length * self.static
 
     @property
     def router_widths(self) -> tuple[int, int]:

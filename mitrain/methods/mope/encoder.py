@@ -22,10 +22,12 @@ Prompter = Callable[[int, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Encoded:
-    """What leaves the last layer, before the final norm: its tokens (B, T, D) and the outputs of its prompts (B, n, D)."""
+    """What leaves the last layer, before the final norm: its tokens (B, T, D) and the outputs of its prompts (B, n, D), of
+    which those of ``unseen`` (B, n) have no weight."""
 
     tokens: Tensor
     prompts: Tensor
+    unseen: Tensor | None = None
 
 
 class PromptedEncoder(Protocol):
@@ -44,9 +46,16 @@ class PromptedEncoder(Protocol):
     causal: bool
 
     def run(
-        self, states: Tensor, mask: Tensor | None, prompter: Prompter, entry: Tensor | None, checkpointing: bool
+        self,
+        states: Tensor,
+        mask: Tensor | None,
+        prompter: Prompter,
+        entry: Tensor | None,
+        checkpointing: bool,
+        unseen: Tensor | None = None,
     ) -> Encoded:
-        """All layers on ``states`` (B, T, D), which enter the first; ``entry`` (B, n, D): its prompts, see above."""
+        """All layers on ``states`` (B, T, D), which enter the first; ``entry`` (B, n, D): its prompts, see above.
+        ``unseen`` (B, n): which prompts of a layer no token of the sample sees."""
 
     def finish(self, states: Tensor) -> Tensor:
         """The final norm."""
@@ -80,16 +89,23 @@ class PlainEncoder:
 
     @property
     def has_first(self) -> bool:
-        return not self.causal and (self.is_text or self.layers.has_class)
+        return not self.causal and (self.is_text or self.layers.class_tokens > 0)
 
     def run(
-        self, states: Tensor, mask: Tensor | None, prompter: Prompter, entry: Tensor | None, checkpointing: bool
+        self,
+        states: Tensor,
+        mask: Tensor | None,
+        prompter: Prompter,
+        entry: Tensor | None,
+        checkpointing: bool,
+        unseen: Tensor | None = None,
     ) -> Encoded:
         prompts, visible = states[:, :0], None if mask is None else mask.bool()
         for index in range(self.depth):
             before = [prompter(index, states, visible)]
-            states, prompts = call(checkpointing, self.layers.run_beside, index, states, visible, before, (), self.lead)
-        return Encoded(states, prompts)
+            run = self.layers.run_beside
+            states, prompts = call(checkpointing, run, index, states, visible, before, (), self.lead, unseen)
+        return Encoded(states, prompts, unseen)
 
     def finish(self, states: Tensor) -> Tensor:
         return self.layers.finish(states)
@@ -119,7 +135,8 @@ def pooled(encoder: PromptedEncoder, encoded: Encoded, mask: Tensor | None, how:
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     if how == "all":
         states = torch.cat([encoded.prompts, states], dim=1)
-        mask = torch.cat([mask.new_ones(encoded.prompts.shape[:2]), mask], dim=1)
+        seen = mask.new_ones(encoded.prompts.shape[:2])
+        mask = torch.cat([seen if encoded.unseen is None else seen & ~encoded.unseen, mask.to(seen.dtype)], dim=1)
     states = encoder.finish(states)
     if how == "last":
         return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]

@@ -112,18 +112,24 @@ class MoPE(Adapter):
         if not self._encoders:
             raise ModelError("this mope adapter is not attached: call attach()")
         if texts is not None and inputs is not None and len(texts.ids) != len(inputs):
-            raise ModelError(f"{len(texts.ids)} texts and {len(inputs)} pictures: give one picture per text")
-        states = {TEXT: self._text_states(texts), IMAGE: self._picture_states(inputs)}
-        mask = texts and texts.mask
+            raise ModelError(f"{len(texts.ids)} texts and {len(inputs)} files: give one file per text")
+        states = {TEXT: self._text_states(texts), IMAGE: self._encoder_states(inputs)}
+        mask, lacking = texts and texts.mask, inputs and inputs.lacking
+        visible, shown = {TEXT: mask, IMAGE: inputs and inputs.visible}, {TEXT: mask, IMAGE: inputs and inputs.shown}
         main, other = self.config.main, self.config.other
+        if main == IMAGE and lacking is not None:
+            there = ~lacking[:, None].expand(states[IMAGE].shape[:2])
+            for masks in (visible, shown):
+                masks[IMAGE] = there if masks[IMAGE] is None else masks[IMAGE] & there
         encoded, vectors, condition = {}, {}, None
         if states[other] is not None:
-            encoded[other] = self._run_other(states[other], mask)
-            vectors[other] = condition = self._pool(other, encoded[other], mask)
+            encoded[other] = self._run_other(states[other], visible[other])
+            vectors[other] = condition = self._pool(other, encoded[other], shown[other])
         linked = condition is not None and inputs is not None and inputs.infused
         if states[main] is not None:
-            encoded[main] = self._run_main(states[main], mask, condition if linked else None)
-            vectors[main] = self._pool(main, encoded[main], mask)
+            unlinked = lacking if linked and other == IMAGE else None
+            encoded[main] = self._run_main(states[main], visible[main], condition if linked else None, unlinked)
+            vectors[main] = self._pool(main, encoded[main], shown[main])
         text = None if texts is None else self._encoders[TEXT].finish(encoded[TEXT].tokens)
         read = {} if inputs is None else inputs.with_vector(vectors[IMAGE])
         return Outputs(text, mask, read, vectors.get(main) if len(vectors) == 2 else None)
@@ -136,11 +142,11 @@ class MoPE(Adapter):
         depth = self.attachment.first_layers[TEXT]
         return frozen.trunk_states(self._backbones[TEXT], depth, input_ids=texts.ids, attention_mask=texts.mask)
 
-    def _picture_states(self, inputs: ModalityInputs | None) -> Tensor | None:
+    def _encoder_states(self, inputs: ModalityInputs | None) -> Tensor | None:
         if inputs is None:
             return None
         if inputs.states is None:
-            raise ModelError("mope runs the image encoder itself: give the states that enter its first prompted layer")
+            raise ModelError("mope runs the encoder itself: give the states that enter its first prompted layer")
         return self._checked(IMAGE, inputs.states, inputs.depth)
 
     def _checked(self, name: str, states: Tensor, depth: int) -> Tensor:
@@ -155,7 +161,7 @@ class MoPE(Adapter):
         return states
 
     def _pool(self, name: str, encoded: Encoded, mask: Tensor | None) -> Tensor:
-        return pooled(self._encoders[name], encoded, mask if name == TEXT else None, self._readouts[name])
+        return pooled(self._encoders[name], encoded, mask, self._readouts[name])
 
     def _run_other(self, states: Tensor, mask: Tensor | None) -> Encoded:
         """The other encoder with its own deep prompts."""
@@ -166,8 +172,13 @@ class MoPE(Adapter):
 
         return self._run(name, states, mask, prompts, None)
 
-    def _run_main(self, states: Tensor, mask: Tensor | None, condition: Tensor | None) -> Encoded:
-        """The main encoder; with ψ ``condition`` (B, c) the routers' weights are kept, without it static prompts only."""
+    def _run_main(
+        self, states: Tensor, mask: Tensor | None, condition: Tensor | None, unlinked: Tensor | None
+    ) -> Encoded:
+        """The main encoder; with ψ ``condition`` (B, c) the routers' weights are kept, without it static prompts only.
+
+        ``unlinked`` (B,): samples that have no ψ; of their prompts the static ones alone are seen.
+        """
         encoder, clean, mapped = self._encoders[self.config.main], [], None
         if condition is not None and self.prompts:
             condition = condition.to(next(self.parameters()).dtype)
@@ -181,15 +192,28 @@ class MoPE(Adapter):
             return mixed
 
         entry = None if self.entry is None else self.entry.expand(len(states), -1, -1)
-        encoded = self._run(self.config.main, states, mask, prompts, entry)
+        unseen = None
+        if unlinked is not None:
+            static = torch.arange(self.config.prompt_tokens, device=unlinked.device) < self.config.static_tokens
+            unseen = unlinked[:, None] & ~static
+        encoded = self._run(self.config.main, states, mask, prompts, entry, unseen)
         if clean:
-            self._remember(torch.stack(clean))
+            weights = torch.stack(clean)
+            self._remember(weights if unlinked is None else weights[:, ~unlinked])
         return encoded
 
-    def _run(self, name: str, states: Tensor, mask: Tensor | None, prompts: Prompter, entry: Tensor | None) -> Encoded:
+    def _run(
+        self,
+        name: str,
+        states: Tensor,
+        mask: Tensor | None,
+        prompts: Prompter,
+        entry: Tensor | None,
+        unseen: Tensor | None = None,
+    ) -> Encoded:
         if not self._prompted(name):
             return Encoded(states, states[:, :0])
-        return self._encoders[name].run(states, mask if name == TEXT else None, prompts, entry, self._checkpoint)
+        return self._encoders[name].run(states, mask, prompts, entry, self._checkpoint, unseen)
 
     # Routing
 
@@ -218,7 +242,7 @@ class MoPE(Adapter):
         own importance, of the samples that it saw; training weights them by the loss's count.
         """
         weights, self._pending = self._pending, None
-        if weights is None or not self.config.importance or self.config.experts == 1:
+        if weights is None or not weights.shape[1] or not self.config.importance or self.config.experts == 1:
             return None
         count = torch.tensor(weights.shape[1], device=weights.device)
         return self.config.importance * importance_loss(weights, self.config.gamma) * count, count

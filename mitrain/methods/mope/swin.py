@@ -44,7 +44,13 @@ class SwinEncoder:
         self.entry = self.stage_widths[0] if carried else 0
 
     def run(
-        self, states: Tensor, mask: Tensor | None, prompter: Prompter, entry: Tensor | None, checkpointing: bool
+        self,
+        states: Tensor,
+        mask: Tensor | None,
+        prompter: Prompter,
+        entry: Tensor | None,
+        checkpointing: bool,
+        unseen: Tensor | None = None,
     ) -> Encoded:
         grid, index = grid_of(self.model, states), 0
         prompts = states[:, :0] if entry is None else entry.to(states.dtype)

@@ -33,7 +33,13 @@ class Side:
     first: int
 
     def run(
-        self, index: int, states: Tensor, visible: Tensor | None, before: list[Tensor], after: list[Tensor]
+        self,
+        index: int,
+        states: Tensor,
+        visible: Tensor | None,
+        before: list[Tensor],
+        after: list[Tensor],
+        unseen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`Layers.run_beside`, where every token sees every prompt; ModelError where the window is too short for that."""
         window, tokens = self.layers.window, states.shape[1] + sum(p.shape[-2] for p in (*before, *after))
@@ -42,7 +48,7 @@ class Side:
                 f"{tokens} tokens with their prompts exceed the window of {window} over which"
                 f" {type(self.layers.model).__name__} attends: shorten the texts or use a model without a window"
             )
-        return self.layers.run_beside(index, states, visible, before, after)
+        return self.layers.run_beside(index, states, visible, before, after, unseen=unseen)
 
 
 class Link(nn.Module):
@@ -78,12 +84,23 @@ class Link(nn.Module):
         prompts = side.run(index, states, visible, before, after)[1]
         return self.map(prompts[:, -len(self.query) :].to(self.query.dtype))
 
-    def tell(self, side: Side, index: int, states: Tensor, visible: Tensor | None, answer: Tensor | None) -> Tensor:
-        """The target's tokens (B, T, D) after its layer ``index``, which saw ``answer``; the prompts' rows are dropped."""
+    def tell(
+        self,
+        side: Side,
+        index: int,
+        states: Tensor,
+        visible: Tensor | None,
+        answer: Tensor | None,
+        unseen: Tensor | None,
+    ) -> Tensor:
+        """The target's tokens (B, T, D) after its layer ``index``, which saw ``answer``; the prompts' rows are dropped.
+
+        unseen: (B, 1), the samples that lack a file, whose tokens see no prompt.
+        """
         prompts = [prompt for prompt in (self.fusion, answer) if prompt is not None]
         # At the end of a causal model's tokens they would be invisible to all of them.
         before, after = (prompts, []) if side.layers.causal else ([], prompts)
-        return side.run(index, states, visible, before, after)[0]
+        return side.run(index, states, visible, before, after, unseen)[0]
 
 
 def prompts(count: int, width: int, **factory: Any) -> nn.Parameter | None:
@@ -153,20 +170,24 @@ class PMF(Adapter):
         final norm (see `Layers.summary`).
         """
         states: dict[str, Tensor] = {}
-        visible: dict[str, Tensor | None] = {"text": None if texts is None else texts.mask.bool(), "image": None}
+        visible: dict[str, Tensor | None] = {"text": None if texts is None else texts.mask.bool()}
         if texts is not None:
             states["text"] = self._text_states(texts)
         if inputs is not None:
             if inputs.states is None:
-                raise ModelError("pmf reads a picture's tokens, but only its global feature is given")
+                raise ModelError("pmf reads the encoder's tokens, but only its global feature is given")
             states["image"] = self._checked("image", inputs.states, inputs.depth)
+            visible["image"] = inputs.visible
         fused = texts is not None and inputs is not None and inputs.infused
+        unseen = inputs.lacking[:, None] if fused and inputs.lacking is not None else None
         for step in range(self.config.fusion_layers):
-            states = self._climb(step, states, visible, fused)
+            states = self._climb(step, states, visible, fused, unseen)
         return Outputs(
             None if texts is None else self._sides["text"].layers.finish(states["text"]),
             None if texts is None else texts.mask,
-            {} if inputs is None else inputs.with_vector(self._sides["image"].layers.summary(states["image"])),
+            {}
+            if inputs is None
+            else inputs.with_vector(self._sides["image"].layers.summary(states["image"], inputs.shown)),
         )
 
     def _text_states(self, texts: TextBatch) -> Tensor:
@@ -185,16 +206,26 @@ class PMF(Adapter):
         return states.to(side.layers.model.dtype)
 
     def _climb(
-        self, step: int, states: dict[str, Tensor], visible: Mapping[str, Tensor | None], fused: bool
+        self,
+        step: int,
+        states: dict[str, Tensor],
+        visible: Mapping[str, Tensor | None],
+        fused: bool,
+        unseen: Tensor | None,
     ) -> dict[str, Tensor]:
         """The states after one more layer of each encoder."""
         if fused and self._checkpoint and torch.is_grad_enabled():
-            run = partial(self._layer, step, visible=visible, fused=fused)
+            run = partial(self._layer, step, visible=visible, fused=fused, unseen=unseen)
             return checkpoint(run, states, use_reentrant=False, preserve_rng_state=False)
-        return self._layer(step, states, visible, fused)
+        return self._layer(step, states, visible, fused, unseen)
 
     def _layer(
-        self, step: int, states: dict[str, Tensor], visible: Mapping[str, Tensor | None], fused: bool
+        self,
+        step: int,
+        states: dict[str, Tensor],
+        visible: Mapping[str, Tensor | None],
+        fused: bool,
+        unseen: Tensor | None,
     ) -> dict[str, Tensor]:
         sides = {name: self._sides[name] for name in states}
         at = {name: (side, side.first + step, states[name], visible[name]) for name, side in sides.items()}
@@ -204,7 +235,7 @@ class PMF(Adapter):
         for name, (side, index, hidden, seen) in at.items():
             if name in answers:
                 link, answer = answers[name]
-                after[name] = link.tell(side, index, hidden, seen, answer)
+                after[name] = link.tell(side, index, hidden, seen, answer, unseen)
             else:
                 after[name] = side.layers.run(index, hidden, seen)
         return after

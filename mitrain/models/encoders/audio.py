@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -33,9 +34,10 @@ from transformers import (
 from transformers.utils import is_speech_available
 
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models import loading, stream
+from mitrain.models import frozen, loading, stream
 from mitrain.models.encoders.base import (
     Encoder,
+    Entering,
     Pool,
     cut_to_layer,
     load,
@@ -235,7 +237,35 @@ class AudioEncoder(Encoder):
             return over_time(states, [states.shape[1]] * len(items), self.pool)
         return output.pooler_output if self.config.layer is None else states[:, :2].mean(1)  # AST's two class tokens
 
-    def _whispered(self, items: Sequence[Tensor]) -> Tensor:
+    @property
+    def enters(self) -> bool:
+        return not self.family.startswith("clap")
+
+    def _entering(self, depth: int, items: Sequence[Tensor]) -> Sequence[Entering]:
+        if self.family != "whisper":
+            states = frozen.trunk_states(self.model, depth, input_values=self._batch(items))
+            return [(row, len(row)) for row in states]
+        with self._features(items) as features:
+            states = frozen.trunk_states(self.model, depth, input_features=features)
+        return [(row, self._frames(item)) for row, item in zip(states, items, strict=True)]
+
+    @property
+    def tokens(self) -> int:
+        """The most states of a clip."""
+        if self.family == "whisper":
+            return self._positions(self.longest)
+        if not hasattr(self.settings, "conv_kernel"):
+            return self.model.embeddings.position_embeddings.shape[1]
+        kernels = zip(self.settings.conv_kernel, self.settings.conv_stride, strict=True)
+        return reduce(lambda samples, step: (samples - step[0]) // step[1] + 1, kernels, self.longest)
+
+    def _frames(self, item: Tensor) -> int:
+        """How many of Whisper's states are of a clip, not of the silence behind it."""
+        return math.ceil(len(item) / self._hop)
+
+    @contextmanager
+    def _features(self, items: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Whisper's features of clips of one `_size`; inside, its encoder takes as many."""
         positions, weight = self._positions(len(items[0])), next(self.model.parameters())
         made = self.extractor(
             [item.numpy() for item in items],
@@ -245,8 +275,12 @@ class AudioEncoder(Encoder):
             device=str(weight.device),
         )
         with short_context(self.model, positions):
-            _, states = self._run(input_features=made["input_features"].to(weight.device, weight.dtype))
-        return over_time(states, [math.ceil(len(item) / self._hop) for item in items], self.pool)
+            yield made["input_features"].to(weight.device, weight.dtype)
+
+    def _whispered(self, items: Sequence[Tensor]) -> Tensor:
+        with self._features(items) as features:
+            _, states = self._run(input_features=features)
+        return over_time(states, [self._frames(item) for item in items], self.pool)
 
     def _run(self, **inputs: Tensor) -> tuple[Any, Tensor]:
         """The model's output, and the states (B, T, D) that are read."""

@@ -6,9 +6,9 @@ Shapes: B samples, T steps of time, D hidden width, e feature width.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,21 @@ from mitrain.models.encoders.image import empty_vision, load_encoder
 
 log = logging.getLogger(__name__)
 Pool = Literal["auto", "mean", "mean+std"]
+Made = TypeVar("Made")
+Entering = tuple[Tensor, int]
+"""The states (T, D) that enter a layer, and how many of them, the first, are read out: the others see and are seen."""
 
 
 class Encoder(nn.Module):
     """A frozen encoder: files' content in, one vector for each out.
 
     ``width``: e. ``depth``: its layers. ``family``: its model type. ``settings``: its configuration. ``model``: its modules.
-    ``views``: how many variants of a sample differ. A kind implements ``preprocess`` (of what was decoded, in any thread),
+    ``views``: how many variants of a sample differ. ``enters``: it has `entering`, and ``tokens`` is the most states of a
+    sample. A kind implements ``preprocess`` (of what was decoded, in any thread),
     ``_pooled`` and ``_preprocessing``.
     """
 
-    views = 1
+    views, enters = 1, False
     config: Any
     model: nn.Module
     settings: Any
@@ -41,6 +45,7 @@ class Encoder(nn.Module):
     source: str | Path | None
     width: int
     depth: int
+    tokens: int
     _settings: dict[str, Any]
 
     def _begin(self, config: EncoderConfig, folder: str | Path | None) -> tuple[str | Path, PretrainedConfig]:
@@ -70,14 +75,30 @@ class Encoder(nn.Module):
         ``views``: the variant of each of the ``samples`` (0 where none are given); tensors are preprocessed already. Where
         weights lie in shards all ranks call it equally often, and it sees to it that they run the model equally often.
         """
+        rows = torch.zeros(len(samples), self.width)
+        for members, pooled in self._by_size(samples, views, self._pooled):
+            rows[members] = pooled.float().cpu()
+        return {"pooled": rows}
+
+    @torch.no_grad()
+    def entering(self, depth: int, samples: Sequence[Any], views: Sequence[int] | None = None) -> list[Entering]:
+        """What enters layer ``depth`` of each sample, as it would be alone. Weights in shards: as for `encode`."""
+        states: dict[int, Entering] = {}
+        for members, entering in self._by_size(samples, views, partial(self._entering, depth)):
+            states |= zip(members, entering, strict=True)
+        return [states[i] for i in range(len(samples))]
+
+    def _by_size(
+        self, samples: Sequence[Any], views: Sequence[int] | None, run: Callable[[Sequence[Tensor]], Made]
+    ) -> Iterator[tuple[list[int], Made]]:
+        """What ``run`` makes of the samples that run together, with their places."""
         views = views or [0] * len(samples)
         items = [s if isinstance(s, Tensor) else self.preprocess(s, v) for s, v in zip(samples, views, strict=True)]
-        rows, groups = torch.zeros(len(items), self.width), self._groups(items)
+        groups = self._groups(items)
         for members, own in dist.lockstep(groups) if loading.holds_shards(self) else ((g, True) for g in groups):
-            pooled = self._pooled([items[i] for i in members])
+            made = run([items[i] for i in members])
             if own:
-                rows[members] = pooled.float().cpu()
-        return {"pooled": rows}
+                yield members, made
 
     def _groups(self, items: Sequence[Tensor]) -> list[list[int]]:
         """Which samples run together: those of one shape, so that nothing is padded for another's sake."""
@@ -91,6 +112,10 @@ class Encoder(nn.Module):
 
     def _pooled(self, items: Sequence[Tensor]) -> Tensor:
         """(B, e) of samples of one `_size`."""
+        raise NotImplementedError
+
+    def _entering(self, depth: int, items: Sequence[Tensor]) -> Sequence[Entering]:
+        """`entering` of samples of one `_size`, where the kind's layers can be changed (``enters``)."""
         raise NotImplementedError
 
     def _preprocessing(self) -> Any:

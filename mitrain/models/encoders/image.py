@@ -116,7 +116,7 @@ class ImageEncoder(nn.Module):
     tokens. ``grid``: patches per side.
     """
 
-    views = VIEWS
+    views, enters = VIEWS, True
 
     def __init__(
         self,
@@ -188,6 +188,10 @@ class ImageEncoder(nn.Module):
     @property
     def grid(self) -> int:
         return self.preprocess.size // self.settings.patch_size
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix_tokens + self.grid**2
 
     @property
     def patch(self) -> int:

@@ -19,7 +19,7 @@ from mitrain.core.config import read_file
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import loading, stream
 from mitrain.models.digests import tokenizer_of
-from mitrain.models.encoders.base import Encoder, cut_to_layer, top_layer
+from mitrain.models.encoders.base import Encoder, Entering, cut_to_layer, top_layer
 from mitrain.models.encoders.config import EncoderConfig
 from mitrain.models.text import TextBackbone
 
@@ -51,6 +51,8 @@ class TextEncoderConfig(EncoderConfig):
 class TextEncoder(Encoder):
     """See `Encoder`. ``pool``: what ``auto`` stands for here."""
 
+    enters = True
+
     def __init__(
         self,
         config: TextEncoderConfig,
@@ -75,6 +77,7 @@ class TextEncoder(Encoder):
             log.warning("%s has no sentence-transformers files: its tokens' mean is taken, or set pool", config.label)
         limits = (config.max_tokens, said.get("max_tokens"), self.backbone.positions)
         self.longest = min(filter(None, limits), default=None)
+        self.tokens = self.longest or 512  # the most that are assumed of a text
         self._told = False
 
     def preprocess(self, decoded: Text, view: int = 0) -> Tensor:
@@ -109,6 +112,9 @@ class TextEncoder(Encoder):
         else:
             vectors = states[:, 0] if self.pool == "cls" else states[torch.arange(len(items)), lengths[:, 0] - 1]
         return torch.nn.functional.normalize(vectors, dim=-1) if self.unit else vectors
+
+    def _entering(self, depth: int, items: Sequence[Tensor]) -> Sequence[Entering]:
+        return [(row, len(row)) for row in self.backbone.trunk([item.tolist() for item in items], depth)]
 
     def _preprocessing(self) -> Any:
         words = json.dumps(tokenizer_of(self.backbone.tokenizer)) if self.backbone.tokenizer else ""
