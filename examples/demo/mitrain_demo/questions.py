@@ -12,8 +12,8 @@ from PIL import Image
 
 from mitrain.core.errors import PrepareError
 from mitrain.core.files import write_json
+from mitrain.data.duplicates import fingerprint, merged, near_pairs
 from mitrain_demo import food, tuxpaint
-from mitrain_demo.duplicates import fingerprint, merged, near_pairs
 from mitrain_demo.pairs import write_splits
 from mitrain_demo.splits import SHARES, split_classes
 from mitrain_demo.stamps import Collection, read_stamps
