@@ -14,11 +14,14 @@ from mitrain.core.version import __version__
 if TYPE_CHECKING:
     from mitrain.inference.export import from_pretrained, load_adapter
     from mitrain.methods.mit.mit import MiT, MiTConfig, attach
+    from mitrain.methods.trainer_callback import AdapterCallback
 
-__all__ = ["MiT", "MiTConfig", "__version__", "attach", "from_pretrained", "load_adapter"]
+__all__ = ["AdapterCallback", "MiT", "MiTConfig", "__version__", "attach", "from_pretrained", "load_adapter"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "AdapterCallback":
+        return import_module("mitrain.methods.trainer_callback").AdapterCallback
     if name in ("MiT", "MiTConfig", "attach"):
         return getattr(import_module("mitrain.methods.mit.mit"), name)
     if name in ("from_pretrained", "load_adapter"):
