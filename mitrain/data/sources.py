@@ -10,6 +10,7 @@ from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data import splitting
 from mitrain.data.formats import captions, coco, food101, labels, mmimdb, mmsa, msrvtt, snli_ve, targets
+from mitrain.data.formats.conversations import read_conversations
 from mitrain.data.formats.manifest import Manifest
 from mitrain.data.formats.records import read_records
 from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
@@ -134,6 +135,19 @@ class RecordsConfig(TableSection, kind="data", name="records"):
     def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
         samples = read_records(source, self.columns, self.missing, self.inputs, self.may_lack)
         return of_kinds(samples, self.kinds, str(source))
+
+
+class ConversationsConfig(TableSection, kind="data", name="conversations"):
+    """Conversations about files: LLaVA's, ShareGPT's and chat APIs' JSON (`mitrain.data.formats.conversations`)."""
+
+    @model_validator(mode="after")
+    def _no_columns(self) -> Self:
+        if self.columns:
+            raise ValueError("conversations have the keys of LLaVA or of chat APIs: leave out columns")
+        return self
+
+    def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
+        return read_conversations(source, self.inputs, self.may_lack)
 
 
 class ClassSection(DataSection):

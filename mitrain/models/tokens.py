@@ -36,7 +36,8 @@ class Tokens:
         pieces = self._pieces(text, frame)
         pieces[0] = pieces[0].lstrip(strip)
         pieces[-1] = pieces[-1].rstrip(strip)
-        pieces[-1] += after if pieces[-1] or len(pieces) == 1 else after.lstrip()  # no blank after a special token
+        blank = not pieces[-1][-1].isspace() if pieces[-1] else len(pieces) == 1
+        pieces[-1] += after if blank else after.lstrip()  # none after a special token or the end of a line
         whole = "".join(pieces)
         if len(self.control.findall(whole)) == len(pieces) // 2:
             return self._encoded(whole)
@@ -50,8 +51,8 @@ class Tokens:
     def answered(self, text: str, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
         """Ids of a prompt with a blank and its answer behind it, tokenized as one text; and where the answer begins.
 
-        Behind a special token at the frame's end there is no blank. Where the tokenizer joins the prompt's end and the
-        answer into one token, the answer begins with that; a row's first token is never an answer's.
+        Behind a special token or a line's end at the frame's end there is no blank. Where the tokenizer joins the prompt's
+        end and the answer into one token, the answer begins with that; a row's first token is never an answer's.
         """
         row = [*self.opening, *self.ids(text, frame, f" {answer}")]
         return row, max(1, shared_start(row, self.prompt(text, frame)))

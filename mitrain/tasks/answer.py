@@ -19,7 +19,7 @@ from torch import Tensor
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError
 from mitrain.data.formats.records import AnswerSample, commonest
-from mitrain.data.sources import RecordsConfig, VqaConfig
+from mitrain.data.sources import ConversationsConfig, RecordsConfig, VqaConfig
 from mitrain.tasks.base import Answer, Batch, Parts, Prediction, Question, Splits, look_alike, only_one
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.language import LanguageConfig, LanguageTask
@@ -53,7 +53,7 @@ class AnswerTask(LanguageTask):
     """
 
     settings = AnswerConfig
-    formats = (RecordsConfig, VqaConfig)
+    formats = (RecordsConfig, VqaConfig, ConversationsConfig)
     metric = "accuracy"
     remembers = True
     columns = (("accuracy", "accuracy"), ("exact match", "exact_match"), ("soft accuracy", "soft_accuracy"))

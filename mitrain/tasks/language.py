@@ -19,6 +19,7 @@ from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch, Given, Parts, Task
+from mitrain.tasks.chat import in_chat
 from mitrain.tasks.generation import decoding, generated
 from mitrain.tasks.template import frame_of
 
@@ -28,8 +29,12 @@ log = logging.getLogger(__name__)
 class LanguageConfig(Section):
     """``max_new_tokens``: bound of what is generated. ``beams``: how many texts a search keeps; the one of most
     log-likelihood / length^``length_penalty`` is said. ``temperature``: words are drawn, from logits divided by it and of
-    the likeliest words that have ``top_p`` together; 0: the likeliest word is taken each time."""
+    the likeliest words that have ``top_p`` together; 0: the likeliest word is taken each time. ``chat``: put the template
+    into the chat template of the model's tokenizer, as what the user says, behind the prompt ``system``."""
 
+    template: str
+    chat: bool = False
+    system: str = ""
     max_new_tokens: int = Field(8, ge=1, le=512)
     beams: int = Field(1, ge=1, le=64)
     length_penalty: float = Field(1.0, ge=-10, le=10)
@@ -42,6 +47,8 @@ class LanguageConfig(Section):
             raise ValueError("beams search for the likeliest text and temperature draws one: set one of them")
         if self.top_p < 1 and not self.temperature:
             raise ValueError("top_p cuts what is drawn from: set temperature, too")
+        if self.system and not self.chat:
+            raise ValueError("system is a part of the chat template: set chat=true, too")
         if self.length_penalty != 1 and self.beams == 1:
             raise ValueError("length_penalty chooses among beams: set beams, too")
         return self
@@ -76,6 +83,8 @@ class LanguageTask(Task):
             raise ConfigError(
                 f"the method {adapter.traits.name!r} does not work through the language head: take another task"
             )
+        if config.chat and text.tokenizer is not None:
+            config = chatting(config, text.tokenizer, str(text.source))
         return cls(config, given.parts)
 
     @staticmethod
@@ -136,6 +145,12 @@ class LanguageTask(Task):
             out = generated(self.parts, ids, mask, logits_processor=[numbers], **options)
         said = text.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return list(zip([words.strip() for words in said], numbers.all, strict=True))
+
+
+def chatting(config: LanguageConfig, tokenizer: Any, name: str) -> LanguageConfig:
+    """The settings with the chat template written out, so that a run says itself what the model was told."""
+    template = in_chat(config.template, config.system, tokenizer, name)
+    return config.model_copy(update={"template": template, "chat": False, "system": ""})
 
 
 class Numbers:

@@ -27,8 +27,10 @@ from mitrain.methods.base import Adapter
 from mitrain.models import Encoder, ModelConfig, Shard, TextBackbone, encoder_of, loading
 from mitrain.models.batch import ModalityInputs
 from mitrain.models.digests import named_digests
+from mitrain.models.text import read_tokenizer
 from mitrain.tasks import TASKS
 from mitrain.tasks.base import Batch, Given, Parts, Task
+from mitrain.tasks.language import chatting
 from mitrain.training.schema import RunConfig
 
 FEW = 8  # samples whose features are read at a time
@@ -51,8 +53,8 @@ def resolve_data(data: Any) -> Path:
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """The configuration with what follows from this machine written out: where its folders are, and the classes of a
-    classification."""
+    """The configuration with what follows from this machine written out: where its folders are, the classes of a
+    classification, and the model's chat template."""
     data = config.data.model_copy(update={"root": absolute_if_there(config.data.root)} if config.data.root else {})
     encoders = {
         name: part.model_copy(update={"name": absolute_if_there(part.name)})
@@ -60,7 +62,10 @@ def resolved(config: RunConfig) -> RunConfig:
     }
     model = config.model.model_copy(update={"llm": absolute_if_there(config.model.llm), "encoders": encoders})
     data = data.with_class_names(lambda: resolve_data(data))
-    return config.model_copy(update={"data": data, "model": model})
+    task = config.task
+    if getattr(task, "chat", False):
+        task = chatting(task, read_tokenizer(resolve_model(model.llm)), model.llm)
+    return config.model_copy(update={"data": data, "model": model, "task": task})
 
 
 def absolute_if_there(name: str) -> str:

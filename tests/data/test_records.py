@@ -177,7 +177,7 @@ TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "va
     [
         (
             [{"id": "1", "image": "0.png", "conversations": TURNS}],
-            r"a\.json:1: the record is of conversations, as LLaVA's",
+            r"a\.json:1: the record is of conversations, as LLaVA's: data.name=conversations",
         ),
         ([{"messages": TURNS, "images": ["0.png"]}], "the record is of conversations"),
         (

@@ -13,7 +13,7 @@ def advice(value: Any) -> str:
     first = listed.get("annotations")
     inner = first if isinstance(first, dict) else {}
     if "conversations" in listed or "messages" in listed:
-        return f"conversations, as LLaVA's: write one question with its answer, {RECORD}"
+        return f"conversations, as LLaVA's: data.name=conversations reads them; or write {RECORD}"
     if "questions" in listed:
         return f"VQA's questions: data.name=vqa reads them beside their answers; or write {RECORD}"
     if "multiple_choice_answer" in inner or "answers" in inner:
