@@ -142,13 +142,10 @@ class AnswerTask(LanguageTask):
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
         values = [p.values for p in predictions]
-        by_kind = defaultdict(list)
-        for v in values:
-            by_kind[v["kind"]].append(v["correct"])
-        result: dict[str, Any] = {"accuracy": mean(v["correct"] for v in values), "samples": len(values)}
+        scores = accuracies([v["kind"] for v in values], [v["correct"] for v in values])
+        result: dict[str, Any] = {"accuracy": scores.pop("accuracy"), "samples": len(values)}
         result["majority"] = max(Counter(s.answer for s in samples).values()) / len(samples)
-        if len(by_kind) > 1:
-            result |= {f"accuracy/{kind}": mean(hits) for kind, hits in sorted(by_kind.items())}
+        result |= scores
         for name in ("exact_match", "soft_accuracy"):
             if all(name in v for v in values):
                 result[name] = mean(v[name] for v in values)
@@ -156,14 +153,18 @@ class AnswerTask(LanguageTask):
         return result | ({"scored_by": dict(ways)} if set(ways) != {"candidates"} else {})
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
-        """The majority answer, and a linear probe on the features that are infused."""
+        """The majority answer, also of each kind of question, and a linear probe on the features that are infused."""
         probed, chosen = probe_answers(splits.features, *splits.parts)
         most = commonest([s.answer for s in splits.chosen])
-        return {
-            "majority answer": scores_of(splits.chosen, [most] * len(splits.chosen)),
-            "linear probe on the same features": scores_of(splits.chosen, [probed[s.id] for s in splits.chosen])
-            | {"inverse_regularisation": chosen},
-        }
+        rows = {"majority answer": [most] * len(splits.chosen)}
+        by_kind = answers_by_kind(splits.chosen)
+        if len(by_kind) > 1:
+            usual = {kind: commonest(answers) for kind, answers in by_kind.items()}
+            rows["majority answer to each kind of question"] = [usual[s.kind] for s in splits.chosen]
+        rows["linear probe on the same features"] = [probed[s.id] for s in splits.chosen]
+        scores = {name: scores_of(splits.chosen, said) for name, said in rows.items()}
+        scores["linear probe on the same features"]["inverse_regularisation"] = chosen
+        return scores
 
     def ask(self, question: Question) -> Answer:
         """What the model says, and the likeliest of the candidates, or of the answers that training gave to this prompt."""
@@ -244,10 +245,27 @@ def answers_by_prompt(samples: Sequence[Any]) -> dict[str, tuple[str, ...]]:
     return {prompt: tuple(sorted(answers)) for prompt, answers in answers_of.items()}
 
 
+def answers_by_kind(samples: Sequence[Any]) -> dict[str, list[str]]:
+    answers: dict[str, list[str]] = defaultdict(list)
+    for sample in samples:
+        answers[sample.kind].append(sample.answer)
+    return answers
+
+
+def accuracies(kinds: Sequence[str], hits: Sequence[bool]) -> dict[str, float]:
+    """The accuracy, and where there are several kinds of question that of each."""
+    by_kind = defaultdict(list)
+    for kind, hit in zip(kinds, hits, strict=True):
+        by_kind[kind].append(hit)
+    several = {f"accuracy/{kind}": mean(own) for kind, own in sorted(by_kind.items())} if len(by_kind) > 1 else {}
+    return {"accuracy": mean(hits)} | several
+
+
 def scores_of(samples: Sequence[Any], said: Sequence[str]) -> dict[str, Any]:
     """What a baseline that says ``said`` reaches."""
     pairs = list(zip(samples, said, strict=True))
-    result = {"accuracy": mean(s.answer == answer for s, answer in pairs), "samples": len(samples)}
+    result = accuracies([s.kind for s in samples], [s.answer == answer for s, answer in pairs])
+    result["samples"] = len(samples)
     if all(len(s.references) > 1 for s in samples):
         result["soft_accuracy"] = mean(soft_accuracy(answer, s.references) for s, answer in pairs)
     return result

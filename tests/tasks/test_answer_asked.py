@@ -121,6 +121,27 @@ def test_baselines_are_the_best_constant_and_a_probe(folder):
     assert (probe["accuracy"], probe["samples"]) == (1.0, 3)
 
 
+def test_of_several_kinds_of_questions_each_has_its_constant(folder):
+    asked = opened(["red", "red", "blue", "yes", "no", "no", "no", "red"])
+    asked = [replace(s, kind="colour" if s.answer in ("red", "blue") else "yesno") for s in asked]
+    splits = Splits(
+        chosen=asked,
+        learn=lambda: (asked, []),
+        complete=lambda: [],
+        features=lambda some: torch.ones(len(some), 2),
+        seed=0,
+    )
+    found = make(folder).baselines(splits)
+    assert found["majority answer"] == {
+        "accuracy": 3 / 8,
+        "accuracy/colour": 0.75,
+        "accuracy/yesno": 0.0,
+        "samples": 8,
+    }
+    each = found["majority answer to each kind of question"]
+    assert each == {"accuracy": 0.75, "accuracy/colour": 0.75, "accuracy/yesno": 0.75, "samples": 8}
+
+
 def test_it_takes_what_goes_through_the_language_head(folder):
     parts = make(folder).parts
     built = AnswerTask.build(AnswerConfig(max_new_tokens=3), SimpleNamespace(parts=parts))
