@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco
+
+from mitrain.core.errors import need_extra
 
 FAR = 16  # a polygon's corner may lie this many picture sizes outside, at most
 
@@ -84,13 +85,16 @@ def decompress(text: bytes) -> list[int]:
 def fill_polygon(part: Any, size: tuple[int, int]) -> np.ndarray:
     """(h, w) bool from the corners ``[x0, y0, x1, y1, …]``."""
     check_polygon(part, size)
-    return decode_runs(
-        {"size": list(size), "counts": coco.frPyObjects([part], *size)[0]["counts"]},
-        size,
-    )
+    runs = polygons().frPyObjects([part], *size)[0]
+    return decode_runs({"size": list(size), "counts": runs["counts"]}, size)
+
+
+def polygons() -> Any:
+    return need_extra("pycocotools.mask", "coco", "a mask that is a polygon")
 
 
 def check_polygon(part: Any, size: tuple[int, int]) -> None:
+    polygons()
     numbers: Sequence = part if isinstance(part, list) else ()
     if len(numbers) < 6 or len(numbers) % 2:
         raise ValueError("a polygon needs the x and y of at least three corners")
