@@ -30,6 +30,9 @@ def add_eval(commands: Any) -> None:
     add_allow_changes(sub)
     add_places(sub)
     sub.add_argument("--data", metavar="DIR", help="the data's folder, where it is another than the run's data.root")
+    sub.add_argument(
+        "--out", metavar="FILE", help="also write each sample's prediction to this new file, a JSON line each"
+    )
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over the split")
     sub.add_argument(
         "--generate",
@@ -63,6 +66,7 @@ def run_eval(arguments: argparse.Namespace) -> Any:
         base=arguments.base,
         encoders=arguments.encoder,
         root=arguments.data,
+        out=arguments.out,
     )
     for line in metric_lines(metrics):
         say(arguments, line)
@@ -95,7 +99,13 @@ def add_predict(commands: Any) -> None:
     sub.add_argument(
         "--candidates", metavar="A,B,…", help="answers to choose among (answer; default: the training answers)"
     )
-    sub.add_argument("--out", metavar="DIR", help="where image, overlay, expression and mask are written (segment)")
+    sub.add_argument("--data", metavar="FILE", help="ask about every row of a table with the columns of the run's data")
+    sub.add_argument(
+        "--out",
+        metavar="PATH",
+        help="with --data the file of the answers, a JSON line each; it is gone on with where it stopped. Without: the"
+        " folder for image, overlay, expression and mask (segment)",
+    )
     add_checkpoint(sub)
     add_allow_changes(sub)
     add_places(sub)
@@ -124,7 +134,24 @@ def files_of(arguments: argparse.Namespace) -> dict[str, str]:
     return files
 
 
+def run_bulk(arguments: argparse.Namespace) -> Any:
+    for option, value in (("--image", arguments.image), ("--input", arguments.input), ("--text", arguments.text)):
+        if value:
+            raise ConfigError(f"{option} asks about one sample, --data about a table's: give one of them")
+    if arguments.candidates or not arguments.out:
+        raise ConfigError("with --data, candidates are a column, and --out names the file of the answers")
+    from mitrain.inference.bulk import predict_file
+
+    places = {"allow_changes": arguments.allow_changes, "base": arguments.base, "encoders": arguments.encoder}
+    found = predict_file(arguments.run_dir, arguments.data, arguments.out, arguments.checkpoint, **places)
+    for line in metric_lines(found):
+        say(arguments, line)
+    return found
+
+
 def run_predict(arguments: argparse.Namespace) -> Any:
+    if arguments.data:
+        return run_bulk(arguments)
     from mitrain.inference.scoring import predict_one
 
     candidates = [c.strip() for c in arguments.candidates.split(",") if c.strip()] if arguments.candidates else None

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers import PreTrainedModel
 
 from mitrain import methods
 from mitrain.core import config, prepared
-from mitrain.core.errors import CheckpointError, ConfigError, DataError, ModelError, UserError
+from mitrain.core.errors import CheckpointError, DataError, ModelError, UserError
 from mitrain.data.features import FeatureNorm
 from mitrain.data.sources import portion
 from mitrain.inference import scoring
@@ -32,6 +33,9 @@ from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.schema import RunConfig
 
 log = logging.getLogger(__name__)
+
+SUFFIXES = {"image": ".png", "audio": ".wav", "video": ".mp4", "text": ".txt", "features": ".npy"}
+"""Of files whose bytes are given: what is in them decides how they are read, but for arrays."""
 
 QUEUE = "slow."
 """Of retrieval's head what serves training alone: the momentum copies and their queue."""
@@ -165,29 +169,60 @@ class Pretrained:
         return self.run.model.adapter
 
     def predict(
-        self,
-        image: str | Path | Image.Image | Mapping[str, str | Path | Image.Image],
-        text: str = "",
-        candidates: Sequence[str] | None = None,
-    ) -> dict[str, Any]:
-        """What ``mitrain predict --json`` prints for one picture (a file or a PIL image) and a prompt or expression.
+        self, image: Any, text: str = "", candidates: Sequence[str] | None = None
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """What ``mitrain predict --json`` prints for one picture and a prompt or expression.
 
-        Of other modalities, or several: a mapping of a run's inputs to files, as {"speech": "a.wav", "image": "a.png"}. Of
-        the task `segment` also ``mask``, (H, W) bool. Raises a `mitrain.core.errors.UserError` for what cannot be read.
+        image: a file, its bytes, a PIL image, or an array (H, W, 3) of uint8; of other modalities, or several: a mapping
+        of a run's inputs to such, as {"speech": "a.wav", "image": "a.png"}, of arrays of one's own to arrays, too. A list of
+        mappings {"image": …, "text": …, "candidates": […]} is asked together, and its answers come as a list. Of the task
+        `segment` also ``mask``, (H, W) bool. Raises a `mitrain.core.errors.UserError` for what cannot be read.
         """
-        if not text.strip() and not self.run.model.task.reads_no_text:
-            raise ConfigError("the text is empty: give the prompt, or the expression to segment")
-        given = dict(image) if isinstance(image, Mapping) else {self.run.config.data.inputs[0]: image}
+        first = self.run.config.data.inputs[0]
+        many = isinstance(image, list | tuple)
+        given = dict(image) if isinstance(image, Mapping) else {first: image}
+        rows = image if many else [{**given, "text": text, "candidates": candidates}]
         with tempfile.TemporaryDirectory() as folder:
-            in_memory = {name: value for name, value in given.items() if isinstance(value, Image.Image)}
-            for name, picture in in_memory.items():
-                if 0 in picture.size:
-                    raise DataError(f"the picture has no pixels ({picture.width} × {picture.height}): give another")
-                given[name] = Path(folder) / f"{name}.png"
-                picture.convert("RGBA" if picture.has_transparency_data else "RGB").save(given[name])
-            answer = scoring.ask(self.run, given, text, candidates=candidates)
-        values = {**answer.values, **dict.fromkeys(in_memory)}
-        return values if answer.mask is None else {**values, "mask": answer.mask}
+            asked, in_memory = [], []
+            for number, row in enumerate(rows):
+                files = {name: value for name, value in row.items() if name not in ("text", "candidates")}
+                held = {name: v for name, v in files.items() if not isinstance(v, str | Path)}
+                place = Path(folder) / str(number)
+                files |= {name: self._saved(place, name, value) for name, value in held.items()}
+                asked.append(scoring.Asked(files, row.get("text") or "", row.get("candidates")))
+                in_memory.append(dict.fromkeys(held))
+            found: list[dict[str, Any]] = []
+            size = self.run.config.train.eval_batch
+            for start in range(0, len(asked), size):
+                for answer in scoring.ask_all(self.run, asked[start : start + size]):
+                    if isinstance(answer, UserError):
+                        raise answer
+                    mask = {} if answer.mask is None else {"mask": answer.mask}
+                    found.append({**answer.values, **in_memory[len(found)], **mask})
+        return found if many else found[0]
+
+    def _saved(self, folder: Path, name: str, value: Any) -> Path:
+        """What is in memory as a file of the input ``name``, which is read as any other."""
+        folder.mkdir(exist_ok=True)
+        takes = {section.input: section.takes for section in self.run.config.model.encoders.values()}.get(name, "image")
+        if isinstance(value, np.ndarray) and takes == "features":
+            np.save(folder / f"{name}.npy", value)
+            return folder / f"{name}.npy"
+        if isinstance(value, bytes):
+            path = folder / f"{name}{SUFFIXES[takes]}"
+            path.write_bytes(value)
+            return path
+        if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3) and takes == "image":
+            value = Image.fromarray(value)
+        if not isinstance(value, Image.Image):
+            kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+            raise DataError(
+                f"{name}: a {kind} is no {takes} file: give a path, the file's bytes, or a picture as uint8"
+            )
+        if 0 in value.size:
+            raise DataError(f"the picture has no pixels ({value.width} × {value.height}): give another")
+        value.convert("RGBA" if value.has_transparency_data else "RGB").save(folder / f"{name}.png")
+        return folder / f"{name}.png"
 
 
 def from_pretrained(

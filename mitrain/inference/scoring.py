@@ -1,10 +1,11 @@
 """What a finished run is asked: a split's metrics, one sample's answer or mask; and what a data set holds."""
 
+import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError, UserError
 from mitrain.core.files import atomic_folder, write_atomic
 from mitrain.core.parsing import is_whole
-from mitrain.data.features import Features, Inputs
+from mitrain.data.features import Features
 from mitrain.data.images import BadSamples, open_image
 from mitrain.data.inspection import inspect_splits
 from mitrain.data.media import Limits
-from mitrain.data.sources import limit, portion
+from mitrain.data.samples import Sample
+from mitrain.data.sources import DataSection, limit, portion
 from mitrain.models.digests import frozen_digest
 from mitrain.tasks import TASKS, figures
 from mitrain.tasks.answer import answers_by_prompt
-from mitrain.tasks.base import Answer, Batch, Question, Task, cautions
+from mitrain.tasks.base import Answer, Batch, Prediction, Question, Task, cautions
 from mitrain.training import runs, schema
 from mitrain.training.baselines import baselines_of
 from mitrain.training.build import cache_root, resolve_data
@@ -95,8 +97,10 @@ def recall(run: Run, scoring: bool = False) -> None:
         samples = run.config.data.read(resolve_data(run.config.data), "train")
     except UserError as error:
         log.warning("the training split cannot be read, so that its answers are not known: %s", error)
+        run.answers = {}  # said once
         return
     run.model.task.remember(portion(samples, run.config.train.fraction))
+    run.answers = run.model.task.known
 
 
 def score_run(
@@ -116,13 +120,17 @@ def score_run(
     root: str | None = None,
     base: str | None = None,
     encoders: Sequence[str] | None = None,
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """The metrics of a run's checkpoint on a split under a control, and those of the ``baselines`` if asked for.
 
     ``without``, ``shuffled``: inputs that no sample is shown, or another sample's; ``missing``: inputs for each of which the
     score is also told where a growing share of the samples lacks it.
     ``root``: the folder of the data, where it is another than the run's; ``base``, ``encoders`` as in `runs.open_run`.
+    ``out``: a new file for each sample's prediction.
     """
+    if out is not None and Path(out).exists():
+        raise ConfigError(f"--out {str(out)!r} exists: give a new file for the predictions")
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples {samples} scores nothing: give at least 1")
     run = runs.open_run(folder, which, allow_changes, base, encoders)
@@ -133,6 +141,8 @@ def score_run(
     chosen, files = split_of(run, split, samples)
     gone = dict.fromkeys(without, 1.0)
     evaluation = score_split(run, chosen, files, control, generate, seed, without=gone, shuffled=shuffled)
+    if out is not None and dist.is_main():
+        write_predictions(Path(out), evaluation.predictions)
     beside = {"baselines": baselines_of(run, split, chosen, files)} if baselines else {}
     metric = run.model.task.metric
     for name in missing:
@@ -171,47 +181,104 @@ def predict_one(
     return ask(run, files, text, candidates=candidates, out=out)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A file for each of a run's inputs, a text about them, and what the user lets the model choose among."""
+
+    files: Files
+    text: str = ""
+    candidates: Sequence[str] | None = None
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        return {name: Path(file).expanduser() for name, file in self.files.items()}
+
+
 def ask(
     run: Run, files: Files, text: str, *, candidates: Sequence[str] | None = None, out: str | None = None
 ) -> Answer:
     """What an opened run says of one sample's files. Threads may share the run: they take turns."""
-    check_words(text, candidates)
-    data, task = run.config.data, run.model.task
-    check_asked(files, text, data.inputs, data.may_lack, task.reads_no_text)
-    root, inputs = together({name: Path(file).expanduser() for name, file in files.items()})
-    features = run.model.features(root, cached=False)
-    name = " ".join(Path(file).name for file in files.values())
-    if out and not task.decodes:
+    if out and not run.model.task.decodes:
         raise ConfigError("--out writes a mask, which only the task 'segment' has: leave it out")
-    if task.remembers and not candidates:
-        recall(run)
-    picture = cache(lambda: open_image(root, inputs["image"], data.max_pixels))
-
-    def see(sample: Any) -> Batch:
-        features.contents(sample)  # what cannot be read is said first
-        return run.model.evaluation_batch([sample], [inputs], features)
-
-    given = {key: str(Path(file).expanduser()) for key, file in files.items()}
-    with run.turn, run.model.adapter.conditioned(None):  # what a caller has bound is not this sample's
-        answer = task.ask(Question(name, inputs, given, text, candidates or (), see, picture, str(run.folder)))
+    asked = Asked(files, text, candidates)
+    (answer,) = ask_all(run, [asked])
+    if isinstance(answer, UserError):
+        raise answer
     if not out:
         return answer
-    written = write_mask(Path(out), picture(), text, answer.mask)
+    root, inputs = together(asked.paths)
+    picture = open_image(root, inputs["image"], run.config.data.max_pixels)
+    written = write_mask(Path(out), picture, text, answer.mask)
     lines = [*answer.lines, *(f"wrote {name}" for name in written)]
     return replace(answer, values={**answer.values, "files": written}, lines=lines)
 
 
-def check_asked(files: Files, text: str, inputs: Sequence[str], may_lack: Sequence[str], no_text: bool) -> None:
+def ask_all(run: Run, asked: Sequence[Asked], infused: bool = True) -> list[Answer | UserError]:
+    """What an opened run says of several samples, asked together; of each that it cannot be asked about, why.
+
+    ``infused`` False: the text is answered without the other inputs. Threads may share the run: they take turns.
+    """
+    found: dict[int, Answer | UserError] = {}
+    for i, one in enumerate(asked):
+        try:
+            check_words(one.text, one.candidates)
+            check_asked(one.files, one.text, run.config.data, run.model.task.reads_no_text)
+        except UserError as error:
+            found[i] = error
+    root, paths = together({(i, n): p for i, one in enumerate(asked) if i not in found for n, p in one.paths.items()})
+    features = run.model.features(root, cached=False)
+
+    def see(samples: Sequence[Any]) -> Batch:
+        return run.model.evaluation_batch(samples, [s.inputs for s in samples], features, blind=not infused)
+
+    questions: dict[int, Question] = {}
+    for i, one in enumerate(asked):
+        if i in found:
+            continue
+        inputs = {name: paths[i, name] for name in one.files}
+        try:
+            features.contents(Sample("", inputs))  # what cannot be read is said first
+        except UserError as error:
+            found[i] = error
+            continue
+        names, shown = " ".join(path.name for path in one.paths.values()), {n: str(p) for n, p in one.paths.items()}
+        picture = cache(partial(open_image, root, inputs.get("image", ""), run.config.data.max_pixels))
+        seen = lambda sample: see([sample])  # noqa: E731
+        what = str(run.folder)
+        questions[i] = Question(names, inputs, shown, one.text, one.candidates or (), seen, picture, what)
+    with run.turn, run.model.adapter.conditioned(None):  # what a caller has bound is not this sample's
+        if run.model.task.remembers and not all(question.candidates for question in questions.values()):
+            recall(run)
+        found |= answered(run.model.task, questions, see)
+    return [found[i] for i in range(len(asked))]
+
+
+def answered(
+    task: Task, questions: Mapping[int, Question], see: Callable[[Sequence[Any]], Batch]
+) -> dict[int, Answer | UserError]:
+    """The answers; where one question cannot be answered, the others are asked without it."""
+    if not questions:
+        return {}
+    try:
+        return dict(zip(questions, task.answers(list(questions.values()), see), strict=True))
+    except UserError as error:
+        if len(questions) == 1:
+            return dict.fromkeys(questions, error)
+        return {i: answer for i, one in questions.items() for answer in answered(task, {i: one}, see).values()}
+
+
+def check_asked(files: Files, text: str, data: DataSection, no_text: bool) -> None:
     """ConfigError where ``files`` are not those that a run reads, or there is no text where it needs one."""
+    inputs, may_lack = data.inputs, data.may_lack
     if unknown := [name for name in files if name not in inputs]:
         raise ConfigError(f"--input {unknown[0]}=… is none of this run's inputs: it reads {', '.join(inputs)}")
     if absent := [name for name in inputs if name not in files and name not in may_lack]:
         raise ConfigError(f"this run reads {', '.join(inputs)}: give --input {absent[0]}=FILE")
     if not text.strip() and not no_text:
-        raise ConfigError("--text is empty: give the prompt, or the expression to segment")
+        raise ConfigError("the text is empty: give the prompt, or the expression to segment, with --text")
 
 
-def together(files: Mapping[str, Path]) -> tuple[Path, Inputs]:
+def together(files: Mapping[Any, Path]) -> tuple[Path, dict[Any, str]]:
     """A folder that all ``files`` are in, and their paths below it."""
     paths = {name: Path(os.path.abspath(path)) for name, path in files.items()}
     root = Path(os.path.commonpath([path.parent for path in paths.values()])) if paths else Path.cwd()
@@ -237,6 +304,21 @@ def write_mask(out: Path, picture: Image.Image, text: str, mask: np.ndarray) -> 
         Image.fromarray(mask.astype(np.uint8) * 255).save(work / names[2])
         write_atomic(work / names[3], text + "\n")
     return [str(out / name) for name in names]
+
+
+def values_of(answer: Answer | Prediction) -> dict[str, Any]:
+    """An answer or a prediction as JSON values; a mask as COCO's run lengths."""
+    if answer.mask is None:
+        return answer.values
+    from mitrain.data.formats.rle import encode_mask
+
+    return {**answer.values, "mask": encode_mask(answer.mask)}
+
+
+def write_predictions(out: Path, predictions: Sequence[Prediction]) -> None:
+    """A line for each prediction of a split: its id, its files, what the task says of it."""
+    lines = [{"id": p.id, **p.inputs, **values_of(p)} for p in predictions]
+    write_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[dict[str, Any], str]:

@@ -56,6 +56,8 @@ class AnswerTask(LanguageTask):
     formats = (RecordsConfig, VqaConfig, ConversationsConfig)
     metric = "accuracy"
     remembers = True
+    asks = "prompt"
+    asking = {"generate": True}
     columns = (("accuracy", "accuracy"), ("exact match", "exact_match"), ("soft accuracy", "soft_accuracy"))
 
     def __init__(self, config: AnswerConfig, parts: Parts):
@@ -166,14 +168,16 @@ class AnswerTask(LanguageTask):
         scores["linear probe on the same features"]["inverse_regularisation"] = chosen
         return scores
 
-    def ask(self, question: Question) -> Answer:
-        """What the model says, and the likeliest of the candidates, or of the answers that training gave to this prompt."""
-        text, candidates = question.text, question.candidates
+    def asked(self, question: Question) -> AnswerSample:
+        candidates = question.candidates
         if candidates and len(set(candidates)) < 2:
             raise ConfigError(f"--candidates {candidates[0][:60]} leaves nothing to choose: give two or more, or none")
-        sample = AnswerSample(question.id, question.inputs, text, "", tuple(candidates))
-        predicted = question.predicted(self.predict(question.see(sample), generate=True)).values
-        values = {**question.files, "prompt": text, "generated": predicted["generated"]}
+        return AnswerSample(question.id, question.inputs, question.text, "", tuple(candidates))
+
+    def told(self, question: Question, prediction: Prediction) -> Answer:
+        """What the model says, and the likeliest of the candidates, or of the answers that training gave to this prompt."""
+        predicted = prediction.values
+        values = {**question.files, "prompt": question.text, "generated": predicted["generated"]}
         values["answer"] = predicted["predicted"]
         lines = [f"answer: {predicted['predicted']}", f"says: {predicted['generated']}"]
         if "probabilities" in predicted:

@@ -140,7 +140,8 @@ class Task(nn.Module):
     and predicts masks. ``speaks``: can generate text. ``remembers``: predicts from the answers that training gave
     (`remember`). ``reads_no_text``: a sample may have none. ``shuffles``: what the negative control of that name exchanges
     (`evaluate`). ``columns``: title and metric of a table's columns; ``controls``: which negative controls it has rows for.
-    ``texts_apart``: the samples' field of which two splits had better share nothing.
+    ``texts_apart``: the samples' field of which two splits had better share nothing. ``asks``: their field that holds a
+    question's text; ``asking``: what else `predict` is told where there is no truth.
     """
 
     settings: ClassVar[type[Section]]
@@ -155,6 +156,8 @@ class Task(nn.Module):
     columns: tuple[tuple[str, str], ...] = ()
     controls: tuple[str, ...] = ("no-image", "frozen")
     texts_apart: str = ""
+    asks: ClassVar[str] = "text"
+    asking: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def build(cls, config: Any, given: Given) -> "Task":
@@ -220,9 +223,22 @@ class Task(nn.Module):
         """By name, the metrics of what needs no trained model: a score says something only beside them."""
         raise NotImplementedError
 
+    def asked(self, question: Question) -> Any:
+        """A question as a sample, whose truth is nothing. ConfigError for what cannot be asked."""
+        raise NotImplementedError
+
+    def told(self, question: Question, prediction: Prediction) -> Answer:
+        """What a question's ``prediction`` says."""
+        raise NotImplementedError
+
+    def answers(self, questions: Sequence[Question], see: Callable[[Sequence[Any]], Batch]) -> list[Answer]:
+        """What the model makes of several questions together; ``see``: the batch of several samples."""
+        predictions = self.predict(see([self.asked(question) for question in questions]), **self.asking)
+        return [self.told(q, q.predicted([p])) for q, p in zip(questions, predictions, strict=True)]
+
     def ask(self, question: Question) -> Answer:
         """What the model makes of one sample's files."""
-        raise NotImplementedError
+        return self.answers([question], lambda samples: question.see(*samples))[0]
 
     def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
         """A prediction as a figure shows it: the picture, lines below it, and whether it went right."""

@@ -1,7 +1,7 @@
 """Describing a picture in words of the frozen language head, and scoring them against several people's descriptions."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -87,18 +87,27 @@ class CaptionTask(LanguageTask):
             "caption of the nearest picture": scores_of(chosen, [one[i].text for i in near]),
         }
 
-    def ask(self, question: Question) -> Answer:
-        """What the model says, and how likely it finds the text: the mean of log p over its tokens."""
+    def asked(self, question: Question) -> CaptionSample:
         if question.candidates:
             raise ConfigError("--candidates are for the task 'answer'; 'caption' speaks freely: leave it out")
-        sample = CaptionSample(question.id, question.inputs, question.text)
-        batch = question.see(sample)
-        said = question.predicted(self.predict(batch)).values["predicted"]
-        with torch.no_grad():
-            (likelihood,) = self.log_likelihood([self.pair(sample)], batch.inputs)
-        values = {**question.files, "caption": said, "text": question.text}
-        values["log_likelihood"] = round(likelihood.double().mean().item(), 6)
-        return Answer(values, [f"says: {said}", f"{values['log_likelihood']:7.3f}  {question.text}"])
+        return CaptionSample(question.id, question.inputs, question.text)
+
+    @torch.no_grad()
+    def answers(self, questions: Sequence[Question], see: Callable[[Sequence[Any]], Batch]) -> list[Answer]:
+        """What the model says, and how likely it finds the text: the mean of log p over its tokens."""
+        batch, answers = see([self.asked(question) for question in questions]), []
+        predictions = self.predict(batch)
+        for question, prediction, likelihood in zip(
+            questions,
+            predictions,
+            self.log_likelihood([self.pair(s) for s in batch.samples], batch.inputs),
+            strict=True,
+        ):
+            said = question.predicted([prediction]).values["predicted"]
+            values = {**question.files, "caption": said, "text": question.text}
+            values["log_likelihood"] = round(likelihood.double().mean().item(), 6)
+            answers.append(Answer(values, [f"says: {said}", f"{values['log_likelihood']:7.3f}  {question.text}"]))
+        return answers
 
     def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
         return Panel(picture, [prediction.values["predicted"], *(f"truth: {text}" for text in references(sample)[:2])])

@@ -139,18 +139,18 @@ class ClassifyTask(HeadTask):
         threshold = self.config.threshold
         return {name: label_metrics(truths[2], c, self.multilabel, threshold) for name, c in guesses.items()}
 
-    def ask(self, question: Question) -> Answer:
-        """The labels, and the likeliest classes with their probabilities."""
+    def asked(self, question: Question) -> LabelSample:
         if question.candidates:
             raise ConfigError(
                 "--candidates are for the task 'answer'; the classes of 'classify' are trained: leave it out"
             )
-        text = question.text
-        predicted = question.predicted(
-            self.predict(question.see(LabelSample(question.id, question.inputs, text, ())))
-        ).values
+        return LabelSample(question.id, question.inputs, question.text, ())
+
+    def told(self, question: Question, prediction: Prediction) -> Answer:
+        """The labels, and the likeliest classes with their probabilities."""
+        predicted = prediction.values
         chances = predicted["probabilities"]
-        values = {**question.files, "text": text, "labels": predicted["predicted"], "probabilities": chances}
+        values = {**question.files, "text": question.text, "labels": predicted["predicted"], "probabilities": chances}
         lines = [f"{p:7.3f}  {label}" for label, p in chances.items()]
         return Answer(values, [f"labels: {', '.join(predicted['predicted']) or '(none)'}", *lines])
 

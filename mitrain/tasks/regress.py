@@ -107,14 +107,15 @@ class RegressTask(HeadTask):
         }
         return {name: self._metrics(splits.chosen, predicted) for name, predicted in guesses.items()}
 
-    def ask(self, question: Question) -> Answer:
-        """The number."""
+    def asked(self, question: Question) -> TargetSample:
         if question.candidates:
             raise ConfigError("--candidates are for the task 'answer'; 'regress' says a number: leave it out")
-        text = question.text
-        sample = TargetSample(question.id, question.inputs, text, 0.0)
-        number = question.predicted(self.predict(question.see(sample))).vector
-        return Answer({**question.files, "text": text, "predicted": number}, [f"predicted: {number:.4f}"])
+        return TargetSample(question.id, question.inputs, question.text, 0.0)
+
+    def told(self, question: Question, prediction: Prediction) -> Answer:
+        """The number."""
+        number = prediction.vector
+        return Answer({**question.files, "text": question.text, "predicted": number}, [f"predicted: {number:.4f}"])
 
     def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
         return Panel(picture, [f"{prediction.vector:.2f}", f"truth: {sample.target:g}", sample.text])

@@ -11,7 +11,7 @@ Shapes: B samples, N samples of all ranks, D hidden width, d width of the common
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -357,11 +357,14 @@ class RetrieveTask(ReadTask):
         }
         return {name: values | counts for name, values in metrics.items()}
 
-    def ask(self, question: Question) -> Answer:
+    def answers(self, questions: Sequence[Question], see: Callable[[Sequence[Any]], Batch]) -> list[Answer]:
+        return [self._ranked(question, see) for question in questions]
+
+    def _ranked(self, question: Question, see: Callable[[Sequence[Any]], Batch]) -> Answer:
         """How well the text and the candidates fit the picture, the best first."""
         text = question.text
         texts = list(dict.fromkeys([text, *question.candidates]))
-        scores = self.fits(question.see(CaptionSample(question.id, question.inputs, text)), texts)
+        scores = self.fits(see([CaptionSample(question.id, question.inputs, text)]), texts)
         require_finite([question.id] * (not all(map(math.isfinite, scores))), 1, question.what)
         ranked = dict(sorted(zip(texts, scores, strict=True), key=lambda pair: -pair[1]))
         values: dict[str, Any] = {**question.files, "text": text, "scores": ranked}

@@ -60,7 +60,7 @@ class SegmentTask(Task):
     formats = (RefcocoConfig,)
     metric = "oiou"
     decodes = True
-    texts_apart = "expression"
+    texts_apart = asks = "expression"
     shuffles = "expressions"
     columns = (("oIoU", "oiou"), ("mIoU", "miou"), ("P@0.5", "precision@0.5"))
     controls = ("shuffle", "no-image")
@@ -159,7 +159,10 @@ class SegmentTask(Task):
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
         metrics = masks.MaskMetrics()
-        metrics.update((p.mask for p in predictions), (s.mask() for s in samples))
+        truths = [s.mask() for s in samples]
+        metrics.update((p.mask for p in predictions), truths)
+        for prediction, truth in zip(predictions, truths, strict=True):
+            prediction.values["iou"] = iou_of(prediction.mask, truth)
         return metrics.compute()
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
@@ -180,19 +183,20 @@ class SegmentTask(Task):
                 metrics[kind].update([mask], [s.mask()])
         return {f"{names[kind]} (true masks)": metric.compute() for kind, metric in metrics.items()}
 
-    def ask(self, question: Question) -> Answer:
+    def asked(self, question: Question) -> ReferSample:
+        picture = question.picture()
+        return ReferSample(question.id, question.inputs, question.text, (picture.height, picture.width))
+
+    def told(self, question: Question, prediction: Prediction) -> Answer:
         """The mask of what the text refers to, and which share of the picture it is."""
-        text, picture = question.text, question.picture()
-        sample = ReferSample(question.id, question.inputs, text, (picture.height, picture.width))
-        mask = question.predicted(self.predict(question.see(sample))).mask
+        text, mask = question.text, prediction.mask
         share = float(mask.mean())
         values = {**question.files, "expression": text, "mask_share": share}
         return Answer(values, [f"{text!r}: {int(mask.sum())} of {mask.size} pixels ({100 * share:.1f} %)"], mask)
 
     def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
         truth = sample.mask()
-        union = np.count_nonzero(truth | prediction.mask)
-        iou = np.count_nonzero(truth & prediction.mask) / union if union else 0.0
+        iou = iou_of(prediction.mask, truth)
         drawn = outlined(overlay(picture, prediction.mask), truth)
         return Panel(drawn, [sample.expression, f"IoU {iou:.2f}"], iou >= 0.5)
 
@@ -235,3 +239,9 @@ class SegmentTask(Task):
         if full == len(masks):
             lines.append(f"{split}: every mask covers its whole picture, so that marking all is right every time")
         return lines
+
+
+def iou_of(mask: np.ndarray, truth: np.ndarray) -> float:
+    """Intersection over union; 0 of two empty masks."""
+    union = np.count_nonzero(truth | mask)
+    return np.count_nonzero(truth & mask) / union if union else 0.0

@@ -72,9 +72,11 @@ class RateTask(Task):
         usual = statistics.fmean(float(sample.answer) for sample in train)
         return {"training mean": closeness(chosen, lambda _: usual)}
 
-    def ask(self, question: Question) -> Answer:
-        blank = AnswerSample(question.id, question.inputs, question.text, "")
-        rate = question.predicted(self.predict(question.see(blank))).values["rate"]
+    def asked(self, question: Question) -> AnswerSample:
+        return AnswerSample(question.id, question.inputs, question.text, "")
+
+    def told(self, question: Question, prediction: Prediction) -> Answer:
+        rate = prediction.values["rate"]
         return Answer({**question.files, "rate": rate}, [f"rate: {rate:.3f}"])
 
     def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:

@@ -26,6 +26,12 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """(h, w) bool as ``{"size": [h, w], "counts": …}``, compressed, as COCO has results."""
+    runs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(runs["size"]), "counts": runs["counts"].decode("ascii")}
+
+
 def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
     """Raises ValueError where `decode_mask` would, without filling anything."""
     for part in parts_of(segmentation):

@@ -1,0 +1,168 @@
+"""Many samples at once: a table's rows from the command line, lists in Python, and every prediction of an evaluation."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from exported import PROMPT, make_run, make_world
+from PIL import Image
+
+from mitrain.cli import main
+from mitrain.core.errors import DataError
+from mitrain.data.formats.rle import decode_mask
+from mitrain.inference import bulk, scoring
+from mitrain.inference.export import Pretrained
+from mitrain.training import runs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = make_world(tmp_path_factory.mktemp("bulk"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
+
+
+@pytest.fixture(scope="module")
+def run(world):
+    return make_run(world)
+
+
+@pytest.fixture(scope="module")
+def images(world):
+    return sorted((world / "data" / "images").glob("*.png"))[:6]
+
+
+def table(path, images, **columns):
+    with open(path, "w", newline="") as file:
+        rows = csv.DictWriter(file, ["image", *columns])
+        rows.writeheader()
+        rows.writerows(
+            {"image": f"images/{p.name}", **{n: v[i] for n, v in columns.items()}} for i, p in enumerate(images)
+        )
+    return path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_rows_of_a_table_are_asked_and_gone_on_with(world, run, images, tmp_path, capsys, monkeypatch):
+    choices = ["red|green", "", "", "", "", ""]
+    source = table(world / "data" / "ask.csv", images, prompt=[PROMPT] * 6, candidates=choices, answer=[""] * 6)
+    command = ["predict", str(run), "--data", str(source), "--out", str(tmp_path / "out.jsonl"), "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out) | {"out": 0} == {
+        "out": 0,
+        "rows": 6,
+        "kept": 0,
+        "asked": 6,
+        "bad_samples": 0,
+    }
+    found, opened = lines(tmp_path / "out.jsonl"), runs.open_run(run)
+    for number, (line, path) in enumerate(zip(found, images, strict=True)):
+        alone = scoring.ask(
+            opened, {"image": path}, PROMPT, candidates=["red", "green"] if number == 0 else None
+        ).values
+        assert line["id"] == f"ask.csv:{number + 2}" and line["image"] == f"images/{path.name}"
+        assert line["answer"] == alone["answer"] and line["generated"] == alone["generated"]
+        assert line["probabilities"] == pytest.approx(alone["probabilities"], abs=2e-6)
+    assert set(found[0]["probabilities"]) == {"red", "green"} != set(found[1]["probabilities"])
+    text = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_text("".join(text[:3]) + text[3][:30])
+    asked = []
+    monkeypatch.setattr(bulk, "ask_all", lambda run, rows: asked.extend(rows) or scoring.ask_all(run, rows))
+    assert main(command) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["kept"], again["asked"]) == (3, 3) and [one.files["image"].name for one in asked] == [
+        path.name for path in images[3:]
+    ]
+    assert (tmp_path / "out.jsonl").read_text().splitlines(keepends=True) == text
+
+
+def test_lines_of_another_model_or_of_other_rows_are_left_alone(world, run, images, tmp_path, capsys):
+    source, out = table(world / "data" / "two.csv", images[:2], prompt=[PROMPT] * 2), tmp_path / "out.jsonl"
+    command = ["predict", str(run), "--data", str(source), "--out", str(out)]
+    assert main(command) == 0
+    before = out.read_text()
+    assert main([*command, "--checkpoint", "latest"]) == 2
+    assert f"{out}:1 is no answer of colours, step 6" in capsys.readouterr().err
+    table(source, images[1:3], prompt=[PROMPT] * 2)
+    assert main(command) == 2
+    assert "to a row of this table: give a new file with --out" in capsys.readouterr().err
+    assert out.read_text() == before
+
+
+def test_bad_rows_are_left_out_as_far_as_the_budget_goes(world, run, images, tmp_path, capsys):
+    (world / "data" / "images" / "torn.png").write_bytes(images[0].read_bytes()[:60])
+    names = [*images, world / "data" / "images" / "torn.png", *images, *images[:2]]
+    source, out = table(world / "data" / "bad.csv", names, prompt=[*[PROMPT] * 14, ""]), tmp_path / "out.jsonl"
+    command = ["predict", str(run), "--data", str(source), "--out", str(out), "--json"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "2 of 15 samples cannot be used" in said and "torn.png" in said and len(lines(out)) == 13
+    table(source, names[:14], prompt=[PROMPT] * 14)
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["bad_samples"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "x.csv"], "--out names the file of the answers"),
+        (["--data", "x.csv", "--out", "o", "--text", "a"], "--text asks about one sample"),
+        (["--data", "x.csv", "--out", "."], "is a folder"),
+        (["--data", "none.csv", "--out", "o"], "none.csv"),
+    ],
+)
+def test_what_does_not_go_together_is_said(run, arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", str(run), *arguments]) == 2
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_python_takes_lists_arrays_bytes_and_pictures(run, images):
+    predictor = Pretrained(runs.open_run(run))
+    alone = [predictor.predict(path, PROMPT) for path in images[:4]]
+    with Image.open(images[1]) as picture:
+        given = [
+            images[0],
+            picture.convert("RGB"),
+            np.asarray(Image.open(images[2]).convert("RGB")),
+            images[3].read_bytes(),
+        ]
+    found = predictor.predict([{"image": one, "text": PROMPT} for one in given])
+    for one, other in zip(found, alone, strict=True):
+        assert one["answer"] == other["answer"]
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=2e-6)
+    assert [one["image"] for one in found] == [str(images[0]), None, None, None]
+    assert predictor.predict([]) == []
+    with pytest.raises(DataError, match="image: a array of float64 is no image file"):
+        predictor.predict(np.zeros((4, 4, 3)), PROMPT)
+
+
+def test_eval_writes_every_prediction(world, run, tmp_path, capsys):
+    out = tmp_path / "predictions.jsonl"
+    assert main(["eval", str(run), "--split", "test", "--out", str(out), "--json"]) == 0
+    metrics, found = json.loads(capsys.readouterr().out), lines(out)
+    assert len(found) == metrics["samples"] and {
+        "id",
+        "image",
+        "prompt",
+        "answer",
+        "predicted",
+        "probabilities",
+    } <= set(found[0])
+    assert np.mean([line["correct"] for line in found]) == metrics["accuracy"]
+    assert main(["eval", str(run), "--split", "test", "--out", str(out)]) == 2
+    assert "exists: give a new file for the predictions" in capsys.readouterr().err
+
+
+def test_masks_are_written_as_run_lengths(world, images, tmp_path):
+    opened = runs.open_run(make_run(world, "segment"))
+    source = table(world / "data" / "segment.csv", images[:2], expression=["red square"] * 2)
+    bulk.predict_rows(opened, source, tmp_path / "masks.jsonl")
+    for line, path in zip(lines(tmp_path / "masks.jsonl"), images, strict=False):
+        mask = scoring.ask(opened, {"image": path}, "red square").mask
+        assert np.array_equal(decode_mask(line["mask"], mask.shape), mask) and line["expression"] == "red square"
