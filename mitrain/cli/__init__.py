@@ -1,5 +1,4 @@
-"""The command line: ``mitrain train | eval | predict | init | config | models | data | report | export | bench | compare |
-doctor``.
+"""The command line: ``mitrain COMMAND …``, each command a module of this package.
 
 Results go to stdout (with ``--json`` one JSON document and nothing else), progress and notices to stderr. The user's
 own mistakes end in one line and exit code 2, a signal in one line and 128 + its number (after the first step `train`
@@ -25,6 +24,7 @@ from mitrain.cli.config import add_config
 from mitrain.cli.doctor import add_doctor
 from mitrain.cli.init import add_init
 from mitrain.cli.publish import add_export, add_report
+from mitrain.cli.serve import add_serve
 from mitrain.cli.shared import Parser
 from mitrain.cli.train import add_train
 from mitrain.core import terminal
@@ -137,6 +137,7 @@ def parser() -> Parser:
     add_train(commands)
     add_eval(commands)
     add_predict(commands)
+    add_serve(commands)
     add_init(commands)
     add_config(commands)
     add_catalogue(commands, "models", "list or prepare frozen backbones with real weights")

@@ -1,0 +1,195 @@
+"""A run behind HTTP: the page, /predict, the chat API, batches of many at once, and what is refused."""
+
+import base64
+import io
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import pytest
+from exported import PROMPT, make_run, make_world
+from PIL import Image
+
+from mitrain.cli import main
+from mitrain.inference import scoring
+from mitrain.training import runs
+
+pytest.importorskip("python_multipart", reason="needs the extra [serve]")
+testclient = pytest.importorskip("starlette.testclient", reason="needs the extra [serve]")
+serving = pytest.importorskip("mitrain.inference.serving", reason="needs the extra [serve]")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = make_world(tmp_path_factory.mktemp("serving"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
+
+
+@pytest.fixture(scope="module")
+def run(world):
+    return runs.open_run(make_run(world))
+
+
+@pytest.fixture(scope="module")
+def client(run):
+    return testclient.TestClient(serving.app_of(run, serving.Limits(megabytes=0.2, batch=4, milliseconds=30)))
+
+
+@pytest.fixture(scope="module")
+def images(world):
+    return sorted((world / "data" / "images").glob("*.png"))[:6]
+
+
+def coded(path):
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def alike(found, expected):
+    assert found["answer"] == expected["answer"] and "image" not in found
+    assert found["probabilities"] == pytest.approx(expected["probabilities"], abs=2e-6)
+
+
+def test_a_form_and_json_give_what_predict_gives(client, run, images):
+    expected = scoring.ask(run, {"image": images[0]}, PROMPT, candidates=["red", "blue"]).values
+    form = {"text": PROMPT, "candidates": ["red", "blue"]}
+    body = {"inputs": {"image": coded(images[0])}, "text": PROMPT, "candidates": ["red", "blue"]}
+    answers = (
+        client.post("/predict", data=form, files={"image": images[0].read_bytes()}),
+        client.post("/predict", json=body),
+    )
+    for answer in answers:
+        assert answer.status_code == 200
+        alike(answer.json(), expected)
+    off = [
+        client.post("/predict", json={**body, "inputs": {"image": coded(p)}, "infused": False}).json()
+        for p in images[:2]
+    ]
+    assert off[0]["probabilities"] == off[1]["probabilities"] != answers[0].json()["probabilities"]
+
+
+def test_many_at_once_are_answered_in_batches_each_about_its_own_picture(client, run, images):
+    expected = [scoring.ask(run, {"image": path}, PROMPT).values for path in images]
+    assert len({json.dumps(answer["probabilities"]) for answer in expected}) == 6
+    start, before = Barrier(6), counts(client)
+
+    def asked(path):
+        start.wait()
+        return client.post("/predict", json={"inputs": {"image": coded(path)}, "text": PROMPT}).json()
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(asked, images * 3))
+    for one, own in zip(found, expected * 3, strict=True):
+        alike(one, own)
+    after = counts(client)
+    assert after["samples"] - before["samples"] == 18 > after["batches"] - before["batches"]
+
+
+def counts(client):
+    text = client.get("/metrics").text
+    return {name: float(value) for name, value in re.findall(r"^mitrain_(\w+)_total (\S+)$", text, re.M)}
+
+
+def test_the_chat_api(client, run, images):
+    expected = scoring.ask(run, {"image": images[0]}, PROMPT).values
+    content = [{"type": "text", "text": PROMPT}]
+    content += [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded(images[0])}"}}]
+    asked = {"model": "any", "messages": [{"role": "user", "content": content}], "stream": False}
+    found = client.post("/v1/chat/completions", json=asked).json()
+    assert found["choices"][0]["message"] == {"role": "assistant", "content": expected["answer"]}
+    assert (
+        found["object"] == "chat.completion"
+        and found["usage"]["total_tokens"] > found["usage"]["completion_tokens"] > 0
+    )
+    alike(found["mitrain"], expected)
+    for change, words in (
+        ({"stream": True}, "'stream' cannot be set by a request"),
+        ({"temperature": 1}, "'temperature' cannot be set"),
+        ({"messages": [{"role": "system", "content": "be"}, *asked["messages"]]}, "one message"),
+        ({"messages": [{"role": "user", "content": [*content, content[1]]}]}, "no input for this image"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "aaaa"}}]}]},
+            "this audio",
+        ),
+    ):
+        refused(client.post("/v1/chat/completions", json={**asked, **change}), 400, words)
+
+
+def refused(answer, status, words):
+    assert answer.status_code == status and words in answer.json()["error"]["message"], answer.text
+    assert (
+        "Traceback" not in answer.text and "\n" not in answer.json()["error"]["message"] and "/tmp" not in answer.text
+    )
+
+
+def test_what_is_refused(client, images, tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(images[0].read_bytes())
+    body = {"inputs": {"image": coded(images[0])}, "text": PROMPT}
+    part = {"type": "image_url", "image_url": {"url": f"file://{secret}"}}
+    for path, sent, words in (
+        ("/predict", {**body, "inputs": {"image": str(secret)}}, "not valid base64"),
+        ("/predict", {**body, "inputs": {"image": ["a"]}}, "no path is read"),
+        ("/predict", {**body, "inputs": {"../x": coded(images[0])}}, "none of this run's inputs"),
+        (
+            "/predict",
+            {**body, "inputs": {"image": base64.b64encode(b"no picture").decode()}},
+            "is not a readable picture",
+        ),
+        ("/predict", {**body, "inputs": {}}, "this run reads image"),
+        ("/predict", {**body, "text": " "}, "the text is empty"),
+        ("/predict", {**body, "text": 3}, "text as a string"),
+        ("/predict", {**body, "candidates": ["red"]}, "leaves nothing to choose"),
+        ("/predict", {**body, "url": "x"}, "'url' is no key"),
+        ("/predict", [], "not a JSON object"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [part]}]}, "nothing is fetched"),
+    ):
+        refused(client.post(path, json=sent), 400, words)
+    refused(client.post("/predict", content=b"{", headers={"content-type": "application/json"}), 400, "not JSON")
+    bad_form = {"content-type": "multipart/form-data; boundary=x"}
+    refused(client.post("/predict", content=b"--x\r\nbroken", headers=bad_form), 400, "")
+    refused(client.post("/predict", files={"image": b"x" * 300_000}), 413, "larger than 0.2 MB")
+    refused(client.get("/nothing"), 404, "Not Found")
+    refused(client.get("/predict"), 405, "Method Not Allowed")
+    alike(client.post("/predict", json=body).json(), client.post("/predict", json=body).json())
+
+
+def test_a_fault_of_the_server_is_no_traceback_and_the_next_request_is_answered(client, images, monkeypatch, caplog):
+    body = {"inputs": {"image": coded(images[0])}, "text": PROMPT}
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "ask_all", lambda *_: 1 / 0)
+        refused(client.post("/predict", json=body), 500, "its log says more")
+    assert "ZeroDivisionError" in caplog.text and client.post("/predict", json=body).status_code == 200
+
+
+def test_health_the_page_and_metrics(client):
+    assert client.get("/health").json() == {"status": "ok", "run": "colours", "step": 4}
+    about = client.get("/run").json()
+    assert about["inputs"] == {"image": {"takes": "image", "may_lack": False}} and about["asks"] == "prompt"
+    page = client.get("/")
+    assert "default-src 'none'" in page.headers["content-security-policy"] and "mitrain serve" in page.text
+    assert not re.findall(r"(?:src|href)=\"?http|@import|cdn", page.text)
+    assert 'mitrain_requests_total{path="/health",status="200"} 1' in client.get("/metrics").text
+
+
+def test_segmentation_shows_its_mask(world, images):
+    run = runs.open_run(make_run(world, "segment"))
+    client = testclient.TestClient(serving.app_of(run, serving.Limits()))
+    found = client.post("/predict", data={"text": "red square"}, files={"image": images[0].read_bytes()}).json()
+    mask = scoring.ask(run, {"image": images[0]}, "red square").mask
+    png = base64.b64decode(found["mask"].partition(",")[2])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))) > 0, mask) and found["overlay"] != found["mask"]
+    refused(client.post("/v1/chat/completions", json={"messages": []}), 400, "which does not speak")
+
+
+def test_a_port_in_use_and_odd_limits_are_one_line(world, run, capsys):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", str(run.folder), "--port", str(taken.getsockname()[1])]) == 2
+    assert "give others with --host and --port" in capsys.readouterr().err
+    assert main(["serve", str(run.folder), "--batch", "0"]) == 2
+    assert "--batch is at least 1" in capsys.readouterr().err
