@@ -114,6 +114,22 @@ class InputFeatures:
         self.index.publish()
         return [self._keys[file] is not None for file in files]
 
+    def forget(self) -> None:
+        """Let go of what is known of files, so that memory is that of a block of them."""
+        self._keys.clear()
+        self._sizes.clear()
+        self.index.forget()
+
+    def look_together(self, files: Sequence[str]) -> None:
+        """Learn what ``files`` are, of which each rank reads a part; all ranks together."""
+        own = self._recall(files)[dist.rank() :: dist.world()]
+        seen = [
+            (file, found if isinstance(found, DataError) else found.facts())
+            for file, found in zip(own, ahead(self._look, own), strict=True)
+        ]
+        for file, found in (pair for part in dist.gather(seen) for pair in part):
+            self._learn(file, found)
+
     def _recall(self, files: Iterable[str]) -> list[str]:
         """Learn what the index knows of ``files``, and which are not there; returns the others."""
         unknown = [file for file in dict.fromkeys(files) if file not in self._keys]

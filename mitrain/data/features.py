@@ -148,6 +148,13 @@ class Features:
         """The digest of each of a sample's files, by input; None for one that cannot be read."""
         return {source: group.key(sample.inputs[source]) for source, group in self.groups if source in sample.inputs}
 
+    def readable_in_block(self, samples: Sequence[Any]) -> list[Any]:
+        """`readable`, each file looked at by one of the ranks; what was known of others is forgotten."""
+        for source, group in self.groups:
+            group.forget()
+            group.look_together([sample.inputs[source] for sample in samples if source in sample.inputs])
+        return self.readable(samples)
+
     def work(self, samples: Sequence[Any], views: int) -> int:
         """How many encodings `readable` makes of ``samples`` where nothing is kept."""
         return sum(

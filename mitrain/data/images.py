@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
@@ -94,6 +94,10 @@ class Facts:
     turn: Image.Transpose | None = None
     where: str
     note: str = ""
+
+    def facts(self) -> "Facts":
+        """The same without the content."""
+        return Facts(**{field.name: getattr(self, field.name) for field in fields(Facts)})
 
     def annotated(self, size: Size, max_pixels: int = MAX_PIXELS) -> Self:
         """The picture as an annotation of ``size`` means it: of this size, or evenly scaled.

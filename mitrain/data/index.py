@@ -117,6 +117,11 @@ class FileIndex:
             self._gone.discard(name)
         return found
 
+    def forget(self) -> None:
+        """Let go of what this process read, and has not published."""
+        self.rows.clear()
+        self._gone.clear()
+
     def publish(self, least: int = 0) -> None:
         """Let later processes find what this one read, if ``least`` pictures are new; a failure is a warning only."""
         if self.path is None or not (self.rows or self._gone) or len(self.rows) < self._published + least:

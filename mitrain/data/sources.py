@@ -1,5 +1,6 @@
 """From a ``data:`` section to lists of samples."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,7 +16,10 @@ from mitrain.data.formats.manifest import Manifest
 from mitrain.data.formats.records import read_records
 from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
 from mitrain.data.formats.rows import MISSING, is_table
+from mitrain.data.streaming import Stream, StreamLoader
 from mitrain.models.encoders.config import check_name
+
+log = logging.getLogger(__name__)
 
 
 class DataSection(Section):
@@ -59,6 +63,11 @@ class DataSection(Section):
             raise ValueError(f"inputs={list(self.inputs)} names one twice")
         return self
 
+    @property
+    def buffer(self) -> int | None:
+        """How many training samples are in memory at a time; None: all."""
+        return None
+
     @model_validator(mode="after")
     def _one_place(self) -> "DataSection":
         if (self.source is None) == (self.root is None):
@@ -71,7 +80,9 @@ class TableSection(DataSection):
     folder (`Manifest`).
 
     ``val_share``, ``test_share``: where ``splits`` has no file for them, of the training file's samples that are drawn for
-    them; what shares an object, a file or nearly its picture stays together.
+    them; what shares an object, a file or nearly its picture stays together. ``stream``: so many training records are in
+    memory at a time, shuffled among themselves (`mitrain.data.streaming`), and the first of them stand for all where
+    statistics of training are asked for.
     """
 
     takes_inputs = True
@@ -80,6 +91,11 @@ class TableSection(DataSection):
     columns: dict[str, str] = {}
     val_share: float = Field(0.0, ge=0, lt=1)
     test_share: float = Field(0.0, ge=0, lt=1)
+    stream: int | None = Field(None, ge=1)
+
+    @property
+    def buffer(self) -> int | None:
+        return self.stream
 
     @property
     def shares(self) -> dict[str, float]:
@@ -97,16 +113,30 @@ class TableSection(DataSection):
             raise ValueError(
                 "val_share and test_share are parts of splits.train: give its file, and less than all of it"
             )
+        if self.stream and (self.shares or not getattr(self, "classes", True)):
+            need = "draws val_share and test_share from" if self.shares else "takes its classes from"
+            mend = "give files for val and test" if self.shares else "name all classes in data.classes"
+            raise ValueError(f"a stream is not read as a whole, which {need} the training split: {mend}")
         return self
 
     def read(self, root: Path, split: str) -> list[Any]:
         """The samples of a split. DataError with file and line, ConfigError for a split that there is not."""
         if not self.shares or (split != "train" and split not in self.shares):
-            file = split_file(self.splits, split, also=self.shares)
-            return self.read_file(Manifest(root, file), self.known(root, split))
+            source = Manifest(root, split_file(self.splits, split, also=self.shares))
+            if self.stream and split == "train":
+                source = Stream(source, source.files(), self.stream, checks=True)
+            samples = self.read_file(source, self.known(root, split))
+            if isinstance(source, Stream) and source.at is not None:
+                log.warning("%s is streamed: its first %d records stand for it in statistics", source, self.stream)
+            return samples
         source = Manifest(root, self.splits["train"])
         samples = self.read_file(source, self.known(root, "train"))
         return splitting.drawn(samples, self.shares, self.source_seed, source)[split]
+
+    def stream_of(self, root: Path, usable: Callable[[list[Any]], list[Any]], batch: int, seed: int) -> StreamLoader:
+        """The training samples, ``stream`` records at a time."""
+        read = lambda source: self.read_file(source, self.known(root, "train"))  # noqa: E731
+        return StreamLoader(Manifest(root, split_file(self.splits, "train")), self.stream, read, usable, batch, seed)
 
     def known(self, root: Path, split: str) -> Sequence[str]:
         """What the samples of a split may be labelled with; empty: anything."""
@@ -134,7 +164,7 @@ class RecordsConfig(TableSection, kind="data", name="records"):
 
     def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
         samples = read_records(source, self.columns, self.missing, self.inputs, self.may_lack)
-        return of_kinds(samples, self.kinds, str(source))
+        return of_kinds(samples, self.kinds, str(source), source.checks_columns)
 
 
 class ConversationsConfig(TableSection, kind="data", name="conversations"):
@@ -355,10 +385,10 @@ class RefcocoConfig(DataSection, kind="data", name="refcoco"):
         return image_folder(root, self.dataset, self.images)
 
 
-def of_kinds(samples: list[Any], kinds: Sequence[str], where: str) -> list[Any]:
-    """The samples of one of the ``kinds`` (none named: all); DataError where there are none."""
+def of_kinds(samples: list[Any], kinds: Sequence[str], where: str, some: bool = True) -> list[Any]:
+    """The samples of one of the ``kinds`` (none named: all); DataError where there must be ``some`` and are none."""
     kept = [s for s in samples if not kinds or s.kind in kinds]
-    if not kept:
+    if some and not kept:
         there = sorted({s.kind for s in samples})
         raise DataError(f"{where} holds no sample of kind {', '.join(kinds)}: it has {', '.join(there)}")
     return kept

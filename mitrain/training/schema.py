@@ -132,6 +132,12 @@ class RunConfig(Section):
                 f"model.encoders reads the input {absent[0]!r}, which data.inputs={list(self.data.inputs)} does not list:"
                 " name the encoder after one of these, or set its input to one"
             )
+        train = self.train
+        if self.data.buffer and (train.epochs or train.fraction < 1 or "epoch" in (train.eval_every, train.save_every)):
+            raise ValueError(
+                "how many samples a stream has is not known: give train.steps, train.eval_every and train.save_every in"
+                " steps, leave train.fraction out, or set data.stream=null"
+            )
         if self.zero.stage == 3 and (self.data.may_lack or self.train.modality_dropout):
             # A rank whose samples lack a modality would not run that encoder's shards, and the others would wait for it.
             raise ValueError(

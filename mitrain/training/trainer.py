@@ -28,9 +28,11 @@ from mitrain.core.errors import CheckpointError, ConfigError, DataError
 from mitrain.core.files import write_json
 from mitrain.core.ownership import Standing, owned
 from mitrain.data.features import Features
+from mitrain.data.formats.manifest import Manifest
 from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit, portion
+from mitrain.data.streaming import StreamLoader
 from mitrain.tasks.base import Batch, cautions
 from mitrain.training import checkpoint, resume, runs
 from mitrain.training.best import Best
@@ -48,7 +50,7 @@ from mitrain.training.engine import (
 )
 from mitrain.training.engine.zero import ZeroEngine, sharding
 from mitrain.training.evaluate import evaluate
-from mitrain.training.fingerprint import fingerprint, require_same
+from mitrain.training.fingerprint import digest, fingerprint, require_same
 from mitrain.training.guard import Heartbeat, SkipBudget, StopRequest, diverged
 from mitrain.training.schedule import multiplier, span
 from mitrain.training.schema import RunConfig
@@ -81,6 +83,7 @@ class Trainer:
         self.config, self.folder, self.quiet = config, folder, quiet or not dist.is_main()
         self.allow_changes = allow_changes
         self.watch = Stopwatch()
+        self.bad = BadSamples(config.data.bad_samples, config.data.bad_share)
         self.saved = 0  # the step of the newest checkpoint
         with self.watch.phase("load models and data"):
             self.root = resolve_data(config.data)
@@ -90,17 +93,26 @@ class Trainer:
             self.model.task.remember(self.train)
             self.best = Best(self.model.task.minimises, config.train.patience)
             self.engine = self._make_engine()
+        self.drawn: Features | None = None  # of streamed samples, which nothing is kept of
+        if config.data.buffer:
+            self.drawn = self.model.features(config.data.file_root(self.root), self.bad, cached=False)
         self._encode()
         train = config.train
         self.span = span(train.steps, train.epochs, len(self.train), train.batch * train.accumulate)
         # Until here all ranks drew the same start values; from here each draws its own dropout and noise.
         if dist.world() > 1:
             checkpoint.seed_rank(config.seed, 0, dist.rank())
-        self.loader: Loader[Any] = Loader(self.train, config.train.batch, config.seed)
+        self.loader = self._loader()
         self.skips = SkipBudget(total=config.train.max_skipped)
 
     def _build(self) -> Model:
         return build(self.config, shard=sharding(self.config.zero, self.config.train.optimizer))
+
+    def _loader(self) -> Loader[Any] | StreamLoader:
+        batch, seed = self.config.train.batch, self.config.seed
+        if self.drawn is None:
+            return Loader(self.train, batch, seed)
+        return self.config.data.stream_of(self.root, self.drawn.readable_in_block, batch, seed)
 
     def _make_engine(self) -> Engine:
         train, zero = self.config.train, self.config.zero
@@ -116,8 +128,8 @@ class Trainer:
 
     def _encode(self) -> None:
         """Run everything frozen once, and take the statistics that follow from it."""
-        config, bad = self.config, BadSamples(self.config.data.bad_samples, self.config.data.bad_share)
-        self.features: Features = self.model.features(config.data.file_root(self.root), bad)
+        config = self.config
+        self.features: Features = self.model.features(config.data.file_root(self.root), self.bad)
         splits = {"train": self.train, "val": self.val}
         if dist.world() > 1:  # what differs besides the files' contents is said before the encoders run
             require_same(fingerprint(config.to_dict(), splits, lambda _: {}, self.model.base))
@@ -128,6 +140,9 @@ class Trainer:
                 splits = {name: self._usable(part, name, views[name], bar) for name, part in splits.items()}
         self.train, self.val = splits.values()
         self.fingerprint = fingerprint(config.to_dict(), splits, self.features.contents, self.model.base)
+        if self.drawn is not None:
+            source = Manifest(self.root, config.data.splits["train"])
+            self.fingerprint["data.train.files"] = digest(source.sizes())
         require_same(self.fingerprint)
         for line in cautions(self.model.task, self.val, "the split 'val'", getattr(self.model.task, "known", None)):
             log.warning(line)
@@ -281,7 +296,7 @@ class Trainer:
         idle = not draws[share]
         if idle and not self.engine.lockstep:
             return
-        batch = self.model.training_batch(draws, self.features, slice(0, 1) if idle else share)
+        batch = self.model.training_batch(draws, self.drawn or self.features, slice(0, 1) if idle else share)
 
         # Through the engine: at stage 3 the modules gather their weights only within its forward pass.
         total, count = self.engine.forward(lambda: self.loss(batch))

@@ -6,7 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from embedded import png, refused
+from embedded import png, refused, shard
 
 from mitrain.data.arrays import read_array
 from mitrain.data.formats.labels import read_labels
@@ -22,18 +22,6 @@ def array(values: np.ndarray, **named: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **named) if named else np.save(buffer, values)
     return buffer.getvalue()
-
-
-def shard(path, members, **info) -> str:
-    """An archive of (name, bytes); ``info``: what else the last member's header says."""
-    with tarfile.open(path, "w") as archive:
-        for n, (name, content) in enumerate(members):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            for key, value in info.items() if n == len(members) - 1 else ():
-                setattr(member, key, value)
-            archive.addfile(member, io.BytesIO(content))
-    return path.name
 
 
 def sample(key: str, colour: str = "red", label: str = "0") -> list[tuple[str, bytes]]:

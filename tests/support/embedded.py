@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 
 import pyarrow
 import pytest
@@ -46,3 +47,15 @@ def refused(read, *words: str) -> None:
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def shard(path, members, **info) -> str:
+    """An archive of (name, bytes); ``info``: what else the last member's header says."""
+    with tarfile.open(path, "w") as archive:
+        for n, (name, content) in enumerate(members):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for key, value in info.items() if n == len(members) - 1 else ():
+                setattr(member, key, value)
+            archive.addfile(member, io.BytesIO(content))
+    return path.name

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from mitrain.core import parsing
 from mitrain.core.config import nearest
@@ -33,12 +33,13 @@ class Row(NamedTuple):
     cells: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Manifest:
     """The records of a split: ``file`` below ``root`` names a file, a folder of ``save_to_disk``, or several files."""
 
     root: Path
     file: str
+    checks_columns: ClassVar[bool] = True  # whether a column that somebody asked for must stand in one of its records
 
     @classmethod
     def of(cls, source: "Path | str | Manifest") -> "Manifest":
@@ -74,6 +75,10 @@ class Manifest:
         except DataError:
             return False
 
+    def sizes(self) -> list[tuple[str, int]]:
+        """Path below ``root`` and bytes of each file."""
+        return [(os.path.relpath(path, self.root), path.stat().st_size) for path in self.files()]
+
     def rows(self, columns: Mapping[str, str], required: Sequence[str], inputs: Sequence[str]) -> Iterator[Row]:
         """Every record; arguments as of `read_rows`."""
         for path in self.files():
@@ -97,7 +102,7 @@ def read_rows(
             raise DataError(f"{row.where}: the record is of {known}")
         seen.update(row.cells)
         yield row
-    for name in asked.keys() - seen if seen else ():
+    for name in asked.keys() - seen if seen and source.checks_columns else ():
         there = ", ".join(sorted(seen))[:200]
         raise DataError(
             f"{str(source)!r} has no {name!r}{nearest(name, seen)} in any record, only {there}: "
