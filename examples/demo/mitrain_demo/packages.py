@@ -23,6 +23,9 @@ QUEEN = "flight-of-the-amazon-queen"
 HEDGEWARS = "hedgewars-data"
 KNOWN_DEBIAN = {
     f"{STAMPS}_2022.06.04-1_all.deb": "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+    "games-thumbnails_20221129_all.deb": "0d8a0707de773c5ecb761f382eb98cdfe14311970a0ab9a4779d889fba040eed",
+    "gimp-help-en_2.10.34-2_all.deb": "a2deec76763aaf2fcdd197bac0736cdcb0770ba993d48d233329e1c92b0bfe36",
+    "gimp-help-common_2.10.34-2_all.deb": "5186e5ba19dfca73c141965abb6fbd8cc8abae4a623af5dfea03195e07c4bda8",
     "openclipart-svg_1%3a0.18+dfsg-19_all.deb": "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
     "openclipart-png_1%3a0.18+dfsg-19_all.deb": "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
     f"{QUEEN}_1.0.0-9_all.deb": "40c08fd258d6fe95c46c1eaf5e9137f84ba330657995a281bd887c94a560a0f1",
@@ -63,6 +66,23 @@ def debian_package(name: str, folder: Path) -> Path:
         run_client(command, f"apt-get could not download {name}", "run 'apt-get update' as root,", work)
 
     return kept_or_brought(folder, name, f"{name}_*.deb", bring, KNOWN_DEBIAN.get)
+
+
+def debian_records(names: Sequence[str], title: str, folder: Path) -> Path:
+    """What this machine's apt knows of those packages, kept in ``folder`` as ``title``.txt. Raises PrepareError."""
+
+    def bring(work: Path) -> None:
+        command = ["apt-cache", "show", "--no-all-versions", *names]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        except OSError as error:
+            raise PrepareError(f"no apt-cache to ask for {title} ({error}): use a Debian system") from None
+        if not done.stdout.strip():
+            why = reason(done.stderr)
+            raise PrepareError(f"apt knows no package of {title} ({why}): run 'apt-get update' as root")
+        (work / f"{title}.txt").write_text(done.stdout)
+
+    return kept_or_brought(folder, title, f"{title}.txt", bring, lambda file: None)
 
 
 def npm_package(name: str, version: str, sha256: str, folder: Path) -> Path:
