@@ -2,7 +2,7 @@
 
 Results go to stdout (with ``--json`` one JSON document and nothing else), progress and notices to stderr. The user's
 own mistakes end in one line and exit code 2, a signal in one line and 128 + its number (after the first step `train`
-saves and ends with 0); anything else is a bug and shows its traceback.
+saves, and ends with 0 where it was not Ctrl-C); anything else is a bug and shows its traceback.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    arguments.rank = 0
+    arguments.rank, arguments.code = 0, 0
     keep_freed_memory()
     logs = logging.StreamHandler(sys.stderr)
     logs.setFormatter(terminal.OneLine("mitrain: %(message)s"))
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(as_json(result))
         if sys.stdout:  # None where the caller closed it
             sys.stdout.flush()
-        return 0
+        return arguments.code
     except UserError as error:
         complain(arguments, error, str(error))
         if arguments.json and not arguments.rank and getattr(error, "document", None) is not None:

@@ -22,7 +22,12 @@ def add_init(commands: Any) -> None:
     sub.add_argument(
         "task", nargs="?", choices=tasks, help="what is to be learned (default: what the columns speak of)"
     )
-    sub.add_argument("--data", required=True, metavar="FILE", help="a CSV, TSV, JSONL or JSON file with a sample a row")
+    sub.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="a table with a sample a row (CSV, TSV, JSONL, JSON), or a folder with one for each class",
+    )
     sub.add_argument("--files", metavar="DIR", help="the folder that the paths in the table are below")
     sub.add_argument(
         "--column", action="append", default=[], metavar="FIELD=NAME", help="which column is a field, as label=class"

@@ -67,7 +67,9 @@ def glance(arguments: argparse.Namespace) -> None:
 def asked(arguments: argparse.Namespace) -> dict[str, str]:
     """The command and its arguments, but what only concerns how this process speaks."""
     shown = {
-        name: value for name, value in vars(arguments).items() if name not in ("run", "rank", "json", "local_rank")
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("run", "rank", "code", "json", "local_rank")
     }
     return {f"arguments.{name}": json.dumps(value) for name, value in sorted(shown.items())}
 

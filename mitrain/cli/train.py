@@ -1,6 +1,7 @@
 """``mitrain train``: a new run, a resumed one, or the count of what one would take."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def run_train(arguments: argparse.Namespace) -> Any:
     bad = len(trainer.features.bad)
     skipped = f" ({bad} bad samples skipped)" if bad else ""
     if outcome.stopped:
+        arguments.code = (
+            128 + signal.SIGINT if outcome.stopped == "SIGINT" else 0
+        )  # a scheduler's signals are no failure
         say(
             arguments,
             f"stopped by {outcome.stopped} after step {outcome.step}{skipped}: mitrain train --resume {folder}",

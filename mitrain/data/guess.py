@@ -11,16 +11,9 @@ from typing import Any
 from mitrain.core.config import nearest
 from mitrain.core.errors import DataError
 from mitrain.data.formats.rows import MISSING, all_rows
+from mitrain.data.kinds import BY_ENDING
 
 ROWS = 2000  # that are looked at
-SUFFIXES = {
-    "image": ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .avif",
-    "audio": ".wav .flac .ogg .oga .opus .mp3 .m4a .aac .aif .aiff .au .caf",
-    "video": ".mp4 .mkv .webm .mov .avi .mpg .mpeg .m4v .ts",
-    "features": ".npy .npz .safetensors",
-    "text": ".txt",
-}
-KINDS = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes.split()}
 NAMES = {
     "answer": "answer answers response output reply label",
     "prompt": "prompt question instruction query",
@@ -106,6 +99,19 @@ def guess(table: Path, task: str | None, said: Mapping[str, str], files: Path | 
     )
 
 
+def guess_folders(top: Path) -> Guess:
+    """What a folder is, in which each class has its folder, below train, val and test or not."""
+    own = top / "train" if (top / "train").is_dir() else top
+    files = [path.name for path in sorted(own.rglob("*"))[:ROWS] if path.is_file()]
+    classes = [path for path in own.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    kind = kind_of(files)
+    if not kind or len(classes) < 2:
+        raise DataError(
+            f"{str(own)!r} has no folders of files of one known kind: give a table, or a folder for each class"
+        )
+    return Guess("classify", {kind: kind}, {}, (), top, {}, ())
+
+
 def first_rows(table: Path) -> list[dict[str, Any]]:
     rows = []
     for _, row in all_rows(table, {}, ()):
@@ -123,7 +129,7 @@ def filled(value: Any) -> bool:
 
 def kind_of(values: Sequence[str]) -> str:
     """The kind of files that most of ``values`` are paths of; empty for no paths."""
-    kinds = [KINDS.get(PurePosixPath(value.partition("#")[0]).suffix.lower(), "") for value in values]
+    kinds = [BY_ENDING.get(PurePosixPath(value.partition("#")[0]).suffix.lower(), "") for value in values]
     likeliest = max(set(kinds), key=kinds.count, default="")
     return likeliest if likeliest and kinds.count(likeliest) > 0.8 * len(kinds) else ""
 

@@ -55,3 +55,14 @@ def kind_of_text(start: bytes) -> str:
         if mark in text:
             return kind
     return "an XML document" if text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<?xml") else ""
+
+
+SUFFIXES = {
+    "image": ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .avif",
+    "audio": ".wav .flac .ogg .oga .opus .mp3 .m4a .aac .aif .aiff .au .caf",
+    "video": ".mp4 .mkv .webm .mov .avi .mpg .mpeg .m4v .ts",
+    "features": ".npy .npz .safetensors",
+    "text": ".txt",
+}
+BY_ENDING = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes.split()}
+"""By the end of a file's name, what an encoder of it takes."""

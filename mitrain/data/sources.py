@@ -12,6 +12,7 @@ from mitrain.core.errors import ConfigError, DataError
 from mitrain.data import splitting
 from mitrain.data.formats import captions, coco, food101, labels, mmimdb, mmsa, msrvtt, snli_ve, targets
 from mitrain.data.formats.conversations import read_conversations
+from mitrain.data.formats.folders import read_folders
 from mitrain.data.formats.manifest import Manifest
 from mitrain.data.formats.records import read_records
 from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
@@ -75,32 +76,25 @@ class DataSection(Section):
         return self
 
 
-class TableSection(DataSection):
-    """Samples in tables, whose ``columns`` maps our names to the file's own; ``splits`` names each split's file, files or
-    folder (`Manifest`).
+class DrawnSection(DataSection):
+    """Data in files or folders for each split, named by ``splits``.
 
-    ``val_share``, ``test_share``: where ``splits`` has no file for them, of the training file's samples that are drawn for
-    them; what shares an object, a file or nearly its picture stays together. ``stream``: so many training records are in
-    memory at a time, shuffled among themselves (`mitrain.data.streaming`), and the first of them stand for all where
-    statistics of training are asked for.
+    ``val_share``, ``test_share``: where ``splits`` has nothing for them, of the training samples that are drawn for them;
+    what shares an object, a file or nearly its picture stays together.
     """
 
-    takes_inputs = True
-
-    splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
-    columns: dict[str, str] = {}
+    splits: dict[str, str]
     val_share: float = Field(0.0, ge=0, lt=1)
     test_share: float = Field(0.0, ge=0, lt=1)
-    stream: int | None = Field(None, ge=1)
-
-    @property
-    def buffer(self) -> int | None:
-        return self.stream
 
     @property
     def shares(self) -> dict[str, float]:
-        """The splits that are drawn from the training file, with their shares of it."""
+        """The splits that are drawn from training's, with their shares of it."""
         return {split: share for split, share in (("val", self.val_share), ("test", self.test_share)) if share}
+
+    def is_drawn(self, split: str) -> bool:
+        """Whether the split, of training's samples, is what a draw decides."""
+        return bool(self.shares) and (split == "train" or split in self.shares)
 
     @model_validator(mode="after")
     def _drawn_or_given(self) -> Self:
@@ -113,6 +107,29 @@ class TableSection(DataSection):
             raise ValueError(
                 "val_share and test_share are parts of splits.train: give its file, and less than all of it"
             )
+        return self
+
+
+class TableSection(DrawnSection):
+    """Samples in tables, whose ``columns`` maps our names to the file's own; ``splits`` names each split's file, files or
+    folder (`Manifest`).
+
+    ``stream``: so many training records are in memory at a time, shuffled among themselves (`mitrain.data.streaming`), and
+    the first of them stand for all where statistics of training are asked for.
+    """
+
+    takes_inputs = True
+
+    splits: dict[str, str] = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
+    columns: dict[str, str] = {}
+    stream: int | None = Field(None, ge=1)
+
+    @property
+    def buffer(self) -> int | None:
+        return self.stream
+
+    @model_validator(mode="after")
+    def _streamed_in_parts(self) -> Self:
         if self.stream and (self.shares or not getattr(self, "classes", True)):
             need = "draws val_share and test_share from" if self.shares else "takes its classes from"
             mend = "give files for val and test" if self.shares else "name all classes in data.classes"
@@ -121,7 +138,7 @@ class TableSection(DataSection):
 
     def read(self, root: Path, split: str) -> list[Any]:
         """The samples of a split. DataError with file and line, ConfigError for a split that there is not."""
-        if not self.shares or (split != "train" and split not in self.shares):
+        if not self.is_drawn(split):
             source = Manifest(root, split_file(self.splits, split, also=self.shares))
             if self.stream and split == "train":
                 source = Stream(source, source.files(), self.stream, checks=True)
@@ -211,6 +228,36 @@ class LabelledConfig(TableSection, ClassSection, kind="data", name="labelled"):
     def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
         words = (self.multilabel, self.separator, known, self.missing)
         return labels.read_labels(source, self.columns, *words, self.inputs, self.may_lack)
+
+
+class FoldersConfig(DrawnSection, ClassSection, kind="data", name="folders"):
+    """Files in a folder for each class below ``root/SPLIT``; ``splits`` says what the splits' folders are called, as
+    {train: .} where there are none."""
+
+    takes_inputs = True
+
+    splits: dict[str, str] = {"train": "train", "val": "val", "test": "test"}
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if len(self.inputs) != 1 or self.may_lack or self.multilabel:
+            raise ValueError(
+                "folders of classes hold one file and one label a sample: give one encoder and no may_lack"
+            )
+        return self
+
+    def read(self, root: Path, split: str) -> list[Any]:
+        """The samples of a split."""
+        if self.is_drawn(split):
+            samples = read_folders(root, self.splits["train"], self.inputs[0], self.classes)
+            source = Manifest(root, self.splits["train"])
+            return splitting.drawn(samples, self.shares, self.source_seed, source, files=())[split]
+        known = self.classes or (() if split == "train" else self.class_names(root))
+        return read_folders(root, split_file(self.splits, split, also=self.shares), self.inputs[0], known)
+
+    def split_names(self, root: Path) -> list[str]:
+        """The splits whose folders are there, and those that are drawn."""
+        return there(self.splits, root) + list(self.shares)
 
 
 class Food101Config(ClassSection, kind="data", name="food101"):

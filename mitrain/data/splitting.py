@@ -31,15 +31,18 @@ MOST_TOGETHER = 0.5  # of the samples; a larger group means that pictures look t
 log = logging.getLogger(__name__)
 
 
-def drawn(samples: Sequence[Any], shares: Mapping[str, float], seed: int, table: Manifest) -> dict[str, list[Any]]:
-    """``samples`` of ``table`` by split: ``shares`` of them in each of its splits, the rest in "train".
+def drawn(
+    samples: Sequence[Any], shares: Mapping[str, float], seed: int, table: Manifest, files: Sequence[Path] | None = None
+) -> dict[str, list[Any]]:
+    """``samples`` of ``table`` by split: ``shares`` of them in each of its splits, the rest in "train". ``files``: what says
+    which samples there are, where it is not the table's.
 
     Deterministic in the table and the seed. Pictures are read once; which sample belongs where is then kept in the cache.
     Raises DataError where a split would be empty.
     """
     root = Path(table.root)
     asked = [
-        *map(sha256_file, table.files()),
+        *map(sha256_file, table.files() if files is None else files),
         str(root.resolve()),
         dict(shares),
         seed,

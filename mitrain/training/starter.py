@@ -10,7 +10,7 @@ from mitrain.core import parsing, prepared
 from mitrain.core.errors import ConfigError
 from mitrain.core.files import write_atomic
 from mitrain.data.arrays import read_array
-from mitrain.data.guess import Guess, guess
+from mitrain.data.guess import Guess, guess, guess_folders
 from mitrain.training import schema, settings
 
 LLM = ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -48,7 +48,9 @@ def begin(
     out = out or Path(f"{table.stem if table.stem not in SPLITS else table.resolve().parent.name}.yaml")
     if out.exists():
         raise ConfigError(f"{str(out)!r} is there: remove it, or choose another name with --out")
-    found = guess(table, task, columns or {}, files)
+    if table.is_dir() and (task not in (None, "classify") or columns or files):
+        raise ConfigError("a folder for each class is a classification: leave out the task, --column, --files")
+    found = guess_folders(table) if table.is_dir() else guess(table, task, columns or {}, files)
     values, data = values_of(found, table, out, llm, encoders or {})
     config = schema.config.parse(schema.RunConfig, values)
     counts = {split: len(config.data.read(found.root, split)) for split in config.data.split_names(found.root)}
@@ -59,7 +61,7 @@ def begin(
         "config": str(out),
         "task": found.task,
         "inputs": found.inputs,
-        "columns": data["columns"],
+        "columns": data.get("columns", {}),
         "unused": sorted(found.unused),
         "samples": counts,
     }
@@ -78,7 +80,10 @@ def values_of(
     renamed = {name: column for column, name in names.items() if column != name}
     columns = renamed | {field: name for field, name in found.fields.items() if field != name}
     data: dict[str, Any] = {"name": FORMATS[found.task], "root": relative(found.root)}
-    data |= splits_of(table, found.root) | {"columns": columns}
+    if table.is_dir():
+        data |= {"name": "folders", **folders_of(table)}
+    else:
+        data |= splits_of(table, found.root) | {"columns": columns}
     if found.lacking and found.task not in ("caption", "retrieve"):
         data["may_lack"] = [names[column] for column in found.lacking]
     task: dict[str, Any] = {"name": found.task}
@@ -125,6 +130,13 @@ def splits_of(table: Path, root: Path) -> dict[str, Any]:
     if "val" in own:
         shares = {}
     return {"splits": {split: seen_from(root, path) for split, path in own.items()}, **shares}
+
+
+def folders_of(top: Path) -> dict[str, Any]:
+    """The splits' folders: those called so, else shares of the one there is."""
+    own = {split: split for split in SPLITS if (top / split).is_dir()} if (top / "train").is_dir() else {"train": "."}
+    drawn = {} if "val" in own else {f"{split}_share": 0.1 for split in SPLITS[1:] if split not in own}
+    return {"splits": own, **drawn}
 
 
 def seen_from(root: Path, path: Path) -> str:

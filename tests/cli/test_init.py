@@ -150,3 +150,15 @@ def test_links_and_files_elsewhere_are_found_by_their_whole_path(here, capsys):
     table(here / "a.csv", ("image", "label"), [(n, "ab"[i % 2]) for i, n in enumerate(names)])
     made(capsys, "--data", "a.csv")
     assert schema.load("a.yaml").data.splits == {"train": str(here / "a.csv")}
+
+
+@pytest.mark.parametrize("parts", [("",), ("train", "val")])
+def test_a_folder_for_each_class_is_a_classification(here, capsys, parts):
+    for part in parts:
+        for label in "ab":
+            pictures(here, 20, f"birds/{part}/{label}")
+    found = made(capsys, "--data", "birds", "--encoder", "image=dinov2-vits14")
+    assert (found["task"], found["config"]) == ("classify", "birds.yaml")
+    data = schema.load("birds.yaml").data
+    assert data.section_name == "folders" and data.shares == ({} if parts[0] else {"val": 0.1, "test": 0.1})
+    assert "leave out the task, --column, --files" in refused(capsys, "regress", "--data", "birds", "--out", "c.yaml")

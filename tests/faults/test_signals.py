@@ -1,5 +1,6 @@
 """A signal in every phase of every command, as whole processes: one line, 128 + its number, nothing half made; what is
-started again equals an undisturbed run. After the first step `train` saves instead and ends with 0."""
+started again equals an undisturbed run. After the first step `train` saves instead, and ends with 0 but after
+Ctrl-C."""
 
 import signal
 
@@ -50,7 +51,8 @@ def test_train(lab, phase):
         assert (ended.code, ended.lines[-1]) == (128 + signal.Signals[name], f"mitrain: stopped by {name}")
         assert [path.name for path in (case / "run").iterdir()] == ["config.yaml"]
     else:
-        assert ended.code == 0 and f"stopped by {name} after step" in ended.out
+        assert f"stopped by {name} after step" in ended.out and "mitrain train --resume" in ended.out
+        assert ended.code == (130 if name == "SIGINT" else 0)
     again = train(lab, case)
     assert again.code == 0 and Left.of(case / "run").equals(lab.undisturbed())
 

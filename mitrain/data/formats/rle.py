@@ -28,6 +28,7 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """(h, w) bool as ``{"size": [h, w], "counts": …}``, compressed, as COCO has results."""
+    coco = need_extra("pycocotools.mask", "coco", "a mask in COCO's results")
     runs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(runs["size"]), "counts": runs["counts"].decode("ascii")}
 
