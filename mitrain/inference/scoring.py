@@ -17,6 +17,7 @@ from mitrain.core.errors import ConfigError, DataError, UserError
 from mitrain.core.files import atomic_folder, write_atomic
 from mitrain.core.parsing import is_whole
 from mitrain.data.features import Features
+from mitrain.data.formats.rle import encode_mask
 from mitrain.data.images import BadSamples, open_image
 from mitrain.data.inspection import inspect_splits
 from mitrain.data.media import Limits
@@ -310,8 +311,6 @@ def values_of(answer: Answer | Prediction) -> dict[str, Any]:
     """An answer or a prediction as JSON values; a mask as COCO's run lengths."""
     if answer.mask is None:
         return answer.values
-    from mitrain.data.formats.rle import encode_mask
-
     return {**answer.values, "mask": encode_mask(answer.mask)}
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mitrain.cli import main
 from mitrain.core.errors import DataError
-from mitrain.data.formats.rle import decode_mask
+from mitrain.data.formats.rle import decode_mask, encode_mask
 from mitrain.inference import bulk, scoring
 from mitrain.inference.export import Pretrained
 from mitrain.training import runs
@@ -157,6 +157,14 @@ def test_eval_writes_every_prediction(world, run, tmp_path, capsys):
     assert np.mean([line["correct"] for line in found]) == metrics["accuracy"]
     assert main(["eval", str(run), "--split", "test", "--out", str(out)]) == 2
     assert "exists: give a new file for the predictions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "mask", [np.eye(3, 5) > 0, np.ones((2, 3), bool), np.zeros((4, 1), bool), np.arange(6).reshape(2, 3) < 3]
+)
+def test_run_lengths_give_the_mask_again(mask):
+    coded = encode_mask(mask)
+    assert coded["size"] == list(mask.shape) and np.array_equal(decode_mask(coded, mask.shape), mask)
 
 
 def test_masks_are_written_as_run_lengths(world, images, tmp_path):

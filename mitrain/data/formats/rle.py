@@ -27,10 +27,11 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """(h, w) bool as ``{"size": [h, w], "counts": …}``, compressed, as COCO has results."""
-    coco = need_extra("pycocotools.mask", "coco", "a mask in COCO's results")
-    runs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(runs["size"]), "counts": runs["counts"].decode("ascii")}
+    """(h, w) bool as ``{"size": [h, w], "counts": …}``, the run lengths that `decode_runs` reads."""
+    flat = mask.T.ravel()
+    edges = [0, *(np.flatnonzero(flat[1:] != flat[:-1]) + 1).tolist(), len(flat)]
+    counts = np.diff(edges).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if len(flat) and flat[0] else counts}
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
