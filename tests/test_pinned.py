@@ -89,7 +89,10 @@ def test_the_dependencies_are_what_is_imported():
 
 def test_what_the_tests_import_is_declared():
     files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("tests/**/*.py")}
-    found = distributions(files) - {"kernels", "playwright"}  # a stand-in of a test's own; what drives a browser, where it is there
+    found = distributions(files) - {
+        "kernels",
+        "playwright",
+    }  # a stand-in of a test's own; what drives a browser, where it is there
     assert found - declared("demo", "dev") == set(), "imported by a test and not in the extra [dev]"
 
 
