@@ -4,9 +4,11 @@ import base64
 import io
 import json
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
+import methods_world
 import numpy as np
 import pytest
 from exported import PROMPT, make_run, make_world
@@ -14,7 +16,9 @@ from PIL import Image
 
 from mitrain.cli import main
 from mitrain.inference import scoring
-from mitrain.training import runs
+from mitrain.training import runs, schema
+from mitrain.training.build import build
+from mitrain.training.checkpoint import Checkpoint
 
 pytest.importorskip("python_multipart", reason="needs the extra [serve]")
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra [serve]")
@@ -193,3 +197,37 @@ def test_a_port_in_use_and_odd_limits_are_one_line(world, run, capsys):
     assert "give others with --host and --port" in capsys.readouterr().err
     assert main(["serve", str(run.folder), "--batch", "0"]) == 2
     assert "--batch is at least 1" in capsys.readouterr().err
+
+
+def test_retrieval_finds_the_nearest_texts_of_the_data(tmp_path_factory, monkeypatch):
+    path = methods_world.make_world(tmp_path_factory.mktemp("matches"))
+    monkeypatch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    config = schema.from_dict(methods_world.settings(path, "mit", ["last"], "retrieve"))
+    run = runs.Run(path, config, build(config), Checkpoint(path, 1, None, {}, {}))
+    run.model.train(False)
+    client = testclient.TestClient(serving.app_of(run, serving.Limits()))
+    files = {"image": next((path / "data").rglob("*.png")).read_bytes()}
+    texts = {json.loads(line)["text"] for line in (path / "data" / "captions-val.jsonl").read_text().splitlines()}
+    found = client.post("/predict", data={"text": "a red square"}, files=files).json()["scores"]
+    assert set(found) == texts | {"a red square"} and list(found.values()) == sorted(found.values(), reverse=True)
+    few = {"text": "a red square", "candidates": "a green square"}
+    assert set(client.post("/predict", data=few, files=files).json()["scores"]) == {"a red square", "a green square"}
+
+
+def test_parts_of_a_chat_message_go_to_the_inputs_that_take_them(run):
+    service = serving.Service(run, serving.Limits())
+    service.takes = {"speech": "audio", "image": "image", "second": "image"}
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
+    sound = {"type": "input_audio", "input_audio": {"data": "bbbb", "format": "wav"}}
+    parts = [picture, {"type": "text", "text": "one"}, sound, picture, {"type": "text", "text": "two"}]
+    contents, text = service._message({"messages": [{"role": "user", "content": parts}]})
+    assert list(contents) == ["image", "speech", "second"] and text == "one\ntwo"
+    assert contents["speech"] == base64.b64decode("bbbb")
+
+
+@pytest.mark.parametrize("package", ["uvicorn", "starlette", "python_multipart"])
+def test_without_the_extra_one_line_names_it(package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
+    assert main(["serve", "runs/none"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "pip install 'mitrain[serve]'" in said
