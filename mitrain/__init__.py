@@ -13,13 +13,25 @@ from mitrain.core.version import __version__
 
 if TYPE_CHECKING:
     from mitrain.inference.export import from_pretrained, load_adapter
+    from mitrain.inference.hub import push_to_hub
     from mitrain.methods.mit.mit import MiT, MiTConfig, attach
     from mitrain.methods.trainer_callback import AdapterCallback
 
-__all__ = ["AdapterCallback", "MiT", "MiTConfig", "__version__", "attach", "from_pretrained", "load_adapter"]
+__all__ = [
+    "AdapterCallback",
+    "MiT",
+    "MiTConfig",
+    "__version__",
+    "attach",
+    "from_pretrained",
+    "load_adapter",
+    "push_to_hub",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "push_to_hub":
+        return import_module("mitrain.inference.hub").push_to_hub
     if name == "AdapterCallback":
         return import_module("mitrain.methods.trainer_callback").AdapterCallback
     if name in ("MiT", "MiTConfig", "attach"):

@@ -23,7 +23,7 @@ from mitrain.cli.compare import add_compare
 from mitrain.cli.config import add_config
 from mitrain.cli.doctor import add_doctor
 from mitrain.cli.init import add_init
-from mitrain.cli.publish import add_export, add_report
+from mitrain.cli.publish import add_export, add_push, add_report
 from mitrain.cli.serve import add_serve
 from mitrain.cli.shared import Parser
 from mitrain.cli.train import add_train
@@ -144,6 +144,7 @@ def parser() -> Parser:
     add_catalogue(commands, "data", "list, prepare or inspect data sets")
     add_report(commands)
     add_export(commands)
+    add_push(commands)
     add_bench(commands)
     add_compare(commands)
     add_doctor(commands)

@@ -1,4 +1,4 @@
-"""``mitrain report`` and ``mitrain export``: what finished runs are shown as, and what is given away of one."""
+"""``mitrain report``, ``mitrain export``, ``mitrain push``: what runs are shown as, and what is given away of one."""
 
 import argparse
 from pathlib import Path
@@ -52,6 +52,35 @@ def run_export(arguments: argparse.Namespace) -> Any:
     say(arguments, f"exported step {made['step']} to {made['folder']}: {', '.join(made['files'])}")
     say(arguments, f'in Python: mitrain.from_pretrained("{made["folder"]}").predict(image, text)')
     return made
+
+
+def add_push(commands: Any) -> None:
+    sub = command(commands, "push", run_push, "publish an export on the Hugging Face Hub")
+    sub.add_argument("folder", metavar="EXPORT", help="a folder that mitrain export wrote")
+    sub.add_argument("name", metavar="USER/NAME", help="the repository; made where it is not there")
+    sub.add_argument("--private", action="store_true", help="make a private repository")
+    sub.add_argument("--license", metavar="ID", help="of the adapter, as the Hub names licences: apache-2.0")
+    sub.add_argument(
+        "--base", metavar="USER/NAME", help="the language model on the Hub, where the export names a folder"
+    )
+    sub.add_argument(
+        "--encoder",
+        action="append",
+        metavar="USER/NAME",
+        help="an encoder on the Hub, likewise; of several encoders one option each, in order",
+    )
+    sub.add_argument(
+        "--answers", action="store_true", help="publish the training answers of data of your own, too (default: not)"
+    )
+
+
+def run_push(arguments: argparse.Namespace) -> Any:
+    from mitrain.inference.hub import push_to_hub
+
+    options = {name: getattr(arguments, name) for name in ("private", "license", "base", "answers")}
+    url = push_to_hub(arguments.folder, arguments.name, encoders=arguments.encoder, **options)
+    say(arguments, f'pushed to {url}; in Python: mitrain.from_pretrained("{arguments.name}")')
+    return {"repository": arguments.name, "url": url}
 
 
 def run_merge(arguments: argparse.Namespace) -> Any:

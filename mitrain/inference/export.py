@@ -65,10 +65,9 @@ def export(
     fields["frozen"] = runs.frozen_of(saved) or None
     tensors = {name: saved.tensors[name] for name in model.trainable}
     tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
-    licences = {name: r.licence for what in ("models", "data") for name, r in prepared.recipes(what).items()}
     alone = model.adapter.traits.backbones == ("text",)
     peft = export_format.peft_files(model.adapter, tensors["adapter"], base)
-    card = lambda contents: export_format.model_card(contents, licences, alone)  # noqa: E731
+    card = lambda contents: export_format.model_card(contents, licences(), alone)  # noqa: E731
     folder = export_format.publish(out, fields, tensors, card, peft)
     tell_folders([base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["encoders"].values())])
     return {
@@ -79,6 +78,11 @@ def export(
         "parameters": counts.to_dict(),
         "metrics": metrics,
     }
+
+
+def licences() -> dict[str, str]:
+    """Of prepared models and data sets, by their names."""
+    return {name: r.licence for what in ("models", "data") for name, r in prepared.recipes(what).items()}
 
 
 def run_part(
@@ -233,7 +237,7 @@ def from_pretrained(
     allow_changes: bool = False,
     **model: Any,
 ) -> Pretrained:
-    """Load what ``mitrain export`` wrote, on the frozen models that it names.
+    """Load what ``mitrain export`` wrote, on the frozen models that it names; a folder, or USER/NAME on the Hub.
 
     ``base`` and ``encoders``: their folders or names here, where they differ; with ``allow_changes`` also models of the
     same shape with other weights, of which a line is said. Further keywords are keys of the
@@ -252,7 +256,8 @@ def load_adapter(
     (B, e) into what is infused. Raises ModelError where the model is of another shape or, unless ``allow_changes``, was
     read from other weights than the run's; it is then left as it was.
     """
-    contents, _ = export_format.read_contents(Path(folder))
+    folder = export_format.local(folder)
+    contents, _ = export_format.read_contents(folder)
     given, model = model, without_wrapper(model)
     runs.check_amount(contents.tensors.bytes // 4, loading.count_parameters(model), folder)
     published = export_format.read(folder)

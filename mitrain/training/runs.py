@@ -154,7 +154,7 @@ def open_run(
     ``base`` and ``encoders``: where the language model and the encoders are, if not where they were in training.
     ModelError where the frozen models are not those it was trained on, unless ``allow_changes``.
     """
-    folder = Path(folder)
+    folder = export_format.local(folder)
     if export_format.is_published(folder):
         if which != "best":
             raise CheckpointError(
@@ -229,7 +229,8 @@ def open_published(
     `ModelConfig`, as quantize="int8". ModelError where the base or an encoder is of another shape or, unless
     ``allow_changes``, has other weights.
     """
-    contents, _ = export_format.read_contents(Path(folder))
+    folder = export_format.local(folder)
+    contents, _ = export_format.read_contents(folder)
     part = contents.run
     if part is None:
         raise CheckpointError(

@@ -36,6 +36,7 @@ from mitrain.methods.export_format.folder import (
     read,
     read_contents,
 )
+from mitrain.methods.export_format.hub import local
 from mitrain.methods.export_format.paths import data_seen, settings_from, without_home
 from mitrain.models.shapes import BaseShape, EncoderShape, base_shape, require_same
 
@@ -55,6 +56,7 @@ __all__ = [
     "count",
     "data_seen",
     "is_published",
+    "local",
     "method_fields",
     "model_card",
     "peft_files",

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from mitrain.core.markdown import code, plain, table
 from mitrain.methods.export_format.contents import Contents, RunPart
+from mitrain.methods.export_format.hub import HUB_NAME
 
 BY_PEFT = 'peft.PeftModel.from_pretrained(model, "THIS_FOLDER")  # the adapter alone, by PEFT without mitrain'
 UNKNOWN = "not known to mitrain"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LEFT_OUT = ("model", "adapter", "data", "wandb")
 
 
@@ -53,11 +55,33 @@ def title(contents: Contents) -> str:
 
 
 def front_matter(contents: Contents) -> str:
-    lines = ["---", "library_name: mitrain", f"tags: [mitrain, adapter, {json.dumps(contents.adapter['name'])}]"]
-    name = contents.base_model_name_or_path
-    if HUB_NAME.fullmatch(name) and not os.path.exists(name):
-        lines.append(f"base_model: {name}")
-    return "\n".join([*lines, "---"])
+    base, run = contents.base_model_name_or_path, contents.run
+    results = list(model_index(run)) if run else []
+    data = ModelCardData(
+        library_name="mitrain",
+        tags=["mitrain", "adapter", word(contents.adapter["name"])],
+        base_model=base if HUB_NAME.fullmatch(base) and not os.path.exists(base) else None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        eval_results=results or None,
+        model_name=word(title(contents)),
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def word(name: Any) -> str:
+    """A name without what is markup to anyone who shows the metadata."""
+    return re.sub(r"[^\w@+./ -]", "_", str(name))[:200]
+
+
+def model_index(run: RunPart) -> Iterator[EvalResult]:
+    """The scores as the Hub lists them, of each split: fractions, without how many samples there were."""
+    data = run.config["data"]
+    name = word(data.get("source") or data.get("dataset") or "own data")
+    for split, metrics in run.metrics.items():
+        for metric, value in flattened(metrics):
+            if isinstance(value, float):
+                task, kind = word(run.config["task"]["name"]), word(data["name"])
+                yield EvalResult(task, kind, name, word(metric), value, dataset_split=word(split))
 
 
 def base_lines(contents: Contents, licences: Mapping[str, str]) -> list[str]:
