@@ -31,6 +31,7 @@ def add_benchmarks(verbs: Any) -> None:
     add_step(verbs)
     add_start(verbs)
     add_encode(verbs)
+    add_stream(verbs)
     add_ledger(verbs)
     kernels = (
         "the operators beside plain ones: times and bytes, if they are right; python kernels/bench has more options"
@@ -107,6 +108,13 @@ def add_encode(verbs: Any) -> None:
     text = "seconds from files of sound to their features, beside the encoder's bare passes and a limit"
     sub = benchmark(verbs, "encode", run_encode, text, "120 clips, a smaller encoder")
     sub.add_argument("--clips", type=int, metavar="N", help="(default: 1000)")
+    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+
+
+def add_stream(verbs: Any) -> None:
+    text = "memory and seconds of an epoch of streamed rows of features, beside a limit"
+    sub = benchmark(verbs, "stream", run_stream, text, "2,000 and 4,000 rows")
+    sub.add_argument("--rows", type=int, nargs="+", metavar="N", help="(default: 100000 1000000)")
     sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
@@ -197,6 +205,19 @@ def run_encode(arguments: argparse.Namespace) -> Any:
     if arguments.out:
         results.write(Path(arguments.out), found, encode.table(found))
     return refused(encode.check, found)
+
+
+def run_stream(arguments: argparse.Namespace) -> Any:
+    from benchmarks import results, stream
+
+    sizes = arguments.rows or ([2_000, 4_000] if arguments.quick else [100_000, 1_000_000])
+    if min(sizes) < stream.FILES:
+        raise ConfigError(f"--rows {min(sizes)} is less than a row in each of {stream.FILES} files: give more")
+    found = stream.measured(sizes, again(arguments), say=aside)
+    say(arguments, stream.table(found))
+    if arguments.out:
+        results.write(Path(arguments.out), found, stream.table(found))
+    return refused(stream.check, found)
 
 
 def run_ledger(arguments: argparse.Namespace) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import safe_open
 
 from mitrain.core.errors import DataError, UserError
-from mitrain.data.contents import ADDRESS, contained, part_of
+from mitrain.data.contents import ADDRESS, contained, container, part_of
 from mitrain.data.formats.pickles import read_arrays
 from mitrain.data.images import Facts
 from mitrain.data.tables import ONE_AT_A_TIME, Refused, cell, name_of, row_of, stamp
@@ -56,7 +56,8 @@ def read_array(
     part = ADDRESS.fullmatch(relative)
     file, mark, place = (part[1], "#", part[2]) if part else relative.rpartition("#")
     addressed = mark and Path(file).suffix in READERS
-    path, where = contained(root, file if addressed else relative, "array"), f"{relative!r} in {str(root)!r}"
+    find = container if part else contained
+    path, where = find(root, file if addressed else relative, "array"), f"{relative!r} in {str(root)!r}"
     try:
         if path.suffix not in READERS:
             raise Refused(f"is of no kind that is read: save it as {', '.join(READERS)}")

@@ -10,6 +10,7 @@ folder are its owner's and are followed.
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from mitrain.core.errors import DataError, UserError
@@ -30,7 +31,7 @@ def read_content(root: Path, relative: str, what: str = "picture", most: int = M
     if address is None:
         path, where = contained(root, relative, what), f"{relative!r} in {str(root)!r}"
         return read_whole(path, where, what, most), where
-    path, where = contained(root, address[1], what), f"{relative!r} in {str(root)!r}"
+    path, where = container(root, address[1], what), f"{relative!r} in {str(root)!r}"
     try:
         content = part_of(path, address[2], most)
     except Refused as error:
@@ -43,6 +44,12 @@ def read_content(root: Path, relative: str, what: str = "picture", most: int = M
     if isinstance(content, str):
         content = read_whole(contained(root, content, what), f"{content!r} in {str(root)!r}", what, most)
     return content, where
+
+
+@lru_cache(1024)
+def container(root: Path, relative: str, what: str) -> Path:
+    """`contained`, asked once for all parts of a table or archive: whoever opens it says where it is gone."""
+    return contained(root, relative, what)
 
 
 def part_of(path: Path, place: str, most: int = MAX_BYTES) -> bytes | str:

@@ -6,8 +6,10 @@ are kept (`HELD` bytes); Arrow files are mapped, and no more of them is read tha
 
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +31,25 @@ class ParquetTable:
     def __init__(self, path: Path):
         need_extra("pyarrow", "parquet", "reading Parquet")
         self.file = need_extra("pyarrow.parquet", "parquet", "reading Parquet").ParquetFile(path)
-        self.schema, self.rows, self.held = self.file.schema_arrow, self.file.metadata.num_rows, {}
+        self.schema, meta = self.file.schema_arrow, self.file.metadata
+        self.ends = list(accumulate(meta.row_group(group).num_rows for group in range(meta.num_row_groups)))
+        self.rows, self.held, self.size = meta.num_rows, {}, 0
 
     def batches(self, columns: Sequence[str]) -> Iterator[Any]:
         """The columns, some rows at a time; of a struct perhaps a field alone, as ``image.path``."""
         return self.file.iter_batches(BATCH, columns=list(columns), use_threads=False)
 
     def value(self, row: int, column: str) -> Any:
-        group = 0
-        while row >= (length := self.file.metadata.row_group(group).num_rows):
-            row, group = row - length, group + 1
+        group = bisect_right(self.ends, row)
         if (values := self.held.pop((group, column), None)) is None:
             if (size := self.file.metadata.row_group(group).total_byte_size) > LARGEST:
                 raise Refused(f"has groups of rows of {size} bytes, {LARGEST} are allowed: write smaller ones")
             values = self.file.read_row_group(group, columns=[column], use_threads=False).column(0)
+            self.size += values.nbytes
         self.held[group, column] = values  # the last used ones stand last
-        while len(self.held) > 1 and sum(kept.nbytes for kept in self.held.values()) > HELD:
-            del self.held[next(iter(self.held))]
-        return values[row]
+        while self.size > HELD and len(self.held) > 1:
+            self.size -= self.held.pop(next(iter(self.held))).nbytes
+        return values[row - (self.ends[group - 1] if group else 0)]
 
 
 class ArrowTable:
