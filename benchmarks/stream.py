@@ -91,8 +91,8 @@ def table(found: dict[str, Any]) -> str:
         shown = [f"{row['rows']:,}", f"{row['bytes'] / 1e6:.0f}", f"{row['peak'] / 1e6:.0f}", f"{row['seconds']:.0f}"]
         rows.append([*shown, f"{row['rows'] / row['seconds']:,.0f}", verdict])
     note = (
-        f"Rows of {WIDTH} numbers of 32 bits, a text and a target in {FILES} Parquet files, {BUFFER:,} records in memory at a"
-        f" time, batches of {BATCH}, one epoch. Limit: {LIMIT / 1e6:.0f} MB. {sentence(found['made'])}"
+        f"Rows of {WIDTH} numbers of 32 bits, a text and a target in {FILES} Parquet files, {BUFFER:,} records in"
+        f" memory at a time, batches of {BATCH}, one epoch. Limit: {LIMIT / 1e6:.0f} MB. {sentence(found['made'])}"
     )
     return "\n".join([*markdown.table(COLUMNS, rows), "", note, ""])
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mitrain.core.errors import need_extra
 
-HELD = 1 << 28  # bytes of groups of rows that are kept for the next cell
+HELD = 1 << 26  # bytes of groups of rows that are kept for the next cell, of each of the files that are open
 LARGEST = 1 << 30  # bytes of a group of rows
 BATCH = 1024  # rows that are read at a time
 ONE_AT_A_TIME = threading.Lock()  # so that threads that want the same rows read them once
