@@ -342,12 +342,13 @@ class CaptionSection(DataSection):
 
 class CaptionsConfig(TableSection, CaptionSection, kind="data", name="captions"):
     """Files with captions in tables with columns image and text. ``missing``: words that stand for an empty cell, and are
-    no caption."""
+    no caption. ``texts`` False: there is no such column, a sample is files that belong together."""
 
+    texts: bool = True
     missing: tuple[str, ...] = MISSING
 
     def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
-        return captions.read_captions(source, self.columns, self.missing, self.inputs)
+        return captions.read_captions(source, self.columns, self.missing, self.inputs, self.texts)
 
 
 class KarpathyConfig(CaptionSection, kind="data", name="karpathy"):

@@ -194,6 +194,11 @@ class Asked:
     def paths(self) -> dict[str, Path]:
         return {name: Path(file).expanduser() for name, file in self.files.items()}
 
+    @property
+    def others(self) -> dict[int, Path]:
+        """The candidates, where they are files."""
+        return {number: Path(file).expanduser() for number, file in enumerate(self.candidates or ())}
+
 
 def ask(
     run: Run, files: Files, text: str, *, candidates: Sequence[str] | None = None, out: str | None = None
@@ -226,7 +231,9 @@ def ask_all(run: Run, asked: Sequence[Asked], infused: bool = True) -> list[Answ
             check_asked(one.files, one.text, run.config.data, run.model.task.reads_no_text)
         except UserError as error:
             found[i] = error
-    root, paths = together({(i, n): p for i, one in enumerate(asked) if i not in found for n, p in one.paths.items()})
+    others = [one.others if run.model.task.keeps else {} for one in asked]  # candidates that are files
+    wanted = [one.paths | others[i] for i, one in enumerate(asked)]
+    root, paths = together({(i, n): p for i, part in enumerate(wanted) if i not in found for n, p in part.items()})
     features = run.model.features(root, cached=False)
 
     def see(samples: Sequence[Any]) -> Batch:
@@ -245,8 +252,8 @@ def ask_all(run: Run, asked: Sequence[Asked], infused: bool = True) -> list[Answ
         names, shown = " ".join(path.name for path in one.paths.values()), {n: str(p) for n, p in one.paths.items()}
         picture = cache(partial(open_image, root, inputs.get("image", ""), run.config.data.max_pixels))
         seen = lambda sample: see([sample])  # noqa: E731
-        what = str(run.folder)
-        questions[i] = Question(names, inputs, shown, one.text, one.candidates or (), seen, picture, what)
+        what, choices = str(run.folder), [paths[i, n] for n in others[i]] or one.candidates or ()
+        questions[i] = Question(names, inputs, shown, one.text, choices, seen, picture, what)
     with run.turn, run.model.adapter.conditioned(None):  # what a caller has bound is not this sample's
         if run.model.task.remembers and not all(question.candidates for question in questions.values()):
             recall(run)

@@ -140,8 +140,9 @@ class Task(nn.Module):
     and predicts masks. ``speaks``: can generate text. ``remembers``: predicts from the answers that training gave
     (`remember`). ``reads_no_text``: a sample may have none. ``shuffles``: what the negative control of that name exchanges
     (`evaluate`). ``columns``: title and metric of a table's columns; ``controls``: which negative controls it has rows for.
-    ``texts_apart``: the samples' field of which two splits had better share nothing. ``asks``: their field that holds a
-    question's text; ``asking``: what else `predict` is told where there is no truth.
+    ``keeps``: the input that ``shuffle`` leaves to its sample, of a task between two inputs. ``texts_apart``: the samples'
+    field of which two splits had better share nothing. ``asks``: their field that holds a question's text; ``asking``:
+    what else `predict` is told where there is no truth.
     """
 
     settings: ClassVar[type[Section]]
@@ -156,6 +157,7 @@ class Task(nn.Module):
     columns: tuple[tuple[str, str], ...] = ()
     controls: tuple[str, ...] = ("no-image", "frozen")
     texts_apart: str = ""
+    keeps: str = ""
     asks: ClassVar[str] = "text"
     asking: ClassVar[Mapping[str, Any]] = {}
 

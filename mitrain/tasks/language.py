@@ -76,6 +76,8 @@ class LanguageTask(Task):
     @classmethod
     def build(cls, config: Any, given: Given) -> "LanguageTask":
         text, adapter = given.parts.text, given.parts.adapter
+        if not getattr(given.data, "texts", True):
+            raise ConfigError("data.texts=false: there is no text to learn: take the task retrieve, or leave it out")
         if not text.speaks:
             name = type(text.model).__name__
             raise ConfigError(f"model.llm is a {name}, which has no language head to answer with: take another task")

@@ -81,7 +81,7 @@ def ridge(features: Sequence[Any], states: Sequence[Any], galleries: Sequence[Ga
     for strength in RIDGES:
         predict = ridge_fit(features[0], states[0], strength)
         val, ranks = (
-            rank_metrics(*both_ways(gallery, unit(predict(x[gallery.first])), unit(y)), gallery.decided())
+            rank_metrics(*both_ways(gallery, unit(predict(x[gallery.first])), unit(y)), gallery.decided(), gallery.ways)
             for x, y, gallery in zip(features[1:], states[1:], galleries[1:], strict=True)
         )
         if best is None or val["recall_mean"] > best[0]:

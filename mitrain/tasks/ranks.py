@@ -18,6 +18,16 @@ DEPTHS = (1, 5, 10)
 WAYS = ("i2t", "t2i")
 
 
+def ways_between(one: str, other: str) -> tuple[str, str]:
+    """The names of both ways of retrieval; those between images and texts are the field's."""
+    return WAYS if (one, other) == ("image", "text") else (f"{one}_to_{other}", f"{other}_to_{one}")
+
+
+def arrows(one: str, other: str) -> tuple[str, str]:
+    """The same in a table's head."""
+    return ("i→t", "t→i") if (one, other) == ("image", "text") else (f"{one}→{other}", f"{other}→{one}")
+
+
 class Gallery:
     """The images and texts of a split, and which belong together.
 
@@ -25,7 +35,8 @@ class Gallery:
     sample; ``codes``: (N,) equal where texts are; ``owned``: each image's codes.
     """
 
-    def __init__(self, images: Sequence[str], texts: Sequence[str]):
+    def __init__(self, images: Sequence[str], texts: Sequence[str], ways: Sequence[str] = WAYS):
+        self.ways = tuple(ways)
         numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         self.texts = list(texts)
         self.codes = np.array([numbers[text] for text in texts])
@@ -45,17 +56,17 @@ class Gallery:
 
     def depths(self) -> list[str]:
         """The names of all recalls."""
-        return [f"{name}_r{k}" for name in WAYS for k in DEPTHS]
+        return [f"{name}_r{k}" for name in self.ways for k in DEPTHS]
 
     def decided(self) -> list[str]:
         """The recalls that cannot be wrong: even the last place is among the first k."""
         count, total = np.bincount(self.codes), len(self.codes)
         holders = np.bincount([code for codes in self.owned for code in codes], minlength=len(count))
-        last = {
-            "i2t": 1 + max(total - int(count[codes].sum()) for codes in self.owned),
-            "t2i": 1 + len(self.images) - int(holders[self.codes].min()),
-        }
-        return [f"{name}_r{k}" for name in WAYS for k in DEPTHS if last[name] <= k]
+        last = (
+            1 + max(total - int(count[codes].sum()) for codes in self.owned),
+            1 + len(self.images) - int(holders[self.codes].min()),
+        )
+        return [f"{name}_r{k}" for name, place in zip(self.ways, last, strict=True) for k in DEPTHS if place <= k]
 
 
 def best_ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
@@ -91,13 +102,16 @@ def reranked(ranks: np.ndarray, relevant: np.ndarray, scores: np.ndarray) -> np.
     return np.where(relevant.any(1), best_ranks(scores, relevant), np.maximum(ranks, scores.shape[1] + 1))
 
 
-def rank_metrics(towards_text: np.ndarray, towards_image: np.ndarray, decided: Sequence[str] = ()) -> dict[str, Any]:
-    """Recall at 1, 5 and 10 (fractions of 1), median and mean rank, of image → text and of text → image.
+def rank_metrics(
+    towards_text: np.ndarray, towards_image: np.ndarray, decided: Sequence[str] = (), ways: Sequence[str] = WAYS
+) -> dict[str, Any]:
+    """Recall at 1, 5 and 10 (fractions of 1), median and mean rank, of image → text and of text → image, as ``ways`` names
+    them.
 
     ``decided``: recalls that cannot be wrong; they are None, and no part of the mean.
     """
     values: dict[str, Any] = {}
-    for name, ranks in zip(WAYS, (towards_text, towards_image), strict=True):
+    for name, ranks in zip(ways, (towards_text, towards_image), strict=True):
         values |= {f"{name}_r{k}": float((ranks <= k).mean()) for k in DEPTHS}
         values |= {f"{name}_median_rank": float(np.median(ranks)), f"{name}_mean_rank": float(ranks.mean())}
     return with_mean(values, decided)
@@ -106,9 +120,10 @@ def rank_metrics(towards_text: np.ndarray, towards_image: np.ndarray, decided: S
 def with_mean(values: dict[str, Any], decided: Sequence[str]) -> dict[str, Any]:
     """``values`` with the mean of the recalls that can be wrong; DataError where none can."""
     values = values | dict.fromkeys(decided)
-    recalls = [values[f"{name}_r{k}"] for name in WAYS for k in DEPTHS if values[f"{name}_r{k}"] is not None]
+    ends = tuple(f"_r{k}" for k in DEPTHS)
+    recalls = [value for name, value in values.items() if name.endswith(ends) and value is not None]
     if not recalls:
-        raise DataError("no ranking of so few images and texts could be wrong: score more of them")
+        raise DataError("no ranking of so few things could be wrong: score more of them")
     return {"recall_mean": float(np.mean(recalls)), **values}
 
 
@@ -119,7 +134,8 @@ def chance(gallery: Gallery) -> dict[str, Any]:
     holders = np.bincount([code for codes in gallery.owned for code in codes], minlength=len(count))
     right_images = holders[gallery.codes]
     values: dict[str, Any] = {}
-    for name, right, n in (("i2t", right_texts, total), ("t2i", right_images, len(gallery.images))):
+    sides = (right_texts, total), (right_images, len(gallery.images))
+    for name, (right, n) in zip(gallery.ways, sides, strict=True):
         values |= {f"{name}_r{k}": float(np.mean([hit(int(r), n, k) for r in right])) for k in DEPTHS}
         values[f"{name}_mean_rank"] = float(np.mean([(n + 1) / (r + 1) for r in right]))
     return with_mean(values, gallery.decided())

@@ -59,6 +59,8 @@ def evaluate(
     if not samples:
         raise DataError(f"{what}: there is no sample to score; give a split that has some")
     shown, inputs, clashes = controlled(samples, model.task.shuffles, control, seed)
+    if kept := model.task.keeps:
+        inputs = [{**given, kept: sample.inputs[kept]} for given, sample in zip(inputs, samples, strict=True)]
     for name in shuffled:
         inputs = with_others(inputs, name, seed)
     for name, share in without.items():

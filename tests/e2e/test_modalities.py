@@ -246,3 +246,38 @@ def test_a_method_that_changes_an_encoder_does_so_for_speech(world, capsys):
     out = as_json(capsys, "export", run, "--out", world / "published-pmf")["folder"]
     again = as_json(capsys, "predict", out, "--input", f"speech={file}", "--text", "this thing is")
     assert again["probabilities"] == pytest.approx(said["probabilities"], abs=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [{"name": "none"}, {"name": "lora", "where": "image", "rank": 2}])
+def test_pictures_and_speech_find_one_another_without_a_text(world, capsys, adapter):
+    method = adapter["name"]
+    for split in ("train", "val", "test"):
+        rows = list(csv.DictReader((world / "data" / f"{split}.csv").read_text().splitlines()))
+        pairs = [f"{row['image']},{row['speech']}" for row in rows if row["speech"]]
+        (world / "data" / f"pairs-{split}.csv").write_text("\n".join(["image,speech", *pairs, ""]))
+    data = {"name": "captions", "texts": False, "may_lack": []}
+    data["splits"] = {split: f"pairs-{split}.csv" for split in ("train", "val", "test")}
+    task = {"name": "retrieve", "partner": "speech", "matching": 0, "dim": 8}
+    path = written(world, f"pairs-{method}", data=data, train={"modality_dropout": 0, "batch": 4})
+    config = yaml.safe_load(path.read_text()) | {"adapter": adapter, "task": task}
+    del config["model"]["encoders"]["mine"]
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    run = as_json(capsys, "train", path, "--runs", world / "runs")["run"]
+    plain = as_json(capsys, "eval", run, "--split", "test", "--baselines")
+    assert {"image_to_speech_r1", "speech_to_image_median_rank"} <= plain.keys() and plain["samples"] == plain[
+        "images"
+    ] == 4
+    assert plain["baselines"]["random order"]["image_to_speech_r1"] == 0.25
+    assert "image_to_speech_r1" in plain["baselines"]["ridge regression to the speech features"]
+    other = as_json(capsys, "eval", run, "--split", "test", "--control", "shuffle")
+    ranks = [said["image_to_speech_mean_rank"] + said["speech_to_image_mean_rank"] for said in (plain, other)]
+    assert ranks[0] != ranks[1]  # a picture beside its own speech, and beside another's
+    rows = list(csv.DictReader((world / "data" / "pairs-test.csv").read_text().splitlines()))
+    files = [str(world / "data" / row["speech"]) for row in rows]
+    given = ("--input", f"image={world / 'data' / rows[0]['image']}", "--input", f"speech={files[0]}")
+    said = as_json(capsys, "predict", run, *given, "--candidates", ",".join(files[1:]))
+    assert len(said["scores"]) == 4 and 1 <= said["rank"] <= 4
+    refused = written(world, "no-texts", data=data, train={"modality_dropout": 0})
+    refused.write_text(yaml.safe_dump({**config, "task": {**task, "partner": "text"}}))
+    assert main(["train", str(refused), "--runs", str(world / "runs")]) == 2
+    assert "data.texts=false: there is no text to find: set task.partner" in capsys.readouterr().err

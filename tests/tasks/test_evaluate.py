@@ -43,6 +43,8 @@ def images_of(*arguments):
 class Echo:
     """A model that predicts what it was shown."""
 
+    keeps = ""
+
     def __init__(self, shuffles):
         self.shuffles, self.task, self.blind = shuffles, self, []
 

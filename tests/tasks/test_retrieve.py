@@ -133,7 +133,7 @@ def test_a_recall_that_cannot_be_wrong_is_none_and_no_part_of_the_mean():
     for images, texts in (["a", "a"], ["x", "y"]), (["a", "b"], ["x", "x"]):
         gallery = Gallery(images, texts)
         assert gallery.decided() == gallery.depths()
-    with pytest.raises(DataError, match="^no ranking of so few images and texts could be wrong: score more of them$"):
+    with pytest.raises(DataError, match="^no ranking of so few things could be wrong: score more of them$"):
         rank_metrics(np.ones(1), np.ones(2), gallery.depths())
 
 

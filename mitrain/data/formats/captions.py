@@ -50,25 +50,33 @@ def read_captions(
     columns: Mapping[str, str] | None = None,
     missing: Collection[str] = MISSING,
     inputs: Sequence[str] = ("image",),
+    has_texts: bool = True,
 ) -> list[CaptionSample]:
     """Every caption of a file (`Manifest`); none is of the words ``missing``. ``inputs``: the columns
-    that name files.
+    that name files; without texts that is all there is.
 
     Raises DataError with file and line.
     """
     source, columns = Manifest.of(source), check_columns(columns or {}, (*inputs, *FIELDS))
-    samples = unique(placed(source, columns, missing, inputs))
+    samples = unique(placed(source, columns, missing, inputs, has_texts))
     if not samples:
         raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
     return with_captions(samples)
 
 
 def placed(
-    source: Manifest, columns: Mapping[str, str], missing: Collection[str], inputs: Sequence[str]
+    source: Manifest,
+    columns: Mapping[str, str],
+    missing: Collection[str],
+    inputs: Sequence[str],
+    has_texts: bool,
 ) -> Iterator[tuple[str, CaptionSample]]:
-    for where, place, row in read_rows(source, columns, (*inputs, *REQUIRED), inputs):
+    for where, place, row in read_rows(source, columns, (*inputs, *(REQUIRED if has_texts else ())), inputs):
         files = inputs_of(row, columns, inputs, (), where)
         name, thing = (as_text(row.get(columns[f]), columns[f], where) for f in ("id", "object"))
+        if not has_texts:
+            yield where, CaptionSample(name or place, files, "", thing)
+            continue
         given = listed(row.get(columns["text"]))
         texts = [as_text(t, columns["text"], where) for t in (given if isinstance(given, list) else [given])]
         if not (texts and all(texts)):
