@@ -14,7 +14,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic.json_schema import models_json_schema
-from pydantic_core import PydanticUndefined
 
 from mitrain.core import config
 from mitrain.core.config import KINDS, Section, section_in
@@ -78,8 +77,7 @@ def of_field(key: str, field: Any, where: str, path: str) -> Iterator[Setting]:
         yield from of_section(inner, key, where, path)
         return
     required = field.is_required()
-    default = None if required else field.get_default(call_default_factory=True)
-    default = None if default is PydanticUndefined else json.loads(json.dumps(default, default=str))
+    default = None if required else json.loads(json.dumps(field.get_default(call_default_factory=True), default=str))
     bounds = [
         f"{sign} {value:g}"
         for m in field.metadata
