@@ -143,6 +143,8 @@ class Task(nn.Module):
     ``keeps``: the input that ``shuffle`` leaves to its sample, of a task between two inputs. ``texts_apart``: the samples'
     field of which two splits had better share nothing. ``asks``: their field that holds a question's text; ``asking``:
     what else `predict` is told where there is no truth.
+    ``of_samples``: how the names begin of buffers that describe the training samples, and that a head taken from another
+    run therefore does not bring along.
     """
 
     settings: ClassVar[type[Section]]
@@ -160,6 +162,7 @@ class Task(nn.Module):
     keeps: str = ""
     asks: ClassVar[str] = "text"
     asking: ClassVar[Mapping[str, Any]] = {}
+    of_samples: tuple[str, ...] = ()
 
     @classmethod
     def build(cls, config: Any, given: Given) -> "Task":

@@ -41,6 +41,7 @@ class ClassifyTask(HeadTask):
 
     settings = ClassifyConfig
     formats = (ClassSection,)
+    of_samples = ("weight",)
     columns = (
         *(("accuracy", "accuracy"), ("UAR", "uar"), ("macro F1", "f1_macro"), ("weighted F1", "f1_weighted")),
         ("AUROC", "auroc"),

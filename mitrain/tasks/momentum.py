@@ -65,6 +65,12 @@ class MomentumQueue(nn.Module):
         self.register_buffer("pushed", torch.full((), full, dtype=torch.int64, device=like.device))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64, device=like.device))
 
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Let the slow copy be what is trained now: other weights have been loaded into it."""
+        for name, parameter in zip(self._names, self._fast, strict=True):
+            getattr(self, name).copy_(parameter)
+
     @property
     def filled(self) -> int:
         """K."""

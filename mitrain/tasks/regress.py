@@ -41,6 +41,7 @@ class RegressTask(HeadTask):
 
     settings = RegressConfig
     formats = (TargetSection,)
+    of_samples = ("target_range",)
     metric = "mae"
     minimises = True
     columns = (

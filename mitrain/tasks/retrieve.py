@@ -53,6 +53,7 @@ class RetrieveTask(ReadTask):
 
     settings = RetrieveConfig
     formats = (CaptionSection,)
+    of_samples = ("slow.",)
     metric = "recall_mean"
     shuffles = "files"
     texts_apart = "text"

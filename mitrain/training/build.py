@@ -65,7 +65,9 @@ def resolved(config: RunConfig) -> RunConfig:
     task = config.task
     if getattr(task, "chat", False):
         task = chatting(task, read_tokenizer(resolve_model(model.llm)), model.llm)
-    return config.model_copy(update={"data": data, "model": model, "task": task})
+    start = absolute_if_there(config.train.init_from) if config.train.init_from else None
+    train = config.train.model_copy(update={"init_from": start})
+    return config.model_copy(update={"data": data, "model": model, "task": task, "train": train})
 
 
 def absolute_if_there(name: str) -> str:

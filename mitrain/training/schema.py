@@ -28,6 +28,8 @@ class TrainConfig(Section):
     the run. ``batch`` samples are one micro-batch, ``accumulate`` of them one step. ``lr`` is the adapter's, ``head_lr`` the
     task head's (none: the same); ``rates``: the peak rates of parameters whose names begin so, as {adapter.others: 5e-4}.
     ``eval_every`` and ``save_every`` are in steps, shares of the run or epochs; the best step is chosen on ``val`` alone.
+    ``init_from``: a run folder, a checkpoint or an export, whose adapter the run starts from, and its task head where it is
+    one of the same task. ``group_by_length``: a batch holds samples of about as many tokens, so that less is padding.
     ``fraction``: of the training samples that are used, evenly spread. ``modality_dropout``: the probability with which a
     training sample goes without each of its inputs, one at least left to it. ``hang_minutes`` without a step print every
     thread's stack.
@@ -50,7 +52,9 @@ class TrainConfig(Section):
     eval_samples: int | None = Field(None, ge=1)
     save_every: Every = 100
     keep: int = Field(2, ge=1)
+    init_from: str | None = None
     fraction: float = Field(1.0, gt=0, le=1)
+    group_by_length: bool = False
     modality_dropout: float = Field(0.0, ge=0, lt=1)
     log_every: int = Field(10, ge=1)
     max_skipped: int = Field(10, ge=0)
@@ -138,6 +142,8 @@ class RunConfig(Section):
                 "how many samples a stream has is not known: give train.steps, train.eval_every and train.save_every in"
                 " steps, leave train.fraction out, or set data.stream=null"
             )
+        if self.data.buffer and train.group_by_length:
+            raise ValueError("train.group_by_length needs all samples at hand: leave it out, or set data.stream=null")
         if self.zero.stage == 3 and (self.data.may_lack or self.train.modality_dropout):
             # A rank whose samples lack a modality would not run that encoder's shards, and the others would wait for it.
             raise ValueError(

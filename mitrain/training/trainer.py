@@ -34,7 +34,7 @@ from mitrain.data.loader import Draw, Loader
 from mitrain.data.sources import limit, portion
 from mitrain.data.streaming import StreamLoader
 from mitrain.tasks.base import Batch, cautions
-from mitrain.training import checkpoint, resume, runs
+from mitrain.training import checkpoint, initial, resume, runs
 from mitrain.training.best import Best
 from mitrain.training.build import Model, build, resolve_data
 from mitrain.training.checkpoint import Checkpoint
@@ -85,6 +85,7 @@ class Trainer:
         self.watch = Stopwatch()
         self.bad = BadSamples(config.data.bad_samples, config.data.bad_share)
         self.saved = 0  # the step of the newest checkpoint
+        self.start = dist.from_main(self._start)
         with self.watch.phase("load models and data"):
             self.root = resolve_data(config.data)
             self.train = portion(config.data.read(self.root, "train"), config.train.fraction)
@@ -111,7 +112,9 @@ class Trainer:
     def _loader(self) -> Loader[Any] | StreamLoader:
         batch, seed = self.config.train.batch, self.config.seed
         if self.drawn is None:
-            return Loader(self.train, batch, seed)
+            tokens = lambda sample: self.model.task.tokens([sample])  # noqa: E731
+            lengths = list(map(tokens, self.train)) if self.config.train.group_by_length else None
+            return Loader(self.train, batch, seed, lengths)
         return self.config.data.stream_of(self.root, self.drawn.readable_in_block, batch, seed)
 
     def _make_engine(self) -> Engine:
@@ -151,14 +154,23 @@ class Trainer:
             with self._bar(len(rows), "encode texts") as bar:
                 self.model.states.prepare(rows, bar.update)
             self.model.task.rehearse(self.val)
-            self.model.norm.fit(self.features.of_files(self.train))
             with self.engine.gathered(write=True):
                 self.model.train(False)
+                # An adapter goes on with the statistics of the features that it was trained on.
+                if not (self.start and initial.load_adapter(self.start, self.model, self.allow_changes)):
+                    self.model.norm.fit(self.features.of_files(self.train))
                 self.model.task.fit(self.train, self._see)
+                if self.start:
+                    initial.load_head(self.start, self.model)
         with self.engine.gathered(write=True):
             # Each rank computed these itself, machines may differ in the last bits, and unequal weights stay unequal.
             for module in self.model.trainable.values():
                 dist.copy_from_main(module.state_dict().values())
+
+    def _start(self) -> initial.Start | None:
+        """What ``train.init_from`` names; a run that has a checkpoint of its own goes on from that."""
+        place = self.config.train.init_from
+        return initial.read(place) if place and not checkpoint.any_published(self.folder) else None
 
     def _see(self, samples: Sequence[Any]) -> Batch:
         return self.model.evaluation_batch(samples, [s.inputs for s in samples], self.features)

@@ -39,6 +39,32 @@ def test_resuming_continues_with_the_same_draws():
     assert begun + draws(resumed, 5) == expected
 
 
+@pytest.mark.parametrize("count", [103, 100, 7, 3])
+def test_batches_of_about_one_length_hold_every_sample_once_an_epoch(count):
+    lengths = [(37 * i) % 41 for i in range(count)]
+    loader, plain = Loader(list(range(count)), 5, 1, lengths), Loader(list(range(count)), 5, 1)
+    batches = [[draw.sample for draw in loader.next()] for _ in range(count)]
+    drawn = [sample for batch in batches for sample in batch]
+    epochs = [drawn[start : start + count] for start in range(0, 5 * count, count)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs) and any(epoch != epochs[0] for epoch in epochs)
+
+    def padding(batches):
+        return sum(max(lengths[i] for i in batch) - lengths[j] for batch in batches for j in batch)
+
+    assert count < 50 or padding(batches) < padding([[d.sample for d in plain.next()] for _ in range(count)]) / 5
+    shortest = [min(lengths[i] for i in batch) for batch in batches[: count // 5]]
+    assert count < 50 or shortest != sorted(shortest)
+
+
+def test_batches_of_about_one_length_are_resumed():
+    lengths = [5, 1, 4, 1, 3, 9, 2]
+    whole, first, resumed = (Loader(list("abcdefg"), 3, 4, lengths) for _ in range(3))
+    expected = draws(whole, 8)
+    begun = draws(first, 3)
+    resumed.load_state(first.state())
+    assert begun + draws(resumed, 5) == expected
+
+
 def test_the_seed_decides():
     assert draws(Loader(list(range(9)), 3, seed=1), 3) != draws(Loader(list(range(9)), 3, seed=2), 3)
 

@@ -106,11 +106,20 @@ def test_which_paths_are_kept(monkeypatch):
     ]  # fmt: skip
     data = {"root": "/data/bob/pets", "splits": {"train": "/data/bob/lists/a.csv", "val": "v.csv"}, "images": None}
     model = {"llm": "/home/alice/m", "encoders": {"image": {"name": "/models/v"}}, "device": "cuda"}
-    values = {"model": model, "data": data, "wandb": {"project": "x"}, "zero": {"config": "/etc/z.json"}, "seed": 1}
+    train = {"steps": 3, "init_from": "/home/alice/runs/first"}
+    values = {
+        "model": model,
+        "data": data,
+        "train": train,
+        "wandb": {"project": "x"},
+        "zero": {"config": "/etc/z.json"},
+        "seed": 1,
+    }
     found = settings_from(values, "/data/out")
     assert found == {
         "model": {"llm": "~/m", "encoders": {"image": {"name": "/models/v"}}, "device": "auto"},
         "data": {"root": "../bob/pets", "splits": {"train": "../lists/a.csv", "val": "v.csv"}, "images": None},
+        "train": {"steps": 3, "init_from": "first"},
         "seed": 1,
     }
     assert settings_from(values, "/home/alice/out")["data"]["root"] == "pets"

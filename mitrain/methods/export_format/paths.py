@@ -13,7 +13,9 @@ def settings_from(values: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     model = values["model"]
     encoders = {name: {**part, "name": without_home(part["name"])} for name, part in model["encoders"].items()}
     kept["model"] = {**model, "llm": without_home(model["llm"]), "encoders": encoders, "device": "auto"}
-    return {**kept, "data": data_from(values["data"], folder)}
+    start = values["train"].get("init_from")
+    train = {**values["train"], "init_from": start and os.path.basename(start)}
+    return {**kept, "train": train, "data": data_from(values["data"], folder)}
 
 
 def without_home(name: str) -> str:
