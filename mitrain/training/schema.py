@@ -149,6 +149,8 @@ class RunConfig(Section):
             raise ValueError(
                 "samples may lack an input where weights are whole on each rank: set zero.stage to at most 2"
             )
+        if self.task.section_name == "retrieve" and self.train.modality_dropout:
+            raise ValueError("what is searched for would be lost: retrieve takes no train.modality_dropout")
         if lost := [name for name in self.data.may_lack if name not in self.data.inputs]:
             raise ValueError(f"data.may_lack names {lost[0]!r}, which is none of data.inputs={list(self.data.inputs)}")
         return self

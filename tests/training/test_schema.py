@@ -68,3 +68,8 @@ def test_weights_are_asked_for_before_training():
 
     with pytest.raises(ConfigError, match="without weights"):
         build(schema.load(LLAMA[0]))
+
+
+def test_retrieval_loses_none_of_what_is_searched_for():
+    with pytest.raises(ConfigError, match=r"retrieve takes no train\.modality_dropout"):
+        schema.load("retrieve-tuxpaint", ["train.modality_dropout=0.1"])
