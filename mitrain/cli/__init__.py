@@ -24,6 +24,7 @@ from mitrain.cli.config import add_config
 from mitrain.cli.doctor import add_doctor
 from mitrain.cli.init import add_init
 from mitrain.cli.publish import add_export, add_push, add_report
+from mitrain.cli.runs import add_runs
 from mitrain.cli.serve import add_serve
 from mitrain.cli.shared import Parser
 from mitrain.cli.train import add_train
@@ -142,6 +143,7 @@ def parser() -> Parser:
     add_config(commands)
     add_catalogue(commands, "models", "list or prepare frozen backbones with real weights")
     add_catalogue(commands, "data", "list, prepare or inspect data sets")
+    add_runs(commands)
     add_report(commands)
     add_export(commands)
     add_push(commands)
