@@ -144,13 +144,15 @@ def test_of_several_kinds_of_questions_each_has_its_constant(folder):
 
 def test_it_takes_what_goes_through_the_language_head(folder):
     parts = make(folder).parts
-    built = AnswerTask.build(AnswerConfig(max_new_tokens=3), SimpleNamespace(parts=parts))
+    built = AnswerTask.build(
+        AnswerConfig(max_new_tokens=3), SimpleNamespace(parts=parts, data=SimpleNamespace(texts=True))
+    )
     assert built.config.max_new_tokens == 3 and built.parts is parts
     silent = SimpleNamespace(speaks=False, model=torch.nn.Linear(1, 1))
     with pytest.raises(ConfigError, match="^model.llm is a Linear, which has no language head to answer with: take "):
-        AnswerTask.build(AnswerConfig(), SimpleNamespace(parts=replace(parts, text=silent)))
+        AnswerTask.build(AnswerConfig(), SimpleNamespace(parts=replace(parts, text=silent), data=data))
     others = [{"runs_layers": True}, {"wraps_text_model": True}, {"backbones": ("text", "image")}]
     for traits in others:
         adapter = SimpleNamespace(traits=Traits("other", **traits))
         with pytest.raises(ConfigError, match="^the method 'other' does not work through the language head: take "):
-            AnswerTask.build(AnswerConfig(), SimpleNamespace(parts=replace(parts, adapter=adapter)))
+            AnswerTask.build(AnswerConfig(), SimpleNamespace(parts=replace(parts, adapter=adapter), data=data))

@@ -157,7 +157,7 @@ def test_a_file_of_text_is_read(tmp_path):
         b"a\0b": "holds zero bytes",
         b"r\xe9d": "is no text in UTF-8 .byte 1.",
         b"\x89PNG\r\n": "is no text in UTF-8 .byte 0, it is a damaged PNG picture.",
-        b"a" * (2 << 20): "is longer than the 1048576 bytes expected: shorten it",
+        b"a" * (2 << 20): "has 2097152 bytes, 1048576 are allowed",
     }
     for content, words in bad.items():
         (tmp_path / "b.txt").write_bytes(content)
