@@ -143,10 +143,8 @@ def test_of_several_kinds_of_questions_each_has_its_constant(folder):
 
 
 def test_it_takes_what_goes_through_the_language_head(folder):
-    parts = make(folder).parts
-    built = AnswerTask.build(
-        AnswerConfig(max_new_tokens=3), SimpleNamespace(parts=parts, data=SimpleNamespace(texts=True))
-    )
+    parts, data = make(folder).parts, SimpleNamespace(texts=True)
+    built = AnswerTask.build(AnswerConfig(max_new_tokens=3), SimpleNamespace(parts=parts, data=data))
     assert built.config.max_new_tokens == 3 and built.parts is parts
     silent = SimpleNamespace(speaks=False, model=torch.nn.Linear(1, 1))
     with pytest.raises(ConfigError, match="^model.llm is a Linear, which has no language head to answer with: take "):
