@@ -179,5 +179,11 @@ def test_new_folders_and_standard_names_are_seen():
     assert "standard library" in fault_of("mitrain/methods/select.py", "")
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by their names alone, and a second one ends the run of the whole suite."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]
+
+
 if __name__ == "__main__":
     print(*plan(our_files()), sep="\n")
