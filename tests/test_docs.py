@@ -70,3 +70,13 @@ def test_tables_are_the_committed_results():
     assert len(found) >= 8
     for page, path, shown in found:
         assert shown.strip() == Path(ROOT / path).read_text(encoding="utf-8").strip(), f"put {path} into {page}"
+
+
+def test_numbers_in_the_readmes_text_stand_in_a_table_that_a_command_made():
+    text = PAGES["README.md"].partition("## What it reaches")[2].partition("## Where to read on")[0]
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "Made by"))]
+    tables = "\n".join(path.read_text() for path in (ROOT / "docs/results").rglob("table.md"))
+    results = "\n".join(path.read_text() for path in (ROOT / "docs/results/picture-questions").glob("*.json"))
+    made = {f"{float(number):.3f}" for number in re.findall(r"\d?\.\d{3,}", tables + results)}
+    said = re.findall(r"\b0\.\d{3}\b", "\n".join(prose))
+    assert len(said) > 10 and not [number for number in said if number not in made]

@@ -256,46 +256,51 @@ def bounded(receive: Receive, most: int) -> Receive:
     return take
 
 
+async def body_of(request: Request) -> dict[str, Any]:
+    """The JSON object of a request."""
+    try:
+        value = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise ConfigError("the request's body is not JSON") from None
+    if not isinstance(value, dict):
+        raise ConfigError("the request's body is not a JSON object")
+    return value
+
+
+async def asked(request: Request) -> tuple[dict[str, bytes], str, list[str], bool]:
+    """A request's files by input, its text, its candidates, and whether the inputs are infused."""
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        return await asked_by_form(request)
+    body = await body_of(request)
+    if unknown := body.keys() - {"inputs", "text", "candidates", "infused"}:
+        raise ConfigError(f"{min(unknown)[:40]!r} is no key of a request: give inputs, text, candidates, infused")
+    inputs, text, choices = body.get("inputs") or {}, body.get("text") or "", body.get("candidates") or []
+    infused = body.get("infused", True)
+    texts = isinstance(text, str) and isinstance(choices, list) and all(isinstance(c, str) for c in choices)
+    if not (texts and isinstance(inputs, dict) and isinstance(infused, bool)):
+        raise ConfigError(
+            "give inputs={NAME: base64}, text as a string, candidates as a list of them, infused as a bool"
+        )
+    return {name: decoded(value) for name, value in inputs.items()}, text, choices, infused
+
+
+async def asked_by_form(request: Request) -> tuple[dict[str, bytes], str, list[str], bool]:
+    try:
+        async with request.form(max_files=16, max_fields=1000) as form:
+            files = {n: await v.read() for n, v in form.multi_items() if not isinstance(v, str)}
+            words = {n: [v for v in form.getlist(n) if isinstance(v, str)] for n in form}
+    except MultiPartException as error:
+        raise ConfigError(f"the form cannot be read ({error.message})") from None
+    choices = [choice for choice in words.get("candidates", []) if choice.strip()]
+    text, infused = (words.get("text") or [""])[0], (words.get("infused") or ["true"])[0]
+    return files, text, choices, infused.lower() not in ("false", "0", "off")
+
+
 def app_of(run: Run, limits: Limits) -> Starlette:
     """The application; `Starlette` runs it under any ASGI server."""
     from starlette.concurrency import run_in_threadpool
 
     service = Service(run, limits)
-
-    async def body_of(request: Request) -> dict[str, Any]:
-        try:
-            value = json.loads(await request.body())
-        except (ValueError, RecursionError):
-            raise ConfigError("the request's body is not JSON") from None
-        if not isinstance(value, dict):
-            raise ConfigError("the request's body is not a JSON object")
-        return value
-
-    async def asked(request: Request) -> tuple[dict[str, bytes], str, list[str], bool]:
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            return await asked_by_form(request)
-        body = await body_of(request)
-        if unknown := body.keys() - {"inputs", "text", "candidates", "infused"}:
-            raise ConfigError(f"{min(unknown)[:40]!r} is no key of a request: give inputs, text, candidates, infused")
-        inputs, text, choices = body.get("inputs") or {}, body.get("text") or "", body.get("candidates") or []
-        infused = body.get("infused", True)
-        texts = isinstance(text, str) and isinstance(choices, list) and all(isinstance(c, str) for c in choices)
-        if not (texts and isinstance(inputs, dict) and isinstance(infused, bool)):
-            raise ConfigError(
-                "give inputs={NAME: base64}, text as a string, candidates as a list of them, infused as a bool"
-            )
-        return {name: decoded(value) for name, value in inputs.items()}, text, choices, infused
-
-    async def asked_by_form(request: Request) -> tuple[dict[str, bytes], str, list[str], bool]:
-        try:
-            async with request.form(max_files=16, max_fields=1000) as form:
-                files = {n: await v.read() for n, v in form.multi_items() if not isinstance(v, str)}
-                words = {n: [v for v in form.getlist(n) if isinstance(v, str)] for n in form}
-        except MultiPartException as error:
-            raise ConfigError(f"the form cannot be read ({error.message})") from None
-        choices = [choice for choice in words.get("candidates", []) if choice.strip()]
-        text, infused = (words.get("text") or [""])[0], (words.get("infused") or ["true"])[0]
-        return files, text, choices, infused.lower() not in ("false", "0", "off")
 
     async def predict(request: Request) -> Any:
         return await run_in_threadpool(service.predict, *await asked(request))

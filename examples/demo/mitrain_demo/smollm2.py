@@ -90,23 +90,27 @@ def halves_together(weight: Tensor, heads: int) -> Tensor:
 
 def llama_config(meta: Mapping[str, Any], tied: bool) -> LlamaConfig:
     """The configuration in the GGUF file's metadata."""
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        dtype="float32",
-        vocab_size=len(meta["tokenizer.ggml.tokens"]),
-        hidden_size=meta["llama.embedding_length"],
-        intermediate_size=meta["llama.feed_forward_length"],
-        num_hidden_layers=meta["llama.block_count"],
-        num_attention_heads=meta["llama.attention.head_count"],
-        num_key_value_heads=meta["llama.attention.head_count_kv"],
-        max_position_embeddings=meta["llama.context_length"],
-        rms_norm_eps=float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-05, not float32's
-        rope_parameters={"rope_type": "default", "rope_theta": meta["llama.rope.freq_base"]},
-        tie_word_embeddings=tied,
-        bos_token_id=meta["tokenizer.ggml.bos_token_id"],
-        eos_token_id=meta["tokenizer.ggml.eos_token_id"],
-        pad_token_id=meta["tokenizer.ggml.padding_token_id"],
-    )
+    return LlamaConfig(architectures=["LlamaForCausalLM"], tie_word_embeddings=tied, **shape_of(meta, "llama"))
+
+
+def shape_of(meta: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """What the configurations of Llama and of its kin take from the GGUF file's metadata."""
+    own = {key.removeprefix(f"{family}."): value for key, value in meta.items() if key.startswith(f"{family}.")}
+    return {
+        "dtype": "float32",
+        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
+        "hidden_size": own["embedding_length"],
+        "intermediate_size": own["feed_forward_length"],
+        "num_hidden_layers": own["block_count"],
+        "num_attention_heads": own["attention.head_count"],
+        "num_key_value_heads": own["attention.head_count_kv"],
+        "max_position_embeddings": own["context_length"],
+        "rms_norm_eps": float(f"{own['attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-05, not float32's
+        "rope_parameters": {"rope_type": "default", "rope_theta": own["rope.freq_base"]},
+        "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
+    }
 
 
 def tokenizer(meta: Mapping[str, Any]) -> PreTrainedTokenizerFast:
