@@ -21,40 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from mitrain.core import dist
-from mitrain.core.errors import CheckpointError, ConfigError, DataError
+from mitrain.core.errors import CheckpointError, ConfigError
 from mitrain.core.files import write_json
 from mitrain.core.ownership import Standing, owned
-from mitrain.data.features import Features
-from mitrain.data.formats.manifest import Manifest
-from mitrain.data.images import BadSamples
-from mitrain.data.loader import Draw, Loader
-from mitrain.data.sources import limit, portion
-from mitrain.data.streaming import StreamLoader
-from mitrain.tasks.base import Batch, cautions
-from mitrain.training import checkpoint, initial, resume, runs
-from mitrain.training.best import Best
-from mitrain.training.build import Model, build, resolve_data
+from mitrain.data.loader import Draw
+from mitrain.tasks.base import Batch
+from mitrain.training import checkpoint, resume, runs
 from mitrain.training.checkpoint import Checkpoint
-from mitrain.training.engine import (
-    FP16_SCALE,
-    Engine,
-    Group,
-    LocalEngine,
-    StepResult,
-    Sums,
-    cut_group,
-    regularised,
-)
-from mitrain.training.engine.zero import ZeroEngine, sharding
+from mitrain.training.engine import StepResult, Sums, regularised
 from mitrain.training.evaluate import evaluate
-from mitrain.training.fingerprint import digest, fingerprint, require_same
-from mitrain.training.guard import Heartbeat, SkipBudget, StopRequest, diverged
-from mitrain.training.schedule import multiplier, span
-from mitrain.training.schema import RunConfig
-from mitrain.training.telemetry import Metrics, NoMetrics, Stopwatch, Wandb
+from mitrain.training.guard import Heartbeat, StopRequest, diverged
+from mitrain.training.setup import Setup
+from mitrain.training.telemetry import Metrics, NoMetrics, Wandb
 
 log = logging.getLogger(__name__)
 
@@ -73,126 +53,8 @@ class Outcome:
     phases: dict[str, float]
 
 
-class Trainer:
-    """One run, from its configuration to its best checkpoint.
-
-    ``allow_changes``: go on from a checkpoint of another configuration, other data or other frozen weights.
-    """
-
-    def __init__(self, config: RunConfig, folder: Path, *, quiet: bool = False, allow_changes: bool = False):
-        self.config, self.folder, self.quiet = config, folder, quiet or not dist.is_main()
-        self.allow_changes = allow_changes
-        self.watch = Stopwatch()
-        self.bad = BadSamples(config.data.bad_samples, config.data.bad_share)
-        self.saved = 0  # the step of the newest checkpoint
-        self.start = dist.from_main(self._start)
-        with self.watch.phase("load models and data"):
-            self.root = resolve_data(config.data)
-            self.train = portion(config.data.read(self.root, "train"), config.train.fraction)
-            self.val = limit(config.data.read(self.root, "val"), config.train.eval_samples)
-            self.model: Model = self._build()
-            self.model.task.remember(self.train)
-            self.best = Best(self.model.task.minimises, config.train.patience)
-            self.engine = self._make_engine()
-        self.drawn: Features | None = None  # of streamed samples, which nothing is kept of
-        if config.data.buffer:
-            self.drawn = self.model.features(config.data.file_root(self.root), self.bad, cached=False)
-        self._encode()
-        train = config.train
-        self.span = span(train.steps, train.epochs, len(self.train), train.batch * train.accumulate)
-        # Until here all ranks drew the same start values; from here each draws its own dropout and noise.
-        if dist.world() > 1:
-            checkpoint.seed_rank(config.seed, 0, dist.rank())
-        self.loader = self._loader()
-        self.skips = SkipBudget(total=config.train.max_skipped)
-
-    def _build(self) -> Model:
-        return build(self.config, shard=sharding(self.config.zero, self.config.train.optimizer))
-
-    def _loader(self) -> Loader[Any] | StreamLoader:
-        batch, seed = self.config.train.batch, self.config.seed
-        if self.drawn is None:
-            tokens = lambda sample: self.model.task.tokens([sample])  # noqa: E731
-            lengths = list(map(tokens, self.train)) if self.config.train.group_by_length else None
-            return Loader(self.train, batch, seed, lengths)
-        return self.config.data.stream_of(self.root, self.drawn.readable_in_block, batch, seed)
-
-    def _make_engine(self) -> Engine:
-        train, zero = self.config.train, self.config.zero
-        # How many steps there are is known when the samples have been read; the first step asks for its rate.
-        schedule = lambda step: multiplier(train.schedule, step, self.span.steps)  # noqa: E731
-        common = (self._groups(), schedule, train.optimizer)
-        scale = FP16_SCALE if self.config.model.dtype == "fp16" else 1.0
-        if not zero.stage:
-            return LocalEngine(*common, scale)
-        # Only stage 3 shards frozen weights; below it DeepSpeed need not know of them.
-        parts = {**self.model.trainable, **(self.model.frozen if zero.stage == 3 else {})}
-        return ZeroEngine(parts, *common, zero, scale)
-
-    def _encode(self) -> None:
-        """Run everything frozen once, and take the statistics that follow from it."""
-        config = self.config
-        self.features: Features = self.model.features(config.data.file_root(self.root), self.bad)
-        splits = {"train": self.train, "val": self.val}
-        if dist.world() > 1:  # what differs besides the files' contents is said before the encoders run
-            require_same(fingerprint(config.to_dict(), splits, lambda _: {}, self.model.base))
-        with self.watch.phase("encode inputs"):
-            views = {"train": config.features.views, "val": config.features.eval_views}
-            total = sum(self.features.work(part, views[name]) for name, part in splits.items())
-            with self._bar(total, "encode inputs") as bar:
-                splits = {name: self._usable(part, name, views[name], bar) for name, part in splits.items()}
-        self.train, self.val = splits.values()
-        self.fingerprint = fingerprint(config.to_dict(), splits, self.features.contents, self.model.base)
-        if self.drawn is not None:
-            source = Manifest(self.root, config.data.splits["train"])
-            self.fingerprint["data.train.files"] = digest(source.sizes())
-        require_same(self.fingerprint)
-        for line in cautions(self.model.task, self.val, "the split 'val'", getattr(self.model.task, "known", None)):
-            log.warning(line)
-        with self.watch.phase("encode texts"):
-            rows = self.model.texts(self.train, False) + self.model.texts(self.val, True)
-            with self._bar(len(rows), "encode texts") as bar:
-                self.model.states.prepare(rows, bar.update)
-            self.model.task.rehearse(self.val)
-            with self.engine.gathered(write=True):
-                self.model.train(False)
-                # An adapter goes on with the statistics of the features that it was trained on.
-                if not (self.start and initial.load_adapter(self.start, self.model, self.allow_changes)):
-                    self.model.norm.fit(self.features.of_files(self.train))
-                self.model.task.fit(self.train, self._see)
-                if self.start:
-                    initial.load_head(self.start, self.model)
-        with self.engine.gathered(write=True):
-            # Each rank computed these itself, machines may differ in the last bits, and unequal weights stay unequal.
-            for module in self.model.trainable.values():
-                dist.copy_from_main(module.state_dict().values())
-
-    def _start(self) -> initial.Start | None:
-        """What ``train.init_from`` names; a run that has a checkpoint of its own goes on from that."""
-        place = self.config.train.init_from
-        return initial.read(place) if place and not checkpoint.any_published(self.folder) else None
-
-    def _see(self, samples: Sequence[Any]) -> Batch:
-        return self.model.evaluation_batch(samples, [s.inputs for s in samples], self.features)
-
-    def _bar(self, total: int, text: str) -> tqdm:
-        return tqdm(total=total, desc=text, disable=self.quiet or None, file=sys.stderr, leave=False)
-
-    def _usable(self, samples: Sequence[Any], split: str, views: int, bar: tqdm) -> list[Any]:
-        kept = self.features.readable(samples, views, bar.update)
-        if not kept:
-            raise DataError(f"no sample of the split {split!r} can be read: check data.root")
-        return kept
-
-    def _groups(self) -> list[Group]:
-        train = self.config.train
-        rates = {"adapter": train.lr, "head": train.head_lr or train.lr}
-        named = {name: {f"{name}.{n}": p for n, p in self.model.trainable[name].named_parameters()} for name in rates}
-        for start in train.rates:
-            if not any(n.startswith(start) for part in named.values() for n in part):
-                raise ConfigError(f"train.rates names {start!r}, and no trained parameter's name begins so")
-        groups = [Group(name, named[name], rates[name], train.weight_decay) for name in rates]
-        return [part for group in groups for part in cut_group(group, train.rates)]
+class Trainer(Setup):
+    """One run, from its configuration to its best checkpoint; takes what `Setup` takes."""
 
     def resume(self) -> int:
         """Continue from the newest usable checkpoint; returns its step (0: from the start)."""
