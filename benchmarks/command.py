@@ -42,7 +42,6 @@ def add_benchmarks(verbs: Any) -> None:
 def benchmark(verbs: Any, name: str, run: Any, text: str, quick: str) -> argparse.ArgumentParser:
     sub = command(verbs, name, run, text)
     sub.add_argument("--quick", action="store_true", help=quick)
-    sub.set_defaults(parser=sub)
     return sub
 
 

@@ -14,20 +14,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-from mitrain.cli.ask import add_eval, add_predict
-from mitrain.cli.bench import add_bench
-from mitrain.cli.catalogue import add_catalogue
-from mitrain.cli.compare import add_compare
-from mitrain.cli.config import add_config
-from mitrain.cli.doctor import add_doctor
-from mitrain.cli.init import add_init
-from mitrain.cli.publish import add_export, add_push, add_report
-from mitrain.cli.runs import add_runs
-from mitrain.cli.serve import add_serve
-from mitrain.cli.shared import Parser
-from mitrain.cli.train import add_train
+from mitrain.cli.commands import COMMANDS, overview
+from mitrain.cli.shared import Help, Parser, title
 from mitrain.core import terminal
 from mitrain.core.errors import UserError
 from mitrain.core.files import remedy
@@ -41,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     with terminal.safe(), Interruptible():
         try:
-            return run(parser().parse(argv))
+            words = sys.argv[1:] if argv is None else list(argv)
+            return run(parser(words).parse(words))
         except KeyboardInterrupt as error:
             number = getattr(error, "number", signal.SIGINT)
             with contextlib.suppress(OSError):  # a terminal that was closed
@@ -128,26 +120,25 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def parser() -> Parser:
+def parser(words: Sequence[str] | None = None) -> Parser:
+    """Of all commands; with ``words`` only the command in them has its options, and only its module is imported."""
     top = Parser(
-        prog="mitrain", description="Make a frozen language model see: train one or two percent of its weights."
+        prog="mitrain",
+        usage="mitrain [-h] [--version] COMMAND ...",
+        description="Make a frozen language model see and hear: train one or two percent of its weights.",
+        epilog=overview(),
+        formatter_class=Help,
     )
     top.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK counts
     top.add_argument("--version", action="version", version=f"mitrain {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_train(commands)
-    add_eval(commands)
-    add_predict(commands)
-    add_serve(commands)
-    add_init(commands)
-    add_config(commands)
-    add_catalogue(commands, "models", "list or prepare frozen backbones with real weights")
-    add_catalogue(commands, "data", "list, prepare or inspect data sets")
-    add_runs(commands)
-    add_report(commands)
-    add_export(commands)
-    add_push(commands)
-    add_bench(commands)
-    add_compare(commands)
-    add_doctor(commands)
+    commands = top.add_subparsers(
+        dest="command", prog="mitrain", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+    )
+    known = {name: one for group in COMMANDS.values() for name, one in group.items()}
+    asked = known if words is None else [next((word for word in words if word in known), None)]
+    for name, (place, text) in known.items():
+        sub = commands.add_parser(name, description=title(text), formatter_class=Help)
+        if name in asked:
+            module, _, function = place.partition(":")
+            getattr(import_module(f"mitrain.cli.{module}"), function)(sub)
     return top

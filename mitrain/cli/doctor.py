@@ -3,11 +3,11 @@
 import argparse
 from typing import Any
 
-from mitrain.cli.shared import command, say
+from mitrain.cli.shared import describe, say
 
 
-def add_doctor(commands: Any) -> None:
-    command(commands, "doctor", run_doctor, "versions, CPU, GPU, and known faults of other packages, measured here")
+def add_doctor(sub: argparse.ArgumentParser) -> None:
+    describe(sub, run_doctor)
 
 
 def run_doctor(arguments: argparse.Namespace) -> dict[str, Any]:

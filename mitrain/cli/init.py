@@ -5,19 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.shared import command, say
+from mitrain.cli.shared import describe, say
 from mitrain.core.errors import ConfigError
 
-EXAMPLES = """examples:
-  mitrain init --data photos.csv                      what is there is looked at: files, labels, texts
+EXAMPLES = """  mitrain init --data photos.csv                      what is there is looked at: files, labels, texts
   mitrain init regress --data clips/train.csv         val.csv and test.csv beside it are taken, too
   mitrain init --data all.csv --files my/photos --column label=species
 """
 
 
-def add_init(commands: Any) -> None:
-    sub = command(commands, "init", run_init, "write a configuration for a table of your own")
-    sub.epilog, sub.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
+def add_init(sub: argparse.ArgumentParser) -> None:
+    describe(sub, run_init, EXAMPLES)
     tasks = ["answer", "classify", "regress", "caption", "retrieve"]
     sub.add_argument(
         "task", nargs="?", choices=tasks, help="what is to be learned (default: what the columns speak of)"

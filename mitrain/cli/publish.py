@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.shared import add_checkpoint, command, say
+from mitrain.cli.shared import add_checkpoint, describe, say
 from mitrain.core.errors import ConfigError
 
 
-def add_report(commands: Any) -> None:
-    sub = command(commands, "report", run_report, "make the tables and figures of finished runs")
+def add_report(sub: argparse.ArgumentParser) -> None:
+    describe(sub, run_report)
     sub.add_argument(
         "run_dirs", nargs="+", metavar="RUN_DIR", help="runs of one task; the same name with other seeds is averaged"
     )
@@ -28,8 +28,8 @@ def run_report(arguments: argparse.Namespace) -> Any:
     return result
 
 
-def add_export(commands: Any) -> None:
-    sub = command(commands, "export", run_export, "write a run's adapter to a folder that others can load")
+def add_export(sub: argparse.ArgumentParser) -> None:
+    describe(sub, run_export)
     sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME")
     sub.add_argument("--out", required=True, metavar="DIR", help="a new folder; nothing is ever replaced")
     add_checkpoint(sub)
@@ -54,8 +54,8 @@ def run_export(arguments: argparse.Namespace) -> Any:
     return made
 
 
-def add_push(commands: Any) -> None:
-    sub = command(commands, "push", run_push, "publish an export on the Hugging Face Hub")
+def add_push(sub: argparse.ArgumentParser) -> None:
+    describe(sub, run_push)
     sub.add_argument("folder", metavar="EXPORT", help="a folder that mitrain export wrote")
     sub.add_argument("name", metavar="USER/NAME", help="the repository; made where it is not there")
     sub.add_argument("--private", action="store_true", help="make a private repository")

@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.shared import command, say
+from mitrain.cli.shared import describe, say
 
 
-def add_runs(commands: Any) -> None:
-    sub = command(commands, "runs", run_runs, "list runs with their state and best score, or compare some")
+def add_runs(sub: argparse.ArgumentParser) -> None:
+    describe(sub, run_runs)
     sub.add_argument(
         "folders", nargs="*", default=["runs"], metavar="DIR", help="folders of runs, or runs (default: runs)"
     )

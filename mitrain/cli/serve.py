@@ -3,15 +3,14 @@
 import argparse
 import socket
 import sys
-from typing import Any
 
 from mitrain.cli.ask import add_places
-from mitrain.cli.shared import add_allow_changes, add_checkpoint, command
+from mitrain.cli.shared import add_allow_changes, add_checkpoint, describe
 from mitrain.core.errors import ConfigError, need_extra
 
 
-def add_serve(commands: Any) -> None:
-    sub = command(commands, "serve", run_serve, "answer by a page in the browser and an HTTP API")
+def add_serve(sub: argparse.ArgumentParser) -> None:
+    describe(sub, run_serve)
     sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, or what was exported of one")
     sub.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1, this machine)")
     sub.add_argument("--port", type=int, default=8000, help="0 takes any free one (default: 8000)")

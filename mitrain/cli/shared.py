@@ -7,30 +7,61 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from mitrain.core.errors import UserError
+from mitrain.core.errors import UserError, nearest
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Examples as they are written, and the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        said = action.default in (None, False, "", [], argparse.SUPPRESS) or "default" in text
+        return text if said else f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for a mistake, and key=value wherever it stands among the options."""
+    """One line for a mistake, with what may have been meant, and key=value wherever it stands among the options."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(UserError.exit_code, f"mitrain: {message}: see {self.prog} --help\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        hint = nearest(str(value), map(str, action.choices))
+        if isinstance(action, argparse._SubParsersAction):
+            raise argparse.ArgumentError(None, f"no command {value!r}{hint} among {', '.join(action.choices)}")
+        choice = ", ".join(map(str, action.choices))
+        raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint}: choose from {choice}")
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """argparse takes the positional arguments behind an option for unknown ones."""
         arguments, rest = self.parse_known_args(argv)
         unknown = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in arguments]
         if unknown:
-            self.error(f"{' '.join(unknown)} means nothing to mitrain {arguments.command}")
+            sub = arguments.parser
+            hint = nearest(unknown[0].partition("=")[0], sub._option_string_actions) if unknown[0][0] == "-" else ""
+            sub.error(f"{' '.join(unknown)} means nothing to {sub.prog}{hint}")
         if rest:
             arguments.overrides = [*arguments.overrides, *rest]
         return arguments
 
 
-def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+def title(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def command(commands: Any, name: str, run: Any, text: str, examples: str = "") -> argparse.ArgumentParser:
+    """A command below another one, as ``mitrain data list``."""
+    sub = commands.add_parser(name, help=text, description=title(text), formatter_class=Help)
+    return describe(sub, run, examples)
+
+
+def describe(sub: argparse.ArgumentParser, run: Any, examples: str = "") -> argparse.ArgumentParser:
+    """What every command has: what it runs, its examples (a command line each), and the options of all."""
+    sub.epilog = f"examples:\n{examples}" if examples else None
     sub.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, parser=sub)
     return sub
 
 
@@ -69,7 +100,7 @@ def asked(arguments: argparse.Namespace) -> dict[str, str]:
     shown = {
         name: value
         for name, value in vars(arguments).items()
-        if name not in ("run", "rank", "code", "json", "local_rank")
+        if name not in ("run", "rank", "code", "json", "local_rank", "parser")
     }
     return {f"arguments.{name}": json.dumps(value) for name, value in sorted(shown.items())}
 

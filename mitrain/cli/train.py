@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.shared import command, on_ranks, say
+from mitrain.cli.shared import describe, on_ranks, say
 from mitrain.core.errors import ConfigError, UserError
 
 
-def add_train(commands: Any) -> None:
-    sub = command(commands, "train", on_ranks(run_train), "train from a configuration, or resume a run")
+def add_train(sub: argparse.ArgumentParser) -> None:
+    describe(sub, on_ranks(run_train))
     sub.add_argument("config", nargs="?", help="a YAML file or a shipped configuration's name, as quickstart")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100 model.dtype=bf16")
     sub.add_argument(

@@ -6,7 +6,6 @@ are several kinds (``adapter``, ``task``, ``data``) are chosen by their ``name``
 """
 
 import contextlib
-import difflib
 import hashlib
 import itertools
 import json
@@ -20,7 +19,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from mitrain.core import parsing
-from mitrain.core.errors import ConfigError
+from mitrain.core.errors import ConfigError, nearest
 
 LARGEST, LARGEST_FLOAT = 1 << 63, 3.4e38
 STYLED = tuple("'\"|>!")  # how text begins in YAML that says itself where it ends
@@ -92,11 +91,6 @@ def choose(kind: str, value: Any) -> "Section":
             f"{kind}.name={name!r} is not known{nearest(str(name), KINDS[kind])}: choose one of {sorted(KINDS[kind])}"
         )
     return parse(KINDS[kind][name], {k: v for k, v in value.items() if k != "name"}, where=kind)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 class Told(ValueError):

@@ -4,7 +4,9 @@ The command line prints such an error as one line and exits with code 2; anythin
 and keeps its traceback.
 """
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 from mitrain.core.terminal import printable
@@ -50,6 +52,12 @@ class RankError(UserError):
 
 class MissingExtraError(UserError):
     """An optional dependency that is needed here and not installed."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that ``word`` may have been meant to be, as the end of a message; empty where none is alike."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def need_extra(module: str, extra: str, what: str) -> ModuleType:

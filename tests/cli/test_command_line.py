@@ -23,11 +23,23 @@ def test_settings_may_stand_behind_options(words):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "c.yaml", "--dry-runn"], "--dry-runn means nothing to mitrain train: see mitrain --help"),
-        (["train", "c.yaml", "--dry-run", "stray"], "stray means nothing to mitrain train: see mitrain --help"),
-        (["eval", "run", "--baselines", "a=b"], "a=b means nothing to mitrain eval: see mitrain --help"),
+        (
+            ["train", "c.yaml", "--dry-runn"],
+            "--dry-runn means nothing to mitrain train (did you mean '--dry-run'?)",
+        ),
+        (["train", "c.yaml", "--dry-run", "stray"], "stray means nothing to mitrain train: see mitrain train --help"),
+        (["eval", "run", "--baselines", "a=b"], "a=b means nothing to mitrain eval: see mitrain eval --help"),
         (["compare"], "the following arguments are required: STUDY: see mitrain compare --help"),
-        (["eval", "run", "--control", "no"], "argument --control: invalid choice: 'no'"),
+        (
+            ["eval", "run", "--control", "shufle"],
+            "argument --control: invalid choice: 'shufle' (did you mean 'shuffle'?)",
+        ),
+        (["trian", "c.yaml"], "no command 'trian' (did you mean 'train'?) among init, config,"),
+        (
+            ["data", "lst"],
+            "no command 'lst' (did you mean 'list'?) among list, prepare, inspect: see mitrain data --help",
+        ),
+        ([], "the following arguments are required: COMMAND: see mitrain --help"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, words, said):
@@ -56,3 +68,9 @@ def test_a_configuration_that_cannot_be_read_is_refused_before_torch_is_imported
         [sys.executable, "-c", code, str(tmp_path / "run.yaml")], capture_output=True, text=True, timeout=60
     )
     assert done.stdout.split() == ["2", "False"] and "refers to *a in line 1" in done.stderr
+
+
+def test_a_command_imports_no_other():
+    code = "import sys, mitrain.cli as c; c.parser(['runs']); print(*(m for m in sys.modules if 'mitrain.cli.' in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"mitrain.cli.commands", "mitrain.cli.shared", "mitrain.cli.runs"}
