@@ -122,9 +122,9 @@ def exported(lab: Lab, case: Path) -> Path:
 
 
 def hostile(lab: Lab, case: Path, change) -> Found:
-    """An export whose adapter_config.json a stranger has edited: refused before anything is made of it."""
+    """An export whose mitrain.json a stranger has edited: refused before anything is made of it."""
     folder = exported(lab, case)
-    file = folder / "adapter_config.json"
+    file = folder / "mitrain.json"
     values = json.loads(file.read_text(encoding="utf-8"))
     change(values)
     values["checksum"] = checksum(values)  # a stranger can compute it, too

@@ -66,13 +66,14 @@ def export(
     tensors = {name: saved.tensors[name] for name in model.trainable}
     tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
     alone = model.adapter.traits.backbones == ("text",)
-    peft = export_format.peft_files(model.adapter, tensors["adapter"], base)
+    encoder = next((section["name"] for section in fields["run"]["config"]["model"]["encoders"].values()), "")
+    peft = export_format.peft_files(model.adapter, tensors["adapter"], {"text": base, "image": encoder})
     card = lambda contents: export_format.model_card(contents, licences(), alone)  # noqa: E731
     folder = export_format.publish(out, fields, tensors, card, peft)
     tell_folders([base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["encoders"].values())])
     return {
         "folder": str(folder),
-        "files": sorted(path.name for path in folder.iterdir()),
+        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()),
         "step": saved.step,
         "bytes": export_format.read(folder).contents.tensors.bytes,
         "parameters": counts.to_dict(),

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mitrain.core.errors import CheckpointError, ConfigError
 from mitrain.inference.export import licences
 from mitrain.methods import export_format
 from mitrain.methods.export_format import Contents, hub
-from mitrain.methods.export_format.folder import CARD, CONFIG, WEIGHTS
+from mitrain.methods.export_format.folder import CARD, PEFT_CONFIG, PEFT_WEIGHTS, PeftFiles
 
 
 def push_to_hub(
@@ -46,7 +46,7 @@ def push_to_hub(
             values,
             published.tensors,
             lambda contents: card_of(Path(folder), published.contents, contents, license),
-            peft_again(Path(folder), published.contents, values["base_model_name_or_path"]),
+            peft_again(Path(folder), published.contents, values),
         )
         try:
             api = hub.api()
@@ -109,9 +109,18 @@ def card_of(folder: Path, before: Contents, contents: Contents, license: str | N
     return str(card)
 
 
-def peft_again(folder: Path, contents: Contents, base: str) -> Any:
-    """What PEFT's own files hold, with the name that the language model is published under."""
-    if contents.peft is None:
-        return None
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    return {**settings, "base_model_name_or_path": base}, load_file(folder / WEIGHTS)
+def peft_again(folder: Path, contents: Contents, values: Mapping[str, Any]) -> PeftFiles:
+    """What PEFT's own files hold, with the names that the frozen models are published under in ``values``."""
+    encoders = values["run"]["config"]["model"]["encoders"] if values["run"] else {}
+    encoder = next((part["name"] for part in encoders.values()), None)
+    files = {}
+    for name in contents.peft or {}:
+        place, _, file = name.rpartition("/")
+        if file == PEFT_CONFIG:
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+            base = encoder if place == "encoder" else values["base_model_name_or_path"]
+            files[f"{place}/".lstrip("/")] = (
+                {**settings, "base_model_name_or_path": base},
+                load_file(folder / place / PEFT_WEIGHTS),
+            )
+    return files

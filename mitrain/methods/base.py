@@ -73,7 +73,8 @@ class Attachment:
     ``conditioned`` gives to passes of the text model alone, with their widths e.
     For the dry run and comparisons: ``infused_parameters``, by the index of each text layer that infused attention runs
     in, and ``macs``, the multiply-accumulates that the method adds to a sample's forward pass; None: not known.
-    ``peft``: PEFT's own configuration and its name for each of our tensors, where PEFT can load the adapter by itself.
+    ``peft``: of each backbone PEFT's own configuration and its name for each of our tensors there (None for others'),
+    where PEFT can load the adapter by itself.
     """
 
     first_layers: Mapping[str, int]
@@ -82,7 +83,7 @@ class Attachment:
     modalities: Mapping[str, int] = field(default_factory=dict)
     infused_parameters: Mapping[int, int] = field(default_factory=dict)
     macs: int | None = None
-    peft: tuple[Any, Callable[[str], str]] | None = None
+    peft: Mapping[str, tuple[Any, Callable[[str], str | None]]] = field(default_factory=dict)
 
 
 class Adapter(nn.Module, ABC):

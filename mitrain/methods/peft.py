@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -86,10 +87,12 @@ class Injected(Adapter):
         first_layers = {name: len(layouts.layers_of(model)) for name, model in backbones.items()}
         self._image = Layers.of(backbones["image"]) if "image" in self.traits.backbones else None
         new: dict[str, nn.Parameter] = {}
+        peft = {}
         for name in SIDES[self.config.where]:
             indices = select_layers(self.config.layers, first_layers[name])
             first_layers[name] = indices[0]
-            peft, added = self._inject(name, backbones[name], indices)
+            settings, added = self._inject(name, backbones[name], indices)
+            peft[name] = settings, partial(peft_name, name)
             new |= added
         if len(self.weights) and {n: p.shape for n, p in self.weights.items()} != {n: p.shape for n, p in new.items()}:
             raise ModelError(f"this {self.traits.name} was made for a model of other widths or depth: make a new one")
@@ -99,8 +102,7 @@ class Injected(Adapter):
             else:
                 self.weights[key] = parameter
         width = 0 if self._image is None else self._image.width
-        # Of two models PEFT would load the text model's half and say nothing of the other.
-        return Attachment(first_layers, width, peft=(peft, peft_name) if self.config.where == "text" else None)
+        return Attachment(first_layers, width, peft=peft)
 
     def _inject(self, side: str, model: PreTrainedModel, layers: list[int]) -> tuple[Any, dict[str, nn.Parameter]]:
         """PEFT's configuration, and the parameters that it has put into ``layers`` of ``model``, by our names."""
@@ -210,7 +212,7 @@ class Virtual(Adapter):
         wrapped.prompt_encoder["default"] = self.prompt_encoder
         object.__setattr__(self, "_wrapped", wrapped)
         self._undo.callback(object.__setattr__, self, "_wrapped", None)
-        return Attachment({"text": 0}, peft=(wrapped.peft_config["default"], lambda _: "prompt_embeddings"))
+        return Attachment({"text": 0}, peft={"text": (wrapped.peft_config["default"], lambda _: "prompt_embeddings")})
 
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
         text = None
@@ -261,8 +263,10 @@ def put(backbones: Mapping[str, nn.Module], key: str, parameter: nn.Parameter) -
     setattr(backbones[side].get_submodule(".".join(owner)), name, parameter)
 
 
-def peft_name(name: str) -> str:
-    """Under which name PEFT saves a parameter that `Injected` holds as ``weights.SIDE/PATH/IN/MODEL``."""
+def peft_name(side: str, name: str) -> str | None:
+    """Under which name PEFT saves a parameter that `Injected` holds as ``weights.SIDE/PATH/IN/MODEL``; None of others."""
+    if not name.startswith(f"weights.{side}/"):
+        return None
     path = name.partition("/")[2].replace("/", ".")
     return f"base_model.model.{re.sub(r'[.]default(?=$|[.]weight$|[.]bias$)', '', path)}"
 

@@ -179,7 +179,7 @@ def test_a_momentum_queue_is_saved_for_training_and_not_published(capsys, world)
     heads = [load_file(file) for file in sorted((world / run).rglob("head.safetensors"))]
     assert heads and all("slow.images" in head and head["slow.pushed"] > 0 for head in heads)
     exported = said(capsys, "export", run, "--out", world / "export-queue")["folder"]
-    published = load_file(f"{exported}/adapter_model.safetensors")
+    published = load_file(f"{exported}/mitrain.safetensors")
     assert any(n.startswith("head.") for n in published) and not any("slow" in n for n in published)
     asked = (
         "--image",

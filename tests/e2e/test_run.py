@@ -167,7 +167,7 @@ def test_predict_answers_with_probabilities(world, trained, capsys):
 
 def test_an_export_is_asked_like_its_run(world, trained, capsys):
     made = as_json(capsys, "export", trained, "--out", world / "adapter", "--splits", "test")
-    assert made["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert made["files"] == ["README.md", "mitrain.json", "mitrain.safetensors"]
     image = next((world / "data" / "images").glob("*.png"))
     question = ["--image", image, "--text", "the colour of this picture is"]
     one, two = (as_json(capsys, "predict", folder, *question) for folder in (trained, world / "adapter"))

@@ -115,7 +115,7 @@ def test_best_and_latest(world, run, capsys):
 def test_segmentation_comes_with_its_head(world, images):
     run = make_run(world, "segment")
     export(run, world / "masks")
-    names = load_file(world / "masks" / "adapter_model.safetensors").keys()
+    names = load_file(world / "masks" / "mitrain.safetensors").keys()
     assert {name.split(".")[0] for name in names} == {"adapter", "head", "features"}
     found = mitrain.from_pretrained(world / "masks").predict(images[0], "red square")
     expected = scoring.predict_one(run, {"image": str(images[0])}, "red square")
@@ -124,11 +124,11 @@ def test_segmentation_comes_with_its_head(world, images):
 
 
 def test_the_card_and_the_configuration_say_what_is_inside(world, exported, run):
-    card, values = (exported / "README.md").read_text(), json.loads((exported / "adapter_config.json").read_text())
+    card, values = (exported / "README.md").read_text(), json.loads((exported / "mitrain.json").read_text())
     assert sorted(p.name for p in exported.iterdir()) == [
         "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
+        "mitrain.json",
+        "mitrain.safetensors",
     ]
     assert values["base"] == {
         "model_type": "llama", "layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "head_dim": 8,
@@ -153,12 +153,10 @@ def test_other_places_and_precisions_of_the_base(world, exported, predictor, ima
     assert low.model.text.quantize == "int8"
     one, two = (p.predict(images[0], PROMPT)["probabilities"] for p in (low, predictor))
     assert one != two and one == pytest.approx(two, abs=0.2)
-    values = json.loads((exported / "adapter_config.json").read_text())
-    (exported / "adapter_config.json").write_text(
-        json.dumps({**values, "base_model_name_or_path": str(world / "copy")})
-    )
+    values = json.loads((exported / "mitrain.json").read_text())
+    (exported / "mitrain.json").write_text(json.dumps({**values, "base_model_name_or_path": str(world / "copy")}))
     assert mitrain.from_pretrained(exported).model.config.model.llm == str(world / "copy")
-    (exported / "adapter_config.json").write_text(json.dumps(values))
+    (exported / "mitrain.json").write_text(json.dumps(values))
 
 
 def test_the_saved_preprocessing_is_used_whatever_the_encoders_folder_says(world, run, exported, images):

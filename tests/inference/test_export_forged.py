@@ -15,7 +15,7 @@ from mitrain.inference.export import export
 from mitrain.methods import export_format
 from mitrain.models.encoders.image import ImageConfig, preprocessing
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "mitrain.json", "mitrain.safetensors"
 
 
 @pytest.fixture(scope="module")

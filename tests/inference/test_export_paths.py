@@ -36,7 +36,7 @@ def exported(world, run):
 
 
 def test_no_file_of_it_names_the_home_or_the_data(world, exported):
-    values = json.loads((exported / "adapter_config.json").read_text())
+    values = json.loads((exported / "mitrain.json").read_text())
     assert values["base_model_name_or_path"] == "~/llm" and values["run"]["config"]["data"]["root"] == "../../data"
     assert values["run"]["config"]["model"]["encoders"]["image"]["name"] == "~/vision"
     assert not any(str(world).encode() in path.read_bytes() for path in exported.iterdir())

@@ -1,5 +1,6 @@
 """What PEFT can load of ours it loads, with equal outputs; what it cannot it refuses, and never as an adapter of zeros."""
 
+import copy
 import json
 import warnings
 
@@ -7,11 +8,13 @@ import exported
 import pytest
 import torch
 from attached import attached as inside
+from attached import dino, inputs, made, pixels
 from folders import llm_folder
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import scramble
-from transformers import AutoModelForCausalLM
+from tiny import scramble, tiny
+from tiny_encoders import sound, tiny_encoder
+from transformers import AutoModel, AutoModelForCausalLM
 
 import mitrain
 from mitrain import methods
@@ -23,6 +26,7 @@ from mitrain.models.batch import TextBatch
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 MASK = torch.ones_like(IDS)
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "mitrain.json", "mitrain.safetensors"]
 
 
@@ -93,21 +97,67 @@ def test_of_a_run_peft_has_the_adapter_and_the_card_says_what_it_has_not(tmp_pat
     assert torch.equal(found, expected)
 
 
-OTHERS = [*(name for name in methods.METHODS if name not in ("lora", "ia3", "prompt", "prefix")), "lora", "ia3"]
+OTHERS = [name for name in methods.METHODS if name not in ("lora", "ia3", "prompt", "prefix")]
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_peft_does_not_take_what_is_not_its_own(tmp_path, name):
-    """Every method but PEFT's own on the text model, and PEFT's own where they change the image encoder too."""
-    values = {"where": "both"} if name in ("lora", "ia3") else None
-    adapter, model, _ = inside(name, values)
-    adapter.save_pretrained(tmp_path / "saved")
-    card = (tmp_path / "saved" / "README.md").read_text()
-    assert "PeftModel" not in card and "PEFT cannot hold this adapter and refuses the folder" in card
-    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["peft_type"].startswith("MITRAIN_")
+@torch.no_grad()
+def test_what_is_not_pefts_does_not_call_itself_pefts(tmp_path, name):
+    """Every method but PEFT's own: PEFT finds nothing in the folder, and mitrain says what was said."""
+    adapter, model, image = inside(name, None)
+    scramble(adapter)
+    saved = adapter.save_pretrained(tmp_path / "saved")
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "mitrain.json", "mitrain.safetensors"]
+    assert "peft" not in (saved / "mitrain.json").read_text()
+    card = (saved / "README.md").read_text()
+    assert "PeftModel" not in card and "PEFT cannot hold this adapter and finds none in this folder" in card
+    words, seen = inputs(adapter, model, image)
+    expected = adapter.encode(words, seen)
     adapter.detach()
-    with pytest.raises(KeyError, match="MITRAIN_"):
-        PeftModel.from_pretrained(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+        PeftModel.from_pretrained(model, saved)
+    if adapter.traits.backbones == ("text",):
+        again, _ = mitrain.load_adapter(model, saved)
+        assert torch.equal(again.encode(words, seen).text, expected.text)
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3"])
+@pytest.mark.parametrize("where", ["image", "both"])
+@pytest.mark.parametrize("kind", ["dino", "whisper"])
+@torch.no_grad()
+def test_peft_loads_an_encoders_half_by_itself(tmp_path, name, where, kind):
+    """Of a picture's and of a sound's encoder; where the language model is changed too, each has a folder of its own."""
+    model, encoder = tiny("llama"), dino().float() if kind == "dino" else tiny_encoder("whisper")
+    bare = {"llm": copy.deepcopy(model), "encoder": copy.deepcopy(encoder)}
+    adapter = made(name, {"where": where})
+    adapter.attach({"text": model, "image": encoder})
+    scramble(adapter)
+    saved = adapter.eval().save_pretrained(tmp_path / "saved")
+    folders = ["encoder", "llm"] if where == "both" else ["encoder"]
+    assert sorted(path.name for path in saved.iterdir() if path.is_dir()) == folders
+    asked = {"llm": {"input_ids": IDS}, "encoder": {"pixel_values": pixels().float()} if kind == "dino" else sound()}
+    for folder in folders:
+        plain = bare[folder](**asked[folder])[0]
+        expected = (model if folder == "llm" else encoder)(**asked[folder])[0]
+        found = PeftModel.from_pretrained(bare[folder], saved / folder)(**asked[folder])[0]
+        assert torch.equal(found, expected) and not torch.allclose(found, plain, atol=1e-3)
+        assert f'"THIS_FOLDER/{folder}")  # by PEFT without mitrain' in (saved / "README.md").read_text()
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):  # never a half for the whole
+        PeftModel.from_pretrained(tiny("llama"), saved)
+
+
+@torch.no_grad()
+def test_of_a_run_that_changes_its_encoder_peft_loads_the_encoder_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("MITRAIN_CACHE", str(tmp_path / "cache"))
+    world = exported.make_world(tmp_path)
+    made = export(exported.make_run(world, "segment", {"name": "lora", "where": "both", "rank": 2}), tmp_path / "out")
+    assert set(made["files"]) >= {f"{folder}/{name}" for folder in ("llm", "encoder") for name in FILES[1:3]}
+    settings = json.loads((tmp_path / "out" / "encoder" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(world / "vision")
+    model, pixels = mitrain.from_pretrained(tmp_path / "out").model, torch.randn(1, 3, 56, 56)
+    expected = model.encoders["image"].model(pixel_values=pixels).last_hidden_state
+    found = PeftModel.from_pretrained(AutoModel.from_pretrained(world / "vision"), tmp_path / "out" / "encoder")
+    assert torch.equal(found(pixel_values=pixels).last_hidden_state, expected)
 
 
 def test_files_of_peft_that_were_changed_or_forged_are_refused(folder, tmp_path):

@@ -25,7 +25,7 @@ from mitrain.core.errors import CheckpointError, UserError
 from mitrain.inference.export import export
 from mitrain.methods import export_format
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
+FILES = ("mitrain.json", "mitrain.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def get(values: Any, path: tuple) -> Any:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": 3}, "format 3, written by mitrain 0.1.0; this version reads up to 2: upgrade mitrain"),
+        ({"format": 4}, "format 4, written by mitrain 0.1.0; this version reads up to 3: upgrade mitrain"),
         ({"format": True}, "names no format"),
         ({"format": 0}, "names no format"),
         ({"note": 1}, "unknown key 'note'"),

@@ -54,9 +54,9 @@ def test_what_was_pushed_is_opened_by_its_name(hub, world, capsys):
     url = mitrain.push_to_hub(world / "exported", "me/colours", license="apache-2.0", **NAMES)
     assert url == f"{hub.url}/me/colours" and not hub.private
     files = hub.repositories["me/colours"]
-    assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert files.keys() == {"README.md", "mitrain.json", "mitrain.safetensors"}
     assert any("PUT /large/" in asked for asked in hub.asked)  # weights go as large files
-    assert files["adapter_model.safetensors"] == (world / "exported" / "adapter_model.safetensors").read_bytes()
+    assert files["mitrain.safetensors"] == (world / "exported" / "mitrain.safetensors").read_bytes()
     picture = world / "data" / "images" / "0.png"
     expected = mitrain.from_pretrained(world / "exported").predict(picture, PROMPT, ["red", "blue"])
     assert mitrain.from_pretrained("me/colours", **places(world)).predict(picture, PROMPT, ["red", "blue"]) == expected
@@ -82,13 +82,13 @@ def test_neither_folders_nor_answers_of_private_data_are_published(hub, world, t
     assert main([*command, "--encoder", "some/vision"]) == 0
     assert "pushed to" in capsys.readouterr().out and hub.private == {"me/colours"}
     files = hub.repositories["me/colours"]
-    values = json.loads(files["adapter_config.json"])
+    values = json.loads(files["mitrain.json"])
     assert values["run"]["answers"] is None and values["run"]["config"]["data"]["root"] == "data"
     for content in files.values():
         assert world.name.encode() not in content and b"yellow" not in content and b"secret" not in content
-    assert json.loads((world / "exported" / "adapter_config.json").read_text())["run"]["answers"]
+    assert json.loads((world / "exported" / "mitrain.json").read_text())["run"]["answers"]
     mitrain.push_to_hub(world / "exported", "me/open", answers=True, **NAMES)
-    answers = json.loads(hub.repositories["me/open"]["adapter_config.json"])["run"]["answers"]
+    answers = json.loads(hub.repositories["me/open"]["mitrain.json"])["run"]["answers"]
     assert answers == {PROMPT: ["blue", "green", "red", "yellow"]}
 
 

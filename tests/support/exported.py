@@ -70,5 +70,5 @@ def make_run(world: Path, task: str = "answer", adapter: dict[str, Any] | None =
 
 
 def resigned(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` of adapter_config.json with a checksum that vouches for them: what a forger would do."""
+    """``values`` of mitrain.json with a checksum that vouches for them: what a forger would do."""
     return {**values, "checksum": export_format.folder.checksum(values)}

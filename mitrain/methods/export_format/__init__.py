@@ -1,15 +1,17 @@
 """Published adapters: a folder with everything that predictions need except the frozen weights.
 
     DIR/
-        adapter_config.json          method and settings, the base's name and shape, checksums; of a run also its
-                                     configuration, the encoders with their preprocessing, answers, metrics
-        adapter_model.safetensors    adapter.*, and of a run head.* and features.*
-        README.md                    the model card
+        mitrain.json           method and settings, the base's name and shape, checksums; of a run also its
+                               configuration, the encoders with their preprocessing, answers, metrics
+        mitrain.safetensors    adapter.*, and of a run head.* and features.*
+        README.md              the model card
 
-Of a method that PEFT can load by itself those two names are PEFT's own files, and ours are beside them:
+Of a method that PEFT can load by itself also its own files, as PEFT's save_pretrained writes them; where an encoder is
+changed, those of each model in a folder of its own, llm/ and encoder/:
 
-        adapter_config.json, adapter_model.safetensors      as PEFT's save_pretrained writes them
-        mitrain.json, mitrain.safetensors                   the above
+        adapter_config.json, adapter_model.safetensors
+
+Formats 1 and 2 had ours under these two names where PEFT cannot load the method; they are still read.
 
 docs/guide/checkpoints.md has the format. Written whole or not at all; read as what a stranger may have made.
 """

@@ -13,7 +13,11 @@ from mitrain.core.markdown import code, plain, table
 from mitrain.methods.export_format.contents import Contents, RunPart
 from mitrain.methods.export_format.hub import HUB_NAME
 
-BY_PEFT = 'peft.PeftModel.from_pretrained(model, "THIS_FOLDER")  # the adapter alone, by PEFT without mitrain'
+BY_PEFT = {
+    "adapter_config.json": 'peft.PeftModel.from_pretrained(model, "THIS_FOLDER")',
+    "llm/adapter_config.json": 'peft.PeftModel.from_pretrained(model, "THIS_FOLDER/llm")',
+    "encoder/adapter_config.json": 'peft.PeftModel.from_pretrained(encoder, "THIS_FOLDER/encoder")',
+}
 UNKNOWN = "not known to mitrain"
 LEFT_OUT = ("model", "adapter", "data", "wandb")
 
@@ -127,7 +131,7 @@ def data_lines(run: RunPart, licences: Mapping[str, str]) -> list[str]:
     )
     line = f"{what}. Licence: {licences.get(name, UNKNOWN)}."
     answers = (
-        f"Training prompts whose answers are in `adapter_config.json`: {len(run.answers)}; for others give candidates."
+        f"Training prompts whose answers are in `mitrain.json`: {len(run.answers)}; for others give candidates."
         if run.answers
         else ""
     )
@@ -171,9 +175,9 @@ def loading_lines(contents: Contents, alone: bool) -> list[str]:
     attached = [
         'adapter, normalize = mitrain.load_adapter(model, "THIS_FOLDER")  # model: a transformers model in memory',
         *(["model(input_ids=ids, infused=adapter.modalities_of(normalize(features)))"] if contents.run else []),
-        *([BY_PEFT] if contents.peft else []),
     ]
     lines = ["import mitrain", *(whole if contents.run else []), *(attached if alone else [])]
+    lines += [f"{line}  # by PEFT without mitrain" for name, line in BY_PEFT.items() if name in (contents.peft or {})]
     shape = f"The frozen language model ({code(name)}) must have the shape above."
     return [f"{shape} {by_peft(contents)}", "", "```python", *lines, "```"]
 
@@ -181,6 +185,7 @@ def loading_lines(contents: Contents, alone: bool) -> list[str]:
 def by_peft(contents: Contents) -> str:
     """What PEFT makes of the folder, and what is then left out of what was scored."""
     if contents.peft is None:
-        return "PEFT cannot hold this adapter and refuses the folder: mitrain loads it."
+        return "PEFT cannot hold this adapter and finds none in this folder: mitrain loads it."
+    what = "language model" if "adapter_config.json" in contents.peft else "models that it changes, each by itself,"
     left = " The task head and the statistics of features are in `mitrain.safetensors` alone." if contents.run else ""
-    return f"PEFT loads the adapter of the language model and nothing else.{left}"
+    return f"PEFT loads the adapter of the {what} and nothing else.{left}"

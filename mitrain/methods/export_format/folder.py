@@ -31,10 +31,12 @@ from mitrain.models.shapes import base_shape
 if TYPE_CHECKING:
     from mitrain.methods.base import Adapter
 
-FORMAT = 2
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-OWN_CONFIG, OWN_WEIGHTS = "mitrain.json", "mitrain.safetensors"
-"""The names of ours where PEFT's own files have the names above."""
+FORMAT = 3
+CONFIG, WEIGHTS, CARD = "mitrain.json", "mitrain.safetensors", "README.md"
+PEFT_CONFIG, PEFT_WEIGHTS = PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""PEFT's own; until format 2 also ours of what PEFT cannot load."""
+PEFT_FOLDERS = {"text": "llm/", "image": "encoder/"}
+"""Where they lie, by backbone; those of the language model alone at the top: PEFT would load its half without a word."""
 CONFIG_LIMIT = 1 << 24
 PEFTS = ("LORA", "IA3")
 """Of the first exports' ``peft_type``, what PEFT takes for its own."""
@@ -46,8 +48,8 @@ log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 Shapes = Mapping[str, tuple[int, ...]]
-PeftFiles = tuple[dict[str, Any], dict[str, Tensor]]
-"""What PEFT's two files hold: its configuration, and its tensors by PEFT's names."""
+PeftFiles = Mapping[str, tuple[dict[str, Any], dict[str, Tensor]]]
+"""What PEFT's two files hold, by their folder: its configuration, and its tensors by PEFT's names."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Published:
 
 
 def is_published(folder: str | Path) -> bool:
-    return any(os.path.lexists(Path(folder) / name) for name in (CONFIG, OWN_CONFIG))
+    return any(os.path.lexists(Path(folder) / name) for name in (CONFIG, PEFT_CONFIG))
 
 
 def check_target(folder: str | Path) -> Path:
@@ -76,7 +78,7 @@ def publish(
     values: Mapping[str, Any],
     tensors: Tensors,
     card: Callable[[Contents], str],
-    peft: PeftFiles | None = None,
+    peft: PeftFiles,
 ) -> Path:
     """Write ``tensors`` (by group) and the fields ``values`` of `Contents`, all but what follows from the tensors.
 
@@ -84,20 +86,20 @@ def publish(
     back, or not at all.
     """
     folder = check_target(folder)
-    config_name, weights_name = (OWN_CONFIG, OWN_WEIGHTS) if peft else (CONFIG, WEIGHTS)
     weights, beside = safetensors.save(flat(tensors), {"format": "pt"}), peft_contents(peft)
     fields = {**values, "format": FORMAT, "mitrain_version": __version__, "tensors": summed(weights), "checksum": ""}
     fields["peft"] = {name: summed(content) for name, content in beside.items()} or None
-    contents = parse_contents(fields, folder / config_name)
+    contents = parse_contents(fields, folder / CONFIG)
     contents = contents.model_copy(update={"checksum": checksum(contents.to_dict())})
     text = json.dumps(contents.to_dict(), indent=2, allow_nan=False)
     try:
         with atomic_folder(folder) as work:
             for name, content in beside.items():
+                (work / name).parent.mkdir(exist_ok=True)
                 (work / name).write_bytes(content)
-            (work / weights_name).write_bytes(weights)
+            (work / WEIGHTS).write_bytes(weights)
             (work / CARD).write_text(card(contents), encoding="utf-8")
-            (work / config_name).write_text(text)
+            (work / CONFIG).write_text(text)
             read(work)
     except OSError as error:
         raise CheckpointError(
@@ -106,13 +108,13 @@ def publish(
     return folder
 
 
-def peft_contents(peft: PeftFiles | None) -> dict[str, bytes]:
-    """The content of PEFT's two files, by their names."""
-    if peft is None:
-        return {}
-    settings, tensors = peft
-    text = json.dumps(settings, indent=2, sort_keys=True).encode()
-    return {CONFIG: text, WEIGHTS: safetensors.save(flat_group(tensors), {"format": "pt"})}
+def peft_contents(peft: PeftFiles) -> dict[str, bytes]:
+    """The content of PEFT's files, by their names."""
+    contents = {}
+    for folder, (settings, tensors) in peft.items():
+        contents[folder + PEFT_CONFIG] = json.dumps(settings, indent=2, sort_keys=True).encode()
+        contents[folder + PEFT_WEIGHTS] = safetensors.save(flat_group(tensors), {"format": "pt"})
+    return contents
 
 
 def summed(content: bytes) -> dict[str, Any]:
@@ -130,27 +132,29 @@ def count(trained: Iterable[nn.Module], base: nn.Module) -> Parameters:
 def publish_adapter(folder: str | Path, adapter: "Adapter", model: PreTrainedModel) -> Path:
     """`publish` an ``adapter`` alone, which is attached to the language ``model``."""
     base, tensors = without_home(model.name_or_path), adapter.state_dict()
+    names = {side: without_home(each.name_or_path) for side, each in adapter._backbones.items()}
     fields = method_fields(adapter, model.config, base, count([adapter], model))
     fields["frozen"] = stored_digests(model, adapter) or None
-    return publish(folder, fields, {"adapter": tensors}, model_card, peft_files(adapter, tensors, base))
+    return publish(folder, fields, {"adapter": tensors}, model_card, peft_files(adapter, tensors, names))
 
 
-def peft_files(adapter: "Adapter", tensors: Mapping[str, Tensor], base: str) -> PeftFiles | None:
-    """``tensors`` of an attached ``adapter``, trained on the model ``base``, as PEFT saves them; None where it cannot."""
-    if adapter.attachment.peft is None:
-        return None
-    settings, name_of = adapter.attachment.peft
-    with tempfile.TemporaryDirectory() as folder:
-        settings.save_pretrained(folder)
-        values = json.loads((Path(folder) / CONFIG).read_text())
-    return {**values, "base_model_name_or_path": base}, {name_of(name): tensor for name, tensor in tensors.items()}
+def peft_files(adapter: "Adapter", tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> PeftFiles:
+    """``tensors`` of an attached ``adapter`` as PEFT saves them, nothing where it cannot; ``names``: of its backbones."""
+    files = {}
+    for side, (settings, name_of) in adapter.attachment.peft.items():
+        with tempfile.TemporaryDirectory() as folder:
+            settings.save_pretrained(folder)
+            values = json.loads((Path(folder) / PEFT_CONFIG).read_text())
+        own = {ours: tensor for name, tensor in tensors.items() if (ours := name_of(name))}
+        place = "" if adapter.traits.backbones == ("text",) else PEFT_FOLDERS[side]
+        files[place] = {**values, "base_model_name_or_path": names[side]}, own
+    return files
 
 
 def method_fields(adapter: "Adapter", base: PretrainedConfig, name: str, counts: Parameters) -> dict[str, Any]:
     """The fields of `Contents` that every adapter has; ``name``: of the language model, whose settings are ``base``."""
     method = adapter.traits.name
     return {
-        "peft_type": f"MITRAIN_{method.upper()}",  # no method of PEFT's: it refuses the folder
         "base_model_name_or_path": name,
         "base": base_shape(base).to_dict(),
         "adapter": {"name": method, **adapter.config.to_dict()},
@@ -194,8 +198,8 @@ def read_contents(folder: Path) -> tuple[Contents, Path]:
         raise CheckpointError(
             f"{str(folder)!r} is no exported adapter (it has no {CONFIG}): give one from mitrain export"
         )
-    own = os.path.lexists(folder / OWN_CONFIG)
-    path, weights = (real(folder / name) for name in ((OWN_CONFIG, OWN_WEIGHTS) if own else (CONFIG, WEIGHTS)))
+    names = (CONFIG, WEIGHTS) if os.path.lexists(folder / CONFIG) else PEFT_FILES
+    path, weights = (real(folder, name) for name in names)
     values = parse_json(read_regular(path, CONFIG_LIMIT, MEND), path, MEND, finite=True)
     version = values.get("format")
     if type(version) is not int or version < 1:
@@ -210,7 +214,7 @@ def read_contents(folder: Path) -> tuple[Contents, Path]:
         raise CheckpointError(
             f"{path} is corrupted or was edited (its checksum differs; only base_model_name_or_path may change): {MEND}"
         )
-    if not own and contents.peft_type in PEFTS:
+    if names is PEFT_FILES and contents.peft_type in PEFTS:
         log.warning(
             "%s is an export of an earlier version, which PEFT would load as an adapter of zeros: load it by mitrain alone,"
             " or write it anew with save_pretrained of what mitrain.load_adapter attached",
@@ -221,25 +225,28 @@ def read_contents(folder: Path) -> tuple[Contents, Path]:
 
 def check_peft(folder: Path, contents: Contents) -> None:
     """CheckpointError where PEFT's files are not the exported ones: what PEFT loads would differ from what we load."""
+    known = {place + name for place in ("", *PEFT_FOLDERS.values()) for name in PEFT_FILES}
     for name, expected in (contents.peft or {}).items():
-        if name not in (CONFIG, WEIGHTS) or expected.bytes > contents.tensors.bytes + CONFIG_LIMIT:
-            raise CheckpointError(f"{folder / OWN_CONFIG} names no file of PEFT's: {name[:60]!r}: {MEND}")
-        content = read_regular(real(folder / name), expected.bytes, MEND)
+        if name not in known or expected.bytes > contents.tensors.bytes + CONFIG_LIMIT:
+            raise CheckpointError(f"{folder / CONFIG} names no file of PEFT's: {name[:60]!r}: {MEND}")
+        content = read_regular(real(folder, name), expected.bytes, MEND)
         if summed(content) != expected.to_dict():
             raise CheckpointError(
-                f"{folder / name} was changed after the export ({OWN_WEIGHTS} still holds the exported weights): {MEND}"
+                f"{folder / name} was changed after the export ({WEIGHTS} still holds the exported weights): {MEND}"
             )
 
 
-def real(path: Path) -> Path:
-    """``path``, or what it is a link to where the Hub's cache keeps a repository: files beside its snapshots, in blobs.
+def real(folder: Path, name: str) -> Path:
+    """The file ``name``, or what it is a link to where the Hub's cache keeps a repository: files beside its snapshots, in
+    blobs.
 
     Other links are refused by one line: they may lead to anything.
     """
+    path = folder / name
     if not path.is_symlink():
         return path
     # os.path: a link that leads to itself is no RuntimeError there
-    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    folder, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     if folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs":
         return target
     raise CheckpointError(
@@ -258,7 +265,9 @@ def check_shapes(path: Path, expected: FileSum, shapes: Shapes) -> None:
     """CheckpointError where the file's header, all that is read here, does not describe tensors of ``shapes``."""
     size = regular_size(path, MEND)
     if size != expected.bytes:
-        raise CheckpointError(f"{path} is torn or corrupted ({size} bytes, {CONFIG} says {expected.bytes}): {MEND}")
+        raise CheckpointError(
+            f"{path} is torn or corrupted ({size} bytes, its configuration says {expected.bytes}): {MEND}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -281,7 +290,7 @@ def check_shapes(path: Path, expected: FileSum, shapes: Shapes) -> None:
 def read_tensors(path: Path, expected: FileSum) -> dict[str, dict[str, Tensor]]:
     content = read_regular(path, expected.bytes, MEND)
     if len(content) != expected.bytes or hashlib.sha256(content).hexdigest() != expected.sha256:
-        raise CheckpointError(f"{path} is torn or corrupted (its checksum differs from {CONFIG}'s): {MEND}")
+        raise CheckpointError(f"{path} is torn or corrupted (its checksum differs from the configuration's): {MEND}")
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
     for key, tensor in parse_tensors(content, path, MEND).items():
         group, _, name = key.partition(".")
