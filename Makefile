@@ -1,5 +1,5 @@
 # The checks that every change passes: make check. Everything runs in .venv/, which the first of them sets up.
-.PHONY: check setup style docs plan test
+.PHONY: check setup style docs site plan test
 
 check: style docs test
 
@@ -12,7 +12,11 @@ style: setup
 
 # README and docs: commands parse, examples run, links lead somewhere, tables are the committed results.
 docs: setup
-	.venv/bin/python -m pytest -q tests/test_docs.py
+	.venv/bin/python -m pytest -q tests/test_docs.py tests/test_site.py
+
+# The site, in build/site: docs/ with a reference from the docstrings.
+site: setup
+	.venv/bin/mkdocs build --strict
 
 # Which folder imports which, drawn from the code.
 plan:

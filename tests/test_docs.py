@@ -1,5 +1,6 @@
 """README and docs are true: commands parse, Python runs, links lead somewhere, tables are the committed results."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -15,7 +16,8 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/*/*.md"))
 }
-BASH = "\n".join(block for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S))
+BASH = "\n".join(block for page in PAGES.values() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page, re.S))
+INLINE = sorted({line for page in PAGES.values() for line in re.findall(r"`(mitrain [a-z][^`]*)`", page)})
 COMMANDS = [line.split("#")[0].strip() for line in re.findall(r"^mitrain .*$", BASH, re.M)]
 RESULTS = re.compile(r"<!-- results: (\S+) -->\n(.*?)<!-- end -->", re.S)
 PYTHON = [page for page, text in PAGES.items() if "<!-- python -->" in text]
@@ -32,6 +34,18 @@ def test_commands_are_understood(command):
 
 def test_there_are_commands_to_check():
     assert len(COMMANDS) >= 30 and "README.md" in PYTHON
+
+
+@pytest.mark.parametrize("command", INLINE)
+def test_commands_in_the_text_exist(command):
+    """They may lack what they need (`mitrain export`), but their words and options are known."""
+    known, words = parser(), shlex.split(command.replace("…", ""))[1:]
+    while (below := [a for a in known._actions if isinstance(a, argparse._SubParsersAction)]) and not words[
+        0
+    ].isupper():
+        known = below[0].choices[words.pop(0)]
+    options = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert options <= known._option_string_actions.keys()
 
 
 @pytest.mark.parametrize("page", PYTHON)
@@ -51,8 +65,17 @@ def test_yaml_examples_are_yaml():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page]):
-        assert (ROOT / page).parent.joinpath(target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^):]*))?\)", PAGES[page]):
+        path = (ROOT / page).parent.joinpath(target) if target else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as code hosts make them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
 
 
 def test_every_page_is_in_the_index():
