@@ -69,6 +69,10 @@ class Sound(Facts):
     samples: np.ndarray
     rate: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.samples.nbytes
+
     def content(self) -> Self:
         """What encoders are given."""
         return self

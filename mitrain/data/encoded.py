@@ -33,6 +33,7 @@ Drawn = dict[str, tuple[Tensor, int]]
 
 ENCODE_BATCH = 8  # on a CPU larger batches only cost memory traffic
 PUBLISHED = 8192  # files that an interruption lets be read again, at most
+HELD = 1 << 26  # bytes of a block's decoded files that are kept until they are encoded
 
 
 def no_progress(done: int) -> None:
@@ -94,6 +95,7 @@ class InputFeatures:
         self._keys: dict[str, str | None] = {}
         self._sizes: dict[str, Size] = {}  # of pictures whose annotations state one
         self._notes: dict[str, list[str]] = defaultdict(list)  # how files are read, where not plainly: which
+        self._decoded: dict[str, Decoded] = {}
         self.kept = [encoding for encoding in self.encodings if encoding.store.folder is not None]
         self.augments = any(encoding.encoder.views > 1 for encoding in encodings)
         self.shows = medium.name == "image"
@@ -118,15 +120,22 @@ class InputFeatures:
         """Let go of what is known of files, so that memory is that of a block of them."""
         self._keys.clear()
         self._sizes.clear()
+        self._decoded.clear()
         self.index.forget()
 
     def look_together(self, files: Sequence[str]) -> None:
-        """Learn what ``files`` are, of which each rank reads a part; all ranks together."""
-        own = self._recall(files)[dist.rank() :: dist.world()]
-        seen = [
-            (file, found if isinstance(found, DataError) else found.facts())
-            for file, found in zip(own, ahead(self._look, own), strict=True)
-        ]
+        """Learn what ``files`` are, of which each rank reads a part; all ranks together.
+
+        In the files' order, as a table's cells are read by groups of rows; what was decoded is kept, up to `HELD` bytes.
+        """
+        own = self._recall(sorted(files))[dist.rank() :: dist.world()]
+        seen, held = [], 0
+        for file, found in zip(own, ahead(self._look, own), strict=True):
+            if not isinstance(found, DataError):
+                if (held := held + found.nbytes) <= HELD:
+                    self._decoded[file] = found
+                found = found.facts()
+            seen.append((file, found))
         for file, found in (pair for part in dist.gather(seen) for pair in part):
             self._learn(file, found)
 
@@ -172,7 +181,8 @@ class InputFeatures:
 
     def content(self, file: str) -> Any:
         """The file whose address is `key`. DataError where the file is not the same any more."""
-        read = self._look(file)
+        held = self._decoded.pop(file, None)
+        read = self._look(file) if held is None else self._meant(file, held)
         if isinstance(read, DataError):
             raise read
         self._learn(file, read)

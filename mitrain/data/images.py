@@ -99,6 +99,11 @@ class Facts:
         """The same without the content."""
         return Facts(**{field.name: getattr(self, field.name) for field in fields(Facts)})
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded content: 4 for each pixel or number."""
+        return 4 * self.stored_size[0] * self.stored_size[1]
+
     def annotated(self, size: Size, max_pixels: int = MAX_PIXELS) -> Self:
         """The picture as an annotation of ``size`` means it: of this size, or evenly scaled.
 

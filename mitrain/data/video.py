@@ -45,6 +45,10 @@ class Video(Facts):
     frames: tuple[Image.Image, ...]
     times: tuple[float, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.stored_size[0] * len(self.frames)
+
     def content(self) -> Self:
         """What encoders are given."""
         return self

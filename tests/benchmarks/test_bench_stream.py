@@ -21,6 +21,23 @@ def test_an_epoch_sees_every_row_and_holds_a_block(monkeypatch, tmp_path):
     assert 30 <= max(known) <= 30 + 8  # a block, and what a batch still has of the one before
 
 
+def test_an_epoch_decodes_a_row_once_as_far_as_a_block_may_be_held(monkeypatch, tmp_path):
+    """160 rows in blocks of 32, of which all or 16 stay decoded; the next epoch's first block is looked at, too."""
+    read, look = [], InputFeatures._look
+    monkeypatch.setattr(InputFeatures, "_look", lambda self, file: (read.append(file), look(self, file))[1])
+    monkeypatch.setattr(stream, "BUFFER", 32)
+    monkeypatch.setattr(stream, "BATCH", 8)
+    stream.written(tmp_path, 160)
+    sums, counts = [], []
+    for held in (1 << 26, 16 * 4 * stream.WIDTH):
+        monkeypatch.setattr("mitrain.data.encoded.HELD", held)
+        sums.append(stream.epoch(str(tmp_path))["sum"])
+        counts.append(len(read))
+        read.clear()
+    assert sums[0] == sums[1] != 0
+    assert counts == [160 + 32, 160 + 32 + 5 * 16]
+
+
 def test_rows_are_measured_in_a_process_of_their_own_and_written(capsys, tmp_path):
     assert main(["bench", "stream", "--rows", "40", "--json", "--out", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
