@@ -148,6 +148,10 @@ class Adapter(nn.Module, ABC):
         """A regulariser of the last forward pass as (sum, count), or None; training adds its mean to the loss's mean."""
         return None
 
+    def calibrate(self, run: Callable[[], None]) -> None:
+        """Before the first step: take statistics of the frozen side from ``run()``, passes over training samples without
+        gradients; nothing to do, and ``run`` not called, where the method has none."""
+
     def usage(self) -> Mapping[str, float]:
         """What a row of a comparison is to keep of the last training pass, as how evenly experts were used."""
         return {}

@@ -4,7 +4,7 @@ Shapes: B samples, T tokens, D width of the text model, N tokens of another enco
 of that encoder's layers, e width of a modality's feature, J width of a method's joint state.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -159,3 +159,12 @@ def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean of (B, T, D) over the tokens that ``mask`` (B, T) admits, 0 where it admits none."""
     weight = mask.to(hidden.dtype).unsqueeze(-1)
     return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
+def moments(states: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean, and 1 / std, over the rows of ``states``, both (width,) float64; 0 and 1 of no rows."""
+    rows = torch.cat([part.double() for part in states])
+    if not len(rows):
+        return torch.zeros(rows.shape[1]), torch.ones(rows.shape[1])
+    std = rows.std(0, correction=0)
+    return rows.mean(0), torch.where(std > 1e-6, 1 / std.clamp_min(1e-3), 1.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mitrain.core.errors import ConfigError
-from mitrain.models.batch import STATES, ModalityInputs, TextBatch, mean_over
+from mitrain.models.batch import STATES, ModalityInputs, TextBatch, mean_over, moments
 from mitrain.tasks.base import Batch, Parts
 
 FIT_SAMPLES = 512
@@ -93,15 +93,6 @@ def statistics(
         moments_of[name] = moments(rows_of)
     both = [moments_of.get(name) or (torch.zeros(widths[name]), torch.ones(widths[name])) for name in names]
     return torch.cat([mean.cpu() for mean, _ in both]), torch.cat([scale.cpu() for _, scale in both])
-
-
-def moments(states: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean, and 1 / std, over the rows of ``states``, both (width,) float64; 0 and 1 of no rows."""
-    rows = torch.cat([part.double() for part in states])
-    if not len(rows):
-        return torch.zeros(rows.shape[1]), torch.ones(rows.shape[1])
-    std = rows.std(0, correction=0)
-    return rows.mean(0), torch.where(std > 1e-6, 1 / std.clamp_min(1e-3), 1.0)
 
 
 def evenly(items: Sequence[Any], most: int = FIT_SAMPLES) -> Sequence[Any]:

@@ -27,6 +27,7 @@ from mitrain.methods.base import Adapter
 from mitrain.models import Encoder, ModelConfig, Shard, TextBackbone, encoder_of, loading
 from mitrain.models.batch import ModalityInputs
 from mitrain.models.digests import named_digests
+from mitrain.models.encoders.text import pooling
 from mitrain.models.text import read_tokenizer
 from mitrain.tasks import TASKS
 from mitrain.tasks.base import Batch, Given, Parts, Task
@@ -54,7 +55,7 @@ def resolve_data(data: Any) -> Path:
 
 def resolved(config: RunConfig) -> RunConfig:
     """The configuration with what follows from this machine written out: where its folders are, the classes of a
-    classification, and the model's chat template."""
+    classification, the model's chat template, and how its texts' vectors are made."""
     data = config.data.model_copy(update={"root": absolute_if_there(config.data.root)} if config.data.root else {})
     encoders = {
         name: part.model_copy(update={"name": absolute_if_there(part.name)})
@@ -67,7 +68,11 @@ def resolved(config: RunConfig) -> RunConfig:
         task = chatting(task, read_tokenizer(resolve_model(model.llm)), model.llm)
     start = absolute_if_there(config.train.init_from) if config.train.init_from else None
     train = config.train.model_copy(update={"init_from": start})
-    return config.model_copy(update={"data": data, "model": model, "task": task, "train": train})
+    adapter = config.adapter
+    if hasattr(adapter, "with_pooling"):
+        adapter = adapter.with_pooling(lambda: pooling(resolve_model(model.llm)))
+    parts = {"data": data, "model": model, "adapter": adapter, "task": task, "train": train}
+    return config.model_copy(update=parts)
 
 
 def absolute_if_there(name: str) -> str:

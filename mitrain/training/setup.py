@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from mitrain.core import dist
@@ -17,6 +18,7 @@ from mitrain.data.loader import Loader
 from mitrain.data.sources import limit, portion
 from mitrain.data.streaming import StreamLoader
 from mitrain.tasks.base import Batch, cautions
+from mitrain.tasks.readout import SEEN_SAMPLES, chunks, evenly
 from mitrain.training import checkpoint, initial
 from mitrain.training.best import Best
 from mitrain.training.build import Model, build, resolve_data
@@ -117,6 +119,8 @@ class Setup:
                 # An adapter goes on with the statistics of the features that it was trained on.
                 if not (self.start and initial.load_adapter(self.start, self.model, self.allow_changes)):
                     self.model.norm.fit(self.features.of_files(self.train))
+                if not self.start:
+                    self.model.adapter.calibrate(self._passes)
                 self.model.task.fit(self.train, self._see)
                 if self.start:
                     initial.load_head(self.start, self.model)
@@ -124,6 +128,11 @@ class Setup:
             # Each rank computed these itself, machines may differ in the last bits, and unequal weights stay unequal.
             for module in self.model.trainable.values():
                 dist.copy_from_main(module.state_dict().values())
+
+    @torch.no_grad()
+    def _passes(self) -> None:
+        for samples in chunks(evenly(self.train, SEEN_SAMPLES)):
+            self.model.task.loss(self._see(samples))
 
     def _start(self) -> initial.Start | None:
         """What ``train.init_from`` names; a run that has a checkpoint of its own goes on from that."""

@@ -10,6 +10,8 @@ from tiny_mope import SMALL, Pair, attached, model_of
 from mitrain.core.errors import ModelError
 from mitrain.methods.mope.config import MoPEConfig
 from mitrain.methods.mope.mope import MoPE
+from mitrain.methods.mope.prompts import LayerPrompts
+from mitrain.methods.mope.standard import Standard
 from mitrain.models.batch import TextBatch
 
 EXACT = {"rtol": 0, "atol": 1e-11}
@@ -402,3 +404,71 @@ def test_what_does_not_fit_is_refused_in_one_line():
         found.mope.encode(None, pictures(torch.zeros(4, 5), found.picture.states, 4))
     with pytest.raises(ModelError, match="give it the image model"):
         MoPE(MoPEConfig()).attach({"text": model_of("bert", torch.float32)})
+
+
+# Standardised conditions
+
+
+@pytest.mark.parametrize("router", ["mope", "cpt"])
+def test_standardised_routers_start_undecided_and_see_what_differs_between_samples(router):
+    torch.manual_seed(0)
+    config = MoPEConfig(experts=4, router=router, standardize=True)
+    layer = LayerPrompts(config, 16, 64, 0.1).eval()
+    psi, tokens = 3 * torch.randn(64) + 0.3 * torch.randn(256, 64), torch.randn(16) + 0.1 * torch.randn(256, 5, 16)
+
+    def routed(condition):
+        shares = layer(tokens, None, condition, None)[1]
+        usage = (shares.argmax(1).bincount(minlength=4) / 256).amax()
+        return float(usage), float((shares - shares.mean(0)).abs().mean())
+
+    with torch.no_grad():
+        raw = routed(psi)
+        psi_standard = Standard(64)
+        for standard, seen in ((psi_standard, psi), (layer.standard, layer.mean_token(tokens, None))):
+            standard.watch()
+            standard.see(seen)
+            standard.fit()
+        mended = routed(psi_standard(psi))
+    assert raw[0] > 0.8 and mended[0] < 0.6  # the share of samples whose best expert is the most used one
+    assert mended[1] > 2 * raw[1]  # how much the weights differ between samples
+
+
+@pytest.mark.parametrize("pair", ["swin", "vit from llama"])
+def test_every_pair_can_be_calibrated(pair):
+    found = attached(**PAIRS[pair], rows=8, standardize=True)
+    with torch.no_grad():
+        found.mope.calibrate(found.encode)
+        found.encode()
+    scales = [value for name, value in found.mope.state_dict().items() if name.endswith("standard.scale")]
+    assert len(scales) == 1 + len(found.mope.prompts) and all((scale != 1).any() for scale in scales)
+
+
+def test_what_is_standardised_has_mean_0_and_variance_1_over_the_samples_seen():
+    found = attached(rows=16, standardize=True)
+    read = []
+    found.mope.mapper.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.no_grad():
+        found.mope.calibrate(lambda: [found.rows(slice(i, i + 4)).encode() for i in range(0, 16, 4)])
+        found.encode()
+    varied = read[0].var(0, correction=0) > 1e-9
+    assert not len(read[1:]) and varied.any()
+    torch.testing.assert_close(read[0].mean(0), torch.zeros(read[0].shape[1], dtype=torch.float64), **EXACT)
+    torch.testing.assert_close(read[0].var(0, correction=0)[varied], torch.ones(int(varied.sum())).double(), **EXACT)
+
+
+def test_a_sample_that_lacks_its_file_is_not_in_the_statistics():
+    found = attached(rows=4, standardize=True, main="text", image_name="dinov2_with_registers")
+    there = torch.tensor([True, True, False, True])
+    with torch.no_grad():
+        found.mope.calibrate(lambda: found.encode(present={"image": there}))
+        partly = {n: v.clone() for n, v in found.mope.state_dict().items() if n.startswith("standard")}
+        found.mope.calibrate(found.rows(torch.tensor([0, 1, 3])).encode)
+        whole = {n: v for n, v in found.mope.state_dict().items() if n.startswith("standard")}
+    for name in whole:
+        torch.testing.assert_close(partly[name], whole[name], **EXACT)
+
+
+def test_without_the_setting_nothing_is_measured():
+    found = attached()
+    found.mope.calibrate(lambda: pytest.fail("no pass is needed"))
+    assert not any("standard" in name for name in found.mope.state_dict())

@@ -1,5 +1,6 @@
 """The settings of conditional prompts and MoPE."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,9 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
     ``routing: top1`` takes the best expert alone, with the gradient of the dense weights. ``noise``: standard deviation
     added to the scores in training (none: 1/k² for cpt, 1/16² for mope). ``importance``: weight λ of the loss that
     keeps experts in use; layers below ``threshold`` γ cost nothing (none: 0.05 for cpt, 0.1 for mope).
+    ``standardize``: ψ, and the tokens' mean that routers read, are standardised with statistics of training samples, so
+    that routers start undecided and see what differs between samples. Raw, as released, nearly all of ψ is common to all
+    samples, and one expert takes nearly everything from the start.
     ``shared_router`` (cpt, every block prompted): the first two layers have one, as in the release, where Swin-B's 24
     blocks have 23.
 
@@ -34,7 +38,9 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
     (``carried``) or gets its own (``prompted``). ``feature``: what is predicted from, and ``condition``: what ψ is, of
     the states after the final norm; ``all`` averages tokens and prompts. ``auto``: ``all`` of a main image encoder, the
     ``mean`` of a main text encoder, the first token as ψ, and the last token of a causal model; of an encoder without
-    a CLS token ψ is the mean. ``spread``: prompts start uniformly within ±spread (none: see `prompts.init_range_of`).
+    a CLS token ψ is the mean; in a run of a text encoder whose folder says how it was trained to make a sentence's vector
+    (1_Pooling/config.json of sentence-transformers), ψ is made so. ``spread``: prompts start uniformly within ±spread
+    (none: see `prompts.init_range_of`).
     """
 
     main: Literal["image", "text"] = IMAGE
@@ -51,6 +57,7 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
     routing: Literal["dense", "top1"] = "dense"
     temperature: float = Field(0.1, gt=0)
     noise: float | None = Field(None, ge=0)
+    standardize: bool = False
     importance: float = Field(0.01, ge=0)
     threshold: float | None = Field(None, ge=0)
     shared_router: bool = False
@@ -74,6 +81,13 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
                 "shared_router=true is of conditional prompts: set router=cpt, stage_start=prompted, dynamic=true"
             )
         return self
+
+    def with_pooling(self, pooling: Callable[[], str | None]) -> "MoPEConfig":
+        """With ``condition`` written out where ``pooling()``, of the text model, says how its vector is made."""
+        read_outs = {"cls": "first", "mean": "mean", "last": "last"}
+        if self.other != TEXT or self.condition != "auto" or (how := read_outs.get(pooling() or "")) is None:
+            return self
+        return self.model_copy(update={"condition": how})
 
     @property
     def other(self) -> Literal["image", "text"]:

@@ -4,7 +4,7 @@ gets prompts that depend on the other encoder's vector, mixed from experts by a 
 docs/methods/mope.md restates the mathematics and says where the authors' release differs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from mitrain.methods.mope.config import IMAGE, TEXT, MoPEConfig, Shape
 from mitrain.methods.mope.encoder import Encoded, PlainEncoder, PromptedEncoder, Prompter, pooled
 from mitrain.methods.mope.prompts import LayerPrompts, Mapper, init_range_of, uniform
 from mitrain.methods.mope.router import Usage, importance_loss, usage
+from mitrain.methods.mope.standard import Standard
 from mitrain.methods.mope.swin import SwinEncoder, is_swin
 from mitrain.models import frozen
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
@@ -49,10 +50,12 @@ class MoPE(Adapter):
         self.traits = replace(self.traits, text_depends_on_input=config.main == TEXT)
         self.prompts = nn.ModuleList()
         self.mapper: Mapper | None = None
+        self.standard: Standard | None = None
         self.others = nn.ParameterList()
         self.register_parameter("entry", None)
         self.dropout = nn.Dropout(config.dropout)
         self._shape: Shape | None = None
+        self._calibrates = False
         self._encoders: dict[str, PromptedEncoder] = {}
         self._readouts: dict[str, str] = {}
         self._weights: Tensor | None = None
@@ -100,6 +103,8 @@ class MoPE(Adapter):
             self.prompts[1].router = self.prompts[0].router
         if shape.entry:
             self.entry = uniform((config.prompt_tokens, shape.entry), init_range, **factory)
+        if config.standardize and (config.dynamic or config.mapped):
+            self.standard = Standard(condition, **factory)
         if config.mapped:
             self.mapper = Mapper(config, condition, shape.stage_widths, **factory)
         init_range = config.spread or init_range_of(other.model.config, other.stage_widths[0])
@@ -181,11 +186,15 @@ class MoPE(Adapter):
         """
         encoder, clean, mapped = self._encoders[self.config.main], [], None
         if condition is not None and self.prompts:
-            condition = condition.to(next(self.parameters()).dtype)
+            condition = self._standardised(condition.to(next(self.parameters()).dtype), unlinked)
+        if condition is not None and self.prompts:
             mapped = None if self.mapper is None else self.mapper(condition)
 
         def prompts(index: int, tokens: Tensor, visible: Tensor | None) -> Tensor:
             share = None if mapped is None else mapped[encoder.stages[index]]
+            if self._calibrates and (standard := self.prompts[index].standard) is not None:
+                mean = self.prompts[index].mean_token(tokens, visible)
+                standard.see(mean if visible is None else mean[visible.any(1)])
             mixed, weights = self.prompts[index](tokens, visible, condition, share)
             if weights is not None:
                 clean.append(weights)
@@ -193,7 +202,7 @@ class MoPE(Adapter):
 
         entry = None if self.entry is None else self.entry.expand(len(states), -1, -1)
         unseen = None
-        if unlinked is not None:
+        if unlinked is not None and not self._calibrates:
             static = torch.arange(self.config.prompt_tokens, device=unlinked.device) < self.config.static_tokens
             unseen = unlinked[:, None] & ~static
         encoded = self._run(self.config.main, states, mask, prompts, entry, unseen)
@@ -201,6 +210,30 @@ class MoPE(Adapter):
             weights = torch.stack(clean)
             self._remember(weights if unlinked is None else weights[:, ~unlinked])
         return encoded
+
+    def _standardised(self, condition: Tensor, unlinked: Tensor | None) -> Tensor | None:
+        """ψ as routers and mapper read it; while statistics are taken it is noted, and nothing reads it."""
+        if self.standard is None:
+            return condition
+        if self._calibrates:
+            self.standard.see(condition if unlinked is None else condition[~unlinked])
+            return None
+        return self.standard(condition)
+
+    def calibrate(self, run: Callable[[], None]) -> None:
+        """Statistics of ψ, and of each layer's mean token with static prompts alone, over the passes of ``run``."""
+        standards = [module for module in self.modules() if isinstance(module, Standard)]
+        if not standards:
+            return
+        self._calibrates = True
+        for standard in standards:
+            standard.watch()
+        try:
+            run()
+        finally:
+            self._calibrates = False
+        for standard in standards:
+            standard.fit()
 
     def _run(
         self,

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from mitrain.methods.mope.config import MoPEConfig, mapper_width
 from mitrain.methods.mope.router import make_router, weigh
+from mitrain.methods.mope.standard import Standard, router_gain
 from mitrain.models.batch import mean_over
 
 TEXT_SPREAD = 0.3
@@ -47,6 +48,7 @@ class LayerPrompts(nn.Module):
         self.static = uniform(size, init_range, **factory) if config.static else None
         self.experts = uniform((config.experts, *size), init_range, **factory) if config.dynamic else None
         self.router = make_router(config, width, condition, **factory) if config.dynamic else None
+        self.standard = Standard(width, **factory) if config.dynamic and config.standardize else None
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None, condition: Tensor | None, mapped: Tensor | None
@@ -60,13 +62,20 @@ class LayerPrompts(nn.Module):
         if self.static is not None:
             parts.append(self.static.expand(len(tokens), -1, -1))
         if condition is not None and self.experts is not None:
-            tokens = tokens.to(condition.dtype)
-            mean = tokens.mean(1) if mask is None else mean_over(tokens, mask)
+            mean = self.mean_token(tokens, mask)
+            if self.standard is not None:
+                gain = router_gain(self.config.temperature)
+                mean, condition = self.standard(mean) * gain, condition * gain
             weights, clean = weigh(self.router(mean, condition), self.config, self.training)
             parts.append(torch.einsum("bk,kld->bld", weights, self.experts))
         if mapped is not None:
             parts.append(mapped)
         return (torch.cat(parts, dim=1) if parts else tokens[:, :0]), clean
+
+    def mean_token(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, D), in the parameters' type, of ``tokens`` (B, T, D) with ``mask`` (B, T)."""
+        tokens = tokens.to(self.experts.dtype)
+        return tokens.mean(1) if mask is None else mean_over(tokens, mask)
 
 
 class Mapper(nn.Module):

@@ -143,7 +143,7 @@ def sentence_files(config: TextEncoderConfig, source: str | Path) -> dict[str, A
         }
     if config.pool != "auto" or not (path := loading.find(source, "1_Pooling/config.json")):
         return said
-    modes = [name for name, on in read_file(path).items() if name.startswith("pooling_mode_") and on is True]
+    modes = pooling_modes(path)
     kinds = modules_of(source)
     odd = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if len(modes) != 1 or modes[0] not in POOLING or odd:
@@ -151,6 +151,17 @@ def sentence_files(config: TextEncoderConfig, source: str | Path) -> dict[str, A
             f"{config.label} makes a sentence's vector by {', '.join(modes + odd) or 'nothing'}, which is unknown: set pool"
         )
     return said | {"pool": POOLING[modes[0]], "unit": "Normalize" in kinds}
+
+
+def pooling_modes(path: Path) -> list[str]:
+    return [name for name, on in read_file(path).items() if name.startswith("pooling_mode_") and on is True]
+
+
+def pooling(source: str | Path) -> str | None:
+    """How a model was trained to make a text's vector: cls, mean or last; None where its folder does not say."""
+    path = loading.find(source, "1_Pooling/config.json")
+    modes = pooling_modes(path) if path else []
+    return POOLING.get(modes[0]) if len(modes) == 1 else None
 
 
 def modules_of(source: str | Path) -> list[str]:
