@@ -263,7 +263,9 @@ def test_mope_prompts_the_windows_of_a_swin(capsys, world):
     run = said(capsys, "train", path, "--runs", world / "runs")["run"]
     found = said(capsys, "eval", run, "--split", "test")
     assert found["samples"] > 0
-    assert type(runs.open_run(run).model.adapter._encoders["image"]).__name__ == "SwinEncoder"
+    adapter = runs.open_run(run).model.adapter
+    assert type(adapter._encoders["image"]).__name__ == "SwinEncoder"
+    assert all(part.mean.any() for part in (adapter.standard, *(layer.standard for layer in adapter.prompts)))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from mitrain.training.build import build
 
 SMALL: dict[str, dict[str, Any]] = {
     "pmf": {"fusion_layers": 1},
-    "mope": {"length": 2, "experts": 2},
+    "mope": {"length": 2, "experts": 2, "standardize": True},
     "aurora": {"rank": 4},
     "lora": {"where": "both", "rank": 2},
     "prompt": {"tokens": 2},
