@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_deb
 import tiny_speech
-from mitrain_demo import dialogue, sentiment, voices
+from mitrain_demo import dialogue, lines, sentiment, voices
 from mitrain_demo.dialogue import Clip
 
 from mitrain.core.errors import PrepareError
@@ -186,6 +186,63 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_other_splits(tmp_pa
         files = sorted(path for path in (tmp_path / folder).rglob("*") if path.is_file())
         made.append({str(path.relative_to(tmp_path / folder)): path.read_bytes() for path in files})
     assert made[0] == made[1] and made[0]["test.jsonl"] != made[2]["test.jsonl"]
+
+
+# lines in several languages
+
+
+def test_fillets_have_the_line_that_is_said_its_english_and_who_says_it(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    lines.build_fillets(tiny_speech.fillets(tmp_path), tmp_path / "out", 0)
+    spoken = rows(tmp_path / "out")
+    every = {row["id"]: row for part in spoken.values() for row in part}
+    assert every["cs/level3/v-3"] == {
+        "id": "cs/level3/v-3",
+        "speech": "clips/cs/level3/v-3.ogg",
+        "text": '"Řádek" cs 3.',
+        "label": "big",
+        "english": "Line 3",
+        "language": "cs",
+        "object": "level3",
+    }
+    assert (tmp_path / "out" / every["nl/level2/v-2"]["speech"]).read_bytes() == b"nl 2 v-2"
+    assert Counter(row["label"] for row in every.values())["statue"] == 6
+    assert {path.stem for path in (tmp_path / "out").rglob("*.ogg")} == {Path(name).stem for name in every}
+    assert all(spoken.values()) and shared(spoken, "id", "object", "text") == []  # "Ano!" is said in every level
+    fish = rows(tmp_path / "out", "fish-")
+    assert {(row["label"], row["text"]) for part in fish.values() for row in part} == {("small", ""), ("big", "")}
+    assert "GPL-2 fillets-ng-data-nl" in (tmp_path / "out" / "COPYRIGHT").read_text()
+    assert read_captions(tmp_path / "out" / "train.jsonl", inputs=("speech",))
+    assert read_labels(tmp_path / "out" / "fish-train.jsonl", inputs=("speech",))
+
+
+def test_a_prompt_is_in_one_split_in_all_languages(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    lines.build_prompts(tiny_speech.prompts(tmp_path), tmp_path / "out", 0)
+    spoken = rows(tmp_path / "out")
+    every = {row["id"]: row for part in spoken.values() for row in part}
+    assert every["it/digits/5"] == {
+        "id": "it/digits/5",
+        "speech": "clips/it/digits/5.wav",
+        "text": "Riga 5: ok.",
+        "label": "it",
+        "language": "it",
+        "object": "line 5 ok",
+    }
+    assert (tmp_path / "out" / "clips/en/digits/3.wav").read_bytes() == b"en digits/3"
+    assert len(every) == 18 and not {"en/beep", "en/unsaid"} & set(every)
+    assert every["en/again"]["object"] == every["it/digits/0"]["object"] == "line 0 ok"
+    assert all(spoken.values()) and shared(spoken, "id", "object") == []
+    assert read_captions(tmp_path / "out" / "train.jsonl", inputs=("speech",))
+
+
+def test_packages_without_lines_or_with_a_torn_list_are_refused_in_a_line(tmp_path: Path):
+    with pytest.raises(PrepareError, match="hold 0 spoken lines: get the original ones, all of them"):
+        lines.build_fillets(tiny_speech.fillets(tmp_path)[:1], tmp_path, 0)
+    torn = {"./usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz": b"none"}
+    with pytest.raises(PrepareError, match=r"core-sounds-en\.txt\.gz is no list of prompts") as caught:
+        lines.build_prompts([tiny_deb.deb(tmp_path / "torn.deb", torn)], tmp_path, 0)
+    assert "\n" not in str(caught.value)
 
 
 # sentiment

@@ -1,5 +1,6 @@
 """Packages of a few kilobytes laid out like the speech ones: the game's dialogues, the voices, the rated sentences."""
 
+import gzip
 import io
 import struct
 import tarfile
@@ -81,6 +82,44 @@ def voices(folder: Path, names: Sequence[str] = ("Ann", "Bob", "Cyd", "Dee", "Ev
         inside |= {f"{at}{event}.ogg": f"{name} {event}".encode() for event in events} | {f"{at}Ow2.ogg": b"the same"}
     inside["./usr/share/games/hedgewars/Data/Sounds/Laugh.ogg"] = b"no voice"
     return tiny_deb.deb(folder / "voices.deb", inside)
+
+
+def fillets(folder: Path, levels: int = 6) -> list[Path]:
+    """The game's three packages: levels of three lines in Czech and two in Dutch, one of which all levels say."""
+    game, texts, clips = "./usr/share/games/fillets-ng/", {}, {"cs": {}, "nl": {}}
+    for n in range(levels):
+        for language in clips:
+            said = [("m-ano", "small", "Yes.", "Ano!"), (f"v-{n}", "big", f"Line {n}", rf"\"Řádek\" {language} {n}.")]
+            said += [("x-end", "", "", "")] + [("s-1", "statue", "Citizens!", f"Občané {n}!")] * (language == "cs")
+            dialogs = [f'dialogId("{i}", "font_{who}", "{en}")\ndialogStr("{text}")\n\n' for i, who, en, text in said]
+            texts[f"{game}script/level{n}/dialogs_{language}.lua"] = "\n".join(dialogs).encode()
+            names = [name for name, *_ in said] + ["r-unsaid"]
+            clips[language] |= {
+                f"{game}sound/level{n}/{language}/{i}.ogg": f"{language} {n} {i}".encode() for i in names
+            }
+    packages = {"fillets-ng-data": texts, **{f"fillets-ng-data-{language}": part for language, part in clips.items()}}
+    return [
+        tiny_deb.deb(folder / f"{name}.deb", {f"./usr/share/doc/{name}/copyright": f"GPL-2 {name}".encode(), **files})
+        for name, files in packages.items()
+    ]
+
+
+def prompts(folder: Path, count: int = 8) -> list[Path]:
+    """English and Italian lists, and clips in the languages' own folders; one line is said by two keys."""
+    found = []
+    for language, voice, word in (("en", "en_US_f_Ann", "Line"), ("it", "it_IT_m_Bo", "Riga")):
+        keys = [f"digits/{i}" for i in range(count)]
+        said = [f"{key}: {word} {i}: ok." for i, key in enumerate(keys)] + [f"again: {word} 0, ok!", "beep: [a beep]"]
+        text = "\ufeff; Core Sounds\n\n" + "\n".join([*said, "unsaid: No clip.", "no mark"])
+        name = f"asterisk-core-sounds-{language}"
+        inside = {f"./usr/share/doc/{name}/core-sounds-{language}.txt.gz": gzip.compress(text.encode(), mtime=0)}
+        found.append(tiny_deb.deb(folder / f"{name}.deb", inside))
+        clips = {
+            f"./usr/share/asterisk/sounds/{voice}/{key}.wav": f"{language} {key}" for key in (*keys, "again", "beep")
+        }
+        clips |= {f"./usr/share/doc/{name}-wav/copyright": f"CC {language}"}
+        found.append(tiny_deb.deb(folder / f"{name}-wav.deb", {path: data.encode() for path, data in clips.items()}))
+    return found
 
 
 def tgz(files: dict[str, bytes]) -> bytes:

@@ -47,6 +47,8 @@ def games(folder: Path) -> list[Path]:
     return [pictures, debian_records(names, "games-thumbnails-records", folder)]
 
 
+FILLETS = ("fillets-ng-data", "fillets-ng-data-cs", "fillets-ng-data-nl")
+PROMPTS = [f"asterisk-core-sounds-{name}" for code in ("en", "es", "fr", "it", "ru") for name in (code, f"{code}-wav")]
 CLIPART = ("openclipart-svg", "openclipart-png")
 EMOJI = {
     ("emoji-datasource-google", "16.0.0"): "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
@@ -238,6 +240,26 @@ DATASETS = catalogue(
         build="mitrain_demo.voices:build",
         notes="Labels are derived: five groups of the game's events, which nobody rated.",
         **from_debian(HEDGEWARS),
+    ),
+    Recipe(
+        name="fillets",
+        summary="acted lines of a free game in Czech and Dutch with their text, English line and character, split by level",
+        licence="GPL-2 (see the packages' copyright files)",
+        package="Debian " + ", ".join(FILLETS),
+        size_mb=142,
+        build="mitrain_demo.lines:build_fillets",
+        fetch=lambda folder: [debian_package(name, folder) for name in FILLETS],
+        notes="Acted dialogue in cartoon voices.",
+    ),
+    Recipe(
+        name="prompts",
+        summary="a telephone system's prompts in five languages, one voice each, with their text; split by prompt",
+        licence="CC-BY-SA-3.0 (English, Spanish, French), CC-BY-3.0 (Italian, Russian)",
+        package="Debian " + ", ".join(PROMPTS),
+        size_mb=98,
+        build="mitrain_demo.lines:build_prompts",
+        fetch=lambda folder: [debian_package(name, folder) for name in PROMPTS],
+        notes="Who speaks and which language it is cannot be told apart.",
     ),
     Recipe(
         name="sentiment",

@@ -57,13 +57,18 @@ class Clip:
     @property
     def words(self) -> str:
         """The text in lower case, without punctuation."""
-        return " ".join(re.sub(r"[^\w']|_|(?<!\w)'|'(?!\w)", " ", self.text.lower()).split())
+        return plain_words(self.text)
 
     @property
     def mode(self) -> str | None:
         """What the last mark of the text says."""
         end = re.search(r"(\.\.\.|[.?!])[^\w.?!]*$", self.text)
         return ENDS[end[1]] if end else None
+
+
+def plain_words(text: str) -> str:
+    """``text`` in lower case, without punctuation."""
+    return " ".join(re.sub(r"[^\w']|_|(?<!\w)'|'(?!\w)", " ", text.lower()).split())
 
 
 def build(archives: Sequence[Path], target: Path, seed: int) -> None:

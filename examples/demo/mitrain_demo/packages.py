@@ -30,6 +30,19 @@ KNOWN_DEBIAN = {
     "openclipart-png_1%3a0.18+dfsg-19_all.deb": "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
     f"{QUEEN}_1.0.0-9_all.deb": "40c08fd258d6fe95c46c1eaf5e9137f84ba330657995a281bd887c94a560a0f1",
     f"{HEDGEWARS}_1.0.2-6_all.deb": "722225903a72604403e6e0026e40e9a6953f47a74d94efc5f55504bc05bb4761",
+    "asterisk-core-sounds-en-wav_1.6.1-1_all.deb": "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+    "asterisk-core-sounds-en_1.6.1-1_all.deb": "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+    "asterisk-core-sounds-es-wav_1.6.1-1_all.deb": "9283a09a6d56fccdcc2bcfe86c48f0f844289cfbd46a3184d8785a6f7f569903",
+    "asterisk-core-sounds-es_1.6.1-1_all.deb": "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
+    "asterisk-core-sounds-fr-wav_1.6.1-1_all.deb": "8d4e1bc32ed5ba7fbda40841ca1825ed20cc6232724a473c90f8bb0e53e6073e",
+    "asterisk-core-sounds-fr_1.6.1-1_all.deb": "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056",
+    "asterisk-core-sounds-it-wav_1.6.1-1_all.deb": "5a26638089e134b8ac39363fe249c5c93c50cd8bfdc9b2499ae61ec4a35e2fcb",
+    "asterisk-core-sounds-it_1.6.1-1_all.deb": "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
+    "asterisk-core-sounds-ru-wav_1.6.1-1_all.deb": "ccbfaebfa450b7a9ddf644ae0f3d1e9017d5df7c0aebe816e946345589d38201",
+    "asterisk-core-sounds-ru_1.6.1-1_all.deb": "28a61616bb0cd3345a7ea532dec4df9f071e5d0fa9f8c1a563ea9669002f39ab",
+    "fillets-ng-data-cs_1.0.1-1.1_all.deb": "3ecef99b9456f1c80c9625c6f2418642b52d58e7167a46bad7a412db17991b14",
+    "fillets-ng-data-nl_1.0.1-1.1_all.deb": "afb4443fda9ab507dee578b75be857d121718a1cd6017a474f30e0eb13dc9d10",
+    "fillets-ng-data_1.0.1-1.1_all.deb": "25de89afd8b1adf7bcace8290248a6a22c89cd42300317e69000e162c032cf84",
 }
 ELSEWHERE = "or download it elsewhere and give --archive FILE"
 
