@@ -26,7 +26,7 @@ COMMANDS = {
         "report": ("publish:add_report", "make the tables and figures of finished runs"),
     },
     "this machine": {
-        "doctor": ("doctor:add_doctor", "versions, CPU, GPU, and known faults of other packages, measured here"),
+        "doctor": ("doctor:add_doctor", "versions, CPU, GPU, and what would keep a run from starting here"),
     },
     "mitrain's own evidence": {
         "compare": ("compare:add_compare", "measure methods beside one another"),

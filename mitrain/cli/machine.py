@@ -54,7 +54,7 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """A line for each part, then one for each fault: what it is, and whether it reaches mitrain."""
+    """A line for each part, then one for each check, with what to do where it found something."""
     cpu = report["cpu"]
     lines = [
         ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
@@ -64,5 +64,9 @@ def as_text(report: dict[str, Any]) -> str:
         f"GPU: {', '.join(report['gpus']) or 'none that torch sees'}",
         *(f"{name}={value}" for name, value in report["environment"].items()),
     ]
-    faults = [f"known fault: {fault['what']} {fault['measured']}. {fault['means']}" for fault in report["faults"]]
-    return "\n".join([*lines, *(faults or ["no known fault of another package shows here"])])
+    wide = max(len(check["name"]) for check in report["checks"])
+    for check in report["checks"]:
+        lines.append(f"{'ok ' if check['ok'] else 'BAD'}  {check['name']:<{wide}}  {check['detail']}")
+        lines += [f"     {'':<{wide}}  -> {check['fix']}"] if check["fix"] else []
+    bad = sum(not check["ok"] for check in report["checks"])
+    return "\n".join([*lines, f"{bad} of {len(report['checks'])} checks found something to mend"])
