@@ -19,8 +19,8 @@ from mitrain.core import markdown
 from mitrain.core.errors import UserError
 from mitrain.core.provenance import made_with, sentence
 from mitrain.data.features import Features
-from mitrain.data.images import BadSamples
 from mitrain.data.media import Limits
+from mitrain.data.samples import BadSamples
 from mitrain.data.sources import RatedConfig
 from mitrain.models.encoders import encoder_of
 from mitrain.models.encoders.arrays import ArrayConfig

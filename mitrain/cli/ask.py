@@ -15,9 +15,10 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--control",
         default="none",
-        choices=["none", "shuffle", "no-image", "other-text", "frozen"],
-        help="a negative control: shuffle, another scene's expression (segment) or any other image (answer); no-image, the"
-        " image of another object; other-text, another sample's text (classify, regress); frozen, no infusion"
+        type=lambda name: "other-inputs" if name == "no-image" else name,  # its name before there were other inputs
+        choices=["none", "shuffle", "other-inputs", "other-text", "frozen"],
+        help="a negative control: shuffle, another scene's expression (segment) or any other sample's files; other-inputs,"
+        " the files of another object; other-text, another sample's text (classify, regress); frozen, no infusion"
         " (default: none)",
     )
     for option, help in (

@@ -72,8 +72,9 @@ class Cell:
         for key in ("name", "wandb"):
             values.pop(key, None)
         asked = {} if self.count is not None else self.part.model_dump(exclude={"config", "set"}, mode="json")
-        if "baselines" in asked:  # kept rows were measured when they were called so
+        if "baselines" in asked:  # kept rows were measured when these were called so
             asked["floors"] = asked.pop("baselines")
+            asked["controls"] = ["no-image" if name == "other-inputs" else name for name in asked["controls"]]
         return digest({"format": FORMAT, "config": values, "asked": asked, "count": self.count})
 
     @property

@@ -66,7 +66,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_rows(out: Path) -> list[Row]:
     """The rows of results.json; none where there is no file or it is damaged."""
     rows = read_json(out / "results.json").get("rows")
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    for row in rows:
+        if isinstance(row.get("controls"), dict) and "no-image" in row["controls"]:  # the name before other inputs
+            row["controls"] = {"other-inputs": row["controls"].pop("no-image"), **row["controls"]}
+    return rows
 
 
 def is_complete(row: Row) -> bool:

@@ -27,7 +27,7 @@ from mitrain.core.config import NAME, Section, nearest
 from mitrain.core.errors import ConfigError
 from mitrain.training.evaluate import Control
 
-CONTROLS: tuple[Control, ...] = ("no-image", "shuffle")
+CONTROLS: tuple[Control, ...] = ("other-inputs", "shuffle")
 
 
 def as_mapping(value: Any) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from torch import Tensor
 from mitrain.core import dist
 from mitrain.core.errors import DataError
 from mitrain.data.cache import FeatureCache
-from mitrain.data.images import BadSamples, Decoded, Facts, Size
+from mitrain.data.images import Decoded, Facts, Size
 from mitrain.data.index import FileIndex, ahead
 from mitrain.data.media import Limits, Medium
+from mitrain.data.samples import BadSamples
 from mitrain.data.segments import Item
 from mitrain.models import Encoder, loading
 

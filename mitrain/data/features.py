@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError
 from mitrain.data.encoded import ENCODE_BATCH, EncoderFeatures, Encoding, InputFeatures, Progress, no_progress
-from mitrain.data.images import BadSamples
 from mitrain.data.media import Limits, medium_of
+from mitrain.data.samples import BadSamples
 from mitrain.models import Encoder
 from mitrain.models.encoders.image import VIEWS
 
@@ -147,6 +147,10 @@ class Features:
     def contents(self, sample: Any) -> dict[str, str | None]:
         """The digest of each of a sample's files, by input; None for one that cannot be read."""
         return {source: group.key(sample.inputs[source]) for source, group in self.groups if source in sample.inputs}
+
+    def content(self, inputs: Inputs, name: str) -> Any:
+        """The file of the input ``name``, decoded, as its first encoder reads it; DataError where it was replaced since."""
+        return next(group for source, group in self.groups if source == name).content(inputs[name])
 
     def readable_in_block(self, samples: Sequence[Any]) -> list[Any]:
         """`readable`, each file looked at by one of the ranks; what was known of others is forgotten."""

@@ -6,7 +6,6 @@ skipped within a budget, counted and named.
 
 import hashlib
 import io
-import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ from mitrain.data.kinds import CONVERT, FORMATS, kind_of
 
 MAX_PIXELS = 50_000_000
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-NAMED = 5  # bad samples that the final message names; the log names all
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,47 +35,6 @@ TURNS = {
 SIDEWAYS = tuple(TURNS[tag] for tag in (5, 6, 7, 8))  # these exchange width and height
 
 Size = tuple[int, int]  # height, width
-
-log = logging.getLogger(__name__)
-
-
-class BadSamples:
-    """Counts distinct bad samples, and stops the run with DataError when there are too many.
-
-    Too many: more than ``budget`` of the run's, or more than ``share`` of the samples of a split.
-    """
-
-    def __init__(self, budget: int, share: float = 0.1):
-        self.budget, self.share = budget, share
-        self.reasons: dict[str, str] = {}  # name of the sample → what is wrong with it
-
-    def __len__(self) -> int:
-        return len(self.reasons)
-
-    def skip(self, name: str, reason: str) -> None:
-        """Note a bad sample; the same one may come again in every epoch and counts once."""
-        if name in self.reasons:
-            return
-        self.reasons[name] = reason
-        log.warning("skipped %s (%d of at most %d): %s", name, len(self), self.budget, reason)
-        if len(self) > self.budget:
-            raise DataError(
-                f"{len(self)} bad samples, more than data.bad_samples={self.budget}: {self.summary()} "
-                "- mend or remove them, or raise the budget"
-            )
-
-    def check_share(self, lost: int, samples: int) -> None:
-        """Raise DataError where too many of a split's ``samples`` are ``lost``."""
-        if lost > self.share * samples:
-            raise DataError(
-                f"{lost} of {samples} samples cannot be used, more than the share data.bad_share={self.share:g}: "
-                f"{self.summary()} - mend or remove them, or raise data.bad_share"
-            )
-
-    def summary(self) -> str:
-        first = [f"{name} ({reason})" for name, reason in list(self.reasons.items())[:NAMED]]
-        more = len(self) - len(first)
-        return "; ".join(first) + (f"; and {more} more" if more else "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from mitrain.core.errors import ConfigError, DataError, UserError
 from mitrain.data.formats.manifest import Manifest, read_rows
 from mitrain.data.formats.records import SEPARATOR
 from mitrain.data.formats.rows import as_text, inputs_of, listed, split_cell
-from mitrain.data.images import BadSamples
+from mitrain.data.samples import BadSamples
 from mitrain.inference.scoring import Asked, ask_all, values_of
 from mitrain.models.digests import frozen_digest
 from mitrain.training import runs

@@ -24,7 +24,7 @@ from mitrain.training.build import Model
 def export_merged(run_dir: str | Path, out: str | Path, which: str = "best") -> dict[str, Any]:
     """Write a run's backbones with its adapter merged into them to the new folder ``out``; returns what was written.
 
-    ModelError where the method depends on each sample's picture, or a part of it does not fold; nothing is written then.
+    ModelError where the method depends on each sample's files, or a part of it does not fold; nothing is written then.
     """
     out = export_format.check_target(out)
     run = runs.open_run(run_dir, which)

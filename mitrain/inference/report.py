@@ -30,7 +30,7 @@ from mitrain.training.runs import Run
 
 LABELS = {
     "none": "{name}",
-    "no-image": "{name}, another sample's image",
+    "other-inputs": "{name}, another sample's {inputs}",
     "shuffle": "{name}, another scene's expression",
     "frozen": "{name}, infusion left out",
 }
@@ -89,10 +89,11 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
     name = run.config.name
     plain = score_split(run, chosen, files, "none", generate=run.model.task.speaks, seed=run.config.seed)
     scores: dict[str, Any] = {name: plain.metrics, "figure": (files, chosen, plain)}
+    shown = " and ".join(each for each in run.config.data.inputs if each != run.model.task.keeps)
     blind = not run.model.adapter.traits.text_depends_on_input
     for control in run.model.task.controls:
         if not (blind and control == "frozen"):
-            scores[LABELS[control].format(name=name)] = score_split(
+            scores[LABELS[control].format(name=name, inputs=shown)] = score_split(
                 run, chosen, files, control, seed=run.config.seed
             ).metrics
     return scores | baselines_of(run, split, chosen, files)

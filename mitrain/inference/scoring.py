@@ -18,10 +18,10 @@ from mitrain.core.files import atomic_folder, write_atomic
 from mitrain.core.parsing import is_whole
 from mitrain.data.features import Features
 from mitrain.data.formats.rle import encode_mask
-from mitrain.data.images import BadSamples, open_image
+from mitrain.data.images import open_image
 from mitrain.data.inspection import inspect_splits
 from mitrain.data.media import Limits
-from mitrain.data.samples import Sample
+from mitrain.data.samples import BadSamples, Sample
 from mitrain.data.sources import DataSection, limit, portion
 from mitrain.models.digests import frozen_digest
 from mitrain.tasks import TASKS, figures
@@ -250,10 +250,10 @@ def ask_all(run: Run, asked: Sequence[Asked], infused: bool = True) -> list[Answ
             found[i] = error
             continue
         names, shown = " ".join(path.name for path in one.paths.values()), {n: str(p) for n, p in one.paths.items()}
-        picture = cache(partial(open_image, root, inputs.get("image", ""), run.config.data.max_pixels))
+        decoded = cache(partial(features.content, inputs))
         seen = lambda sample: see([sample])  # noqa: E731
         what, choices = str(run.folder), [paths[i, n] for n in others[i]] or one.candidates or ()
-        questions[i] = Question(names, inputs, shown, one.text, choices, seen, picture, what)
+        questions[i] = Question(names, inputs, shown, one.text, choices, seen, decoded, what)
     with run.turn, run.model.adapter.conditioned(None):  # what a caller has bound is not this sample's
         if run.model.task.remembers and not all(question.candidates for question in questions.values()):
             recall(run)

@@ -41,7 +41,8 @@ class Traits:
     """What a method is, before it is attached to anything.
 
     ``name``: of its settings (``Section``), in METHODS and of the submodule that it is while attached; no points.
-    ``backbones``: those that it attaches to; with ``image``, ``encode`` is given the states that enter its changed layers.
+    ``backbones``: those that it attaches to; with ``encoder``, the first of another modality, ``encode`` is given the states
+    that enter its changed layers.
     ``runs_layers``: it runs the layers itself: ``encode`` is always given the states that enter each backbone's first
     changed layer. ``wraps_text_model``: ``encode`` goes through a model around the text model, which the language head
     knows nothing of. ``text_depends_on_input``: so does ``Outputs.text``; ``infused=False`` of the inputs leaves them out
@@ -60,7 +61,7 @@ class Traits:
     @property
     def changes_encoder(self) -> bool:
         """Whether it attaches to the first encoder of another modality, too."""
-        return "image" in self.backbones
+        return "encoder" in self.backbones
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Attachment:
     """What follows from the backbones that an adapter is attached to.
 
     ``first_layers``: of each backbone the lowest layer that the adapter changes (their number where it changes none);
-    those below are a frozen function. ``image_width``, ``joint_width``: widths of the changed encoder's vector and of
+    those below are a frozen function. ``encoder_width``, ``joint_width``: widths of the changed encoder's vector and of
     ``Outputs.joint``; 0: the frozen encoder's feature, and no joint state. ``modalities``: the features that
     ``conditioned`` gives to passes of the text model alone, with their widths e.
     For the dry run and comparisons: ``infused_parameters``, by the index of each text layer that infused attention runs
@@ -78,7 +79,7 @@ class Attachment:
     """
 
     first_layers: Mapping[str, int]
-    image_width: int = 0
+    encoder_width: int = 0
     joint_width: int = 0
     modalities: Mapping[str, int] = field(default_factory=dict)
     infused_parameters: Mapping[int, int] = field(default_factory=dict)
@@ -106,7 +107,7 @@ class Adapter(nn.Module, ABC):
         self.attachment = None
         self._backbones: dict[str, PreTrainedModel] = {}
         self._undo = contextlib.ExitStack()
-        self._image: Layers | None = None  # of an image encoder that a method changes by modules or weights
+        self._encoder: Layers | None = None  # that a method changes by modules or weights
         self._backend, self._checkpoint = "auto", False
 
     # What a method implements
@@ -129,8 +130,8 @@ class Adapter(nn.Module, ABC):
         if texts is not None:
             with self.conditioned(inputs):
                 text = frozen.last_hidden(self._backbones["text"], texts)
-        if inputs is not None and self._image is not None:
-            vectors = inputs.with_vector(self._image.encode_tokens(inputs)[1])
+        if inputs is not None and self._encoder is not None:
+            vectors = inputs.with_vector(self._encoder.encode_tokens(inputs)[1])
         return Outputs(text, texts and texts.mask, vectors)
 
     @contextlib.contextmanager

@@ -12,14 +12,15 @@ from transformers import PreTrainedModel
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.base import Adapter, Attachment, Traits
-from mitrain.methods.peft import SIDES, Where
+from mitrain.methods.peft import SIDES, STORED, Where
 from mitrain.models import layouts, loading
 from mitrain.models.layers import Layers
 
 
 class FullConfig(Section, kind="adapter", name="full"):
     """``where``: which models are trained. ``layers``: how many of the topmost layers of each; none: all, and the words'
-    embeddings. The image encoder's patch embeddings stay as they are: pictures enter above them."""
+    embeddings. What embeds the encoder's input stays as it is: files
+    enter above it."""
 
     where: Where = "both"
     layers: int | None = Field(None, ge=1)
@@ -34,7 +35,7 @@ class Full(Adapter):
     def __init__(self, config: FullConfig):
         super().__init__()
         self.config = config
-        self.traits = replace(self.traits, backbones=("text",) if config.where == "text" else ("text", "image"))
+        self.traits = replace(self.traits, backbones=("text",) if config.where == "text" else ("text", "encoder"))
         self.weights = nn.ParameterDict()
         self._pretrained: dict[str, Tensor] = {}
 
@@ -48,7 +49,7 @@ class Full(Adapter):
                     f"adapter.layers={count}, but the {name} model has {depth} layers: give at"
                     " most as many, or null for all and the words' embeddings"
                 )
-        self._image = Layers.of(backbones["image"]) if "image" in SIDES[self.config.where] else None
+        self._encoder = Layers.of(backbones["encoder"]) if "encoder" in SIDES[self.config.where] else None
         trained = dict(self._trained(backbones, first_layers))
         if self.weights and {n: p.shape for n, p in self.weights.items()} != {n: p.shape for n, p in trained.items()}:
             raise ModelError("this full fine-tuning was made for other models: make a new one")
@@ -59,7 +60,7 @@ class Full(Adapter):
             parameter.requires_grad_(True)
         self._exchange(own)
         self._undo.callback(self._let_go)
-        return Attachment(first_layers, image_width=0 if self._image is None else self._image.width)
+        return Attachment(first_layers, encoder_width=0 if self._encoder is None else self._encoder.width)
 
     def _trained(
         self, backbones: Mapping[str, PreTrainedModel], first_layers: Mapping[str, int]
@@ -70,10 +71,10 @@ class Full(Adapter):
             inside = ids([model.base_model])
             below = ids(layouts.layers_of(model)[: first_layers[side]])
             if (
-                side == "image" and model.main_input_name != "pixel_values"
+                side == "encoder" and model.main_input_name != "pixel_values"
             ):  # its states enter above all that is no layer
-                inside = ids((*layouts.layers_of(model), *self._image.norms))
-            no_embeddings = side == "image" or self.config.layers is not None
+                inside = ids((*layouts.layers_of(model), *self._encoder.norms))
+            no_embeddings = side == "encoder" or self.config.layers is not None
             for name, parameter in model.named_parameters():
                 if not parameter.is_floating_point() or loading.is_sharded(parameter):
                     raise ModelError(
@@ -81,7 +82,7 @@ class Full(Adapter):
                     )
                 left_out = "pooler" in name or (no_embeddings and "embed" in name)
                 if id(parameter) in inside - below and not left_out:
-                    yield f"{side}/{name.replace('.', '/')}", parameter
+                    yield f"{STORED[side]}/{name.replace('.', '/')}", parameter
 
     @torch.no_grad()
     def _exchange(self, values: Mapping[str, Tensor]) -> None:

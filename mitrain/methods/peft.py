@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,14 +23,17 @@ from transformers.pytorch_utils import Conv1D
 from mitrain.core.config import Section
 from mitrain.core.errors import MissingExtraError, ModelError
 from mitrain.methods.base import Adapter, Attachment, Traits
+from mitrain.methods.presets import Earlier
 from mitrain.methods.selection import LayersSetting, select_layers
 from mitrain.models import layouts, loading, quant
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
 from mitrain.models.layouts import Projection, kind_of, projections
 
-Where = Literal["text", "image", "both"]
-SIDES: dict[str, tuple[str, ...]] = {"text": ("text",), "image": ("image",), "both": ("text", "image")}
+Where = Annotated[Literal["text", "encoder", "both"], Earlier]
+SIDES: dict[str, tuple[str, ...]] = {"text": ("text",), "encoder": ("encoder",), "both": ("text", "encoder")}
+STORED = {"text": "text", "encoder": "image"}
+"""Each side in the names of saved tensors, which are older than encoders of anything but images."""
 
 
 def library() -> Any:
@@ -68,7 +71,7 @@ class IA3Config(InjectedConfig, kind="adapter", name="ia3"):
 
 
 class Injected(Adapter):
-    """A PEFT method that puts modules in place of projections; the text model and the image encoder are read alone.
+    """A PEFT method that puts modules in place of projections; the text model and the encoder are read alone.
 
     ``weights`` holds PEFT's parameters under their names in the frozen models, a point written as a slash.
     """
@@ -76,7 +79,7 @@ class Injected(Adapter):
     def __init__(self, config: InjectedConfig):
         super().__init__()
         self.config = config
-        self.traits = replace(self.traits, backbones=("text",) if config.where == "text" else ("text", "image"))
+        self.traits = replace(self.traits, backbones=("text",) if config.where == "text" else ("text", "encoder"))
         self.weights = nn.ParameterDict()
 
     def peft_config(self, names: list[str], model: nn.Module) -> Any:
@@ -85,14 +88,14 @@ class Injected(Adapter):
 
     def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
         first_layers = {name: len(layouts.layers_of(model)) for name, model in backbones.items()}
-        self._image = Layers.of(backbones["image"]) if "image" in self.traits.backbones else None
+        self._encoder = Layers.of(backbones["encoder"]) if "encoder" in self.traits.backbones else None
         new: dict[str, nn.Parameter] = {}
         peft = {}
         for name in SIDES[self.config.where]:
             indices = select_layers(self.config.layers, first_layers[name])
             first_layers[name] = indices[0]
             settings, added = self._inject(name, backbones[name], indices)
-            peft[name] = settings, partial(peft_name, name)
+            peft[name] = settings, partial(peft_name, STORED[name])
             new |= added
         if len(self.weights) and {n: p.shape for n, p in self.weights.items()} != {n: p.shape for n, p in new.items()}:
             raise ModelError(f"this {self.traits.name} was made for a model of other widths or depth: make a new one")
@@ -101,7 +104,7 @@ class Injected(Adapter):
                 put(backbones, key, self.weights[key])
             else:
                 self.weights[key] = parameter
-        width = 0 if self._image is None else self._image.width
+        width = 0 if self._encoder is None else self._encoder.width
         return Attachment(first_layers, width, peft=peft)
 
     def _inject(self, side: str, model: PreTrainedModel, layers: list[int]) -> tuple[Any, dict[str, nn.Parameter]]:
@@ -124,7 +127,7 @@ class Injected(Adapter):
         added = {n: p for n, p in model.named_parameters() if id(p) not in before}
         for parameter in added.values():  # PEFT makes them in the projection's type, where small updates would be lost
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        return settings, {f"{side}/{name.replace('.', '/')}": parameter for name, parameter in added.items()}
+        return settings, {f"{STORED[side]}/{name.replace('.', '/')}": parameter for name, parameter in added.items()}
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -258,14 +261,14 @@ def check_positions(model: PreTrainedModel, virtual: int, tokens: int) -> None:
 
 def put(backbones: Mapping[str, nn.Module], key: str, parameter: nn.Parameter) -> None:
     """Put ``parameter`` at its place in the backbones, in place of PEFT's new one."""
-    side, *path = key.split("/")
-    *owner, name = path
+    stored, *owner, name = key.split("/")
+    side = "text" if stored == "text" else "encoder"
     setattr(backbones[side].get_submodule(".".join(owner)), name, parameter)
 
 
-def peft_name(side: str, name: str) -> str | None:
-    """Under which name PEFT saves a parameter that `Injected` holds as ``weights.SIDE/PATH/IN/MODEL``; None of others."""
-    if not name.startswith(f"weights.{side}/"):
+def peft_name(stored: str, name: str) -> str | None:
+    """Under which name PEFT saves a parameter that `Injected` holds as ``weights.STORED/PATH/IN/MODEL``; None of others."""
+    if not name.startswith(f"weights.{stored}/"):
         return None
     path = name.partition("/")[2].replace("/", ".")
     return f"base_model.model.{re.sub(r'[.]default(?=$|[.]weight$|[.]bias$)', '', path)}"

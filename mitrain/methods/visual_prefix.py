@@ -47,7 +47,7 @@ class VisualPrefix(Adapter):
     projector(x) = W_2 GELU(W_1 x + b_1) + b_2 with inner width D, on the image encoder's final, normalised patch tokens.
     """
 
-    traits = Traits("visual-prefix", backbones=("text", "image"), text_depends_on_input=True)
+    traits = Traits("visual-prefix", backbones=("text", "encoder"), text_depends_on_input=True)
 
     def __init__(self, config: VisualPrefixConfig):
         super().__init__()
@@ -57,13 +57,13 @@ class VisualPrefix(Adapter):
         self._text: Layers | None = None
 
     def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
-        if backbones["image"].main_input_name != "pixel_values":
+        if backbones["encoder"].main_input_name != "pixel_values":
             raise ConfigError(
                 "visual-prefix averages patches over squares of a picture, which"
-                f" {type(backbones['image']).__name__} does not read: put an image encoder first in model.encoders"
+                f" {type(backbones['encoder']).__name__} does not read: put an image encoder first in model.encoders"
             )
-        self._image, self._text = Layers.of(backbones["image"]), Layers.of(backbones["text"])
-        widths, text = (self._image.width, self._text.width), self._text.model
+        self._encoder, self._text = Layers.of(backbones["encoder"]), Layers.of(backbones["text"])
+        widths, text = (self._encoder.width, self._text.width), self._text.model
         if self.projector is None:
             factory = {"device": text.device, "dtype": torch.promote_types(text.dtype, torch.float32)}
             layers = nn.Linear(widths[0], widths[1], **factory), nn.GELU(), nn.Linear(widths[1], widths[1], **factory)
@@ -73,7 +73,7 @@ class VisualPrefix(Adapter):
         if self.lora is not None:
             self.lora._install({"text": backbones["text"]})
             self._undo.callback(self.lora.detach)
-        return Attachment({"text": 0, "image": self._image.depth})
+        return Attachment({"text": 0, "encoder": self._encoder.depth})
 
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
         vectors = {} if inputs is None else inputs.features
@@ -99,7 +99,7 @@ class VisualPrefix(Adapter):
     def visual_tokens(self, inputs: ModalityInputs) -> Tensor:
         """(B, P, D)."""
         with torch.no_grad():
-            tokens, _ = self._image.encode_tokens(inputs)
+            tokens, _ = self._encoder.encode_tokens(inputs)
         return self.projector(self._averaged(tokens).to(self.projector[0].weight.dtype))
 
     def _averaged(self, tokens: Tensor) -> Tensor:

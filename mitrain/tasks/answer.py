@@ -185,11 +185,11 @@ class AnswerTask(LanguageTask):
             lines += [f"{p:7.3f}  {candidate}" for candidate, p in predicted["probabilities"].items()]
         return Answer(values, lines)
 
-    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
+    def panel(self, sample: Any, prediction: Prediction, shown: Image.Image) -> Panel:
         values = prediction.values
         chance = values.get("probabilities", {}).get(values["predicted"])
         said = values["predicted"] if chance is None else f"{values['predicted']} ({chance:.2f})"
-        return Panel(picture, [said, f"truth: {sample.answer} [{sample.object}]", sample.prompt], values["correct"])
+        return Panel(shown, [said, f"truth: {sample.answer} [{sample.object}]", sample.prompt], values["correct"])
 
     @staticmethod
     def describe(samples: Sequence[AnswerSample]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Question:
     """Files and a text about them. ``candidates``: what the user lets the model choose from, if anything.
 
     ``id``, ``inputs``: of the sample that they make; ``files``: what the user calls them. ``see(sample)``: the batch of one
-    sample with them; ``picture()`` decodes the image; ``what`` names the run in messages.
+    sample with them; ``decoded(name)``: the file of an input, decoded; ``what`` names the run in messages.
     """
 
     id: str
@@ -93,7 +93,7 @@ class Question:
     text: str
     candidates: Sequence[str]
     see: Callable[[Any], "Batch"]
-    picture: Callable[[], Image.Image]
+    decoded: Callable[[str], Any]
     what: str
 
     def predicted(self, predictions: Sequence["Prediction"]) -> "Prediction":
@@ -157,7 +157,7 @@ class Task(nn.Module):
     reads_no_text: bool = False
     shuffles: Literal["samples", "files", "expressions"] = "samples"
     columns: tuple[tuple[str, str], ...] = ()
-    controls: tuple[str, ...] = ("no-image", "frozen")
+    controls: tuple[str, ...] = ("other-inputs", "frozen")
     texts_apart: str = ""
     keeps: str = ""
     asks: ClassVar[str] = "text"
@@ -245,8 +245,8 @@ class Task(nn.Module):
         """What the model makes of one sample's files."""
         return self.answers([question], lambda samples: question.see(*samples))[0]
 
-    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
-        """A prediction as a figure shows it: the picture, lines below it, and whether it went right."""
+    def panel(self, sample: Any, prediction: Prediction, shown: Image.Image) -> Panel:
+        """A prediction as a figure has it: what is ``shown`` for the files, lines below it, and whether it went right."""
         raise NotImplementedError
 
 

@@ -109,8 +109,8 @@ class CaptionTask(LanguageTask):
             answers.append(Answer(values, [f"says: {said}", f"{values['log_likelihood']:7.3f}  {question.text}"]))
         return answers
 
-    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
-        return Panel(picture, [prediction.values["predicted"], *(f"truth: {text}" for text in references(sample)[:2])])
+    def panel(self, sample: Any, prediction: Prediction, shown: Image.Image) -> Panel:
+        return Panel(shown, [prediction.values["predicted"], *(f"truth: {text}" for text in references(sample)[:2])])
 
     @staticmethod
     def describe(samples: Sequence[CaptionSample]) -> dict[str, Any]:

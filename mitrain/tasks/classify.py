@@ -155,11 +155,11 @@ class ClassifyTask(HeadTask):
         lines = [f"{p:7.3f}  {label}" for label, p in chances.items()]
         return Answer(values, [f"labels: {', '.join(predicted['predicted']) or '(none)'}", *lines])
 
-    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
+    def panel(self, sample: Any, prediction: Prediction, shown: Image.Image) -> Panel:
         values = prediction.values
         said = ", ".join(f"{name} ({values['probabilities'].get(name, 0):.2f})" for name in values["predicted"][:3])
         truth = f"truth: {', '.join(sample.labels)}"
-        return Panel(picture, [said or "(none)", truth, sample.text], values["correct"])
+        return Panel(shown, [said or "(none)", truth, sample.text], values["correct"])
 
     @staticmethod
     def describe(samples: Sequence[LabelSample]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Negative controls: which other sample's image, answer or expression each sample is given instead of its own.
+"""Negative controls: which other sample's files, text or expression each sample is given instead of its own.
 
 Pure functions from lists to indices, deterministic from a seed. What a control could not satisfy is counted in
 `Pairing.clashes`, never hidden.
@@ -21,36 +21,36 @@ class Pairing:
     clashes: dict[str, int]
 
 
-def other_images(
-    images: Sequence[Hashable],
+def other_files(
+    files: Sequence[Hashable],
     objects: Sequence[Hashable],
     answers: Sequence[Hashable] | None = None,
     seed: int = 0,
-    what: str = "image",
+    what: str = "file",
 ) -> Pairing:
-    """A permutation in which every sample gets another image, if possible of another object and with another answer.
+    """A permutation in which every sample gets another file, if possible of another object and with another answer.
 
-    Serves all tasks: for referring expressions ``images`` are the scenes and ``objects`` the targets' names; where texts
-    are exchanged (``what``, as messages call it) they stand for the images. Being a permutation, it leaves the set's
-    images as they are and breaks only their link to the text.
+    Serves all tasks: for referring expressions ``files`` are the scenes and ``objects`` the targets' names; where texts
+    are exchanged (``what``, as messages call it) they stand for the files. Being a permutation, it leaves the set's
+    files as they are and breaks only their link to the text.
 
     Args:
-        images, objects, answers: one label per sample, in falling importance; answers are optional.
+        files, objects, answers: one label per sample, in falling importance; answers are optional.
 
     Returns:
         clashes has the keys "object" and, with answers, "answer".
 
     Raises:
-        DataError: one image belongs to more than half of the samples, so that no such permutation exists.
+        DataError: one file belongs to more than half of the samples, so that no such permutation exists.
     """
-    wishes = {"image": images, "object": objects} | ({} if answers is None else {"answer": answers})
+    wishes = {"file": files, "object": objects} | ({} if answers is None else {"answer": answers})
     codes = np.stack([label_codes(labels) for labels in wishes.values()])
     rng = np.random.default_rng(seed)
-    order = improve_by_swaps(rng.permutation(len(images)), codes, rng)
+    order = improve_by_swaps(rng.permutation(len(files)), codes, rng)
     clashes = dict(zip(wishes, (codes == codes[:, order]).sum(axis=1).tolist(), strict=True))
-    if clashes.pop("image"):
+    if clashes.pop("file"):
         raise DataError(
-            f"the other-{what} control is impossible: one {what} makes up more than half of the {len(images)} samples; "
+            f"the other-{what} control is impossible: one {what} makes up more than half of the {len(files)} samples; "
             "evaluate more samples"
         )
     return Pairing(order.tolist(), clashes)

@@ -35,14 +35,14 @@ def width_of(parts: Parts, name: str, widths: Mapping[str, int]) -> int:
         raise ConfigError(f"task.readout={name!r} is neither a state nor a modality: choose of {known}")
     if name == "joint" and not parts.adapter.attachment.joint_width:
         raise ConfigError(
-            f"task.readout: the method {parts.adapter.traits.name!r} has no joint state: read last, mean, cls or image"
+            f"task.readout: the method {parts.adapter.traits.name!r} has no joint state: read last, mean, cls or a modality"
         )
     return parts.adapter.attachment.joint_width if name == "joint" else parts.text.width
 
 
 def vector_widths(parts: Parts, widths: Mapping[str, int]) -> dict[str, int]:
     """The widths of the modalities' vectors: of their features, or of what a changed encoder gives, the first one's."""
-    changed = parts.adapter.attachment.image_width
+    changed = parts.adapter.attachment.encoder_width
     return {**widths, **({next(iter(widths)): changed} if changed else {})}
 
 

@@ -118,8 +118,8 @@ class RegressTask(HeadTask):
         number = prediction.vector
         return Answer({**question.files, "text": question.text, "predicted": number}, [f"predicted: {number:.4f}"])
 
-    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
-        return Panel(picture, [f"{prediction.vector:.2f}", f"truth: {sample.target:g}", sample.text])
+    def panel(self, sample: Any, prediction: Prediction, shown: Image.Image) -> Panel:
+        return Panel(shown, [f"{prediction.vector:.2f}", f"truth: {sample.target:g}", sample.text])
 
     @staticmethod
     def describe(samples: Sequence[TargetSample]) -> dict[str, Any]:

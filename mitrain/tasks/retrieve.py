@@ -399,11 +399,11 @@ class RetrieveTask(ReadTask):
             values["rank"] = list(ranked).index(question.inputs[self.partner]) + 1
         return Answer(values, [f"{score:7.3f}  {file}" for file, score in ranked.items()])
 
-    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
+    def panel(self, sample: Any, prediction: Prediction, shown: Image.Image) -> Panel:
         values = prediction.values
         one, other = self.modality, self.partner
         ranks = f"{one} → {other} rank {values[f'rank_of_{other}']}, {other} → {one} rank {values[f'rank_of_{one}']}"
-        return Panel(picture, [sample.text or sample.inputs[other], ranks], values[f"rank_of_{one}"] == 1)
+        return Panel(shown, [sample.text or sample.inputs[other], ranks], values[f"rank_of_{one}"] == 1)
 
     @staticmethod
     def describe(samples: Sequence[CaptionSample]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class SegmentTask(Task):
     texts_apart = asks = "expression"
     shuffles = "expressions"
     columns = (("oIoU", "oiou"), ("mIoU", "miou"), ("P@0.5", "precision@0.5"))
-    controls = ("shuffle", "no-image")
+    controls = ("shuffle", "other-inputs")
 
     def __init__(
         self, config: SegmentConfig, parts: Parts, level_widths: Sequence[int], grid: int, patch: int, prefix: int
@@ -184,7 +184,7 @@ class SegmentTask(Task):
         return {f"{names[kind]} (true masks)": metric.compute() for kind, metric in metrics.items()}
 
     def asked(self, question: Question) -> ReferSample:
-        picture = question.picture()
+        picture = question.decoded("image")
         return ReferSample(question.id, question.inputs, question.text, (picture.height, picture.width))
 
     def told(self, question: Question, prediction: Prediction) -> Answer:
@@ -194,10 +194,10 @@ class SegmentTask(Task):
         values = {**question.files, "expression": text, "mask_share": share}
         return Answer(values, [f"{text!r}: {int(mask.sum())} of {mask.size} pixels ({100 * share:.1f} %)"], mask)
 
-    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
+    def panel(self, sample: Any, prediction: Prediction, shown: Image.Image) -> Panel:
         truth = sample.mask()
         iou = iou_of(prediction.mask, truth)
-        drawn = outlined(overlay(picture, prediction.mask), truth)
+        drawn = outlined(overlay(shown, prediction.mask), truth)
         return Panel(drawn, [sample.expression, f"IoU {iou:.2f}"], iou >= 0.5)
 
     @staticmethod

@@ -20,9 +20,9 @@ from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.files import cache_home
 from mitrain.data.features import FeatureNorm, Features, Inputs
 from mitrain.data.hidden_states import EncoderStates, TextStates
-from mitrain.data.images import BadSamples
 from mitrain.data.loader import Draw
 from mitrain.data.media import Limits
+from mitrain.data.samples import BadSamples
 from mitrain.methods.base import Adapter
 from mitrain.models import Encoder, ModelConfig, Shard, TextBackbone, encoder_of, loading
 from mitrain.models.batch import ModalityInputs
@@ -281,7 +281,7 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: dict[str, Encoder]
         backend = config.kernels.backend
         backbones, entering, first = {"text": text.model}, None, next(iter(encoders.values()), None)
         if adapter.traits.changes_encoder:
-            backbones["image"] = changeable(first, adapter)
+            backbones["encoder"] = changeable(first, adapter)
             if not empty:
                 first.identity()  # the pretrained weights', before anything is put into them
         adapter.attach(backbones, checkpoint=config.train.checkpoint_activations, backend=backend)
@@ -289,7 +289,7 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: dict[str, Encoder]
         layers = adapter.attachment.first_layers
         states = TextStates(text, layers["text"], cache, adapter.traits.runs_layers, adapter.disabled)
         if adapter.traits.changes_encoder:
-            entering = EncoderStates(first, layers["image"], cache)
+            entering = EncoderStates(first, layers["encoder"], cache)
         parts = Parts(text, adapter, states)
         root = lambda: resolve_data(config.data)  # noqa: E731
         given = Given(parts, config.data, root, list(encoders.values()), widths, config.train.batch)

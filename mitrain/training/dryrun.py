@@ -166,5 +166,5 @@ def encoder_activations(config: RunConfig, model: Model) -> int:
     encoder = next(iter(model.encoders.values()))
     sizes = {name: getattr(encoder.settings, name, None) for name in costs.SIZES}  # some have other names in the file
     shape = costs.encoder_shape(encoder.settings.to_dict() | sizes)
-    above = max(0, encoder.depth - model.adapter.attachment.first_layers["image"])
+    above = max(0, encoder.depth - model.adapter.attachment.first_layers["encoder"])
     return costs.activation_bytes(shape, encoder.tokens, above, 0, precision=config.model.dtype) if shape else 0

@@ -13,7 +13,7 @@ from mitrain.tasks import controls
 from mitrain.tasks.base import Prediction, require_finite
 from mitrain.training.build import Model
 
-Control = Literal["none", "shuffle", "no-image", "other-text", "frozen"]
+Control = Literal["none", "shuffle", "other-inputs", "other-text", "frozen"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 NOTHING: Mapping[str, float] = MappingProxyType({})
 
@@ -42,11 +42,11 @@ def evaluate(
 ) -> Evaluation:
     """Score ``samples``.
 
-    ``control``: ``none``; ``no-image``: every sample sees another sample's image (of another object where possible), in
-    every path; ``shuffle``: for `segment` the expression is another scene's, naming no object of this one; for the others
-    the images are permuted without regard to objects (how many stay within one is counted all the same); ``other-text``:
-    for `classify` and `regress` each sample keeps its image and is given another sample's text (of another object where
-    possible); ``frozen``: the model without infusion.
+    ``control``: ``none``; ``other-inputs``: every sample is given another sample's files (of another object where
+    possible), in every path; ``shuffle``: for `segment` the expression is another scene's, naming no object of this one;
+    for the others the files are permuted without regard to objects (how many stay within one is counted all the same);
+    ``other-text``: for `classify` and `regress` each sample keeps its files and is given another sample's text (of another
+    object where possible); ``frozen``: the model without infusion.
 
     ``without``: of each of these inputs the share of the samples that are scored without it; ``shuffled``: inputs of which
     every sample is given another sample's file.
@@ -96,7 +96,7 @@ def controlled(
     if control in ("none", "frozen"):
         return list(samples), given, {}
     if control == "other-text":
-        pairing = controls.other_images(texts_of(samples, shuffles), objects, seed=seed, what="text")
+        pairing = controls.other_files(texts_of(samples, shuffles), objects, seed=seed, what="text")
         exchanged = [replace(s, text=samples[i].text) for s, i in zip(samples, pairing.index, strict=True)]
         return exchanged, given, {"control_clashes": pairing.clashes}
     if control == "shuffle" and shuffles == "expressions":
@@ -111,13 +111,13 @@ def controlled(
         return swapped, given, {"control_clashes": pairing.clashes}
     if shuffles == "files":
         named = dict(zip(own, objects, strict=True))
-        images, objects = list(named), list(named.values())
+        files, objects = list(named), list(named.values())
     else:
-        images = own
-    pairing = controls.other_images(images, images if control == "shuffle" else objects, seed=seed)
+        files = own
+    pairing = controls.other_files(files, files if control == "shuffle" else objects, seed=seed)
     first = dict(zip(own, given, strict=True))
-    shown = {image: first[images[i]] for image, i in zip(images, pairing.index, strict=True)}
-    exchanged = [shown[image] for image in own] if shuffles == "files" else [given[i] for i in pairing.index]
+    shown = {file: first[files[i]] for file, i in zip(files, pairing.index, strict=True)}
+    exchanged = [shown[file] for file in own] if shuffles == "files" else [given[i] for i in pairing.index]
     same = sum(objects[i] == objects[j] for i, j in enumerate(pairing.index))  # of shuffle too, which does not avoid it
     return list(samples), exchanged, {"control_clashes": {"object": same}}
 
@@ -135,16 +135,16 @@ def with_others(inputs: Sequence[Inputs], name: str, seed: int) -> list[Inputs]:
     files = [inputs[i][name] for i in having]
     if len(set(files)) < 2:
         raise DataError(f"no two samples have a different {name!r}: there is nothing to shuffle")
-    pairing = controls.other_images(files, files, seed=seed, what=name)
+    pairing = controls.other_files(files, files, seed=seed, what=name)
     given = {i: files[j] for i, j in zip(having, pairing.index, strict=True)}
     return [{**own, name: given[i]} if i in given else own for i, own in enumerate(inputs)]
 
 
 def texts_of(samples: Sequence[Any], shuffles: str) -> list[str]:
-    """The samples' own texts; ConfigError where they are none that stand beside a picture."""
+    """The samples' own texts; ConfigError where they are none that stand beside other inputs."""
     if shuffles != "samples" or not all(isinstance(getattr(s, "text", None), str) for s in samples):
         raise ConfigError(
-            "the control other-text exchanges the texts that `classify` and `regress` read beside pictures; this task has"
-            " none: use shuffle or no-image"
+            "the control other-text exchanges the texts that `classify` and `regress` read beside other inputs; this task"
+            " has none: use shuffle or other-inputs"
         )
     return [s.text for s in samples]

@@ -43,7 +43,7 @@ def advice(saved: int) -> str:
 class SkipBudget:
     """How many steps may be skipped, in a row and altogether, before a run is not worth continuing.
 
-    A few skipped steps are normal (an fp16 overflow, a batch of unreadable images); many mean that nothing is
+    A few skipped steps are normal (an fp16 overflow, a batch of unreadable files); many mean that nothing is
     learned while the clock runs.
     """
 

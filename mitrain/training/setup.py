@@ -13,8 +13,8 @@ from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.features import Features
 from mitrain.data.formats.manifest import Manifest
-from mitrain.data.images import BadSamples
 from mitrain.data.loader import Loader
+from mitrain.data.samples import BadSamples
 from mitrain.data.sources import limit, portion
 from mitrain.data.streaming import StreamLoader
 from mitrain.tasks.base import Batch, cautions

@@ -24,7 +24,7 @@ def row(method, seed=0, value=0.5, **more):
         "trainable_parameters": 1000, "share": 0.01, "peak_bytes": 2**21, "saved_bytes": 2**20, "step_ms": 12.4,
         "flops_per_sample": 2.5e9, "adapter_bytes": 2**19,
     }  # fmt: skip
-    found = {"metric": "accuracy", "value": value, "controls": {"no-image": 0.25, "majority label": 0.1}}
+    found = {"metric": "accuracy", "value": value, "controls": {"other-inputs": 0.25, "majority label": 0.1}}
     return {**place, **numbers, **found, "status": "ok", "reason": None, "reduced": None, **more}
 
 
@@ -40,8 +40,8 @@ def cells_of(text, method):
 def test_a_line_per_method_over_the_seeds():
     text = table(result(row("mit", 0, 0.5), row("mit", 1, 0.7), row("none", 0, 0.3)))
     assert cells_of(text, "mit") == [
-        "label", "mit", "accuracy", "0.600 ± 0.141", "no-image 0.250, majority label 0.100", "1,000", "1 %", "2.0", "1.0",
-        "12 ± 0", "2.5", "0.5", "2",
+        "label", "mit", "accuracy", "0.600 ± 0.141", "other-inputs 0.250, majority label 0.100", "1,000", "1 %", "2.0",
+        "1.0", "12 ± 0", "2.5", "0.5", "2",
     ]  # fmt: skip
     assert cells_of(text, "none")[3] == "0.300" and cells_of(text, "none")[-1] == "1"
     assert "Made by `mitrain compare x.yaml` on 2026-01-02, commit abc, torch 2, M." in text

@@ -218,6 +218,15 @@ def test_damaged_results_are_kept_beside_the_new_ones(job):
     assert (job.out / "results.json.damaged").read_text() == "{torn" and "is damaged" in said[0]
 
 
+def test_kept_rows_tell_their_controls_by_the_names_of_now(job):
+    run(job, Bench())
+    path = job.out / "results.json"
+    path.write_text(path.read_text().replace('"other-inputs"', '"no-image"'))
+    bench = Bench()
+    found = run(job, bench)
+    assert not bench.asked and {tuple(row["controls"]) for row in found["rows"]} == {("other-inputs",)}
+
+
 @pytest.mark.parametrize(
     "edit",
     [

@@ -14,7 +14,7 @@ from mitrain.data.features import FeatureConfig, FeatureNorm
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.hidden_states import TextStates
-from mitrain.data.images import BadSamples
+from mitrain.data.samples import BadSamples
 from mitrain.models import ImageConfig, ImageEncoder, TextBackbone
 
 IMAGES = [f"images/{i}.png" for i in range(6)]

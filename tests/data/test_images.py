@@ -17,7 +17,8 @@ from PIL import Image, features
 from refusals import read_or_refused
 
 from mitrain.core.errors import DataError
-from mitrain.data.images import BadSamples, annotated_image, open_image, read_image
+from mitrain.data.images import annotated_image, open_image, read_image
+from mitrain.data.samples import BadSamples
 
 GREY = np.arange(16, dtype=np.uint8).reshape(4, 4) * 16
 

@@ -13,10 +13,10 @@ from mitrain.core.errors import DataError
 from mitrain.data import index, media
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.formats.refcoco import ReferSample
-from mitrain.data.images import BadSamples
 from mitrain.data.index import ROW, FileIndex, ahead
 from mitrain.data.inspection import inspect_splits
 from mitrain.data.media import MEDIA, Limits
+from mitrain.data.samples import BadSamples
 from mitrain.models import ImageConfig, ImageEncoder
 from mitrain.tasks.answer import AnswerTask
 

@@ -94,7 +94,7 @@ def test_a_comparison_from_end_to_end(world, capsys, monkeypatch):
     ]  # fmt: skip
     mit, none = rows[0], rows[2]
     assert min(rows[0]["value"], rows[1]["value"]) >= 0.8 and max(rows[2]["value"], rows[3]["value"]) <= 0.5
-    assert mit["controls"]["no-image"] <= 0.5 and mit["controls"]["majority label"] == 0.25
+    assert mit["controls"]["other-inputs"] <= 0.5 and mit["controls"]["majority label"] == 0.25
     assert none["trainable_parameters"] == none["head_parameters"] == 4 * (48 + 1)
     assert mit["trainable_parameters"] > none["trainable_parameters"]
     assert mit["frozen_parameters"] == none["frozen_parameters"]

@@ -76,9 +76,9 @@ def test_one_label(world, capsys):
         "red",
         "yellow",
     ]
-    found = controls(capsys, run, "none", "no-image", "frozen", "shuffle")
+    found = controls(capsys, run, "none", "other-inputs", "frozen", "shuffle")
     assert found["none"]["accuracy"] >= 0.8 and found["none"]["auroc"] >= 0.9 and found["none"]["samples"] == 8
-    assert max(found[c]["accuracy"] for c in ("no-image", "frozen", "shuffle")) <= 0.5
+    assert max(found[c]["accuracy"] for c in ("other-inputs", "frozen", "shuffle")) <= 0.5
     baselines = as_json(capsys, "eval", run, "--split", "test", "--baselines")["baselines"]
     assert (
         baselines["majority label"]["accuracy"] == 0.25
@@ -127,9 +127,9 @@ def test_a_number(world, capsys):
     assert as_json(capsys, "data", "inspect", config)["splits"]["train"]["targets"]["mean"] == 0.0
     assert as_json(capsys, "train", config, "--dry-run")["head_parameters"] == 48 + 1
     made = as_json(capsys, "train", config, "--runs", world / "runs")
-    found = controls(capsys, made["run"], "none", "no-image", "frozen", "shuffle")
+    found = controls(capsys, made["run"], "none", "other-inputs", "frozen", "shuffle")
     assert found["none"]["mae"] < 0.8 and found["none"]["acc2_positive"] == 1.0 and found["none"]["pearson"] > 0.9
-    assert min(found[c]["mae"] for c in ("no-image", "frozen", "shuffle")) > 1.2
+    assert min(found[c]["mae"] for c in ("other-inputs", "frozen", "shuffle")) > 1.2
     assert main(["eval", made["run"], "--split", "test", "--control", "other-text"]) == 2  # all texts are the same
     assert "other-text control is impossible" in capsys.readouterr().err
     val = [json.loads(line) for line in (Path(made["run"]) / "metrics.jsonl").read_text().splitlines()]
@@ -152,9 +152,9 @@ def test_retrieval(world, capsys):
     config = configuration(world, "captions", {"name": "retrieve", "dim": 16}, {"name": "captions"}, "captions")
     assert as_json(capsys, "train", config, "--dry-run")["head_parameters"] > 0
     run = as_json(capsys, "train", config, "--runs", world / "runs")["run"]
-    found = controls(capsys, run, "none", "no-image", "frozen")
+    found = controls(capsys, run, "none", "other-inputs", "frozen")
     assert found["none"]["recall_mean"] > 0.9 and found["none"]["images"] == 8
-    assert found["no-image"]["recall_mean"] < 0.7 and found["frozen"]["before_reranking"]["recall_mean"] > 0.9
+    assert found["other-inputs"]["recall_mean"] < 0.7 and found["frozen"]["before_reranking"]["recall_mean"] > 0.9
     baselines = as_json(capsys, "eval", run, "--split", "test", "--baselines")["baselines"]
     assert baselines["random order"]["i2t_r1"] == 0.25 and "ridge regression to the text states" in baselines
     said = as_json(
@@ -212,10 +212,10 @@ def test_captions(world, capsys):
     config = configuration(world, "described", task, {"name": "captions"}, "two")
     assert as_json(capsys, "data", "inspect", config)["splits"]["train"]["captions_per_image"] == {"2": 24}
     run = as_json(capsys, "train", config, "--runs", world / "runs")["run"]
-    found = controls(capsys, run, "none", "no-image", "frozen", "shuffle")
+    found = controls(capsys, run, "none", "other-inputs", "frozen", "shuffle")
     assert found["none"]["images"] == 8 and found["none"]["captions"] == 16
     for metric in ("cider", "bleu4", "rouge_l"):
-        assert max(found[c][metric] for c in ("no-image", "frozen", "shuffle")) < found["none"][metric], metric
+        assert max(found[c][metric] for c in ("other-inputs", "frozen", "shuffle")) < found["none"][metric], metric
     part = as_json(capsys, "eval", run, "--split", "test", "--samples", "4", "--baselines")
     assert part["images"] == 4 and part["captions"] == 8
     assert set(part["baselines"]) == {"commonest caption", "caption of the nearest picture"}
@@ -261,7 +261,7 @@ def test_a_fifth_task_needs_its_own_file_and_an_entry(world, capsys, monkeypatch
     assert as_json(capsys, "train", config, "--dry-run")["head_parameters"] == 48 + 1
     run = as_json(capsys, "train", config, "--runs", world / "runs")["run"]
     found = as_json(capsys, "eval", run, "--split", "test", "--baselines")
-    other = as_json(capsys, "eval", run, "--split", "test", "--control", "no-image")
+    other = as_json(capsys, "eval", run, "--split", "test", "--control", "other-inputs")
     assert found["closeness"] > max(other["closeness"], found["baselines"]["training mean"]["closeness"]) + 0.05
     picture = next((world / "data").rglob("*.png"))
     exported = as_json(capsys, "export", run, "--out", world / "export-rates")["folder"]

@@ -59,7 +59,7 @@ def publishes(capsys, world, method):
     """The method trains, scores, predicts, and predicts the same when it is exported and opened again."""
     run = trained(capsys, world, method, "classify")
     own = said(capsys, "eval", run, "--split", "test")
-    other = said(capsys, "eval", run, "--split", "test", "--control", "no-image")
+    other = said(capsys, "eval", run, "--split", "test", "--control", "other-inputs")
     assert own["samples"] == other["samples"] > 0 and 0 <= own["accuracy"] <= 1
     image = next((world / "data").rglob("*.png"))
     found = said(capsys, "predict", run, "--image", image, "--text", "this thing is")

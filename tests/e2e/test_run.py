@@ -71,10 +71,10 @@ def trained(world):
 def test_it_learns_and_the_controls_lose(world, trained, capsys):
     found = {
         c: as_json(capsys, "eval", trained, "--split", "test", "--control", c)
-        for c in ("none", "no-image", "shuffle", "frozen")
+        for c in ("none", "other-inputs", "shuffle", "frozen")
     }
     assert found["none"]["samples"] == 16 and found["none"]["accuracy"] >= 0.9
-    assert found["no-image"]["accuracy"] <= 0.5 and found["frozen"]["accuracy"] <= 0.5
+    assert found["other-inputs"]["accuracy"] <= 0.5 and found["frozen"]["accuracy"] <= 0.5
     spoken = as_json(capsys, "eval", trained, "--split", "test", "--generate")
     assert spoken["exact_match"] >= 0.9
 
@@ -236,7 +236,7 @@ def test_segmentation_from_digit_scenes(world, capsys):
     }
     (world / "scenes.yaml").write_text(yaml.safe_dump(config))
     made = as_json(capsys, "train", world / "scenes.yaml", "--runs", world / "runs")
-    for control in ("none", "shuffle", "no-image"):
+    for control in ("none", "shuffle", "other-inputs"):
         found = as_json(capsys, "eval", made["run"], "--control", control, "--samples", 12)
         assert {"oiou", "miou", "precision", "samples"} <= set(found) and found["samples"] == 12
     baselines = as_json(capsys, "eval", made["run"], "--baselines", "--samples", 12)["baselines"]

@@ -51,27 +51,27 @@ class SharedUpdate(Adapter):
 class TwoEncoders(Adapter):
     """After PMF: the last layers of two encoders take turns, each reading a summary of the other's tokens."""
 
-    traits = Traits("two", backbones=("text", "image"), runs_layers=True, text_depends_on_input=True)
+    traits = Traits("two", backbones=("text", "encoder"), runs_layers=True, text_depends_on_input=True)
 
     def __init__(self, width: int):
         super().__init__()
-        self.across = nn.ModuleDict({name: nn.Linear(width, width) for name in ("text", "image")})
+        self.across = nn.ModuleDict({name: nn.Linear(width, width) for name in ("text", "encoder")})
         self.balance: Tensor | None = None
 
     def _install(self, backbones):
         return Attachment({name: len(b.encoder.layer) - 1 for name, b in backbones.items()})
 
     def encode(self, words, picture):
-        states = {"text": words.states, "image": picture.states}
+        states = {"text": words.states, "encoder": picture.states}
         summaries = {
-            "text": self.across["text"](states["image"].mean(1)),
-            "image": self.across["image"](states["text"].mean(1)),
+            "text": self.across["text"](states["encoder"].mean(1)),
+            "encoder": self.across["encoder"](states["text"].mean(1)),
         }
         for name, backbone in self._backbones.items():
             fused = torch.cat([states[name], summaries[name][:, None]], dim=1)
             states[name] = output(backbone.encoder.layer[-1](fused))[:, :-1]
         self.balance = summaries["text"].square().sum(), torch.tensor(summaries["text"].numel())
-        return Outputs(states["text"], words.mask, {"image": states["image"].mean(1)})
+        return Outputs(states["text"], words.mask, {"image": states["encoder"].mean(1)})
 
     def extra_loss(self):
         return self.balance
@@ -124,14 +124,14 @@ def test_a_weight_update_shared_by_two_models_attaches_trains_and_merges():
 
 
 def test_a_method_that_interleaves_two_encoders_overrides_read():
-    backbones = {"text": encoder(0), "image": encoder(1)}
+    backbones = {"text": encoder(0), "encoder": encoder(1)}
     assert all(b.training for b in backbones.values())
     adapter = TwoEncoders(32)
     adapter.attach(backbones)
     tokens = torch.ones(2, 5, dtype=torch.long)
     states = trunk_states(backbones["text"], adapter.attachment.first_layers["text"], input_ids=tokens)
     words = TextBatch(tokens, tokens, states, adapter.attachment.first_layers["text"])
-    picture = pictures(torch.randn(2, 3), torch.randn(2, 7, 32), adapter.attachment.first_layers["image"])
+    picture = pictures(torch.randn(2, 3), torch.randn(2, 7, 32), adapter.attachment.first_layers["encoder"])
     results, again = adapter.encode(words, picture), adapter.encode(words, picture)
     assert torch.equal(results.text, again.text)  # dropout of the frozen encoders is off
     total, count = adapter.extra_loss()

@@ -27,7 +27,7 @@ def test_at_the_start_every_output_is_the_frozen_models(kind):
     backbones = pair(kind)
     words, picture = batch(backbones)
     frozen_text = last_hidden(backbones["text"], words)
-    frozen_image = backbones["image"](pixel_values=pixels(3)).last_hidden_state
+    frozen_image = backbones["encoder"](pixel_values=pixels(3)).last_hidden_state
     adapter = aurora(backbones, preset="released", rank=3, dropout=0.0, ice=False)
     reading = adapter.encode(words, picture)
     seen = words.mask.bool()
@@ -37,17 +37,17 @@ def test_at_the_start_every_output_is_the_frozen_models(kind):
     changed = adapter.encode(words, picture)
     for name in ("text", "image", "joint"):
         assert not torch.allclose(part_of(changed, name), part_of(reading, name), atol=1e-2)
-    widths = adapter.attachment.joint_width, adapter.attachment.image_width
+    widths = adapter.attachment.joint_width, adapter.attachment.encoder_width
     assert widths == (reading.joint.shape[1], reading.vectors["image"].shape[1])
 
 
 def test_blips_fused_vector_at_the_start_is_blips_own():
     model = blip(torch.float64)
-    words, _ = batch({"image": model.vision_model})
+    words, _ = batch({"encoder": model.vision_model})
     encoded = words.ids.clone()
     encoded[:, 0] = model.config.text_config.vocab_size - 1  # BLIP's multimodal pass begins with [ENC]
     frozen = model(encoded, pixels(3), attention_mask=words.mask)
-    backbones = {"text": model.text_encoder, "image": model.vision_model}
+    backbones = {"text": model.text_encoder, "encoder": model.vision_model}
     adapter = aurora(backbones)
     picture = pictures(torch.zeros(3, 2), trunk_states(model.vision_model, 0, pixel_values=pixels(3)))
     joint = adapter.encode(words, picture).joint
@@ -59,8 +59,8 @@ def test_blips_fused_vector_at_the_start_is_blips_own():
 
 def test_the_fused_pass_begins_with_the_token_that_is_asked_for():
     model = blip(torch.float64)
-    words, picture = batch({"image": model.vision_model})
-    backbones = {"text": model.text_encoder, "image": model.vision_model}
+    words, picture = batch({"encoder": model.vision_model})
+    backbones = {"text": model.text_encoder, "encoder": model.vision_model}
     for asked, first in (("none", words.ids[:, 0]), (5, torch.full((3,), 5))):
         ids = torch.cat([first[:, None], words.ids[:, 1:]], dim=1)
         expected = model(ids, pixels(3), attention_mask=words.mask).question_embeds[:, 0]
@@ -171,7 +171,7 @@ def test_merged_weights_give_what_the_adapter_gave(kind, core):
                    backbones.values())  # fmt: skip
     seen = words.mask.bool()
     merged_text = last_hidden(backbones["text"], words)
-    merged_image = backbones["image"](pixel_values=pixels(3)).last_hidden_state
+    merged_image = backbones["encoder"](pixel_values=pixels(3)).last_hidden_state
     assert close(merged_text[seen], adapted.text[seen]) and close(merged_image[:, 0], adapted.vectors["image"])
     assert not torch.allclose(plain.text[seen], adapted.text[seen], atol=1e-2)
     if kind == "blip":
@@ -202,9 +202,9 @@ def test_quantised_weights_are_tuned_and_not_merged():
     from mitrain.models.quant.linear import FrozenInt8Linear
 
     backbones = pair(dtype=torch.float32)
-    layer = backbones["image"].encoder.layer[DEPTH - 1]
+    layer = backbones["encoder"].encoder.layer[DEPTH - 1]
     layer.attention.o_proj = FrozenInt8Linear.of(layer.attention.o_proj)
-    first = backbones["image"].encoder.layer[0].attention.q_proj
+    first = backbones["encoder"].encoder.layer[0].attention.q_proj
     adapter = aurora(backbones, fusion_layers=0)
     _, picture = batch(backbones)
     plain = adapter.encode(None, picture).vectors["image"]
@@ -248,10 +248,10 @@ def test_models_of_another_shape_are_refused(kind):
     adapter.detach()
     others = pair(kind) if kind in KINDS else pair()
     if kind == "shallow":
-        others["image"].encoder.layer = others["image"].encoder.layer[:2]
-        others["image"].config.num_hidden_layers = others["image"].encoder.config.num_hidden_layers = 2
+        others["encoder"].encoder.layer = others["encoder"].encoder.layer[:2]
+        others["encoder"].config.num_hidden_layers = others["encoder"].encoder.config.num_hidden_layers = 2
     if kind == "wide":
-        others["image"] = dinov2(torch.float64, 2 * WIDTH)
+        others["encoder"] = dinov2(torch.float64, 2 * WIDTH)
     with pytest.raises(ModelError, match="make a new one"):
         adapter.attach(others)
     assert not hasattr(others["text"], "aurora")
@@ -261,7 +261,7 @@ def test_a_narrower_encoder_is_refused_where_only_the_fusion_can_tell():
     adapter = aurora(pair("llama"))
     adapter.detach()
     with pytest.raises(ModelError, match="fusion was made for models of other widths"):
-        adapter.attach({**pair("llama"), "image": dinov2(torch.float64, WIDTH // 2)})
+        adapter.attach({**pair("llama"), "encoder": dinov2(torch.float64, WIDTH // 2)})
     bare = aurora(pair(), fusion=[], fusion_layers=1)
     bare.detach()
     bare.config = AuroraConfig(**{**bare.config.to_dict(), "fusion_layers": 0})
@@ -271,7 +271,7 @@ def test_a_narrower_encoder_is_refused_where_only_the_fusion_can_tell():
 
 def test_what_cannot_be_attached_or_read_is_reported_in_a_line():
     backbones = pair()
-    with pytest.raises(ModelError, match="give it the image model"):
+    with pytest.raises(ModelError, match="give it the encoder model"):
         aurora({"text": backbones["text"]})
     with pytest.raises(ModelError, match="fusion_layers=4 does not fit the text model, which has 3 layers"):
         aurora(backbones, fusion_layers=4)
@@ -279,7 +279,7 @@ def test_what_cannot_be_attached_or_read_is_reported_in_a_line():
         aurora(pair("blip"), fusion_layers=2)
     adapter = aurora(backbones)
     words, picture = batch(backbones)
-    with pytest.raises(ModelError, match="changes every layer of the image encoder"):
+    with pytest.raises(ModelError, match="changes every layer of the other encoder"):
         adapter.encode(None, pictures(picture.feature))
     with pytest.raises(ModelError, match="changes every layer of the text model"):
         adapter.encode(TextBatch(words.ids, words.mask, torch.zeros(3, 9, WIDTH), 1), None)

@@ -118,11 +118,11 @@ def test_the_composed_attention_has_updates_of_its_own():
 def test_layers_of_another_make_compose_no_cross_attention():
     for name in ("gemma2", "gemma3"):
         with pytest.raises(ModelError, match=r"no cross-attention can be composed .* adapter.fusion_layers=0"):
-            aurora({"text": tiny(name, torch.float64), "image": dinov2(torch.float64)})
+            aurora({"text": tiny(name, torch.float64), "encoder": dinov2(torch.float64)})
 
 
 def test_qwen3s_head_norms_and_grouped_heads_are_kept():
-    backbones = {"text": tiny("qwen3", torch.float64), "image": dinov2(torch.float64)}
+    backbones = {"text": tiny("qwen3", torch.float64), "encoder": dinov2(torch.float64)}
     words, picture = batch(backbones)
     adapter = aurora(backbones)
     one = adapter.encode(words, picture).joint
@@ -239,10 +239,13 @@ def test_each_text_and_picture_goes_through_its_encoder_once():
     adapter = aurora(backbones)
     scramble(adapter)
     rows, sizes = torch.tensor([0, 1, 2, 2, 0]), {}
-    for name, module in (("text", backbones["text"].encoder.layer[0]), ("image", backbones["image"].encoder.layer[0])):
+    for name, module in (
+        ("text", backbones["text"].encoder.layer[0]),
+        ("encoder", backbones["encoder"].encoder.layer[0]),
+    ):
         module.register_forward_pre_hook(lambda m, args, name=name: sizes.setdefault(name, len(args[0])) and None)
     many = adapter.encode(TextBatch(words.ids[rows], words.mask[rows]), picture.rows(torch.tensor([1, 1, 2, 1, 1])))
-    assert sizes == {"text": 3, "image": 2}
+    assert sizes == {"text": 3, "encoder": 2}
     for row, (a, b) in enumerate([(0, 1), (1, 1), (2, 2), (2, 1), (0, 1)]):
         one = adapter.encode(TextBatch(words.ids[a : a + 1], words.mask[a : a + 1]), picture.rows(slice(b, b + 1)))
         assert torch.allclose(many.joint[row], one.joint[0], **EXACT)

@@ -21,7 +21,7 @@ BASE, LAYERS = 768, 12  # BLIP-base: both encoders
 @pytest.fixture(scope="module")
 def blip_base():
     with torch.device("meta"):
-        return {"text": BlipTextModel(BlipTextConfig()), "image": BlipVisionModel(BlipVisionConfig())}
+        return {"text": BlipTextModel(BlipTextConfig()), "encoder": BlipVisionModel(BlipVisionConfig())}
 
 
 def counted(backbones, **settings):
@@ -195,4 +195,4 @@ def test_a_projection_that_is_not_there_is_named():
 
     neox = tiny("gpt_neox", torch.float64)
     with pytest.raises(ModelError, match=r"has no projection q by a known name: leave it out of adapter.text"):
-        aurora({"text": neox, "image": pair()["image"]}, fusion_layers=0)
+        aurora({"text": neox, "encoder": pair()["encoder"]}, fusion_layers=0)

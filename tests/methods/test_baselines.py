@@ -140,7 +140,7 @@ def test_more_positions_than_the_model_has_are_refused_in_one_line(name):
 
 
 def test_more_layers_than_there_are_cannot_be_trained():
-    with pytest.raises(ConfigError, match="adapter.layers=4, but the image model has 3 layers"):
+    with pytest.raises(ConfigError, match="adapter.layers=4, but the encoder model has 3 layers"):
         attached("full", {"layers": 4})
 
 

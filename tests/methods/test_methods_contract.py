@@ -15,7 +15,7 @@ from mitrain.models.batch import Outputs, TextBatch
 
 VARIANTS = [
     ("lora", {"where": "both", "rank": 2, "alpha": 6}),
-    ("lora", {"where": "image", "layers": "last 1", "targets": ["q", "o", "mlp"]}),
+    ("lora", {"where": "encoder", "layers": "last 1", "targets": ["q", "o", "mlp"]}),
     ("ia3", {"where": "both"}),
     ("visual-prefix", {"tokens": None, "lora_rank": 2}),
     ("full", {"layers": 1}),
@@ -37,7 +37,7 @@ def parts(reading: Outputs, words: TextBatch) -> dict[str, torch.Tensor]:
 def test_a_method_is_registered_by_the_name_of_its_settings(name):
     assert METHODS[name].traits.name == name == KINDS["adapter"][name].section_name
     adapter = made(name)
-    assert type(adapter.config) is KINDS["adapter"][name] and {*adapter.traits.backbones} <= {"text", "image"}
+    assert type(adapter.config) is KINDS["adapter"][name] and {*adapter.traits.backbones} <= {"text", "encoder"}
 
 
 def test_no_method_is_left_out():
@@ -136,4 +136,4 @@ def test_without_weights_a_method_has_the_same_tensors(name):
 def test_a_missing_backbone_is_named(name):
     adapter = made(name)
     with pytest.raises(ModelError, match=r"give it the text model"):
-        adapter.attach({"image": dino()} if "image" in adapter.traits.backbones else {})
+        adapter.attach({"encoder": dino()} if "encoder" in adapter.traits.backbones else {})

@@ -20,7 +20,7 @@ CHANGING = {
     "mope of the mean": {"length": 2, "experts": 2, "feature": "mean"},
     "aurora": {"rank": 4},
     "lora": {"where": "both", "rank": 2},
-    "ia3": {"where": "image"},
+    "ia3": {"where": "encoder"},
     "full": {"layers": 1},
 }
 """Settings of every method that changes an encoder, but for those that only a picture serves."""
@@ -35,7 +35,7 @@ on = pytest.mark.parametrize(
 def build(name: str, words: str):
     """The method with random parameters on a text model and Whisper's encoder in float64."""
     backbones = {"text": tiny("llama", torch.float64) if words == "llama" else tiny_encoder("bert", torch.float64)}
-    backbones["image"] = tiny_encoder("whisper", torch.float64, d_model=24, encoder_layers=3)
+    backbones["encoder"] = tiny_encoder("whisper", torch.float64, d_model=24, encoder_layers=3)
     adapter = made(name.split()[0], CHANGING[name])
     adapter.attach({each: backbones[each] for each in adapter.traits.backbones})
     scramble(adapter)
@@ -47,11 +47,11 @@ def batch(adapter, backbones, lacking=None) -> tuple[TextBatch, ModalityInputs]:
     tokens, first = text(padding="right"), adapter.attachment.first_layers
     with adapter.disabled():
         below = trunk_states(backbones["text"], first["text"], **tokens)
-        states = trunk_states(backbones["image"], first["image"], **sound(dtype=torch.float64))
+        states = trunk_states(backbones["encoder"], first["encoder"], **sound(dtype=torch.float64))
     counts = torch.tensor(LENGTHS)
     states = states * (torch.arange(FRAMES) < counts[:, :1])[..., None]
     present = {} if lacking is None else {"speech": ~torch.tensor([i in lacking for i in range(3)])}
-    inputs = ModalityInputs({"speech": torch.ones(3, 5)}, present, states, first["image"], "speech", counts=counts)
+    inputs = ModalityInputs({"speech": torch.ones(3, 5)}, present, states, first["encoder"], "speech", counts=counts)
     return TextBatch(tokens["input_ids"], tokens["attention_mask"], below, first["text"]), inputs
 
 
@@ -139,7 +139,7 @@ def test_a_method_that_is_switched_off_is_the_plain_encoder(name):
     with adapter.disabled():
         vector = adapter.encode(None, inputs).vectors["speech"][0]
     adapter.detach()
-    close(vector, backbones["image"](**sound(dtype=torch.float64)).last_hidden_state[0].mean(0))
+    close(vector, backbones["encoder"](**sound(dtype=torch.float64)).last_hidden_state[0].mean(0))
 
 
 def test_a_prefix_of_patches_is_refused_where_there_are_none():
@@ -147,4 +147,4 @@ def test_a_prefix_of_patches_is_refused_where_there_are_none():
     with pytest.raises(
         ConfigError, match="squares of a picture, which WhisperEncoder does not read: put an image encoder"
     ):
-        adapter.attach({"text": tiny("llama"), "image": tiny_encoder("whisper")})
+        adapter.attach({"text": tiny("llama"), "encoder": tiny_encoder("whisper")})

@@ -46,7 +46,7 @@ def test_the_shapes_of_a_reading(pair):
         reading = found.encode()
     joint = found.models[found.mope.config.main].config.hidden_size
     assert reading.text.shape == (4, 9, 32) and torch.equal(reading.mask, found.words.mask)
-    assert reading.vectors["image"].shape == (4, 32) and found.mope.attachment.image_width == 32
+    assert reading.vectors["image"].shape == (4, 32) and found.mope.attachment.encoder_width == 32
     assert reading.joint.shape == (4, joint) and found.mope.attachment.joint_width == joint
     assert found.mope.routing.shape == (len(found.mope.prompts), 4, 3)
     assert all(torch.isfinite(x).all() for x in (reading.text, reading.vectors["image"], reading.joint))
@@ -81,7 +81,7 @@ def test_one_modality_alone_does_without_what_depends_on_the_other(pair):
         not torch.allclose(x, y)
         for x, y in ((words.text, both.text), (picture.vectors["image"], both.vectors["image"]))
     )
-    assert (text_depends, image_depends) == (main == "text", main == "image")
+    assert (text_depends, image_depends) == (main == "text", main == "encoder")
     assert [p.shape[1] for p in prompts] == [2] * len(found.mope.prompts) + [5] * len(found.mope.prompts)
 
 
@@ -91,7 +91,7 @@ def test_a_hidden_picture_leaves_the_main_encoder_with_static_prompts(pair):
     main = found.mope.config.main
     with torch.no_grad():
         blind = found.encode(infused=False)
-        alone = found.mope.encode(found.words if main == "text" else None, found.picture if main == "image" else None)
+        alone = found.mope.encode(found.words if main == "text" else None, found.picture if main == "encoder" else None)
     assert found.mope.routing is None and found.mope.extra_loss() is None
     assert torch.equal(blind.text, alone.text) if main == "text" else torch.equal(blind.joint, alone.vectors["image"])
     if main == "text":
@@ -140,9 +140,9 @@ def vit_layer(layer, x, heads=4):
 def test_two_layers_by_hand():
     """ViT conditioned on BERT as it is: prompts, router, mapper and layers again, sample by sample."""
     found = attached(other_length=0, temperature=0.7)
-    mope, vit = found.mope, found.models["image"]
+    mope, vit = found.mope, found.models["encoder"]
     del vit.layers[2:], mope.prompts[2:]
-    mope._encoders["image"].depth = 2
+    mope._encoders["encoder"].depth = 2
     with torch.no_grad():
         joint = found.joint()
         for b in range(4):
@@ -168,7 +168,7 @@ def test_permuting_the_condition_changes_dynamic_and_mapped_prompts_only(pair):
     found = attached(**PAIRS[pair], temperature=2.0)  # at 0.1 both conditions may choose one expert alone
     order, prompts = torch.tensor([2, 3, 1, 0]), record(found.mope)
     with torch.no_grad():
-        if found.mope.config.main == "image":
+        if found.mope.config.main == "encoder":
             own, other = found.words, found.picture
             found.mope.encode(own, other)
             moved = TextBatch(own.ids[order], own.mask[order], own.states[order], own.depth)
@@ -237,7 +237,7 @@ def test_every_switch_runs_and_says_something_else(settings, tokens):
     found, usual = attached(**settings), attached()
     prompts = record(found.mope)
     assert found.mope.attachment.first_layers["text"] == (4 if found.mope.config.other_length == 0 else 0)
-    assert found.mope.attachment.first_layers["image"] == 0
+    assert found.mope.attachment.first_layers["encoder"] == 0
     joint = found.joint()
     assert [p.shape[1] for p in prompts] == [tokens] * 4
     assert not torch.allclose(joint, usual.joint())
@@ -254,10 +254,12 @@ def test_every_switch_runs_and_says_something_else(settings, tokens):
 def test_a_main_encoder_without_prompts_of_its_own_stays_frozen():
     found = attached(static=False, dynamic=False, mapped=False)
     assert (
-        found.mope.attachment.first_layers["image"] == 4 and len(found.mope.prompts) == 0 and found.mope.mapper is None
+        found.mope.attachment.first_layers["encoder"] == 4
+        and len(found.mope.prompts) == 0
+        and found.mope.mapper is None
     )
     with torch.no_grad():
-        expected = found.models["image"].layernorm(found.picture.states).mean(1)
+        expected = found.models["encoder"].layernorm(found.picture.states).mean(1)
         torch.testing.assert_close(found.joint(), expected, **EXACT)
 
 
@@ -349,7 +351,7 @@ def test_attach_detach_and_attach_again():
     mope.attach(models)
     assert torch.equal(found.joint(), joint)
     mope.detach()
-    shallow = {"text": model_of("bert", torch.float64), "image": model_of("vit", torch.float64, num_hidden_layers=2)}
+    shallow = {"text": model_of("bert", torch.float64), "encoder": model_of("vit", torch.float64, num_hidden_layers=2)}
     with pytest.raises(ModelError, match="other widths or depth"):
         mope.attach(shallow)
     fresh = MoPE(MoPEConfig(**SMALL))
@@ -360,7 +362,7 @@ def test_attach_detach_and_attach_again():
 
 
 def test_parameters_are_wider_than_a_half_precision_model():
-    models = {"text": model_of("bert", torch.bfloat16), "image": model_of("vit", torch.bfloat16)}
+    models = {"text": model_of("bert", torch.bfloat16), "encoder": model_of("vit", torch.bfloat16)}
     mope = MoPE(MoPEConfig(**SMALL))
     mope.attach(models)
     assert {p.dtype for p in mope.parameters()} == {torch.float32}
@@ -373,7 +375,7 @@ def test_parameters_are_wider_than_a_half_precision_model():
 
 def test_prompts_start_within_their_spread():
     mope = MoPE(MoPEConfig(**SMALL))
-    mope.attach({"text": model_of("bert", torch.float32), "image": model_of("vit", torch.float32)})
+    mope.attach({"text": model_of("bert", torch.float32), "encoder": model_of("vit", torch.float32)})
     image = math.sqrt(6 / (3 * 4 * 4 + 32))  # patches of 4 pixels, width 32
     for parameters, spread in (([p.experts for p in mope.prompts], image), (list(mope.others), 0.3)):
         largest = max(p.abs().max().item() for p in parameters)
@@ -383,7 +385,7 @@ def test_prompts_start_within_their_spread():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"feature": "last"}, "last token of a picture"),
+        ({"feature": "last"}, "last token means something of a causal text"),
         ({"image_name": "swin", "feature": "first"}, "no CLS token"),
         ({"text_name": "llama", "main": "text", "feature": "first"}, "no CLS token"),
         ({"image_name": "siglip_vision_model", "main": "text", "condition": "first"}, "no CLS token"),
@@ -402,7 +404,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
         found.mope.encode(None, pictures(torch.zeros(4, 5)))
     with pytest.raises(ModelError, match="of depth 4 and 32 wide, but mope starts at depth 0"):
         found.mope.encode(None, pictures(torch.zeros(4, 5), found.picture.states, 4))
-    with pytest.raises(ModelError, match="give it the image model"):
+    with pytest.raises(ModelError, match="give it the encoder model"):
         MoPE(MoPEConfig()).attach({"text": model_of("bert", torch.float32)})
 
 

@@ -10,6 +10,8 @@ from mitrain.core import config
 from mitrain.core.errors import ConfigError
 from mitrain.methods.mope.config import MoPEConfig, Shape
 from mitrain.methods.mope.mope import MoPE
+from mitrain.methods.peft import LoRAConfig
+from mitrain.methods.pmf.config import PMFConfig
 
 DIMS, DEPTHS, TEXT = (128, 256, 512, 1024), (2, 2, 18, 2), 768
 WHOLE = 12_032  # Σ depth · width of Swin-B
@@ -26,7 +28,7 @@ SWIN_B = Shape(
 def swin_and_bert():
     with torch.device("meta"):
         swin = SwinModel(SwinConfig(embed_dim=128, depths=DEPTHS, num_heads=(4, 8, 16, 32)))
-        return {"text": BertModel(BertConfig()), "image": swin}
+        return {"text": BertModel(BertConfig()), "encoder": swin}
 
 
 def trained(models, **settings):
@@ -111,7 +113,13 @@ def test_what_the_routers_differ_in():
     assert mope.router_widths == (2, 8)
     assert MoPEConfig(router_reads="tokens").router_widths == (10, 0)
     assert MoPEConfig(router_reads="condition").router_widths == (0, 10)
-    assert (mope.main, mope.other, MoPEConfig(main="text").other) == ("image", "text", "image")
+    assert (mope.main, mope.other, MoPEConfig(main="text").other) == ("encoder", "text", "encoder")
+
+
+def test_the_encoder_may_be_called_image_as_earlier_runs_do():
+    assert MoPEConfig(main="image") == MoPEConfig(main="encoder")
+    assert LoRAConfig(where="image") == LoRAConfig(where="encoder")
+    assert PMFConfig(direction="image-to-text") == PMFConfig(direction="encoder-to-text")
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_carried_prompts_go_through_the_merging():
     torch.testing.assert_close(merged[:, :1], merging(flat, (2, 2)), **EXACT)  # a 2 x 2 picture of one prompt
     found = attached("bert", "swin")
     inside = {}
-    for s, stage in enumerate(found.models["image"].encoder.layers):
+    for s, stage in enumerate(found.models["encoder"].encoder.layers):
         stage.blocks[0].layernorm_before.register_forward_hook(
             lambda m, args, out, s=s: inside.setdefault(s, []).append(args[0])
         )
@@ -153,8 +153,8 @@ def test_the_feature_is_the_mean_of_prompts_and_patches():
     found = attached("bert", "swin")
     patches = attached("bert", "swin", feature="mean")
     kept = []
-    encoder = found.mope._encoders["image"]
-    found.models["image"].layernorm.register_forward_hook(lambda m, args, out: kept.append(out))
+    encoder = found.mope._encoders["encoder"]
+    found.models["encoder"].layernorm.register_forward_hook(lambda m, args, out: kept.append(out))
     with torch.no_grad():
         joint = found.joint()
         assert kept[0].shape == (4, 16 + 5, 32) and encoder.depth == 3
@@ -164,10 +164,10 @@ def test_the_feature_is_the_mean_of_prompts_and_patches():
 
 def test_swin_as_the_other_encoder_and_left_alone():
     found = attached("bert", "swin", main="text", other_length=0)
-    assert found.mope.attachment.first_layers["image"] == 3 and found.picture.states.shape == (4, 16, 32)
+    assert found.mope.attachment.first_layers["encoder"] == 3 and found.picture.states.shape == (4, 16, 32)
     with torch.no_grad():
         reading = found.encode()
-        expected = found.models["image"].layernorm(found.picture.states).mean(1)
+        expected = found.models["encoder"].layernorm(found.picture.states).mean(1)
     torch.testing.assert_close(reading.vectors["image"], expected, **EXACT)
     assert len(attached("bert", "swin", main="text").mope.others) == 6  # deep prompts in every block
 

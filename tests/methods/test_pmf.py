@@ -28,9 +28,9 @@ def close(a, b, tolerance=EXACT):
 
 def frozen(case):
     """What the two models say by themselves: text states (B, T, D_t) and the image's vector (B, D_v)."""
-    told, shown = case.backbones["text"].base_model, case.backbones["image"]
+    told, shown = case.backbones["text"].base_model, case.backbones["encoder"]
     options = {"use_cache": False} if told.config.model_type == "llama" else {}
-    seen = shown(**case.inputs["image"]).last_hidden_state
+    seen = shown(**case.inputs["encoder"]).last_hidden_state
     image = seen.mean(1) if shown.config.model_type == "whisper" else seen[:, 0]
     return told(**case.inputs["text"], **options).last_hidden_state, image
 
@@ -62,7 +62,7 @@ def test_together_each_modality_depends_on_the_other(name):
     text, image = frozen(case)
     fused = case.encode()
     assert fused.text.shape == (*case.words.ids.shape, WIDTH) and fused.vectors["image"].shape == (3, IMAGE_WIDTH)
-    assert case.adapter.attachment.image_width == IMAGE_WIDTH and torch.equal(fused.mask, case.words.mask)
+    assert case.adapter.attachment.encoder_width == IMAGE_WIDTH and torch.equal(fused.mask, case.words.mask)
     assert (fused.vectors["image"] - image).abs().max() > 1e-3
     assert (fused.text - text)[:, 0].abs().min(1).values.max() > 1e-6  # the very first token, also under a causal mask
     turned = case.adapter.encode(case.words, case.picture.rows(torch.tensor([1, 2, 0])))
@@ -124,7 +124,7 @@ def test_nothing_is_kept_for_backward_below_the_first_fusion_layer(name):
         own = [*weights, *case.adapter.parameters(), case.words.states, case.picture.states]
         with passes(backbones) as ran:
             kept.append(saved_bytes(lambda c=case: total(c.encode()), own))
-        depths = {"text": DEPTH, "image": IMAGE_DEPTH}
+        depths = {"text": DEPTH, "encoder": IMAGE_DEPTH}
         expected = [(place, depths[place] - used + i) for place in depths for i in range(used)]
         assert sorted(ran) == sorted(expected * 2)
         whole = saved_bytes(lambda c=case: total(c.encode(states=None)), own)  # the trunk runs, too
@@ -153,8 +153,8 @@ SWITCHES = {
     "query_context=0": ({"query_context": 0}, ".context"),
     "fusion_context=0": ({"fusion_context": 0}, ".fusion"),
     "map=linear": ({"map": "linear"}, ".map.2"),
-    "direction=text-to-image": ({"direction": "text-to-image"}, "image_to_text"),
-    "direction=image-to-text": ({"direction": "image-to-text"}, "text_to_image"),
+    "direction=text-to-encoder": ({"direction": "text-to-encoder"}, "image_to_text"),
+    "direction=encoder-to-text": ({"direction": "encoder-to-text"}, "text_to_image"),
 }
 
 
@@ -174,10 +174,10 @@ def test_each_switch_leaves_its_parameters_out_and_changes_the_reading(switch):
     case.adapter.load_state_dict({**own, **{name: kept[name] for name in same}})
     changed, (text, image) = case.encode(), frozen(case)
     shown, towards = case.words.mask.bool(), settings.get("direction", "")
-    assert ((changed.text - text)[shown].abs().max() < EXACT) == (towards == "text-to-image")
-    assert ((changed.vectors["image"] - image).abs().max() < EXACT) == (towards == "image-to-text")
-    assert (changed.text - reading.text)[shown].abs().max() > 1e-3 or towards == "image-to-text"
-    assert (changed.vectors["image"] - reading.vectors["image"]).abs().max() > 1e-3 or towards == "text-to-image"
+    assert ((changed.text - text)[shown].abs().max() < EXACT) == (towards == "text-to-encoder")
+    assert ((changed.vectors["image"] - image).abs().max() < EXACT) == (towards == "encoder-to-text")
+    assert (changed.text - reading.text)[shown].abs().max() > 1e-3 or towards == "encoder-to-text"
+    assert (changed.vectors["image"] - reading.vectors["image"]).abs().max() > 1e-3 or towards == "text-to-encoder"
     case.adapter.detach()
 
 
@@ -193,7 +193,7 @@ def test_without_query_prompts_nothing_is_asked_of_the_other_encoder():
 
 
 def test_one_direction_alone_still_trains_all_it_has():
-    for direction, part in (("text-to-image", "image"), ("image-to-text", "text")):
+    for direction, part in (("text-to-encoder", "image"), ("encoder-to-text", "text")):
         case = pair("bert+vit", direction=direction)
         part_of(case.encode(), part).square().mean().backward()
         assert all(p.grad.abs().max() > 0 for p in case.adapter.parameters())
@@ -216,7 +216,7 @@ def test_detaching_leaves_no_trace_and_attaching_again_keeps_the_parameters():
     assert torch.equal(case.encode().text, reading.text)
     case.adapter.detach()
     with pytest.raises(ModelError, match="made for models of other widths"):
-        case.adapter.attach({**backbones, "image": models("bert+vit")["text"]})
+        case.adapter.attach({**backbones, "encoder": models("bert+vit")["text"]})
     assert all(p.requires_grad for b in backbones.values() for p in b.parameters())
 
 
@@ -239,9 +239,9 @@ def test_parameters_are_made_beside_the_backbones_in_float32_or_wider():
 
 def test_what_does_not_fit_is_refused_in_one_line():
     backbones = models("bert+vit")
-    with pytest.raises(ConfigError, match=f"fusion_layers={DEPTH}, but the image model has {IMAGE_DEPTH} layers"):
+    with pytest.raises(ConfigError, match=f"fusion_layers={DEPTH}, but the encoder model has {IMAGE_DEPTH} layers"):
         PMF(PMFConfig(fusion_layers=DEPTH)).attach(backbones)
-    with pytest.raises(ModelError, match="give it the image model"):
+    with pytest.raises(ModelError, match="give it the encoder model"):
         PMF(PMFConfig()).attach({"text": backbones["text"]})
     assert not hasattr(backbones["text"], "pmf") and all(p.requires_grad for p in backbones["text"].parameters())
     with pytest.raises(ConfigError, match="map_width"):

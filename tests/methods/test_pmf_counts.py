@@ -16,7 +16,7 @@ def backbones(**sizes: int) -> dict[str, PreTrainedModel]:
     """bert-*-uncased and vit-*-patch16-224."""
     return {
         "text": loading.empty_model(AutoModel, BertConfig(**sizes)),
-        "image": loading.empty_model(AutoModel, ViTConfig(**sizes)),
+        "encoder": loading.empty_model(AutoModel, ViTConfig(**sizes)),
     }
 
 
@@ -69,14 +69,17 @@ SETTINGS = [
     {"query_prompts": 16, "query_context": 2, "fusion_context": 5, "map_width": 100},
     {"map": "linear"},
     {"query_prompts": 0, "fusion_context": 3},
-    {"direction": "text-to-image", "fusion_context": 3},
-    {"direction": "image-to-text", "map": "linear", "query_context": 1},
+    {"direction": "text-to-encoder", "fusion_context": 3},
+    {"direction": "encoder-to-text", "map": "linear", "query_context": 1},
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_arithmetic_counts_what_is_made(base, settings):
     """Also where the widths differ: BERT-base beside a ViT of width 384."""
-    config, small = PMFConfig(**settings), {**base, "image": loading.empty_model(AutoModel, ViTConfig(hidden_size=384))}
+    config, small = (
+        PMFConfig(**settings),
+        {**base, "encoder": loading.empty_model(AutoModel, ViTConfig(hidden_size=384))},
+    )
     assert trained(base, config) == pmf_parameters(config, 768, 768)
     assert trained(small, config) == pmf_parameters(config, 768, 384)

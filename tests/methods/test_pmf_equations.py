@@ -53,7 +53,7 @@ def mapped(y: Tensor, own: dict[str, Tensor], link: str) -> Tensor:
 def test_two_fusion_layers_are_the_equations():
     case = pair("bert+vit", fusion_layers=2, **UNEVEN)
     own, batch = case.adapter.state_dict(), len(case.words.ids)
-    text_layers, image_layers = case.backbones["text"].encoder.layer, case.backbones["image"].layers
+    text_layers, image_layers = case.backbones["text"].encoder.layer, case.backbones["encoder"].layers
     x_t, x_v = case.words.states, case.picture.states
     ones = torch.ones(batch, 64, dtype=torch.bool)
     count_t, count_v, queries = x_t.shape[1], x_v.shape[1], UNEVEN["query_prompts"]
@@ -82,7 +82,7 @@ def test_two_fusion_layers_are_the_equations():
     reading = case.encode()
     visible = case.words.mask.bool()
     torch.testing.assert_close(reading.text[visible], x_t[visible], rtol=0, atol=EXACT)
-    vector = norm(x_v, case.backbones["image"].layernorm)[:, 0]
+    vector = norm(x_v, case.backbones["encoder"].layernorm)[:, 0]
     torch.testing.assert_close(reading.vectors["image"], vector, rtol=0, atol=EXACT)
 
 
@@ -94,7 +94,7 @@ def test_a_causal_text_model_has_its_prompts_in_front_and_its_queries_behind():
     own, told = {n.removeprefix("fusion.0."): p for n, p in case.adapter.state_dict().items()}, backbones["text"].model
     reading, alone = case.encode(), case.adapter.encode(None, case.picture)
     assert (reading.vectors["image"] - alone.vectors["image"]).abs().max() > 1e-3
-    shown = backbones["image"].encoder.layer[-1]
+    shown = backbones["encoder"].encoder.layer[-1]
 
     def dino(*rows):
         return shown(torch.cat(rows)[None])[0]
@@ -106,7 +106,7 @@ def test_a_causal_text_model_has_its_prompts_in_front_and_its_queries_behind():
         answer = told(inputs_embeds=asked[None], use_cache=False).last_hidden_state[0, -3:]
         told.norm = kept
         fused_v = dino(x_v, own["text_to_image.fusion"], mapped(answer, own, "text_to_image"))
-        vector = norm(fused_v, backbones["image"].layernorm)[0]
+        vector = norm(fused_v, backbones["encoder"].layernorm)[0]
         torch.testing.assert_close(reading.vectors["image"][row], vector, rtol=0, atol=EXACT)
         answer = mapped(dino(x_v, own["image_to_text.context"], own["image_to_text.query"])[-3:], own, "image_to_text")
         fused = torch.cat([own["image_to_text.fusion"], answer, x_t])

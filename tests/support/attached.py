@@ -38,7 +38,7 @@ def made(name: str, values: dict[str, Any] | None = None) -> Adapter:
 
 
 def needed(adapter: Adapter, model: PreTrainedModel, image: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    return {"text": model, "image": image} if "image" in adapter.traits.backbones else {"text": model}
+    return {"text": model, "encoder": image} if "encoder" in adapter.traits.backbones else {"text": model}
 
 
 def attached(
@@ -67,8 +67,8 @@ def inputs(
     with adapter.disabled():
         below = trunk_states(model, depth, **words) if depth or adapter.traits.runs_layers else None
         states, entering = None, 0
-        if "image" in adapter.traits.backbones:
-            entering = adapter.attachment.first_layers["image"]
+        if "encoder" in adapter.traits.backbones:
+            entering = adapter.attachment.first_layers["encoder"]
             states = trunk_states(image, entering, pixel_values=pixels()[rows])
     feature = torch.randn(3, FEATURE, generator=torch.Generator().manual_seed(6)).double()[rows]
     return TextBatch(words["input_ids"], words["attention_mask"], below, depth), pictures(feature, states, entering)

@@ -134,7 +134,7 @@ def aurora_parameters(config: AuroraConfig, shape: AuroraShape) -> int:
 
 def pmf_parameters(config: PMFConfig, text: int, image: int) -> int:
     """Trainable parameters, without the head: arithmetic alone. ``text``, ``image``: the encoders' widths."""
-    widths = {"text": text, "image": image}
+    widths = {"text": text, "encoder": image}
     inner, total = config.inner_width(widths), 0
     for source, target in (tuple(widths[side] for side in LINKS[link]) for link in config.links):
         total += config.fusion_context * target

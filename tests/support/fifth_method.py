@@ -43,7 +43,7 @@ class Ask(nn.Module):
 class Gated(Adapter):
     """After Flamingo (arXiv 2204.14198): before a few text layers, the picture's tokens through a gate, shut at first."""
 
-    traits = Traits("gated", backbones=("text", "image"), text_depends_on_input=True)
+    traits = Traits("gated", backbones=("text", "encoder"), text_depends_on_input=True)
 
     def __init__(self, config: GatedConfig):
         super().__init__()
@@ -56,14 +56,14 @@ class Gated(Adapter):
         return ["not of MiT"]
 
     def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
-        text, self._image = (Layers.of(backbones[name]) for name in self.traits.backbones)
+        text, self._encoder = (Layers.of(backbones[name]) for name in self.traits.backbones)
         indices = select_layers(self.config.layers, text.depth)
         if not len(self.layers):
             factory = {"device": text.model.device, "dtype": torch.promote_types(text.model.dtype, torch.float32)}
-            self.layers.extend(Ask(text.width, self._image.width, self.config.width, **factory) for _ in indices)
+            self.layers.extend(Ask(text.width, self._encoder.width, self.config.width, **factory) for _ in indices)
         for index, block in zip(indices, self.layers, strict=True):
             self._undo.callback(text.modules[index].register_forward_pre_hook(self._before(block)).remove)
-        return Attachment({"text": indices[0], "image": self._image.depth})
+        return Attachment({"text": indices[0], "encoder": self._encoder.depth})
 
     def _before(self, block: Ask):
         return lambda _, args: args if self._picture is None else (block(args[0], self._picture), *args[1:])
@@ -74,7 +74,7 @@ class Gated(Adapter):
         try:
             if inputs is not None and inputs.infused:
                 with torch.no_grad():
-                    self._picture, _ = self._image.encode_tokens(inputs)
+                    self._picture, _ = self._encoder.encode_tokens(inputs)
             text = frozen.last_hidden(self._backbones["text"], texts)
         finally:
             self._picture = None

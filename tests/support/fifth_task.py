@@ -79,8 +79,8 @@ class RateTask(Task):
         rate = prediction.values["rate"]
         return Answer({**question.files, "rate": rate}, [f"rate: {rate:.3f}"])
 
-    def panel(self, sample: Any, prediction: Prediction, picture: Image.Image) -> Panel:
-        return Panel(picture, [f"{prediction.values['rate']:.2f}", f"truth: {sample.answer}"])
+    def panel(self, sample: Any, prediction: Prediction, shown: Image.Image) -> Panel:
+        return Panel(shown, [f"{prediction.values['rate']:.2f}", f"truth: {sample.answer}"])
 
     @staticmethod
     def describe(samples: Sequence[Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from mitrain.data.features import Features
-from mitrain.data.images import BadSamples
 from mitrain.data.media import Limits
+from mitrain.data.samples import BadSamples
 from mitrain.models import ImageEncoder
 from mitrain.models.batch import ModalityInputs, Outputs
 

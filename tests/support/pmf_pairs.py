@@ -43,7 +43,7 @@ class Pair:
 def models(name: str, dtype: torch.dtype = torch.float64, **text_changes) -> dict[str, PreTrainedModel]:
     told, shown = PAIRS[name]
     words = tiny(told, dtype, **text_changes) if told == "llama" else tiny_encoder(told, dtype, **text_changes)
-    return {"text": words, "image": tiny_encoder(shown, dtype, **(NARROW_SOUND if shown == "whisper" else NARROW))}
+    return {"text": words, "encoder": tiny_encoder(shown, dtype, **(NARROW_SOUND if shown == "whisper" else NARROW))}
 
 
 def pair(
@@ -55,11 +55,11 @@ def pair(
     adapter = PMF(PMFConfig(**settings))
     adapter.attach(backbones, checkpoint=checkpoint)
     scramble(adapter)
-    dtype = backbones["image"].dtype
-    inputs = {"text": text(padding="right"), "image": (sound if "whisper" in name else pixels)(dtype=dtype)}
+    dtype = backbones["encoder"].dtype
+    inputs = {"text": text(padding="right"), "encoder": (sound if "whisper" in name else pixels)(dtype=dtype)}
     first = {place: adapter.attachment.first_layers[place] for place in backbones}
     states = {place: trunk_states(backbones[place], first[place], **inputs[place]) for place in backbones}
     ids, mask = inputs["text"].values()
     words = TextBatch(ids, mask, states["text"], first["text"])
-    picture = pictures(torch.zeros(len(ids), 1), states["image"], first["image"])
+    picture = pictures(torch.zeros(len(ids), 1), states["encoder"], first["encoder"])
     return Pair(adapter, backbones, inputs, words, picture)

@@ -17,7 +17,7 @@ STUDY = {
 }
 
 NUMBERS = {
-    "metric": "accuracy", "value": 0.5, "metrics": {"accuracy": 0.5}, "controls": {"no-image": 0.2},
+    "metric": "accuracy", "value": 0.5, "metrics": {"accuracy": 0.5}, "controls": {"other-inputs": 0.2},
     "trainable_parameters": 10, "frozen_parameters": 990, "share": 0.01, "peak_bytes": 4000, "saved_bytes": 100,
     "step_ms": 1.0, "flops_per_sample": 1e6, "adapter_bytes": 40,
 }  # fmt: skip

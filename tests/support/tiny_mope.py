@@ -61,8 +61,8 @@ def states_of(mope: MoPE, models: dict[str, PreTrainedModel], batch: dict[str, T
     """What a pass is given: words and a picture with the states that enter the first changed layers."""
     depth = {name: mope.attachment.first_layers[name] for name in models}
     words = TextBatch(batch["input_ids"], batch["attention_mask"], trunk_states(models["text"], depth["text"], **batch))
-    states = trunk_states(models["image"], depth["image"], pixel_values=image)
-    picture = pictures(torch.zeros(len(image), 5), states, depth["image"])
+    states = trunk_states(models["encoder"], depth["encoder"], pixel_values=image)
+    picture = pictures(torch.zeros(len(image), 5), states, depth["encoder"])
     return replace(words, depth=depth["text"]), picture
 
 
@@ -71,7 +71,7 @@ def attached(
 ) -> Pair:
     """In float64 and eval mode, with all parameters moved from their start."""
     torch.manual_seed(0)
-    models = {"text": model_of(text_name, torch.float64), "image": model_of(image_name, torch.float64)}
+    models = {"text": model_of(text_name, torch.float64), "encoder": model_of(image_name, torch.float64)}
     mope = MoPE(MoPEConfig(**{**SMALL, **settings}))
     mope.attach(models, checkpoint=checkpoint)
     mope.eval()

@@ -50,10 +50,10 @@ def pair(kind: str = "bert", dtype: torch.dtype = torch.float64) -> dict[str, Pr
     """``bert`` with DINOv2 of its width, ``llama`` with a narrower one, or the two halves of a ``blip``."""
     if kind == "blip":
         model = blip(dtype)
-        return {"text": model.text_encoder, "image": model.vision_model}
+        return {"text": model.text_encoder, "encoder": model.vision_model}
     if kind == "llama":
-        return {"text": tiny("llama", dtype), "image": dinov2(dtype)}
-    return {"text": bert(dtype), "image": dinov2(dtype)}
+        return {"text": tiny("llama", dtype), "encoder": dinov2(dtype)}
+    return {"text": bert(dtype), "encoder": dinov2(dtype)}
 
 
 def pixels(rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -64,9 +64,9 @@ def batch(
     backbones: dict[str, PreTrainedModel], rows: int = 3, padding: str | None = "right"
 ) -> tuple[TextBatch, ModalityInputs]:
     """Texts of 9 tokens, two of them shorter, and pictures by what enters the image encoder's layers."""
-    dtype = backbones["image"].dtype
+    dtype = backbones["encoder"].dtype
     given = text(rows, 9, padding)
-    states = trunk_states(backbones["image"], 0, pixel_values=pixels(rows, dtype))
+    states = trunk_states(backbones["encoder"], 0, pixel_values=pixels(rows, dtype))
     return TextBatch(given["input_ids"], given["attention_mask"]), pictures(torch.zeros(rows, 2, dtype=dtype), states)
 
 

@@ -149,7 +149,7 @@ def test_it_takes_what_goes_through_the_language_head(folder):
     silent = SimpleNamespace(speaks=False, model=torch.nn.Linear(1, 1))
     with pytest.raises(ConfigError, match="^model.llm is a Linear, which has no language head to answer with: take "):
         AnswerTask.build(AnswerConfig(), SimpleNamespace(parts=replace(parts, text=silent), data=data))
-    others = [{"runs_layers": True}, {"wraps_text_model": True}, {"backbones": ("text", "image")}]
+    others = [{"runs_layers": True}, {"wraps_text_model": True}, {"backbones": ("text", "encoder")}]
     for traits in others:
         adapter = SimpleNamespace(traits=Traits("other", **traits))
         with pytest.raises(ConfigError, match="^the method 'other' does not work through the language head: take "):

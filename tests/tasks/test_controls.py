@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mitrain.core.errors import DataError
-from mitrain.tasks.controls import label_codes, names_any, objects_by_scene, other_expressions, other_images
+from mitrain.tasks.controls import label_codes, names_any, objects_by_scene, other_expressions, other_files
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -27,9 +27,9 @@ def test_every_sample_gets_another_image_whenever_that_is_possible(samples, seed
     images, objects = samples
     if 2 * max(Counter(images).values()) > len(images):
         with pytest.raises(DataError, match="more than half"):
-            other_images(images, objects, seed=seed)
+            other_files(images, objects, seed=seed)
         return
-    pairing = other_images(images, objects, seed=seed)
+    pairing = other_files(images, objects, seed=seed)
     assert sorted(pairing.index) == list(range(len(images)))
     assert all(images[i] != images[j] for i, j in enumerate(pairing.index))
     unavoidable = max(0, 2 * max(Counter(objects).values()) - len(objects))
@@ -43,7 +43,7 @@ def test_wishes_for_answers_never_cost_an_object(samples, seed, data):
     images, objects = samples
     assume(2 * max(Counter(images).values()) <= len(images))
     answers = data.draw(st.lists(st.integers(0, 1), min_size=len(images), max_size=len(images)))
-    pairing = other_images(images, objects, answers, seed=seed)
+    pairing = other_files(images, objects, answers, seed=seed)
     assert all(images[i] != images[j] for i, j in enumerate(pairing.index))
     assert pairing.clashes["object"] == max(0, 2 * max(Counter(objects).values()) - len(objects))
 
@@ -60,9 +60,9 @@ def test_no_permutation_is_better(samples, seed):
     best = min((clashes(order, images), clashes(order, objects)) for order in itertools.permutations(range(count)))
     if best[0]:
         with pytest.raises(DataError):
-            other_images(images, objects, seed=seed)
+            other_files(images, objects, seed=seed)
     else:
-        assert other_images(images, objects, seed=seed).clashes["object"] == best[1]
+        assert other_files(images, objects, seed=seed).clashes["object"] == best[1]
 
 
 def questions(count: int) -> tuple[list[str], list[str], list[str]]:
@@ -75,7 +75,7 @@ def questions(count: int) -> tuple[list[str], list[str], list[str]]:
 
 def test_answers_differ_too_when_asked_for():
     images, objects, answers = questions(20)
-    pairing = other_images(images, objects, answers, seed=3)
+    pairing = other_files(images, objects, answers, seed=3)
     assert pairing.clashes == {"object": 0, "answer": 0}
     for i, j in enumerate(pairing.index):
         assert images[i] != images[j] and objects[i] != objects[j] and answers[i] != answers[j]
@@ -83,21 +83,21 @@ def test_answers_differ_too_when_asked_for():
 
 def test_a_common_answer_is_counted_where_it_cannot_be_avoided():
     images, objects = list("abcd"), list("abcd")
-    pairing = other_images(images, objects, ["yes", "yes", "yes", "no"])
+    pairing = other_files(images, objects, ["yes", "yes", "yes", "no"])
     assert pairing.clashes == {"object": 0, "answer": 2}
 
 
 def test_the_seed_alone_decides():
     images, objects, answers = questions(15)
-    first = other_images(images, objects, answers, seed=1)
-    assert other_images(images, objects, answers, seed=1) == first
-    assert other_images(images, objects, answers, seed=2) != first
+    first = other_files(images, objects, answers, seed=1)
+    assert other_files(images, objects, answers, seed=1) == first
+    assert other_files(images, objects, answers, seed=2) != first
 
 
 def test_donors_are_spread():
     """No systematic neighbour: over seeds, a sample's donors cover most of the others."""
     images = list(range(12))
-    donors = {other_images(images, images, seed=seed).index[0] for seed in range(100)}
+    donors = {other_files(images, images, seed=seed).index[0] for seed in range(100)}
     assert donors == set(range(1, 12))
 
 
@@ -170,7 +170,7 @@ def test_a_single_scene_is_refused():
 def test_an_earlier_wish_is_worth_more_than_all_later_ones():
     images, objects, answers = [1, 2, 3, 1], [1, 1, 2, 0], [1, 0, 1, 0]
     for seed in range(6):
-        pairing = other_images(images, objects, answers, seed=seed)
+        pairing = other_files(images, objects, answers, seed=seed)
         assert all(images[i] != images[j] for i, j in enumerate(pairing.index))
         assert pairing.clashes == {"object": 0, "answer": 4}
 
@@ -181,6 +181,6 @@ def test_codes_are_integers_also_of_nothing():
 
 def test_by_itself_it_is_images_that_are_exchanged_from_seed_0():
     images = list(range(12))
-    assert other_images(images, images) == other_images(images, images, seed=0) != other_images(images, images, seed=1)
-    with pytest.raises(DataError, match=r"^the other-image control is impossible: one image makes up more than half"):
-        other_images([1, 1, 2], [1, 1, 1])
+    assert other_files(images, images) == other_files(images, images, seed=0) != other_files(images, images, seed=1)
+    with pytest.raises(DataError, match=r"^the other-file control is impossible: one file makes up more than half"):
+        other_files([1, 1, 2], [1, 1, 1])

@@ -63,7 +63,7 @@ class Echo:
         return {"own image": sum(own), "samples": len(samples)}
 
 
-@pytest.mark.parametrize(("control", "own"), [("none", 12), ("frozen", 12), ("no-image", 0), ("shuffle", 0)])
+@pytest.mark.parametrize(("control", "own"), [("none", 12), ("frozen", 12), ("other-inputs", 0), ("shuffle", 0)])
 def test_controls_replace_the_image(control, own):
     model = Echo("samples")
     found = evaluate(model, None, answers(), control=control, batch=5)
@@ -143,7 +143,7 @@ def test_ranks_take_the_batches_in_turn_and_keep_those_of_their_own(monkeypatch,
 
 
 def test_shuffling_does_not_look_at_objects_and_counts_what_stays_within_one():
-    """Two pictures an object: over seeds a blind permutation gives some sample its object's other picture, no-image none."""
+    """Two pictures an object: over seeds a blind permutation gives some its object's other picture; other-inputs never."""
     own = {s.inputs["image"]: s.object for s in answers()}
     stayed = []
     for seed in range(10):
@@ -154,7 +154,7 @@ def test_shuffling_does_not_look_at_objects_and_counts_what_stays_within_one():
 
 
 def test_the_other_image_is_of_another_object():
-    samples, paths, extra = images_of(answers(), "samples", "no-image", 0)
+    samples, paths, extra = images_of(answers(), "samples", "other-inputs", 0)
     objects = {s.inputs["image"]: s.object for s in answers()}
     assert all(objects[path] != s.object for s, path in zip(samples, paths, strict=True))
     assert extra["control_clashes"]["object"] == 0
@@ -185,8 +185,8 @@ def test_only_texts_beside_pictures_are_exchanged(samples, shuffles):
     with pytest.raises(ConfigError) as error:
         images_of(samples, shuffles, "other-text", 0)
     assert str(error.value) == (
-        "the control other-text exchanges the texts that `classify` and `regress` read beside pictures; this task has"
-        " none: use shuffle or no-image"
+        "the control other-text exchanges the texts that `classify` and `regress` read beside other inputs; this task"
+        " has none: use shuffle or other-inputs"
     )
 
 
@@ -195,7 +195,7 @@ def test_the_command_line_offers_every_control(control):
     assert parser().parse_args(["eval", "run", "--control", control]).control == control
 
 
-@pytest.mark.parametrize("control", ["shuffle", "no-image"])
+@pytest.mark.parametrize("control", ["shuffle", "other-inputs"])
 def test_all_samples_of_an_image_are_given_the_same_other_one_and_clashes_count_images(control):
     """Eight pictures of two samples each, two pictures an object."""
     samples = [AnswerSample(f"{i}", {"image": f"{i // 2}.png"}, "p", "a", (), "k", f"o{i // 4}") for i in range(16)]
@@ -212,14 +212,14 @@ def test_all_samples_of_an_image_are_given_the_same_other_one_and_clashes_count_
 
 def test_samples_without_an_object_are_objects_of_their_own():
     samples = [replace(s, object="") for s in answers()]
-    _, paths, extra = images_of(samples, "samples", "no-image", 0)
+    _, paths, extra = images_of(samples, "samples", "other-inputs", 0)
     assert extra == {"control_clashes": {"object": 0}} and sorted(paths) == sorted(s.inputs["image"] for s in samples)
 
 
 @pytest.mark.parametrize(
     ("samples", "shuffles", "control"),
     [
-        (answers(), "samples", "no-image"),
+        (answers(), "samples", "other-inputs"),
         (answers(), "files", "shuffle"),
         (expressions(), "expressions", "shuffle"),
         (labelled(), "samples", "other-text"),

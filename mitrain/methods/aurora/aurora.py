@@ -1,6 +1,6 @@
 """Aurora, mode approximation for parameter-efficient tuning of two encoders and their fusion (arXiv 2305.08381).
 
-Low-rank updates of frozen projections, with factors that are shared by image encoder, text model and cross-attention.
+Low-rank updates of frozen projections, with factors that are shared by text model, the other encoder and cross-attention.
 Where the paper and the authors' release differ, both are settings; see config.py and docs/methods/aurora.md.
 """
 
@@ -31,7 +31,7 @@ from mitrain.models.layers import Layers
 
 
 class Aurora(Adapter):
-    """Aurora's updates of the backbones ``text`` and ``image``, and the fusion of the two.
+    """Aurora's updates of the backbones ``text`` and ``encoder``, and the fusion of the two.
 
     The parameters are made by the first ``attach``, in float32 or the text model's type if wider. Names in the state
     dict: ``modes.<down|up|core>.<set>``, ``modes.vectors.<part>``, ``fusion.<gqt|scale>`` and the fixed ``fusion.turn``.
@@ -39,7 +39,7 @@ class Aurora(Adapter):
     the equations.
     """
 
-    traits = Traits("aurora", backbones=("text", "image"))
+    traits = Traits("aurora", backbones=("text", "encoder"))
 
     def __init__(self, config: AuroraConfig):
         super().__init__()
@@ -57,11 +57,11 @@ class Aurora(Adapter):
 
     def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
         encoders = {name: Layers.of(backbones[name]) for name in self.traits.backbones}
-        text, image = backbones["text"], encoders["image"]
+        text, other = backbones["text"], encoders["encoder"]
         own = has_cross_attention(text)
         layers = self._fusion_layers(own, encoders["text"].depth)
         first = first_token(self.config.joint_token, text.config, own and layers > 0)
-        widths = (encoders["text"].width, image.width)
+        widths = (encoders["text"].width, other.width)
         points = self._find(backbones, own, layers)
         hidden = {"vision": widths[1], "text": widths[0], "fusion": widths[0]}
         factors = widths_of(points, self.config, hidden)
@@ -74,7 +74,7 @@ class Aurora(Adapter):
         if self.fusion is not None:
             self.fusion.place(encoders["text"], self._across, self._undo.callback)
         joint = 0 if self.fusion is None else self.fusion.width
-        return Attachment(dict.fromkeys(self.traits.backbones, 0), image.width, joint)
+        return Attachment(dict.fromkeys(self.traits.backbones, 0), other.width, joint)
 
     def _fusion_layers(self, own: bool, depth: int) -> int:
         asked = self.config.fusion_layers
@@ -89,7 +89,7 @@ class Aurora(Adapter):
 
     def _find(self, backbones: Mapping[str, PreTrainedModel], own: bool, layers: int) -> list[Point]:
         config, text = self.config, backbones["text"]
-        points = find_points(backbones["image"], "vision", config.vision) + find_points(text, "text", config.text)
+        points = find_points(backbones["encoder"], "vision", config.vision) + find_points(text, "text", config.text)
         if own and layers:
             return points + find_points(text, "fusion", config.fusion)
         inside = find_points(text, "text", config.fusion) if layers else []
@@ -154,23 +154,23 @@ class Aurora(Adapter):
     # The forward pass
 
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
-        """See `Adapter.encode`. A text or picture that stands in several rows, as in the pairs of a matching loss, goes
+        """See `Adapter.encode`. A text or file that stands in several rows, as in the pairs of a matching loss, goes
         through its encoder once."""
-        text = mask = image = joint = None
+        text = mask = vector = joint = None
         if inputs is not None:
-            seen, image = self._see(inputs)
+            seen, vector = self._see(inputs)
         if texts is not None:
             mask, kinds = texts.mask, distinct(texts.ids.masked_fill(texts.mask == 0, -1))
             entering, text = self._write(texts, *kinds)
         if texts is not None and inputs is not None and self.fusion is not None:
             joint = self._joint(mask, entering, text, seen, inputs, kinds[0])
-        return Outputs(text, mask, {} if inputs is None else inputs.with_vector(image), joint)
+        return Outputs(text, mask, {} if inputs is None else inputs.with_vector(vector), joint)
 
     def _see(self, inputs: ModalityInputs) -> tuple[Tensor, Tensor]:
-        """The picture's final tokens (B, N, c) and its vector (B, c)."""
-        layers, hidden = self._encoders["image"], inputs.states
+        """The other encoder's final tokens (B, N, c) and its vector (B, c)."""
+        layers, hidden = self._encoders["encoder"], inputs.states
         if hidden is None or inputs.depth:
-            raise ModelError("aurora changes every layer of the image encoder: give the states that enter its layer 0")
+            raise ModelError("aurora changes every layer of the other encoder: give the states that enter its layer 0")
         first, group = distinct(hidden)
         visible, shown = (None if mask is None else mask[first] for mask in (inputs.visible, inputs.shown))
         hidden = hidden[first].to(layers.model.device, layers.model.dtype)

@@ -37,7 +37,7 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
         released  the authors' code: a dense core of rank 32, the vision MLP, no output projections of the text model;
                   its ICE without the label leak
 
-    ``vision``, ``text``, ``fusion``: which projections of the image encoder, of the text model and of the
+    ``vision``, ``text``, ``fusion``: which projections of the other encoder, of the text model and of the
     cross-attention between them are tuned. ``factors``: one U, V and core for all three, or one for each.
     ``dropout``: of Ux. ``fusion_layers``: 0 for a dual encoder alone; null for every layer of the text model with a
     cross-attention of its own, else the last 2. ``fusion_scale``: start of a composed cross-attention's learned

@@ -1,8 +1,9 @@
-"""Aurora's fusion: text layers that read a picture's tokens by cross-attention, and what Aurora adds to them.
+"""Aurora's fusion: text layers that read a other encoder's tokens by cross-attention, and what Aurora adds to them.
 
 Where the text model has no cross-attention of its own, one is composed from each layer's self-attention: see `Composed`.
 
-Shapes: B batch, T text tokens, N picture tokens, D width of the text model, c of the image encoder, n fusion layers.
+Shapes: B batch, T text tokens, N tokens of the other encoder, D width of the text model, c of the other
+encoder, n fusion layers.
 """
 
 import contextlib
@@ -30,10 +31,10 @@ INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 @dataclass
 class Pass:
-    """One run of the fusion layers: the picture's tokens, which text tokens are real, and what the running layer's
-    attention blocks gave (A_self, A_cross). ``shown`` (B, N): which of the picture's tokens are read, None: all."""
+    """One run of the fusion layers: the other encoder's tokens, which text tokens are real, and what the running layer's
+    attention blocks gave (A_self, A_cross). ``shown`` (B, N): which of the other encoder's tokens are read, None: all."""
 
-    image: Tensor
+    tokens: Tensor
     visible: Tensor
     shown: Tensor | None = None
     entered: Tensor | None = None
@@ -47,14 +48,14 @@ class Composed:
 
     where:
         A (B, T, D) = the state after self-attention, ã = A as the layer would normalise it for attention
-        z (B, N, D) = the picture's tokens after their encoder's final norm, turned to width D by a fixed orthogonal
+        z (B, N, D) = the other encoder's tokens after their encoder's final norm, turned to width D by a fixed orthogonal
             map where c ≠ D, each then of mean 0 and of root mean square ``rms``
         s = a trained scalar per layer; s = 0 is the text alone
 
     W_k and W_v have only seen states of the text's scale: larger ones would saturate the softmax on one token, which
     then passes no gradient to the updates, so ``rms`` is what the norm before them gives, √(mean γ² + mean β²). The
-    basis of the picture's states stays foreign to them, and how much of a foreign state helps is known from data only: an
-    update of rank R cannot switch a matrix of full rank off, a scalar can.
+    basis of the other encoder's states stays foreign to them, and how much of a foreign state helps is known from data
+    only: an update of rank R cannot switch a matrix of full rank off, a scalar can.
     """
 
     q: nn.Module
@@ -68,13 +69,13 @@ class Composed:
     scaling: float
     head_norms: tuple[nn.Module, nn.Module] | None = None
 
-    def __call__(self, asking: Tensor, image: Tensor, shown: Tensor | None) -> Tensor:
-        """(B, T, D) of the states A (B, T, D) and the picture's standardised tokens (B, N, D), of those ``shown`` (B, N)."""
+    def __call__(self, asking: Tensor, tokens: Tensor, shown: Tensor | None) -> Tensor:
+        """(B, T, D) of the states A (B, T, D) and the other encoder's standardised ``tokens`` (B, N, D), where ``shown``."""
         asking = self.norm(asking) if self.before else asking
-        image = (image * self.rms).to(asking.dtype)
+        tokens = (tokens * self.rms).to(asking.dtype)
         q, k, v = (
             module(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for module, x in ((self.q, asking), (self.k, image), (self.v, image))
+            for module, x in ((self.q, asking), (self.k, tokens), (self.v, tokens))
         )
         if self.head_norms:
             q, k = self.head_norms[0](q), self.head_norms[1](k)
@@ -117,7 +118,7 @@ def rms_of(norm: nn.Module) -> float:
 
 
 class Fusion(nn.Module):
-    """The last n text layers, run on text states and a picture's tokens; GQT on each layer's output Y:
+    """The last n text layers, run on text states and a other encoder's tokens; GQT on each layer's output Y:
 
         residual (the release)  Y ← Y + 0.1 (γ_s ⊙ A_self + β_s) + 0.1 (γ_c ⊙ A_cross + β_c)
         gate (the authors)      Y ← g ⊙ Y + (1 − g) ⊙ E,  E = γ ⊙ A_self + β,  g = softmax_i Σ_j Y_i · E_j   over tokens
@@ -129,20 +130,20 @@ class Fusion(nn.Module):
 
     def __init__(self, config: AuroraConfig, layers: int, widths: tuple[int, int], composed: bool, like: Tensor):
         super().__init__()
-        self.config, self.layers, (self.width, self.image_width) = config, layers, widths
+        self.config, self.layers, (self.width, self.encoder_width) = config, layers, widths
         if config.gqt_pairs:
             self.gqt = nn.Parameter(like.new_zeros(layers, config.gqt_pairs, 2, self.width))
         if composed:
             self.scale = nn.Parameter(like.new_full((layers,), config.fusion_scale))
-        if composed and self.width != self.image_width:
-            self.register_buffer("turn", orthogonal(self.width, self.image_width).to(like))
+        if composed and self.width != self.encoder_width:
+            self.register_buffer("turn", orthogonal(self.width, self.encoder_width).to(like))
         self._pass: Pass | None = None
         self._text: Layers | None = None
         self._crossing: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
     @property
     def first(self) -> int:
-        """The lowest text layer that reads the picture."""
+        """The lowest text layer that reads the other encoder."""
         return self._text.depth - self.layers
 
     @property
@@ -151,7 +152,7 @@ class Fusion(nn.Module):
 
     def check(self, layers: int, widths: tuple[int, int], composed: bool) -> None:
         """ModelError unless the parameters were made for such models."""
-        if (layers, widths, composed) != (self.layers, (self.width, self.image_width), self.composed):
+        if (layers, widths, composed) != (self.layers, (self.width, self.encoder_width), self.composed):
             raise ModelError("this Aurora's fusion was made for models of other widths or depth: make a new one")
 
     def place(self, text: Layers, crossing: Callable[[], AbstractContextManager], undo: Callable[..., None]) -> None:
@@ -173,13 +174,13 @@ class Fusion(nn.Module):
     def _forget(self) -> None:
         self._text, self._crossing = None, contextlib.nullcontext
 
-    def forward(self, hidden: Tensor, visible: Tensor, image: Tensor, shown: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, visible: Tensor, tokens: Tensor, shown: Tensor | None = None) -> Tensor:
         """Final fused states (B, T, D).
 
-        hidden: (B, T, D) what enters the lowest fusion layer. visible: (B, T) bool. image: (B, N, c) final tokens, of
+        hidden: (B, T, D) what enters the lowest fusion layer. visible: (B, T) bool. tokens: (B, N, c) final tokens, of
         which those ``shown`` (B, N) are read, or all.
         """
-        self._pass = Pass(self._standard(image) if self.composed else image.to(hidden.dtype), visible, shown)
+        self._pass = Pass(self._standard(tokens) if self.composed else tokens.to(hidden.dtype), visible, shown)
         try:
             for index in range(self.first, self._text.depth):
                 hidden = self._transform(index - self.first, self._layer(index, hidden))
@@ -197,17 +198,17 @@ class Fusion(nn.Module):
             config=self._text.model.config,
             inputs_embeds=hidden,
             attention_mask=self._pass.shown,
-            encoder_hidden_states=self._pass.image,
+            encoder_hidden_states=self._pass.tokens,
         )
-        given = {"encoder_hidden_states": self._pass.image, "encoder_attention_mask": read}
+        given = {"encoder_hidden_states": self._pass.tokens, "encoder_attention_mask": read}
         return first_of(self._text.modules[index](hidden, attention_mask=mask, **given))
 
-    def _standard(self, image: Tensor) -> Tensor:
+    def _standard(self, tokens: Tensor) -> Tensor:
         """Tokens of mean 0 and mean square 1, in the text model's width and the parameters' type."""
-        image = image.to(self.scale.device, self.scale.dtype)
-        if self.width != self.image_width:
-            image = F.linear(image, self.turn)
-        return F.layer_norm(image, (self.width,))
+        tokens = tokens.to(self.scale.device, self.scale.dtype)
+        if self.width != self.encoder_width:
+            tokens = F.linear(tokens, self.turn)
+        return F.layer_norm(tokens, (self.width,))
 
     def _enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._pass is not None:
@@ -221,7 +222,7 @@ class Fusion(nn.Module):
             out = first_of(output)
             seen.own = seen.entered + out if cross.before else out
             with self._crossing():
-                added = self.scale[index - self.first].to(out.dtype) * cross(seen.own, seen.image, seen.shown)
+                added = self.scale[index - self.first].to(out.dtype) * cross(seen.own, seen.tokens, seen.shown)
             seen.across = seen.own + added
             return (out + added, *output[1:]) if isinstance(output, tuple) else out + added
 

@@ -35,7 +35,7 @@ FORMAT = 3
 CONFIG, WEIGHTS, CARD = "mitrain.json", "mitrain.safetensors", "README.md"
 PEFT_CONFIG, PEFT_WEIGHTS = PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """PEFT's own; until format 2 also ours of what PEFT cannot load."""
-PEFT_FOLDERS = {"text": "llm/", "image": "encoder/"}
+PEFT_FOLDERS = {"text": "llm/", "encoder": "encoder/"}
 """Where they lie, by backbone; those of the language model alone at the top: PEFT would load its half without a word."""
 CONFIG_LIMIT = 1 << 24
 PEFTS = ("LORA", "IA3")

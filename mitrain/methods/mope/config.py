@@ -2,23 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from mitrain.core.config import Section
+from mitrain.methods.presets import Earlier
 
 CPT_THRESHOLD, MOPE_THRESHOLD = 0.05, 0.1
 MOPE_NOISE = 1 / 16**2
-IMAGE, TEXT = "image", "text"
+ENCODER, TEXT = "encoder", "text"
 
 
 class MoPEConfig(Section, kind="adapter", name="mope"):
     """Settings of conditional prompts (``router: cpt``, arXiv 2312.03734) and MoPE (``mope``, arXiv 2403.10568).
 
-    Every default is the authors' release. ``main``: the encoder that predicts; the other one is encoded first, and its
-    vector ψ is the condition. ``length`` l of the static and of the dynamic prompt, ``experts`` k. ``static``,
-    ``dynamic`` and ``mapped`` switch the three prompts; static ones alone read nothing of ψ.
+    Every default is the authors' release. ``main``: who predicts, the text model or the ``encoder`` of the other
+    modality; the other one is encoded first, and its vector ψ is the condition. ``length`` l of the static and of the
+    dynamic prompt, ``experts`` k. ``static``, ``dynamic`` and ``mapped`` switch the three prompts; static ones alone read
+    nothing of ψ.
 
     ``router``: ``mope`` reads the layer's tokens and ψ (``router_reads`` leaves one out) in ``tokens_width`` +
     ``condition_width`` dimensions and compares them with ``keys``; ``cpt`` is one affine map of ψ. A main model that
@@ -36,14 +38,14 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
     ψ's) and ``mapper_norm``: between the mapper's two maps. ``dropout``: on the mapped prompts and the other encoder's.
     ``stage_start``, for window attention: the first block of each stage takes the prompts that leave the stage before
     (``carried``) or gets its own (``prompted``). ``feature``: what is predicted from, and ``condition``: what ψ is, of
-    the states after the final norm; ``all`` averages tokens and prompts. ``auto``: ``all`` of a main image encoder, the
-    ``mean`` of a main text encoder, the first token as ψ, and the last token of a causal model; of an encoder without
+    the states after the final norm; ``all`` averages tokens and prompts. ``auto``: ``all`` of a main encoder, the
+    ``mean`` of a main text model, the first token as ψ, and the last token of a causal model; of an encoder without
     a CLS token ψ is the mean; in a run of a text encoder whose folder says how it was trained to make a sentence's vector
     (1_Pooling/config.json of sentence-transformers), ψ is made so. ``spread``: prompts start uniformly within ±spread
     (none: see `prompts.init_range_of`).
     """
 
-    main: Literal["image", "text"] = IMAGE
+    main: Annotated[Literal["encoder", "text"], Earlier] = ENCODER
     length: int = Field(6, ge=1, le=1024)
     experts: int = Field(4, ge=1, le=1024)
     static: bool = True
@@ -90,9 +92,9 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
         return self.model_copy(update={"condition": how})
 
     @property
-    def other(self) -> Literal["image", "text"]:
+    def other(self) -> Literal["encoder", "text"]:
         """The complementary modality."""
-        return TEXT if self.main == IMAGE else IMAGE
+        return TEXT if self.main == ENCODER else ENCODER
 
     @property
     def prompts_main(self) -> bool:

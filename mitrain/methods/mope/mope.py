@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mitrain.core.errors import ModelError
 from mitrain.methods.base import Adapter, Attachment, Traits
-from mitrain.methods.mope.config import IMAGE, TEXT, MoPEConfig, Shape
+from mitrain.methods.mope.config import ENCODER, TEXT, MoPEConfig, Shape
 from mitrain.methods.mope.encoder import Encoded, PlainEncoder, PromptedEncoder, Prompter, pooled
 from mitrain.methods.mope.prompts import LayerPrompts, Mapper, init_range_of, uniform
 from mitrain.methods.mope.router import Usage, importance_loss, usage
@@ -37,12 +37,12 @@ class MoPE(Adapter):
     ``entry`` enters a Swin's first block where prompts are carried; ``others`` are the other encoder's deep prompts.
     Parameters are made by the first ``attach``, beside the main model, in float32 or the models' type if wider.
 
-    A pass over texts alone or pictures alone leaves the other modality's prompts out: static prompts (the main
+    A pass over texts alone or files alone leaves the other modality's prompts out: static prompts (the main
     encoder) or deep prompts (the other) stay, and ``joint`` is None. ``inputs.infused=False`` cuts the link, whichever
     encoder is main: ``joint`` comes from the main encoder with static prompts alone.
     """
 
-    traits = Traits("mope", backbones=(TEXT, IMAGE), runs_layers=True, checkpointing=True)
+    traits = Traits("mope", backbones=(TEXT, ENCODER), runs_layers=True, checkpointing=True)
 
     def __init__(self, config: MoPEConfig):
         super().__init__()
@@ -79,7 +79,7 @@ class MoPE(Adapter):
         self._encoders, self._readouts = encoders, readouts
         self._undo.callback(self._forget)
         firsts = {name: 0 if self._prompted(name) else encoder.depth for name, encoder in encoders.items()}
-        return Attachment(firsts, encoders[IMAGE].stage_widths[-1], main.stage_widths[-1])
+        return Attachment(firsts, encoders[ENCODER].stage_widths[-1], main.stage_widths[-1])
 
     def _forget(self) -> None:
         self._encoders, self._readouts, self._weights, self._pending = {}, {}, None, None
@@ -118,25 +118,28 @@ class MoPE(Adapter):
             raise ModelError("this mope adapter is not attached: call attach()")
         if texts is not None and inputs is not None and len(texts.ids) != len(inputs):
             raise ModelError(f"{len(texts.ids)} texts and {len(inputs)} files: give one file per text")
-        states = {TEXT: self._text_states(texts), IMAGE: self._encoder_states(inputs)}
+        states = {TEXT: self._text_states(texts), ENCODER: self._encoder_states(inputs)}
         mask, lacking = texts and texts.mask, inputs and inputs.lacking
-        visible, shown = {TEXT: mask, IMAGE: inputs and inputs.visible}, {TEXT: mask, IMAGE: inputs and inputs.shown}
+        visible, shown = (
+            {TEXT: mask, ENCODER: inputs and inputs.visible},
+            {TEXT: mask, ENCODER: inputs and inputs.shown},
+        )
         main, other = self.config.main, self.config.other
-        if main == IMAGE and lacking is not None:
-            there = ~lacking[:, None].expand(states[IMAGE].shape[:2])
+        if main == ENCODER and lacking is not None:
+            there = ~lacking[:, None].expand(states[ENCODER].shape[:2])
             for masks in (visible, shown):
-                masks[IMAGE] = there if masks[IMAGE] is None else masks[IMAGE] & there
+                masks[ENCODER] = there if masks[ENCODER] is None else masks[ENCODER] & there
         encoded, vectors, condition = {}, {}, None
         if states[other] is not None:
             encoded[other] = self._run_other(states[other], visible[other])
             vectors[other] = condition = self._pool(other, encoded[other], shown[other])
         linked = condition is not None and inputs is not None and inputs.infused
         if states[main] is not None:
-            unlinked = lacking if linked and other == IMAGE else None
+            unlinked = lacking if linked and other == ENCODER else None
             encoded[main] = self._run_main(states[main], visible[main], condition if linked else None, unlinked)
             vectors[main] = self._pool(main, encoded[main], shown[main])
         text = None if texts is None else self._encoders[TEXT].finish(encoded[TEXT].tokens)
-        read = {} if inputs is None else inputs.with_vector(vectors[IMAGE])
+        read = {} if inputs is None else inputs.with_vector(vectors[ENCODER])
         return Outputs(text, mask, read, vectors.get(main) if len(vectors) == 2 else None)
 
     def _text_states(self, texts: TextBatch | None) -> Tensor | None:
@@ -152,7 +155,7 @@ class MoPE(Adapter):
             return None
         if inputs.states is None:
             raise ModelError("mope runs the encoder itself: give the states that enter its first prompted layer")
-        return self._checked(IMAGE, inputs.states, inputs.depth)
+        return self._checked(ENCODER, inputs.states, inputs.depth)
 
     def _checked(self, name: str, states: Tensor, depth: int) -> Tensor:
         """``states`` if they are what enters the lowest layer that this adapter changes."""
@@ -292,7 +295,7 @@ def feature_of(main: PromptedEncoder, config: MoPEConfig) -> str:
     """The main encoder's read-out."""
     if config.feature != "auto":
         return config.feature
-    return "all" if config.main == IMAGE else "last" if main.causal else "mean"
+    return "all" if config.main == ENCODER else "last" if main.causal else "mean"
 
 
 def condition_of(other: PromptedEncoder, config: MoPEConfig) -> str:
@@ -306,4 +309,4 @@ def check_readout(encoder: PromptedEncoder, name: str, how: str) -> None:
     if how == "first" and not encoder.has_first:
         raise ModelError(f"the {name} model has no CLS token to read: take 'mean' or 'auto'")
     if how == "last" and name != TEXT:
-        raise ModelError("the last token of a picture means nothing: take 'mean' or 'auto'")
+        raise ModelError("the last token means something of a causal text alone: take 'mean' or 'auto'")

@@ -1,14 +1,16 @@
 """PMF's settings."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from mitrain.core.config import Section
+from mitrain.methods.presets import Earlier
 
-LINKS = {"text_to_image": ("text", "image"), "image_to_text": ("image", "text")}
-"""Link -> (source, target): the target's tokens get prompts that sum up the source's."""
+LINKS = {"text_to_image": ("text", "encoder"), "image_to_text": ("encoder", "text")}
+"""Link -> (source, target): the target's tokens get prompts that sum up the source's. The links are named as saved tensors
+are, whatever the encoder reads."""
 
 
 class PMFConfig(Section, kind="adapter", name="pmf"):
@@ -27,7 +29,7 @@ class PMFConfig(Section, kind="adapter", name="pmf"):
     fusion_context: int = Field(4, ge=0, le=1024)
     map: Literal["nonlinear", "linear"] = "nonlinear"
     map_width: int | None = Field(None, ge=1, le=65536)
-    direction: Literal["both", "text-to-image", "image-to-text"] = "both"
+    direction: Annotated[Literal["both", "text-to-encoder", "encoder-to-text"], Earlier] = "both"
 
     @model_validator(mode="after")
     def _check_width(self) -> "PMFConfig":
@@ -40,7 +42,7 @@ class PMFConfig(Section, kind="adapter", name="pmf"):
     @property
     def links(self) -> list[str]:
         """The names of LINKS that exist."""
-        return list(LINKS) if self.direction == "both" else [self.direction.replace("-", "_")]
+        return [name for name, sides in LINKS.items() if self.direction in ("both", "-to-".join(sides))]
 
     def inner_width(self, widths: Mapping[str, int]) -> int:
         """m of the nonlinear map."""

@@ -1,7 +1,8 @@
 """PMF, prompt-based multimodal fusion (CVPR 2023, arXiv 2304.06306): the last layers of two frozen encoders take turns,
 each asking the other what it saw through a few trained query tokens. docs/methods/pmf.md has the equations.
 
-Shapes: B samples, T text tokens, N picture tokens, D_t and D_v the two widths, M_q, M_c and M_p numbers of prompts.
+Shapes: B samples, T text tokens, N tokens of the other encoder, D_t and D_v the two widths, M_q, M_c and M_p
+numbers of prompts.
 """
 
 from collections.abc import Mapping
@@ -108,7 +109,7 @@ def prompts(count: int, width: int, **factory: Any) -> nn.Parameter | None:
 
 
 class PMF(Adapter):
-    """PMF over the last L_f layers of the backbones ``text`` and ``image``.
+    """PMF over the last L_f layers of the backbones ``text`` and ``encoder``.
 
     For each fusion layer l and direction s→t (docs/methods/pmf.md; our names ↔ the paper's):
 
@@ -117,12 +118,12 @@ class PMF(Adapter):
 
     with both directions read from the same x_s and x_t; ``fusion`` p: fusion context prompt, ``map`` g: mapping.
     The papers' two averaged linear heads are one linear head on the concatenation of the text's read-out and the
-    picture's, up to a factor: readout [cls, image], or [last, image] with a causal text model.
+    other encoder's vector, up to a factor: readout [cls, image], or [last, image] with a causal text model, of images.
     Names in the state dict: ``fusion.<0 … L_f - 1>.<text_to_image|image_to_text>.<query|context|fusion|map.…>``.
     """
 
     traits = Traits(
-        "pmf", ("text", "image"), runs_layers=True, text_depends_on_input=True, passes=2, checkpointing=True
+        "pmf", ("text", "encoder"), runs_layers=True, text_depends_on_input=True, passes=2, checkpointing=True
     )
 
     def __init__(self, config: PMFConfig):
@@ -144,7 +145,7 @@ class PMF(Adapter):
         self._sides = {name: Side(each, each.depth - used) for name, each in layers.items()}
         self._undo.callback(setattr, self, "_sides", {})
         firsts = {name: side.first for name, side in self._sides.items()}
-        return Attachment(firsts, image_width=layers["image"].width)
+        return Attachment(firsts, encoder_width=layers["encoder"].width)
 
     def _make_parameters(self, layers: Mapping[str, Layers]) -> None:
         widths = {name: each.width for name, each in layers.items()}
@@ -153,7 +154,7 @@ class PMF(Adapter):
                 raise ModelError("this PMF was made for models of other widths: make a new one")
             return
         text = layers["text"]
-        dtype = torch.promote_types(torch.promote_types(text.model.dtype, layers["image"].model.dtype), torch.float32)
+        dtype = torch.promote_types(torch.promote_types(text.model.dtype, layers["encoder"].model.dtype), torch.float32)
         self.fusion = self._links(widths, device=next(text.modules[-1].parameters()).device, dtype=dtype)
 
     def _links(self, widths: Mapping[str, int], **factory: Any) -> nn.ModuleList:
@@ -164,9 +165,9 @@ class PMF(Adapter):
     # The forward pass
 
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
-        """Both encoders from their first fusion layers up; one alone, or a picture that is not to be seen, unfused.
+        """Both encoders from their first fusion layers up; one alone, or a file that is not to be seen, unfused.
 
-        ``text``: the text's final states (B, T, D_t). ``image``: (B, D_v), the class token after the image encoder's
+        ``text``: the text's final states (B, T, D_t); the vector (B, D_v) is the class token after the other encoder's
         final norm (see `Layers.summary`).
         """
         states: dict[str, Tensor] = {}
@@ -176,8 +177,8 @@ class PMF(Adapter):
         if inputs is not None:
             if inputs.states is None:
                 raise ModelError("pmf reads the encoder's tokens, but only its global feature is given")
-            states["image"] = self._checked("image", inputs.states, inputs.depth)
-            visible["image"] = inputs.visible
+            states["encoder"] = self._checked("encoder", inputs.states, inputs.depth)
+            visible["encoder"] = inputs.visible
         fused = texts is not None and inputs is not None and inputs.infused
         unseen = inputs.lacking[:, None] if fused and inputs.lacking is not None else None
         for step in range(self.config.fusion_layers):
@@ -187,7 +188,7 @@ class PMF(Adapter):
             None if texts is None else texts.mask,
             {}
             if inputs is None
-            else inputs.with_vector(self._sides["image"].layers.summary(states["image"], inputs.shown)),
+            else inputs.with_vector(self._sides["encoder"].layers.summary(states["encoder"], inputs.shown)),
         )
 
     def _text_states(self, texts: TextBatch) -> Tensor:
