@@ -67,7 +67,7 @@ def export(
     tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
     alone = model.adapter.traits.backbones == ("text",)
     encoder = next((section["name"] for section in fields["run"]["config"]["model"]["encoders"].values()), "")
-    peft = export_format.peft_files(model.adapter, tensors["adapter"], {"text": base, "image": encoder})
+    peft = export_format.peft_files(model.adapter, tensors["adapter"], {"text": base, "encoder": encoder})
     card = lambda contents: export_format.model_card(contents, licences(), alone)  # noqa: E731
     folder = export_format.publish(out, fields, tensors, card, peft)
     tell_folders([base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["encoders"].values())])

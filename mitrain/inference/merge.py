@@ -53,7 +53,7 @@ def write_models(model: Model, changed: set[str], folder: Path) -> None:
     write(model.text.model, folder / "text")
     with loading.quiet():
         model.text.tokenizer.save_pretrained(folder / "text")
-    if "image" in changed:
+    if "encoder" in changed:
         encoder = next(iter(model.encoders.values()))
         write(encoder.model, folder / "image")
         used = encoder.preprocess

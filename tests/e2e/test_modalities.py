@@ -248,7 +248,7 @@ def test_a_method_that_changes_an_encoder_does_so_for_speech(world, capsys):
     assert again["probabilities"] == pytest.approx(said["probabilities"], abs=1e-5)
 
 
-@pytest.mark.parametrize("adapter", [{"name": "none"}, {"name": "lora", "where": "image", "rank": 2}])
+@pytest.mark.parametrize("adapter", [{"name": "none"}, {"name": "lora", "where": "encoder", "rank": 2}])
 def test_pictures_and_speech_find_one_another_without_a_text(world, capsys, adapter):
     method = adapter["name"]
     for split in ("train", "val", "test"):

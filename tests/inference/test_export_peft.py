@@ -122,7 +122,7 @@ def test_what_is_not_pefts_does_not_call_itself_pefts(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["lora", "ia3"])
-@pytest.mark.parametrize("where", ["image", "both"])
+@pytest.mark.parametrize("where", ["encoder", "both"])
 @pytest.mark.parametrize("kind", ["dino", "whisper"])
 @torch.no_grad()
 def test_peft_loads_an_encoders_half_by_itself(tmp_path, name, where, kind):
@@ -130,7 +130,7 @@ def test_peft_loads_an_encoders_half_by_itself(tmp_path, name, where, kind):
     model, encoder = tiny("llama"), dino().float() if kind == "dino" else tiny_encoder("whisper")
     bare = {"llm": copy.deepcopy(model), "encoder": copy.deepcopy(encoder)}
     adapter = made(name, {"where": where})
-    adapter.attach({"text": model, "image": encoder})
+    adapter.attach({"text": model, "encoder": encoder})
     scramble(adapter)
     saved = adapter.eval().save_pretrained(tmp_path / "saved")
     folders = ["encoder", "llm"] if where == "both" else ["encoder"]
