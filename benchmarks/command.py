@@ -32,6 +32,7 @@ def add_benchmarks(verbs: Any) -> None:
     add_start(verbs)
     add_encode(verbs)
     add_stream(verbs)
+    add_transcribe(verbs)
     add_ledger(verbs)
     kernels = (
         "the operators beside plain ones: times and bytes, if they are right; python kernels/bench has more options"
@@ -114,6 +115,13 @@ def add_stream(verbs: Any) -> None:
     text = "memory and seconds of an epoch of streamed rows of features, beside a limit"
     sub = benchmark(verbs, "stream", run_stream, text, "2,000 and 4,000 rows")
     sub.add_argument("--rows", type=int, nargs="+", metavar="N", help="(default: 100000 1000000)")
+    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+
+
+def add_transcribe(verbs: Any) -> None:
+    text = "the word error rate of whisper-base on the lines of dialogue, beside a limit"
+    sub = benchmark(verbs, "transcribe", run_transcribe, text, "20 clips")
+    sub.add_argument("--clips", type=int, metavar="N", help="(default: 200)")
     sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
@@ -217,6 +225,19 @@ def run_stream(arguments: argparse.Namespace) -> Any:
     if arguments.out:
         results.write(Path(arguments.out), found, stream.table(found))
     return refused(stream.check, found)
+
+
+def run_transcribe(arguments: argparse.Namespace) -> Any:
+    from benchmarks import results, transcribe
+
+    clips = (20 if arguments.quick else 200) if arguments.clips is None else arguments.clips
+    if clips < 1:
+        raise ConfigError(f"--clips {clips} measures nothing: give at least 1")
+    found = transcribe.measured(clips, again(arguments), say=aside)
+    say(arguments, transcribe.table(found))
+    if arguments.out:
+        results.write(Path(arguments.out), found, transcribe.table(found))
+    return refused(transcribe.check, found)
 
 
 def run_ledger(arguments: argparse.Namespace) -> Any:
