@@ -5,11 +5,14 @@ Guessed from their names and from the first rows; whoever asks may say some of t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mitrain.core.config import nearest
 from mitrain.core.errors import DataError
+from mitrain.data.formats.conversations import KINDS, listed_files, turns_of
+from mitrain.data.formats.manifest import Row
 from mitrain.data.formats.rows import MISSING, all_rows
 from mitrain.data.kinds import BY_ENDING
 
@@ -43,7 +46,7 @@ MOST_CLASSES = 1000
 class Guess:
     """``inputs``: kind of file by column, ``fields``: column by field; ``lacking``: columns of files that some rows leave
     empty; ``root``: the folder that their paths are below; ``first``: the first of them, by column;
-    ``unused``: columns that are left out."""
+    ``unused``: columns that are left out; ``format``: of the data, where the task does not say it."""
 
     task: str
     inputs: Mapping[str, str]
@@ -52,6 +55,7 @@ class Guess:
     root: Path
     first: Mapping[str, str]
     unused: tuple[str, ...]
+    format: str = ""
 
 
 def guess(table: Path, task: str | None, said: Mapping[str, str], files: Path | None) -> Guess:
@@ -61,6 +65,10 @@ def guess(table: Path, task: str | None, said: Mapping[str, str], files: Path | 
     Raises DataError for what cannot be told.
     """
     rows = first_rows(table)
+    if isinstance(rows[0].get("conversations", rows[0].get("messages")), list):
+        if task not in (None, "answer") or said:
+            raise DataError(f"{table} holds conversations, whose answers are learned: leave out the task and --column")
+        return guess_conversations(table, files)
     columns = {name: [str(row[name]) for row in rows if filled(row.get(name))] for row in rows for name in row}
     for field, name in said.items():
         if name not in columns:
@@ -97,6 +105,22 @@ def guess(table: Path, task: str | None, said: Mapping[str, str], files: Path | 
         {name: columns[name][0] for name in inputs},
         tuple(others.keys() - set(fields.values())),
     )
+
+
+def guess_conversations(table: Path, files: Path | None) -> Guess:
+    """What LLaVA's, ShareGPT's or a chat API's JSON is about: as many inputs of a kind as a conversation has files of it."""
+    found: list[dict[str, str]] = []
+    for number, cells in islice(all_rows(table, {}, ()), ROWS):
+        row = Row(f"{table}:{number}", str(number), cells)
+        shown = turns_of(row)[1]
+        named = {kind: [path for path in shown[kind] if path] or listed_files(row, kind) for kind in KINDS}
+        found.append({f"{kind}{n + 1 if n else ''}": path for kind in KINDS for n, path in enumerate(named[kind])})
+    inputs = {name: name.rstrip("0123456789") for name in sorted({name for files_of in found for name in files_of})}
+    if not inputs:
+        raise DataError(f"no conversation of {table} has a file ({', '.join(KINDS)}): name it beside the conversation")
+    root = files or root_of(table, {path for files_of in found for path in files_of.values()})
+    lacking = tuple(name for name in inputs if any(name not in files_of for files_of in found))
+    return Guess("answer", inputs, {}, lacking, root, {}, (), "conversations")
 
 
 def guess_folders(top: Path) -> Guess:

@@ -79,16 +79,18 @@ def values_of(
     }
     renamed = {name: column for column, name in names.items() if column != name}
     columns = renamed | {field: name for field, name in found.fields.items() if field != name}
-    data: dict[str, Any] = {"name": FORMATS[found.task], "root": relative(found.root)}
+    data: dict[str, Any] = {"name": found.format or FORMATS[found.task], "root": relative(found.root)}
     if table.is_dir():
         data |= {"name": "folders", **folders_of(table)}
     else:
-        data |= splits_of(table, found.root) | {"columns": columns}
+        data |= splits_of(table, found.root) | ({} if found.format else {"columns": columns})
     if found.lacking and found.task not in ("caption", "retrieve"):
         data["may_lack"] = [names[column] for column in found.lacking]
     task: dict[str, Any] = {"name": found.task}
     if found.task in ("classify", "regress"):
         task["readout"] = ["last", *ours]
+    if found.format == "conversations" and not llm:
+        task["chat"] = True  # the models taken by default are instruct models, with a chat template
     values = {"name": schema_name(out.stem), "model": {"llm": llm or available(LLM), "encoders": ours}}
     return values | {"adapter": {"name": "mit"}, "task": task, "data": data}, data
 

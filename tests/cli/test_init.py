@@ -162,3 +162,30 @@ def test_a_folder_for_each_class_is_a_classification(here, capsys, parts):
     data = schema.load("birds.yaml").data
     assert data.section_name == "folders" and data.shares == ({} if parts[0] else {"val": 0.1, "test": 0.1})
     assert "leave out the task, --column, --files" in refused(capsys, "regress", "--data", "birds", "--out", "c.yaml")
+
+
+def test_conversations_are_questions_whatever_their_files_are(here, models, capsys):
+    pictures(here, 30, "photos")
+    said = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a thing"}]
+    rows = [{"id": str(i), "image": f"{i}.png", "conversations": said} for i in range(30)]
+    (here / "llava.json").write_text(json.dumps(rows))
+    found = made(capsys, "--data", "llava.json")
+    assert (found["task"], found["inputs"], found["columns"]) == ("answer", {"image": "image"}, {})
+    config = schema.load("llava.yaml")
+    assert config.data.section_name == "conversations" and config.task.chat and config.data.shares["val"] == 0.1
+    assert [s.inputs["image"] for s in config.data.read(here / "photos", "test")]
+
+    def chat(*images):
+        parts = [{"type": "image", "image": name} for name in images]
+        content = [*parts, {"type": "text", "text": "and these?"}]
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "things"}]}
+
+    rows = [chat(f"{i}.png", *([f"{(i + 1) % 30}.png"] if i % 2 else [])) for i in range(0, 30, 3)]
+    (here / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    llm = str(models[0])
+    assert made(capsys, "--data", "chat.jsonl", "--llm", llm)["inputs"] == {"image": "image", "image2": "image"}
+    config = schema.load("chat.yaml")
+    assert config.data.may_lack == ("image2",) and not config.task.chat
+    assert "leave out the task and --column" in refused(capsys, "classify", "--data", "llava.json", "--out", "x.yaml")
+    (here / "empty.json").write_text(json.dumps([{"conversations": [{**said[0], "value": "what?"}, said[1]]}]))
+    assert "no conversation of empty.json has a file" in refused(capsys, "--data", "empty.json")
