@@ -4,13 +4,16 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mitrain.cli.shared import add_allow_changes, add_checkpoint, describe, on_ranks, say
+from mitrain.cli.shared import add_allow_changes, add_checkpoint, add_generation, describe, generation_of, on_ranks, say
 from mitrain.core.errors import ConfigError
+from mitrain.core.files import writing
 
 
 def add_eval(sub: argparse.ArgumentParser) -> None:
     describe(sub, on_ranks(run_eval))
-    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, or what was exported of one")
+    sub.add_argument(
+        "run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, an export, or USER/NAME on the Hub"
+    )
     sub.add_argument("--split", default="val", help="a split of the run's data (default: val)")
     sub.add_argument(
         "--control",
@@ -27,6 +30,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         ("--missing", "also say the score where 0, 25, 50, 75 and 100 %% of the samples lack this input"),
     ):
         sub.add_argument(option, action="append", default=[], metavar="INPUT", help=help)
+    add_generation(sub)
     add_checkpoint(sub)
     add_allow_changes(sub)
     add_places(sub)
@@ -49,9 +53,17 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
 
 
 def run_eval(arguments: argparse.Namespace) -> Any:
+    with writing(arguments.out if not arguments.rank else None):
+        metrics = scored(arguments)
+    for line in metric_lines(metrics):
+        say(arguments, line)
+    return metrics
+
+
+def scored(arguments: argparse.Namespace) -> dict[str, Any]:
     from mitrain.inference.scoring import score_run
 
-    metrics = score_run(
+    return score_run(
         arguments.run_dir,
         split=arguments.split,
         control=arguments.control,
@@ -68,10 +80,8 @@ def run_eval(arguments: argparse.Namespace) -> Any:
         encoders=arguments.encoder,
         root=arguments.data,
         out=arguments.out,
+        generation=generation_of(arguments),
     )
-    for line in metric_lines(metrics):
-        say(arguments, line)
-    return metrics
 
 
 def metric_lines(metrics: Mapping[str, Any], indent: str = "") -> Iterator[str]:
@@ -87,7 +97,9 @@ def metric_lines(metrics: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 def add_predict(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_predict)
-    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, or what was exported of one")
+    sub.add_argument(
+        "run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, an export, or USER/NAME on the Hub"
+    )
     sub.add_argument("--image", metavar="FILE", help="a picture, of any size: short for --input image=FILE")
     sub.add_argument(
         "--input",
@@ -100,13 +112,18 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--candidates", metavar="A,B,…", help="answers to choose among (answer; default: the training answers)"
     )
-    sub.add_argument("--data", metavar="FILE", help="ask about every row of a table with the columns of the run's data")
+    sub.add_argument(
+        "--data",
+        metavar="FILE",
+        help="ask about every row of a table with the columns of the run's data, or every conversation in it",
+    )
     sub.add_argument(
         "--out",
         metavar="PATH",
         help="with --data the file of the answers, a JSON line each; it is gone on with where it stopped. Without: the"
         " folder for image, overlay, expression and mask (segment)",
     )
+    add_generation(sub)
     add_checkpoint(sub)
     add_allow_changes(sub)
     add_places(sub)
@@ -144,7 +161,9 @@ def run_bulk(arguments: argparse.Namespace) -> Any:
     from mitrain.inference.bulk import predict_file
 
     places = {"allow_changes": arguments.allow_changes, "base": arguments.base, "encoders": arguments.encoder}
-    found = predict_file(arguments.run_dir, arguments.data, arguments.out, arguments.checkpoint, **places)
+    found = predict_file(
+        arguments.run_dir, arguments.data, arguments.out, arguments.checkpoint, generation_of(arguments), **places
+    )
     for line in metric_lines(found):
         say(arguments, line)
     return found
@@ -166,6 +185,7 @@ def run_predict(arguments: argparse.Namespace) -> Any:
         allow_changes=arguments.allow_changes,
         base=arguments.base,
         encoders=arguments.encoder,
+        generation=generation_of(arguments),
     )
     for line in result.lines:
         say(arguments, line)

@@ -5,13 +5,15 @@ import socket
 import sys
 
 from mitrain.cli.ask import add_places
-from mitrain.cli.shared import add_allow_changes, add_checkpoint, describe
+from mitrain.cli.shared import add_allow_changes, add_checkpoint, add_generation, describe, generation_of
 from mitrain.core.errors import ConfigError, need_extra
 
 
 def add_serve(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_serve)
-    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, or what was exported of one")
+    sub.add_argument(
+        "run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, an export, or USER/NAME on the Hub"
+    )
     sub.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1, this machine)")
     sub.add_argument("--port", type=int, default=8000, help="0 takes any free one (default: 8000)")
     sub.add_argument("--batch", type=int, default=8, metavar="N", help="samples answered together (default: 8)")
@@ -19,6 +21,7 @@ def add_serve(sub: argparse.ArgumentParser) -> None:
         "--wait-ms", type=float, default=10, metavar="MS", help="how long a batch waits for more requests (default: 10)"
     )
     sub.add_argument("--max-mb", type=float, default=64, metavar="MB", help="of a request (default: 64)")
+    add_generation(sub)
     add_checkpoint(sub)
     add_allow_changes(sub)
     add_places(sub)
@@ -36,7 +39,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
 
     places = {"base": arguments.base, "encoders": arguments.encoder, "allow_changes": arguments.allow_changes}
     run = runs.open_run(arguments.run_dir, arguments.checkpoint, **places)
-    app = app_of(run, Limits(arguments.max_mb, arguments.batch, arguments.wait_ms))
+    app = app_of(run, Limits(arguments.max_mb, arguments.batch, arguments.wait_ms, generation_of(arguments)))
     host, port = listening.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"mitrain: {run.config.name} (step {run.saved.step}) answers at {where}; Ctrl-C ends it", file=sys.stderr)

@@ -117,6 +117,27 @@ def add_checkpoint(sub: argparse.ArgumentParser) -> None:
     )
 
 
+GENERATION = {"max_new_tokens": int, "beams": int, "temperature": float, "top_p": float}
+
+
+def add_generation(sub: argparse.ArgumentParser) -> None:
+    """Options that change how the model speaks; what is not given stays as the run's configuration has it."""
+    for name, meaning in (
+        ("max_new_tokens", "the most tokens that are generated"),
+        ("beams", "how many texts a search keeps; 1: none is searched"),
+        ("temperature", "above 0 words are drawn, from logits divided by it"),
+        ("top_p", "of the likeliest words that have this share together"),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        sub.add_argument(option, type=GENERATION[name], metavar="N", help=f"{meaning} (default: as the run says)")
+
+
+def generation_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the task that options of `add_generation` give."""
+    given = {name: getattr(arguments, name) for name in GENERATION}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def add_allow_changes(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--allow-changes", action="store_true", help="also on frozen models with other weights than it was trained on"

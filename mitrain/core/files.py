@@ -163,6 +163,13 @@ def file_lock(path: str | Path, seconds: float | None = None) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def writing(out: str | Path | None) -> Iterator[None]:
+    """Be the one process that writes the file ``out``, if any; UserError where another does."""
+    with file_lock(f"{out}.lock", 1) if out is not None else contextlib.nullcontext():
+        yield
+
+
 class Wait:
     """What a process does while another holds ``lock``: say so once, and remove a marker that nobody stands behind.
 

@@ -2,17 +2,20 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mitrain.core import parsing
 from mitrain.core.errors import ConfigError, DataError, UserError
+from mitrain.core.files import writing
+from mitrain.data.formats.conversations import COLUMNS, asked_behind, question_of
 from mitrain.data.formats.manifest import Manifest, read_rows
 from mitrain.data.formats.records import SEPARATOR
 from mitrain.data.formats.rows import as_text, inputs_of, listed, split_cell
 from mitrain.data.samples import BadSamples
+from mitrain.data.sources import ConversationsConfig
 from mitrain.inference.scoring import Asked, ask_all, values_of
 from mitrain.models.digests import frozen_digest
 from mitrain.training import runs
@@ -29,16 +32,25 @@ class Row:
     shown: dict[str, Any]
 
 
-def predict_file(folder: str | Path, table: str | Path, out: str | Path, which: str = "best", **opened: Any) -> dict:
-    """Ask a run about every row of ``table`` and write its answers to ``out``; ``opened`` as of `runs.open_run`."""
+def predict_file(
+    folder: str | Path,
+    table: str | Path,
+    out: str | Path,
+    which: str = "best",
+    generation: Mapping[str, Any] | None = None,
+    **opened: Any,
+) -> dict:
+    """Ask a run about every row of ``table`` and write its answers to ``out``; ``opened`` as of `runs.open_run`,
+    ``generation`` as of `ask_all`."""
     if Path(out).is_dir():
         raise ConfigError(
             f"--out {str(out)!r} is a folder: with --data it is the file of the answers, as answers.jsonl"
         )
-    return predict_rows(runs.open_run(folder, which, **opened), Path(table), Path(out))
+    with writing(out):
+        return predict_rows(runs.open_run(folder, which, **opened), Path(table), Path(out), generation)
 
 
-def predict_rows(run: Run, table: Path, out: Path) -> dict[str, Any]:
+def predict_rows(run: Run, table: Path, out: Path, generation: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """How many rows there are, were asked, and were left out as bad ones, which the data's budget bounds."""
     data, size = run.config.data, run.config.train.eval_batch
     bad = BadSamples(data.bad_samples, data.bad_share)
@@ -46,13 +58,14 @@ def predict_rows(run: Run, table: Path, out: Path) -> dict[str, Any]:
     count = len(rows) + len(bad)
     if len({row.id for row in rows}) < len(rows):
         raise DataError(f"{str(table)!r} has an id twice: make ids unique")
-    model = f"{run.config.name}, step {run.saved.step}, {trained_digest(run)}"
+    model = ", ".join([run.config.name, f"step {run.saved.step}", trained_digest(run)])
+    model += "".join(f", {name}={value}" for name, value in (generation or {}).items())
     done = kept(out, {row.id: row for row in rows}, model)
     left = [row for row in rows if row.id not in done]
     with open(out, "a", encoding="utf-8") as file:
         for start in range(0, len(left), size):
             part = left[start : start + size]
-            for row, answer in zip(part, ask_all(run, [row.asked for row in part]), strict=True):
+            for row, answer in zip(part, ask_all(run, [row.asked for row in part], generation=generation), strict=True):
                 if isinstance(answer, UserError):
                     bad.skip(row.id, str(answer))
                 else:
@@ -66,7 +79,10 @@ def predict_rows(run: Run, table: Path, out: Path) -> dict[str, Any]:
 
 
 def rows_of(run: Run, table: Path, bad: BadSamples) -> Iterator[Row]:
-    """The rows, under the column names of the run's data; targets are not looked at."""
+    """The rows, under the column names of the run's data, or a conversation each; targets are not looked at."""
+    if isinstance(run.config.data, ConversationsConfig) and is_of_conversations(table):
+        yield from conversations_of(run, table, bad)
+        return
     data, task, source = run.config.data, run.model.task, Manifest.of(table)
     named = getattr(data, "columns", {})
     columns = {field: named.get(field, field) for field in (*data.inputs, task.asks, "id", "candidates")}
@@ -86,6 +102,26 @@ def rows_of(run: Run, table: Path, bad: BadSamples) -> Iterator[Row]:
         files = {key: source.root / path for key, path in inputs.items()}
         shown = {**inputs, task.asks: text, **({"candidates": candidates} if candidates else {})}
         yield Row(own, Asked(files, text, candidates or None), shown)
+
+
+def is_of_conversations(table: Path) -> bool:
+    """Whether the first record of ``table`` has messages, or conversations as LLaVA's."""
+    first = next(iter(read_rows(table, COLUMNS, ())), None)
+    return first is not None and not first.cells.keys().isdisjoint(("conversations", "messages"))
+
+
+def conversations_of(run: Run, table: Path, bad: BadSamples) -> Iterator[Row]:
+    """The last question of every conversation, with what was said before."""
+    data, source = run.config.data, Manifest.of(table)
+    for record in read_rows(source, COLUMNS, ()):
+        try:
+            name, inputs, turns = question_of(record, data.inputs, data.may_lack)
+        except DataError as error:
+            bad.skip(record.where, str(error))
+            continue
+        prompt, turns = asked_behind(turns)
+        files = {key: source.root / path for key, path in inputs.items()}
+        yield Row(name, Asked(files, prompt, turns=turns), {**inputs, "prompt": prompt})
 
 
 def kept(out: Path, rows: dict[str, Row], model: str) -> set[str]:

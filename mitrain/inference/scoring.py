@@ -22,11 +22,12 @@ from mitrain.data.images import open_image
 from mitrain.data.inspection import inspect_splits
 from mitrain.data.media import Limits
 from mitrain.data.samples import BadSamples, Sample
-from mitrain.data.sources import DataSection, limit, portion
+from mitrain.data.sources import ConversationsConfig, DataSection, limit, portion
 from mitrain.models.digests import frozen_digest
 from mitrain.tasks import TASKS, figures
 from mitrain.tasks.answer import answers_by_prompt
 from mitrain.tasks.base import Answer, Batch, Prediction, Question, Task, cautions
+from mitrain.tasks.language import speaking, told_to_speak
 from mitrain.training import runs, schema
 from mitrain.training.baselines import baselines_of
 from mitrain.training.build import cache_root, resolve_data
@@ -122,13 +123,14 @@ def score_run(
     base: str | None = None,
     encoders: Sequence[str] | None = None,
     out: str | Path | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The metrics of a run's checkpoint on a split under a control, and those of the ``baselines`` if asked for.
 
     ``without``, ``shuffled``: inputs that no sample is shown, or another sample's; ``missing``: inputs for each of which the
     score is also told where a growing share of the samples lacks it.
     ``root``: the folder of the data, where it is another than the run's; ``base``, ``encoders`` as in `runs.open_run`.
-    ``out``: a new file for each sample's prediction.
+    ``out``: a new file for each sample's prediction. ``generation``: as in `ask_all`, told beside the metrics.
     """
     if out is not None and Path(out).exists():
         raise ConfigError(f"--out {str(out)!r} exists: give a new file for the predictions")
@@ -139,12 +141,15 @@ def score_run(
         if name not in run.config.data.inputs:
             raise ConfigError(f"{name!r} is none of this run's inputs: it reads {', '.join(run.config.data.inputs)}")
     set_data_root(run, root)
+    run.model.task.config = told_to_speak(run.model.task, generation or {})
+    generate = generate or bool(generation)
     chosen, files = split_of(run, split, samples)
     gone = dict.fromkeys(without, 1.0)
     evaluation = score_split(run, chosen, files, control, generate, seed, without=gone, shuffled=shuffled)
     if out is not None and dist.is_main():
         write_predictions(Path(out), evaluation.predictions)
-    beside = {"baselines": baselines_of(run, split, chosen, files)} if baselines else {}
+    beside: dict[str, Any] = {"generation": dict(generation)} if generation else {}
+    beside |= {"baselines": baselines_of(run, split, chosen, files)} if baselines else {}
     metric = run.model.task.metric
     for name in missing:
         scores = {"0%": evaluation.metrics[metric]}
@@ -175,20 +180,26 @@ def predict_one(
     allow_changes: bool = False,
     base: str | None = None,
     encoders: Sequence[str] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> Answer:
-    """Answer a prompt about files, or segment an expression in a picture; ``base``, ``encoders`` as in `runs.open_run`."""
+    """Answer a prompt about files, or segment an expression in a picture; ``base``, ``encoders`` as in `runs.open_run`,
+    ``generation`` as in `ask_all`."""
     check_words(text, candidates)
     run = runs.open_run(folder, which, allow_changes, base, encoders)
-    return ask(run, files, text, candidates=candidates, out=out)
+    return ask(run, files, text, candidates=candidates, out=out, generation=generation)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A file for each of a run's inputs, a text about them, and what the user lets the model choose among."""
+    """A file for each of a run's inputs, a text about them, and what the user lets the model choose among.
+
+    ``turns``: of a conversation that has gone on, its questions and answers up to the question now; ``text`` has them as
+    lines."""
 
     files: Files
     text: str = ""
     candidates: Sequence[str] | None = None
+    turns: tuple[str, ...] = ()
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -201,13 +212,19 @@ class Asked:
 
 
 def ask(
-    run: Run, files: Files, text: str, *, candidates: Sequence[str] | None = None, out: str | None = None
+    run: Run,
+    files: Files,
+    text: str,
+    *,
+    candidates: Sequence[str] | None = None,
+    out: str | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> Answer:
     """What an opened run says of one sample's files. Threads may share the run: they take turns."""
     if out and not run.model.task.decodes:
         raise ConfigError("--out writes a mask, which only the task 'segment' has: leave it out")
     asked = Asked(files, text, candidates)
-    (answer,) = ask_all(run, [asked])
+    (answer,) = ask_all(run, [asked], generation=generation)
     if isinstance(answer, UserError):
         raise answer
     if not out:
@@ -219,16 +236,24 @@ def ask(
     return replace(answer, values={**answer.values, "files": written}, lines=lines)
 
 
-def ask_all(run: Run, asked: Sequence[Asked], infused: bool = True) -> list[Answer | UserError]:
+def ask_all(
+    run: Run, asked: Sequence[Asked], infused: bool = True, generation: Mapping[str, Any] | None = None
+) -> list[Answer | UserError]:
     """What an opened run says of several samples, asked together; of each that it cannot be asked about, why.
 
-    ``infused`` False: the text is answered without the other inputs. Threads may share the run: they take turns.
+    ``infused`` False: the text is answered without the other inputs. ``generation``: settings of the task by which it
+    speaks, in place of the run's. Threads may share the run: they take turns.
     """
     found: dict[int, Answer | UserError] = {}
     for i, one in enumerate(asked):
         try:
             check_words(one.text, one.candidates)
             check_asked(one.files, one.text, run.config.data, run.model.task.reads_no_text)
+            if one.turns and not converses(run):
+                raise ConfigError(
+                    "this run was trained on single questions, without a chat template or task.turn for what was said"
+                    " before: ask one question"
+                )
         except UserError as error:
             found[i] = error
     others = [one.others if run.model.task.keeps else {} for one in asked]  # candidates that are files
@@ -253,12 +278,17 @@ def ask_all(run: Run, asked: Sequence[Asked], infused: bool = True) -> list[Answ
         decoded = cache(partial(features.content, inputs))
         seen = lambda sample: see([sample])  # noqa: E731
         what, choices = str(run.folder), [paths[i, n] for n in others[i]] or one.candidates or ()
-        questions[i] = Question(names, inputs, shown, one.text, choices, seen, decoded, what)
-    with run.turn, run.model.adapter.conditioned(None):  # what a caller has bound is not this sample's
+        questions[i] = Question(names, inputs, shown, one.text, choices, seen, decoded, what, one.turns)
+    with run.turn, speaking(run.model.task, generation or {}), run.model.adapter.conditioned(None):  # not a caller's
         if run.model.task.remembers and not all(question.candidates for question in questions.values()):
             recall(run)
         found |= answered(run.model.task, questions, see)
     return [found[i] for i in range(len(asked))]
+
+
+def converses(run: Run) -> bool:
+    """Whether there is a way for what was said before a question: task.turn, or lines of text as training had them."""
+    return bool(getattr(run.model.task.config, "turn", "")) or isinstance(run.config.data, ConversationsConfig)
 
 
 def answered(

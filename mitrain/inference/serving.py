@@ -17,7 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ from starlette.types import Message, Receive
 
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.core.version import __version__
+from mitrain.data.formats.conversations import asked_behind
 from mitrain.data.images import open_image
 from mitrain.data.sources import limit
 from mitrain.inference.export import SUFFIXES
 from mitrain.inference.scoring import Asked, ask_all
 from mitrain.tasks import figures
 from mitrain.tasks.base import Answer
+from mitrain.tasks.language import told_to_speak
 from mitrain.training.build import resolve_data
 from mitrain.training.runs import Run
 
@@ -49,15 +51,22 @@ GALLERY = 200  # texts of the data that a retrieval run finds matches among
 NEAREST = 10
 IGNORED = ("model", "messages", "user", "metadata")  # of a chat request: change no answer
 FIXED = {"stream": False, "n": 1}
+SPOKEN = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+SPOKEN |= {name: name for name in ("temperature", "top_p")}
+"""What a chat request may set, and the setting of the task that it is."""
+How = tuple[bool, tuple[tuple[str, Any], ...]]
+"""Whether the inputs are infused, and the settings by which the model speaks: alike for all samples of a batch."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """``megabytes`` of a request; a batch has at most ``batch`` samples and waits ``milliseconds`` for more."""
+    """``megabytes`` of a request; a batch has at most ``batch`` samples and waits ``milliseconds`` for more.
+    ``generation``: settings of the task by which it speaks, in place of the run's."""
 
     megabytes: float = 64
     batch: int = 8
     milliseconds: float = 10
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Batcher:
@@ -65,14 +74,14 @@ class Batcher:
 
     def __init__(self, run: Run, limits: Limits):
         self.run, self.limits = run, limits
-        self.waiting: queue.Queue[tuple[Asked, bool, Future[Answer]]] = queue.Queue(WAITING)
+        self.waiting: queue.Queue[tuple[Asked, How, Future[Answer]]] = queue.Queue(WAITING)
         self.counts: Counter[str] = Counter()
         threading.Thread(target=self._work, daemon=True).start()
 
-    def ask(self, asked: Asked, infused: bool) -> Answer:
+    def ask(self, asked: Asked, how: How) -> Answer:
         """The answer; raises what asking does, and `queue.Full` where too many wait."""
         future: Future[Answer] = Future()
-        self.waiting.put_nowait((asked, infused, future))
+        self.waiting.put_nowait((asked, how, future))
         return future.result()
 
     def _work(self) -> None:
@@ -83,15 +92,15 @@ class Batcher:
                     batch.append(self.waiting.get(timeout=max(until - time.monotonic(), 0)))
                 except queue.Empty:
                     break
-            for infused in (True, False):
-                self._answer([one for one in batch if one[1] is infused], infused)
+            for how in dict.fromkeys(how for _, how, _ in batch):
+                self._answer([one for one in batch if one[1] == how], *how)
 
-    def _answer(self, batch: Sequence[tuple[Asked, bool, Future[Answer]]], infused: bool) -> None:
-        if not batch:
-            return
+    def _answer(
+        self, batch: Sequence[tuple[Asked, How, Future[Answer]]], infused: bool, generation: tuple[tuple[str, Any], ...]
+    ) -> None:
         begun = time.monotonic()
         try:
-            found: list[Any] = ask_all(self.run, [asked for asked, _, _ in batch], infused)
+            found: list[Any] = ask_all(self.run, [asked for asked, _, _ in batch], infused, dict(generation))
         except BaseException as error:  # the asking threads raise it again; this one goes on
             found = [error] * len(batch)
         self.counts.update(batches=1, samples=len(batch))
@@ -107,6 +116,7 @@ class Service:
     """What the routes do; they run in threads of the server's pool, but for the reading of requests."""
 
     def __init__(self, run: Run, limits: Limits):
+        told_to_speak(run.model.task, limits.generation)  # or say what is wrong before anybody asks
         self.run, self.limits, self.batcher = run, limits, Batcher(run, limits)
         self.task = run.config.task.section_name
         self.takes = {part.input: part.takes for part in reversed(run.config.model.encoders.values())}
@@ -138,15 +148,22 @@ class Service:
         }
 
     def predict(
-        self, contents: Mapping[str, bytes], text: str, candidates: Sequence[str], infused: bool
+        self,
+        contents: Mapping[str, bytes],
+        text: str,
+        candidates: Sequence[str],
+        infused: bool,
+        turns: tuple[str, ...] = (),
+        generation: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The JSON values of an answer. UserError for what cannot be asked."""
+        how = infused, tuple(sorted({**self.limits.generation, **(generation or {})}.items()))
         if self.task == "retrieve" and not candidates:
             candidates = self.gallery
         with tempfile.TemporaryDirectory() as folder:
             files = {name: self._written(Path(folder), name, content) for name, content in contents.items()}
             try:
-                answer = self.batcher.ask(Asked(files, text, tuple(candidates) or None), infused)
+                answer = self.batcher.ask(Asked(files, text, tuple(candidates) or None, turns), how)
             except UserError as error:  # the folder's name means nothing to those who ask
                 raise type(error)(str(error).replace(f" in '{folder}'", "").replace(f"{folder}/", "")) from None
             values = {name: value for name, value in answer.values.items() if name not in files}
@@ -169,8 +186,10 @@ class Service:
         """An answer as OpenAI's API has it."""
         if self.task not in ("answer", "caption"):
             raise ConfigError(f"this run's task is {self.task!r}, which does not speak: ask /predict")
-        contents, text = self._message(body)
-        values = self.predict(contents, text or ("?" if self.task == "caption" else ""), (), True)
+        contents, said, generation = self._conversation(body)
+        text, turns = asked_behind(said)
+        asked = text or ("?" if self.task == "caption" else "")
+        values = self.predict(contents, asked, (), True, turns, generation)
         said = values.get("answer", values.get("caption"))
         counts = [len(self.run.model.text.plain(words)) for words in (text, said)]
         usage = {"prompt_tokens": counts[0], "completion_tokens": counts[1], "total_tokens": sum(counts)}
@@ -178,17 +197,32 @@ class Service:
         made = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
         return {**made, "model": self.run.config.name, "choices": [choice], "usage": usage, "mitrain": values}
 
-    def _message(self, body: Mapping[str, Any]) -> tuple[dict[str, bytes], str]:
-        """The files and the text of a chat request's only message."""
+    def _conversation(self, body: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str], dict[str, Any]]:
+        """A chat request's files, its turns up to the question now, and the settings by which the model is to speak."""
+        generation = {}
         for name, value in body.items():
-            if name not in IGNORED and not (name in FIXED and value in (FIXED[name], None)):
+            if name in SPOKEN and value is not None:
+                generation[SPOKEN[name]] = value
+            elif name not in IGNORED and not (name in (*FIXED, *SPOKEN) and value in (FIXED.get(name), None)):
                 raise ConfigError(
                     f"{name[:40]!r} cannot be set by a request, the run's configuration says it: leave it out"
                 )
-        messages = body.get("messages")
-        if not isinstance(messages, list) or [is_a(m, "role", "user") for m in messages] != [True]:
-            raise ConfigError("give messages=[{role: user, content: …}]: one message, for the run knows no dialogues")
-        parts, contents, texts = messages[0].get("content"), {}, []
+        messages, contents = body.get("messages"), {}
+        roles = ("user", "assistant")
+        if not (
+            isinstance(messages, list)
+            and len(messages) % 2
+            and all(is_a(m, "role", roles[i % 2]) for i, m in enumerate(messages))
+        ):
+            raise ConfigError(
+                "give messages=[{role: user, content: …}], the user's and the assistant's in turn, the user's last; a system"
+                " prompt is the run's (task.system)"
+            )
+        return contents, [self._text(message, contents) for message in messages], generation
+
+    def _text(self, message: Mapping[str, Any], contents: dict[str, bytes]) -> str:
+        """What a message says; its files go into ``contents``."""
+        parts, texts = message.get("content"), []
         parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
         for part in parts if isinstance(parts, list) else [None]:
             if is_a(part, "type", "text") and isinstance(part.get("text"), str):
@@ -199,7 +233,7 @@ class Service:
                 contents[self._free("audio", contents)] = decoded(part["input_audio"].get("data"))
             else:
                 raise ConfigError("content is text, or a list of parts of the types text, image_url and input_audio")
-        return contents, "\n".join(texts)
+        return "\n".join(texts).strip()
 
     def _free(self, takes: str, given: Mapping[str, bytes]) -> str:
         """The run's next input for a file of a kind."""

@@ -28,7 +28,7 @@ from mitrain.models.batch import TextBatch
 from mitrain.models.chunked_loss import chunked_cross_entropy
 from mitrain.models.digests import frozen_digest, settings_of, tokenizer_of, weights_of
 from mitrain.models.stream import Shard
-from mitrain.models.tokens import WHOLE, Tokens
+from mitrain.models.tokens import WHOLE, Tokens, Words, last_of
 
 log = logging.getLogger(__name__)
 
@@ -189,20 +189,20 @@ class TextBackbone:
         self._embedded(ids, text)
         return ids
 
-    def prompt(self, text: str, frame: Sequence[str] = WHOLE, speaks: int = 1) -> list[int]:
+    def prompt(self, text: Words, frame: Sequence[str] = WHOLE, speaks: int = 1) -> list[int]:
         """`Tokens.prompt` of a text that the model can read and say ``speaks`` tokens behind; else DataError."""
-        ids = self._readable(self.texts.prompt(text, frame), text)
+        ids = self._readable(self.texts.prompt(text, frame), last_of(text))
         if self.positions and len(ids) + speaks - 1 > self.positions:  # the last token that is said is not read
             raise DataError(
                 f"a prompt of {len(ids)} tokens leaves no room for {speaks} more in the model's {self.positions}: lower"
-                f" task.max_new_tokens, or shorten {text[:60]!r}…"
+                f" task.max_new_tokens, or shorten {last_of(text)[:60]!r}…"
             )
         return ids
 
-    def answered(self, text: str, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
+    def answered(self, text: Words, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
         """`Tokens.answered` of texts that the model can read; else DataError."""
         row, start = self.texts.answered(text, answer, frame)
-        return self._readable(row, text), start
+        return self._readable(row, last_of(text)), start
 
     def _readable(self, ids: list[int], text: str, mend: str = "shorten") -> list[int]:
         self._embedded(ids, text)

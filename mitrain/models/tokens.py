@@ -11,6 +11,14 @@ from typing import Any
 WHOLE = ("", "")
 """The frame of a text that stands alone."""
 
+Words = str | tuple[str, ...]
+"""What stands between the parts of a frame: one text in each place, or one for each."""
+
+
+def last_of(words: Words) -> str:
+    """What was said last, which a message names."""
+    return words if isinstance(words, str) else words[-1]
+
 
 class Tokens:
     """A tokenizer that lets the special tokens of a frame act, and those in a user's text be plain text.
@@ -28,7 +36,7 @@ class Tokens:
         longest_first = sorted(special, key=len, reverse=True)
         self.control = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
-    def ids(self, text: str, frame: Sequence[str] = WHOLE, after: str = "", strip: str | None = " ") -> list[int]:
+    def ids(self, text: Words, frame: Sequence[str] = WHOLE, after: str = "", strip: str | None = " ") -> list[int]:
         """Ids of ``text`` between the parts of ``frame``, and of ``after`` behind them, without opening and closing.
 
         ``strip``: characters that are dropped at the ends, before ``after`` is added; None: all white space.
@@ -44,11 +52,11 @@ class Tokens:
         parts = [self._encoded(p, True) if i % 2 == 0 else self._id(p) for i, p in enumerate(pieces)]
         return [token for part in parts for token in part]
 
-    def prompt(self, text: str, frame: Sequence[str] = WHOLE) -> list[int]:
+    def prompt(self, text: Words, frame: Sequence[str] = WHOLE) -> list[int]:
         """Ids of a text that an answer follows: opened, not closed."""
         return [*self.opening, *self.ids(text, frame)]
 
-    def answered(self, text: str, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
+    def answered(self, text: Words, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
         """Ids of a prompt with a blank and its answer behind it, tokenized as one text; and where the answer begins.
 
         Behind a special token or a line's end at the frame's end there is no blank. Where the tokenizer joins the prompt's
@@ -57,12 +65,12 @@ class Tokens:
         row = [*self.opening, *self.ids(text, frame, f" {answer}")]
         return row, max(1, shared_start(row, self.prompt(text, frame)))
 
-    def _pieces(self, text: str, frame: Sequence[str]) -> list[str]:
+    def _pieces(self, text: Words, frame: Sequence[str]) -> list[str]:
         """Plain text and the frame's special tokens in turn; plain text is first and last."""
         pieces = [""]
         for i, part in enumerate(frame):
             plain, *others = self.control.split(part)
-            pieces[-1] += (text if i else "") + plain
+            pieces[-1] += ("" if not i else text if isinstance(text, str) else text[i - 1]) + plain
             pieces += others
         return pieces
 

@@ -10,22 +10,24 @@ import logging
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
+from pydantic import model_validator
 from torch import Tensor
 
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError
 from mitrain.data.formats.records import AnswerSample, commonest
 from mitrain.data.sources import ConversationsConfig, RecordsConfig, VqaConfig
+from mitrain.models.tokens import Words
 from mitrain.tasks.base import Answer, Batch, Parts, Prediction, Question, Splits, look_alike, only_one
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.language import LanguageConfig, LanguageTask
 from mitrain.tasks.probe import probe_answers
 from mitrain.tasks.soft_accuracy import AGREE, soft_accuracy
-from mitrain.tasks.template import template_with
+from mitrain.tasks.template import TurnSetting, frame_of, template_with
 
 log = logging.getLogger(__name__)
 SCORE_ROWS = 112
@@ -36,11 +38,21 @@ MOST_ANSWERS = 100
 
 class AnswerConfig(LanguageConfig, kind="task", name="answer"):
     """``template``: how the prompt is put to the model; its special tokens act, those in a user's text are plain text.
-    ``normalize``: candidates' log-likelihood per token instead of its sum. The rest as in `LanguageConfig`.
+    ``turn``: how an earlier question with its answer, {prompt} and {answer}, stands before the prompt; empty: as two of its
+    lines. ``normalize``: candidates' log-likelihood per token instead of its sum. The rest as in `LanguageConfig`.
     """
 
     template: template_with("prompt") = "{prompt}"
+    turn: TurnSetting = ""
     normalize: bool = False
+
+    @model_validator(mode="after")
+    def _turns(self) -> Self:
+        if self.turn and self.chat:
+            raise ValueError("turn is the chat template's with chat=true: leave turn out")
+        if self.turn and len(frame_of(self.template)) > 2:
+            raise ValueError("turn stands before the prompt, which template names twice: name it once")
+        return self
 
 
 class AnswerTask(LanguageTask):
@@ -64,9 +76,12 @@ class AnswerTask(LanguageTask):
         super().__init__(config, parts)
         self.known: Mapping[str, Sequence[str]] = {}
 
-    @staticmethod
-    def pair(sample: Any) -> tuple[str, str]:
-        return sample.prompt, sample.answer
+    def pair(self, sample: Any) -> tuple[Words, str]:
+        return self.words(sample), sample.answer
+
+    def words(self, sample: Any) -> Words:
+        """The prompt, or the turns of a conversation where the settings say how they are put to the model."""
+        return sample.turns if sample.turns and self.config.turn else sample.prompt
 
     def remember(self, samples: Sequence[Any]) -> None:
         self.known = answers_by_prompt(samples)
@@ -81,21 +96,21 @@ class AnswerTask(LanguageTask):
         return not all(map(self.offered, samples))
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
-        rows = {(s.prompt, s.answer) for s in samples}
+        rows = {self.pair(s) for s in samples}
         if every_candidate:
-            rows |= {(s.prompt, c) for s in samples for c in self.offered(s)}
+            rows |= {(self.words(s), c) for s in samples for c in self.offered(s)}
             for sample in samples:
                 if not self.offered(sample):
-                    self._prompt_ids(sample.prompt)  # raises where what the model says would not fit behind it
-        return [self.row(*pair) for pair in sorted(rows)]
+                    self.prompt_ids(self.words(sample))  # raises where what the model says would not fit behind it
+        return [self.row(*pair) for pair in sorted(rows, key=lambda pair: (isinstance(pair[0], tuple), pair))]
 
     @torch.no_grad()
     def candidate_scores(self, batch: Batch) -> list[Tensor]:
         """For each sample the log-likelihood of each answer that it is `offered`."""
         offered = [self.offered(s) for s in batch.samples]
-        pairs = [(s.prompt, c) for s, names in zip(batch.samples, offered, strict=True) for c in names]
+        pairs = [(self.words(s), c) for s, names in zip(batch.samples, offered, strict=True) for c in names]
         owner = torch.tensor([i for i, names in enumerate(offered) for _ in names] or [0])
-        spare = [(batch.samples[0].prompt, batch.samples[0].answer)]  # for a rank that only keeps the others company
+        spare = [self.pair(batch.samples[0])]  # for a rank that only keeps the others company
         scores: list[Tensor] = []
         for start, own in dist.lockstep(range(0, len(pairs), SCORE_ROWS), 0):
             part = slice(start, start + SCORE_ROWS)
@@ -172,7 +187,7 @@ class AnswerTask(LanguageTask):
         candidates = question.candidates
         if candidates and len(set(candidates)) < 2:
             raise ConfigError(f"--candidates {candidates[0][:60]} leaves nothing to choose: give two or more, or none")
-        return AnswerSample(question.id, question.inputs, question.text, "", tuple(candidates))
+        return AnswerSample(question.id, question.inputs, question.text, "", tuple(candidates), turns=question.turns)
 
     def told(self, question: Question, prediction: Prediction) -> Answer:
         """What the model says, and the likeliest of the candidates, or of the answers that training gave to this prompt."""

@@ -81,7 +81,8 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Question:
-    """Files and a text about them. ``candidates``: what the user lets the model choose from, if anything.
+    """Files and a text about them. ``candidates``: what the user lets the model choose from, if anything. ``turns``: of a
+    conversation its questions and answers up to the text, which has them as lines; else nothing.
 
     ``id``, ``inputs``: of the sample that they make; ``files``: what the user calls them. ``see(sample)``: the batch of one
     sample with them; ``decoded(name)``: the file of an input, decoded; ``what`` names the run in messages.
@@ -95,6 +96,7 @@ class Question:
     see: Callable[[Any], "Batch"]
     decoded: Callable[[str], Any]
     what: str
+    turns: tuple[str, ...] = ()
 
     def predicted(self, predictions: Sequence["Prediction"]) -> "Prediction":
         """The prediction; UserError where it was made of what is no number."""

@@ -48,13 +48,12 @@ class CaptionTask(LanguageTask):
     texts_apart = "text"
     columns = (("CIDEr", "cider"), ("BLEU-4", "bleu4"), ("ROUGE-L", "rouge_l"), ("different", "different"))
 
-    @staticmethod
-    def pair(sample: Any) -> tuple[str, str]:
+    def pair(self, sample: Any) -> tuple[str, str]:
         return "", sample.text
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         if every_candidate:
-            self._prompt_ids("")  # raises where what the model says would not fit behind it
+            self.prompt_ids("")  # raises where what the model says would not fit behind it
         return [self.row("", text) for text in sorted({s.text for s in samples})]
 
     def must_generate(self, samples: Sequence[Any]) -> bool:

@@ -5,21 +5,23 @@ The prompt is text alone; the picture can reach the words only through the infus
 Shapes: B samples, R rows (a prompt and what follows it), T tokens, V vocabulary.
 """
 
+import contextlib
 import logging
 import zlib
-from collections.abc import Sequence
-from functools import cache, cached_property, lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, cached_property, lru_cache, partial
 from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mitrain.core.config import Section
+from mitrain.core.config import Section, parse
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models.batch import ModalityInputs
+from mitrain.models.tokens import Words
 from mitrain.tasks.base import Batch, Given, Parts, Task
-from mitrain.tasks.chat import in_chat
+from mitrain.tasks.chat import earlier_turn, in_chat
 from mitrain.tasks.generation import decoding, generated
 from mitrain.tasks.template import frame_of
 
@@ -69,9 +71,11 @@ class LanguageTask(Task):
 
     def __init__(self, config: Any, parts: Parts):
         super().__init__(parts)
-        self.config, self.frame = config, frame_of(config.template)
-        self._prompt_ids = cache(lambda prompt: parts.text.prompt(prompt, self.frame, config.max_new_tokens))
-        self._answered = lru_cache(1 << 17)(lambda prompt, answer: parts.text.answered(prompt, answer, self.frame))
+        self.config, frame = config, cache(partial(frame_of_turns, config.template, getattr(config, "turn", "")))
+        self._prompt_ids = cache(lambda words, speaks: parts.text.prompt(words, frame(count(words)), speaks))
+        self._answered = lru_cache(1 << 17)(
+            lambda words, answer: parts.text.answered(words, answer, frame(count(words)))
+        )
 
     @classmethod
     def build(cls, config: Any, given: Given) -> "LanguageTask":
@@ -89,19 +93,22 @@ class LanguageTask(Task):
             config = chatting(config, text.tokenizer, str(text.source))
         return cls(config, given.parts)
 
-    @staticmethod
-    def pair(sample: Any) -> tuple[str, str]:
-        """A sample's prompt and what training says behind it."""
+    def pair(self, sample: Any) -> tuple[Words, str]:
+        """What a sample says to the model, its prompt or its turns, and what training says behind it."""
         raise NotImplementedError
 
-    def row(self, prompt: str, answer: str) -> list[int]:
+    def prompt_ids(self, words: Words) -> list[int]:
+        """DataError where what the model may say would not fit behind them."""
+        return self._prompt_ids(words, self.config.max_new_tokens)
+
+    def row(self, prompt: Words, answer: str) -> list[int]:
         """Token ids of a prompt with an answer, without the end, which predicts nothing."""
         return self._answered(prompt, answer)[0]
 
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self.row(*self.pair(s))) for s in samples)
 
-    def log_likelihood(self, pairs: Sequence[tuple[str, str]], inputs: ModalityInputs | None) -> list[Tensor]:
+    def log_likelihood(self, pairs: Sequence[tuple[Words, str]], inputs: ModalityInputs | None) -> list[Tensor]:
         """log p of each answer's tokens (its end included) for each (prompt, answer), with R rows of ``inputs``."""
         text, states = self.parts.text, self.parts.states
         rows, starts = zip(*(self._answered(*pair) for pair in pairs), strict=True)
@@ -139,7 +146,7 @@ class LanguageTask(Task):
         Drawn words depend on the samples alone, not on what was drawn before, nor by which rank.
         """
         text, numbers = self.parts.text, Numbers(len(samples))
-        ids, mask = text.pad([self._prompt_ids(self.pair(s)[0]) for s in samples], side="left")
+        ids, mask = text.pad([self.prompt_ids(self.pair(s)[0]) for s in samples], side="left")
         devices = [ids.device] if ids.device.type == "cuda" else []
         with self.parts.adapter.conditioned(inputs, copies=self.config.beams), torch.random.fork_rng(devices):
             torch.manual_seed(zlib.crc32(samples[0].id.encode()))
@@ -149,10 +156,49 @@ class LanguageTask(Task):
         return list(zip([words.strip() for words in said], numbers.all, strict=True))
 
 
+def told_to_speak(task: Task, given: Mapping[str, Any]) -> Any:
+    """The settings of ``task`` with those ``given``, by which it speaks; ConfigError for what it cannot take."""
+    if given and not task.speaks:
+        raise ConfigError(
+            f"{', '.join(given)} say how text is generated, which only the tasks 'answer' and 'caption' do: leave them out"
+        )
+    return parse(type(task.config), {**task.config.to_dict(), **given}) if given else task.config
+
+
+@contextlib.contextmanager
+def speaking(task: Task, given: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, ``task`` speaks by the settings ``given`` in place of the run's."""
+    before, task.config = task.config, told_to_speak(task, given)
+    try:
+        yield
+    finally:
+        task.config = before
+
+
 def chatting(config: LanguageConfig, tokenizer: Any, name: str) -> LanguageConfig:
     """The settings with the chat template written out, so that a run says itself what the model was told."""
-    template = in_chat(config.template, config.system, tokenizer, name)
-    return config.model_copy(update={"template": template, "chat": False, "system": ""})
+    update: dict[str, Any] = {"template": in_chat(config.template, config.system, tokenizer, name)}
+    if hasattr(config, "turn"):
+        try:
+            update["turn"] = earlier_turn(config.template, config.system, tokenizer, name)
+        except ConfigError as error:
+            log.warning("what was said before a question stands before it as lines of text: %s", error)
+    return config.model_copy(update={**update, "chat": False, "system": ""})
+
+
+def count(words: Words) -> int:
+    """How many earlier questions and answers there are before the question now."""
+    return 0 if isinstance(words, str) else len(words) // 2
+
+
+def frame_of_turns(template: str, turn: str, earlier: int) -> tuple[str, ...]:
+    """`frame_of` of a ``template`` with as many ``turn``s before its field."""
+    head, *rest = frame_of(template)
+    if not earlier:
+        return (head, *rest)
+    before, between, behind = frame_of(turn)
+    middle = [part for _ in range(earlier - 1) for part in (between, behind + before)]
+    return (head + before, *middle, between, behind, *rest)
 
 
 class Numbers:

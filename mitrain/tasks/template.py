@@ -14,6 +14,17 @@ PIECES = re.compile(r"\{\{|\}\}|\{[^{}]*\}|[{}]")
 BRACES = {"{{": "{", "}}": "}"}
 
 
+def turn_of(template: str) -> str:
+    """``template`` of an earlier question with its answer: both named once in this order, or empty; else ValueError."""
+    fields = [piece for piece in PIECES.findall(template) if piece not in BRACES]
+    if template and fields != ["{prompt}", "{answer}"]:
+        raise ValueError("write {prompt} and then {answer}, once each, {{ and }} for braces; or leave it empty")
+    return template
+
+
+TurnSetting = Annotated[str, Field(max_length=LONGEST), AfterValidator(turn_of)]
+
+
 def checked(field: str, required: bool, template: str) -> str:
     """``template``, if it has no field but ``{field}`` (and that one, where it is ``required``); else ValueError."""
     pieces = {piece for piece in PIECES.findall(template) if piece not in BRACES}

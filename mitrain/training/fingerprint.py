@@ -91,7 +91,7 @@ def of_samples(samples: Sequence[Any], content: Callable[[Any], Mapping[str, str
     """The count of ``samples``, and by field, and for each input's paths and contents, a digest in their order."""
     yield "samples", str(len(samples))
     for field in fields(samples[0]) if samples else ():
-        if field.name != "inputs":
+        if field.name != "inputs" and field.compare:
             yield field.name, digest(getattr(sample, field.name) for sample in samples)
     for name in dict.fromkeys(name for sample in samples for name in sample.inputs):
         yield name, digest(sample.inputs.get(name) for sample in samples)

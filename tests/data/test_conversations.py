@@ -41,6 +41,7 @@ def test_every_answer_is_a_sample_behind_what_was_said_before(tmp_path):
             {"image": "a.jpg"},
         )
         assert (second.prompt, second.answer) == ("What is it?\nA cat.\nWhat colour has it?", "Black.")
+        assert first.turns == () and second.turns == ("What is it?", "A cat.", "What colour has it?")
         assert second.inputs == first.inputs and second.object == first.object == "7"
 
 

@@ -9,7 +9,9 @@ from exported import PROMPT, make_run, make_world
 from PIL import Image
 
 from mitrain.cli import main
+from mitrain.core import config
 from mitrain.core.errors import DataError
+from mitrain.core.files import file_lock
 from mitrain.data.formats.rle import decode_mask, encode_mask
 from mitrain.inference import bulk, scoring
 from mitrain.inference.export import Pretrained
@@ -72,13 +74,64 @@ def test_the_rows_of_a_table_are_asked_and_gone_on_with(world, run, images, tmp_
     text = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "out.jsonl").write_text("".join(text[:3]) + text[3][:30])
     asked = []
-    monkeypatch.setattr(bulk, "ask_all", lambda run, rows: asked.extend(rows) or scoring.ask_all(run, rows))
+    monkeypatch.setattr(bulk, "ask_all", lambda run, rows, **how: asked.extend(rows) or scoring.ask_all(run, rows))
     assert main(command) == 0
     again = json.loads(capsys.readouterr().out)
     assert (again["kept"], again["asked"]) == (3, 3) and [one.files["image"].name for one in asked] == [
         path.name for path in images[3:]
     ]
     assert (tmp_path / "out.jsonl").read_text().splitlines(keepends=True) == text
+
+
+def test_conversations_are_asked_their_last_question(world, images, tmp_path, capsys):
+    """Answered or not; what was said before stands before it, as training has it."""
+    opened = runs.open_run(make_run(world, "dialogue"))
+    data = {"name": "conversations", "root": str(world / "data")}
+    opened.config = opened.config.model_copy(
+        update={"data": config.choose("data", {**data, "inputs": ["image"], "bad_share": 0.5})}
+    )
+    shown = [{"type": "image", "image": f"images/{images[0].name}"}, {"type": "text", "text": PROMPT}]
+    turns = [("user", shown), ("assistant", "red"), ("user", "is this red"), ("assistant", "yes")]
+    rows = [
+        {"id": str(n), "messages": [{"role": role, "content": words} for role, words in turns[:n]]} for n in (1, 3, 4)
+    ]
+    (source := world / "data" / "talks.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"messages": []}])))
+    found = bulk.predict_rows(opened, source, tmp_path / "out.jsonl", {"max_new_tokens": 3})
+    assert (found["asked"], found["bad_samples"]) == (3, 1)
+    one, two, three = lines(tmp_path / "out.jsonl")
+    assert one["prompt"] == PROMPT and two["prompt"] == three["prompt"] == f"{PROMPT}\nred\nis this red"
+    assert two["generated"] == three["generated"] and two["model"].endswith(", max_new_tokens=3")
+    for line, prompt in ((one, PROMPT), (two, f"{PROMPT} red and is this red")):
+        asked = scoring.ask(opened, {"image": images[0]}, prompt, generation={"max_new_tokens": 3})
+        assert line["generated"] == asked.values["generated"]
+    bulk.predict_rows(opened, table(world / "data" / "flat.csv", images[:1], prompt=[PROMPT]), tmp_path / "flat.jsonl")
+    assert len(lines(tmp_path / "flat.jsonl")) == 1  # questions in columns are asked, too
+
+
+def test_a_file_that_another_process_writes_is_left_to_it(world, run, images, tmp_path, capsys):
+    source, out = table(world / "data" / "lock.csv", images[:1], prompt=[PROMPT]), tmp_path / "out.jsonl"
+    with file_lock(f"{out}.lock"):
+        for command in (["predict", str(run), "--data", str(source)], ["eval", str(run), "--split", "test"]):
+            assert main([*command, "--out", str(out)]) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and f"holds {out}.lock" in said and not out.exists()
+    assert main(["predict", str(run), "--data", str(source), "--out", str(out)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_how_the_model_speaks_is_said_beside_the_score(world, run, images, capsys):
+    assert main(["eval", str(run), "--split", "test", "--max-new-tokens", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["generation"] == {"max_new_tokens": 2} and "exact_match" in found
+    asked = ["predict", str(run), "--image", str(images[0]), "--text", "this thing is", "--json"]
+    for options, words in (([], 8), (["--max-new-tokens", "2"], 2)):
+        assert main([*asked, *options]) == 0
+        assert len(json.loads(capsys.readouterr().out)["generated"].split()) == words
+    assert main([*asked, "--beams", "2", "--temperature", "1"]) == 2
+    assert "beams search for the likeliest text and temperature draws one" in capsys.readouterr().err
+    segment = make_run(world, "segment")
+    assert main(["predict", str(segment), "--image", str(images[0]), "--text", "red square", "--beams", "2"]) == 2
+    assert "beams say how text is generated, which only the tasks" in capsys.readouterr().err
 
 
 def test_lines_of_another_model_or_of_other_rows_are_left_alone(world, run, images, tmp_path, capsys):

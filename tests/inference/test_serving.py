@@ -111,8 +111,12 @@ def test_the_chat_api(client, run, images):
     alike(found["mitrain"], expected)
     for change, words in (
         ({"stream": True}, "'stream' cannot be set by a request"),
-        ({"temperature": 1}, "'temperature' cannot be set"),
-        ({"messages": [{"role": "system", "content": "be"}, *asked["messages"]]}, "one message"),
+        ({"seed": 1}, "'seed' cannot be set"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"top_p": 0.5}, "set temperature, too"),
+        ({"messages": [{"role": "system", "content": "be"}, *asked["messages"]]}, "a system prompt is the run's"),
+        ({"messages": [*asked["messages"], {"role": "assistant", "content": "red"}]}, "the user's last"),
+        ({"messages": said("red", content)}, "was trained on single questions"),
         ({"messages": [{"role": "user", "content": [*content, content[1]]}]}, "no input for this image"),
         (
             {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "aaaa"}}]}]},
@@ -120,6 +124,45 @@ def test_the_chat_api(client, run, images):
         ),
     ):
         refused(client.post("/v1/chat/completions", json={**asked, **change}), 400, words)
+
+
+def said(answer, content):
+    """A question, its ``answer``, and a question again; the first one shows what ``content`` does."""
+    turns = [("user", content), ("assistant", answer), ("user", PROMPT)]
+    return [{"role": role, "content": words} for role, words in turns]
+
+
+def test_what_was_said_before_stands_as_turns_before_the_question(world, images, monkeypatch):
+    run = runs.open_run(make_run(world, "dialogue"))
+    client = testclient.TestClient(serving.app_of(run, serving.Limits()))
+    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded(images[0])}"}}]
+    parts.append({"type": "text", "text": PROMPT})
+    prompt, read = run.model.text.prompt, []
+    monkeypatch.setattr(run.model.text, "prompt", lambda *how: read.append(prompt(*how)) or read[-1])
+    for answer in ("red", "blue square"):
+        asked = {"messages": said(answer, parts), "max_tokens": 3}
+        found = client.post("/v1/chat/completions", json=asked).json()
+        whole = f"{PROMPT} {answer} and {PROMPT}"  # as task.turn puts it
+        expected = scoring.ask(run, {"image": images[0]}, whole, generation={"max_new_tokens": 3}).values
+        assert found["mitrain"]["generated"] == expected["generated"]
+        assert read[-2] == read[-1] == prompt(whole)
+
+
+def test_a_request_and_the_command_say_how_the_model_speaks(run, images):
+    content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded(images[0])}"}}]
+    asked = {"messages": [{"role": "user", "content": [*content, {"type": "text", "text": "this thing is"}]}]}
+
+    def length(limits, **more):
+        client = testclient.TestClient(serving.app_of(run, limits))
+        found = client.post("/v1/chat/completions", json={**asked, **more}).json()
+        return found["usage"]["completion_tokens"], found["choices"][0]["message"]["content"]
+
+    short = serving.Limits(generation={"max_new_tokens": 2})
+    assert length(serving.Limits())[0] == 8 and length(short)[0] == 2 and length(short, max_tokens=3)[0] == 3
+    likeliest = length(serving.Limits())[1]
+    drawn = {length(serving.Limits(), temperature=t, top_p=0.9)[1] for t in (20.0, 90.0)}
+    assert drawn != {likeliest} and length(serving.Limits(), temperature=0)[1] == likeliest
+    assert run.model.task.config.temperature == 0 and run.model.task.config.max_new_tokens == 8
 
 
 def refused(answer, status, words):
@@ -220,8 +263,8 @@ def test_parts_of_a_chat_message_go_to_the_inputs_that_take_them(run):
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
     sound = {"type": "input_audio", "input_audio": {"data": "bbbb", "format": "wav"}}
     parts = [picture, {"type": "text", "text": "one"}, sound, picture, {"type": "text", "text": "two"}]
-    contents, text = service._message({"messages": [{"role": "user", "content": parts}]})
-    assert list(contents) == ["image", "speech", "second"] and text == "one\ntwo"
+    contents, turns, _ = service._conversation({"messages": [{"role": "user", "content": parts}]})
+    assert list(contents) == ["image", "speech", "second"] and turns == ["one\ntwo"]
     assert contents["speech"] == base64.b64decode("bbbb")
 
 

@@ -17,6 +17,7 @@ BEST, LAST = 4, 6
 PROMPT = "the colour of this picture is"
 TASKS: dict[str, dict[str, Any]] = {
     "answer": {"task": {"name": "answer"}},
+    "dialogue": {"task": {"name": "answer", "turn": "{prompt} {answer} and "}},
     "segment": {
         "task": {"name": "segment", "readout": ["mean"], "dim": 8, "heads": 2, "ffn": 16},
         "data": {"name": "refcoco", "root": "no/such/folder"},

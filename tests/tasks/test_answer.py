@@ -42,6 +42,24 @@ def test_the_loss_is_the_answers_negative_log_likelihood(folder, tmp_path, cache
     assert task.parts.adapter.infusions[0].head_logit.grad.abs().sum() > 0
 
 
+def test_earlier_turns_are_put_to_the_model_as_the_setting_says(folder):
+    """Loss, candidates and what is said: as of the same words as one prompt; without the setting, as lines."""
+    turns = ("this thing is a", "red square", "is this red")
+    (plain,) = opened(["yes"], "\n".join(turns))
+    talk = [replace(plain, turns=turns, candidates=("yes", "no"))]
+    for setting, words in (
+        ("", "\n".join(turns)),
+        ("{prompt} {answer} and ", "this thing is a red square and is this red"),
+    ):
+        task, single = make(folder, turn=setting), make(folder)
+        one = [replace(plain, prompt=words, candidates=("yes", "no"))]
+        assert task.texts(talk, True) == single.texts(one, True)
+        seen = pictures(FEATURES[:1])
+        assert torch.equal(task.loss(Batch(talk, seen))[0], single.loss(Batch(one, seen))[0])
+        found, expected = (t.predict(Batch(s, seen), generate=True)[0].values for t, s in ((task, talk), (single, one)))
+        assert found["probabilities"] == expected["probabilities"] and found["generated"] == expected["generated"]
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_candidates_are_ranked_by_likelihood(folder, normalize):
     task = make(folder, normalize=normalize)

@@ -10,8 +10,8 @@ from mitrain.core.errors import ConfigError
 from mitrain.models.text import read_tokenizer
 from mitrain.models.tokens import Tokens
 from mitrain.tasks.answer import AnswerConfig
-from mitrain.tasks.chat import in_chat
-from mitrain.tasks.language import chatting
+from mitrain.tasks.chat import earlier_turn, in_chat
+from mitrain.tasks.language import chatting, frame_of_turns
 from mitrain.tasks.template import frame_of
 from mitrain.training import schema
 
@@ -41,6 +41,50 @@ def test_the_template_is_what_the_user_says(tokenizer):
     told = in_chat("{prompt} Say {{it}}.", "Be brief.", tokenizer, "llm")
     assert "".join(frame_of(told)[:1]) == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
     assert "What? ".join(frame_of(told)).endswith("user\nWhat?  Say {it}.<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_earlier_turns_are_turns_of_the_chat(tokenizer):
+    """Token for token what the tokenizer's own template makes of the conversation."""
+    given = "{prompt} Say {{it}}.", "Be brief.", tokenizer, "llm"
+    said = ["What?", "A cat.", "And <|im_end|> now?", "A dog.", "Who?"]
+    turns = [{"role": "system", "content": "Be brief."}]
+    for i, words in enumerate(said):
+        turns.append(
+            {"role": "assistant", "content": words} if i % 2 else {"role": "user", "content": f"{words} Say {{it}}."}
+        )
+    frame = frame_of_turns(in_chat(*given), earlier_turn(*given), 2)
+    whole = "".join(part + words for part, words in zip(frame, [*said, ""], strict=True))
+    assert whole == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert Tokens(tokenizer).prompt(tuple(said[:1]), frame_of(in_chat(*given))) == Tokens(tokenizer).prompt(
+        said[0], frame_of(in_chat(*given))
+    )
+    plain = Tokens(tokenizer).ids(tuple(said), frame_of_turns("{prompt}", "{prompt} {answer} ", 2))
+    assert plain == Tokens(tokenizer).ids(" ".join(said))
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ messages[-1].content }}", "does not put every earlier turn the same way"),
+        ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}", "does not put every earlier turn"),
+    ],
+)
+def test_a_chat_template_that_counts_turns_is_told(tokenizer, template, words, caplog):
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=words):
+        earlier_turn("{prompt}", "", tokenizer, "llm")
+    assert chatting(AnswerConfig(chat=True), tokenizer, "llm").turn == "" and words in caplog.text
+
+
+def test_turns_have_one_place():
+    for values, words in (
+        ({"turn": "{answer} {prompt}"}, "write {prompt} and then {answer}"),
+        ({"turn": "{prompt}"}, "write {prompt} and then {answer}"),
+        ({"turn": "{prompt} {answer}", "template": "{prompt} {prompt}"}, "which template names twice"),
+        ({"turn": "{prompt} {answer}", "chat": True}, "turn is the chat template's"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            AnswerConfig(**values)
 
 
 def test_braces_of_the_chat_template_stay_what_they_are(tokenizer):
@@ -108,6 +152,7 @@ def test_a_run_writes_its_chat_template_down_and_is_scored_by_it(folder, tmp_pat
     (run,) = (tmp_path / "runs").iterdir()
     kept = schema.load(run / "config.yaml").task
     assert kept.template == in_chat("{prompt}", "Be brief.", read_tokenizer(folder), "llm") and not kept.chat
+    assert kept.turn == earlier_turn("{prompt}", "Be brief.", read_tokenizer(folder), "llm")
     capsys.readouterr()
     assert main(["eval", str(run), "--split", "test", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == 1

@@ -2,8 +2,8 @@
 
 ``{"id": …, "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt",
 "value": "A cat."}]}``, or ``{"messages": [{"role": "user", "content": …}, …], "images": […]}``, whose content is a text or
-a list of parts (``{"type": "text", "text": …}``, ``{"type": "image", "image": PATH}``). Every answer is a sample: its prompt
-is the question, behind what was said before as lines of plain text. ``audio``/``audios`` and ``video``/``videos`` likewise.
+a list of parts (``{"type": "text", "text": …}``, ``{"type": "image", "image": PATH}``). Every answer is a sample, with what
+was said before its question. ``audio``/``audios`` and ``video``/``videos`` likewise.
 """
 
 import re
@@ -41,19 +41,34 @@ def read_conversations(
 
 def placed(source: Manifest, inputs: Sequence[str], may_lack: Collection[str]) -> Iterator[tuple[str, AnswerSample]]:
     for row in read_rows(source, COLUMNS, ()):
-        turns, shown = turns_of(row)
+        said, shown = turns_of(row)
         name = as_text(row.cells.get("id"), "id", row.where) or row.name
         files = files_of(row, shown, inputs, may_lack)
-        before: list[str] = []
-        for number, (question, answer) in enumerate(turns):
-            prompt = "\n".join([*before, question])
-            sample = AnswerSample(f"{name}/{number}" if len(turns) > 1 else name, files, prompt, answer, object=name)
-            yield row.where, sample
-            before += [question, answer]
+        for end in range(1, len(said), 2):
+            prompt, turns = asked_behind(said[:end])
+            sample_name = f"{name}/{end // 2}" if len(said) > 3 else name
+            yield row.where, AnswerSample(sample_name, files, prompt, said[end], object=name, turns=turns)
 
 
-def turns_of(row: Row) -> tuple[list[tuple[str, str]], dict[str, list[str | None]]]:
-    """Questions with their answers, and what is shown in the questions: kind → a path each, None for a mere place."""
+def asked_behind(turns: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Questions and answers up to the question now as lines, and by themselves where there is more than the question."""
+    return "\n".join(turns), tuple(turns) if len(turns) > 1 else ()
+
+
+def question_of(
+    row: Row, inputs: Sequence[str], may_lack: Collection[str]
+) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """A conversation's name, its files, and its turns up to the last question, whether that is answered or not."""
+    said, shown = turns_of(row, answered=False)
+    name = as_text(row.cells.get("id"), "id", row.where) or row.name
+    return name, files_of(row, shown, inputs, may_lack), tuple(said[: (len(said) - 1) // 2 * 2 + 1])
+
+
+def turns_of(row: Row, answered: bool = True) -> tuple[list[str], dict[str, list[str | None]]]:
+    """Questions and their answers in turn, and what is shown in the questions: kind → a path each, None for a mere place.
+
+    ``answered``: a last question without an answer is left out.
+    """
     said = row.cells.get("conversations", row.cells.get("messages"))
     if not isinstance(said, list) or not said:
         raise DataError(f"{row.where}: no list of 'conversations' or 'messages': give what was said, turn by turn")
@@ -72,13 +87,15 @@ def turns_of(row: Row) -> tuple[list[tuple[str, str]], dict[str, list[str | None
                 f"{row.where}: turn {number + 1} is the {role}'s out of turn: questions and answers alternate"
             )
         texts.append((role, text))
-    if len(texts) % 2:
-        texts.pop()  # a question that nobody answered
-    pairs = [(question, answer) for (_, question), (_, answer) in zip(texts[::2], texts[1::2], strict=True)]
-    if not pairs or not all(map(all, pairs)):
-        wrong = "a question or an answer has no words" if pairs else "nothing is answered"
+    said = [text for _, text in texts]
+    if len(said) % 2 and answered:
+        said.pop()  # a question that nobody answered
+    if not said or not all(said):
+        wrong = (
+            "a question or an answer has no words" if said else "nothing is answered" if texts else "nothing is asked"
+        )
         raise DataError(f"{row.where}: {wrong}: leave it out or mend it")
-    return pairs, shown
+    return said, shown
 
 
 def text_of(content: Any, where: str, role: str, shown: Mapping[str, list[str | None]]) -> str:

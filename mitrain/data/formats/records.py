@@ -8,6 +8,7 @@ candidates separated by ``|``.
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as declared
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ class AnswerSample(Sample):
 
     ``candidates`` are the answers to choose from (none: open); ``object`` names what must not be shared by splits.
     ``references`` are several people's answers, and ``answer`` the commonest of them, of equally common ones the first.
+    ``turns``: of a conversation that has gone on, its questions and answers up to the question now; ``prompt`` has them as
+    lines.
     """
 
     prompt: str
@@ -44,6 +47,7 @@ class AnswerSample(Sample):
     kind: str = ""
     object: str = ""
     references: tuple[str, ...] = ()
+    turns: tuple[str, ...] = declared(default=(), compare=False)  # a part of no fingerprint: prompt is
 
 
 def read_records(
