@@ -66,8 +66,7 @@ def mean(rows: Sequence[Row], name: str) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its 95 % interval. ``least``: half its width, the smallest effect that would have been told from
-    none."""
+    """A mean over seeds with its 95 % interval. ``least``: half its width, the smallest effect that is told from none."""
 
     value: float
     low: float
