@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "readme.md"}
-LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)]*)?\))")
+LINK = re.compile(r"(\]\(|src=\")([^)#:\s\"]+)((?:#[^)]*)?[)\"])")
 
 
 class Blocks(Preprocessor):
@@ -49,7 +49,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = (folder_of(page.file) / match[2]).resolve()
         if target.is_dir() or not target.is_relative_to(ROOT):
             return match[0]
-        return f"{match[1]}{relative(place(target), here)}{match[3]}"
+        # a page is a folder of its own on the site, which mkdocs takes into account in Markdown's links alone
+        up = "../" if match[1].startswith("src") and page.file.name != "index" else ""
+        return f"{match[1]}{up}{relative(place(target), here)}{match[3]}"
 
     return LINK.sub(moved, markdown)
 

@@ -65,6 +65,7 @@ def test_yaml_examples_are_yaml():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
+    assert all((ROOT / page).parent.joinpath(image).is_file() for image in re.findall(r'src="([^":]*)"', PAGES[page]))
     for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^):]*))?\)", PAGES[page]):
         path = (ROOT / page).parent.joinpath(target) if target else ROOT / page
         assert path.exists(), target

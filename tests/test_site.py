@@ -37,6 +37,10 @@ def test_every_page_is_there_and_nothing_is_loaded_from_elsewhere(site):
     assert [found for text in pages.values() for found in LOADED.findall(text)] == []
     assert (site / "source/launch/env.sh.txt").read_bytes() == (ROOT / "launch/env.sh").read_bytes()
     assert 'href="../../source/launch/env.sh.txt"' in pages["guide/cluster"]
+    for name, text in pages.items():
+        images = re.findall(r'<img[^>]*?src="([^":]+)"', text)
+        assert [image for image in images if not (site / name / image).resolve().is_file()] == [], name
+    assert "method.svg" in pages["."] and "page.webp" in pages["readme"]
 
 
 def test_the_reference_has_every_public_name(site):

@@ -40,11 +40,14 @@ def main(words: list[str] | None = None) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     command = [sys.executable, "-m", "mitrain", "serve", given.run, "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
-        address = next(line for line in server.stderr if "answers at" in line).split("answers at ")[1].split(";")[0]
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        shot = ask(browser.new_page(viewport={"width": 1000, "height": 640}), address, given.pictures, given.text)
-        browser.close()
-        server.send_signal(signal.SIGTERM)
+        try:
+            address = next(line for line in server.stderr if "answers at" in line).split("answers at ")[1].split(";")[0]
+            page = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
+            page.set_default_timeout(300_000)
+            page.set_viewport_size({"width": 1000, "height": 640})
+            shot = ask(page, address, given.pictures, given.text)
+        finally:
+            server.send_signal(signal.SIGTERM)
     Image.open(io.BytesIO(shot)).save(given.out, quality=85)
 
 

@@ -267,14 +267,9 @@ class MoPE(Adapter):
         return None if self._weights is None else usage(self._weights)
 
     def usage(self) -> Mapping[str, float]:
-        """`importance` as means over the layers, and ``variation_floor`` k / B: the squared variation to be expected of B
-        samples that go to one expert each, all k alike."""
+        """`importance` as means over the layers."""
         statistics = self.importance()
-        if statistics is None:
-            return {}
-        _, samples, experts = self._weights.shape
-        means = {name: float(value.mean()) for name, value in vars(statistics).items()}
-        return means | {"variation_floor": experts / samples}
+        return {} if statistics is None else {name: float(value.mean()) for name, value in vars(statistics).items()}
 
     def extra_loss(self) -> tuple[Tensor, Tensor] | None:
         """λ · mean over layers of the importance loss of the last pass that routed, times its B samples, and B.
