@@ -99,9 +99,17 @@ def rows_of(run: Run, table: Path, bad: BadSamples) -> Iterator[Row]:
         given = cells.get(columns["candidates"]) if task.remembers else None
         given = split_cell(listed(given), SEPARATOR) if source.parted else given
         candidates = [str(choice) for choice in given] if isinstance(given, list) else []
-        files = {key: source.root / path for key, path in inputs.items()}
+        files = {key: file_of(run, source.root, path) for key, path in inputs.items()}
         shown = {**inputs, task.asks: text, **({"candidates": candidates} if candidates else {})}
         yield Row(own, Asked(files, text, candidates or None), shown)
+
+
+def file_of(run: Run, folder: Path, path: str) -> Path:
+    """Below the table's folder or, as of a table that trained the run, below that of the run's data."""
+    plain, trained = path.partition("#")[0], run.config.data.root
+    if trained and not (folder / plain).exists() and (Path(trained) / plain).exists():
+        return Path(trained) / path
+    return folder / path
 
 
 def is_of_conversations(table: Path) -> bool:
@@ -120,7 +128,7 @@ def conversations_of(run: Run, table: Path, bad: BadSamples) -> Iterator[Row]:
             bad.skip(record.where, str(error))
             continue
         prompt, turns = asked_behind(turns)
-        files = {key: source.root / path for key, path in inputs.items()}
+        files = {key: file_of(run, source.root, path) for key, path in inputs.items()}
         yield Row(name, Asked(files, prompt, turns=turns), {**inputs, "prompt": prompt})
 
 

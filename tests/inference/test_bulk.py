@@ -227,3 +227,17 @@ def test_masks_are_written_as_run_lengths(world, images, tmp_path):
     for line, path in zip(lines(tmp_path / "masks.jsonl"), images, strict=False):
         mask = scoring.ask(opened, {"image": path}, "red square").mask
         assert np.array_equal(decode_mask(line["mask"], mask.shape), mask) and line["expression"] == "red square"
+
+
+def test_files_of_a_table_that_lies_elsewhere_are_those_of_the_runs_data(run, images, tmp_path, world):
+    outs = []
+    for folder in (world / "data", tmp_path):
+        source = table(folder / "beside.csv", images, prompt=[PROMPT] * 6)
+        out = tmp_path / f"{folder.name}.jsonl"
+        assert main(["predict", str(run), "--data", str(source), "--out", str(out)]) == 0
+        outs.append([{**line, "id": 0} for line in lines(out)])
+    assert len(outs[0]) == 6 and outs[0] == outs[1]
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / images[0].name)  # its own are taken first
+    assert main(["predict", str(run), "--data", str(source), "--out", str(tmp_path / "own.jsonl")]) == 0
+    assert lines(tmp_path / "own.jsonl")[0]["probabilities"] != outs[0][0]["probabilities"]
