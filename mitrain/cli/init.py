@@ -16,7 +16,7 @@ EXAMPLES = """  mitrain init --data photos.csv                      what is ther
 
 def add_init(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_init, EXAMPLES)
-    tasks = ["answer", "classify", "regress", "caption", "retrieve"]
+    tasks = ["answer", "classify", "regress", "caption", "retrieve", "segment"]
     sub.add_argument(
         "task", nargs="?", choices=tasks, help="what is to be learned (default: what the columns speak of)"
     )
@@ -24,7 +24,8 @@ def add_init(sub: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="FILE",
-        help="a table with a sample a row (CSV, TSV, JSONL, JSON), or a folder with one for each class",
+        help="a table with a sample a row (CSV, TSV, JSONL, JSON), a folder with one for each class, or COCO's JSON with"
+        " referring expressions",
     )
     sub.add_argument("--files", metavar="DIR", help="the folder that the paths in the table are below")
     sub.add_argument(

@@ -11,9 +11,10 @@ from typing import Any
 
 from mitrain.core.config import nearest
 from mitrain.core.errors import DataError
+from mitrain.core.parsing import Unreadable
 from mitrain.data.formats.conversations import KINDS, listed_files, turns_of
 from mitrain.data.formats.manifest import Row
-from mitrain.data.formats.rows import MISSING, all_rows
+from mitrain.data.formats.rows import MISSING, all_rows, open_text, read_table
 from mitrain.data.kinds import BY_ENDING
 
 ROWS = 2000  # that are looked at
@@ -134,6 +135,29 @@ def guess_folders(top: Path) -> Guess:
             f"{str(own)!r} has no folders of files of one known kind: give a table, or a folder for each class"
         )
     return Guess("classify", {kind: kind}, {}, (), top, {}, ())
+
+
+def guess_expressions(table: Path, task: str | None, said: Mapping[str, str]) -> Guess | None:
+    """What COCO's JSON with referring expressions is; None of any other file, unless the ``task`` says that it is such."""
+    tables = read_table(table) if table.suffix.lower() == ".json" and starts_as_object(table) else {}
+    if task not in (None, "segment") or not {"images", "annotations"} <= tables.keys():
+        if task == "segment":
+            raise DataError(
+                f"{table} is no COCO JSON: give images, and annotations with a segmentation and an expression"
+            )
+        return None
+    if strange := said.keys() - {"expression"}:
+        raise DataError(f"--column {min(strange)}=…: of COCO's JSON only expression=KEY can be said")
+    return Guess("segment", {"image": "image"}, said, (), table.parent, {}, ())
+
+
+def starts_as_object(path: Path) -> bool:
+    """Whether a JSON file holds an object, not a list."""
+    try:
+        with open_text(path) as file:
+            return file.read(200).lstrip().startswith("{")
+    except (OSError, ValueError, Unreadable):
+        return False  # whoever reads it says what is wrong
 
 
 def first_rows(table: Path) -> list[dict[str, Any]]:

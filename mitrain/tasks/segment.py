@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
+from mitrain.data.expressions import ExpressionsConfig
 from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.sources import RefcocoConfig
 from mitrain.models import costs
@@ -57,7 +58,7 @@ class SegmentTask(Task):
     """mask = decoder(patch tokens of several encoder levels; condition = standardised read-outs of the text)."""
 
     settings = SegmentConfig
-    formats = (RefcocoConfig,)
+    formats = (RefcocoConfig, ExpressionsConfig)
     metric = "oiou"
     decodes = True
     texts_apart = asks = "expression"

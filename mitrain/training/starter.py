@@ -10,8 +10,10 @@ from mitrain.core import parsing, prepared
 from mitrain.core.errors import ConfigError
 from mitrain.core.files import write_atomic
 from mitrain.data.arrays import read_array
-from mitrain.data.guess import Guess, guess, guess_folders
+from mitrain.data.guess import Guess, guess, guess_expressions, guess_folders
+from mitrain.models import loading
 from mitrain.training import schema, settings
+from mitrain.training.build import resolve_model
 
 LLM = ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 ENCODERS = {
@@ -27,7 +29,10 @@ FORMATS = {
     "regress": "rated",
     "caption": "captions",
     "retrieve": "captions",
+    "segment": "expressions",
 }
+SEGMENT = {"readout": ["mean", "embeddings"], "film": "every", "coords": True, "ffn": 256, "loss": "bce+dice"}
+LEVELS = [10, 7, 4]  # of the small DINOv2's twelve layers, those that the decoder sees
 SPLITS = ("train", "val", "test")
 STEPS, FEWEST, MOST, BATCH = 150, 3, 30, 32
 
@@ -50,11 +55,16 @@ def begin(
         raise ConfigError(f"{str(out)!r} is there: remove it, or choose another name with --out")
     if table.is_dir() and (task not in (None, "classify") or columns or files):
         raise ConfigError("a folder for each class is a classification: leave out the task, --column, --files")
-    found = guess_folders(table) if table.is_dir() else guess(table, task, columns or {}, files)
+    if table.is_dir():
+        found = guess_folders(table)
+    else:
+        found = guess_expressions(table, task, columns or {}) or guess(table, task, columns or {}, files)
     values, data = values_of(found, table, out, llm, encoders or {})
+    if found.task == "segment" and files:
+        data["images"] = os.path.relpath(files, found.root)
     config = schema.config.parse(schema.RunConfig, values)
     counts = {split: len(config.data.read(found.root, split)) for split in config.data.split_names(found.root)}
-    values["train"] = training(counts["train"])
+    values["train"] = training(counts["train"]) | ({"head_lr": 3e-3} if found.task == "segment" else {})
     write_atomic(out, commented(values, found, table))
     schema.load(out)
     return {
@@ -82,11 +92,14 @@ def values_of(
     data: dict[str, Any] = {"name": found.format or FORMATS[found.task], "root": relative(found.root)}
     if table.is_dir():
         data |= {"name": "folders", **folders_of(table)}
+    elif found.task == "segment":
+        data |= splits_of(table, found.root) | found.fields
+        ours["image"] = seeing(encoders.get("image"))
     else:
         data |= splits_of(table, found.root) | ({} if found.format else {"columns": columns})
     if found.lacking and found.task not in ("caption", "retrieve"):
         data["may_lack"] = [names[column] for column in found.lacking]
-    task: dict[str, Any] = {"name": found.task}
+    task: dict[str, Any] = {"name": found.task, **(SEGMENT if found.task == "segment" else {})}
     if found.task in ("classify", "regress"):
         task["readout"] = ["last", *ours]
     if found.format == "conversations" and not llm:
@@ -110,6 +123,22 @@ def encoder(name: str, kind: str, given: str | None, found: Guess, column: str) 
         return {"takes": "features", "width": width_of(found, column)}
     model = given or available(ENCODERS[kind])
     return model if name == kind else {"name": model, "takes": kind}
+
+
+def seeing(given: str | None) -> dict[str, Any]:
+    """An image encoder three of whose layers the decoder sees: the top and what lies a third and two thirds below it."""
+    levels = LEVELS
+    if given:
+        depth = depth_of(given)
+        levels = sorted({depth, max(1, 2 * depth // 3), max(1, depth // 3)}, reverse=True)
+    name = given or available(ENCODERS["image"])
+    return {"name": name, "layer": levels[0], "pool": "cls+mean", "levels": levels}
+
+
+def depth_of(encoder: str) -> int:
+    """How many layers an image encoder has."""
+    config = loading.read_config(resolve_model(encoder), "image encoder")
+    return int(getattr(config, "vision_config", config).num_hidden_layers)
 
 
 def width_of(found: Guess, column: str) -> int:

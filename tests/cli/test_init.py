@@ -189,3 +189,23 @@ def test_conversations_are_questions_whatever_their_files_are(here, models, caps
     assert "leave out the task and --column" in refused(capsys, "classify", "--data", "llava.json", "--out", "x.yaml")
     (here / "empty.json").write_text(json.dumps([{"conversations": [{**said[0], "value": "what?"}, said[1]]}]))
     assert "no conversation of empty.json has a file" in refused(capsys, "--data", "empty.json")
+
+
+def test_cocos_json_with_expressions_becomes_a_run_that_trains(here, models, capsys):
+    names = pictures(here, count=12, places="photos")
+    mask = {"size": [32, 32], "counts": [32, 512, 480]}
+    images = [{"id": i, "file_name": name, "height": 32, "width": 32} for i, name in enumerate(names)]
+    spoken = [{"id": i, "image_id": i, "segmentation": mask, "phrase": "the left half"} for i in range(12)]
+    (here / "mine.json").write_text(json.dumps({"images": images, "annotations": spoken}))
+    llm, vision = map(str, models)
+    found = made(capsys, "--data", "mine.json", "--files", "photos", "--llm", llm, "--encoder", f"image={vision}")
+    assert found["task"] == "segment" and sum(found["samples"].values()) == 12
+    config = schema.load(here / "mine.yaml")
+    assert config.data.section_name == "expressions" and config.data.images == "photos"
+    assert config.model.encoders["image"].levels[0] == config.model.encoders["image"].layer
+    assert main(["train", "mine.yaml", "train.steps=2", "train.epochs=null", "--run-dir", "run"]) == 0
+    (here / "table.csv").write_text("image,label\n0.png,a\n")
+    assert "is no COCO JSON" in refused(capsys, "segment", "--data", "table.csv")
+    assert "of COCO's JSON only expression=KEY" in refused(
+        capsys, "--data", "mine.json", "--out", "b.yaml", "--column", "label=x"
+    )

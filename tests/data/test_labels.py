@@ -105,14 +105,6 @@ def test_headers_and_pictures_have_no_blanks_around_them(tmp_path):
     assert (found.inputs["image"], found.text, found.labels) == ("a.png", "an apple", ("food",))
 
 
-@pytest.mark.parametrize("mark", [";", "\t", "|"])
-def test_another_separator_is_named(tmp_path, mark):
-    (tmp_path / "a.csv").write_text(f"image{mark}text{mark}label\n")
-    with pytest.raises(DataError, match="cells are parted by") as caught:
-        read_labels(tmp_path / "a.csv")
-    assert repr(mark) in str(caught.value)
-
-
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zipped])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_compressed_files_are_named_as_such(tmp_path, pack, suffix):

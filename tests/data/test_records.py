@@ -189,7 +189,10 @@ TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "va
             "VQA's answers: data.name=vqa",
         ),
         (COCO, r"holds COCO's captions: data\.name=coco-captions .*data\.name=karpathy"),
-        ({"images": [], "annotations": [{"id": 1, "segmentation": []}]}, r"holds COCO's instances: data\.name=refcoco"),
+        (
+            {"images": [], "annotations": [{"id": 1, "segmentation": []}]},
+            r"holds COCO's instances: data\.name=expressions",
+        ),
         (SENTENCES, r"holds Karpathy's captions: data\.name=karpathy"),
         ({"rows": []}, "holds a dict instead of a list"),
     ],

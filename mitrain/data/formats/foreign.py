@@ -18,10 +18,13 @@ def advice(value: Any) -> str:
         return f"VQA's questions: data.name=vqa reads them beside their answers; or write {RECORD}"
     if "multiple_choice_answer" in inner or "answers" in inner:
         return f"VQA's answers: data.name=vqa reads them beside their questions; or write {RECORD}"
-    if "caption" in inner:
+    if "caption" in inner and "segmentation" not in inner:
         return "COCO's captions: data.name=coco-captions reads them, data.name=karpathy Karpathy's dataset_coco.json"
     if "segmentation" in inner or "bbox" in inner:
-        return "COCO's instances: data.name=refcoco reads them, beside the references that speak of them"
+        return (
+            "COCO's instances: data.name=expressions reads them where annotations have an 'expression', data.name=refcoco"
+            " reads them beside the references that speak of them"
+        )
     if isinstance(listed.get("images"), dict) and "sentences" in listed["images"]:
         return "Karpathy's captions: data.name=karpathy reads them"
     return ""

@@ -175,13 +175,19 @@ def samples_of(ref: Reference, tables: Instances, dataset: str) -> list[ReferSam
     if any("image_id" in target and known_id(target, "image_id") != ref.image for target in targets):
         raise DataError(f"{where} and its annotation are of different images in {tables.where!r}: get matching files")
     here = f"{tables.where!r}: image {ref.image[:80]}"
-    size = (field(image, "height", int, here), field(image, "width", int, here))
-    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
-        raise DataError(f"{here} has an impossible height and width: get the original file")
+    size = size_of(image, here)
     things = " and ".join(sorted({tables.category(target) for target in targets} - {""}))
     shared = (size, union(ref, targets, tables.where), things, ref.kind, tables.present.get(ref.image, ()))
     there = {"image": field(image, "file_name", str, here)}
     return [ReferSample(f"{dataset}/{ref.id}/{number}"[:200], there, words, *shared) for number, words in ref.sentences]
+
+
+def size_of(image: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """(height, width) that an image's row says."""
+    size = (field(image, "height", int, where), field(image, "width", int, where))
+    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+        raise DataError(f"{where} has an impossible height and width: get the original file")
+    return size
 
 
 def looked_up(table: Mapping[str, dict], number: str, key: str, where: str, file: str) -> dict:

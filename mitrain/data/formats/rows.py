@@ -1,14 +1,18 @@
 """Rows of a user's own JSONL, CSV or TSV file, with the columns under the user's own names.
 
-One record a line; every fault is a DataError that names file and line.
+One record a line; every fault is a DataError that names file and line. A table may be in Windows' or UTF-16's letters,
+its cells parted by other marks, as spreadsheets save them: what is not UTF-8 and commas (tabs in .tsv) is said in a line.
 """
 
+import codecs
 import csv
 import io
+import logging
 import re
 import warnings
 from ast import literal_eval
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +23,10 @@ from mitrain.core.parsing import Unreadable
 from mitrain.data.formats.foreign import advice
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+MARKS = ",;\t|"
+UTF8, WINDOWS, UTF16 = "utf-8-sig", "cp1252", "utf-16"
+MULTIBYTE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
+log = logging.getLogger(__name__)
 
 PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bzip2, xz, zstandard
 
@@ -45,11 +53,13 @@ def all_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) ->
         if path.suffix.lower() == ".json":
             yield from rows_of_json(path)
             return
-        with open_text(path) as file:
-            if path.suffix.lower() in DELIMITERS:
-                yield from rows_of_csv(file, path, columns, required)
-            else:
+        if path.suffix.lower() not in DELIMITERS:
+            with open_text(path) as file:
                 yield from rows_of_jsonl(file, path)
+            return
+        encoding, mark = written(path, *changed(path))
+        with open_text(path, encoding) as file:
+            yield from rows_of_csv(file, path, columns, required, mark)
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
     except Unreadable as error:
@@ -58,8 +68,60 @@ def all_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) ->
         raise DataError(f"cannot read {str(path)!r} ({error}): give a JSONL or CSV file") from None
 
 
-def open_text(path: Path) -> TextIO:
-    return io.TextIOWrapper(parsing.open_regular(path), encoding="utf-8-sig", newline="")
+def open_text(path: Path, encoding: str = UTF8) -> TextIO:
+    return io.TextIOWrapper(parsing.open_regular(path), encoding=encoding, newline="")
+
+
+def changed(path: Path) -> tuple[int, int]:
+    """What is another once the file is."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+@lru_cache(maxsize=256)  # said once
+def written(path: Path, _time: int, _size: int) -> tuple[str, str]:
+    """A table's encoding, and the mark that parts its cells."""
+    encoding = encoding_of(path)
+    if encoding != UTF8:
+        name = "UTF-16" if encoding == UTF16 else "Windows-1252 (latin-1)"
+        log.warning("%s is not UTF-8 and is read as %s: where letters come out wrong, save it as UTF-8", path, name)
+    usual = DELIMITERS[path.suffix.lower()]
+    with open_text(path, encoding) as file:
+        header = next((line for line in parsing.lines_of(file) if line.strip()), "")
+    counts = {mark: columns_of(header, mark) for mark in MARKS}
+    mark = max(MARKS, key=lambda mark: (counts[mark], mark == usual))
+    if mark != usual:
+        log.warning("%s: cells are parted by %r, as its header has them", path, mark)
+    return encoding, mark
+
+
+def encoding_of(path: Path) -> str:
+    """Windows-1252 only where no character of UTF-8 stands in the file: else it is UTF-8 that was torn, which is refused by
+    whoever decodes it."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with parsing.open_regular(path) as file:
+        start = file.read(4)
+        if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return UTF16
+        file.seek(0)
+        try:
+            for part in iter(partial(file.read, 1 << 20), b""):
+                decoder.decode(part)
+            decoder.decode(b"", final=True)
+            return UTF8
+        except UnicodeDecodeError:
+            pass
+    content = parsing.read_bytes(path, parsing.DATA_BYTES)
+    foreign = content.startswith(PACKED) or b"\0" in content or MULTIBYTE.search(content)
+    return UTF8 if foreign else WINDOWS
+
+
+def columns_of(header: str, mark: str) -> int:
+    """How many names a header has if ``mark`` parts them; 0 where its quotes say that it does not."""
+    try:
+        return len(next(csv.reader([header], delimiter=mark, strict=True), []))
+    except csv.Error:
+        return 0
 
 
 def read_whole(path: Path) -> Any:
@@ -149,21 +211,25 @@ def json_object(text: str, where: str) -> dict[str, Any]:
     return row
 
 
-def rows_of_csv(file: TextIO, path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Line]:
+def rows_of_csv(
+    file: TextIO, path: Path, columns: Mapping[str, str], required: Sequence[str], mark: str
+) -> Iterator[Line]:
     header: list[str] | None = None
-    for line, cells in cells_of_csv(file, path):
+    for line, cells in cells_of_csv(file, path, mark):
         if header is None:
             names = [cell.strip() for cell in cells]
             header = check_header(names, f"{path}:1", columns, required) if any(names) else None
         elif len(cells) > len(header):
-            raise DataError(f"{path}:{line}: {len(cells)} cells under {len(header)} columns: quote commas")
+            raise DataError(
+                f"{path}:{line}: {len(cells)} cells under {len(header)} columns: quote cells with {mark!r} in them"
+            )
         elif cells:
             yield line, dict(zip(header, cells, strict=False))
 
 
-def cells_of_csv(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
+def cells_of_csv(file: TextIO, path: Path, mark: str) -> Iterator[tuple[int, list[str]]]:
     """Cells of every row, blank ones among them, and the line that it begins in."""
-    reader = csv.reader(parsing.lines_of(file), delimiter=DELIMITERS.get(path.suffix.lower(), ","), strict=True)
+    reader = csv.reader(parsing.lines_of(file), delimiter=mark, strict=True)
     begin = 1
     try:
         for cells in reader:
@@ -181,10 +247,6 @@ def check_header(header: list[str], where: Any, columns: Mapping[str, str], requ
     for field in required:
         name = columns[field]
         if header.count(name) != 1:
-            if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
-                raise DataError(
-                    f"{where}: cells are parted by {other!r}: part them by commas, or by tabs in a .tsv file"
-                )
             problem = "two columns" if name in header else "no column"
             raise DataError(
                 f"{where}: {problem} {name!r} for {field}{'' if name in header else nearest(name, header)}: "
