@@ -14,6 +14,7 @@ from mitrain.core.version import __version__
 if TYPE_CHECKING:
     from mitrain.inference.export import from_pretrained, load_adapter
     from mitrain.inference.hub import push_to_hub
+    from mitrain.methods.mit.bound import set_adapter, using_adapter
     from mitrain.methods.mit.mit import MiT, MiTConfig, attach
     from mitrain.methods.trainer_callback import AdapterCallback
 
@@ -26,6 +27,8 @@ __all__ = [
     "from_pretrained",
     "load_adapter",
     "push_to_hub",
+    "set_adapter",
+    "using_adapter",
 ]
 
 
@@ -36,6 +39,8 @@ def __getattr__(name: str) -> Any:
         return import_module("mitrain.methods.trainer_callback").AdapterCallback
     if name in ("MiT", "MiTConfig", "attach"):
         return getattr(import_module("mitrain.methods.mit.mit"), name)
+    if name in ("set_adapter", "using_adapter"):
+        return getattr(import_module("mitrain.methods.mit.bound"), name)
     if name in ("from_pretrained", "load_adapter"):
         return getattr(import_module("mitrain.inference.export"), name)
     raise AttributeError(f"module 'mitrain' has no attribute {name!r}")

@@ -249,13 +249,13 @@ def from_pretrained(
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: str | Path, *, allow_changes: bool = False
+    model: PreTrainedModel, folder: str | Path, *, allow_changes: bool = False, name: str | None = None
 ) -> tuple[Adapter, FeatureNorm | None]:
     """Attach a published adapter to a transformers model that is in memory already.
 
     Returns the adapter (``detach()`` takes it off) and, of an exported run, the module that turns encoders' features
     (B, e) into what is infused. Raises ModelError where the model is of another shape or, unless ``allow_changes``, was
-    read from other weights than the run's; it is then left as it was.
+    read from other weights than the run's; it is then left as it was. ``name``: as of `mitrain.attach`.
     """
     folder = export_format.local(folder)
     contents, _ = export_format.read_contents(folder)
@@ -276,9 +276,11 @@ def load_adapter(
             " open a run's export with mitrain.from_pretrained"
         )
     check_base(model, contents, folder, allow_changes)
-    check_free({"text": model}, adapter.traits.name)
+    if name and not adapter._takes_turns:
+        raise ModelError(f"{adapter.traits.name} cannot take turns with other adapters on a model: leave out name=")
+    check_free({"text": model}, name or adapter.traits.name)
     check_size(methods.build(section), model, published)
-    adapter.attach({"text": given})
+    adapter.attach({"text": given}, **({"name": name} if name else {}))
     try:
         checkpoint.restore(adapter, published.tensors["adapter"], f"adapter in {published.path}")
     except BaseException:

@@ -101,6 +101,10 @@ class Adapter(nn.Module, ABC):
     """The settings, all that its constructor takes; an export writes them and makes the adapter from them again."""
     attachment: Attachment | None
     """None while it is attached to nothing."""
+    _takes_turns = False
+    """Whether several may be attached to a model, each under a name of its own, of which one acts at a time."""
+    _name = ""
+    """Of the submodule that it is while attached, where it is not the method's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +175,7 @@ class Adapter(nn.Module, ABC):
         checkpoint: activation checkpointing of the layers that the adapter changes. backend: see ``KernelConfig``.
         Raises ModelError where one of ``backbones`` is missing, has such an adapter or is computed wrongly here.
         """
-        name, given = self.traits.name, list(backbones.values())
+        name, given = self._name or self.traits.name, list(backbones.values())
         backbones = {key: without_wrapper(model) for key, model in backbones.items()}
         if self._backbones:
             raise ModelError(f"this {name} adapter is attached already: call detach() first")
@@ -230,28 +234,40 @@ class Adapter(nn.Module, ABC):
     def train(self, mode: bool = True) -> "Adapter":
         """Set the adapter's own mode; the frozen backbones around it go back to eval mode."""
         super().train(mode)
-        own = set(self.modules())
         for backbone in self._backbones.values():
+            own = {module for adapter in (self, *self._others(backbone)) for module in adapter.modules()}
             for module in backbone.modules():
                 if module not in own:
                     module.training = False
         return self
 
+    def _others(self, backbone: nn.Module) -> list["Adapter"]:
+        """The adapters that this one takes turns with on the ``backbone``, in the order in which they were attached."""
+        return [each for each in turn_takers(backbone).values() if self._takes_turns and each is not self]
+
     def _freeze(self, backbone: PreTrainedModel) -> None:
-        trainable = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-        if trainable and any(not parameter.requires_grad for parameter in backbone.parameters()):  # someone's choice
-            names = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+        others = self._others(backbone)
+        theirs = {part for each in others for part in (*each.parameters(), *each.modules())}
+        named = {name: p for name, p in backbone.named_parameters() if p.requires_grad and p not in theirs}
+        trainable = list(named.values())
+        if trainable and any(not p.requires_grad for p in backbone.parameters()):  # someone's choice
+            names = list(named)
             log.warning(
                 "%s froze %d tensors that were to be trained (%s …): to train them beside it, call requires_grad_(True) on"
                 " them afterwards, before the optimizer is made",
                 *(self.traits.name, len(names), names[0]),
             )
-        training = [module for module in backbone.modules() if module.training]
+        training = [module for module in backbone.modules() if module.training and module not in theirs]
         self._undo.callback(_restore, trainable, training)
         for parameter in trainable:
             parameter.requires_grad_(False)
         for module in training:
             module.training = False
+
+
+def turn_takers(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model of which one acts at a time, by their names, in the order in which they were attached."""
+    return {n: child for n, child in model.named_children() if isinstance(child, Adapter) and child._takes_turns}
 
 
 def without_wrapper(model: PreTrainedModel) -> PreTrainedModel:
@@ -270,7 +286,9 @@ def check_free(backbones: Mapping[str, PreTrainedModel], method: str) -> None:
     """ModelError where one of the ``backbones`` has such an adapter."""
     for name, backbone in backbones.items():
         if hasattr(backbone, method):
-            raise ModelError(f"the {name} model has a {method} adapter (or attribute) already: detach it first")
+            raise ModelError(
+                f"the {name} model has a {method} adapter (or attribute) already: detach it first, or give another name="
+            )
 
 
 def _restore(trainable: list[nn.Parameter], training: list[nn.Module]) -> None:

@@ -121,10 +121,11 @@ def summed(content: bytes) -> dict[str, Any]:
     return FileSum(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)).to_dict()
 
 
-def count(trained: Iterable[nn.Module], base: nn.Module) -> Parameters:
-    """Parameters of the ``trained`` modules, and of the model that an adapter among them may be attached to."""
+def count(trained: Iterable[nn.Module], base: nn.Module, others: Iterable[nn.Module] = ()) -> Parameters:
+    """Parameters of the ``trained`` modules, and of the model that an adapter among them may be attached to, without
+    ``others`` on it."""
     modules = list(trained)
-    added = {id(p) for module in modules for p in module.parameters()}
+    added = {id(p) for module in (*modules, *others) for p in module.parameters()}
     own = {id(p): p.numel() for p in base.parameters() if id(p) not in added}
     return Parameters(trainable=sum(map(loading.count_parameters, modules)), frozen=sum(own.values()))
 
@@ -133,7 +134,7 @@ def publish_adapter(folder: str | Path, adapter: "Adapter", model: PreTrainedMod
     """`publish` an ``adapter`` alone, which is attached to the language ``model``."""
     base, tensors = without_home(model.name_or_path), adapter.state_dict()
     names = {side: without_home(each.name_or_path) for side, each in adapter._backbones.items()}
-    fields = method_fields(adapter, model.config, base, count([adapter], model))
+    fields = method_fields(adapter, model.config, base, count([adapter], model, adapter._others(model)))
     fields["frozen"] = stored_digests(model, adapter) or None
     return publish(folder, fields, {"adapter": tensors}, model_card, peft_files(adapter, tensors, names))
 

@@ -92,6 +92,9 @@ class MiT(BoundFeatures):
         points = [infusion_point(decoder, index, self.config.ffn) for index in indices]
         check_attention_base(decoder, self.config)
         check_direction(points, self.config)
+        others = self._others(backbones["text"])
+        if others and (self._checkpoint or any(other._checkpointing for other in others)):
+            raise ModelError("activation checkpointing serves a model with one adapter: switch it off")
         self._make_parameters(points, decoder)
         self._switch_attention(decoder)
         self._undo.callback(decoder.model.register_forward_pre_hook(self._enter_decoder, with_kwargs=True).remove)
@@ -138,9 +141,10 @@ class MiT(BoundFeatures):
 
     def _switch_attention(self, decoder: Decoder) -> None:
         attention.register()
-        base = decoder.model.config._attn_implementation
+        before = decoder.model.config._attn_implementation
+        base = before.removeprefix(attention.PREFIX)  # another adapter's
         decoder.model.set_attn_implementation(attention.PREFIX + base)
-        self._undo.callback(decoder.model.set_attn_implementation, base)
+        self._undo.callback(decoder.model.set_attn_implementation, before)
         if decoder.model.config._attn_implementation != attention.PREFIX + base:
             raise ModelError(f"{decoder.name} does not use Hugging Face's attention interface: not supported")
 
@@ -159,6 +163,8 @@ class MiT(BoundFeatures):
     def set_checkpointing(self, enabled: bool) -> None:
         if self._decoder is None or enabled == self._checkpointing:
             return
+        if enabled and self._backbones and self._others(self._backbones["text"]):
+            raise ModelError("activation checkpointing serves a model with one adapter: detach the others")
         layers = self._decoder.layers
         for index in self.layers:
             layers[index] = CheckpointedLayer(layers[index], self._remember) if enabled else layers[index].layer
@@ -280,7 +286,7 @@ def check_direction(points: list[InfusionPoint], config: MiTConfig) -> None:
 
 
 def check_attention_base(decoder: Decoder, config: MiTConfig) -> None:
-    base = decoder.model.config._attn_implementation
+    base = decoder.model.config._attn_implementation.removeprefix(attention.PREFIX)
     if base not in attention.BASES:
         raise ModelError(
             f"{decoder.name} runs on the attention {base!r}: load it with attn_implementation set to one of "
@@ -295,12 +301,13 @@ def check_attention_base(decoder: Decoder, config: MiTConfig) -> None:
             )
 
 
-def attach(model: PreTrainedModel, config: MiTConfig, backend: str = "auto") -> MiT:
+def attach(model: PreTrainedModel, config: MiTConfig, backend: str = "auto", name: str | None = None) -> MiT:
     """Freeze ``model`` and attach a new MiT to it; undo with the returned adapter's ``detach()``.
 
+    ``name``: of the adapter, where several take turns on the model (`set_adapter`, `using_adapter`).
     The features of a pass come by ``mit.bind({"image": x})`` or as the keyword ``model(..., infused={"image": x})``.
     Raises ModelError, in one line, for what cannot be infused.
     """
     adapter = MiT(config)
-    adapter.attach({"text": model}, backend=backend)
+    adapter.attach({"text": model}, backend=backend, name=name)
     return adapter
