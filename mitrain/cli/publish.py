@@ -70,7 +70,9 @@ def add_push(sub: argparse.ArgumentParser) -> None:
         help="an encoder on the Hub, likewise; of several encoders one option each, in order",
     )
     sub.add_argument(
-        "--answers", action="store_true", help="publish the training answers of data of your own, too (default: not)"
+        "--answers",
+        action="store_true",
+        help="publish the training answers and class names of data of your own, too (default: not)",
     )
 
 

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from mitrain import methods
 from mitrain.core import config
 from mitrain.core.errors import CheckpointError, ConfigError
+from mitrain.core.hub import PREFIX
 from mitrain.inference.export import licences
 from mitrain.methods import export_format
 from mitrain.methods.export_format import Contents, hub
+from mitrain.methods.export_format.card import hub_dataset
 from mitrain.methods.export_format.folder import CARD, PEFT_CONFIG, PEFT_WEIGHTS, PeftFiles
 
 
@@ -32,8 +34,9 @@ def push_to_hub(
     """Upload the export ``folder`` to the repository ``name`` (USER/NAME), made where it is not there; returns its address.
 
     ``base`` and ``encoders``: the frozen models' names on the Hub, where the export names folders. Of the data's folder the
-    last part is published, and the training answers only with ``answers`` or of data that mitrain prepared. ``license``: of
-    the adapter, as the Hub names licences. Raises ConfigError where a folder of this machine would be published, and
+    last part is published, and the training answers and class names only with ``answers`` or of data that mitrain prepared.
+    ``license``: of the adapter, as the Hub names licences. Raises ConfigError where a folder of this machine, or class names
+    of one's own data, would be published, and
     CheckpointError where the export is damaged or the Hub refuses; nothing is uploaded then.
     """
     if not hub.HUB_NAME.fullmatch(name):
@@ -73,7 +76,16 @@ def without_private(
         for part, encoder in zip(named.values(), given, strict=True):
             part["name"] = encoder
         data["root"] = os.path.basename(data["root"]) if data.get("root") else data.get("root")
-        run["answers"] = run["answers"] if answers or data.get("source") else None
+        source = data.get("source") or ""
+        own = not source or source.startswith(PREFIX)  # hf:ID may be nobody else's, too
+        if source.startswith(PREFIX) and hub_dataset(source) is None:
+            data["source"] = PREFIX + os.path.basename(source.rstrip("/"))
+        run["answers"] = run["answers"] if answers or not own else None
+        if own and not answers and (classes := data.get("classes")):
+            raise ConfigError(
+                f"the export has the names of {len(classes)} classes of data of your own ({', '.join(classes)[:60]}), which"
+                " would be published: allow that with --answers (in Python answers=True)"
+            )
     for key, text in texts(values):
         model = key == "base_model_name_or_path" or ".model.encoders." in key
         if text.startswith(("/", "~", "../")) or (model and os.path.isdir(os.path.expanduser(text))):

@@ -15,6 +15,9 @@ import mitrain
 from mitrain.cli import main
 from mitrain.core.errors import CheckpointError, ConfigError
 from mitrain.inference.export import export
+from mitrain.inference.hub import without_private
+from mitrain.methods import export_format
+from mitrain.methods.export_format import RunPart
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx2")  # of the Hub's client, in its uploads
 NAMES = {"base": "some/llm", "encoders": ["some/vision"]}
@@ -114,6 +117,38 @@ def test_a_card_that_was_edited_stays(hub, world, tmp_path):
         readme.write_text(before)
     text = hub.repositories["me/colours"]["README.md"].decode()
     assert "My own words: naïve ✓" in text and "license: mit" in text and "base_model: some/llm" in text
+
+
+def classes_of(folder, source=None):
+    """The export with class names, as of a classification, and another source of its data."""
+    values = json.loads((folder / "mitrain.json").read_text())
+    values["run"]["config"]["data"] |= {"classes": ["patient A", "patient B"], "source": source}
+    return export_format.read(folder).contents.model_copy(update={"run": RunPart(**values["run"])})
+
+
+def test_class_names_of_ones_own_data_are_asked_for(world):
+    folder = world / "exported"
+    for source in (None, "hf:user/private", f"hf:{world}"):
+        with pytest.raises(
+            ConfigError, match=r"names of 2 classes of data of your own \(patient A, patient B\).*--answers"
+        ):
+            without_private(classes_of(folder, source), "some/llm", ["some/vision"], answers=False)
+        assert without_private(classes_of(folder, source), "some/llm", ["some/vision"], answers=True)["run"]["answers"]
+    kept = without_private(classes_of(folder, "tuxpaint"), "some/llm", ["some/vision"], answers=False)["run"]
+    assert kept["config"]["data"]["classes"] == ["patient A", "patient B"] and kept["answers"]
+
+
+def test_a_folder_read_as_a_data_set_is_no_source_that_others_see(world):
+    contents = classes_of(world / "exported", f"hf:{world / 'data'}")
+    published = without_private(contents, "some/llm", ["some/vision"], answers=True)
+    assert published["run"]["config"]["data"]["source"] == "hf:data"
+    assert str(world) not in export_format.model_card(contents) and "own data" in export_format.model_card(contents)
+
+
+def test_a_data_set_of_the_hub_is_in_the_metadata(world):
+    card = ModelCard(export_format.model_card(classes_of(world / "exported", "hf:user/pictures:small")))
+    assert card.data.datasets == ["user/pictures"] and card.data.eval_results[0].dataset_name == "user/pictures"
+    assert ModelCard(export_format.model_card(classes_of(world / "exported", "tuxpaint"))).data.datasets is None
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

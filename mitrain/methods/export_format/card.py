@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from mitrain.core.hub import PREFIX
 from mitrain.core.markdown import code, plain, table
 from mitrain.methods.export_format.contents import Contents, RunPart
 from mitrain.methods.export_format.hub import HUB_NAME
@@ -65,11 +66,19 @@ def front_matter(contents: Contents) -> str:
         library_name="mitrain",
         tags=["mitrain", "adapter", word(contents.adapter["name"])],
         base_model=base if HUB_NAME.fullmatch(base) and not os.path.exists(base) else None,
+        datasets=[known] if run and (known := hub_dataset(run.config["data"].get("source") or "")) else None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
         model_name=word(title(contents)),
     )
     return f"---\n{data.to_yaml()}\n---"
+
+
+def hub_dataset(source: str) -> str | None:
+    """The id of a data set on the Hub that ``data.source`` names; None for a folder and for what mitrain prepared."""
+    name = source.removeprefix(PREFIX).partition(":")[0]
+    there = source.startswith(PREFIX) and not os.path.exists(os.path.expanduser(name))
+    return name if there and re.fullmatch(rf"{HUB_NAME.pattern}|[\w][\w.-]*", name, re.ASCII) else None
 
 
 def word(name: Any) -> str:
@@ -80,7 +89,9 @@ def word(name: Any) -> str:
 def model_index(run: RunPart) -> Iterator[EvalResult]:
     """The scores as the Hub lists them, of each split: fractions, without how many samples there were."""
     data = run.config["data"]
-    name = word(data.get("source") or data.get("dataset") or "own data")
+    source = data.get("source") or ""
+    known = hub_dataset(source) if source.startswith(PREFIX) else source  # not a folder of somebody's
+    name = word(known or data.get("dataset") or "own data")
     for split, metrics in run.metrics.items():
         for metric, value in flattened(metrics):
             if isinstance(value, float):
@@ -125,9 +136,14 @@ def encoder_lines(run: RunPart, licences: Mapping[str, str]) -> list[str]:
 
 def data_lines(run: RunPart, licences: Mapping[str, str]) -> list[str]:
     data = run.config["data"]
-    name = data.get("source")
+    name = data.get("source") or ""
+    known = hub_dataset(name)
     what = (
-        f"{code(name)}, prepared by mitrain" if name else plain(data.get("dataset") or "A data set of the user's own")
+        f"{code(known)} on the Hugging Face Hub"
+        if known
+        else f"{code(name)}, prepared by mitrain"
+        if name and not name.startswith(PREFIX)
+        else plain(data.get("dataset") or "A data set of the user's own")
     )
     line = f"{what}. Licence: {licences.get(name, UNKNOWN)}."
     answers = (
