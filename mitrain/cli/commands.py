@@ -12,6 +12,7 @@ COMMANDS = {
         "models": ("catalogue:add_models", "list or prepare frozen backbones with real weights"),
     },
     "train": {
+        "plan": ("plan:add_plan", "whether a configuration fits on a machine, and what a step takes there"),
         "train": ("train:add_train", "train from a configuration, or resume a run"),
         "runs": ("runs:add_runs", "list runs with their state and best score, or compare some"),
     },

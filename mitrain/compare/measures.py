@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from mitrain.compare.resident import frozen_tensors, optimizer_bytes, storages
 from mitrain.models import loading
 from mitrain.tasks.base import Batch
 from mitrain.training.build import Model
+from mitrain.training.plan.tracing import attention_flops
 from mitrain.training.trainer import Trainer
 
 
@@ -119,12 +120,6 @@ def own_operators() -> dict[Any, Any]:
     """What the project's operators compute, in the counter's terms: infused attention as attention, both its products."""
     operator = getattr(torch.ops.mitrain_kernels, "infused_attention", None)
     return {} if operator is None else {operator: attention_flops}
-
-
-def attention_flops(q: Any, k: Any, v: Any, *others: Any, out_shape: Any = None, **more: Any) -> int:
-    """``q`` (B, H, T, d) against ``k``, ``v`` (B, G, S, d): every query head has its own products."""
-    heads = q[1]
-    return sdpa_flop_count(q, (k[0], heads, *k[2:]), (v[0], heads, *v[2:]))
 
 
 def step_ms(metrics: Path) -> float | None:

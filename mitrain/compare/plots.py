@@ -2,7 +2,7 @@
 
 import io
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,24 @@ def figure(title: str, across: str, up: str, lines: Sequence[Line], scale: str) 
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
+        drawn.legend(loc="outside right upper")
+        drawn.savefig(file, format="svg", metadata={"Date": None})
+        return file.getvalue()
+
+
+def memory_bar(title: str, parts: Mapping[str, int], limit: int) -> str:
+    """Bytes by part beside one another in one bar, and how much there is."""
+    matplotlib = need_extra("matplotlib", "plots", "drawing figures")
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE), io.StringIO() as file:
+        drawn = Figure(figsize=(7.5, 2.6), layout="constrained")
+        axes, start = drawn.subplots(), 0.0
+        for name, size in parts.items():
+            axes.barh([""], [size / 2**30], left=[start], label=f"{name} ({size / 2**30:.2f})")
+            start += size / 2**30
+        axes.axvline(limit / 2**30, color="black", linestyle="--", label=f"memory ({limit / 2**30:.2f})")
+        axes.set(title=f"{title}: GiB of a rank", xlabel="GiB")
         drawn.legend(loc="outside right upper")
         drawn.savefig(file, format="svg", metadata={"Date": None})
         return file.getvalue()

@@ -131,11 +131,22 @@ class TextBackbone:
         return made
 
     @classmethod
-    def empty(cls, config: PretrainedConfig) -> "TextBackbone":
-        """Shapes without weights or a tokenizer, for ``--dry-run``."""
+    def empty(
+        cls,
+        config: PretrainedConfig,
+        dtype: torch.dtype = torch.float32,
+        attention: str | None = None,
+        quantize: str = "none",
+        quantize_embedding: bool = False,
+    ) -> "TextBackbone":
+        """Shapes without weights or a tokenizer, for ``--dry-run`` and plans."""
         if blip.is_blip(config):
-            return cls(blip.empty(config, "text_encoder"), None)
-        return cls(loading.empty_model(factory(config), config), None)
+            return cls(blip.empty(config, "text_encoder").to(dtype), None)
+        options = {"attn_implementation": attention} if attention else {}
+        made = cls(loading.empty_model(factory(config), config, dtype=dtype, **options), None, dtype, quantize)
+        if quantize != "none":
+            quant.quantise(made.model, quantize, embedding=quantize_embedding)
+        return made
 
     @staticmethod
     def read_config(source: str | Path) -> PretrainedConfig:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from mitrain import methods
 from mitrain.core import hub, prepared
@@ -243,13 +244,7 @@ def build(
     where they are loaded already.
     """
     if empty:
-        shape = config.model.llm_shape
-        described = (
-            loading.config_from_shape(shape, "model.llm_shape")
-            if shape
-            else TextBackbone.read_config(resolve_model(config.model.llm))
-        )
-        text = TextBackbone.empty(described)
+        text = TextBackbone.empty(described(config.model))
     elif config.model.llm_shape:
         raise ConfigError(
             f"model.llm_shape describes {config.model.llm!r} without weights, which serves --dry-run alone:"
@@ -268,6 +263,13 @@ def build(
         )
     encoders = encoders or encoders_of(config.model, torch.device("cpu") if empty else text.device, shard)
     return assemble(config, text, encoders, empty=empty)
+
+
+def described(config: ModelConfig) -> PretrainedConfig:
+    """The language model's configuration: the one that ``llm_shape`` gives, or that lies beside the weights."""
+    if config.llm_shape:
+        return loading.config_from_shape(config.llm_shape, "model.llm_shape")
+    return TextBackbone.read_config(resolve_model(config.llm))
 
 
 def assemble(config: RunConfig, text: TextBackbone, encoders: dict[str, Encoder], *, empty: bool = False) -> Model:

@@ -7,11 +7,13 @@ Shapes: B samples, T tokens, d_ff feed-forward width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mitrain_kernels.infused_swiglu import infused_swiglu
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mitrain.methods.kernels import feed_forward_backend
 from mitrain.models import layouts, loading
@@ -66,18 +68,39 @@ def times(hidden: Tensor, factor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def is_swiglu(block: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether ``block`` computes down(SiLU(gate x) ⊙ up x) to the last bit, found by trying.
+    """Whether ``block`` computes down(SiLU(gate x) ⊙ up x) to the last bit, found by trying; without weights, by the
+    same operators.
 
     Names alone don't tell: some blocks of these three projections scale, clamp, normalise or sparsify in between. The
     second trial is large enough to meet a clamp.
     """
     if any(not hasattr(getattr(block, name, None), "in_features") for name in PROJECTIONS):
         return False
-    weights = list(block.parameters())
-    if "forward" in block.__dict__ or any(weight.is_meta for weight in weights):  # patched by others, or not there
+    if "forward" in block.__dict__:  # patched by others
         return False
+    weights = list(block.parameters())
     x = torch.linspace(-1, 1, block.gate_proj.in_features, dtype=dtype, device=weights[0].device)
     x = torch.stack([x, 30 * x])[None]
+    plain = lambda x: block.down_proj(F.silu(block.gate_proj(x)) * block.up_proj(x))  # noqa: E731
+    if any(weight.is_meta for weight in weights):
+        return operators(block.forward, x) == operators(plain, x)
     with loading.gathered(weights):
-        plain = block.down_proj(F.silu(block.gate_proj(x)) * block.up_proj(x))
-        return torch.equal(block.forward(x), plain)
+        return torch.equal(block.forward(x), plain(x))
+
+
+def operators(function: Callable[[Tensor], Tensor], x: Tensor) -> list[Any]:
+    """The torch operators that ``function`` calls: all that tells it from another where there are no numbers."""
+    function(x)  # what is made at the first call alone is no part of it
+    with Recorder() as recorder:
+        function(x)
+    return recorder.called
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,342 @@
+"""``mitrain plan``: whether a configuration fits on a machine, and what a step of it takes there.
+
+Everything is counted on the models without weights that the configuration describes; what is assumed is listed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mitrain.core.config import override
+from mitrain.core.errors import ConfigError, ModelError
+from mitrain.models import TextBackbone, loading
+from mitrain.models.text import read_tokenizer
+from mitrain.training import schema
+from mitrain.training.build import Model, assemble, described, encoders_of, resolve_model
+from mitrain.training.engine.deepspeed_config import PERSIST
+from mitrain.training.plan import batch as batches
+from mitrain.training.plan.machines import NETWORK_TEXT, NETWORKS, Machine
+from mitrain.training.plan.tracing import Traced, traced, without_storage
+from mitrain.training.plan.traffic import Traffic, traffic
+from mitrain.training.schema import RunConfig
+
+TOKENS = 64
+ROW = 2000
+"""Bytes of a sample that stay in memory: its fields, token ids, entries of the caches' indices (measured)."""
+FAR, SLOW, BUSY, LAUNCH_S = 0.4, 0.6, 0.7, 10e-6
+"""Shares of the stated rates of products, memory and links in the longest time of a step; what an operator adds to it."""
+REMEDIES = (
+    ("train.checkpoint_activations=true",),
+    ("model.dtype=bf16",),
+    ("model.quantize=int8",),
+    ("model.quantize=nf4",),
+    ("zero.stage=3",),
+    ("zero.stage=3", "model.quantize=nf4"),
+    ("zero.stage=3", "model.quantize=nf4", "train.checkpoint_activations=true"),
+)
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``per_rank_bytes``: at the moment of a step when most is held, by part; ``moments``: the whole at others.
+
+    ``activations_by_part``: what the backward pass needs of each part of the model. ``largest_batch``: the greatest
+    ``train.batch`` (over all ranks) that fits. ``macs_forward``: of one sample; ``flops_step``: of a step of all ranks.
+    ``communication_bytes_step``: bytes of the tensors that are gathered and reduced in a step; ``communication_ms``: over
+    each link. ``step_ms_range``: at the machine's stated rates, and at shares of them. ``epoch``: hours and cost.
+    """
+
+    fits: bool
+    machine: str
+    ranks: int
+    nodes: int
+    memory_bytes: int
+    total_bytes: int
+    per_rank_bytes: dict[str, int]
+    moments: dict[str, int]
+    activations_by_part: dict[str, int]
+    largest_batch: int
+    trainable_parameters: int
+    frozen_parameters: int
+    macs_forward: int
+    flops_step: int
+    communication_bytes_step: int
+    communication: dict[str, int]
+    communication_ms: dict[str, float]
+    step_ms_range: Range
+    epoch: dict[str, Any] | None
+    remedies: list[str]
+    assumptions: list[str]
+    config_hash: str
+    config: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Asked:
+    """``ranks``: all of them; ``samples``: how many there are where the data is not at hand; ``price``: of a GPU-hour."""
+
+    machine: Machine
+    ranks: int = 1
+    nodes: int = 1
+    network: str = "infiniband"
+    tokens: int = TOKENS
+    samples: int | None = None
+    price: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or self.nodes < 1 or self.ranks % self.nodes:
+            raise ConfigError(
+                f"--gpus {self.ranks} on --nodes {self.nodes}: give as many GPUs to every node, at least 1"
+            )
+        if self.tokens < 2 or (self.samples or 1) < 1 or (self.price or 0) < 0:
+            raise ConfigError("--tokens, --samples and --price: give at least 2 tokens, a sample, and no price below 0")
+
+
+@dataclass
+class Measured:
+    """A configuration's step on one rank: ``traced`` of ``share`` samples, ``slope`` more bytes for each further one."""
+
+    model: Model
+    traced: Traced
+    share: int
+    slope: float
+    samples: int | None
+    assumptions: list[str] = field(default_factory=list)
+
+
+def empty_model(config: RunConfig) -> tuple[Model, FakeTensorMode]:
+    """The configuration's model in its own precision, on tensors without storage."""
+    model = config.model
+    text = TextBackbone.empty(
+        described(model), loading.DTYPES[model.dtype], model.attention, model.quantize, model.quantize_embedding
+    )
+    encoders = encoders_of(model, torch.device("cpu"))
+    made = assemble(config, text, encoders, empty=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    without_storage(mode, [made.text.model, *made.encoders.values(), *made.trainable.values()])
+    return made, mode
+
+
+def measured(config: RunConfig, asked: Asked) -> Measured:
+    """A step on the rank with the most samples, and one of another size, between which memory is a straight line."""
+    share = -(-config.train.batch // asked.ranks)
+    samples, why = batches.at_hand(config)
+    model, mode = empty_model(config)
+    model.text.tokenizer = tokenizer = tokenizer_at_hand(config)
+    if samples and tokenizer:
+        drawn = batches.longest(samples, model.task.tokens, max(share, 2))
+        said = [f"the {share} longest of {len(samples):,} training samples"]
+    else:
+        model.text.tokenizer = model.text.tokenizer or batches.Words()
+        drawn = [batches.stand_in(model, i, asked.tokens) for i in range(max(share, 2))]
+        said = [f"texts of {asked.tokens} tokens (--tokens), since {why or 'the tokenizer is not at hand'}"]
+    other = 1 if share > 1 else 2
+    one, two = (traced(model, batches.batch_of(model, drawn[:size], mode), mode) for size in (share, other))
+    slope = (two.peak - one.peak) / (other - share)
+    count = len(samples) or asked.samples
+    return Measured(model, one, share, max(slope, 1.0), count, said)
+
+
+def tokenizer_at_hand(config: RunConfig) -> Any:
+    if config.model.llm_shape:
+        return None
+    try:
+        tokenizer = read_tokenizer(resolve_model(config.model.llm))
+    except ModelError:
+        return None
+    tokenizer.eos_token = tokenizer.eos_token or tokenizer.sep_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def plan(config: RunConfig, asked: Asked, *, remedies: bool = True) -> Plan:
+    """What ``config`` takes; where it does not fit, with what it would (each tried)."""
+    found = measured(config, asked)
+    sent = traffic(
+        config.zero, asked.ranks, bytes_of(trained(found.model)), found.traced.order, config.train.accumulate
+    )
+    parts, moments = memory(config, asked, found, sent)
+    total, budget = max(moments.values()), asked.machine.memory
+    times = step_ms(config, asked, found, sent)
+    largest = max(0, int((budget - (moments["backward"] - found.slope * found.share)) // found.slope)) * asked.ranks
+    fits = total <= budget
+    per_step = config.train.batch * config.train.accumulate
+    made = Plan(
+        fits=fits,
+        machine=asked.machine.name,
+        ranks=asked.ranks,
+        nodes=asked.nodes,
+        memory_bytes=budget,
+        total_bytes=total,
+        per_rank_bytes=parts,
+        moments=moments,
+        activations_by_part=found.traced.kept,
+        largest_batch=largest if max(value for key, value in moments.items() if key != "backward") <= budget else 0,
+        trainable_parameters=sum(p.numel() for p in trained(found.model)),
+        frozen_parameters=sum(p.numel() for p in frozen(found.model, *found.model.frozen)),
+        macs_forward=round(found.traced.forward_flops / 2 / found.share),
+        flops_step=round(found.traced.flops / found.share * per_step),
+        communication_bytes_step=sent.total,
+        communication={"gathers": sent.gathers, "scatters": sent.scatters, "reductions": sent.reductions},
+        communication_ms=link_ms(asked, sent),
+        step_ms_range=times,
+        epoch=epoch(asked, times, found.samples, per_step),
+        remedies=[],
+        assumptions=[*found.assumptions, *assumptions(config, asked)],
+        config_hash=config.hash,
+        config=config.name,
+    )
+    return made if fits or not remedies else with_remedies(made, config, asked)
+
+
+def with_remedies(made: Plan, config: RunConfig, asked: Asked) -> Plan:
+    tried, batch = [], made.largest_batch
+    for _ in range(2):  # several micro-batches keep their gradients meanwhile, so that the first may be too large
+        if not asked.ranks <= batch < config.train.batch:
+            break
+        accumulate = -(-config.train.batch * config.train.accumulate // batch)
+        changes = (f"train.batch={batch}", f"train.accumulate={accumulate}")
+        smaller = plan(schema.from_dict(override(config.to_dict(), changes)), asked, remedies=False)
+        if smaller.fits:
+            tried.append(" ".join(changes))
+            break
+        batch = smaller.largest_batch
+    for changes in REMEDIES:
+        try:
+            other = schema.from_dict(override(config.to_dict(), changes))
+            if other.to_dict() != config.to_dict() and plan(other, asked, remedies=False).fits:
+                tried.append(" ".join(changes))
+        except (ConfigError, ModelError):
+            continue  # a change that this configuration does not take is no remedy
+    return Plan(**{**vars(made), "remedies": tried or ["a machine with more memory, or a smaller model"]})
+
+
+# Memory
+
+
+def trained(model: Model) -> list[Tensor]:
+    parts = [*model.trainable.values(), *model.frozen.values()]
+    return list({id(p): p for part in parts for p in part.parameters() if p.requires_grad}.values())
+
+
+def frozen(model: Model, *names: str) -> list[Tensor]:
+    """Frozen parameters and buffers of the parts ``names``, each once."""
+    parts = [model.frozen[name] for name in names]
+    held = {id(t): t for part in parts for t in (*part.parameters(), *part.buffers()) if not t.requires_grad}
+    own = {id(t) for part in model.trainable.values() for t in (*part.parameters(), *part.buffers())}
+    return [t for key, t in held.items() if key not in own]
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def per_rank(tensors: Sequence[Tensor], config: RunConfig, ranks: int) -> int:
+    """Bytes of frozen ``tensors`` on a rank: shards at stage 3, but for small ones."""
+    if config.zero.stage < 3:
+        return bytes_of(tensors)
+    if config.zero.offload_params:
+        return bytes_of([t for t in tensors if t.numel() <= PERSIST])
+    return sum(-(-t.numel() // ranks) * t.element_size() if t.numel() > PERSIST else bytes_of([t]) for t in tensors)
+
+
+def memory(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> tuple[dict[str, int], dict[str, int]]:
+    """(bytes by part at the fullest moment of the passes, the whole at each moment)."""
+    model, on_cpu = found.model, asked.machine.name == "cpu"
+    weights = bytes_of(trained(model))
+    fixed = {
+        "process": asked.machine.reserve,
+        "frozen language model": per_rank(frozen(model, "text"), config, asked.ranks),
+        "frozen encoders": per_rank(frozen(model, *(model.frozen.keys() - {"text"})), config, asked.ranks),
+        "gathered frozen weights": sent.held,
+        "trained weights": weights,
+        "optimizer": optimizer(config, asked.ranks, weights),
+        "samples and caches": ROW * (found.samples or 0) if on_cpu else 0,
+    }
+    base = sum(fixed.values())
+    several = config.train.accumulate > 1 or config.zero.stage > 0
+    # With one micro-batch the gradients are made while activations are let go; the trace has them among what lives.
+    step = {
+        "gradients": weights if several else found.traced.gradients,
+        "activations": found.traced.peak - found.traced.gradients,
+    }
+    flat = 2 * weights if asked.ranks > 1 else 0
+    moments = {"backward": base + sum(step.values()), "reduction": base + weights + flat}
+    if on_cpu:
+        moments["save"] = base + 2 * optimizer(config, 1, weights)
+    return {**{name: size for name, size in fixed.items() if size}, **{n: s for n, s in step.items() if s}}, moments
+
+
+def optimizer(config: RunConfig, ranks: int, weights: int) -> int:
+    """Bytes of the optimizer's states on a rank, DeepSpeed's copies of the weights among them."""
+    chosen, zero = config.train.optimizer, config.zero
+    states = 2 if chosen.name != "sgd" else 1 if chosen.momentum else 0
+    if zero.offload_optimizer:
+        return 0
+    return -(-weights * (states + 1) // ranks) if zero.stage else weights * states
+
+
+# Time
+
+
+def step_ms(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> Range:
+    """A step's milliseconds: at the machine's stated rates, all communication hidden; and at shares of them, none hidden."""
+    machine, operators = asked.machine, found.traced.operators
+    rate, width = machine.flops[config.model.dtype], machine.bandwidth
+    states = 7 * bytes_of(trained(found.model)) / width  # weights, two moments: read and written; gradients: read
+    link = min(link_ms(asked, sent)[link_of(asked)] / 1e3, 1e6)
+    low = config.train.accumulate * sum(max(f / rate, b / width) for f, b in operators) + states
+    high = config.train.accumulate * sum(max(f / rate / FAR, b / width / SLOW) + LAUNCH_S for f, b in operators)
+    return 1e3 * max(low, link), 1e3 * (high + states / SLOW + link / BUSY)
+
+
+def link_of(asked: Asked) -> str:
+    return "node" if asked.nodes == 1 else asked.network
+
+
+def link_ms(asked: Asked, sent: Traffic) -> dict[str, float]:
+    speeds = {"node": asked.machine.link, **NETWORKS}
+    return {name: 1e3 * sent.sent(asked.ranks) / speed for name, speed in speeds.items()}
+
+
+def epoch(asked: Asked, times: Range, samples: int | None, per_step: int) -> dict[str, Any] | None:
+    """What one pass over the training samples takes; evaluation, encoding and saving are not in it."""
+    if not samples:
+        return None
+    steps = max(1, samples // per_step)
+    hours = [steps * ms / 3.6e6 for ms in times]
+    of_all = [asked.ranks * h for h in hours]
+    cost = None if asked.price is None else [round(asked.price * h, 2) for h in of_all]
+    return {"samples": samples, "steps": steps, "hours": hours, "gpu_hours": of_all, "cost": cost}
+
+
+def assumptions(config: RunConfig, asked: Asked) -> list[str]:
+    machine, rate = asked.machine, asked.machine.flops[config.model.dtype]
+    lines = [
+        f"{machine.name}: {rate / 1e12:,.4g} TFLOP/s in {config.model.dtype}, {machine.bandwidth / 1e9:,.0f} GB/s"
+        + (
+            " (measured now on one thread's share)"
+            if machine.name == "cpu"
+            else " (data sheet, dense; no GPU was used)"
+        ),
+        f"longest: {FAR:.0%} of that, {SLOW:.0%} of memory's, {BUSY:.0%} of a link's, {LAUNCH_S * 1e6:g} µs an operator",
+    ]
+    if config.cache:
+        lines.append("files' features and the states of texts below the first changed layer are in the cache")
+    if asked.ranks > 1:
+        link = f"{machine.link / 1e9:g} GB/s in the node"
+        far = f", {NETWORK_TEXT[asked.network]} between nodes" if asked.nodes > 1 else ""
+        lines.append(f"ring collectives over {link}{far}")
+    if machine.name != "cpu":
+        lines.append(
+            "reserved: 0.75 GiB for CUDA and libraries, 4 % for the allocator; attention keeps what it keeps on a CPU"
+        )
+    return lines

@@ -1,0 +1,96 @@
+"""What the ranks send one another in a step: reductions of gradients and, with ZeRO, gathers of weights.
+
+Bytes are those of the whole tensors. Over a ring of N ranks each one sends (N − 1)/N of a gathered or scattered tensor,
+and twice that of one that is reduced on all ranks.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mitrain.training.engine import ZeroConfig
+from mitrain.training.engine.deepspeed_config import PERSIST
+
+REUSE, PREFETCH = 10**9, 5 * 10**7
+"""DeepSpeed's defaults, in elements: weights that run again so soon stay gathered; so many more are fetched ahead."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of a step: of ``gathers`` (all-gather), ``scatters`` (reduce-scatter) and ``reductions`` (all-reduce).
+
+    ``held``: the most bytes of gathered frozen weights that a rank holds at once.
+    """
+
+    gathers: int = 0
+    scatters: int = 0
+    reductions: int = 0
+    held: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gathers + self.scatters + self.reductions
+
+    def sent(self, ranks: int) -> float:
+        """Bytes that each rank sends over the slowest link of a ring."""
+        return (ranks - 1) / ranks * (self.gathers + self.scatters + 2 * self.reductions)
+
+
+def traffic(
+    zero: ZeroConfig, ranks: int, trained: int, order: Sequence[tuple[nn.Module, bool]], accumulate: int = 1
+) -> Traffic:
+    """``trained``: bytes of the trained weights, and of their gradients. ``order``: `Traced.order` of one micro-batch."""
+    if ranks == 1:
+        return Traffic()
+    if zero.stage == 0:
+        return Traffic(reductions=trained)
+    if zero.stage < 3:
+        return Traffic(gathers=trained, reductions=trained)
+    frozen, held = gathered(order, reuse_of(zero))
+    return Traffic(trained + accumulate * frozen, trained, 0, held)
+
+
+def reuse_of(zero: ZeroConfig) -> int:
+    own: Any = zero.config if isinstance(zero.config, dict) else {}
+    value = own.get("zero_optimization", {}).get("stage3_max_reuse_distance", REUSE)
+    return REUSE if value == "auto" else int(value)
+
+
+def gathered(order: Sequence[tuple[nn.Module, bool]], reuse: int = REUSE) -> tuple[int, int]:
+    """(bytes of frozen weights that are gathered in a forward and backward pass, the most that are held at once).
+
+    Weights are let go behind a module unless they are used again within ``reuse`` elements; small ones are never sharded.
+    """
+    forward = [own(module) for module, _ in order]
+    backward = [own(module) for module, differentiated in reversed(order) if differentiated]
+    uses = forward + backward
+    there: dict[int, Tensor] = {}
+    total = held = 0
+    for i, weights in enumerate(uses):
+        missing = {id(p): p for p in weights if id(p) not in there}
+        total += sum(p.numel() * p.element_size() for p in missing.values())
+        there |= missing
+        held = max(held, sum(p.numel() * p.element_size() for p in there.values()))
+        again = soon(uses[i + 1 :], reuse)
+        for weight in weights:
+            if id(weight) not in again:
+                there.pop(id(weight), None)
+    ahead = max((p.element_size() for weights in uses for p in weights), default=0) * PREFETCH
+    return total, min(held + ahead, total)
+
+
+def own(module: nn.Module) -> list[Tensor]:
+    return [p for p in module._parameters.values() if p is not None and not p.requires_grad and p.numel() > PERSIST]
+
+
+def soon(uses: Iterable[Sequence[Tensor]], reuse: int) -> set[int]:
+    found: set[int] = set()
+    passed = 0
+    for weights in uses:
+        if passed >= reuse:
+            break
+        found.update(map(id, weights))
+        passed += sum(p.numel() for p in weights)
+    return found

@@ -1,0 +1,111 @@
+"""mitrain plan: what it counts without storage is what a step with storage takes."""
+
+import json
+
+import pytest
+import torch
+from methods_world import configured, make_world
+from torch.utils.flop_counter import FlopCounterMode
+
+from mitrain.cli import main
+from mitrain.methods import METHODS
+from mitrain.training import schema
+from mitrain.training.build import resolved
+from mitrain.training.plan import Asked, machine_of, plan
+from mitrain.training.plan.plan import measured
+from mitrain.training.plan.tracing import own_operators, traced
+from mitrain.training.plan.traffic import gathered
+from mitrain.training.trainer import Trainer
+
+ASKED = Asked(machine_of("h100-80g"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = make_world(tmp_path_factory.mktemp("plan"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
+
+
+def real_step(config):
+    """The same of a step that is computed, on as many of the longest samples; and torch's own count of FLOPs."""
+    trainer = Trainer(config, None, quiet=True)
+    model = trainer.model
+    samples = sorted(trainer.train, key=lambda s: -model.task.tokens([s]))[: config.train.batch]
+    batch = lambda: model.evaluation_batch(samples, [s.inputs for s in samples], trainer.features)  # noqa: E731
+    with FlopCounterMode(display=False, custom_mapping=own_operators()) as counter:
+        total, _ = model.task.loss(batch())
+        total.backward()
+    for weight in trainer.engine.params.values():
+        weight.grad = None
+    return traced(model, batch()), counter.get_total_flops(), trainer
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_step_without_storage_counts_what_a_real_one_takes(world, method):
+    config = resolved(schema.load(configured(world, method, "classify")))
+    found = measured(config, ASKED)
+    real, flops, trainer = real_step(config)
+    assert found.traced.flops == pytest.approx(flops, rel=0.01)
+    assert found.traced.peak == pytest.approx(real.peak, rel=0.05)
+    assert sum(found.traced.kept.values()) == pytest.approx(sum(real.kept.values()), rel=0.05)
+    parts = plan(config, ASKED).per_rank_bytes
+    counted = {id(p): p for module in trainer.model.frozen.values() for p in module.parameters() if not p.requires_grad}
+    own = sum(p.numel() * p.element_size() for p in counted.values())
+    assert parts["frozen language model"] + parts["frozen encoders"] == pytest.approx(own, rel=0.02)
+
+
+def said(capsys, *arguments):
+    code = main(["plan", *map(str, arguments), "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out)
+
+
+def test_what_does_not_fit_is_told_what_would(world, capsys):
+    """Between what a batch of one and the configured batch take: a smaller batch is the remedy, and it fits."""
+    path = configured(world, "mit", "classify", train={"steps": 2, "batch": 8, "accumulate": 2})
+    one, whole = (said(capsys, path, "--gpu", "h100-80g", f"train.batch={n}") for n in (1, 8))
+    memory = ("--gpu", "h100-80g", "--memory", (one["total_bytes"] + whole["total_bytes"]) / 2**31)
+    tight = said(capsys, path, *memory)
+    assert one["fits"] and whole["fits"] and not tight["fits"] and 1 <= tight["largest_batch"] < 8
+    changes = tight["remedies"][0].split()
+    assert changes[0] == f"train.batch={tight['largest_batch']}" and said(capsys, path, *memory, *changes)["fits"]
+    assert main(["plan", str(path), *map(str, memory)]) == 0
+    assert "DOES NOT FIT" in (text := capsys.readouterr().out) and "train.batch=" in text
+
+
+def test_a_rank_of_stage_3_holds_a_share_and_gathers(world, capsys):
+    path, asked = configured(world, "mit", "classify"), ("--gpu", "h100-80g", "--gpus", 2)
+    whole, shared = (said(capsys, path, *asked, f"zero.stage={stage}") for stage in (0, 3))
+    weights = 4 * whole["trainable_parameters"]
+    assert whole["communication"] == {"gathers": 0, "scatters": 0, "reductions": weights}
+    assert whole["communication_bytes_step"] == weights
+    assert shared["communication"]["scatters"] == weights <= shared["communication"]["gathers"]
+    assert shared["per_rank_bytes"]["frozen language model"] <= whole["per_rank_bytes"]["frozen language model"]
+    low, high = whole["step_ms_range"]
+    assert 0 < low < high and whole["flops_step"] > 4 * whole["macs_forward"]
+
+
+def test_weights_are_gathered_again_only_behind_the_reuse_distance():
+    """Three matrices of 200² elements, all differentiated: the last stays for its backward pass, or all do, or none."""
+    layers = [torch.nn.Linear(200, 200, bias=False).requires_grad_(False) for _ in range(3)]
+    order, size = [(layer, True) for layer in layers], 4 * 200 * 200
+    assert gathered(order, reuse=10**9)[0] == 3 * size
+    assert gathered(order, reuse=1)[0] == 5 * size
+    assert gathered([(layers[0], False), *order[1:]], reuse=1)[0] == 4 * size
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--gpu", "h200"], "--gpu h200 is not known: choose one of cpu, a100-40g"),
+        (["--memory", "-1"], "--memory -1.0 must be positive"),
+        (["--gpus", "0"], "--gpus"),
+        (["--picture", "plan.png"], "--picture plan.png: pictures are drawn as SVG"),
+    ],
+)
+def test_a_mistake_is_one_line(world, capsys, words, told):
+    assert main(["plan", str(configured(world, "mit", "classify")), *words]) == 2
+    assert told in (err := capsys.readouterr().err) and err.count("\n") == 1
