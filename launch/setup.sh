@@ -5,6 +5,7 @@
 #
 #   bash launch/setup.sh [EXTRA …]        for example: bash launch/setup.sh dev wandb
 #
+# TORCH_BUILD=gpu  the GPU build of torch also where no GPU is seen, as while an image is built.
 # PYTHON=…  the interpreter to use (3.11 or newer). pip's find-links and index-url (PIP_FIND_LINKS, PIP_INDEX_URL or its
 # configuration file) are passed on to uv. An extra-index-url is not: one index serves every package.
 set -euo pipefail
@@ -22,8 +23,8 @@ fail() { printf 'setup: %s\n' "$*" >&8; exit 2; }
 
 for extra in "$@"; do
     case $extra in
-        audio | coco | gpu | datasets | deepspeed | demo | docs | parquet | peft | plots | quant | serve | triton | video | wandb | dev | all) ;;
-        *) fail "unknown extra '$extra': choose from audio coco gpu datasets deepspeed demo docs parquet peft plots quant serve triton video wandb dev all" ;;
+        audio | coco | completion | gpu | datasets | deepspeed | demo | docs | parquet | peft | plots | quant | serve | triton | video | wandb | dev | all) ;;
+        *) fail "unknown extra '$extra': choose from audio coco completion gpu datasets deepspeed demo docs parquet peft plots quant serve triton video wandb dev all" ;;
     esac
 done
 
@@ -73,7 +74,7 @@ package_sources() {
 # With bytecode: without it every process compiles torch and transformers anew where Python may not write beside them.
 uv_install() { "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@"; }
 
-has_gpu() { command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q GPU; }
+has_gpu() { [ "${TORCH_BUILD:-}" = gpu ] || { command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q GPU; }; }
 
 # Without a GPU: the CPU build of torch from the links offered, else from PyTorch's own index, else what there is.
 install_cpu_torch() {

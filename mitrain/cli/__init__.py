@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import Any
 
 from mitrain.cli.commands import COMMANDS, overview
-from mitrain.cli.shared import Help, Parser, title
+from mitrain.cli.shared import Help, Parser, glance, title
 from mitrain.core import terminal
 from mitrain.core.errors import UserError
 from mitrain.core.files import remedy
@@ -49,8 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
     logs = logging.StreamHandler(sys.stderr)
     logs.setFormatter(terminal.OneLine("mitrain: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[logs])
+    logging.basicConfig(level=logging.ERROR if arguments.quiet else logging.WARNING, handlers=[logs])
+    if arguments.verbose:
+        for name in ("mitrain", "mitrain_kernels"):
+            logging.getLogger(name).setLevel(logging.INFO)
     try:
+        glance(arguments)
         with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
             result = arguments.run(arguments)  # stdout is the document's alone; DeepSpeed logs there
         if arguments.json and result is not None and not arguments.rank:
@@ -140,7 +144,7 @@ def parser(words: Sequence[str] | None = None) -> Parser:
     known = {name: one for group in COMMANDS.values() for name, one in group.items()}
     asked = known if words is None else [next((word for word in words if word in known), None)]
     for name, (place, text) in known.items():
-        sub = commands.add_parser(name, description=title(text), formatter_class=Help)
+        sub = commands.add_parser(name, help=text, description=title(text), formatter_class=Help)
         if name in asked:
             module, _, function = place.partition(":")
             getattr(import_module(f"mitrain.cli.{module}"), function)(sub)

@@ -5,12 +5,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mitrain.cli.shared import add_allow_changes, add_checkpoint, add_generation, describe, generation_of, on_ranks, say
+from mitrain.core import glance
 from mitrain.core.errors import ConfigError
 from mitrain.core.files import writing
 
+EVALUATING = """  mitrain eval runs/quickstart-TIME --split test
+  mitrain eval runs/quickstart-TIME --split test --control shuffle    with another picture: it has to be worse
+  mitrain eval my-adapter --split test --out predictions.jsonl        each sample's prediction, a JSON line each
+"""
+ASKING = """  mitrain predict runs/birds-TIME --image photo.jpg --text "which bird is this?"
+  mitrain predict runs/speech-TIME --input speech=clip.wav --text "what is said?" --candidates "yes,no"
+  mitrain predict runs/birds-TIME --data asks.csv --out answers.jsonl     every row of a table
+"""
+
 
 def add_eval(sub: argparse.ArgumentParser) -> None:
-    describe(sub, on_ranks(run_eval))
+    describe(sub, on_ranks(run_eval), EVALUATING)
     sub.add_argument(
         "run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, an export, or USER/NAME on the Hub"
     )
@@ -96,7 +106,7 @@ def metric_lines(metrics: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def add_predict(sub: argparse.ArgumentParser) -> None:
-    describe(sub, run_predict)
+    describe(sub, run_predict, ASKING)
     sub.add_argument(
         "run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, an export, or USER/NAME on the Hub"
     )
@@ -139,16 +149,22 @@ def add_places(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def files_of(arguments: argparse.Namespace) -> dict[str, str]:
-    """The files that are asked about, by the run's names for its inputs."""
+def choices_of(arguments: argparse.Namespace) -> list[str] | None:
+    """The answers to choose among, where some are given."""
+    return [c.strip() for c in arguments.candidates.split(",") if c.strip()] if arguments.candidates else None
+
+
+def files_of(arguments: argparse.Namespace, none: bool = False) -> dict[str, str]:
+    """The files that are asked about, by the run's names for its inputs; ConfigError for none of them, unless ``none``."""
     files = {"image": arguments.image} if arguments.image else {}
     for given in arguments.input:
         name, equals, file = given.partition("=")
         if not (name and equals and file) or name in files:
             raise ConfigError(f"--input {given}: write NAME=FILE, each name once")
         files[name] = file
-    if not files:
+    if not files and not none:
         raise ConfigError("give the picture with --image FILE, or other files with --input NAME=FILE")
+    glance.files(files.values())
     return files
 
 
@@ -172,14 +188,14 @@ def run_bulk(arguments: argparse.Namespace) -> Any:
 def run_predict(arguments: argparse.Namespace) -> Any:
     if arguments.data:
         return run_bulk(arguments)
+    files = files_of(arguments)
     from mitrain.inference.scoring import predict_one
 
-    candidates = [c.strip() for c in arguments.candidates.split(",") if c.strip()] if arguments.candidates else None
     result = predict_one(
         arguments.run_dir,
-        files_of(arguments),
+        files,
         arguments.text,
-        candidates=candidates,
+        candidates=choices_of(arguments),
         out=arguments.out,
         which=arguments.checkpoint,
         allow_changes=arguments.allow_changes,

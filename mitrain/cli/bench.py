@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 def add_bench(sub: argparse.ArgumentParser) -> None:
     if not (REPOSITORY / "benchmarks" / "command.py").is_file():
         sub.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME")
-        sub.set_defaults(run=refuse, json=False, parser=sub)
+        sub.set_defaults(run=refuse, json=False, parser=sub, verbose=False, quiet=False)
         return
     if str(REPOSITORY) not in sys.path:
         sys.path.append(str(REPOSITORY))

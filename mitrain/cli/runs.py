@@ -6,9 +6,13 @@ from typing import Any
 
 from mitrain.cli.shared import describe, say
 
+EXAMPLES = """  mitrain runs                                   every run in runs/
+  mitrain runs runs/birds-A runs/birds-B --diff  the settings that differ between two
+"""
+
 
 def add_runs(sub: argparse.ArgumentParser) -> None:
-    describe(sub, run_runs)
+    describe(sub, run_runs, EXAMPLES)
     sub.add_argument(
         "folders", nargs="*", default=["runs"], metavar="DIR", help="folders of runs, or runs (default: runs)"
     )

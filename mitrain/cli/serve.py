@@ -8,9 +8,13 @@ from mitrain.cli.ask import add_places
 from mitrain.cli.shared import add_allow_changes, add_checkpoint, add_generation, describe, generation_of
 from mitrain.core.errors import ConfigError, need_extra
 
+EXAMPLES = """  mitrain serve runs/birds-TIME                       a page at http://127.0.0.1:8000
+  mitrain serve my-adapter --host 0.0.0.0 --port 80   for other machines, too
+"""
+
 
 def add_serve(sub: argparse.ArgumentParser) -> None:
-    describe(sub, run_serve)
+    describe(sub, run_serve, EXAMPLES)
     sub.add_argument(
         "run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, an export, or USER/NAME on the Hub"
     )

@@ -61,6 +61,11 @@ def describe(sub: argparse.ArgumentParser, run: Any, examples: str = "") -> argp
     """What every command has: what it runs, its examples (a command line each), and the options of all."""
     sub.epilog = f"examples:\n{examples}" if examples else None
     sub.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
+    said = sub.add_mutually_exclusive_group()
+    said.add_argument("-v", "--verbose", action="store_true", help="also say what is chosen, as kernels, and why")
+    said.add_argument(
+        "-q", "--quiet", action="store_true", help="say only results and errors: no progress, no warnings"
+    )
     sub.set_defaults(run=run, parser=sub)
     return sub
 
@@ -69,14 +74,13 @@ def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Nam
     """A command that all ranks run together, where there are several; rank 0 speaks."""
 
     def joined(arguments: argparse.Namespace) -> Any:
-        glance(arguments)
         from mitrain.core import dist, launchers
         from mitrain.training import fingerprint
 
         arguments.rank = dist.rank_info().rank
         if dist.names_set(os.environ):
             launchers.end_with_launcher()
-        if arguments.rank:
+        if arguments.rank:  # rank 0 speaks for all
             logging.getLogger().setLevel(logging.ERROR)
         with dist.process_group():
             if dist.world() > 1:
@@ -87,12 +91,20 @@ def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Nam
 
 
 def glance(arguments: argparse.Namespace) -> None:
-    """Refuse a configuration that cannot be read before torch is imported, which takes seconds."""
-    from mitrain.core import config
+    """Refuse what is plainly wrong before torch is imported, which takes seconds."""
+    if os.environ.keys() & {"RANK", "SLURM_PROCID"}:  # there rank 0 reads it and speaks for all
+        return
+    given = vars(arguments)
+    runs = [given.get("run_dir") or given.get("resume"), *given.get("run_dirs", ())]
+    from mitrain.core import glance
 
-    launched = os.environ.keys() & {"RANK", "SLURM_PROCID"}  # there rank 0 reads it and speaks for all
-    if getattr(arguments, "config", None) and not arguments.resume and not launched:
-        config.read_file(arguments.config)
+    if "candidates" in given:
+        glance.words(given.get("text", ""), (given["candidates"] or "").split(","))
+    for run in filter(None, runs):
+        glance.run_folder(run)
+    if not any(runs) and given.get("config") and "overrides" in given:
+        loads = arguments.command == "train" and not arguments.dry_run
+        glance.look(arguments.config, arguments.overrides, loads)
 
 
 def asked(arguments: argparse.Namespace) -> dict[str, str]:
@@ -100,7 +112,7 @@ def asked(arguments: argparse.Namespace) -> dict[str, str]:
     shown = {
         name: value
         for name, value in vars(arguments).items()
-        if name not in ("run", "rank", "code", "json", "local_rank", "parser")
+        if name not in ("run", "rank", "code", "json", "local_rank", "parser", "verbose", "quiet")
     }
     return {f"arguments.{name}": json.dumps(value) for name, value in sorted(shown.items())}
 

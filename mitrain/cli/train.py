@@ -9,9 +9,18 @@ from typing import Any
 from mitrain.cli.shared import describe, on_ranks, say
 from mitrain.core.errors import ConfigError, UserError
 
+EXAMPLES = """  mitrain train quickstart                                a shipped configuration; mitrain config names them
+  mitrain train birds.yaml train.epochs=5 train.lr=3e-4   your own, which mitrain init wrote, with other settings
+  mitrain train birds.yaml --dry-run                      count parameters and bytes, without weights or data
+  mitrain train birds.yaml --run-dir runs/birds           made if it is not there, else resumed: for job scripts
+"""
+RESUMING = """  mitrain resume runs/quickstart-TIME                     bit for bit as if it had not been stopped
+  mitrain resume runs/quickstart-TIME train.steps=400 --allow-changes     a finished run, for longer
+"""
+
 
 def add_train(sub: argparse.ArgumentParser) -> None:
-    describe(sub, on_ranks(run_train))
+    describe(sub, on_ranks(run_train), EXAMPLES)
     sub.add_argument("config", nargs="?", help="a YAML file or a shipped configuration's name, as quickstart")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100 model.dtype=bf16")
     sub.add_argument(
@@ -41,6 +50,19 @@ def add_train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--ranks", type=int, default=1, help="number of ranks for --dry-run (default: 1)")
 
 
+def add_resume(sub: argparse.ArgumentParser) -> None:
+    describe(sub, on_ranks(run_train), RESUMING)
+    sub.set_defaults(config=None, runs="runs", at=None, dry_run=False, memory=24.0, ranks=1)
+    sub.add_argument("resume", metavar="RUN_DIR", help="the run folder, as runs/NAME-TIME")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="what may change, as zero.stage=1")
+    sub.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on though configuration, data or frozen weights are not those of the checkpoint, as train.steps=400;"
+        " each difference is named",
+    )
+
+
 def run_train(arguments: argparse.Namespace) -> Any:
     from mitrain.core import dist
     from mitrain.core.ownership import owned
@@ -49,7 +71,8 @@ def run_train(arguments: argparse.Namespace) -> Any:
     if arguments.dry_run and not arguments.resume and arguments.config:
         return run_dry(arguments)
     folder, config = dist.from_main(lambda: resolve_run(arguments))
-    dist.say(f"run folder: {folder}", file=sys.stderr)
+    if not arguments.quiet:
+        dist.say(f"run folder: {folder}", file=sys.stderr)
     with owned(folder):
         if arguments.at:  # until now another job could begin the folder, or remove it
             dist.from_main(lambda: runs.create_or_find(config, folder, arguments.allow_changes))
@@ -89,7 +112,9 @@ def fitted(arguments: argparse.Namespace, folder: Path, config: Any) -> tuple[An
     from mitrain.training.trainer import Trainer
 
     try:
-        trainer = Trainer(config, folder, quiet=arguments.json, allow_changes=arguments.allow_changes)
+        trainer = Trainer(
+            config, folder, quiet=arguments.json or arguments.quiet, allow_changes=arguments.allow_changes
+        )
         return trainer, trainer.fit()
     except UserError:
         if dist.is_main() and not arguments.resume:
@@ -103,7 +128,7 @@ def resolve_run(arguments: argparse.Namespace) -> tuple[Path, Any]:
     from mitrain.training.build import resolved
 
     if arguments.resume:
-        changes = [arguments.config, *arguments.overrides] if arguments.config else []
+        changes = [*filter(None, [arguments.config]), *arguments.overrides]
         if arguments.at or arguments.dry_run or any("=" not in change for change in changes):
             raise ConfigError(
                 "--resume takes the run folder's own configuration: leave out CONFIG, --run-dir and --dry-run"

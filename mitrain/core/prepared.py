@@ -7,6 +7,7 @@ else happens here, alike for all: one process prepares while others wait, nothin
 """
 
 import importlib
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -16,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.core import intact, parsing
-from mitrain.core.config import nearest
-from mitrain.core.errors import PrepareError
+from mitrain.core.errors import PrepareError, nearest
 from mitrain.core.files import atomic_folder, cache_home, file_lock, sha256_file, write_json
 from mitrain.core.version import __version__
 
@@ -86,6 +86,25 @@ def prepared(what: str, name: str) -> bool:
     """Whether the model or data set ``name`` ("models" or "data", seed 0) is there already."""
     recipe = find(what, name)
     return is_ready(recipe, folder_of(what, recipe, seed=0), None)
+
+
+def is_here(name: str) -> bool:
+    """Whether a model of that name can be loaded: a folder, a prepared model, or an id in Hugging Face's local cache."""
+    from huggingface_hub import constants  # 0.1 s
+
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    return name in recipes("models") or os.path.lexists(Path(name).expanduser()) or os.path.isdir(cached)
+
+
+def not_here(name: str) -> str:
+    """The end of a message about a model of which `is_here` is false."""
+    folder = Path(name).expanduser().parent
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir()) if os.path.isdir(folder) else []
+    hint = nearest(name, recipes("models")) or nearest(Path(name).name, there)
+    return (
+        f"is no prepared model, no folder, and not in Hugging Face's local cache{hint}:"
+        " give a prepared name (mitrain models list), a folder written by save_pretrained, or an id that is in that cache"
+    )
 
 
 def folder_of(what: str, recipe: Recipe, seed: int) -> Path:

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mitrain.core import dist
+from mitrain.core import dist, glance
 from mitrain.core.errors import ConfigError, DataError, UserError
 from mitrain.core.files import atomic_folder, write_atomic
-from mitrain.core.parsing import is_whole
 from mitrain.data.features import Features
 from mitrain.data.formats.rle import encode_mask
 from mitrain.data.images import open_image
@@ -184,7 +183,7 @@ def predict_one(
 ) -> Answer:
     """Answer a prompt about files, or segment an expression in a picture; ``base``, ``encoders`` as in `runs.open_run`,
     ``generation`` as in `ask_all`."""
-    check_words(text, candidates)
+    glance.words(text, candidates)
     run = runs.open_run(folder, which, allow_changes, base, encoders)
     return ask(run, files, text, candidates=candidates, out=out, generation=generation)
 
@@ -247,7 +246,7 @@ def ask_all(
     found: dict[int, Answer | UserError] = {}
     for i, one in enumerate(asked):
         try:
-            check_words(one.text, one.candidates)
+            glance.words(one.text, one.candidates)
             check_asked(one.files, one.text, run.config.data, run.model.task.reads_no_text)
             if one.turns and not converses(run):
                 raise ConfigError(
@@ -321,14 +320,6 @@ def together(files: Mapping[Any, Path]) -> tuple[Path, dict[Any, str]]:
     paths = {name: Path(os.path.abspath(path)) for name, path in files.items()}
     root = Path(os.path.commonpath([path.parent for path in paths.values()])) if paths else Path.cwd()
     return root, {name: str(path.relative_to(root)) for name, path in paths.items()}
-
-
-def check_words(text: str, candidates: Sequence[str] | None) -> None:
-    if isinstance(candidates, str):
-        raise ConfigError(f"candidates={candidates[:40]!r} is one text: give a list of them")
-    for name, words in (("--text", text), *(("--candidates", words) for words in candidates or ())):
-        if not is_whole(words):
-            raise ConfigError(f"{name} {words[:40]!r} holds half a character: write it in UTF-8")
 
 
 def write_mask(out: Path, picture: Image.Image, text: str, mask: np.ndarray) -> list[str]:

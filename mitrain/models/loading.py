@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from mitrain.core import prepared
 from mitrain.core.errors import ConfigError, ModelError
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ def attempt(read: Callable[[str], Any], source: str | Path, what: str) -> Any:
             return read(source)
     except Exception as error:  # transformers raises many kinds for a bad folder, id or file
         log.debug("loading %s", source, exc_info=True)
+        if not prepared.is_here(source):
+            raise ModelError(f"cannot load the {what}: {source!r} {prepared.not_here(source)}") from None
         reason = " ".join(str(error).split()).rstrip(".")[:240] or type(error).__name__
         raise ModelError(
             f"cannot load the {what} {source!r}: {reason}. Give a prepared name (mitrain models list), a folder"

@@ -1,5 +1,6 @@
 """A run from end to end through the command line, on folders as users have them: both tasks, resume, eval, predict."""
 
+import io
 import json
 from pathlib import Path
 
@@ -181,6 +182,17 @@ def test_an_export_is_asked_like_its_run(world, trained, capsys):
     )
 
 
+def test_chat_from_a_pipe_answers_as_predict_does(world, trained, capsys, monkeypatch):
+    image, prompt = next((world / "data" / "images").glob("*.png")), "the colour of this picture is"
+    lines = f":image {world}/none.png\n{prompt}\n:image {image}\n{prompt}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    code, out, err = command(capsys, "chat", trained, "--json")
+    said = [line for line in err.splitlines() if line.startswith("mitrain: ")]
+    assert code == 2 and "none.png" in said[-2] and "give --input image=FILE" in said[-1]
+    (answer,) = json.loads(out)
+    assert answer == as_json(capsys, "predict", trained, "--image", image, "--text", prompt)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -190,7 +202,7 @@ def test_an_export_is_asked_like_its_run(world, trained, capsys):
         (["train", "{world}/none.yaml"], "no configuration file"),
         (["train", "{world}/colours.yaml", "train.stepz=3"], "did you mean 'steps'"),
         (["train", "{world}/colours.yaml", "adapter.layers=[7]"], "7"),
-        (["train", "{world}/colours.yaml", "model.llm={world}/nowhere"], "cannot load the language model"),
+        (["train", "{world}/colours.yaml", "model.llm={world}/nowhere"], "is no prepared model, no folder"),
         (["train", "{world}/colours.yaml", "data.root={world}/nowhere"], "nowhere"),
         (["eval", "{world}"], "is no run folder"),
         (["eval", "{run}", "--split", "nosuch"], "nosuch"),

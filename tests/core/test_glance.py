@@ -1,0 +1,103 @@
+"""What is refused before torch is imported: the same words as the whole reading has, and nothing that it would take."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from source_tree import ROOT
+
+from mitrain.core import config, glance
+from mitrain.core.errors import ConfigError, UserError
+from mitrain.training import schema
+
+
+@pytest.fixture(autouse=True)
+def _without_torch(monkeypatch):
+    """As in a fresh process: with torch at hand the first look leaves keys to the whole reading."""
+    monkeypatch.setattr(glance, "sys", SimpleNamespace(modules={}))
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "train.stps=3",
+        "dat.x=3",
+        "adapter.name=mitt",
+        "adapter.rnk=3",
+        "task.name=anwser",
+        "task.promt=x",
+        "model.encoders.image.nam=x",
+        "model.lm=x",
+        "train.optimizer.beta=1",
+        "zero.stge=3",
+        "data.splitz={train: x}",
+    ],
+)
+def test_a_wrong_key_is_told_in_the_words_of_the_whole_reading(assignment):
+    with pytest.raises(ConfigError) as early:
+        glance.look("quickstart", [assignment])
+    with pytest.raises(ConfigError) as late:
+        schema.load("quickstart", [assignment])
+    assert str(early.value) == str(late.value)
+
+
+def test_every_shipped_configuration_passes():
+    for name in config.shipped():
+        if not name.startswith("studies/"):
+            glance.look(name, ["train.rates={adapter.others: 1e-3}"])
+
+
+def test_configurations_of_earlier_versions_pass(tmp_path):
+    values = config.read_file("quickstart")
+    values["data"]["task"], values["model"]["vision"] = values["task"]["name"], ["x"]
+    del values["model"]["encoders"]
+    whole = json.loads((ROOT / "configs/schema.json").read_text(encoding="utf-8"))
+    glance.look_at_keys(values, whole, whole["$defs"], "")
+
+
+MISTAKES = [
+    (["train", "nowhere.yaml"], "no configuration file 'nowhere.yaml'"),
+    (["train", "quikstart"], "no configuration file 'quikstart' (did you mean 'quickstart'?)"),
+    (["train", "quickstart", "train.stps=3"], "unknown key 'train.stps' (did you mean 'steps'?)"),
+    (["train", "quickstart", "model.llm=moddel"], "model.llm='moddel' is no prepared model, no folder, and not in"),
+    (["train", "quickstart", "data.source=null", "data.root=nowhere"], "data.root='nowhere' is no folder"),
+    (["config", "quickstart", "seeed=1"], "unknown key 'seeed' (did you mean 'seed'?)"),
+    (["data", "inspect", "quickstart", "seeed=1"], "unknown key 'seeed'"),
+    (["train", "--resume", "rns"], "'rns' is no run folder (it has no config.yaml) (did you mean 'runs'?)"),
+    (["eval", "runs/x"], "'runs/x' is no run folder"),
+    (["predict", "runs", "--image", "a.png"], "'runs' is no run folder"),
+    (["predict", "model", "--image", "a.png"], "there is no file 'a.png' (did you mean 'b.png'?)"),
+    (["serve", "nowhere"], "'nowhere' is no run folder"),
+    (["export", "nowhere", "--out", "x"], "'nowhere' is no run folder"),
+    (["report", "model", "nowhere", "--out", "x"], "'nowhere' is no run folder"),
+    (["compare", "nowhere.yaml"], "no configuration file 'nowhere.yaml'"),
+]
+
+
+def test_a_mistake_is_told_without_torch(tmp_path):
+    for name in ("runs/empty", "model"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("b.png", "model/config.yaml"):
+        (tmp_path / name).touch()
+    code = (
+        "import sys, json, mitrain.cli as c\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    print(c.main(words), 'torch' in sys.modules)\n"
+    )
+    words = json.dumps([words for words, _ in MISTAKES])
+    done = subprocess.run([sys.executable, "-c", code, words], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["2 False"] * len(MISTAKES)
+    for line, (_, said) in zip(done.stderr.splitlines(), MISTAKES, strict=True):
+        assert line.startswith(f"mitrain: {said}")
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "model", "b.png"}
+
+
+def test_a_repository_on_the_hub_is_left_to_be_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    glance.run_folder("user/adapter")
+    Path("user").mkdir()
+    with pytest.raises(UserError, match="'user/adapter' is no run folder"):
+        glance.run_folder("user/adapter")
