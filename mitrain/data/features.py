@@ -198,7 +198,7 @@ class Features:
         """(B, E) float32: all features side by side, 0 where a sample lacks the modality; and of each modality that some
         lack, which samples have it, (B,) bool."""
         views = views or [0] * len(inputs)
-        columns = [self._column(part, inputs, views) for part in self.parts]
+        columns = [torch.zeros(len(inputs), 0), *(self._column(part, inputs, views) for part in self.parts)]
         there = {part.modality: torch.tensor([part.input in given for given in inputs]) for part in self.parts}
         return torch.cat(columns, 1), {name: mask for name, mask in there.items() if not mask.all()}
 

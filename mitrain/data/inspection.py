@@ -80,7 +80,8 @@ def inspect_splits(
         ],
     }
     if sheet:
-        write_sheet(kind, splits, root, sheet, limits.pixels, seed)
+        pictures = [name for name, medium in media.items() if medium == "image"]
+        write_sheet(kind, splits, root, sheet, limits.pixels, seed, pictures)
         report["sheet"] = str(sheet)
     return report, as_text(report)
 
@@ -185,7 +186,7 @@ def as_text(report: Mapping[str, Any]) -> str:
             f"{one} and {other} share the same {overlap['what']}: {share}, e.g. {', '.join(overlap['examples'])}"
         )
     if not report["shared"]:
-        lines.append("no two splits share an id, a picture, its pixels or an object")
+        lines.append("no two splits share an id, a file, its content or an object")
     if report.get("sheet"):
         lines.append(f"samples to look at: {report['sheet']}")
     return "\n".join(lines)
@@ -194,9 +195,18 @@ def as_text(report: Mapping[str, Any]) -> str:
 # the sheet
 
 
-def write_sheet(kind: Any, splits: Mapping[str, Samples], root: Path, path: Path, max_pixels: int, seed: int) -> None:
-    """A PNG with a row of samples drawn from each split: pictures with question and answer, or mask and expression."""
-    rows = [row_of(kind, split, samples, root, max_pixels, seed) for split, samples in splits.items()]
+def write_sheet(
+    kind: Any,
+    splits: Mapping[str, Samples],
+    root: Path,
+    path: Path,
+    max_pixels: int,
+    seed: int,
+    pictures: Sequence[str],
+) -> None:
+    """A PNG with a row of samples drawn from each split: pictures with question and answer, or mask and expression; other
+    files by their names. ``pictures``: the inputs that are such."""
+    rows = [row_of(kind, split, samples, root, max_pixels, seed, pictures) for split, samples in splits.items()]
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     for number, row in enumerate(rows):
         sheet.paste(row, (0, number * row.height))
@@ -205,18 +215,21 @@ def write_sheet(kind: Any, splits: Mapping[str, Samples], root: Path, path: Path
     write_atomic(path, buffer.getvalue())
 
 
-def row_of(kind: Any, split: str, samples: Samples, root: Path, max_pixels: int, seed: int) -> Image.Image:
+def row_of(
+    kind: Any, split: str, samples: Samples, root: Path, max_pixels: int, seed: int, pictures: Sequence[str]
+) -> Image.Image:
     chosen = Random(f"{seed} {split}").sample(list(samples), min(COLUMNS, len(samples)))
     row = Image.new("RGB", (COLUMNS * (THUMBNAIL + 8), THUMBNAIL + 14 * LINES + 8), "white")
     draw = ImageDraw.Draw(row)
     for number, sample in enumerate(chosen):
         left = number * (THUMBNAIL + 8) + 4
         try:
-            picture = shown(sample, root, max_pixels)
+            seen = next((name for name in pictures if name in sample.inputs), "")
+            picture = shown(sample, seen, root, max_pixels)
             scale = THUMBNAIL / max(picture.size)
             row.paste(picture.resize([max(1, round(scale * side)) for side in picture.size]), (left, 4))
             text = kind.caption(sample)
-            names = [f"{name}: {path}" for name, path in sample.inputs.items() if name != "image"]
+            names = [f"{name}: {path}" for name, path in sample.inputs.items() if name != seen]
             text = " | ".join([text, *names])
         except DataError as error:
             text = str(error)
@@ -225,13 +238,13 @@ def row_of(kind: Any, split: str, samples: Samples, root: Path, max_pixels: int,
     return row
 
 
-def shown(sample: Any, root: Path, max_pixels: int) -> Image.Image:
-    """The sample's picture, the target's mask in red."""
-    if "image" not in sample.inputs:
+def shown(sample: Any, name: str, root: Path, max_pixels: int) -> Image.Image:
+    """The sample's picture ``name``, the target's mask in red; white where it has none."""
+    if not name:
         return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
     if not hasattr(sample, "mask"):
-        return open_image(root, sample.inputs["image"], max_pixels)
-    pixels, mask = np.array(annotated_image(root, sample.inputs["image"], sample.size, max_pixels)), sample.mask()
+        return open_image(root, sample.inputs[name], max_pixels)
+    pixels, mask = np.array(annotated_image(root, sample.inputs[name], sample.size, max_pixels)), sample.mask()
     pixels[mask] = (pixels[mask] + RED) // 2
     return Image.fromarray(pixels)
 

@@ -1,7 +1,7 @@
 """Folding a run's adapter into the frozen weights: plain models that need neither the adapter nor mitrain.
 
 OUT/text/            the language model or text encoder with its tokenizer, as save_pretrained writes them
-OUT/image/           the image encoder, where the method changes it, with its preprocessing
+OUT/NAME/            the first encoder under its name, as image, where the method changes it, with its preprocessing
 OUT/head.safetensors the task's head and feature statistics, by name
 OUT/merged.json      the run's configuration, its step and what was merged
 """
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from mitrain.core.errors import CheckpointError
 from mitrain.core.files import atomic_folder, remedy, write_json
 from mitrain.methods import export_format
-from mitrain.models import loading
+from mitrain.models import ImageEncoder, loading
+from mitrain.models.encoders import AudioEncoder
 from mitrain.training import runs
 from mitrain.training.build import Model
 
@@ -33,7 +34,7 @@ def export_merged(run_dir: str | Path, out: str | Path, which: str = "best") -> 
     contents = {
         "method": run.config.adapter.section_name,
         "step": run.saved.step,
-        "models": sorted(changed),
+        "models": ["text", *([next(iter(model.encoders))] if "encoder" in changed else [])],
         "config": export_format.settings_from(run.config.to_dict(), out),
     }
     try:
@@ -54,15 +55,19 @@ def write_models(model: Model, changed: set[str], folder: Path) -> None:
     with loading.quiet():
         model.text.tokenizer.save_pretrained(folder / "text")
     if "encoder" in changed:
-        encoder = next(iter(model.encoders.values()))
-        write(encoder.model, folder / "image")
-        used = encoder.preprocess
-        values = {
-            "image_mean": list(used.mean),
-            "image_std": list(used.std),
-            "size": {"height": used.size, "width": used.size},
-        }
-        write_json(folder / "image" / "preprocessor_config.json", values)
+        name, encoder = next(iter(model.encoders.items()))
+        write(encoder.model, folder / name)
+        if isinstance(encoder, ImageEncoder):
+            used = encoder.preprocess
+            values = {
+                "image_mean": list(used.mean),
+                "image_std": list(used.std),
+                "size": {"height": used.size, "width": used.size},
+            }
+            write_json(folder / name / "preprocessor_config.json", values)
+        else:
+            reader = encoder.extractor if isinstance(encoder, AudioEncoder) else encoder.backbone.tokenizer
+            reader.save_pretrained(folder / name)
 
 
 def write(model: PreTrainedModel, folder: Path) -> None:

@@ -91,7 +91,7 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
     scores: dict[str, Any] = {name: plain.metrics, "figure": (files, chosen, plain)}
     shown = " and ".join(each for each in run.config.data.inputs if each != run.model.task.keeps)
     blind = not run.model.adapter.traits.text_depends_on_input
-    for control in run.model.task.controls:
+    for control in run.model.task.controls if shown else ():
         if not (blind and control == "frozen"):
             scores[LABELS[control].format(name=name, inputs=shown)] = score_split(
                 run, chosen, files, control, seed=run.config.seed

@@ -103,6 +103,12 @@ def probe_numbers(features: Sequence[np.ndarray], targets: Sequence[np.ndarray])
     return fitted[min(RIDGES, key=lambda strength: np.abs(fitted[strength](val) - targets[1]).mean())](asked)
 
 
+def standardised(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Rows (n, e) of several parts, each column of mean 0 and variance 1 over the first; 0 where it is constant there."""
+    mean, std = parts[0].mean(0), parts[0].std(0)
+    return [(part - mean) / np.where(std > 1e-6, std, np.inf) for part in parts]
+
+
 def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
 

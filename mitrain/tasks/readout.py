@@ -6,10 +6,12 @@ Shapes: B samples, T tokens, D width of the text model.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mitrain.core.errors import ConfigError
+from mitrain.models import frozen
 from mitrain.models.batch import STATES, ModalityInputs, TextBatch, mean_over, moments
 from mitrain.tasks.base import Batch, Parts
 
@@ -64,6 +66,18 @@ def read_out(
     if "embeddings" in names:
         readouts["embeddings"] = mean_over(parts.text.embeddings(ids).float(), mask)
     return readouts
+
+
+@torch.no_grad()
+def frozen_states(parts: Parts, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """(n, D): the mean over tokens of the frozen language model's final states, of ``rows`` of token ids."""
+    found: dict[tuple[int, ...], np.ndarray] = {}
+    with parts.adapter.disabled():
+        for chunk in chunks(sorted({tuple(row) for row in rows}, key=len)):
+            ids, mask = parts.text.pad(chunk)
+            states = mean_over(frozen.last_hidden(parts.text.model, TextBatch(ids, mask)).float(), mask)
+            found |= zip(chunk, states.cpu().numpy(), strict=True)
+    return np.stack([found[tuple(row)] for row in rows])
 
 
 @torch.no_grad()

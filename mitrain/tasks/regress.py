@@ -20,8 +20,8 @@ from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.heads import HeadConfig, HeadTask
 from mitrain.tasks.number_metrics import number_metrics
-from mitrain.tasks.probe import probe_numbers
-from mitrain.tasks.readout import See
+from mitrain.tasks.probe import probe_numbers, standardised
+from mitrain.tasks.readout import See, frozen_states
 
 LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss, "huber": F.huber_loss}
 
@@ -98,14 +98,20 @@ class RegressTask(HeadTask):
         return number_metrics(np.array([s.target for s in samples]), predicted, tuple(self.target_range.tolist()))
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
-        """The training targets' mean and median, and a ridge regression on the features that are infused."""
+        """The training targets' mean and median, and ridge regressions on the features that are infused and, where texts
+        differ, on the frozen language model's states."""
         features = [splits.features(part).numpy() for part in splits.parts]
-        train, val = ([s.target for s in part] for part in splits.parts[:2])
+        train, val = (np.array([s.target for s in part]) for part in splits.parts[:2])
         guesses = {
             "training mean": np.full(len(splits.chosen), np.mean(train)),
             "training median": np.full(len(splits.chosen), np.median(train)),
-            "ridge regression on the same features": probe_numbers(features, [np.array(train), np.array(val)]),
         }
+        if self.widths:
+            guesses["ridge regression on the same features"] = probe_numbers(features, [train, val])
+        rows = [[self._ids(s.text) for s in part] for part in splits.parts]
+        if len({tuple(row) for row in rows[0]}) > 1:
+            states = standardised([frozen_states(self.parts, part) for part in rows])
+            guesses["ridge regression on the frozen text states"] = probe_numbers(states, [train, val])
         return {name: self._metrics(splits.chosen, predicted) for name, predicted in guesses.items()}
 
     def asked(self, question: Question) -> TargetSample:

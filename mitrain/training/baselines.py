@@ -26,7 +26,8 @@ def baselines_of(run: Run, split: str, chosen: list[Any], files: Features) -> di
         return readable
 
     def features(samples: Sequence[Any]) -> Tensor:
-        return run.model.normalised(samples, files)
+        found = run.model.normalised(samples, files)
+        return found if found.shape[1] else found.new_zeros(len(found), 1)  # of texts alone: nothing tells them apart
 
     def complete() -> list[Any]:
         """All of the split that can be scored on the files chosen."""

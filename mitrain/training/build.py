@@ -196,7 +196,8 @@ class Model:
             states, counts = self._placed(states), counts if counts is None else counts.to(self.text.device)
             depth, changed = self.entering.depth, next(iter(self.norm.widths))
         levels = [level.to(self.text.device) for level in files.levels(inputs)] if self.task.decodes else []
-        return Batch(samples, ModalityInputs(split, there, states, depth, changed, infused, counts), levels)
+        given = ModalityInputs(split, there, states, depth, changed, infused, counts) if split else None  # a text alone
+        return Batch(samples, given, levels)
 
     def normalised(self, samples: Sequence[Any], files: Features) -> Tensor:
         """(n, E): the samples' features side by side, as they are infused; 0 for a modality that one lacks."""
@@ -205,7 +206,8 @@ class Model:
         for start in starts:
             pooled, present = files.pooled([s.inputs for s in samples[start : start + FEW]])
             parts = self.norm.split(self.norm(pooled))
-            rows.append(torch.cat([x * present[m][:, None] if m in present else x for m, x in parts.items()], 1))
+            there = [x * present[m][:, None] if m in present else x for m, x in parts.items()]
+            rows.append(torch.cat([pooled[:, :0], *there], 1))
         return torch.cat(rows)
 
     def _placed(self, features: Tensor) -> Tensor:

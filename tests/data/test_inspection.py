@@ -186,3 +186,11 @@ def test_a_thin_picture_has_its_place_on_the_sheet(tmp_path):
     Image.new("L", (1, 4000)).save(tmp_path / "train1.png")
     report, _ = inspect_splits({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
     assert report["splits"]["train"]["broken_pictures"] == 0
+
+
+def test_a_picture_is_on_the_sheet_whatever_its_input_is_called(tmp_path):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    for name in ("image", "photo"):
+        split = {"train": [LabelSample("a", {name: "a.png"}, "this", ("x",))]}
+        inspection.inspect_splits(ClassifyTask, split, tmp_path, tmp_path / f"on-{name}.png", media={name: "image"})
+    assert (tmp_path / "on-image.png").read_bytes() == (tmp_path / "on-photo.png").read_bytes()

@@ -264,7 +264,7 @@ def test_mope_prompts_the_windows_of_a_swin(capsys, world):
     found = said(capsys, "eval", run, "--split", "test")
     assert found["samples"] > 0
     adapter = runs.open_run(run).model.adapter
-    assert type(adapter._encoders["image"]).__name__ == "SwinEncoder"
+    assert type(adapter._encoders["encoder"]).__name__ == "SwinEncoder"
     assert all(part.mean.any() for part in (adapter.standard, *(layer.standard for layer in adapter.prompts)))
 
 

@@ -5,26 +5,15 @@ import json
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from clips import sound_file, tone
-from folders import colour_records, llm_folder, vision_folder
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+from folders import colour_records, llm_folder, vision_folder, whisper_folder
 
 from mitrain.cli import main
 from mitrain.inference.export import from_pretrained
 
 HERTZ = {"red": 300, "green": 700, "blue": 1500, "yellow": 3000}
 TEXTS = ("this thing is", "one sees something that is", "it is")
-
-
-def whisper_folder(path):
-    torch.manual_seed(0)
-    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2}
-    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_mel_bins": 16}
-    WhisperModel(WhisperConfig(**sizes, vocab_size=60, max_source_positions=100, pad_token_id=0)).save_pretrained(path)
-    WhisperFeatureExtractor(feature_size=16).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +270,28 @@ def test_pictures_and_speech_find_one_another_without_a_text(world, capsys, adap
     refused.write_text(yaml.safe_dump({**config, "task": {**task, "partner": "text"}}))
     assert main(["train", str(refused), "--runs", str(world / "runs")]) == 2
     assert "data.texts=false: there is no text to find: set task.partner" in capsys.readouterr().err
+
+
+def test_a_text_alone_is_read_without_an_encoder(world, capsys):
+    """As sentences with ratings: trained, scored beside baselines, reported, asked."""
+    rated = {"name": "rated", "root": str(world / "data"), "inputs": [], "columns": {"target": "number"}}
+    rated["splits"] = {split: f"{split}.csv" for split in ("train", "val", "test")}
+    config = yaml.safe_load(written(world, "words").read_text())
+    config |= {
+        "data": rated,
+        "task": {"name": "regress"},
+        "adapter": {"name": "lora", "rank": 2},
+        "model": {"llm": str(world / "llm"), "encoders": {}},
+    }
+    (world / "words.yaml").write_text(yaml.safe_dump({**config, "train": {"steps": 2, "batch": 8}}))
+    assert main(["train", str(world / "words.yaml"), "--runs", str(world / "runs")]) == 0
+    run = next((world / "runs").glob("words-*"))
+    capsys.readouterr()
+    found = as_json(capsys, "eval", run, "--split", "test", "--baselines")
+    assert found["samples"] == 8 and set(found["baselines"]) == {
+        "training mean", "training median", "ridge regression on the frozen text states"
+    }  # fmt: skip
+    assert main(["report", str(run), "--splits", "test", "--out", str(world / "words")]) == 0
+    capsys.readouterr()
+    said = as_json(capsys, "predict", run, "--text", "it is")
+    assert said["text"] == "it is" and np.isfinite(said["predicted"])

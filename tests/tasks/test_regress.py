@@ -15,10 +15,12 @@ from mitrain.core.errors import DataError
 from mitrain.data.formats.targets import TargetSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
+from mitrain.methods.peft import LoRAConfig
 from mitrain.models import TextBackbone
 from mitrain.tasks import base
 from mitrain.tasks.base import Batch, Parts, Splits
-from mitrain.tasks.probe import probe_numbers
+from mitrain.tasks.probe import probe_numbers, standardised
+from mitrain.tasks.readout import frozen_states
 from mitrain.tasks.regress import RegressConfig, RegressTask
 
 FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
@@ -130,6 +132,23 @@ def test_baselines_are_scored_as_predictions_are(folder):
     assert found["training median"]["mae"] == pytest.approx((5.0 + 0.5) / 2)  # the median is 2
     assert found["training mean"]["pearson"] is None
     assert found["ridge regression on the same features"]["mae"] < 0.5
+    assert found["ridge regression on the frozen text states"]["mae"] < 0.5
+
+
+def test_a_ridge_on_texts_reads_the_frozen_model_and_is_left_out_where_all_texts_are_one(folder):
+    task = make(folder)
+    lora = methods.build(LoRAConfig(), {"image": 6})
+    rows = [[3, 5, 4], [6, 7], [3, 5, 4]]
+    text = TextBackbone.load(folder, torch.float32)
+    plain = [text.model.base_model(torch.tensor([row])).last_hidden_state[0].mean(0) for row in rows]
+    lora.attach({"text": text.model})
+    scramble(lora)
+    states = frozen_states(Parts(text, lora, TextStates(text, 0, None)), rows)
+    np.testing.assert_allclose(states, torch.stack(plain).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert np.abs(standardised([states, states[:1]])[0].mean(0)).max() < 1e-6
+    same = [replace(s, text="this thing") for s in samples()]
+    splits = Splits(same, lambda: (same, same), samples, lambda part: FEATURES[: len(part)], 0)
+    assert not any("text states" in name for name in task.baselines(splits))
 
 
 def test_what_inspection_and_figures_show(folder):
