@@ -9,6 +9,7 @@ import pytest
 from folders import llm_folder
 from source_tree import ROOT
 
+import mitrain
 from mitrain.cli import parser
 from mitrain.core.config import read_yaml
 
@@ -83,6 +84,15 @@ def test_every_page_is_in_the_index():
     shown = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#:]+)", PAGES["docs/index.md"])}
     pages = {ROOT / page for page in PAGES if page.startswith("docs/") and page != "docs/index.md"}
     assert pages - shown == set()
+    tabs = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page for page in pages if f": {page.relative_to(ROOT / 'docs').as_posix()}" not in tabs] == [
+        ROOT / "docs/methods/index.md"
+    ]
+
+
+def test_the_reference_has_every_public_name():
+    names = {f"::: mitrain.{name}" for name in mitrain.__all__ if name != "__version__"}
+    assert names - set(PAGES["docs/api/mitrain.md"].splitlines()) == set()
 
 
 def test_the_readme_is_short():
