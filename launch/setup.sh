@@ -23,8 +23,8 @@ fail() { printf 'setup: %s\n' "$*" >&8; exit 2; }
 
 for extra in "$@"; do
     case $extra in
-        audio | coco | completion | gpu | datasets | deepspeed | demo | docs | parquet | peft | plots | quant | serve | triton | video | wandb | dev | all) ;;
-        *) fail "unknown extra '$extra': choose from audio coco completion gpu datasets deepspeed demo docs parquet peft plots quant serve triton video wandb dev all" ;;
+        audio | coco | completion | gpu | datasets | deepspeed | demo | docs | parquet | peft | plots | quant | serve | tensorboard | triton | video | wandb | dev | all) ;;
+        *) fail "unknown extra '$extra': choose from audio coco completion gpu datasets deepspeed demo docs parquet peft plots quant serve tensorboard triton video wandb dev all" ;;
     esac
 done
 

@@ -32,12 +32,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "deepspeed": ("mitrain/training/engine/",),
     "bitsandbytes": ("mitrain/models/quant/",),
     "datasets": ("mitrain/core/hub.py",),
-    "matplotlib": ("mitrain/compare/plots.py",),
+    "matplotlib": ("mitrain/compare/plots.py", "mitrain/training/curves.py"),
     "pyarrow": ("mitrain/data/tables.py",),
     "soundfile": ("mitrain/data/audio.py",),
     "soxr": ("mitrain/data/audio.py",),
     "peft": ("mitrain/methods/peft.py",),
-    "wandb": ("mitrain/training/telemetry.py", "mitrain/training/wandb_process.py"),
+    **dict.fromkeys(("mlflow", "tensorboard", "trackio", "wandb"), ("mitrain/training/tracker_process.py",)),
     "triton": ("kernels/mitrain_kernels/",),
     "mitrain_kernels": ("mitrain/methods/", "mitrain/models/", "kernels/mitrain_kernels/"),
     "benchmarks": ("mitrain/cli/bench.py",),
@@ -158,7 +158,7 @@ def test_the_front_is_no_passage():
 
 
 def test_optional_packages_are_seen():
-    wandb = "only mitrain/training/telemetry.py, mitrain/training/wandb_process.py"
+    wandb = "only mitrain/training/tracker_process.py may"
     assert wandb in fault_of("mitrain/training/trainer.py", "import wandb.sdk")
     assert wandb in fault_of("mitrain/training/trainer.py", "need_extra('wandb', 'wandb', 'logging')")
     assert "only mitrain/training/engine/" in fault_of("mitrain/training/x.py", "def f():\n    import deepspeed")
@@ -170,7 +170,7 @@ def test_optional_packages_are_seen():
     assert "import nothing" in fault_of("kernels/mitrain_kernels/x.py", "from mitrain.core.errors import UserError")
     assert "may import benchmarks" in fault_of("mitrain/cli/x.py", "from benchmarks import parity")
     assert "nothing installed may" in fault_of("mitrain/core/x.py", "from mitrain_demo import MODELS")
-    assert faults({"mitrain/training/telemetry.py": "need_extra('wandb', 'wandb', 'logging')"}) == []
+    assert faults({"mitrain/training/tracker_process.py": "need_extra('wandb', 'wandb', 'logging')"}) == []
 
 
 def test_new_folders_and_standard_names_are_seen():

@@ -26,10 +26,13 @@ OPTIONAL = {
     "soundfile",
     "soxr",
     "starlette",
+    "tensorboard",
     "triton",
     "uvicorn",
     "wandb",
 }
+BESIDE = {"mlflow", "trackio"}
+"""Used where the user has installed them: as extras they would hold pyarrow and Pillow at older versions."""
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "google": "protobuf"}
 DISTRIBUTION |= {"pydantic_core": "pydantic", "huggingface_hub": "huggingface-hub"}
 OF_TRANSFORMERS = {"huggingface-hub", "numpy", "pyyaml", "safetensors", "tokenizers", "tqdm"}
@@ -81,7 +84,7 @@ def names_of(requirements: list[str]) -> set[str]:
 
 
 def test_the_dependencies_are_what_is_imported():
-    imported = distributions(our_files()) - OPTIONAL - OF_TRANSFORMERS
+    imported = distributions(our_files()) - OPTIONAL - OF_TRANSFORMERS - BESIDE
     declared = names_of(PROJECT["dependencies"])
     assert imported - declared == set(), "imported and not declared"
     assert declared - imported == set(), "declared and not imported"

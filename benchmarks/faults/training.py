@@ -102,7 +102,7 @@ def beside(lab: Lab, case: Path, how: str) -> Found:
     """Telemetry that fails costs nothing: the run ends well, with the same numbers, and what is lost is said once."""
     run, fired = case / "run", case / "fired"
     (case / "wandb.py").write_text(STAND_IN.format(fired=str(fired), how=how), encoding="utf-8")
-    options = ("wandb.enabled=true", "wandb.mode=offline")
+    options = ("telemetry.trackers=[wandb]", "wandb.mode=offline")
     ended = lab.run("train", lab.world / "config.yaml", *options, "--run-dir", run, PYTHONPATH=str(case))
     equal = ended.code == 0 and Left.of(run).equals(lab.undisturbed())
     lines = [line for line in ended.lines if "wandb" in line]

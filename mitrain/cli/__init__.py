@@ -22,7 +22,7 @@ from typing import Any
 from mitrain.cli.commands import COMMANDS, overview
 from mitrain.cli.shared import Help, Parser, glance, title
 from mitrain.core import terminal
-from mitrain.core.errors import UserError
+from mitrain.core.errors import UserError, is_out_of_memory
 from mitrain.core.files import remedy
 from mitrain.core.version import __version__
 from mitrain.training.guard import Interruptible
@@ -87,16 +87,6 @@ def complain(arguments: argparse.Namespace, error: Exception, text: str) -> None
         with contextlib.suppress(OSError):  # a terminal that was closed
             who = f"mitrain, rank {arguments.rank}" if arguments.rank else "mitrain"
             print(f"{who}: {text}\n", end="", file=sys.stderr)  # in one write: ranks share the terminal
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Of Python, or of torch, whose allocators on the CPU and on a GPU say it each in their own way."""
-    words = ("CUDA out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(word in str(error) for word in words)
-    )
 
 
 def reason(error: Exception) -> str:

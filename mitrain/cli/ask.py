@@ -65,8 +65,13 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
 def run_eval(arguments: argparse.Namespace) -> Any:
     with writing(arguments.out if not arguments.rank else None):
         metrics = scored(arguments)
-    for line in metric_lines(metrics):
+    from mitrain.training.listing import aligned
+
+    classes = metrics.get("per_class", {})
+    for line in metric_lines({k: v for k, v in metrics.items() if k not in ("per_class", "confusion")}):
         say(arguments, line)
+    if 0 < len(classes) <= MOST_SHOWN:
+        say(arguments, aligned([("class", *HEAD), *((name, *map(number, c.values())) for name, c in classes.items())]))
     return metrics
 
 
@@ -91,7 +96,16 @@ def scored(arguments: argparse.Namespace) -> dict[str, Any]:
         root=arguments.data,
         out=arguments.out,
         generation=generation_of(arguments),
+        details=True,
     )
+
+
+HEAD = ("precision", "recall", "F1", "samples")
+MOST_SHOWN = 40  # classes in the terminal; --json and the report have all
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def metric_lines(metrics: Mapping[str, Any], indent: str = "") -> Iterator[str]:

@@ -21,7 +21,11 @@ def add_report(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "run_dirs", nargs="+", metavar="RUN_DIR", help="runs of one task; the same name with other seeds is averaged"
     )
-    sub.add_argument("--out", required=True, metavar="DIR", help="where the Markdown, JSON and PNG files are written")
+    sub.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where the HTML, Markdown, JSON and PNG files go (default: a single run's folder)",
+    )
     sub.add_argument("--splits", default="test", help="comma-separated splits to score (default: test)")
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over each split")
 
@@ -29,13 +33,12 @@ def add_report(sub: argparse.ArgumentParser) -> None:
 def run_report(arguments: argparse.Namespace) -> Any:
     from mitrain.inference.report import report
 
-    result = report(
-        arguments.run_dirs,
-        Path(arguments.out),
-        arguments.splits.split(","),
-        arguments.samples,
-        quiet=arguments.json or arguments.quiet,
-    )
+    if not arguments.out and len(arguments.run_dirs) > 1:
+        raise ConfigError("several runs are reported together: give a folder for the files with --out")
+    out = Path(arguments.out or arguments.run_dirs[0])
+    quiet = arguments.json or arguments.quiet
+    result = report(arguments.run_dirs, out, arguments.splits.split(","), arguments.samples, quiet=quiet)
+    say(arguments, f"the page: {out / 'report.html'}")
     say(arguments, result["markdown"])
     return result
 

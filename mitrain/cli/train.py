@@ -1,7 +1,6 @@
 """``mitrain train``: a new run, a resumed one, or the count of what one would take."""
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,13 +76,15 @@ def run_train(arguments: argparse.Namespace) -> Any:
         if arguments.at:  # until now another job could begin the folder, or remove it
             dist.from_main(lambda: runs.create_or_find(config, folder, arguments.allow_changes))
         trainer, outcome = fitted(arguments, folder, config)
+    if not arguments.rank and not outcome.stopped:
+        from mitrain.inference.webpage import write_page
+
+        write_page(folder)
     say(arguments, trainer.watch.table())
     bad = len(trainer.features.bad)
     skipped = f" ({bad} bad samples skipped)" if bad else ""
     if outcome.stopped:
-        arguments.code = (
-            128 + signal.SIGINT if outcome.stopped == "SIGINT" else 0
-        )  # a scheduler's signals are no failure
+        arguments.code = outcome.exit_code
         say(
             arguments,
             f"stopped by {outcome.stopped} after step {outcome.step}{skipped}: mitrain train --resume {folder}",
@@ -109,13 +110,14 @@ def fitted(arguments: argparse.Namespace, folder: Path, config: Any) -> tuple[An
     """The trainer and its outcome; the folder of a new run that is refused before its first step is removed."""
     from mitrain.core import dist
     from mitrain.training import runs
+    from mitrain.training.state import recorded
     from mitrain.training.trainer import Trainer
 
     try:
-        trainer = Trainer(
-            config, folder, quiet=arguments.json or arguments.quiet, allow_changes=arguments.allow_changes
-        )
-        return trainer, trainer.fit()
+        with recorded(folder):
+            quiet = arguments.json or arguments.quiet
+            trainer = Trainer(config, folder, quiet=quiet, allow_changes=arguments.allow_changes)
+            return trainer, trainer.fit()
     except UserError:
         if dist.is_main() and not arguments.resume:
             runs.remove_unstarted(folder)

@@ -69,7 +69,7 @@ class Cell:
     def digest(self) -> str:
         """Names what is computed, whatever computes it."""
         values = as_measured(minimal(self.config))
-        for key in ("name", "wandb"):
+        for key in ("name", "telemetry", "wandb"):
             values.pop(key, None)
         asked = {} if self.count is not None else self.part.model_dump(exclude={"config", "set"}, mode="json")
         if "baselines" in asked:  # kept rows were measured when these were called so

@@ -8,6 +8,7 @@ from typing import Any
 
 from mitrain.compare.table import good, groups
 from mitrain.core.errors import need_extra
+from mitrain.training.curves import STYLE
 
 Row = dict[str, Any]
 COSTS = {
@@ -15,8 +16,6 @@ COSTS = {
     "peak_bytes": ("memory", "peak memory, MiB", 2**20),
     "step_ms": ("time", "training step, ms", 1),
 }
-# Letters stay text, names are no formulas, and the same rows give the same file.
-STYLE = {"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "mitrain", "font.size": 9}
 
 
 @dataclass

@@ -6,6 +6,7 @@ and keeps its traceback.
 
 import difflib
 import importlib
+import signal
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -58,6 +59,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The known word that ``word`` may have been meant to be, as the end of a message; empty where none is alike."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of Python, or of torch, whose allocators on the CPU and on a GPU say it each in their own way."""
+    words = ("CUDA out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    )
+
+
+def exit_code(error: BaseException) -> int:
+    """What ``mitrain`` ends with after ``error``."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + getattr(error, "number", signal.SIGINT)
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    return UserError.exit_code if isinstance(error, UserError | OSError) or is_out_of_memory(error) else 1
 
 
 def need_extra(module: str, extra: str, what: str) -> ModuleType:

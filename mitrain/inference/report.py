@@ -21,6 +21,7 @@ from mitrain.core.markdown import plain
 from mitrain.core.provenance import made_with, sentence
 from mitrain.data.features import Features
 from mitrain.data.images import to_size
+from mitrain.inference import webpage
 from mitrain.inference.scoring import score_split, split_of
 from mitrain.tasks import figures
 from mitrain.training import runs
@@ -40,10 +41,12 @@ PANELS = 16
 def report(
     folders: Sequence[str], out: Path, splits: Sequence[str], samples: int | None = None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Score every run on every split under its controls; write results.json, table.md and a figure per split to ``out``."""
+    """Score every run on every split under its controls; write results.json, table.md, a figure per split and one HTML page
+    to ``out``. The page is of the first run, with the scores of all."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     pictures: dict[str, bytes] = {}
     task: tuple[Any, str] | None = None
+    shown: list[str] = []
     for position, folder in enumerate(folders):
         run = runs.open_run(folder)
         own_task = (run.model.task.columns, run.model.task.metric)
@@ -53,7 +56,9 @@ def report(
         for split in splits:
             own = score_with_controls(run, split, samples)
             if position == 0:
-                pictures[f"{run.config.name}-{split}.png"] = figure(run, *own.pop("figure"), PANELS)
+                files, chosen, plain_scores = own.pop("figure")
+                pictures[f"{run.config.name}-{split}.png"] = figure(run, files, chosen, plain_scores, PANELS)
+                shown += about(run, split, files, chosen, plain_scores)
             own.pop("figure", None)
             for label, values in own.items():
                 rows[split, label].append({**values, "run": Path(folder).name, "seed": run.config.seed})
@@ -65,8 +70,35 @@ def report(
     }
     results["markdown"] = table(results)
     document = as_json({k: v for k, v in results.items() if k != "markdown"})
-    write(out, {**pictures, "results.json": document, "table.md": results["markdown"]})
+    own = {i for i, r in enumerate(results["rows"]) if r["label"] == results["rows"][0]["label"]}
+    scores = webpage.section("Scores, and what they are read beside", webpage.table(*rows_of(results), own))
+    html, _ = webpage.page(Path(folders[0]), [scores, *of_kinds(results), *shown])
+    write(out, {**pictures, "results.json": document, "table.md": results["markdown"], webpage.NAME: html})
     return results
+
+
+def about(run: Run, split: str, files: Features, samples: Sequence[Any], found: Evaluation) -> list[str]:
+    """The page's sections on one split: classes, and samples that went right and wrong, spread evenly over either."""
+    panels = []
+    for right in (False, True, None):
+        own = [i for i, p in enumerate(found.predictions) if p.values.get("correct") is right]
+        for i in own[:: max(1, len(own) // PANELS)][:PANELS]:
+            picture = picture_of(samples[i], files)
+            panels.append(run.model.task.panel(samples[i], found.predictions[i], picture))
+    sheet = webpage.section(f"Samples of {split}, the wrong ones first", webpage.sheet(panels))
+    return [*webpage.of_classes(run.model.task.details(samples, found.predictions), split), sheet]
+
+
+def of_kinds(results: dict[str, Any]) -> list[str]:
+    """A section for each split whose samples are of several kinds: the metric of each kind, under every label."""
+    start, sections = f"{results['metric']}/", []
+    for split in dict.fromkeys(r["split"] for r in results["rows"]):
+        own = [r for r in results["rows"] if r["split"] == split]
+        keys = [key for key in own[0]["mean"] if key.startswith(start)]
+        cells = [[key.removeprefix(start), *(cell(r, key) for r in own)] for key in keys]
+        body = webpage.table(["kind", *(r["label"] for r in own)], cells) if keys else ""
+        sections.append(webpage.section(f"{results['metric']} of {split}, kind by kind", body))
+    return sections
 
 
 def write(out: Path, files: dict[str, bytes | str]) -> None:
@@ -126,14 +158,20 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> str:
     """The Markdown table: one row per label and split."""
+    head, rows = rows_of(results)
+    return "\n".join(
+        [*markdown.table(head, [list(map(plain, row)) for row in rows]), "", sentence(results["made"]), ""]
+    )
+
+
+def rows_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table's head and rows, as text."""
     columns = results["columns"]
     head = ["split", "", *(title for title, _ in columns), "samples", "seeds"]
-    rows = [
-        [plain(r["split"]), plain(r["label"]), *(cell(r, key) for _, key in columns), f"{r['mean']['samples']:.0f}",
-         str(r["seeds"])]
+    return head, [
+        [r["split"], r["label"], *(cell(r, key) for _, key in columns), f"{r['mean']['samples']:.0f}", str(r["seeds"])]
         for r in results["rows"]
-    ]  # fmt: skip
-    return "\n".join([*markdown.table(head, rows), "", sentence(results["made"]), ""])
+    ]
 
 
 def cell(r: dict[str, Any], key: str) -> str:

@@ -123,8 +123,11 @@ def score_run(
     encoders: Sequence[str] | None = None,
     out: str | Path | None = None,
     generation: Mapping[str, Any] | None = None,
+    details: bool = False,
 ) -> dict[str, Any]:
     """The metrics of a run's checkpoint on a split under a control, and those of the ``baselines`` if asked for.
+
+    ``details``: also the scores of each class, and which are taken for which, by the classes' names.
 
     ``without``, ``shuffled``: inputs that no sample is shown, or another sample's; ``missing``: inputs for each of which the
     score is also told where a growing share of the samples lacks it.
@@ -149,6 +152,8 @@ def score_run(
         write_predictions(Path(out), evaluation.predictions)
     beside: dict[str, Any] = {"generation": dict(generation)} if generation else {}
     beside |= {"baselines": baselines_of(run, split, chosen, files)} if baselines else {}
+    if details:
+        beside |= run.model.task.details(chosen, evaluation.predictions)
     metric = run.model.task.metric
     for name in missing:
         scores = {"0%": evaluation.metrics[metric]}

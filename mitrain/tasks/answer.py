@@ -22,6 +22,7 @@ from mitrain.core.errors import ConfigError
 from mitrain.data.formats.records import AnswerSample, commonest
 from mitrain.data.sources import ConversationsConfig, RecordsConfig, VqaConfig
 from mitrain.models.tokens import Words
+from mitrain.tasks import details
 from mitrain.tasks.base import Answer, Batch, Parts, Prediction, Question, Splits, look_alike, only_one
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.language import LanguageConfig, LanguageTask
@@ -168,6 +169,13 @@ class AnswerTask(LanguageTask):
                 result[name] = mean(v[name] for v in values)
         ways = Counter(v["scored_by"] for v in values)
         return result | ({"scored_by": dict(ways)} if set(ways) != {"candidates"} else {})
+
+    def details(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
+        """Answers as classes, where all were chosen among candidates."""
+        values = [p.values for p in predictions]
+        if any(v["scored_by"] == "generation" for v in values):
+            return {}
+        return details.of_answers([v["answer"] for v in values], [v["predicted"] for v in values])
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
         """The majority answer, also of each kind of question, and a linear probe on the features that are infused."""

@@ -226,6 +226,10 @@ class Task(nn.Module):
         """The metrics of a split, ``metric`` and ``samples`` among them."""
         raise NotImplementedError
 
+    def details(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
+        """Of tasks with classes: ``per_class`` scores, and their ``confusion``; see `mitrain.tasks.details`."""
+        return {}
+
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
         """By name, the metrics of what needs no trained model: a score says something only beside them."""
         raise NotImplementedError

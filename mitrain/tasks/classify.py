@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.sources import ClassSection
+from mitrain.tasks import details
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, look_alike, only_one
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.heads import HeadConfig, HeadTask
@@ -125,6 +126,13 @@ class ClassifyTask(HeadTask):
         truth = self.targets(samples).cpu().numpy() > 0
         chances = np.stack([p.vector for p in predictions])
         return label_metrics(truth, chances, self.multilabel, self.config.threshold)
+
+    def details(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
+        predicted = np.zeros((len(predictions), len(self.classes)), dtype=bool)
+        for i, prediction in enumerate(predictions):
+            predicted[i, [self.number[name] for name in prediction.values["predicted"]]] = True
+        truth = self.targets(samples).cpu().numpy() > 0
+        return details.of_labels(self.classes, truth, predicted, one=not self.multilabel)
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
         """The training split's commonest label, and a linear probe on the features that are infused."""

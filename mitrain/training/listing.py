@@ -10,7 +10,7 @@ from mitrain.core import parsing
 from mitrain.core.errors import ConfigError
 from mitrain.core.files import holder
 from mitrain.core.ownership import MARKER
-from mitrain.training import fingerprint
+from mitrain.training import fingerprint, state
 from mitrain.training.checkpoint.folder import complete_checkpoints
 
 COLUMNS = ("run", "state", "step", "best", "at", "task", "method", "changed")
@@ -40,18 +40,18 @@ def described(run: Path) -> dict[str, Any]:
     ended = read(run / "summary.json", parsing.read_json)
     known = complete_checkpoints(run / "checkpoints")  # by their sizes: nothing is read that is large
     kept = max(known, key=lambda item: item[1].sequence)[0] if known else None
-    state = read(kept / "state.json", parsing.read_json) if kept else {}
+    reached = read(kept / "state.json", parsing.read_json) if kept else {}
     newest = max(
         (path.stat().st_mtime for path in (run, *run.glob("*.json*"), *run.glob("checkpoints/*"))), default=0.0
     )
-    steps = state.get("steps") or ended.get("steps")
+    steps = reached.get("steps") or ended.get("steps")
     return {
         "run": str(run),
         "state": state_of(run, ended, bool(kept)),
         "step": int(kept.name.rpartition("-")[2]) if kept else None,
         "steps": steps,
-        "best": ended.get("best", state.get("best")),
-        "at": ended.get("best_step", state.get("best_step")),
+        "best": ended.get("best", reached.get("best")),
+        "at": ended.get("best_step", reached.get("best_step")),
         "metric": ended.get("metric"),
         "task": name_in(config, "task"),
         "method": name_in(config, "adapter"),
@@ -70,7 +70,9 @@ def read(path: Path, reader: Any) -> dict[str, Any]:
 
 def state_of(run: Path, ended: dict[str, Any], saved: bool) -> str:
     """In words: whether it trains, has ended and why, or goes on when it is resumed."""
-    if (run / MARKER).exists():
+    if told := state.read(run):
+        return state.in_words(told)
+    if (run / MARKER).exists():  # a run of an earlier version
         return f"running ({holder(run / MARKER)})"
     if ended:
         return f"done ({ended.get('ended', 'last step')})"

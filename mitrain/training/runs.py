@@ -5,6 +5,8 @@ runs/NAME-TIME/
     metrics.jsonl        one JSON object per logged step
     checkpoints/         see `mitrain.training.checkpoint`
     summary.json         written when the run has finished
+    report.html          the curves, the scores and the configuration, with curves.svg: written at the end
+    state.json           running, preempted, failed or done, and why: see `mitrain.training.state`
     .owner               while a process trains in it, see `mitrain.core.ownership`
 """
 
@@ -34,6 +36,7 @@ from mitrain.training.engine import ZeroConfig
 from mitrain.training.engine.zero import gather_as_needed, sharding
 from mitrain.training.fingerprint import differences, flat, listed
 from mitrain.training.schema import RunConfig
+from mitrain.training.state import STATE
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +108,7 @@ def remove_unstarted(folder: Path) -> None:
     """
     held = {path.name: path for path in folder.iterdir()}
     log = held.get("metrics.jsonl")
-    if held.keys() <= {"config.yaml", "metrics.jsonl", *OWNERSHIP} and (log is None or log.stat().st_size == 0):
+    if held.keys() <= {"config.yaml", "metrics.jsonl", STATE, *OWNERSHIP} and (log is None or log.stat().st_size == 0):
         for path in held.values():
             path.unlink()
         folder.rmdir()

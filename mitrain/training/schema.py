@@ -1,5 +1,6 @@
 """The whole configuration of a run, section by section."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +16,12 @@ from mitrain.methods.kernels import KernelConfig
 from mitrain.models import ModelConfig
 from mitrain.models.encoders.config import from_list, inputs_of
 from mitrain.tasks import TASKS
+from mitrain.training import trackers
 from mitrain.training.engine import OptimizerConfig, ZeroConfig
 from mitrain.training.schedule import Every, ScheduleConfig
-from mitrain.training.telemetry import WandbConfig
+from mitrain.training.trackers import TelemetryConfig, WandbConfig
+
+log = logging.getLogger(__name__)
 
 
 class TrainConfig(Section):
@@ -88,15 +92,17 @@ class RunConfig(Section):
     zero: ZeroConfig = ZeroConfig()
     kernels: KernelConfig = KernelConfig()
     cache: bool = True
+    telemetry: TelemetryConfig = TelemetryConfig()
     wandb: WandbConfig = WandbConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _earlier(cls, values: Any) -> Any:
-        """Runs and exports of earlier versions also name the task in their section ``data``, and list their image encoders
-        in ``model.vision``."""
+        """Runs and exports of earlier versions also name the task in their section ``data``, list their image encoders in
+        ``model.vision``, and have ``wandb.enabled``."""
         if not isinstance(values, dict):
             return values
+        values = trackers.earlier(values)
         data, task, model = (values.get(key) for key in ("data", "task", "model"))
         if isinstance(data, dict) and isinstance(task, dict) and data.get("task", 0) == task.get("name"):
             values = {**values, "data": {key: value for key, value in data.items() if key != "task"}}
@@ -155,6 +161,13 @@ class RunConfig(Section):
             raise ValueError(f"data.may_lack names {lost[0]!r}, which is none of data.inputs={list(self.data.inputs)}")
         return self
 
+    @model_validator(mode="after")
+    def _say_what_has_no_effect(self) -> "RunConfig":
+        if self.wandb.model_fields_set and "telemetry" not in self.model_fields_set:
+            given = ", ".join(f"wandb.{name}" for name in sorted(self.wandb.model_fields_set))
+            log.warning("nothing is logged to wandb: %s has no effect without telemetry.trackers=[wandb]", given)
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         for key in ("adapter", "task", "data"):
@@ -183,7 +196,9 @@ def one_length(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
     return values
 
 
-RESUME_OVERRIDES = ("zero", "kernels", "wandb", "model.device", "train.checkpoint_activations", "train.hang_minutes")
+RESUME_OVERRIDES = (
+    *("zero", "kernels", "telemetry", "wandb", "model.device", "train.checkpoint_activations", "train.hang_minutes"),
+)
 """What decides where and how fast a run computes, and not what: it may change when a run is resumed."""
 
 

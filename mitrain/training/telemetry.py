@@ -1,44 +1,28 @@
-"""What a run reports: a JSONL file always, one readable console line, wandb if asked for, and where the time went.
+"""What a run reports: a JSONL file always, one readable console line, trackers if asked for, and where the time went.
 
 ``metrics.jsonl`` is the record: one JSON object a line, appended by single writes, strictly valid (a value that is
-not finite is null). Everything else is a view of it. wandb runs in a process of its own (`wandb_process`)
-and can neither stop a run nor hold it up.
+not finite is null). Everything else is a view of it.
 """
 
-import importlib.util
 import json
-import logging
 import math
-import os
-import re
 import resource
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
-from pydantic import model_validator
+from tqdm import tqdm
 
-from mitrain.core.config import Section
-from mitrain.core.errors import UserError, need_extra
+from mitrain.core.errors import UserError
 from mitrain.core.files import remedy, write_atomic
-from mitrain.training.wandb_process import FAILED
-
-log = logging.getLogger(__name__)
-
-MOST_KEPT = 16 << 20  # bytes of numbers that wandb may lag behind
-FINISH_S, HURRY_S = 30.0, 5.0  # for which wandb may finish; where the run was asked to end, or was killed
-LOOK_S = 0.02
 
 
 class Board(Protocol):
-    """Where metrics go beside the file; wandb's surface."""
+    """Where metrics go beside the file."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None: ...
 
@@ -49,7 +33,8 @@ class Metrics:
     """Takes the numbers of every step and evaluation.
 
     ``path``: the JSONL file; lines beyond ``resumed_step`` (0 for a new run) belong to a future that an interruption
-    took back and are removed. ``console``: where a line goes every ``every`` steps, or None for silence.
+    took back and are removed. ``console``: where a line goes every ``every`` steps (a terminal also shows
+    a progress bar), or None for silence.
     """
 
     def __init__(
@@ -71,6 +56,16 @@ class Metrics:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         truncate_after(self.path, resumed_step)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        shown = console is not None and console.isatty()  # in a log lines are enough
+        self._bar = tqdm(
+            total=total_steps,
+            initial=resumed_step,
+            desc="train",
+            unit="step",
+            file=console,
+            disable=not shown,
+            leave=False,
+        )
 
     def step(
         self,
@@ -91,6 +86,9 @@ class Metrics:
         for key in self._window:
             self._window[key] += values[key]
         self._steps, self._seconds = self._steps + 1, self._seconds + seconds
+        with suppress(OSError):  # a terminal that was closed must not end the run
+            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self._bar.update()
         if skipped:
             self._print(step, f"skipped: {skipped}")
         if step % self.every == 0 or step == self.total_steps:
@@ -105,6 +103,8 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
+        with suppress(OSError):
+            self._bar.close()
         if self.board:
             self.board.finish()
 
@@ -134,7 +134,7 @@ class Metrics:
     def _print(self, step: int, text: str) -> None:
         if self.console:
             width = len(str(self.total_steps))
-            with suppress(OSError):  # a terminal that was closed must not end the run
+            with suppress(OSError), tqdm.external_write_mode(self.console):
                 print(f"step {step:>{width}}/{self.total_steps}  {text}", file=self.console, flush=True)
 
 
@@ -245,148 +245,3 @@ class Stopwatch:
             for name, seconds in report.items()
         ]
         return "\n".join([f"where the time went ({duration(total)} in all)", *lines])
-
-
-class WandbConfig(Section):
-    """``mode: auto`` is online when a key is found and the server answers within three seconds, else offline."""
-
-    enabled: bool = False
-    project: str = "mitrain"
-    entity: str | None = None
-    mode: Literal["auto", "online", "offline"] = "auto"
-
-    @model_validator(mode="after")
-    def _say_what_has_no_effect(self) -> "WandbConfig":
-        if self.model_fields_set and "enabled" not in self.model_fields_set:
-            given = ", ".join(f"wandb.{name}" for name in sorted(self.model_fields_set))
-            log.warning("nothing is logged to wandb: %s has no effect without wandb.enabled=true", given)
-        return self
-
-
-class Wandb:
-    """wandb as a ``Board``, in a process of its own; with ``enabled: false`` it does nothing and none is started.
-
-    A run folder's name is its wandb id, so a resumed run goes on in the same place. ``log`` never waits: what wandb has
-    not taken yet is kept, up to `MOST_KEPT` bytes. Where wandb fails, hangs or ends, the run says so once and goes on
-    without it; at the end it waits `FINISH_S` seconds, or `HURRY_S` once ``asked()`` is true: a signal wants the run to
-    end. Only the package missing is an error (MissingExtraError).
-    """
-
-    def __init__(
-        self,
-        config: WandbConfig,
-        run_dir: str | Path,
-        settings: Mapping[str, Any],
-        asked: Callable[[], object] = lambda: None,
-    ):
-        self.asked = asked
-        self.process: subprocess.Popen | None = None
-        self.kept = bytearray()
-        if config.enabled:
-            if not is_installed("wandb"):
-                need_extra("wandb", "wandb", "wandb.enabled=true")
-            try:
-                self._start({**named(config, Path(run_dir)), "config": plain(settings)})
-            except OSError as error:  # its pipe is full, or its process is gone
-                self._lost(str(error))
-
-    def _start(self, options: Mapping[str, Any]) -> None:
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - its life is the process's
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mitrain.training.wandb_process", str(os.getpid()), str(HURRY_S)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self.said,
-            bufsize=0,
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        os.set_blocking(self.process.stdin.fileno(), False)
-        self._send({"init": options})
-
-    def log(self, values: Mapping[str, Any], step: int) -> None:
-        if self.process:
-            self._send({"log": dict(values), "step": step})
-
-    def _send(self, message: Mapping[str, Any]) -> None:
-        self.kept += json.dumps(message).encode() + b"\n"
-        self._hand_over()
-
-    def _hand_over(self) -> None:
-        try:
-            while self.kept:
-                del self.kept[: os.write(self.process.stdin.fileno(), self.kept[:65536])]
-        except BlockingIOError:
-            if len(self.kept) > MOST_KEPT:
-                self._lost(f"it does not take its numbers, {len(self.kept)} bytes of them")
-        except OSError:  # the pipe has no reader
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(1)  # for its exit code
-            self._lost(self._ending())
-
-    def finish(self) -> None:
-        """Wait for wandb to finish, for a while."""
-        if not self.process:
-            return
-        start = time.monotonic()
-        try:
-            while self.process and not self._finished():
-                patience = min(FINISH_S, HURRY_S) if self.asked() else FINISH_S
-                if time.monotonic() - start > patience:
-                    self._lost(f"it has not finished in {patience:g} s")
-        finally:
-            self._end()
-
-    def _finished(self) -> bool:
-        """Whether its process has ended; hands over what it has not taken yet, and waits a moment."""
-        if self.kept:
-            self._hand_over()
-        elif not self.process.stdin.closed:
-            self.process.stdin.close()
-        if self.process:
-            with suppress(subprocess.TimeoutExpired):
-                if self.process.wait(LOOK_S):
-                    self._lost(self._ending())
-        return self.process is None or self.process.returncode == 0
-
-    def _ending(self) -> str:
-        """How the process ended: what wandb raised, or the exit code."""
-        self.said.seek(0)
-        lines = self.said.read().decode("utf-8", "replace").splitlines()
-        raised = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
-        return raised[-1] if raised else f"its process ended with {self.process.poll()}"
-
-    def _lost(self, why: str) -> None:
-        log.warning("wandb failed (%s): going on without it", why)
-        self._end()
-
-    def _end(self) -> None:
-        """Leave nothing behind: neither the process nor those it has started."""
-        process, self.process = self.process, None
-        if process:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            process.stdin.close()
-            self.said.close()
-
-
-def named(config: WandbConfig, run_dir: Path) -> dict[str, Any]:
-    """What `wandb.init` is given beside the settings."""
-    return {
-        "project": config.project,
-        "entity": config.entity,
-        "name": run_dir.name,
-        "id": re.sub(r"[^A-Za-z0-9_.-]", "-", run_dir.name),
-        "resume": "allow",
-        "dir": str(run_dir),
-        "mode": config.mode,
-    }
-
-
-def is_installed(package: str) -> bool:
-    """Whether ``package`` could be imported, without importing it."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # sys.modules holds something else in its place
-        return False

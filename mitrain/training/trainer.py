@@ -12,6 +12,7 @@ the ranks, so the run is the same as that of one process. Rank 0 alone reads and
 
 import logging
 import math
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,9 @@ from mitrain.training.engine import StepResult, Sums, regularised
 from mitrain.training.evaluate import evaluate
 from mitrain.training.guard import Heartbeat, StopRequest, diverged
 from mitrain.training.setup import Setup
-from mitrain.training.telemetry import Metrics, NoMetrics, Wandb
+from mitrain.training.state import RunState, recorded
+from mitrain.training.telemetry import Metrics, NoMetrics
+from mitrain.training.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,11 @@ class Outcome:
     stopped: str | None
     ended: str | None
     phases: dict[str, float]
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command: a scheduler's signals are no failure."""
+        return 128 + signal.SIGINT if self.stopped == "SIGINT" else 0
 
 
 class Trainer(Setup):
@@ -92,10 +100,10 @@ class Trainer(Setup):
 
     def fit(self) -> Outcome:
         """Train to the last step, or until asked to stop; CheckpointError where another process trains in the folder."""
-        with owned(self.folder):
-            return self._fit()
+        with owned(self.folder), recorded(self.folder) as state:
+            return self._fit(state)
 
-    def _fit(self) -> Outcome:
+    def _fit(self, state: RunState) -> Outcome:
         train, span = self.config.train, self.span
         first = step = self.resume()
         heart = Heartbeat(train.hang_minutes)
@@ -111,6 +119,7 @@ class Trainer(Setup):
                     self._check_reached(result.unreached)
                 step += 1
                 heart.beat()
+                state.beat(step, span.steps)
                 self.skips.record(step, result.reason, self.saved)
                 self._log(metrics, step, result, seconds)
                 last = step == span.steps
@@ -126,8 +135,12 @@ class Trainer(Setup):
             ended = self.best.ended if step < span.steps else None
             stopped = stopped if step < span.steps and not ended else None
             outcome = Outcome(self.folder, step, self.best.value, self.best.step, stopped, ended, self.watch.report())
+            state.known = {"step": step, "steps": span.steps}
             if outcome.stopped is None:
                 dist.from_main(lambda: self._finish(outcome))
+                state.say("done", outcome.ended or "last step", outcome.exit_code)
+            else:
+                state.say("preempted", outcome.stopped, outcome.exit_code)
         return outcome
 
     def _metrics(self, step: int, stop: StopRequest) -> Metrics | NoMetrics:
@@ -135,7 +148,8 @@ class Trainer(Setup):
             return NoMetrics()
         train = self.config.train
         console = None if self.quiet else sys.stderr
-        board = Wandb(self.config.wandb, self.folder, self.config.to_dict(), lambda: stop.requested)
+        given = (self.config.telemetry, self.config.wandb, self.folder, self.config.to_dict())
+        board = Trackers(*given, step, lambda: stop.requested)
         return Metrics(self.folder / "metrics.jsonl", self.span.steps, console, train.log_every, step, board)
 
     def _log(self, metrics: Metrics | NoMetrics, step: int, result: StepResult, seconds: float) -> None:

@@ -56,6 +56,7 @@ def test_what_differs_between_runs_is_shown(world, capsys):
 
 def test_a_stopped_and_a_running_run_are_told_apart(world, capsys):
     (world / "runs/two/summary.json").unlink()
+    (world / "runs/two/state.json").unlink()  # as earlier versions left a run
     (two,) = listed(capsys, world / "runs/two")
     assert (two["state"], two["step"], two["steps"]) == ("stopped", 4, 4) and two["best"] is not None
     (world / "runs/two/.owner").write_text(f"{os.getpid()}\n{socket.gethostname()}\n")

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from benchmarks.faults.lab import Left, opened
+from mitrain.training import state
 
 BEFORE = {
     "loading": ("mitrain.training.trainer:Trainer._build", 1, "SIGTERM"),
@@ -49,7 +50,9 @@ def test_train(lab, phase):
     assert (case / "fired").exists() and hidden(case) == []
     if phase in BEFORE:
         assert (ended.code, ended.lines[-1]) == (128 + signal.Signals[name], f"mitrain: stopped by {name}")
-        assert [path.name for path in (case / "run").iterdir()] == ["config.yaml"]
+        assert sorted(path.name for path in (case / "run").iterdir()) == ["config.yaml", "state.json"]
+        told = state.read(case / "run")
+        assert (told["state"], told["why"], told["exit_code"]) == ("preempted", name, ended.code)
     else:
         assert f"stopped by {name} after step" in ended.out and "mitrain train --resume" in ended.out
         assert ended.code == (130 if name == "SIGINT" else 0)
@@ -97,7 +100,8 @@ def test_a_finished_run_is_written_before_wandb_is_waited_for(lab):
     """The signal comes while wandb finishes: the wait is cut short, and the run is whole."""
     case = lab.scratch("wandb")
     (case / "wandb.py").write_text(STUCK)
-    words = ("train", lab.world / "config.yaml", "wandb.enabled=true", "wandb.mode=offline", "--run-dir", case / "run")
+    options = ("telemetry.trackers=[wandb]", "wandb.mode=offline", "--run-dir", case / "run")
+    words = ("train", lab.world / "config.yaml", *options)
     process = lab.start(
         *words, inject=("send_before", "mitrain.training.telemetry:Metrics.close", 1, "SIGKILL"), PYTHONPATH=str(case)
     )

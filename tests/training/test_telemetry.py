@@ -1,23 +1,15 @@
-"""The metrics file through interruptions, the console line, the stopwatch's sums, and a wandb that fails."""
+"""The metrics file through interruptions, the console line and the stopwatch's sums."""
 
-import importlib
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
-from mitrain.core import launchers
-from mitrain.core.errors import MissingExtraError, UserError
+from mitrain.core.errors import UserError
 from mitrain.training import telemetry
-from mitrain.training.telemetry import Metrics, Stopwatch, Wandb, WandbConfig, amount, duration, plain
-from mitrain.training.wandb_process import automatic_mode, has_key
+from mitrain.training.telemetry import Metrics, Stopwatch, amount, duration, plain
 
 
 def train(metrics: Metrics, first: int, last: int, **changes) -> None:
@@ -110,6 +102,24 @@ def test_a_skipped_step_and_the_last_one_are_always_shown(tmp_path):
     assert skipped == "step 2/3  skipped: non-finite loss" and last.startswith("step 3/3  loss 0.3333")
 
 
+def test_a_terminal_shows_a_bar_and_a_log_the_same_lines_without(tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = {}
+    for kind in (Terminal, io.StringIO):
+        metrics = Metrics(tmp_path / "m.jsonl", total_steps=6, console=kind(), every=2, resumed_step=2)
+        train(metrics, 3, 6)
+        metrics.close()
+        shown[kind] = metrics.console.getvalue()
+    assert "\r" not in shown[io.StringIO] and len(shown[io.StringIO].splitlines()) == 2
+    assert "train:" in shown[Terminal] and "/6 [" in shown[Terminal] and "step/s" in shown[Terminal]
+    for line in shown[io.StringIO].splitlines():
+        assert line.partition("  memory")[0] in shown[Terminal]
+    assert shown[Terminal].rpartition("\r")[2].strip() == "", "the bar is gone at the end"
+
+
 def test_without_a_console_nothing_is_printed(tmp_path, capfd):
     metrics = Metrics(tmp_path / "m.jsonl", total_steps=2, every=1)
     train(metrics, 1, 2, skipped="no samples")
@@ -164,204 +174,3 @@ def test_the_stopwatch_reports_inside_a_phase():
         assert watch.report() == {"train": 3, "other": 0}
         clock.now += 1
     assert watch.report() == {"train": 4, "other": 0}
-
-
-FAKE = """
-import json, os, sys, time
-class Settings:
-    base_url = "http://localhost:1"
-    def __init__(self, **settings):
-        self.given = settings
-class Run:
-    def log(self, values, step):
-        note([step, values])
-        {log}
-    def finish(self):
-        note("finished")
-        {finish}
-def note(what):
-    print(json.dumps(what), file=open({notes!r}, "a"))
-def init(settings, **options):
-    note([options, settings.given])
-    {init}
-    return Run()
-"""
-
-
-@pytest.fixture
-def wandb(tmp_path, monkeypatch):
-    """Installs a package of that name that does something at ``log``, ``finish`` or ``init``; returns what it was told."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/nonexistent")
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.syspath_prepend(tmp_path / "packages")
-
-    def install(log: str = "pass", finish: str = "pass", init: str = "pass"):
-        (tmp_path / "packages").mkdir()
-        notes = tmp_path / "notes"
-        text = FAKE.format(log=log, finish=finish, init=init, notes=str(notes))
-        (tmp_path / "packages" / "wandb.py").write_text(text)
-        importlib.invalidate_caches()
-        return lambda: lines(notes)
-
-    return install
-
-
-def reported(tmp_path, steps: int = 5, wait=lambda board: None) -> None:
-    """Train ``steps`` steps with wandb; each of them is in the file, whatever wandb does."""
-    board = Wandb(WandbConfig(enabled=True), tmp_path / "quickstart-2026", {"lr": 0.1})
-    metrics = Metrics(tmp_path / "m.jsonl", steps, board=board)
-    train(metrics, 1, 1)
-    wait(board)
-    train(metrics, 2, steps)
-    metrics.close()
-    assert [line["step"] for line in lines(tmp_path / "m.jsonl")] == list(range(1, steps + 1))
-
-
-def test_wandb_gets_what_the_file_gets(tmp_path, wandb, caplog):
-    told = wandb()
-    reported(tmp_path, 3)
-    (options, settings), *logged, end = told()
-    assert [step for step, _ in logged] == [1, 2, 3] and end == "finished"
-    assert logged[0][1]["train/loss"] == 1.0 and logged[0][1]["train/samples"] == 8
-    assert options["config"] == {"lr": 0.1} and options["mode"] == "offline"
-    assert (options["id"], options["resume"]) == ("quickstart-2026", "allow")
-    assert settings == {"silent": True, "console": "off"} and not caplog.records
-
-
-def ended(board: Wandb) -> None:
-    board.process.wait(60)
-
-
-@pytest.mark.parametrize(
-    ("where", "why"),
-    [
-        ({"log": 'raise ConnectionError("server gone")'}, "ConnectionError: server gone"),
-        ({"log": "sys.exit(3)"}, "SystemExit: 3"),
-        ({"log": "os._exit(7)"}, "its process ended with 7"),
-        ({"init": "raise AttributeError('init')"}, "AttributeError: init"),
-        ({"init": "sys.exit()"}, "SystemExit: "),
-        ({"finish": "raise OSError('disk')"}, "OSError: disk"),
-        ({"finish": "os.kill(os.getpid(), 9)"}, "its process ended with -9"),
-    ],
-)
-def test_wandb_failing_is_said_once_and_the_run_goes_on(tmp_path, wandb, caplog, where, why):
-    told = wandb(**where)
-    reported(tmp_path, wait=ended if "finish" not in where else lambda board: None)
-    assert [record.getMessage() for record in caplog.records] == [f"wandb failed ({why}): going on without it"]
-    assert len(told()) <= 2 or "finish" in where
-
-
-def test_wandb_hanging_holds_nothing_up_and_is_left_at_the_end(tmp_path, wandb, caplog, monkeypatch):
-    """Far more is reported than a pipe takes."""
-    monkeypatch.setattr(telemetry, "FINISH_S", 0.3)
-    wandb(log="time.sleep(600)")
-    boards = []
-    reported(tmp_path, 600, wait=lambda board: boards.append(board.process))
-    assert [record.getMessage() for record in caplog.records] == [
-        "wandb failed (it has not finished in 0.3 s): going on without it"
-    ]
-    assert boards[0].returncode == -9
-
-
-def test_wandb_that_lags_too_far_behind_is_given_up(tmp_path, wandb, caplog, monkeypatch):
-    monkeypatch.setattr(telemetry, "MOST_KEPT", 1000)
-    wandb(log="time.sleep(600)")
-    reported(tmp_path, 600)
-    (said,) = (record.getMessage() for record in caplog.records)
-    assert said.startswith("wandb failed (it does not take its numbers, ")
-
-
-def test_wandb_is_not_started_unless_enabled_and_named_if_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    board = Wandb(WandbConfig(), tmp_path, {})
-    board.log({"a": 1}, step=1)
-    board.finish()
-    with pytest.raises(MissingExtraError, match=r"mitrain\[wandb\]"):
-        Wandb(WandbConfig(enabled=True), tmp_path, {})
-
-
-def test_online_only_with_a_key_and_a_server_that_answers(tmp_path, monkeypatch, wandb):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        assert automatic_mode(url) == "offline"
-        monkeypatch.setenv("WANDB_API_KEY", "k")
-        assert automatic_mode(url) == "online"
-    assert automatic_mode(url) == "offline"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert automatic_mode(url) == "disabled"
-
-
-def test_a_key_may_stand_in_netrc(tmp_path, monkeypatch, wandb):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert not has_key("my.server")
-    netrc = tmp_path / ".netrc"
-    netrc.write_text("machine my.server login user password secret\n")
-    netrc.chmod(0o600)
-    assert has_key("my.server") and not has_key("other.server")
-    netrc.write_text("machine")
-    assert not has_key("my.server")
-
-
-def test_the_real_wandb_works_offline_without_a_key(tmp_path, monkeypatch, caplog):
-    pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    board = Wandb(WandbConfig(enabled=True), tmp_path / "run: 1", {"lr": 0.1})
-    board.log({"train/loss": 1.0}, step=1)
-    board.finish()
-    assert caplog.records == []
-    assert list(tmp_path.glob("run: 1/wandb/offline-run-*/*.wandb"))
-
-
-@pytest.mark.parametrize(
-    ("values", "said"), [({}, ""), ({"mode": "online", "project": "x"}, "wandb.mode, wandb.project")]
-)
-def test_wandb_settings_without_effect_are_named(caplog, values, said):
-    assert not WandbConfig(**values).enabled
-    assert (said in caplog.text) and (not said) == (not caplog.text)
-    caplog.clear()
-    assert not WandbConfig(enabled=False, **values).enabled and WandbConfig(enabled=True, **values).enabled
-    assert not caplog.text
-
-
-GONE = """
-import os, signal, sys
-from mitrain.training import telemetry
-telemetry.HURRY_S = 0.2
-board = telemetry.Wandb(telemetry.WandbConfig(enabled=True), sys.argv[1], {})
-board.log({"loss": 1.0}, step=1)
-print(board.process.pid, flush=True)
-sys.stdin.readline()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.parametrize("where", ["init", "log", "finish"])
-def test_a_wandb_that_hangs_ends_soon_after_a_training_that_was_killed(tmp_path, wandb, where):
-    told = wandb(**{where: "time.sleep(600)"})
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", GONE, str(tmp_path / "run")]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as training:
-        helper = int(training.stdout.readline())
-        until(lambda: (tmp_path / "notes").exists() and (where != "log" or len(told()) == 2))  # it hangs, or will
-        training.communicate(b"now\n")
-    assert training.returncode == -9
-    until(lambda: launchers.status(helper) is None or not launchers.status(helper)[2])
-
-
-def until(there) -> None:
-    deadline = time.monotonic() + 60
-    while not there():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_a_run_that_was_asked_to_end_does_not_wait_long_for_wandb(tmp_path, wandb, caplog, monkeypatch):
-    monkeypatch.setattr(telemetry, "HURRY_S", 0.2)
-    wandb(finish="time.sleep(600)")
-    board = Wandb(WandbConfig(enabled=True), tmp_path / "run", {}, asked=lambda: "SIGTERM")
-    board.finish()
-    assert [record.getMessage() for record in caplog.records] == [
-        "wandb failed (it has not finished in 0.2 s): going on without it"
-    ]

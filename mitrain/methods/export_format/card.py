@@ -20,7 +20,7 @@ BY_PEFT = {
     "encoder/adapter_config.json": 'peft.PeftModel.from_pretrained(encoder, "THIS_FOLDER/encoder")',
 }
 UNKNOWN = "not known to mitrain"
-LEFT_OUT = ("model", "adapter", "data", "wandb")
+LEFT_OUT = ("model", "adapter", "data", "telemetry", "wandb")
 
 
 def model_card(contents: Contents, licences: Mapping[str, str] | None = None, alone: bool = True) -> str:

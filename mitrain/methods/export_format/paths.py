@@ -9,7 +9,7 @@ from typing import Any
 def settings_from(values: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     """A run's configuration as it is published in ``folder``: without telemetry, ranks and device, which are the loading
     machine's to say, and with as little of this machine's folders as predictions need."""
-    kept = {section: value for section, value in values.items() if section not in ("wandb", "zero")}
+    kept = {section: value for section, value in values.items() if section not in ("telemetry", "wandb", "zero")}
     model = values["model"]
     encoders = {name: {**part, "name": without_home(part["name"])} for name, part in model["encoders"].items()}
     kept["model"] = {**model, "llm": without_home(model["llm"]), "encoders": encoders, "device": "auto"}

@@ -38,7 +38,7 @@ INSTEAD = {
     "zero_optimization.offload_param": "set zero.offload_params",
     "zero_optimization.cpu_offload": "set zero.offload_optimizer",
     "activation_checkpointing": "set train.checkpoint_activations",
-    "wandb": "set wandb.mode",
+    "wandb": "set telemetry.trackers",
 }
 """What in a user's JSON says what another setting of ours says, and which."""
 
