@@ -236,16 +236,18 @@ def from_pretrained(
     base: str | Path | None = None,
     encoders: Sequence[str | Path] | None = None,
     allow_changes: bool = False,
+    beside: Pretrained | None = None,
     **model: Any,
 ) -> Pretrained:
     """Load what ``mitrain export`` wrote, on the frozen models that it names; a folder, or USER/NAME on the Hub.
 
     ``base`` and ``encoders``: their folders or names here, where they differ; with ``allow_changes`` also models of the
-    same shape with other weights, of which a line is said. Further keywords are keys of the
-    configuration's section ``model``, as quantize="int8", dtype="bf16", device="cpu". Raises ModelError where the base
-    is of another shape or has other weights, with every difference, and CheckpointError for a damaged folder.
+    same shape with other weights, of which a line is said. ``beside``: a predictor whose language model this one shares in
+    place of loading it again; each says what it says alone. Further keywords are keys of the configuration's section
+    ``model``, as quantize="int8", dtype="bf16", device="cpu". Raises ModelError where the base is of another shape or has
+    other weights, with every difference, and CheckpointError for a damaged folder.
     """
-    return Pretrained(runs.open_published(folder, base, encoders, allow_changes, **model))
+    return Pretrained(runs.open_published(folder, base, encoders, allow_changes, beside and beside.run, **model))
 
 
 def load_adapter(

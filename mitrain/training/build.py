@@ -24,7 +24,7 @@ from mitrain.data.hidden_states import EncoderStates, TextStates
 from mitrain.data.loader import Draw
 from mitrain.data.media import Limits
 from mitrain.data.samples import BadSamples
-from mitrain.methods.base import Adapter
+from mitrain.methods.base import Adapter, turn_takers
 from mitrain.models import Encoder, ModelConfig, Shard, TextBackbone, encoder_of, loading
 from mitrain.models.batch import ModalityInputs
 from mitrain.models.digests import named_digests
@@ -238,33 +238,38 @@ def build(
     empty: bool = False,
     shard: Shard | None = None,
     encoders: dict[str, Encoder] | None = None,
+    text: TextBackbone | None = None,
 ) -> Model:
     """Load the backbones, attach the adapter, make the head.
 
     ``empty`` builds everything without weights (meta device), for counting; models are then described by their shapes
-    or their configurations alone. ``shard`` spreads the frozen weights over the ranks while they are read. ``encoders``:
-    where they are loaded already.
+    or their configurations alone. ``shard`` spreads the frozen weights over the ranks while they are read. ``encoders``,
+    ``text``: where they are loaded already; the adapter then takes turns with those on the language model.
     """
+    if text is None:
+        text = text_of(config, empty, shard)
+    encoders = encoders or encoders_of(config.model, torch.device("cpu") if empty else text.device, shard)
+    return assemble(config, text, encoders, empty=empty)
+
+
+def text_of(config: RunConfig, empty: bool, shard: Shard | None) -> TextBackbone:
+    """The language model, loaded, or without weights."""
     if empty:
-        text = TextBackbone.empty(described(config.model))
-    elif config.model.llm_shape:
+        return TextBackbone.empty(described(config.model))
+    if config.model.llm_shape:
         raise ConfigError(
             f"model.llm_shape describes {config.model.llm!r} without weights, which serves --dry-run alone:"
             " set model.llm to a folder with the weights and model.llm_shape=null to train"
         )
-    else:
-        device = loading.device_of(config.model.device)
-        text = TextBackbone.load(
-            resolve_model(config.model.llm),
-            loading.DTYPES[config.model.dtype],
-            config.model.attention,
-            device,
-            config.model.quantize,
-            config.model.quantize_embedding,
-            shard,
-        )
-    encoders = encoders or encoders_of(config.model, torch.device("cpu") if empty else text.device, shard)
-    return assemble(config, text, encoders, empty=empty)
+    return TextBackbone.load(
+        resolve_model(config.model.llm),
+        loading.DTYPES[config.model.dtype],
+        config.model.attention,
+        loading.device_of(config.model.device),
+        config.model.quantize,
+        config.model.quantize_embedding,
+        shard,
+    )
 
 
 def described(config: ModelConfig) -> PretrainedConfig:
@@ -288,7 +293,8 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: dict[str, Encoder]
             backbones["encoder"] = changeable(first, adapter)
             if not empty:
                 first.identity()  # the pretrained weights', before anything is put into them
-        adapter.attach(backbones, checkpoint=config.train.checkpoint_activations, backend=backend)
+        beside = {"name": f"{adapter.traits.name}_{len(there) + 1}"} if (there := turn_takers(text.model)) else {}
+        adapter.attach(backbones, checkpoint=config.train.checkpoint_activations, backend=backend, **beside)
         cache = None if empty else cache_root(config)
         layers = adapter.attachment.first_layers
         states = TextStates(text, layers["text"], cache, adapter.traits.runs_layers, adapter.disabled)

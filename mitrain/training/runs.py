@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mitrain import methods
 from mitrain.core import config, dist, parsing
 from mitrain.core.errors import CheckpointError, ConfigError, ModelError
 from mitrain.core.files import remedy, write_atomic
@@ -224,13 +225,14 @@ def open_published(
     base: str | Path | None = None,
     encoders: Sequence[str | Path] | None = None,
     allow_changes: bool = False,
+    beside: "Run | None" = None,
     **changes: Any,
 ) -> Run:
     """Rebuild an exported run's model on its frozen weights.
 
     ``base`` and ``encoders``: other places of the same language model and encoders; ``changes``: other values of
-    `ModelConfig`, as quantize="int8". ModelError where the base or an encoder is of another shape or, unless
-    ``allow_changes``, has other weights.
+    `ModelConfig`, as quantize="int8". ``beside``: a run whose language model it shares. ModelError where the base or an
+    encoder is of another shape or, unless ``allow_changes``, has other weights.
     """
     folder = export_format.local(folder)
     contents, _ = export_format.read_contents(folder)
@@ -240,6 +242,8 @@ def open_published(
             f"{str(folder)!r} holds an adapter without encoders and task: mitrain.load_adapter(model, folder) attaches it"
         )
     run_config = published_config(folder, contents, base, encoders, changes)
+    if beside is not None:
+        check_shared(run_config, beside, folder)
     llm = resolve_model(run_config.model.llm)
     here = export_format.base_shape(TextBackbone.read_config(llm))
     export_format.require_same(contents.base, here, f"the language model {str(llm)!r}", "give another with base=")
@@ -251,11 +255,27 @@ def open_published(
         if values is not None:
             encoder.preprocess = Preprocess(values.size, tuple(values.mean), tuple(values.std), values.resize)
     published = export_format.read(folder, trained_shapes(run_config, seeing, folder))
-    model = build(run_config, encoders=seeing)
+    model = build(run_config, encoders=seeing, text=beside and beside.model.text)
     check_frozen(contents.frozen or {}, lambda: model.base, folder, allow_changes)
     saved_run = Checkpoint(Path(folder), part.step, part.best, published.tensors, {})
     restore(model, saved_run)
-    return Run(Path(folder), run_config, model, saved_run, part.answers or {})
+    run = Run(Path(folder), run_config, model, saved_run, part.answers or {})
+    if beside is not None:
+        run.turn = beside.turn
+    return run
+
+
+def check_shared(run_config: RunConfig, beside: Run, folder: str | Path) -> None:
+    """ModelError where the run cannot share the language model of the run ``beside``."""
+    own, there = (each.model.to_dict() | {"encoders": None} for each in (run_config, beside.config))
+    if wrong := [name for name, value in own.items() if value != there[name]]:
+        raise ModelError(
+            f"{str(folder)!r} cannot share the language model of {str(beside.folder)!r}: model.{wrong[0]} is"
+            f" {own[wrong[0]]!r} here and {there[wrong[0]]!r} there"
+        )
+    for name in (run_config.adapter.section_name, beside.config.adapter.section_name):
+        if not methods.METHODS[name]._takes_turns:
+            raise ModelError(f"{name} cannot take turns with another adapter on one language model: load it by itself")
 
 
 def trained_shapes(

@@ -277,6 +277,33 @@ def test_threads_share_a_predictor(predictor, images):
     assert found == expected * 3
 
 
+def test_predictors_share_a_language_model_and_say_what_each_says_alone(world, predictor, exported, images):
+    """Of other layers and another task; also where threads ask both at once."""
+    export(make_run(world, "segment", {"name": "mit", "layers": [0, 1], "gate": "none"}), world / "other")
+    alone = mitrain.from_pretrained(world / "other")
+    first = mitrain.from_pretrained(exported)
+    second = mitrain.from_pretrained(world / "other", beside=first)
+    assert second.model.text is first.model.text and second.adapter is not first.adapter
+
+    def asked(path):
+        mask = second.predict(path, "red square").pop("mask")
+        return first.predict(path, PROMPT), mask.tobytes()
+
+    expected = [
+        (predictor.predict(path, PROMPT), alone.predict(path, "red square")["mask"].tobytes()) for path in images
+    ]
+    assert [asked(path) for path in images] == expected
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(asked, images)) == expected
+    with pytest.raises(
+        ModelError, match="cannot share the language model of .*: model.dtype is 'bf16' here and 'fp32'"
+    ):
+        mitrain.from_pretrained(world / "other", beside=first, dtype="bf16")
+    export(make_run(world, "segment", {"name": "lora", "rank": 2}), world / "lora")
+    with pytest.raises(ModelError, match="lora cannot take turns with another adapter"):
+        mitrain.from_pretrained(world / "lora", beside=first)
+
+
 def test_deepspeed_is_not_needed(exported, images, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it raises ImportError
     assert mitrain.from_pretrained(exported).predict(images[0], PROMPT)["answer"]
