@@ -78,3 +78,9 @@ def test_a_command_imports_no_other():
     code = "import sys, mitrain.cli as c; c.parser(['runs']); print(*(m for m in sys.modules if 'mitrain.cli.' in m))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {"mitrain.cli.commands", "mitrain.cli.shared", "mitrain.cli.runs"}
+
+
+def test_the_interpreter_ends_without_looking_at_all_objects_again():
+    """Its last collections took seconds with torch loaded, after a server had answered everybody."""
+    program = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); import mitrain.cli"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "True\n"

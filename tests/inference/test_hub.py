@@ -176,6 +176,8 @@ def test_what_the_hub_does_not_give_or_take_is_one_line(hub, world, tmp_path, mo
         mitrain.from_pretrained("me/none")
     assert main(["predict", "me/none", "--image", "a.png", "--text", "x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(CheckpointError, match="the Hub does not take .*license 'my own' is not known"):
+        mitrain.push_to_hub(world / "exported", "me/colours", license="my own", **NAMES)
     with pytest.raises(ConfigError, match="'colours' is no name of a repository: give USER/NAME"):
         mitrain.push_to_hub(world / "exported", "colours", **NAMES)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
+import yaml
+
 TOKEN = "hf_of_a_test"
 
 
@@ -32,6 +34,26 @@ class Hub(ThreadingHTTPServer):
 
 def commit_of(files: dict[str, bytes]) -> str:
     return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "llama2", "openrail", "other"}  # a few of the Hub's
+
+
+def faults_of(card: str) -> list[str]:
+    """What the Hub would say of a card's metadata, by its published description of them."""
+    data = yaml.safe_load(card.split("---")[1])
+    names = [data[key] for key in ("base_model",) if key in data] + data.get("datasets", [])
+    faults = [f"{name!r} is no name of a repository" for name in names if not NAME.fullmatch(name)]
+    faults += [f"license {data['license']!r} is not known"] if data.get("license", "mit") not in LICENCES else []
+    for entry in data.get("model-index", []):
+        if not entry.get("name"):
+            faults.append("model-index: an entry has no name")
+        for result in entry["results"]:
+            asked = [result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]]
+            asked += [text for metric in result["metrics"] for text in (metric["type"], str(float(metric["value"])))]
+            faults += ["model-index: a result lacks a value"] * (not all(asked))
+    return faults
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -64,7 +86,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(f"{self.command} {self.path}")
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         if self.path == "/api/validate-yaml":
-            return self.send({"errors": [], "warnings": []})
+            faults = faults_of(json.loads(body)["content"])
+            return self.send(
+                {"errors": [{"message": fault} for fault in faults], "warnings": []}, 400 if faults else 200
+            )
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.send({"error": "Invalid username or password."}, 401)
         if self.path == "/api/repos/create":
