@@ -152,10 +152,12 @@ def open_run(
     allow_changes: bool = False,
     base: str | Path | None = None,
     encoders: Sequence[str | Path] | None = None,
+    beside: "Run | None" = None,
 ) -> Run:
     """Rebuild a run's model and load its ``best`` or ``latest`` checkpoint, or what was exported of it.
 
-    ``base`` and ``encoders``: where the language model and the encoders are, if not where they were in training.
+    ``base`` and ``encoders``: where the language model and the encoders are, if not where they were in training;
+    ``beside``: a run whose language model it shares.
     ModelError where the frozen models are not those it was trained on, unless ``allow_changes``.
     """
     folder = export_format.local(folder)
@@ -164,16 +166,19 @@ def open_run(
             raise CheckpointError(
                 f"{str(folder)!r} is an export and holds one checkpoint: leave out --checkpoint {which}"
             )
-        return open_published(folder, base, encoders, allow_changes)
+        return open_published(folder, base, encoders, allow_changes, beside)
     run_config, saved = read_config(folder), newest(folder, which)
     run_config = run_config.model_copy(update={"model": elsewhere(run_config.model, base, encoders)})
     zero = run_config.zero if dist.world() > 1 else ZeroConfig()  # one process holds everything whatever the stage
-    model = build(run_config, shard=sharding(zero, run_config.train.optimizer))
+    if beside is not None:
+        check_shared(run_config, beside, folder)
+    shard = sharding(zero, run_config.train.optimizer)
+    model = build(run_config, shard=shard, text=beside and beside.model.text)
     check_frozen(frozen_of(saved), lambda: model.base, folder, allow_changes)
     restore(model, saved)
     if zero.stage == 3:
         gather_as_needed(model.frozen, zero)
-    return Run(folder, run_config, model, saved)
+    return sharing(Run(folder, run_config, model, saved), beside)
 
 
 def frozen_of(saved: Checkpoint) -> dict[str, str]:
@@ -259,7 +264,11 @@ def open_published(
     check_frozen(contents.frozen or {}, lambda: model.base, folder, allow_changes)
     saved_run = Checkpoint(Path(folder), part.step, part.best, published.tensors, {})
     restore(model, saved_run)
-    run = Run(Path(folder), run_config, model, saved_run, part.answers or {})
+    return sharing(Run(Path(folder), run_config, model, saved_run, part.answers or {}), beside)
+
+
+def sharing(run: Run, beside: Run | None) -> Run:
+    """The run, which is asked in turn with the one ``beside`` whose language model it has."""
     if beside is not None:
         run.turn = beside.turn
     return run

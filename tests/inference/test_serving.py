@@ -15,6 +15,8 @@ from exported import PROMPT, make_run, make_world
 from PIL import Image
 
 from mitrain.cli import main
+from mitrain.cli.serve import together
+from mitrain.core.errors import ConfigError
 from mitrain.inference import scoring
 from mitrain.training import runs, schema
 from mitrain.training.build import build
@@ -230,6 +232,25 @@ def test_segmentation_shows_its_mask(world, images):
     png = base64.b64decode(found["mask"].partition(",")[2])
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))) > 0, mask) and found["overlay"] != found["mask"]
     refused(client.post("/v1/chat/completions", json={"messages": []}), 400, "which does not speak")
+
+
+def test_several_runs_share_a_language_model_each_below_its_name(world, images):
+    first, folder = runs.open_run(make_run(world)), make_run(world, "segment")
+    second = runs.open_run(folder, beside=first)
+    assert second.model.text is first.model.text
+    second.config = second.config.model_copy(update={"name": "squares"})
+    client = testclient.TestClient(together([first, second], serving.Limits()))
+    body = {"inputs": {"image": coded(images[0])}}
+    expected = [scoring.ask(runs.open_run(folder), {"image": images[0]}, "red square").values["mask_share"]]
+    for _ in range(2):  # in turn
+        found = client.post("/squares/predict", json={**body, "text": "red square"}).json()
+        assert found["mask_share"] == expected[0]
+        answer = client.post("/predict", json={**body, "text": PROMPT}).json()
+        alike(answer, scoring.ask(first, {"image": images[0]}, PROMPT).values)
+        assert client.post("/colours/predict", json={**body, "text": PROMPT}).json() == answer
+    assert client.get("/squares/run").json()["task"] == "segment" and "mitrain serve" in client.get("/squares/").text
+    with pytest.raises(ConfigError, match="no two addresses for 'colours'"):
+        together([first, first], serving.Limits())
 
 
 def test_a_port_in_use_and_odd_limits_are_one_line(world, run, capsys):
