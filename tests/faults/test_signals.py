@@ -11,7 +11,7 @@ from mitrain.training import state
 
 BEFORE = {
     "loading": ("mitrain.training.trainer:Trainer._build", 1, "SIGTERM"),
-    "a segment of the cache": ("mitrain.core.files:os.replace", 2, "SIGUSR1"),
+    "a segment of the cache": ("mitrain.core.files:os.replace", 3, "SIGUSR1"),
 }
 DURING = {
     "a save": ("mitrain.training.checkpoint:save", 1, "SIGHUP"),
