@@ -1,4 +1,5 @@
-"""The main job needs no extra: attach, train, eval, predict and export with every optional package made unimportable."""
+"""The main job needs no extra and no Linux: attach, train, eval, predict and export with every optional package made
+unimportable, and on what this machine can play of macOS."""
 
 import subprocess
 import sys
@@ -25,9 +26,11 @@ class Hiding:
         return getattr(self.finder, name)
 
 sys.meta_path[:] = map(Hiding, sys.meta_path)
-import torch, mitrain
+import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
+{system}
+import mitrain
 from mitrain.cli import main
 
 world = Path({world!r})
@@ -48,11 +51,53 @@ for words in (
 print(sorted(set({without}) & set(sys.modules)))
 """
 
+MACOS = """
+import contextlib, ctypes, io, multiprocessing, os, sysconfig
 
-def test_attach_train_eval_predict_and_export_need_no_extra(tmp_path, monkeypatch):
+sysconfig.get_config_vars()  # of the Python that runs this
+
+with contextlib.suppress(ImportError):
+    import psutil  # chooses its own parts by the platform
+
+def hidden(real):
+    def without_proc(path, *args, **kwargs):
+        if isinstance(path, (str, bytes, os.PathLike)) and os.fsdecode(path).startswith(("/proc", "/dev/shm", "/sys")):
+            raise FileNotFoundError(2, "No such file or directory", os.fsdecode(path))
+        return real(path, *args, **kwargs)
+    return without_proc
+
+class CDLL(ctypes.CDLL):
+    def __init__(self, name=None, *args, **kwargs):
+        if name and name.endswith(".so.6"):
+            raise OSError(f"dlopen({name}): no such file")
+        super().__init__(name, *args, **kwargs)
+
+    def __getattr__(self, name):
+        if name == "prctl":
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+def fork():
+    raise OSError("fork is not used on macOS")
+
+sys.platform, ctypes.CDLL = "darwin", CDLL
+os.uname = lambda: os.uname_result(("Darwin", "mac", "25.0", "", "arm64"))
+for module, names in ((os, "open stat lstat readlink listdir scandir"), (io, "open")):
+    for name in names.split():
+        setattr(module, name, hidden(getattr(module, name)))
+__builtins__.open = io.open
+for name in "sched_getaffinity posix_fadvise posix_fallocate pidfd_open memfd_create copy_file_range".split():
+    delattr(os, name)
+os.fork = fork
+multiprocessing.set_start_method("spawn")
+"""
+
+
+@pytest.mark.parametrize("system", ["", MACOS], ids=["here", "macOS"])
+def test_attach_train_eval_predict_and_export_need_no_extra(tmp_path, monkeypatch, system):
     monkeypatch.setenv("MITRAIN_CACHE", str(tmp_path / "cache"))
     config = str(configured(make_world(tmp_path), "mit", "classify"))
-    script = RUN.format(without=WITHOUT, world=str(tmp_path), config=config)
+    script = RUN.format(without=WITHOUT, system=system, world=str(tmp_path), config=config)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert '"probabilities"' in done.stdout and done.stdout.endswith("[]\n")
