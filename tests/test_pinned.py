@@ -23,6 +23,7 @@ OPTIONAL = {
     "pyarrow",
     "pycocotools",
     "python-multipart",
+    "shtab",
     "soundfile",
     "soxr",
     "starlette",
@@ -35,7 +36,7 @@ BESIDE = {"mlflow", "trackio"}
 """Used where the user has installed them: as extras they would hold pyarrow and Pillow at older versions."""
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "google": "protobuf"}
 DISTRIBUTION |= {"pydantic_core": "pydantic", "huggingface_hub": "huggingface-hub"}
-OF_TRANSFORMERS = {"huggingface-hub", "numpy", "pyyaml", "safetensors", "tokenizers", "tqdm"}
+OF_TRANSFORMERS = {"huggingface-hub", "numpy", "packaging", "pyyaml", "safetensors", "tokenizers", "tqdm"}
 """What transformers itself needs, whatever is done with it."""
 HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 
