@@ -32,6 +32,7 @@ def add_benchmarks(verbs: Any) -> None:
     add_start(verbs)
     add_encode(verbs)
     add_stream(verbs)
+    add_plan(verbs)
     add_transcribe(verbs)
     add_ledger(verbs)
     kernels = (
@@ -122,6 +123,13 @@ def add_transcribe(verbs: Any) -> None:
     text = "the word error rate of whisper-base on the lines of dialogue, beside a limit"
     sub = benchmark(verbs, "transcribe", run_transcribe, text, "20 clips")
     sub.add_argument("--clips", type=int, metavar="N", help="(default: 200)")
+    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+
+
+def add_plan(verbs: Any) -> None:
+    text = "what mitrain plan says of memory and gathers, beside what runs take; tables for large models"
+    sub = benchmark(verbs, "plan", run_plan, text, "gathers of one precision")
+    sub.add_argument("--configs", nargs="*", default=["quickstart"], metavar="NAME", help="(default: quickstart)")
     sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
@@ -238,6 +246,16 @@ def run_transcribe(arguments: argparse.Namespace) -> Any:
     if arguments.out:
         results.write(Path(arguments.out), found, transcribe.table(found))
     return refused(transcribe.check, found)
+
+
+def run_plan(arguments: argparse.Namespace) -> Any:
+    from benchmarks import plan, results
+
+    found = plan.measured(arguments.configs, arguments.quick, again(arguments), say=aside)
+    say(arguments, plan.table(found))
+    if arguments.out:
+        results.write(Path(arguments.out), found, plan.table(found))
+    return found
 
 
 def run_ledger(arguments: argparse.Namespace) -> Any:

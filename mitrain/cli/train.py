@@ -46,6 +46,9 @@ def add_train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--memory", type=float, default=24.0, metavar="GB", help="per-rank memory for --dry-run's largest batch"
     )
+    sub.add_argument(
+        "--profile", action="store_true", help="write a Chrome trace and a summary of steps 3 to 5 to RUN_DIR/profile"
+    )
     sub.add_argument("--ranks", type=int, default=1, help="number of ranks for --dry-run (default: 1)")
 
 
@@ -117,11 +120,21 @@ def fitted(arguments: argparse.Namespace, folder: Path, config: Any) -> tuple[An
         with recorded(folder):
             quiet = arguments.json or arguments.quiet
             trainer = Trainer(config, folder, quiet=quiet, allow_changes=arguments.allow_changes)
-            return trainer, trainer.fit()
+            watched = profiled(trainer, folder) if arguments.profile else None
+            outcome = trainer.fit()
+            if watched and dist.is_main():
+                say(arguments, watched.told())
+            return trainer, outcome
     except UserError:
         if dist.is_main() and not arguments.resume:
             runs.remove_unstarted(folder)
         raise
+
+
+def profiled(trainer: Any, folder: Path) -> Any:
+    from mitrain.training.profiling import Profiled
+
+    return Profiled(trainer, folder / "profile")
 
 
 def resolve_run(arguments: argparse.Namespace) -> tuple[Path, Any]:

@@ -157,9 +157,10 @@ def tokenizer_at_hand(config: RunConfig) -> Any:
     return tokenizer
 
 
-def plan(config: RunConfig, asked: Asked, *, remedies: bool = True) -> Plan:
-    """What ``config`` takes; where it does not fit, with what it would (each tried)."""
-    found = measured(config, asked)
+def plan(config: RunConfig, asked: Asked, *, remedies: bool = True, found: Measured | None = None) -> Plan:
+    """What ``config`` takes; where it does not fit, with what it would (each tried). ``found``: `measured` already, of as
+    many samples a rank."""
+    found = found or measured(config, asked)
     sent = traffic(
         config.zero, asked.ranks, bytes_of(trained(found.model)), found.traced.order, config.train.accumulate
     )
@@ -271,7 +272,8 @@ def memory(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> t
     flat = 2 * weights if asked.ranks > 1 else 0
     moments = {"backward": base + sum(step.values()), "reduction": base + weights + flat}
     if on_cpu:
-        moments["save"] = base + 2 * optimizer(config, 1, weights)
+        # Of the optimizer's states there are a copy, each tensor's bytes, and the file's.
+        moments["save"] = base + 3 * optimizer(config, 1, weights)
     return {**{name: size for name, size in fixed.items() if size}, **{n: s for n, s in step.items() if s}}, moments
 
 

@@ -1,0 +1,35 @@
+"""mitrain train --profile: a trace that Chrome reads, and where a step's time goes."""
+
+import json
+
+import pytest
+from methods_world import configured, make_world
+
+from mitrain.cli import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = make_world(tmp_path_factory.mktemp("profile"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
+
+
+def test_a_profile_has_a_trace_and_a_page_by_part(world, capsys):
+    path = configured(world, "mit", "classify", train={"steps": 6, "batch": 4})
+    assert main(["train", str(path), "--profile", "--run-dir", str(world / "run")]) == 0
+    names = {event["name"] for event in json.loads((world / "run/profile/trace.json").read_text())["traceEvents"]}
+    assert {f"mitrain: {part}" for part in ("changed layers", "adapter", "head", "optimizer", "input")} <= names
+    page = (world / "run/profile/summary.md").read_text()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")][2:]
+    ms = {part: (float(forward), float(backward)) for part, forward, backward, _ in cells}
+    assert all(ms[part][0] > 0 for part in ("changed layers", "adapter", "head", "optimizer", "input"))
+    assert ms["changed layers"][1] > 0 and ms["head"][1] > 0
+    assert ms["communication"] == (0, 0) and page in capsys.readouterr().out
+
+
+def test_a_run_that_is_too_short_says_so(world, capsys):
+    path = configured(world, "mit", "classify", train={"steps": 2, "batch": 4})
+    assert main(["train", str(path), "--profile", "--run-dir", str(world / "short")]) == 0
+    assert "no profile: the run ended before its step 5" in capsys.readouterr().out
