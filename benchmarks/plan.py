@@ -109,12 +109,22 @@ def table(found: dict[str, Any]) -> str:
     lines = []
     for kind, title in (("memory", "configuration"), ("gathers", "weights")):
         rows = [[markdown.code(row.get("config") or row["precision"]), *beside(row)] for row in found[kind]]
-        lines += [*markdown.table((title, "planned MiB", "measured MiB", "ratio"), rows), ""]
+        lines += [*markdown.table((title, "planned MiB", "measured MiB", "ratio"), rows), ""] if rows else []
     return "\n".join([*lines, made, "", *scale_lines(found["scale"]), made, ""])
 
 
 def scale_lines(rows: Sequence[Row]) -> list[str]:
-    columns = ("model", "ZeRO", "GPUs", "GiB/rank", "fits", "largest batch", "GiB sent/step", "step ms", "hours/epoch")
+    columns = (
+        "model",
+        "ZeRO",
+        "GPUs",
+        "GiB/rank",
+        "fits",
+        "largest batch",
+        "GiB gathered, reduced",
+        "step ms",
+        "hours/epoch",
+    )
     shown = [
         [
             row["model"],
