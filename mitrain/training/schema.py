@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -35,8 +35,9 @@ class TrainConfig(Section):
     ``init_from``: a run folder, a checkpoint or an export, whose adapter the run starts from, and its task head where it is
     one of the same task. ``group_by_length``: a batch holds samples of about as many tokens, so that less is padding.
     ``fraction``: of the training samples that are used, evenly spread. ``modality_dropout``: the probability with which a
-    training sample goes without each of its inputs, one at least left to it. ``hang_minutes`` without a step print every
-    thread's stack.
+    training sample goes without each of its inputs, one at least left to it. ``check_largest: auto`` tries a
+    batch of the longest samples before the first step, where the run has 100 micro-batches or more. ``hang_minutes``
+    without a step print every thread's stack.
     """
 
     steps: int | None = Field(200, ge=1)
@@ -60,6 +61,7 @@ class TrainConfig(Section):
     fraction: float = Field(1.0, gt=0, le=1)
     group_by_length: bool = False
     modality_dropout: float = Field(0.0, ge=0, lt=1)
+    check_largest: Literal["auto", "off"] = "auto"
     log_every: int = Field(10, ge=1)
     max_skipped: int = Field(10, ge=0)
     hang_minutes: float = Field(30, ge=0, le=1e6)
@@ -197,7 +199,8 @@ def one_length(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
 
 
 RESUME_OVERRIDES = (
-    *("zero", "kernels", "telemetry", "wandb", "model.device", "train.checkpoint_activations", "train.hang_minutes"),
+    *("zero", "kernels", "telemetry", "wandb", "model.device", "train.checkpoint_activations", "train.check_largest"),
+    "train.hang_minutes",
 )
 """What decides where and how fast a run computes, and not what: it may change when a run is resumed."""
 

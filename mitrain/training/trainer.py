@@ -29,7 +29,7 @@ from mitrain.core.files import write_json
 from mitrain.core.ownership import Standing, owned
 from mitrain.data.loader import Draw
 from mitrain.tasks.base import Batch
-from mitrain.training import checkpoint, resume, runs
+from mitrain.training import checkpoint, preflight, resume, runs
 from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.engine import StepResult, Sums, regularised
 from mitrain.training.evaluate import evaluate
@@ -111,6 +111,7 @@ class Trainer(Setup):
         # The result is written before the metrics are closed, which may wait for wandb.
         with StopRequest() as stop, closing(self._metrics(step, stop)) as metrics, closing(self.standing), heart:
             # A signal may reach one rank alone: all must leave the loop at the same step, or the others wait forever.
+            preflight.check(self, step)
             stopped = dist.first_not_none(stop.requested)
             while step < span.steps and not stopped and not self.best.ended:
                 result, seconds = self._step()

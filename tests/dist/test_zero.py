@@ -62,6 +62,10 @@ class TestEngine:
         whole, end = engines[0][spread]["whole"]
         assert repr(results) == repr(whole[2:]) and tensors == end
 
+    def test_a_batch_that_is_tried_before_the_first_step_leaves_no_trace(self, engines, spread):
+        for tried, whole in ((engines[0][spread]["tried"], engines[0][spread]["whole"]), (engines[0]["plain tried"], engines[0]["plain"])):
+            assert repr(tried) == repr(whole)
+
     @pytest.mark.parametrize("way", ["from plain", "to plain"])
     def test_its_state_is_the_plain_engines(self, engines, spread, way):
         results, tensors = engines[0][spread][way]

@@ -62,8 +62,11 @@ def step(engine: Engine, module: nn.Module, seed: int) -> list:
     return [result.applied, result.reason, result.loss, result.grad_norm, result.lr, result.count]
 
 
-def run(spread: dict | None, first: int = 0, last: int = 6, saved: Any = None) -> tuple[list, Any]:
-    """Results of the steps first…last, and what a checkpoint would hold; from ``saved`` of an engine before."""
+def run(spread: dict | None, first: int = 0, last: int = 6, saved: Any = None, tried: int = 0) -> tuple[list, Any]:
+    """Results of the steps first…last, and what a checkpoint would hold; from ``saved`` of an engine before.
+
+    ``tried``: so many samples go through the engine before the first step, and are discarded.
+    """
     module = net()
     engine = engine_for(module, spread)
     if saved is not None:
@@ -71,6 +74,10 @@ def run(spread: dict | None, first: int = 0, last: int = 6, saved: Any = None) -
             for name, parameter in engine.params.items():
                 parameter.copy_(saved[0][name])
         engine.load_state_dict(*saved[1])
+    if tried:
+        mine = torch.ones(tried, 5)
+        engine.backward(engine.forward(lambda: module(mine).sum()), tried)
+        engine.discard()
     results = [step(engine, module, seed) for seed in range(first, last)]
     with engine.gathered():
         return results, ({n: p.detach().clone() for n, p in engine.params.items()}, engine.state_dict())
@@ -84,16 +91,19 @@ def listed(saved: Any) -> dict:
 def engines() -> dict:
     """Every spread beside the plain engine: whole, and from a state saved after two steps by itself and by the other."""
     plain, after = run(None)
-    found: dict[str, Any] = {"plain": [plain, listed(after)]}
+    tried, end = run(None, tried=40)
+    found: dict[str, Any] = {"plain": [plain, listed(after)], "plain tried": [tried, listed(end)]}
     _, plain_half = run(None, last=2)
     for spread in SPREADS:
         results, whole = run(spread)
         _, half = run(spread, last=2)
+        tried, tried_end = run(spread, tried=40)
         resumed, end = run(spread, 2, 6, half)
         crossed, crossed_end = run(spread, 2, 6, plain_half)
         back, back_end = run(None, 2, 6, half)
         found[json.dumps(spread)] = {
             "whole": [results, listed(whole)],
+            "tried": [tried, listed(tried_end)],
             "resumed": [resumed, listed(end)],
             "from plain": [crossed, listed(crossed_end)],
             "to plain": [back, listed(back_end)],

@@ -115,6 +115,9 @@ class Engine(Protocol):
     def step(self) -> StepResult:
         """Finish the step and clear the gradients, whether or not the update was applied."""
 
+    def discard(self) -> None:
+        """Forget the micro-batches since the last step; nothing but the next gathers is done otherwise than before."""
+
     def gathered(self, write: bool = False) -> AbstractContextManager:
         """Inside, the trainable parameters can be read, and with ``write`` written to, on all ranks alike."""
 

@@ -110,6 +110,10 @@ class LocalEngine:
         self.optimizer.step()
         return norm
 
+    def discard(self) -> None:
+        self._discard()
+        self._clear()
+
     def _discard(self) -> None:
         """Forget the gradients of a step that is not applied; ``_clear`` does."""
 
