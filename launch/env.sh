@@ -4,6 +4,7 @@
 # PYTHON=…           the interpreter (default: that of .venv/, else of the active environment)
 # OMP_NUM_THREADS=…  threads of a rank (default: an equal share of the cores)
 # MITRAIN_TIMEOUT=…  seconds after which a silent rank, or a lock that is not let go, is given up (default: 1800)
+# MITRAIN_STEP_TIMEOUT=…  the same of a rank after the first step (default: 600)
 # DS_ACCELERATOR=…   what DeepSpeed computes on (default: cpu where no GPU is seen; otherwise DeepSpeed looks)
 #
 # GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, the network interface between nodes, are passed on and never set here.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "mitrain", "kernels", "configs")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "mitrain", "kernels", "configs", "launch")
 
 
 def run(*command: str | Path, paths: tuple[Path, ...] = (), cwd: Path) -> str:

@@ -15,6 +15,7 @@ COMMANDS = {
         "plan": ("plan:add_plan", "whether a configuration fits on a machine, and what a step takes there"),
         "train": ("train:add_train", "train from a configuration, or resume a run"),
         "resume": ("train:add_resume", "continue a run that was stopped, from its newest checkpoint"),
+        "launch": ("launch:add_launch", "submit a run to a cluster"),
         "runs": ("runs:add_runs", "list runs with their state and best score, or compare some"),
     },
     "ask a run": {

@@ -2,11 +2,12 @@
 
 A process that nobody launched in company is rank 0 of 1; every function here is then the identity and no process group
 exists. Collectives are called by all ranks in the same order; a rank that ends or falls silent is a RankError on the
-others, after at most ``$MITRAIN_TIMEOUT`` seconds (1800).
+others, after at most ``$MITRAIN_TIMEOUT`` seconds (1800), after the first step of training ``$MITRAIN_STEP_TIMEOUT`` (600).
 """
 
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,9 +24,13 @@ from mitrain.core.waiting import timeout, within
 
 T = TypeVar("T")
 
+_store: distributed.Store | None = None
+"""Where the ranks have met; a rank may read it while a collective hangs."""
+
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun and the deepspeed launcher
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
+STEP_S = 600.0  # for which a rank may fall silent after the first step
 GRACE_S = 5.0  # beyond the timeout, in which torch may say itself why ranks do not meet
 ALIKE_S, POLL_S = 5.0, 0.05  # in which ranks that fail alike find so, and how often they look
 HOW = "start the ranks with torchrun, deepspeed or srun, or unset them all"
@@ -141,6 +146,8 @@ def join(here: RankInfo) -> distributed.Store:
             world_size=here.world,
             timeout=timedelta(seconds=seconds),
         )
+        global _store
+        _store = store
         return store
     except (RuntimeError, ValueError, TimeoutError) as error:
         raise RankError(why_apart(str(error), here, seconds)) from None
@@ -166,6 +173,36 @@ def why_apart(message: str, here: RankInfo, seconds: float) -> str:
     return (
         f"rank {here.rank} of {here.world} cannot meet the others at {meeting} ({reason}): check both and the network"
     )
+
+
+def shorten_timeout() -> None:
+    """From here a silent rank is given up after ``$MITRAIN_STEP_TIMEOUT`` seconds, ``$MITRAIN_TIMEOUT`` if that is less."""
+    if world() > 1:
+        seconds = min(timeout(), timeout("MITRAIN_STEP_TIMEOUT", STEP_S))
+        distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def mark(step: int) -> None:
+    """Tell the others that this rank has come to the collectives of ``step``: if one does not, they can name it."""
+    if _store is not None:
+        with suppress(RuntimeError):  # the collective itself says it better
+            _store.set(f"at/{rank()}", f"{step} {socket.gethostname()}")
+
+
+def absent() -> str:
+    """The ranks that have not come as far as this one, as "; rank 1 on node-2 had not come to step 7"; or ""."""
+    try:
+        here, told = rank(), [f"at/{r}" for r in range(world())]
+        at = within(ALIKE_S, lambda: [_store.get(name).decode() if _store.check([name]) else "" for name in told])
+    except TimeoutError:
+        return ""
+    except RuntimeError:
+        return "; rank 0, where the ranks meet, has gone" if here else ""
+    steps = [int(text.partition(" ")[0] or 0) for text in at]
+    behind = [
+        f"rank {r} on {at[r].partition(' ')[2] or 'an unknown host'}" for r, s in enumerate(steps) if s < steps[here]
+    ]
+    return f"; {', '.join(behind[:4])} had not come to step {steps[here]}" if behind else ""
 
 
 def initialized() -> bool:
@@ -202,7 +239,8 @@ def answered() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankError(
-            f"rank {rank()} lost the others ({reason(error)}): look for the first message of another rank, then resume"
+            f"rank {rank()} lost the others ({reason(error)}{absent()}): look for the first message of another rank, then"
+            " resume"
         ) from None
 
 

@@ -10,15 +10,15 @@ from mitrain.core.errors import RankError
 T = TypeVar("T")
 
 
-def timeout() -> float:
-    """Seconds of ``$MITRAIN_TIMEOUT`` (1800), after which another process is given up."""
-    text = os.environ.get("MITRAIN_TIMEOUT", "1800")
+def timeout(name: str = "MITRAIN_TIMEOUT", default: float = 1800) -> float:
+    """Seconds of ``$MITRAIN_TIMEOUT`` (1800), or another such variable, after which another process is given up."""
+    text = os.environ.get(name, str(default))
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 1 <= seconds < 1e7:
-        raise RankError(f"MITRAIN_TIMEOUT={text[:40]} is no number of seconds: give 1 or more")
+        raise RankError(f"{name}={text[:40]} is no number of seconds: give 1 or more")
     return seconds
 
 

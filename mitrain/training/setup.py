@@ -28,6 +28,7 @@ from mitrain.training.fingerprint import digest, fingerprint, require_same
 from mitrain.training.guard import SkipBudget
 from mitrain.training.schedule import multiplier, span
 from mitrain.training.schema import RunConfig
+from mitrain.training.stragglers import Pace
 from mitrain.training.telemetry import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Setup:
             checkpoint.seed_rank(config.seed, 0, dist.rank())
         self.loader = self._loader()
         self.skips = SkipBudget(total=config.train.max_skipped)
+        self.pace = Pace(config.train.log_every, self.engine.lockstep)
 
     def _build(self) -> Model:
         return build(self.config, shard=sharding(self.config.zero, self.config.train.optimizer))

@@ -112,17 +112,21 @@ class Trainer(Setup):
         with StopRequest() as stop, closing(self._metrics(step, stop)) as metrics, closing(self.standing), heart:
             # A signal may reach one rank alone: all must leave the loop at the same step, or the others wait forever.
             preflight.check(self, step)
+            self.pace.clear()
             stopped = dist.first_not_none(stop.requested)
             while step < span.steps and not stopped and not self.best.ended:
                 result, seconds = self._step()
                 # What a gradient reaches follows from the configuration: the first step shows it.
                 if step == first and result.applied:
                     self._check_reached(result.unreached)
+                if step == first:
+                    dist.shorten_timeout()  # what differs between ranks before it, as encoding and compiling, is over
                 step += 1
                 heart.beat()
                 state.beat(step, span.steps)
                 self.skips.record(step, result.reason, self.saved)
                 self._log(metrics, step, result, seconds)
+                self.pace.report(step)
                 last = step == span.steps
                 if last and not self.engine.applied:
                     raise self.skips.failed(step)
@@ -171,9 +175,12 @@ class Trainer(Setup):
             self.model.train()
             self.tokens = 0
             for _ in range(self.config.train.accumulate):
-                draws = self.loader.next()
+                with self.pace.part("input"):
+                    draws = self.loader.next()
                 self._accumulate(draws, dist.shard_of(len(draws)))
                 self.tokens += self.model.task.tokens([draw.sample for draw in draws])
+            self.pace.arrive()
+            dist.mark(self.engine.steps + 1)
             result = self.engine.step()
         return result, time.perf_counter() - start
 
@@ -185,11 +192,12 @@ class Trainer(Setup):
         idle = not draws[share]
         if idle and not self.engine.lockstep:
             return
-        batch = self.model.training_batch(draws, self.drawn or self.features, slice(0, 1) if idle else share)
-
-        # Through the engine: at stage 3 the modules gather their weights only within its forward pass.
-        total, count = self.engine.forward(lambda: self.loss(batch))
-        self.engine.backward(total, 0 if idle else count)
+        with self.pace.part("input"):
+            batch = self.model.training_batch(draws, self.drawn or self.features, slice(0, 1) if idle else share)
+        with self.pace.part("compute"):
+            # Through the engine: at stage 3 the modules gather their weights only within its forward pass.
+            total, count = self.engine.forward(lambda: self.loss(batch))
+            self.engine.backward(total, 0 if idle else count)
 
     def loss(self, batch: Batch) -> Sums:
         """(sum, count) of a batch, the adapter's regulariser included."""

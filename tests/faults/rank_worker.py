@@ -7,6 +7,8 @@ import ctypes
 import os
 import signal
 import subprocess
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from crash_worker import Killer
@@ -14,7 +16,9 @@ from crash_worker import Killer
 import mitrain.training.trainer
 from benchmarks.faults.inject import before
 from mitrain.cli import main
-from mitrain.training import checkpoint
+from mitrain.training import checkpoint, stragglers
+from mitrain.training.build import Model
+from mitrain.training.engine import LocalEngine
 from mitrain.training.trainer import Trainer
 
 
@@ -48,4 +52,19 @@ def train_on_hosts(first: str, second: str, *arguments: str) -> int:
             raise OSError(ctypes.get_errno(), "setns")
     if host == second:
         before(Trainer, "_accumulate", 8, lambda: subprocess.run(["ip", "link", "set", "eth0", "down"], check=True))
+    return train(*arguments)
+
+
+def train_unevenly(part: str, *arguments: str) -> int:
+    """Train with a clock of its own, by which PART of each micro-batch takes a second on rank 1, a tenth on the others."""
+    now = [0.0]
+    stragglers.time = SimpleNamespace(perf_counter=lambda: now[0])
+    owner, name = {"input": (Model, "training_batch"), "compute": (LocalEngine, "backward")}[part]
+    call = getattr(owner, name)
+
+    def timed(*args: Any) -> Any:
+        now[0] += 1.0 if os.environ["RANK"] == "1" else 0.1
+        return call(*args)
+
+    setattr(owner, name, timed)
     return train(*arguments)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 
 import pytest
 from ranks import STEPS, losses, make_world, run_folder
@@ -74,12 +75,34 @@ def test_of_three_ranks_every_other_one_ends(world, forge, tmp_path):
         complaint(ended[rank], rank)
 
 
+@pytest.mark.parametrize(("part", "says"), [("input", "waiting for input"), ("compute", "forward and backward")])
+def test_a_straggler_is_named_on_rank_0_with_what_it_waits_for(world, forge, tmp_path, part, says):
+    arguments = (part, world / "config.yaml", "--run-dir", tmp_path / "run", "--json", "train.log_every=2")
+    first, second = forge.start(RANKS, "rank_worker:train_unevenly", *arguments, **environment(world)).wait()
+    assert (first.code, second.code, second.err) == (0, 0, ""), first.err + second.err
+    (line,) = [line for line in first.err.splitlines() if "holds the others up" in line]
+    host = socket.gethostname()
+    seconds = "4.00 s", "theirs is 0.40 s"  # two micro-batches a step, two steps a report
+    assert line.startswith(f"mitrain: rank 1 on {host} holds the others up: {seconds[0]} {says} in the 2 steps to 6")
+    assert seconds[1] in line
+
+
+def test_after_the_first_step_a_silent_rank_is_given_up_sooner(world, forge, tmp_path):
+    arguments = (1, "in-step", "SIGSTOP", world / "config.yaml", "--run-dir", tmp_path / "run", "--json")
+    env = {**environment(world), "MITRAIN_STEP_TIMEOUT": "9"}
+    group = forge.start(RANKS, "rank_worker:train_and_fail", *arguments, **env)
+    (ended,) = group.wait(0)
+    group.kill(1)
+    assert "9000ms" in complaint(ended, 0)
+
+
 def test_a_silent_rank_is_given_up_after_the_timeout(world, forge, undisturbed, tmp_path):
     """The timeout is far longer than a step takes here, and is waited for once."""
     arguments = (1, "in-step", "SIGSTOP", world / "config.yaml", "--run-dir", tmp_path / "run", "--json")
     group = forge.start(RANKS, "rank_worker:train_and_fail", *arguments, **environment(world, seconds=8))
     (ended,) = group.wait(0)
-    assert "8000ms" in complaint(ended, 0)
+    line = complaint(ended, 0)
+    assert "8000ms" in line and re.search(r"; rank 1 on \S+ had not come to step 4\)", line), line
     group.kill(1)
     (silent,) = group.wait(1)
     assert silent.code == SIGKILL

@@ -1,4 +1,5 @@
-"""``python -m mitrain`` in a job; rank 0 has Slurm signal the job's shell in step 3, unless the job was requeued."""
+"""``python -m mitrain`` in a job that is not let through: in step 3 rank 0 calls what $STOPPED_BY says, unless the job was
+requeued, and all ranks wait for the signal that comes of it."""
 
 import os
 import subprocess
@@ -22,7 +23,7 @@ def arrange() -> None:
     def signalled(self):
         if self.engine.steps == STEP - 1:
             if os.environ["SLURM_PROCID"] == "0":
-                subprocess.run(["scancel", "--batch", "--signal=USR1", os.environ["SLURM_JOB_ID"]], check=True)
+                subprocess.run(os.environ["STOPPED_BY"], shell=True, check=True)
             if not heard.wait(120):
                 raise SystemExit("no signal came")
         return step(self)
