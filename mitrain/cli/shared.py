@@ -74,6 +74,8 @@ def on_ranks(run: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Nam
     """A command that all ranks run together, where there are several; rank 0 speaks."""
 
     def joined(arguments: argparse.Namespace) -> Any:
+        # Before torch is imported: it warns of every lost connection, which we say in a line of our own.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from mitrain.core import dist, launchers
         from mitrain.training import fingerprint
 

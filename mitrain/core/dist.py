@@ -189,15 +189,18 @@ def mark(step: int) -> None:
             _store.set(f"at/{rank()}", f"{step} {socket.gethostname()}")
 
 
-def absent() -> str:
-    """The ranks that have not come as far as this one, as "; rank 1 on node-2 had not come to step 7"; or ""."""
+def absent(error: RuntimeError) -> str:
+    """The ranks that have not come as far as this one, as "; rank 1 on node-2 had not come to step 7"; or "".
+
+    The store lies in rank 0's process, which may be the one that has gone: after anything but a time-out only that asks.
+    """
+    if _store is None or (rank() and "imed out" not in str(error)):
+        return ""
     try:
         here, told = rank(), [f"at/{r}" for r in range(world())]
         at = within(ALIKE_S, lambda: [_store.get(name).decode() if _store.check([name]) else "" for name in told])
-    except TimeoutError:
+    except (TimeoutError, RuntimeError):
         return ""
-    except RuntimeError:
-        return "; rank 0, where the ranks meet, has gone" if here else ""
     steps = [int(text.partition(" ")[0] or 0) for text in at]
     behind = [
         f"rank {r} on {at[r].partition(' ')[2] or 'an unknown host'}" for r, s in enumerate(steps) if s < steps[here]
@@ -239,8 +242,8 @@ def answered() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankError(
-            f"rank {rank()} lost the others ({reason(error)}{absent()}): look for the first message of another rank, then"
-            " resume"
+            f"rank {rank()} lost the others ({reason(error)}{absent(error)}): look for the first message of another rank,"
+            " then resume"
         ) from None
 
 

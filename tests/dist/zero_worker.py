@@ -15,6 +15,7 @@ from mitrain.training.engine import Engine, Group, LocalEngine, OptimizerConfig,
 from benchmarks.parity.gathers import counted_gathers
 from mitrain.training.engine.zero import ZeroEngine, checked_json, sharding
 from mitrain.core.errors import ConfigError
+from mitrain.models import loading
 from mitrain.training.trainer import Trainer
 
 CLIP = OptimizerConfig(clip=0.5)
@@ -83,6 +84,17 @@ def run(spread: dict | None, first: int = 0, last: int = 6, saved: Any = None, t
         return results, ({n: p.detach().clone() for n, p in engine.params.items()}, engine.state_dict())
 
 
+def bucket(spread: dict) -> list[int]:
+    """Elements of the bucket for gradients that DeepSpeed is asked for, of those that are trained, of one of the user's."""
+    own = ZeroConfig(**spread, config={"zero_optimization": {"reduce_bucket_size": 77}})
+    module = net()
+    groups = [Group("net", {name: p for name, p in module.named_parameters() if p.requires_grad}, 0.1)]
+    theirs = ZeroEngine({"net": module}, groups, lambda step: 1.0, CLIP, own)
+    engine = engine_for(net(), spread)
+    asked = [e.json["zero_optimization"]["reduce_bucket_size"] for e in (engine, theirs)]
+    return [asked[0], sum(loading.elements(p) for p in engine.params.values()), asked[1]]
+
+
 def listed(saved: Any) -> dict:
     weights, (slots, _) = saved
     return {name: tensor.tolist() for name, tensor in {**weights, **slots}.items()}
@@ -103,6 +115,7 @@ def engines() -> dict:
         back, back_end = run(None, 2, 6, half)
         found[json.dumps(spread)] = {
             "whole": [results, listed(whole)],
+            "bucket": bucket(spread),
             "tried": [tried, listed(tried_end)],
             "resumed": [resumed, listed(end)],
             "from plain": [crossed, listed(crossed_end)],

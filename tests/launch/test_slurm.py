@@ -72,7 +72,7 @@ def test_a_mistake_ends_the_job_and_is_not_requeued(submit, cluster, world):
     """Two tasks on one node; rank 0 alone names the mistake."""
     number, log = submit(world / "config.yaml", "train.stepz=3", options=("--nodes=1", "--ntasks-per-node=2"))
     ended = cluster.wait(number)
-    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), log.read_text()
+    assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("FAILED", "0", "2:0"), log.read_text()
     assert log.read_text().count("stepz") == 1
 
 

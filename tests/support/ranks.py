@@ -136,6 +136,7 @@ class Forge:
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.groups = 0
         env = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command line sets it before torch is imported
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, "-W", "error", __file__], env=env, **pipes)
 

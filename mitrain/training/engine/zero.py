@@ -26,6 +26,8 @@ from mitrain.training.engine.deepspeed_config import Json, ZeroConfig, deepspeed
 from mitrain.training.engine.local import LocalEngine, checked_count
 from mitrain.training.engine.tied import hold_tied
 
+BUCKET = 1 << 24  # elements of gradients that are reduced at a time: 64 MiB of float32
+
 
 def deepspeed() -> ModuleType:
     """DeepSpeed, quiet, and on a CPU without its shared-memory operator: that compiles for minutes, its lock outlives a
@@ -133,7 +135,7 @@ class ZeroEngine(LocalEngine):
     ):
         super().__init__(groups, schedule, config, scale)
         self.stage, self.lockstep = zero.stage, zero.stage == 3
-        self.json = checked_json(zero, self.config)
+        self.json = with_bucket(checked_json(zero, self.config), sum(map(loading.elements, self.params.values())))
         self.deepspeed = join()
         self.engine = initialize(Root(parts), self.json, self.optimizer)
         self.sharded = self.engine.optimizer  # DeepSpeed's optimizer around ours
@@ -261,6 +263,15 @@ class ZeroEngine(LocalEngine):
         own = value.flatten()[part.numel() * dist.rank() :][: part.numel()]
         part[: own.numel()] = own
         self.deepspeed.utils.safe_set_local_optimizer_state(param, part, slot)
+
+
+def with_bucket(made: Json, trained: int) -> Json:
+    """DeepSpeed's JSON with a bucket for the gradients of ``trained`` elements, unless the user says how large it is.
+
+    DeepSpeed allocates 5e8 elements (2 GB of float32) however few are trained, and copies of what is in it while it reduces.
+    """
+    sizes = {"reduce_bucket_size": min(trained, BUCKET), **made["zero_optimization"]}
+    return {**made, "zero_optimization": sizes}
 
 
 def blank(slot: str, value: Tensor, flat: Tensor) -> Tensor:
