@@ -41,7 +41,10 @@ def add_launch(sub: argparse.ArgumentParser) -> None:
         "--grace", type=int, default=120, metavar="SECONDS", help="before the limit at which the run saves and requeues"
     )
     slurm.add_argument(
-        "--run-dir", metavar="RUN_DIR", help="of the run; with --array -SEED is added (default: runs/slurm-JOB)"
+        "--run-dir",
+        dest="at",
+        metavar="RUN_DIR",
+        help="of the run; with --array -SEED is added (default: runs/slurm-JOB)",
     )
     slurm.add_argument(
         "--sbatch",
@@ -62,8 +65,8 @@ def run_slurm(arguments: argparse.Namespace) -> dict[str, Any]:
         say(arguments, script.rstrip())
         return {"job": None, "script": script}
     job = submit(script)
-    run = arguments.run_dir or f"runs/slurm-{job}"
-    runs = f"{run}{'-' if arguments.run_dir else '_'}SEED" if arguments.array else run
+    run = arguments.at or f"runs/slurm-{job}"
+    runs = f"{run}{'-' if arguments.at else '_'}SEED" if arguments.array else run
     say(arguments, f"job {job}, run folder {runs}: squeue --job {job}; scancel {job} ends it")
     return {"job": job, "run": runs, "script": script}
 
@@ -122,7 +125,7 @@ def setting(arguments: argparse.Namespace) -> list[str]:
     config = Path(arguments.config)
     words = [str(config.absolute()) if config.is_file() else arguments.config, *arguments.overrides]
     seed = ' "seed=$SLURM_ARRAY_TASK_ID"' if arguments.array else ""
-    run = shlex.quote(str(Path(arguments.run_dir).absolute())) if arguments.run_dir else ""
+    run = shlex.quote(str(Path(arguments.at).absolute())) if arguments.at else ""
     return [
         f"export MITRAIN_ROOT={shlex.quote(str(PACKAGE))} PYTHON={shlex.quote(sys.executable)}",
         *([f"export RUN={run}{'-$SLURM_ARRAY_TASK_ID' if arguments.array else ''}"] if run else []),
