@@ -1,6 +1,6 @@
 """The methods by name: the one place where a new method is added, by an import and its class in ``METHODS``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError
@@ -39,3 +39,8 @@ def build(config: Section, widths: Mapping[str, int] | None = None) -> Adapter:
     if widths is not None and "modalities" in type(config).model_fields:
         config = config.model_copy(update={"modalities": dict(widths)})
     return METHODS[config.section_name](config)
+
+
+def calibrate(adapter: Adapter, run: Callable[[], None]) -> None:
+    """Before the first step: let ``adapter`` take statistics from ``run()``: passes over training samples, no gradients."""
+    adapter._calibrate(run)

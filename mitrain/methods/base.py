@@ -125,6 +125,9 @@ class Adapter(nn.Module, ABC):
         the tensors get the same names and shapes.
         """
 
+    def _calibrate(self, run: Callable[[], None]) -> None:
+        """See `mitrain.methods.calibrate`; nothing to do, and ``run`` not called, where a method has no statistics."""
+
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
         """One pass of the adapted backbones over texts, other inputs or (row by row) both.
 
@@ -152,10 +155,6 @@ class Adapter(nn.Module, ABC):
     def extra_loss(self) -> tuple[Tensor, Tensor] | None:
         """A regulariser of the last forward pass as (sum, count), or None; training adds its mean to the loss's mean."""
         return None
-
-    def calibrate(self, run: Callable[[], None]) -> None:
-        """Before the first step: take statistics of the frozen side from ``run()``, passes over training samples without
-        gradients; nothing to do, and ``run`` not called, where the method has none."""
 
     def usage(self) -> Mapping[str, float]:
         """What a row of a comparison is to keep of the last training pass, as how evenly experts were used."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mitrain import methods
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.features import Features
@@ -122,7 +123,7 @@ class Setup:
                 if not (self.start and initial.load_adapter(self.start, self.model, self.allow_changes)):
                     self.model.norm.fit(self.features.of_files(self.train))
                 if not self.start:
-                    self.model.adapter.calibrate(self._passes)
+                    methods.calibrate(self.model.adapter, self._passes)
                 self.model.task.fit(self.train, self._see)
                 if self.start:
                     initial.load_head(self.start, self.model)

@@ -8,6 +8,7 @@ from modalities import pictures
 from tiny_mope import SMALL, Pair, attached, model_of
 
 from mitrain.core.errors import ModelError
+from mitrain.methods import calibrate
 from mitrain.methods.mope.config import MoPEConfig
 from mitrain.methods.mope.mope import MoPE
 from mitrain.methods.mope.prompts import LayerPrompts
@@ -439,7 +440,7 @@ def test_standardised_routers_start_undecided_and_see_what_differs_between_sampl
 def test_every_pair_can_be_calibrated(pair):
     found = attached(**PAIRS[pair], rows=8, standardize=True)
     with torch.no_grad():
-        found.mope.calibrate(found.encode)
+        calibrate(found.mope, found.encode)
         found.encode()
     scales = [value for name, value in found.mope.state_dict().items() if name.endswith("standard.scale")]
     assert len(scales) == 1 + len(found.mope.prompts) and all((scale != 1).any() for scale in scales)
@@ -450,7 +451,7 @@ def test_what_is_standardised_has_mean_0_and_variance_1_over_the_samples_seen():
     read = []
     found.mope.mapper.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     with torch.no_grad():
-        found.mope.calibrate(lambda: [found.rows(slice(i, i + 4)).encode() for i in range(0, 16, 4)])
+        calibrate(found.mope, lambda: [found.rows(slice(i, i + 4)).encode() for i in range(0, 16, 4)])
         found.encode()
     varied = read[0].var(0, correction=0) > 1e-9
     assert not len(read[1:]) and varied.any()
@@ -462,9 +463,9 @@ def test_a_sample_that_lacks_its_file_is_not_in_the_statistics():
     found = attached(rows=4, standardize=True, main="text", image_name="dinov2_with_registers")
     there = torch.tensor([True, True, False, True])
     with torch.no_grad():
-        found.mope.calibrate(lambda: found.encode(present={"image": there}))
+        calibrate(found.mope, lambda: found.encode(present={"image": there}))
         partly = {n: v.clone() for n, v in found.mope.state_dict().items() if n.startswith("standard")}
-        found.mope.calibrate(found.rows(torch.tensor([0, 1, 3])).encode)
+        calibrate(found.mope, found.rows(torch.tensor([0, 1, 3])).encode)
         whole = {n: v for n, v in found.mope.state_dict().items() if n.startswith("standard")}
     for name in whole:
         torch.testing.assert_close(partly[name], whole[name], **EXACT)
@@ -472,5 +473,5 @@ def test_a_sample_that_lacks_its_file_is_not_in_the_statistics():
 
 def test_without_the_setting_nothing_is_measured():
     found = attached()
-    found.mope.calibrate(lambda: pytest.fail("no pass is needed"))
+    calibrate(found.mope, lambda: pytest.fail("no pass is needed"))
     assert not any("standard" in name for name in found.mope.state_dict())

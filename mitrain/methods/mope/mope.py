@@ -223,7 +223,7 @@ class MoPE(Adapter):
             return None
         return self.standard(condition)
 
-    def calibrate(self, run: Callable[[], None]) -> None:
+    def _calibrate(self, run: Callable[[], None]) -> None:
         """Statistics of ψ, and of each layer's mean token with static prompts alone, over the passes of ``run``."""
         standards = [module for module in self.modules() if isinstance(module, Standard)]
         if not standards:
