@@ -38,13 +38,16 @@ def test_the_end(launcher, world, environment, tmp_path):
 
 
 def test_a_launcher_that_is_asked_to_end(launcher, world, environment, tmp_path):
-    """Both hand SIGTERM on to the ranks, which save after their step; the launcher's own code says that it was ended."""
+    """torchrun hands SIGTERM on to the ranks, which save after their step; deepspeed ends at once, and the ranks with it."""
     process = begun(launcher, world, environment, tmp_path / "run", "train.steps=100000", "train.eval_every=100000")
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=900)
+    if launcher is DEEPSPEED:
+        assert process.returncode and "the launcher has ended, and this rank with it" in said, said
+        return
     assert "SIGTERM: stopping after this step" in said, said
-    assert process.returncode == {False: 1, True: 1}[launcher is TORCHRUN], said
+    assert process.returncode == 1, said
     assert list((tmp_path / "run" / "checkpoints").glob("step-*")), said
