@@ -226,6 +226,17 @@ class ZeroEngine(LocalEngine):
             else self.sharded.single_partition_of_fp32_groups
         )
 
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self._link()
+        return super().state_dict()
+
+    def _link(self) -> None:
+        """Let each parameter's view show the flat states that there are now. DeepSpeed does it once, at stages 1 and 2 after
+        the first group's first step, when the other groups have none."""
+        if self.stage < 3:
+            self.sharded._hp_optimizer_states_linked = False
+            self.sharded._lazy_init_hp_params_optimizer_state()
+
     def _slots(self, param: nn.Parameter) -> Mapping[str, Any]:
         # DeepSpeed fills the states with zeros at once; torch, whose format this is, has none before the first step.
         if not self.applied:
@@ -245,10 +256,7 @@ class ZeroEngine(LocalEngine):
             self.optimizer.state[flat] = {
                 slot: blank(slot, value, flat) for slot, value in next(iter(slots.values())).items()
             }
-        if self.stage < 3:
-            # Each parameter's view of the flat states still shows the cleared ones.
-            self.sharded._hp_optimizer_states_linked = False
-            self.sharded._lazy_init_hp_params_optimizer_state()
+        self._link()
         for name, held in slots.items():
             for slot, value in held.items():
                 if slot != "step":
