@@ -34,7 +34,8 @@ def write_segment(folder: Path, items: Mapping[str, Item]) -> Index:
     index: Index = {key: [checksum(key, item), {}] for key, item in items.items()}
     for name in sorted({name for item in items.values() for name in item}):
         having = {key: item[name] for key, item in items.items() if name in item}
-        rows = np.concatenate(list(having.values()))
+        # Of transposed arrays, as a convolution's output is, concatenate makes another: a file of columns.
+        rows = np.ascontiguousarray(np.concatenate(list(having.values())))
         np.save(folder / f"{name}.npy", rows, allow_pickle=False)
         place = (folder / f"{name}.npy").stat().st_size - rows.nbytes
         for key, array in having.items():

@@ -47,6 +47,18 @@ def test_values_come_back_and_are_computed_once(tmp_path, kept):
         assert cache.get(key)["b"].dtype == np.float16
 
 
+def test_transposed_arrays_come_back_and_are_no_damage(tmp_path, caplog):
+    """As a convolution's output is, the states that enter an audio encoder's first layer; one item, and two."""
+    transposed = {key: {**item(key), "a": np.arange(12, dtype=np.float32).reshape(4, 3).T} for key in KEYS[:3]}
+    cache = open_cache(tmp_path)
+    for keys in (KEYS[:1], KEYS[1:3]):
+        cache.fill(keys, lambda keys: {key: transposed[key] for key in keys})
+    again = open_cache(tmp_path)
+    for key, value in transposed.items():
+        np.testing.assert_array_equal(again.get(key)["a"], value["a"])
+    assert not caplog.records
+
+
 def test_another_process_reads_what_was_published(tmp_path):
     open_cache(tmp_path).fill(KEYS, Computer())
     again = open_cache(tmp_path)

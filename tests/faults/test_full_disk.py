@@ -33,7 +33,7 @@ def publish(folder: Path) -> Path:
     base = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=20)
     adapter, counts = methods.build(MiTConfig(), {"image": 4}), export_format.Parameters(trainable=1, frozen=2)
     fields = export_format.method_fields(adapter, base, "base", counts)
-    return export_format.publish(folder, fields, {"adapter": {"w": torch.zeros(NUMBERS)}}, export_format.model_card)
+    return export_format.publish(folder, fields, {"adapter": {"w": torch.zeros(NUMBERS)}}, export_format.model_card, {})
 
 
 def refused(write: Callable[[], object], says: str) -> None:
