@@ -11,10 +11,11 @@ from mitrain.cli import main
 from mitrain.methods import METHODS
 from mitrain.training import schema
 from mitrain.training.build import resolved
+from mitrain.training.engine import ZeroConfig
 from mitrain.training.plan import Asked, machine_of, plan
 from mitrain.training.plan.plan import measured
 from mitrain.training.plan.tracing import own_operators, traced
-from mitrain.training.plan.traffic import gathered
+from mitrain.training.plan.traffic import gathered, traffic
 from mitrain.training.trainer import Trainer
 
 ASKED = Asked(machine_of("h100-80g"))
@@ -95,6 +96,8 @@ def test_weights_are_gathered_again_only_behind_the_reuse_distance():
     assert gathered(order, reuse=10**9)[0] == 3 * size
     assert gathered(order, reuse=1)[0] == 5 * size
     assert gathered([(layers[0], False), *order[1:]], reuse=1)[0] == 4 * size
+    sent = traffic(ZeroConfig(stage=3), 2, trained=1000, order=order, accumulate=2)
+    assert sent.gathers == 1000 + 2 * 3 * size and sent.scatters == 1000  # frozen weights in every micro-batch
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Everything is counted on the models without weights that the configuration descr
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -272,9 +273,18 @@ def memory(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> t
     flat = 2 * weights if asked.ranks > 1 else 0
     moments = {"backward": base + sum(step.values()), "reduction": base + weights + flat}
     if on_cpu:
-        # Of the optimizer's states there are a copy, each tensor's bytes, and the file's.
-        moments["save"] = base + 3 * optimizer(config, 1, weights)
+        files = [bytes_of(list(module.state_dict().values())) for module in model.trainable.values()]
+        moments["save"] = base + saving([*files, optimizer(config, 1, weights)])
     return {**{name: size for name, size in fixed.items() if size}, **{n: s for n, s in step.items() if s}}, moments
+
+
+def saving(groups: Sequence[int]) -> int:
+    """The most bytes that writing a checkpoint holds, by the bytes of its files' tensors, in the order of writing.
+
+    A file is three copies at once: of the tensors, safetensors' buffer, and the bytes made of it. The bytes of the file
+    before are let go when they are there.
+    """
+    return max(before + 3 * size for before, size in pairwise([0, *groups]))
 
 
 def optimizer(config: RunConfig, ranks: int, weights: int) -> int:
