@@ -5,11 +5,16 @@ import sys
 import tomllib
 from collections import defaultdict
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import requires
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from source_tree import ROOT, imports, our_files
+
+from mitrain.core.errors import UserError
+from mitrain.core.version import TORCH, require_torch
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OPTIONAL = {
@@ -165,3 +170,21 @@ def test_extras_refer_to_extras_that_exist():
     ours = [Requirement(text) for text in texts if Requirement(text).name == "mitrain"]
     assert ours
     assert set().union(*(requirement.extras for requirement in ours)) <= set(extras)
+
+
+@pytest.mark.parametrize("version", ["2.8.0+cu128", "2.12.1", "1.13.1"])
+def test_a_torch_older_than_asked_for_is_refused_before_anything_is_computed(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.delitem(sys.modules, "mitrain.core.dist")
+    with pytest.raises(UserError) as caught:
+        import_module("mitrain.core.dist")
+    assert (
+        str(caught.value) == f"torch {version} gives wrong numbers here and says nothing: pip install -U 'torch>=2.13'"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.13.0", "2.13.0a0+nv26.05", "2.14.1+cpu", "3.0.0"])
+def test_a_torch_that_pyproject_asks_for_is_taken(version):
+    require_torch(version)
+    (asked,) = (text for text in PROJECT["dependencies"] if normal(Requirement(text).name) == "torch")
+    assert asked == f"torch>={'.'.join(map(str, TORCH))}"

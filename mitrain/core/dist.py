@@ -20,8 +20,10 @@ from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from mitrain.core.errors import RankError, UserError
+from mitrain.core.version import require_torch
 from mitrain.core.waiting import timeout, within
 
+require_torch(torch.__version__)  # every part that computes imports this module
 T = TypeVar("T")
 
 _store: distributed.Store | None = None

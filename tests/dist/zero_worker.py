@@ -39,8 +39,10 @@ def net() -> nn.Module:
 
 
 def engine_for(module: nn.Module, spread: dict | None) -> Engine:
+    """With two groups of parameters, as an adapter and a head are: DeepSpeed partitions each by itself."""
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    groups, schedule = [Group("net", named, 0.1)], lambda step: 0.9**step
+    head = {name: named.pop(name) for name in ("3.weight", "3.bias")}
+    groups, schedule = [Group("net", named, 0.1), Group("head", head, 0.05)], lambda step: 0.9**step
     if spread is None:
         return LocalEngine(groups, schedule, CLIP)
     return ZeroEngine({"net": module}, groups, schedule, CLIP, ZeroConfig(**spread))
