@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import Any
 
 from mitrain.cli.commands import COMMANDS, overview
-from mitrain.cli.shared import Help, Parser, glance, title
+from mitrain.cli.shared import Help, Parser, glance, title, trust
 from mitrain.core import terminal
 from mitrain.core.errors import UserError, is_out_of_memory
 from mitrain.core.files import remedy
@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name in ("mitrain", "mitrain_kernels"):
             logging.getLogger(name).setLevel(logging.INFO)
     try:
+        trust(arguments)
         glance(arguments)
         with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
             result = arguments.run(arguments)  # stdout is the document's alone; DeepSpeed logs there

@@ -4,7 +4,16 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mitrain.cli.shared import add_allow_changes, add_checkpoint, add_generation, describe, generation_of, on_ranks, say
+from mitrain.cli.shared import (
+    add_allow_changes,
+    add_checkpoint,
+    add_generation,
+    add_trust,
+    describe,
+    generation_of,
+    on_ranks,
+    say,
+)
 from mitrain.core import glance
 from mitrain.core.errors import ConfigError
 from mitrain.core.files import writing
@@ -44,6 +53,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     add_checkpoint(sub)
     add_allow_changes(sub)
     add_places(sub)
+    add_trust(sub)
     sub.add_argument("--data", metavar="DIR", help="the data's folder, where it is another than the run's data.root")
     sub.add_argument(
         "--out", metavar="FILE", help="also write each sample's prediction to this new file, a JSON line each"

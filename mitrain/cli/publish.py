@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.shared import add_checkpoint, describe, say
+from mitrain.cli.shared import add_checkpoint, add_trust, describe, say
 from mitrain.core.errors import ConfigError
 
 REPORTING = """  mitrain report runs/birds-TIME --out report --splits val,test
@@ -28,6 +28,7 @@ def add_report(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--splits", default="test", help="comma-separated splits to score (default: test)")
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over each split")
+    add_trust(sub)
 
 
 def run_report(arguments: argparse.Namespace) -> Any:
@@ -52,6 +53,7 @@ def add_export(sub: argparse.ArgumentParser) -> None:
         "--splits", default="", metavar="A,B,…", help="splits to score now for the model card (val's score is known)"
     )
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over each split")
+    add_trust(sub)
     sub.add_argument(
         "--merge", action="store_true", help="fold the adapter into the frozen weights and write whole models instead"
     )

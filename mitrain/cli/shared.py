@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mitrain.core.errors import UserError, nearest
@@ -155,6 +156,26 @@ def generation_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def add_allow_changes(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--allow-changes", action="store_true", help="also on frozen models with other weights than it was trained on"
+    )
+
+
+def trust(arguments: argparse.Namespace) -> None:
+    """A configuration that a command is given may name code of the user's; a run or an export only with --trust-code."""
+    given = vars(arguments)
+    folder, asked = given.get("trust_code"), given.get("config") or given.get("study")
+    if folder is None and asked and not given.get("resume") and arguments.command in ("train", "plan", "compare"):
+        folder = Path(asked).parent
+    if folder is not None:
+        from mitrain.core import user_code
+
+        user_code.trust(folder)
+
+
+def add_trust(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--trust-code",
+        metavar="FOLDER",
+        help="run the functions that the run names as task.metric and task.loss, from modules in FOLDER or on PYTHONPATH",
     )
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.shared import describe, on_ranks, say
+from mitrain.cli.shared import add_trust, describe, on_ranks, say
 from mitrain.core.errors import ConfigError, UserError
 
 EXAMPLES = """  mitrain train quickstart                                a shipped configuration; mitrain config names them
@@ -50,11 +50,12 @@ def add_train(sub: argparse.ArgumentParser) -> None:
         "--profile", action="store_true", help="write a Chrome trace and a summary of steps 3 to 5 to RUN_DIR/profile"
     )
     sub.add_argument("--ranks", type=int, default=1, help="number of ranks for --dry-run (default: 1)")
+    add_trust(sub)
 
 
 def add_resume(sub: argparse.ArgumentParser) -> None:
     describe(sub, on_ranks(run_train), RESUMING)
-    sub.set_defaults(config=None, runs="runs", at=None, dry_run=False, memory=24.0, ranks=1)
+    sub.set_defaults(config=None, runs="runs", at=None, dry_run=False, memory=24.0, ranks=1, profile=False)
     sub.add_argument("resume", metavar="RUN_DIR", help="the run folder, as runs/NAME-TIME")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="what may change, as zero.stage=1")
     sub.add_argument(
@@ -63,6 +64,7 @@ def add_resume(sub: argparse.ArgumentParser) -> None:
         help="go on though configuration, data or frozen weights are not those of the checkpoint, as train.steps=400;"
         " each difference is named",
     )
+    add_trust(sub)
 
 
 def run_train(arguments: argparse.Namespace) -> Any:

@@ -20,11 +20,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from mitrain.core import parsing
 from mitrain.core.errors import ConfigError, nearest
+from mitrain.core.user_code import NAMED
 
 LARGEST, LARGEST_FLOAT = 1 << 63, 3.4e38
 STYLED = tuple("'\"|>!")  # how text begins in YAML that says itself where it ends
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 PATTERNS = {NAME: "take letters, digits and . _ - (64 at most, first a letter or digit)"}
+PATTERNS[NAMED] = "give the import path of a function, as package.module:function"
 WORDS = {"string_type": "text", "bool_type": "true or false", "bool_parsing": "true or false", "none_required": "null"}
 WORDS |= dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number")
 WORDS |= dict.fromkeys(("float_type", "float_parsing"), "a number")
@@ -183,9 +185,9 @@ def wanted(errors: Sequence[Any]) -> str:
     kinds = [WORDS.get(e["type"]) for e in errors]
     if None not in kinds:
         return f"give {' or '.join(dict.fromkeys(kinds))}"
-    if errors[0]["type"] == "string_pattern_mismatch":
-        return PATTERNS.get(errors[0]["ctx"]["pattern"], errors[0]["msg"])
-    return errors[0]["msg"]
+    shaped = [PATTERNS.get(e["ctx"]["pattern"], e["msg"]) for e in errors if e["type"] == "string_pattern_mismatch"]
+    first = [] if errors[0]["type"] == "string_pattern_mismatch" else [errors[0]["msg"]]
+    return ", or ".join(first + shaped)
 
 
 def known_keys(schema: Any, path: tuple) -> list[str]:

@@ -146,7 +146,7 @@ class Task(nn.Module):
     field of which two splits had better share nothing. ``asks``: their field that holds a question's text; ``asking``:
     what else `predict` is told where there is no truth.
     ``of_samples``: how the names begin of buffers that describe the training samples, and that a head taken from another
-    run therefore does not bring along.
+    run therefore does not bring along. ``own_metric``: the import path of a score of the user's own.
     """
 
     settings: ClassVar[type[Section]]
@@ -165,6 +165,7 @@ class Task(nn.Module):
     asks: ClassVar[str] = "text"
     asking: ClassVar[Mapping[str, Any]] = {}
     of_samples: tuple[str, ...] = ()
+    own_metric: str | None = None
 
     @classmethod
     def build(cls, config: Any, given: Given) -> "Task":

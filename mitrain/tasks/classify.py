@@ -5,16 +5,17 @@ Shapes: B samples, C classes.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from mitrain.core.errors import ConfigError, DataError
+from mitrain.core.user_code import FunctionName
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.sources import ClassSection
 from mitrain.tasks import details
@@ -31,10 +32,20 @@ FREQUENT = 20  # labels that `describe` lists
 
 class ClassifyConfig(HeadConfig, kind="task", name="classify"):
     """``balance``: rare classes weigh more, by the training split's counts. ``threshold``: the probability from which one
-    of several labels is predicted. The rest as in `HeadConfig`."""
+    of several labels is predicted. ``loss``: a function of the user's own in place of the cross-entropy, of logits and
+    targets (B, C), these 1 where a sample has the class (`HeadTask.own_loss`). The rest as in `HeadConfig`."""
 
     balance: bool = False
     threshold: float = Field(0.5, gt=0, lt=1)
+    loss: FunctionName | None = None
+
+    @model_validator(mode="after")
+    def _weighs(self) -> Self:
+        if self.loss and self.balance:
+            raise ValueError(
+                "balance weighs the classes in the cross-entropy, which loss replaces: leave one of them out"
+            )
+        return self
 
 
 class ClassifyTask(HeadTask):
@@ -94,6 +105,8 @@ class ClassifyTask(HeadTask):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits, targets = self.logits(batch), self.targets(batch.samples)
+        if self.config.loss:
+            return self.own_loss(logits, targets)
         if self.multilabel:
             values = F.binary_cross_entropy_with_logits(logits, targets, reduction="none", pos_weight=self.weight)
             return values.sum(), torch.tensor(float(values.numel()), dtype=torch.float64)

@@ -5,6 +5,7 @@ The text runs through the language model, the other modalities reach it through 
 Shapes: B samples.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mitrain.core import user_code
 from mitrain.core.config import Section
+from mitrain.core.errors import ConfigError
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch, Parts, Task
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
@@ -24,12 +27,14 @@ class HeadConfig(Section):
     """``template``: how a sample's text is put to the model; one without {text} leaves the text out. ``readout``: what the
     head reads, concatenated: the last token's state, the mean over tokens, the first token's, the mean of the input
     embeddings, a modality's vector itself by its name, as image (late fusion), the method's own joint state.
-    ``max_tokens``: longer texts lose their end. ``dropout``: of what the head reads."""
+    ``max_tokens``: longer texts lose their end. ``dropout``: of what the head reads.
+    ``metric``: a score of the user's own, see `mitrain.core.user_code`."""
 
     template: template_with("text", required=False) = "{text}"
     readout: tuple[str, ...] = Field(("last",), min_length=1)
     max_tokens: int = Field(128, ge=1, le=1 << 20)
     dropout: float = Field(0.0, ge=0, lt=1)
+    metric: user_code.FunctionName | None = None
 
 
 class ReadTask(Task):
@@ -94,5 +99,27 @@ class HeadTask(ReadTask):
         """(B, outputs)."""
         return self.head(self.dropout(self.states([s.text for s in batch.samples], batch.inputs)))
 
+    def own_loss(self, outputs: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum, count) of the function ``config.loss``: of the head's outputs (B, …) and what they should be, likewise;
+        ConfigError where it returns anything else."""
+        name = self.config.loss
+        given = user_code.called("task.loss", name, outputs, truth)
+        total, count = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        fits = isinstance(total, Tensor) and total.ndim == 0 and total.requires_grad >= outputs.requires_grad
+        if not fits or not is_count(count):
+            raise ConfigError(
+                f"task.loss={name} returned {str(given)[:60]!r}: let it return a sum over the batch, a tensor of shape ()"
+                " made from the outputs, and the number that it is a mean over, above 0"
+            )
+        return total, torch.as_tensor(count, dtype=torch.float64)
+
     def activation_bytes(self) -> int:
         return 4 * (2 * self.head.in_features + 2 * self.head.out_features)
+
+
+def is_count(value: Any) -> bool:
+    """Whether ``value`` is one finite number above 0; of a tensor without storage, as plans have, nothing is known."""
+    if isinstance(value, Tensor):
+        without = type(value) is not Tensor or value.is_meta
+        return value.ndim == 0 and (without or is_count(value.item()))
+    return isinstance(value, int | float) and 0 < value < math.inf

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mitrain.core.config import Section, parse
 from mitrain.core.errors import ConfigError, ModelError
+from mitrain.core.user_code import FunctionName
 from mitrain.models.batch import ModalityInputs
 from mitrain.models.tokens import Words
 from mitrain.tasks.base import Batch, Given, Parts, Task
@@ -32,7 +33,8 @@ class LanguageConfig(Section):
     """``max_new_tokens``: bound of what is generated. ``beams``: how many texts a search keeps; the one of most
     log-likelihood / length^``length_penalty`` is said. ``temperature``: words are drawn, from logits divided by it and of
     the likeliest words that have ``top_p`` together; 0: the likeliest word is taken each time. ``chat``: put the template
-    into the chat template of the model's tokenizer, as what the user says, behind the prompt ``system``."""
+    into the chat template of the model's tokenizer, as what the user says, behind the prompt ``system``.
+    ``metric``: a score of the user's own, see `mitrain.core.user_code`."""
 
     template: str
     chat: bool = False
@@ -42,6 +44,7 @@ class LanguageConfig(Section):
     length_penalty: float = Field(1.0, ge=-10, le=10)
     temperature: float = Field(0.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
+    metric: FunctionName | None = None
 
     @model_validator(mode="after")
     def _acts(self) -> Self:

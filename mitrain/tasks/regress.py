@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mitrain.core.errors import ConfigError, DataError
+from mitrain.core.user_code import FunctionName
 from mitrain.data.formats.targets import TargetSample
 from mitrain.data.sources import TargetSection
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, only_one
@@ -27,10 +28,10 @@ LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss, "huber": F.huber_loss}
 
 
 class RegressConfig(HeadConfig, kind="task", name="regress"):
-    """``loss``: of the standardised numbers: l1, mse, or huber, which is ½ d² up to a distance of 1 and linear beyond. The
-    rest as in `HeadConfig`."""
+    """``loss``: of the standardised numbers: l1, mse, or huber, which is ½ d² up to a distance of 1 and linear beyond; or a
+    function of the user's own, of outputs and truths (B,) (`HeadTask.own_loss`). The rest as in `HeadConfig`."""
 
-    loss: Literal["l1", "mse", "huber"] = "l1"
+    loss: Literal["l1", "mse", "huber"] | FunctionName = "l1"
 
 
 class RegressTask(HeadTask):
@@ -79,6 +80,8 @@ class RegressTask(HeadTask):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         standard = self.logits(batch).squeeze(-1)
         truth = ((self.targets(batch.samples) - self.target_mean) / self.target_std).to(standard.dtype)
+        if self.config.loss not in LOSSES:
+            return self.own_loss(standard, truth)
         total = LOSSES[self.config.loss](standard, truth, reduction="sum")
         return total, torch.tensor(float(len(truth)), dtype=torch.float64)
 

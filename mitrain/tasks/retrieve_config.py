@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from mitrain.core.config import Section
+from mitrain.core.user_code import FunctionName
 from mitrain.tasks.template import template_with
 
 Readout = Literal["last", "mean", "cls", "embeddings"]
@@ -20,7 +21,7 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
     follows it with ``momentum`` and softens the targets by ``distil``, linearly from 0 over ``ramp`` micro-batches;
     ``queue_start``: it is empty at first, or full of random vectors. ``start``: ``auto`` takes the projections and the
     matching head of a checkpoint that was trained for retrieval (BLIP) where they fit, so that training starts from what
-    it can do; ``fresh`` never does."""
+    it can do; ``fresh`` never does. ``metric``: a score of the user's own, see `mitrain.core.user_code`."""
 
     modality: str = ""
     partner: str = "text"
@@ -38,3 +39,4 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
     ramp: int = Field(0, ge=0)
     queue_start: Literal["empty", "random"] = "empty"
     start: Literal["auto", "fresh"] = "auto"
+    metric: FunctionName | None = None

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
+from mitrain.core.user_code import FunctionName
 from mitrain.data.expressions import ExpressionsConfig
 from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.sources import RefcocoConfig
@@ -39,7 +40,8 @@ AREAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # edges of its histogram, as shares o
 class SegmentConfig(Section, kind="task", name="segment"):
     """``readout``: what of the text conditions the decoder, concatenated: the last token's state (published), the mean over
     tokens, the mean of the input embeddings. ``film``: modulate the first level (published) or every level. ``coords``:
-    give the decoder the patches' coordinates. ``loss_size``: side of the masks in the loss, in pixels."""
+    give the decoder the patches' coordinates. ``loss_size``: side of the masks in the loss, in pixels.
+    ``metric``: a score of the user's own, see `mitrain.core.user_code`."""
 
     template: template_with("expression") = "{expression}"
     readout: tuple[Readout, ...] = ("last",)
@@ -49,6 +51,7 @@ class SegmentConfig(Section, kind="task", name="segment"):
     ffn: int = Field(2048, ge=4, le=1 << 18)
     film: Literal["first", "every"] = "first"
     coords: bool = False
+    metric: FunctionName | None = None
     loss: Literal["ce", "bce", "focal", "dice", "ce+dice", "bce+dice", "focal+dice"] = "ce"
     unet_width: int = Field(512, ge=1, le=1 << 16)
     loss_size: int = Field(56, ge=8, le=1024)

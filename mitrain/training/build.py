@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from mitrain import methods
-from mitrain.core import hub, prepared
+from mitrain.core import hub, prepared, user_code
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.files import cache_home
 from mitrain.data.features import FeatureNorm, Features, Inputs
@@ -304,6 +304,9 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: dict[str, Encoder]
         root = lambda: resolve_data(config.data)  # noqa: E731
         given = Given(parts, config.data, root, list(encoders.values()), widths, config.train.batch)
         task = TASKS[config.task.section_name].build(config.task, given)
+        task.own_metric = getattr(config.task, "metric", None)
+        if task.own_metric and user_code.trusted() and (lowest := user_code.minimises(task.own_metric)) is not None:
+            task.metric, task.minimises = task.own_metric.partition(":")[2], lowest
     norm = FeatureNorm(widths, config.features)
     return Model(config, text, encoders, adapter, norm, task, states, entering, pretrained)
 

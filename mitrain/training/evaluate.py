@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from mitrain.core import dist
+from mitrain.core import dist, user_code
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.features import Features, Inputs
 from mitrain.tasks import controls
@@ -58,6 +58,8 @@ def evaluate(
     """
     if not samples:
         raise DataError(f"{what}: there is no sample to score; give a split that has some")
+    if model.task.own_metric:
+        user_code.function("task.metric", model.task.own_metric)  # refused before anything is predicted
     shown, inputs, clashes = controlled(samples, model.task.shuffles, control, seed)
     if kept := model.task.keeps:
         inputs = [{**given, kept: sample.inputs[kept]} for given, sample in zip(inputs, samples, strict=True)]
@@ -78,6 +80,8 @@ def evaluate(
     predictions = [prediction for start in sorted(parts) for prediction in parts[start]]
     require_finite([p.id for p in predictions if not p.finite], len(predictions), what)
     metrics = {**model.task.score(samples, predictions), "control": control, **clashes}
+    if model.task.own_metric:
+        metrics |= user_code.score(model.task.own_metric, samples, predictions, metrics)
     metrics |= {"without": dict(without)} if without else {}
     metrics |= {"shuffled": list(shuffled)} if shuffled else {}
     return Evaluation(metrics, predictions)

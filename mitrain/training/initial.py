@@ -17,6 +17,7 @@ from mitrain.training import checkpoint, runs
 from mitrain.training.build import Model
 from mitrain.training.checkpoint.manifest import MANIFEST
 from mitrain.training.fingerprint import differences, flat, listed
+from mitrain.training.resume import completed
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +90,10 @@ def load_head(start: Start, model: Model) -> None:
 
 def other_head(start: Start, model: Model, saved: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> str:
     """Why the saved head is not this task's, or nothing."""
-    own, there = model.config.task, start.config.get("task")
+    own, there = model.config.task, completed(start.config).get("task")
     if not isinstance(there, dict):
         return "it is not part of it"
-    sections = [{f"task.{key}": v for key, v in flat(section).items() if key != "queue"} for section in
+    sections = [{f"task.{key}": v for key, v in flat(section).items() if key not in ("queue", "metric")} for section in
                 (there, {"name": own.section_name, **own.to_dict()})]  # fmt: skip
     data = start.config.get("data")
     classes = data.get("classes") if isinstance(data, dict) else None

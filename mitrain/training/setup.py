@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from mitrain import methods
-from mitrain.core import dist
+from mitrain.core import dist, user_code
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.features import Features
 from mitrain.data.formats.manifest import Manifest
@@ -44,6 +44,7 @@ class Setup:
     def __init__(self, config: RunConfig, folder: Path, *, quiet: bool = False, allow_changes: bool = False):
         self.config, self.folder, self.quiet = config, folder, quiet or not dist.is_main()
         self.allow_changes = allow_changes
+        self.own = user_code.sources(config.task)  # what cannot be imported is said before anything is loaded
         self.watch = Stopwatch()
         self.bad = BadSamples(config.data.bad_samples, config.data.bad_share)
         self.saved = 0  # the step of the newest checkpoint
@@ -105,7 +106,7 @@ class Setup:
             with self._bar(total, "encode inputs") as bar:
                 splits = {name: self._usable(part, name, views[name], bar) for name, part in splits.items()}
         self.train, self.val = splits.values()
-        self.fingerprint = fingerprint(config.to_dict(), splits, self.features.contents, self.model.base)
+        self.fingerprint = fingerprint(config.to_dict(), splits, self.features.contents, self.model.base) | self.own
         if self.drawn is not None:
             source = Manifest(self.root, config.data.splits["train"])
             self.fingerprint["data.train.files"] = digest(source.sizes())

@@ -43,7 +43,7 @@ def images_of(*arguments):
 class Echo:
     """A model that predicts what it was shown."""
 
-    keeps = ""
+    keeps, own_metric = "", None
 
     def __init__(self, shuffles):
         self.shuffles, self.task, self.blind = shuffles, self, []

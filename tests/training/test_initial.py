@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from folders import colour_records, llm_folder, vision_folder
 
 from mitrain.cli import main
 from mitrain.core.errors import CheckpointError, ConfigError, ModelError
-from mitrain.training import checkpoint, runs, schema
+from mitrain.training import checkpoint, initial, runs, schema
 from mitrain.training.build import resolved
 from mitrain.training.trainer import Trainer
 
@@ -118,6 +119,15 @@ def named(rows: list[dict], world: Path) -> list[dict]:
 def test_a_task_with_other_settings_starts_its_head_anew(world, tmp_path, caplog):
     started(world, tmp_path / "new", world / "run")
     assert "the task head starts anew: task.balance is true there, false here" in caplog.text
+
+
+def test_the_head_of_an_earlier_version_comes_along_though_settings_have_come_since(world, tmp_path, caplog):
+    start = initial.read(world / "run")
+    task = {key: value for key, value in start.config["task"].items() if key not in ("loss", "metric")}
+    config = configured(world, task={"name": "classify", "balance": True})
+    trainer = Trainer(config, runs.create_or_find(config, tmp_path / "new"), quiet=True)
+    initial.load_head(replace(start, config={**start.config, "task": task}), trainer.model)
+    assert "and the task head of" in caplog.text and same(trainer.model.task, start.tensors["head"])
 
 
 def test_other_settings_of_the_adapter_are_named(world, tmp_path, caplog):
