@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 _store: distributed.Store | None = None
 """Where the ranks have met; a rank may read it while a collective hangs."""
+_meetings = count()
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun and the deepspeed launcher
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
@@ -159,7 +161,8 @@ def meet(here: RankInfo, seconds: float) -> distributed.Store:
     """The store at MASTER_ADDR:MASTER_PORT, which all ranks have reached."""
     store, _, _ = next(rendezvous("env://", here.rank, here.world, timeout=timedelta(seconds=seconds)))
     store.set_timeout(timedelta(seconds=seconds))
-    return distributed.PrefixStore("mitrain", store)
+    # Of its own for each meeting: the store outlives a group, and in it the sockets that the next would connect to.
+    return distributed.PrefixStore(f"mitrain/{next(_meetings)}", store)
 
 
 def why_apart(message: str, here: RankInfo, seconds: float) -> str:

@@ -46,6 +46,14 @@ def ranks(world, forge, tmp_path_factory):
     return [{**f, "stdout": rank.out} for f, rank in zip(found, ended, strict=True)]
 
 
+def test_ranks_that_meet_again_find_nothing_of_the_group_before(forge, tmp_path):
+    """As where one process trains twice: the store is the same, and held what gloo had written of the sockets then."""
+    ended = forge.start(RANKS, "worker:meets", tmp_path, MITRAIN_TIMEOUT="10").wait(timeout=120)
+    assert [rank.code for rank in ended] == [0] * RANKS, "".join(rank.err for rank in ended)
+    for rank in range(RANKS):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[[n, n + 1], ""] for n in range(3)]
+
+
 def test_what_ranks_tell_one_another(ranks):
     for rank, found in enumerate(ranks):
         assert found["collectives"] == {
