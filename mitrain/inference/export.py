@@ -159,7 +159,7 @@ def sane(value: Any) -> bool:
 
 
 class Pretrained:
-    """An exported run on its frozen weights, ready to predict; made by `from_pretrained`. Threads may share it."""
+    """A run on its frozen weights, ready to predict; made by `from_pretrained`. Threads may share it."""
 
     def __init__(self, run: runs.Run):
         self.run = run
@@ -240,6 +240,7 @@ def from_pretrained(
     **model: Any,
 ) -> Pretrained:
     """Load what ``mitrain export`` wrote, on the frozen models that it names; a folder, or USER/NAME on the Hub.
+    Of a run's folder its best checkpoint is loaded.
 
     ``base`` and ``encoders``: their folders or names here, where they differ; with ``allow_changes`` also models of the
     same shape with other weights, of which a line is said. ``beside``: a predictor whose language model this one shares in
@@ -247,7 +248,9 @@ def from_pretrained(
     ``model``, as quantize="int8", dtype="bf16", device="cpu". Raises ModelError where the base is of another shape or has
     other weights, with every difference, and CheckpointError for a damaged folder.
     """
-    return Pretrained(runs.open_published(folder, base, encoders, allow_changes, beside and beside.run, **model))
+    opening = runs.open_run if (Path(folder) / "config.yaml").is_file() else runs.open_published
+    where = {"base": base, "encoders": encoders, "allow_changes": allow_changes, "beside": beside and beside.run}
+    return Pretrained(opening(folder, **where, **model))
 
 
 def load_adapter(

@@ -153,11 +153,12 @@ def open_run(
     base: str | Path | None = None,
     encoders: Sequence[str | Path] | None = None,
     beside: "Run | None" = None,
+    **changes: Any,
 ) -> Run:
     """Rebuild a run's model and load its ``best`` or ``latest`` checkpoint, or what was exported of it.
 
     ``base`` and ``encoders``: where the language model and the encoders are, if not where they were in training;
-    ``beside``: a run whose language model it shares.
+    ``beside``: a run whose language model it shares; ``changes``: other values of `ModelConfig`, as quantize="int8".
     ModelError where the frozen models are not those it was trained on, unless ``allow_changes``.
     """
     folder = export_format.local(folder)
@@ -166,9 +167,10 @@ def open_run(
             raise CheckpointError(
                 f"{str(folder)!r} is an export and holds one checkpoint: leave out --checkpoint {which}"
             )
-        return open_published(folder, base, encoders, allow_changes, beside)
+        return open_published(folder, base, encoders, allow_changes, beside, **changes)
     run_config, saved = read_config(folder), newest(folder, which)
-    run_config = run_config.model_copy(update={"model": elsewhere(run_config.model, base, encoders)})
+    model_config = config.parse(ModelConfig, run_config.model.to_dict() | changes, "model")
+    run_config = run_config.model_copy(update={"model": elsewhere(model_config, base, encoders)})
     zero = run_config.zero if dist.world() > 1 else ZeroConfig()  # one process holds everything whatever the stage
     if beside is not None:
         check_shared(run_config, beside, folder)

@@ -112,6 +112,15 @@ def test_best_and_latest(world, run, capsys):
     assert f"| test | {LAST} | samples | 3 |" in (world / "latest" / "README.md").read_text()
 
 
+def test_the_folder_of_a_run_is_opened_at_its_best_checkpoint(world, run, predictor, images):
+    opened = mitrain.from_pretrained(run)
+    assert opened.run.saved.step == BEST
+    assert opened.predict(images[0], PROMPT) == predictor.predict(images[0], PROMPT)
+    assert mitrain.from_pretrained(run, quantize="int8").model.text.quantize == "int8"
+    with pytest.raises(CheckpointError, match=f"mitrain export {run} --out DIR makes one of this run"):
+        mitrain.load_adapter(llm(world), run)
+
+
 def test_segmentation_comes_with_its_head(world, images):
     run = make_run(world, "segment")
     export(run, world / "masks")

@@ -196,9 +196,9 @@ def read(folder: str | Path, shapes: Shapes | None = None) -> Published:
 def read_contents(folder: Path) -> tuple[Contents, Path]:
     """A published adapter's configuration, and the file of its tensors."""
     if not is_published(folder):
-        raise CheckpointError(
-            f"{str(folder)!r} is no exported adapter (it has no {CONFIG}): give one from mitrain export"
-        )
+        run = (folder / "config.yaml").is_file()
+        mend = f"mitrain export {folder} --out DIR makes one of this run" if run else "give one from mitrain export"
+        raise CheckpointError(f"{str(folder)!r} is no exported adapter (it has no {CONFIG}): {mend}")
     names = (CONFIG, WEIGHTS) if os.path.lexists(folder / CONFIG) else PEFT_FILES
     path, weights = (real(folder, name) for name in names)
     values = parse_json(read_regular(path, CONFIG_LIMIT, MEND), path, MEND, finite=True)
