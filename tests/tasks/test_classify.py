@@ -1,6 +1,7 @@
 """The task classify: its loss and scores against a computation by hand."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from mitrain import methods
 from mitrain.core.errors import ConfigError, DataError
+from mitrain.core.user_code import TRUSTED
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
@@ -88,6 +90,23 @@ def test_the_loss_is_the_cross_entropy_of_the_heads_logits(folder, tmp_path, cac
     total.backward()
     infused = task.parts.adapter.infusions[0].head_logit.grad
     assert (infused is None) == (readout == ("image",)) and task.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_a_loss_of_ones_own_has_the_logits_and_a_row_of_targets_for_each_sample(
+    folder, monkeypatch, tmp_path, multilabel
+):
+    (tmp_path / "own_ce.py").write_text("def half(outputs, targets):\n    return 0.5 * (outputs * targets).sum(), 7\n")
+    monkeypatch.setenv(TRUSTED, str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "own_ce", raising=False)
+    task = make(folder, multilabel=multilabel, loss="own_ce:half")
+    total, count = task.loss(batch(multilabel))
+    targets = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0]] if multilabel else [[1.0, 0, 0], [0, 0, 1], [0, 1, 0]])
+    torch.testing.assert_close(total, 0.5 * (task.logits(batch(multilabel)) * targets).sum())
+    assert count.item() == 7 and count.dtype == torch.float64
+    with pytest.raises(ValueError, match="leave one of them out"):
+        ClassifyConfig(loss="own_ce:half", balance=True)
 
 
 def test_several_labels_are_binary_cross_entropies(folder):
