@@ -18,6 +18,7 @@ from mitrain.core.files import atomic_folder, remedy, write_json
 from mitrain.methods import export_format
 from mitrain.models import ImageEncoder, loading
 from mitrain.models.encoders import AudioEncoder
+from mitrain.models.encoders.audio import FAMILIES
 from mitrain.training import runs
 from mitrain.training.build import Model
 
@@ -56,7 +57,7 @@ def write_models(model: Model, changed: set[str], folder: Path) -> None:
         model.text.tokenizer.save_pretrained(folder / "text")
     if "encoder" in changed:
         name, encoder = next(iter(model.encoders.items()))
-        write(encoder.model, folder / name)
+        write(encoder.model, folder / name, FAMILIES[encoder.family].part if isinstance(encoder, AudioEncoder) else "")
         if isinstance(encoder, ImageEncoder):
             used = encoder.preprocess
             values = {
@@ -70,9 +71,11 @@ def write_models(model: Model, changed: set[str], folder: Path) -> None:
             reader.save_pretrained(folder / name)
 
 
-def write(model: PreTrainedModel, folder: Path) -> None:
+def write(model: PreTrainedModel, folder: Path, part: str = "") -> None:
+    """``part``: of a whole model, whose configuration this has, the module that it is: it is read by that name."""
+    named = {f"{part}.{name}": tensor for name, tensor in model.state_dict().items()} if part else None
     with loading.quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=named)
 
 
 def head_tensors(model: Model) -> dict[str, Any]:

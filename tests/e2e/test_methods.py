@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from clips import sound_file, tone
 from fifth_method import Gated
+from folders import llm_folder, whisper_folder
 from methods_world import configured, has_joint, make_world, untrained
 from safetensors.torch import load_file
 from transformers import (
@@ -23,8 +25,11 @@ import mitrain
 from mitrain.cli import main
 from mitrain.compare.counts import count
 from mitrain.core.errors import ModelError
+from mitrain.data.audio import read_audio
+from mitrain.data.texts import read_text
 from mitrain.methods import METHODS
 from mitrain.models.batch import TextBatch
+from mitrain.models.encoders import encoder_of
 from mitrain.training import runs, schema
 
 
@@ -215,6 +220,34 @@ def test_a_merged_method_is_in_plain_models(capsys, world, method):
                 image(pixel_values=pixels).pooler_output,
                 model.encoders["image"].model(pixel_values=pixels).pooler_output,
             )
+
+
+@pytest.mark.parametrize(("name", "takes", "suffix"), [("speech", "audio", "wav"), ("note", "text", "txt")])
+def test_a_merged_encoder_of_sound_or_text_is_a_plain_model_with_its_reader(capsys, world, name, takes, suffix):
+    """It hears and reads as the run's did with the adapter on it, and not as the frozen one."""
+    frozen = whisper_folder(world / name) if takes == "audio" else llm_folder(world / name, width=32, layers=2)
+    for number, hertz in enumerate((300, 900)):
+        sound_file(world / "data" / f"{number}.wav", tone(0.4, hertz=hertz))
+        (world / "data" / f"{number}.txt").write_text(("a red square", "this is blue")[number])
+    rows = [{name: f"{i % 2}.{suffix}", "text": "this thing is", "label": ("low", "high")[i % 2]} for i in range(8)]
+    table = world / "data" / f"{name}.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load(configured(world, "lora", "classify").read_text())
+    config["model"]["encoders"] = {name: {"name": str(frozen), "takes": takes}}
+    config |= {"features": {}, "task": {"name": "classify", "readout": ["last", name]}, "name": f"lora-{name}"}
+    config["data"]["splits"] = dict.fromkeys(("train", "val", "test"), table.name)
+    (world / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    run, out = said(capsys, "train", world / f"{name}.yaml", "--runs", world / "runs")["run"], world / f"merged-{name}"
+    made = said(capsys, "export", run, "--merge", "--out", out)
+    assert made["files"] == sorted(["text", name, "head.safetensors", "merged.json"])
+    adapted = runs.open_run(run).model.encoders[name]
+    merged, before = (
+        encoder_of(adapted.config.model_copy(update={"name": str(at)}), at) for at in (out / name, frozen)
+    )
+    item = (read_audio if takes == "audio" else read_text)(world / "data", f"1.{suffix}")
+    found, expected, old = (e.encode([e.preprocess(item)])["pooled"] for e in (merged, adapted, before))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(old, expected, atol=1e-4)
 
 
 def test_what_does_not_merge_says_so_and_writes_nothing(capsys, world):
