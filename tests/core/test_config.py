@@ -121,7 +121,7 @@ def test_hostile_files_are_refused_by_every_command_that_reads_a_configuration(t
     commands = [["train", path, "--dry-run"], ["train", path], ["data", "inspect", path], ["compare", path]]
     if text is not None:
         commands += [["train", "--resume", tmp_path], ["eval", tmp_path], ["export", tmp_path, "--out", tmp_path / "o"]]
-        commands += [["predict", tmp_path, "--image", "a.png", "--text", "a"], ["report", tmp_path, "--out", tmp_path]]
+        commands += [["predict", tmp_path, "--image", path, "--text", "a"], ["report", tmp_path, "--out", tmp_path]]
     for words in commands:
         assert main([str(word) for word in words]) == 2
         (line,) = capsys.readouterr().err.splitlines()
