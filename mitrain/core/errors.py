@@ -5,7 +5,9 @@ and keeps its traceback.
 """
 
 import difflib
+import errno
 import importlib
+import os
 import signal
 from collections.abc import Iterable
 from types import ModuleType
@@ -62,8 +64,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of Python, or of torch, whose allocators on the CPU and on a GPU say it each in their own way."""
+    """Of Python, or of torch, whose allocators on the CPU and on a GPU each say it in their own way, or of a mapped file."""
     words = ("CUDA out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    words = (*words, os.strerror(errno.ENOMEM))
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
