@@ -13,7 +13,7 @@ from mitrain.training import schema
 from mitrain.training.build import resolved
 from mitrain.training.engine import ZeroConfig
 from mitrain.training.plan import Asked, machine_of, plan
-from mitrain.training.plan.plan import measured
+from mitrain.training.plan.plan import largest, measured
 from mitrain.training.plan.tracing import own_operators, traced
 from mitrain.training.plan.traffic import gathered, traffic
 from mitrain.training.trainer import Trainer
@@ -112,3 +112,28 @@ def test_weights_are_gathered_again_only_behind_the_reuse_distance():
 def test_a_mistake_is_one_line(world, capsys, words, told):
     assert main(["plan", str(configured(world, "mit", "classify")), *words]) == 2
     assert told in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+def test_the_largest_batch_is_read_from_the_peaks_in_pieces():
+    """Gradients make the peak of few samples, so that a line through one and two would promise far too many."""
+    peaks = [(1, 100), (2, 101), (16, 160), (32, 320)]
+    assert [largest(peaks, room) for room in (99, 100, 100.9, 101, 160, 240, 320, 1000)] == [
+        0,
+        1,
+        1,
+        2,
+        16,
+        24,
+        32,
+        100,
+    ]
+    assert largest([(1, 10), (16, 10), (32, 10)], 20) == 26  # no slope: at least a byte a sample
+
+
+def test_a_batch_twice_the_largest_does_not_fit(world, capsys):
+    path = configured(world, "mit", "classify", train={"steps": 2, "batch": 4})
+    room = said(capsys, path, "--gpu", "h100-80g")["total_bytes"] + 2**20
+    memory = ("--gpu", "h100-80g", "--memory", room / 2**30)
+    most = said(capsys, path, *memory)["largest_batch"]
+    assert 4 < most < 512 and said(capsys, path, *memory, f"train.batch={most}")["fits"]
+    assert not said(capsys, path, *memory, f"train.batch={most * 5 // 4}")["fits"]

@@ -26,6 +26,8 @@ from mitrain.training.plan.traffic import Traffic, traffic
 from mitrain.training.schema import RunConfig
 
 TOKENS = 64
+MANY = 16
+"""Samples of a batch whose activations, not the gradients, make the peak."""
 ROW = 2000
 """Bytes of a sample that stay in memory: its fields, token ids, entries of the caches' indices (measured)."""
 FAR, SLOW, BUSY, LAUNCH_S = 0.4, 0.6, 0.7, 10e-6
@@ -103,12 +105,12 @@ class Asked:
 
 @dataclass
 class Measured:
-    """A configuration's step on one rank: ``traced`` of ``share`` samples, ``slope`` more bytes for each further one."""
+    """A configuration's step on one rank: ``traced`` of ``share`` samples; ``peaks``: bytes by the number of samples."""
 
     model: Model
     traced: Traced
     share: int
-    slope: float
+    peaks: list[tuple[int, int]]
     samples: int | None
     assumptions: list[str] = field(default_factory=list)
 
@@ -127,23 +129,38 @@ def empty_model(config: RunConfig) -> tuple[Model, FakeTensorMode]:
 
 
 def measured(config: RunConfig, asked: Asked) -> Measured:
-    """A step on the rank with the most samples, and one of another size, between which memory is a straight line."""
+    """A step on the rank with the most samples, and steps of other sizes.
+
+    With few samples the gradients make the peak, with many the activations: a line through two small sizes is too flat.
+    """
     share = -(-config.train.batch // asked.ranks)
+    many = share + 2 * MANY
     samples, why = batches.at_hand(config)
     model, mode = empty_model(config)
     model.text.tokenizer = tokenizer = tokenizer_at_hand(config)
     if samples and tokenizer:
-        drawn = batches.longest(samples, model.task.tokens, max(share, 2))
+        drawn = batches.longest(samples, model.task.tokens, many)
         said = [f"the {share} longest of {len(samples):,} training samples"]
     else:
         model.text.tokenizer = model.text.tokenizer or batches.Words()
-        drawn = [batches.stand_in(model, i, asked.tokens) for i in range(max(share, 2))]
+        drawn = [batches.stand_in(model, i, asked.tokens) for i in range(many)]
         said = [f"texts of {asked.tokens} tokens (--tokens), since {why or 'the tokenizer is not at hand'}"]
-    other = 1 if share > 1 else 2
-    one, two = (traced(model, batches.batch_of(model, drawn[:size], mode), mode) for size in (share, other))
-    slope = (two.peak - one.peak) / (other - share)
-    count = len(samples) or asked.samples
-    return Measured(model, one, share, max(slope, 1.0), count, said)
+    sizes = sorted({1, share, share + MANY, many})
+    steps = {size: traced(model, batches.batch_of(model, drawn[:size], mode), mode) for size in sizes}
+    peaks = [(size, step.peak) for size, step in steps.items()]
+    return Measured(model, steps[share], share, peaks, len(samples) or asked.samples, said)
+
+
+def largest(peaks: Sequence[tuple[int, int]], room: float) -> int:
+    """The most samples whose peak leaves ``room`` bytes, from ``peaks`` of some numbers of them.
+
+    The peak grows ever faster or evenly: between two numbers it lies below the chord, and beyond the last two on their line.
+    """
+    if room < peaks[0][1]:
+        return 0
+    pairs = list(pairwise(peaks))
+    (few, low), (more, high) = next((pair for pair in pairs if room < pair[1][1]), pairs[-1])
+    return int(few + (room - low) * (more - few) / max(high - low, more - few))
 
 
 def tokenizer_at_hand(config: RunConfig) -> Any:
@@ -168,7 +185,7 @@ def plan(config: RunConfig, asked: Asked, *, remedies: bool = True, found: Measu
     parts, moments = memory(config, asked, found, sent)
     total, budget = max(moments.values()), asked.machine.memory
     times = step_ms(config, asked, found, sent)
-    largest = max(0, int((budget - (moments["backward"] - found.slope * found.share)) // found.slope)) * asked.ranks
+    most = largest(found.peaks, budget - moments["backward"] + found.traced.peak) * asked.ranks
     fits = total <= budget
     per_step = config.train.batch * config.train.accumulate
     made = Plan(
@@ -181,7 +198,7 @@ def plan(config: RunConfig, asked: Asked, *, remedies: bool = True, found: Measu
         per_rank_bytes=parts,
         moments=moments,
         activations_by_part=found.traced.kept,
-        largest_batch=largest if max(value for key, value in moments.items() if key != "backward") <= budget else 0,
+        largest_batch=most if max(value for key, value in moments.items() if key != "backward") <= budget else 0,
         trainable_parameters=sum(p.numel() for p in trained(found.model)),
         frozen_parameters=sum(p.numel() for p in frozen(found.model, *found.model.frozen)),
         macs_forward=round(found.traced.forward_flops / 2 / found.share),
