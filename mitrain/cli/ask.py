@@ -186,7 +186,7 @@ def files_of(arguments: argparse.Namespace, none: bool = False) -> dict[str, str
         if not (name and equals and file) or name in files:
             raise ConfigError(f"--input {given}: write NAME=FILE, each name once")
         files[name] = file
-    if not files and not arguments.text and not none:
+    if not files and not none and not arguments.text:
         raise ConfigError("give a text with --text, a picture with --image FILE, or other files with --input NAME=FILE")
     glance.files(files.values())
     return files

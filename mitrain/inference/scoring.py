@@ -143,7 +143,8 @@ def score_run(
         if name not in run.config.data.inputs:
             raise ConfigError(f"{name!r} is none of this run's inputs: it reads {', '.join(run.config.data.inputs)}")
     set_data_root(run, root)
-    run.model.task.config = told_to_speak(run.model.task, generation or {})
+    if generation:
+        run.model.task.config = told_to_speak(run.model.task, generation)
     generate = generate or bool(generation)
     chosen, files = split_of(run, split, samples)
     gone = dict.fromkeys(without, 1.0)

@@ -165,12 +165,15 @@ def told_to_speak(task: Task, given: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"{', '.join(given)} say how text is generated, which only the tasks 'answer' and 'caption' do: leave them out"
         )
-    return parse(type(task.config), {**task.config.to_dict(), **given}) if given else task.config
+    return parse(type(task.config), {**task.config.to_dict(), **given}) if given else getattr(task, "config", None)
 
 
 @contextlib.contextmanager
 def speaking(task: Task, given: Mapping[str, Any]) -> Iterator[None]:
     """Inside, ``task`` speaks by the settings ``given`` in place of the run's."""
+    if not given:
+        yield
+        return
     before, task.config = task.config, told_to_speak(task, given)
     try:
         yield

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.core import dist, parsing
-from mitrain.core.errors import exit_code
+from mitrain.core.errors import UserError, exit_code
 from mitrain.core.files import write_json
 
 STATE = "state.json"
@@ -26,8 +26,11 @@ SILENT_S = 1800.0  # without a word: `train.hang_minutes`, as it is left
 
 @contextmanager
 def recorded(folder: Path) -> Iterator["RunState"]:
-    """Says of the block that it is running, and of an exception that ends it what it was; a block inside may do so, too."""
-    state = RunState(folder)
+    """Says of the block that it is running, and of an exception that ends it what it was; a block inside may do so, too.
+
+    A mistake of the user's that ends it before the first step leaves what the file said before.
+    """
+    state, before = RunState(folder), read(folder)
     state.say("running")
     try:
         yield state
@@ -35,7 +38,10 @@ def recorded(folder: Path) -> Iterator["RunState"]:
         if read(folder).get("state") == "running":
             stopped = isinstance(error, KeyboardInterrupt)
             why = signal.Signals(getattr(error, "number", signal.SIGINT)).name if stopped else line_of(error)
-            state.say("preempted" if stopped else "failed", why=why, exit_code=exit_code(error))
+            if before and isinstance(error, UserError) and not state.begun:
+                state.put(before)
+            else:
+                state.say("preempted" if stopped else "failed", why=why, exit_code=exit_code(error))
         raise
 
 
@@ -43,7 +49,7 @@ class RunState:
     """Rank 0 writes, the others do nothing."""
 
     def __init__(self, folder: Path):
-        self.folder, self.said = folder, 0.0
+        self.folder, self.said, self.begun = folder, 0.0, False
         self.known = {name: read(folder).get(name) for name in ("step", "steps")}
 
     def beat(self, step: int, steps: int) -> None:
@@ -55,11 +61,12 @@ class RunState:
     def say(self, state: str, why: str | None = None, exit_code: int | None = None) -> None:
         self.said = time.monotonic()
         own = {"time": round(time.time(), 3), "pid": os.getpid(), "host": socket.gethostname()}
+        self.put({"state": state, "why": why, "exit_code": exit_code, **self.known, **own})
+
+    def put(self, told: dict[str, Any]) -> None:
         if dist.is_main() and self.folder.exists():  # a folder that was moved away is not made anew
             with suppress(OSError):
-                write_json(
-                    self.folder / STATE, {"state": state, "why": why, "exit_code": exit_code, **self.known, **own}
-                )
+                write_json(self.folder / STATE, told)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -112,6 +112,7 @@ class Trainer(Setup):
         with StopRequest() as stop, closing(self._metrics(step, stop)) as metrics, closing(self.standing), heart:
             # A signal may reach one rank alone: all must leave the loop at the same step, or the others wait forever.
             preflight.check(self, step)
+            state.begun = True
             self.pace.clear()
             stopped = dist.first_not_none(stop.requested)
             while step < span.steps and not stopped and not self.best.ended:

@@ -288,7 +288,16 @@ def test_lists_name_licences_and_prepare_is_once(world, capsys):
         "qwen2.5-coder-0.5b",
     }
     assert {d["name"] for d in data} == {
-        *("tuxpaint", "tuxpaint-captions", "tuxpaint-entailment", "tuxpaint-scenes", "openclipart", "emoji"),
+        *(
+            "fillets",
+            "prompts",
+            "tuxpaint",
+            "tuxpaint-captions",
+            "tuxpaint-entailment",
+            "tuxpaint-scenes",
+            "openclipart",
+            "emoji",
+        ),
         *(
             "digits",
             "digit-scenes",

@@ -40,4 +40,4 @@ def test_the_loop_learns_saves_and_loads(tmp_path, capsys):
     assert scores == {"held-out pictures": 1.0, "another sample's picture": 0.0}
     printed = capsys.readouterr().out
     assert "loaded again it says 'blue' of 3.png" in printed
-    assert {path.name for path in out.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in out.iterdir()} >= {"mitrain.json", "mitrain.safetensors"}

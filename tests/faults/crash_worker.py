@@ -168,7 +168,8 @@ def export(folder: Path, at: int) -> int:
     counts = export_format.Parameters(trainable=1, frozen=2)
     fields = export_format.method_fields(methods.build(MiTConfig(), {"image": 4}), base, "base", counts)
     with Killer(at):
-        export_format.publish(folder / "adapter", fields, {"adapter": content(1)["adapter"]}, export_format.model_card)
+        tensors = {"adapter": content(1)["adapter"]}
+        export_format.publish(folder / "adapter", fields, tensors, export_format.model_card, {})
     return 1
 
 

@@ -288,10 +288,10 @@ def test_threads_share_a_predictor(predictor, images):
 
 def test_predictors_share_a_language_model_and_say_what_each_says_alone(world, predictor, exported, images):
     """Of other layers and another task; also where threads ask both at once."""
-    export(make_run(world, "segment", {"name": "mit", "layers": [0, 1], "gate": "none"}), world / "other")
-    alone = mitrain.from_pretrained(world / "other")
+    export(make_run(world, "segment", {"name": "mit", "layers": [0, 1], "gate": "none"}), world / "another")
+    alone = mitrain.from_pretrained(world / "another")
     first = mitrain.from_pretrained(exported)
-    second = mitrain.from_pretrained(world / "other", beside=first)
+    second = mitrain.from_pretrained(world / "another", beside=first)
     assert second.model.text is first.model.text and second.adapter is not first.adapter
 
     def asked(path):
@@ -307,7 +307,7 @@ def test_predictors_share_a_language_model_and_say_what_each_says_alone(world, p
     with pytest.raises(
         ModelError, match="cannot share the language model of .*: model.dtype is 'bf16' here and 'fp32'"
     ):
-        mitrain.from_pretrained(world / "other", beside=first, dtype="bf16")
+        mitrain.from_pretrained(world / "another", beside=first, dtype="bf16")
     export(make_run(world, "segment", {"name": "lora", "rank": 2}), world / "lora")
     with pytest.raises(ModelError, match="lora cannot take turns with another adapter"):
         mitrain.from_pretrained(world / "lora", beside=first)

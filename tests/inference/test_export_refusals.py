@@ -235,7 +235,7 @@ def test_a_forged_value_anywhere_is_refused_or_loaded(copied):
 @pytest.mark.parametrize("command", ["predict", "eval"])
 def test_the_commands_end_in_one_line_and_exit_code_2(copied, capsys, command):
     torn(copied / FILES[1])
-    more = ["--image", "x.png", "--text", "x"] if command == "predict" else []
+    more = ["--image", str(copied / FILES[1]), "--text", "x"] if command == "predict" else []
     assert main([command, str(copied), *more, "--json"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and "is torn or corrupted" in err

@@ -290,8 +290,9 @@ def test_parts_of_a_chat_message_go_to_the_inputs_that_take_them(run):
 
 
 @pytest.mark.parametrize("package", ["uvicorn", "starlette", "python_multipart"])
-def test_without_the_extra_one_line_names_it(package, monkeypatch, capsys):
+def test_without_the_extra_one_line_names_it(package, monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text("name: run\n")
     monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
-    assert main(["serve", "runs/none"]) == 2
+    assert main(["serve", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "pip install 'mitrain[serve]'" in said

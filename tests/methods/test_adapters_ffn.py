@@ -54,11 +54,15 @@ def test_blocks_of_the_same_names_that_compute_something_else(kind, dtype):
     assert is_swiglu(block_of().to(dtype), dtype) and not is_swiglu(block_of(kind).to(dtype), dtype)
 
 
+def test_blocks_without_weights_are_told_by_their_operators():
+    with torch.device("meta"):
+        assert is_swiglu(block_of(), torch.float32)
+        assert not any(is_swiglu(block_of(kind), torch.float32) for kind in (Scaled, Clamped, Normed))
+
+
 def test_blocks_that_cannot_be_tried():
     assert not is_swiglu(block_of(hidden_act="gelu"), torch.float32)
     assert not is_swiglu(nn.Sequential(nn.Linear(3, 3)), torch.float32)
-    with torch.device("meta"):
-        assert not is_swiglu(block_of(), torch.float32)
     patched = block_of()
     patched.forward = patched.forward
     assert not is_swiglu(patched, torch.float32)

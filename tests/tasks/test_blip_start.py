@@ -35,7 +35,7 @@ def opened(folder, **settings) -> tuple[RetrieveTask, Batch]:
     """The task with an untrained Aurora on the checkpoint's encoders, and a batch of three pairs."""
     text = TextBackbone.load(folder, torch.float32)
     image = checkpoint.load(folder, "vision_model", torch.float32)
-    adapter = aurora({"text": text.model, "image": image}, preset="released", rank=3, ice=False, dropout=0.0).eval()
+    adapter = aurora({"text": text.model, "encoder": image}, preset="released", rank=3, ice=False, dropout=0.0).eval()
     torch.manual_seed(0)
     parts = Parts(text, adapter, TextStates(text, 0, None))
     task = RetrieveTask(RetrieveConfig(**{**OWN, **settings}), parts, {"image": image.config.hidden_size}).eval()
