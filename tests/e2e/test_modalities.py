@@ -105,7 +105,7 @@ def test_a_run_of_three_modalities_is_trained_scored_asked_and_published(world, 
 def test_what_a_run_reads_is_said_where_a_file_is_missing_or_of_no_use(world, run, capsys):
     for arguments, words in (
         (["--image", str(world), "--text", "a"], "give --input mine=FILE"),
-        (["--input", "smell=x"], "is none of this run's inputs: it reads image, speech, mine"),
+        (["--input", f"smell={world}"], "is none of this run's inputs: it reads image, speech, mine"),
         (["--input", "speech"], "write NAME=FILE"),
     ):
         assert main(["predict", str(run), *arguments]) == 2

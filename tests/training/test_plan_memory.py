@@ -21,6 +21,7 @@ def most_held(work) -> int:
     return status("VmHWM") - before
 
 
+@pytest.mark.slow  # by itself: what other tests of a process left to the allocator counts, too
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux counts a peak anew")
 def test_writing_a_checkpoint_holds_three_copies_of_a_file_and_the_file_before(tmp_path):
     """64 MiB and then 96: tensors large enough that the allocator maps each by itself."""
