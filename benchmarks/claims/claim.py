@@ -11,10 +11,10 @@ from benchmarks.claims.rows import Rows
 
 
 class Conditions(NamedTuple):
-    """A claim is open where neither holds; both cannot."""
+    """Both cannot hold. ``contradicted``: what was measured excludes the claim, as far as the runs had the power to."""
 
     confirmed: bool
-    refuted: bool
+    contradicted: bool
 
 
 Decide = Callable[[Rows, SimpleNamespace], Conditions]
@@ -24,7 +24,8 @@ Decide = Callable[[Rows, SimpleNamespace], Conditions]
 class Claim:
     """``decide`` takes the rows of ``studies`` (names in configs/studies) and sets what it measures on its second argument.
 
-    It raises `Missing` where a row that it needs is not there: the claim is open then, with what was measured before.
+    It raises `Missing` where a row that it needs is not there: the claim is not tested then, with what was measured before.
+    What follows from scores is an `Estimate` with its interval; what is counted is a plain number.
     ``data``: what the rows were measured on. ``note``: what stands beside the verdict.
     """
 

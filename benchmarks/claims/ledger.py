@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.claims import CLAIMS
 from benchmarks.claims.claim import Claim
-from benchmarks.claims.rows import Missing, Rows
+from benchmarks.claims.rows import Estimate, Missing, Rows
 from mitrain.compare.cells import CellId, cell_ids, resolve
 from mitrain.compare.compare import FAILED, Job, compare
 from mitrain.compare.study import Study, read
@@ -18,7 +18,7 @@ from mitrain.core.errors import ConfigError
 from mitrain.core.markdown import plain
 
 Row = dict[str, Any]
-CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "open"
+CONFIRMED, CONTRADICTED, NOT_SEEN, NOT_TESTED = "confirmed", "contradicted", "not seen at this scale", "not tested"
 REPOSITORY = Path(__file__).parents[2]
 STUDIES, RESULTS = REPOSITORY / "configs" / "studies", REPOSITORY / "docs" / "results" / "compare"
 
@@ -36,7 +36,7 @@ def jobs(claims: Sequence[Claim], results: Path, studies: Path) -> list[Job]:
 
 
 def measure(found: Sequence[Job], say: Callable[[str], object]) -> None:
-    """The cells that the studies lack, into their results; the ledger leaves open what failed."""
+    """The cells that the studies lack, into their results; what failed is not tested."""
     for job in found:
         rows = compare(job, measuring(job), say=say)["rows"]
         failed = sum(row["status"] == FAILED for row in rows)
@@ -48,11 +48,14 @@ def entry(claim: Claim, found: Sequence[Job]) -> Row:
     """A claim's row."""
     rows = Rows([row for job in found for row in expected(job)])
     decided, reason, measured = verdict(claim, rows)
+    estimates = {name: value for name, value in measured.items() if isinstance(value, Estimate)}
     return {
         "claim": claim.id,
         "text": claim.text,
         "expected": claim.expected,
-        "measured": measured,
+        "measured": {name: value.value if isinstance(value, Estimate) else value for name, value in measured.items()},
+        "interval": {name: [value.low, value.high] for name, value in estimates.items()} or None,
+        "smallest_effect_seen": max((value.least for value in estimates.values()), default=None),
         "rule": claim.rule,
         "verdict": decided,
         "reason": reason,
@@ -66,18 +69,29 @@ def entry(claim: Claim, found: Sequence[Job]) -> Row:
 
 
 def verdict(claim: Claim, rows: Rows) -> tuple[str, str, dict[str, Any]]:
-    """What the rows say, why it is open, and what could be measured; ConfigError where they confirm and refute."""
-    measured, missing = SimpleNamespace(), ""
-    confirmed = refuted = False
+    """What the rows say, why no more than that, and what was measured; ConfigError where they confirm and contradict.
+
+    Runs that a study calls reduced were never meant as a test of the papers' size: they contradict nothing.
+    """
+    measured = SimpleNamespace()
     try:
-        confirmed, refuted = claim.decide(rows, measured)
+        confirmed, contradicted = claim.decide(rows, measured)
     except (Missing, ZeroDivisionError) as error:
-        missing = str(error)
-    if confirmed and refuted:
-        raise ConfigError(f"the claim {claim.id} is confirmed and refuted by the same rows: correct its conditions")
-    found = CONFIRMED if confirmed else REFUTED if refuted else OPEN
-    reason = "" if confirmed or refuted else missing or "neither condition holds"
-    return found, reason, vars(measured)
+        return NOT_TESTED, str(error), vars(measured)
+    if confirmed and contradicted:
+        raise ConfigError(
+            f"the claim {claim.id} is confirmed and contradicted by the same rows: correct its conditions"
+        )
+    if confirmed:
+        return CONFIRMED, "", vars(measured)
+    if contradicted and not any(row.get("reduced") for row in rows.read):
+        return CONTRADICTED, "", vars(measured)
+    least = max((value.least for value in vars(measured).values() if isinstance(value, Estimate)), default=None)
+    seen = "" if least is None else f"an effect below {number(least)} could not have been seen"
+    reason = (
+        "measured the other way round, by runs too small to contradict" if contradicted else "neither condition holds"
+    )
+    return NOT_SEEN, "; ".join(filter(None, [reason, seen])), vars(measured)
 
 
 def expected(job: Job) -> list[Row]:
@@ -135,10 +149,19 @@ def table(found: Mapping[str, Any]) -> str:
 def cells(row: Row) -> list[str]:
     beside = "; ".join(filter(None, [row["reason"], row["note"], *row["reduced"]]))
     verdict_cell = f"**{row['verdict']}**" + (f": {plain(beside)}" if beside else "")
-    measured = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in row["measured"].items()) or "–"
+    intervals = row["interval"] or {}
+    shown = [
+        f"{name.replace('_', ' ')} {number(value)}" + (f" {spanned(intervals[name])}" if name in intervals else "")
+        for name, value in row["measured"].items()
+    ]
+    measured = ", ".join(shown) or "–"
     said = map(plain, (row["text"], row["expected"], measured))
     commands = "<br>".join(f"`{command}`" for command in row["command"].split(" && "))
     return [row["claim"], *said, verdict_cell, plain(row["data"]), commands]
+
+
+def spanned(interval: Sequence[float]) -> str:
+    return f"({number(interval[0])} to {number(interval[1])})"
 
 
 def number(value: float | list[float]) -> str:

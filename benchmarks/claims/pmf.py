@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from benchmarks.claims.claim import Conditions, claim
-from benchmarks.claims.rows import Rows, fit, mean, noise, rises, series
+from benchmarks.claims.rows import Rows, difference, fit, mean, rises, series
 
 TUXPAINT = "tuxpaint captions, categories, held-out objects"
 NOT_TRAINED = "the paper's models and data: configs/pmf-food101.yaml, not trained"
@@ -17,7 +17,7 @@ NOT_TRAINED = "the paper's models and data: configs/pmf-food101.yaml, not traine
 def p1(rows: Rows, found: SimpleNamespace) -> Conditions:
     found.share_with_2 = mean(rows.of("pmf", "fusion_layers", 2), "share")
     found.share_with_5 = mean(rows.of("pmf", "fusion_layers", 5), "share")
-    return Conditions(confirmed=found.share_with_2 < 0.03, refuted=found.share_with_2 >= 0.03)
+    return Conditions(confirmed=found.share_with_2 < 0.03, contradicted=found.share_with_2 >= 0.03)
 
 
 @claim(
@@ -34,7 +34,7 @@ def p2(rows: Rows, found: SimpleNamespace) -> Conditions:
     found.linear_fit = fit(series(depths, "at"), saved)
     return Conditions(
         confirmed=found.largest_saving >= 0.66 and rises(saved) and found.linear_fit > 0.98,
-        refuted=found.largest_saving < 0.66 or not rises(saved),
+        contradicted=found.largest_saving < 0.66 or not rises(saved),
     )
 
 
@@ -47,13 +47,13 @@ def p2(rows: Rows, found: SimpleNamespace) -> Conditions:
 def p3(rows: Rows, found: SimpleNamespace) -> Conditions:
     pmf = rows.of("pmf")
     without = [rows.of(method) for method in ("pmf-no-context", "pmf-no-fusion-context", "pmf-linear")]
-    gains = [mean(pmf, "value") - mean(less, "value") for less in without]
+    gains = [difference(pmf, less) for less in without]
     found.context, found.fusion_context, found.map = gains
     four, sixteen = (rows.of("pmf", "prompts", count) for count in (4, 16))
-    found.many = mean(sixteen, "value") - mean(four, "value")
-    found.error = max(noise(pmf, less, "value") for less in without)
+    found.many = difference(sixteen, four)
     return Conditions(
-        confirmed=min(gains) > found.error and found.many < found.error, refuted=min(gains) < -found.error
+        confirmed=all(gain.low > 0 for gain in gains) and found.many.low <= 0,
+        contradicted=any(gain.high < 0 for gain in gains),
     )
 
 
@@ -66,10 +66,8 @@ def p3(rows: Rows, found: SimpleNamespace) -> Conditions:
 )
 def p4(rows: Rows, found: SimpleNamespace) -> Conditions:
     pmf, full, prompt = (rows.of(method) for method in ("pmf", "full", "prompt"))
-    found.below_full = mean(full, "value") - mean(pmf, "value")
-    found.above_prompt = mean(pmf, "value") - mean(prompt, "value")
-    found.error = noise(pmf, prompt, "value")
+    found.below_full, found.above_prompt = difference(full, pmf), difference(pmf, prompt)
     return Conditions(
-        confirmed=found.below_full <= 0.03 and found.above_prompt > found.error,
-        refuted=found.below_full > 0.03 + found.error or found.above_prompt < -found.error,
+        confirmed=found.below_full.high <= 0.03 and found.above_prompt.low > 0,
+        contradicted=found.below_full.low > 0.03 or found.above_prompt.high < 0,
     )

@@ -1,9 +1,12 @@
-"""Result rows as claims read them. What is missing, failed or no number raises `Missing` and so leaves its claim open."""
+"""Result rows as claims read them. What is missing, failed or no number raises `Missing`: its claim is not tested then."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from scipy.stats import t as student
 
 Row = Mapping[str, Any]
 
@@ -61,23 +64,67 @@ def mean(rows: Sequence[Row], name: str) -> float:
     return statistics.fmean(number(row, name) for row in rows)
 
 
-def spread(rows: Sequence[Row], name: str) -> float:
-    """Standard deviation over the seeds."""
-    if len(rows) < 2:
-        raise Missing("one seed has no spread")
-    return statistics.stdev(number(row, name) for row in rows)
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval. ``least``: half its width, the smallest effect that is told from none."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def least(self) -> float:
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """A number for each seed, and the variance that all of them share because they are of the same test samples."""
+
+    numbers: Mapping[Any, float]
+    variance: float = 0.0
+
+    def __sub__(self, other: "Seeds") -> "Seeds":
+        """Seed by seed, as the same seed means the same samples in the same order. The samples' variances add up, as if the
+        two sides were of different samples: rows do not keep which samples were right, and so the interval is too wide
+        rather than too narrow."""
+        if self.numbers.keys() != other.numbers.keys():
+            raise Missing("the two sides of a difference have other seeds than one another")
+        numbers = {seed: value - other.numbers[seed] for seed, value in self.numbers.items()}
+        return Seeds(numbers, self.variance + other.variance)
+
+    @property
+    def estimate(self) -> Estimate:
+        """Student's t over the seeds, and the normal distribution over the samples."""
+        several = list(self.numbers.values())
+        if len(several) < 2:
+            raise Missing("one seed has no spread")
+        centre, error = statistics.fmean(several), statistics.stdev(several) / math.sqrt(len(several))
+        half = math.hypot(float(student.ppf(0.975, len(several) - 1)) * error, 1.96 * math.sqrt(self.variance))
+        return Estimate(centre, centre - half, centre + half)
+
+
+def scores(rows: Sequence[Row], name: str = "value") -> Seeds:
+    """The share ``name`` of right samples, for each seed; its variance over n samples is p (1 - p) / n."""
+    found = numbers(rows, name)
+    centre, metrics = statistics.fmean(found.numbers.values()), rows[0].get("metrics")
+    count = metrics.get("samples") if isinstance(metrics, Mapping) else None
+    return Seeds(found.numbers, max(0.0, centre * (1 - centre)) / count if count else 0.0)
+
+
+def numbers(rows: Sequence[Row], name: str) -> Seeds:
+    """The number ``name`` of each seed's row, where it is no share of samples."""
+    return Seeds({row["seed"]: number(row, name) for row in rows})
+
+
+def difference(one: Sequence[Row], other: Sequence[Row]) -> Estimate:
+    """Of two methods' scores."""
+    return (scores(one) - scores(other)).estimate
 
 
 def series(points: Sequence[Sequence[Row]], name: str) -> list[float]:
     """The mean at each point of an axis."""
     return [mean(rows, name) for rows in points]
-
-
-def noise(one: Sequence[Row], other: Sequence[Row], name: str) -> float:
-    """√(s₁²/n + s₂²/n): the standard error of a difference of means over the same seeds."""
-    if {row["seed"] for row in one} != {row["seed"] for row in other}:
-        raise Missing(f"{one[0]['method']} and {other[0]['method']} have other seeds than one another")
-    return math.sqrt((spread(one, name) ** 2 + spread(other, name) ** 2) / len(one))
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> float:

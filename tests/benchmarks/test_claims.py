@@ -11,7 +11,7 @@ from studies import BASE, NUMBERS, STUDY
 
 from benchmarks.claims import ledger, rows
 from benchmarks.claims.claim import Conditions, claim
-from benchmarks.claims.rows import Missing, Rows, mean, noise
+from benchmarks.claims.rows import Missing, Rows, difference
 from mitrain.cli import main
 from mitrain.compare import cells, study
 from mitrain.core.errors import ConfigError
@@ -22,9 +22,8 @@ METHODS = {"mit": {}, "none": {"adapter": {"name": "none"}}}
 @claim("MiT | sees", expected="more than nothing", data="colours")
 def x1(rows: Rows, found: SimpleNamespace) -> Conditions:
     mit, none = rows.of("mit"), rows.of("none")
-    found.gain = mean(mit, "value") - mean(none, "value")
-    error = noise(mit, none, "value")
-    return Conditions(confirmed=found.gain > error, refuted=found.gain < -error)
+    found.gain = difference(mit, none)
+    return Conditions(confirmed=found.gain.low > 0, contradicted=found.gain.high < 0)
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def results(world, values, **changes):
     return path
 
 
-GOOD = {("mit", 0): 0.8, ("mit", 1): 0.9, ("none", 0): 0.5, ("none", 1): 0.4}
+GOOD = {("mit", 0): 0.8, ("mit", 1): 0.9, ("none", 0): 0.41, ("none", 1): 0.49}
 
 
 def judged(world, wanted=x1):
@@ -69,12 +68,32 @@ def test_a_changed_result_flips_the_verdict(world):
     document = json.loads(path.read_text())
     for row in document["rows"]:
         if row["method"] == "none":
-            row["value"] = 0.99
+            row["value"] += 0.8
     path.write_text(json.dumps(document))
-    assert verdict(world) == ("refuted", "")
+    assert verdict(world) == ("contradicted", "")
     document["rows"][0]["value"] = 1.1
     path.write_text(json.dumps(document))
-    assert verdict(world) == ("open", "neither condition holds")
+    assert verdict(world)[0] == "not seen at this scale"
+
+
+def test_reduced_runs_contradict_nothing(world):
+    """A short run on small pictures is no test of a paper's claim, whatever it gives; it can still show the effect."""
+    results(world, GOOD, reduced="60 steps")
+    assert verdict(world) == ("confirmed", "")
+    results(world, {key: 1 - value for key, value in GOOD.items()}, reduced="60 steps")
+    row = judged(world)
+    assert row["verdict"] == "not seen at this scale" and "runs too small to contradict" in row["reason"]
+
+
+def test_what_was_not_seen_says_the_smallest_effect_that_could_have_been(world):
+    results(world, {("mit", 0): 0.5, ("mit", 1): 0.6, ("none", 0): 0.5, ("none", 1): 0.5})
+    row = judged(world)
+    half = 12.706204736 * 0.1 / math.sqrt(2) / math.sqrt(2)  # t of one degree of freedom, standard error of two pairs
+    assert row["smallest_effect_seen"] == pytest.approx(half)
+    assert row["interval"]["gain"] == pytest.approx([0.05 - half, 0.05 + half])
+    assert row["verdict"] == "not seen at this scale" and row["reason"].endswith(
+        "below 0.6353 could not have been seen"
+    )
 
 
 def test_the_rows_fields(world):
@@ -82,25 +101,25 @@ def test_the_rows_fields(world):
     row = judged(world)
     assert row["measured"] == {"gain": pytest.approx(0.4)}
     assert row["cells"] == ["label-mit-seed0", "label-mit-seed1", "label-none-seed0", "label-none-seed1"]
-    assert row["rule"].endswith("return Conditions(confirmed=found.gain > error, refuted=found.gain < -error)")
+    assert row["rule"].endswith("return Conditions(confirmed=found.gain.low > 0, contradicted=found.gain.high < 0)")
     assert row["result_file"].endswith("results/x1/results.json")
     assert row["command"].startswith("mitrain compare ") and row["command"].endswith("results/x1")
     assert (row["claim"], row["expected"]) == ("X1", "more than nothing")
 
 
-def test_what_is_missing_leaves_the_claim_open_and_is_said(world):
-    assert verdict(world) == ("open", "label mit seed 0: not measured")
+def test_what_is_missing_leaves_the_claim_untested_and_is_said(world):
+    assert verdict(world) == ("not tested", "label mit seed 0: not measured")
     results(world, {key: value for key, value in GOOD.items() if key != ("none", 1)})
-    assert verdict(world) == ("open", "label none seed 1: not measured")
+    assert verdict(world) == ("not tested", "label none seed 1: not measured")
     results(world, GOOD, status="too long", reason="not finished after 240 s")
-    assert verdict(world) == ("open", "label mit seed 0: too long (not finished after 240 s)")
+    assert verdict(world) == ("not tested", "label mit seed 0: too long (not finished after 240 s)")
     results(world, GOOD, value=None)
     assert verdict(world)[1] == "label mit seed 0: no number 'value'"
 
 
 def test_rows_of_other_settings_do_not_count(world):
     results(world, GOOD, digest="0" * 12)
-    assert verdict(world) == ("open", "label mit seed 0: measured for other settings")
+    assert verdict(world) == ("not tested", "label mit seed 0: measured for other settings")
 
 
 def test_a_further_seed_counts_where_it_was_measured(world):
@@ -109,10 +128,10 @@ def test_a_further_seed_counts_where_it_was_measured(world):
     assert row["measured"]["gain"] == pytest.approx(0.3) and "label-mit-seed3" in row["cells"]
     results(world, GOOD | {("mit", 3): 0.7})
     row = judged(world)
-    assert row["verdict"] == "open" and "other seeds" in row["reason"]
+    assert row["verdict"] == "not tested" and "other seeds" in row["reason"]
 
 
-def test_a_method_that_is_not_known_here_leaves_its_claim_open(world):
+def test_a_method_that_is_not_known_here_leaves_its_claim_untested(world):
     results(world, GOOD)
     methods = {**METHODS, "mit": {"adapter": {"name": "later"}}}
     (world / "x1.yaml").write_text(yaml.safe_dump({**STUDY, "name": "x1", "methods": methods}))
@@ -122,7 +141,7 @@ def test_a_method_that_is_not_known_here_leaves_its_claim_open(world):
 def test_a_claim_reads_the_rows_of_another_study(world):
     @claim("t", expected="e", data="d", study="x1")
     def other(rows: Rows, found: SimpleNamespace) -> Conditions:
-        return Conditions(confirmed=len(rows.of("mit")) == 2, refuted=False)
+        return Conditions(confirmed=len(rows.of("mit")) == 2, contradicted=False)
 
     results(world, GOOD)
     (job,) = ledger.jobs([other, x1], world / "results", world)
@@ -133,27 +152,27 @@ def test_a_claim_reads_the_rows_of_another_study(world):
 def test_conditions_that_both_hold_are_the_claims_fault():
     @claim("t", expected="e", data="d")
     def both(rows: Rows, found: SimpleNamespace) -> Conditions:
-        return Conditions(confirmed=True, refuted=True)
+        return Conditions(confirmed=True, contradicted=True)
 
-    with pytest.raises(ConfigError, match="BOTH is confirmed and refuted"):
+    with pytest.raises(ConfigError, match="BOTH is confirmed and contradicted"):
         ledger.verdict(both, Rows([]))
 
 
-def test_a_quotient_of_nothing_leaves_the_claim_open():
+def test_a_quotient_of_nothing_leaves_the_claim_untested():
     @claim("t", expected="e", data="d")
     def empty(rows: Rows, found: SimpleNamespace) -> Conditions:
         found.before = 1.0
         found.share = 1 / 0.0
-        return Conditions(confirmed=True, refuted=False)
+        return Conditions(confirmed=True, contradicted=False)
 
-    assert ledger.verdict(empty, Rows([])) == ("open", "float division by zero", {"before": 1.0})
+    assert ledger.verdict(empty, Rows([])) == ("not tested", "float division by zero", {"before": 1.0})
 
 
 def test_the_table_is_markdown(world):
     results(world, GOOD, reduced="60 steps")
     text = ledger.table({"rows": [judged(world)]})
     (line,) = [line for line in text.splitlines() if line.startswith("| X1 ")]
-    assert "| MiT &#124; sees | more than nothing | gain 0.4 | **confirmed**: 60 steps |" in line
+    assert "| MiT &#124; sees | more than nothing | gain 0.4 (0.2729 to 0.5271) | **confirmed**: 60 steps |" in line
     assert line.count("|") == 8
 
 
@@ -165,9 +184,9 @@ def test_the_command(tmp_path, capsys):
     assert (tmp_path / "ledger.md").read_text() == committed.read_text(), "judge again: mitrain bench ledger --out …"
 
 
-def test_results_that_are_not_there_leave_all_open(tmp_path, capsys):
+def test_results_that_are_not_there_leave_all_untested(tmp_path, capsys):
     assert main(["bench", "ledger", "--results", str(tmp_path), "--json"]) == 0
-    assert {row["verdict"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"open"}
+    assert {row["verdict"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"not tested"}
 
 
 def test_measuring_takes_the_counted_studies_alone_when_it_is_to_be_quick(tmp_path, monkeypatch):
@@ -213,16 +232,26 @@ ROWS = [
 def test_what_each_gives():
     found = Rows(ROWS)
     a, b, points = found.of("a"), found.of("b"), found.along("experts", "m")
-    assert rows.mean(a, "value") == pytest.approx(0.7) and rows.spread(a, "value") == pytest.approx(0.1)
+    assert rows.mean(a, "value") == pytest.approx(0.7)
     assert rows.mean(a, "controls.no-image") == pytest.approx(0.3)
     assert rows.mean(found.of("m", "experts", 4), "value") == pytest.approx(0.405)
     assert rows.series(points, "value") == pytest.approx([0.105, 0.205, 0.405])
     assert rows.series(points, "at") == [1, 2, 4]
-    assert rows.noise(a, b, "value") == pytest.approx(math.sqrt((0.01 + 0.07) / 3))
+    gain = rows.difference(a, b)  # of 0.1, -0.1 and 0.3, whose standard deviation is 0.2
+    assert gain.value == pytest.approx(0.1) and gain.least == pytest.approx(4.30265273 * 0.2 / math.sqrt(3))
+    assert gain.low == pytest.approx(gain.value - gain.least) and gain.high == pytest.approx(gain.value + gain.least)
     assert rows.fit([1, 2, 3], [1, 2, 3]) == pytest.approx(1) and rows.fit([1, 2, 3], [1, 3, 2]) == pytest.approx(0.25)
     assert rows.fit([1, 2], [5, 5]) == 1
     assert rows.rises([1, 2, 3]) and not rows.rises([1, 3, 2]) and not rows.rises([1, 1, 2])
     assert [row["seed"] for row in found.of("two", task="u")] == [0]
+
+
+def test_a_few_test_samples_make_an_interval_wide_whatever_the_seeds_say():
+    counted = {"metrics": {"samples": 100.0}}
+    some = [row(name, seed, value, **counted) for name, value in (("a", 0.6), ("b", 0.5)) for seed in (0, 1, 2)]
+    found = rows.difference(Rows(some).of("a"), Rows(some).of("b"))
+    assert found.value == pytest.approx(0.1)
+    assert found.least == pytest.approx(1.96 * math.sqrt((0.6 * 0.4 + 0.5 * 0.5) / 100))
 
 
 def test_rows_remember_which_were_read():
@@ -243,8 +272,8 @@ def test_rows_remember_which_were_read():
         (lambda r: rows.mean(r.of("odd")[:1], "value"), "t odd seed 0: no number 'value'"),
         (lambda r: rows.mean(r.of("odd")[1:], "value"), "no number 'value'"),
         (lambda r: rows.mean(r.of("b"), "controls.no-image"), "no number 'controls.no-image'"),
-        (lambda r: rows.spread(r.of("alone"), "value"), "one seed has no spread"),
-        (lambda r: rows.noise(r.of("a"), r.of("alone"), "value"), "a and alone have other seeds than one another"),
+        (lambda r: rows.difference(r.of("alone"), r.of("alone")), "one seed has no spread"),
+        (lambda r: rows.difference(r.of("a"), r.of("alone")), "other seeds than one another"),
         (lambda r: rows.fit([1, 1], [1, 2]), "a line needs two points"),
         (lambda r: rows.rises([1]), "a trend needs two points"),
     ],

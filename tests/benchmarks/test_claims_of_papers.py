@@ -1,4 +1,4 @@
-"""Each paper's claim on rows made up for it: what confirms it, what refutes it, what leaves it open; and what it reads."""
+"""Each paper's claim on rows made up for it: what confirms it, what contradicts it, what does neither; and what it reads."""
 
 from collections import defaultdict
 
@@ -18,11 +18,12 @@ def made(values, noise=0.0):
     """Rows of two seeds. ``values``: (method, axis, point) or a method → fields, or the field "value" alone; a method's
     name may begin with a task's and a slash. ``noise``: what the seeds' values lie from their mean."""
     found = []
-    for key, fields in values.items():
+    for index, (key, fields) in enumerate(values.items()):
+        turn = (-1) ** index.bit_count()  # paired by seed, noise that is alike everywhere would be none
         name, axis, at = key if isinstance(key, tuple) else (key, None, None)
         task, method = name.split("/") if "/" in name else ("t", name)
         fields = fields if isinstance(fields, dict) else {"value": fields}
-        for seed, sign in ((0, 1), (1, -1)):
+        for seed, sign in ((0, turn), (1, -turn)):
             row = {"task": task, "method": method, "axis": axis, "at": at, "seed": seed, "status": "ok", **fields}
             found.append(row | ({"value": row["value"] + sign * noise} if "value" in row else {}))
     return Rows(found)
@@ -87,7 +88,7 @@ def c2(experts, lengths):
 
 
 def c3(with_loss, without):
-    usage = lambda value: {"usage": {"variation": value, "top_share": 0.5}}  # noqa: E731
+    usage = lambda value: {"usage": {"variation": value + 0.25, "variation_floor": 0.25, "top_share": 0.5}}  # noqa: E731
     return {"mope": usage(with_loss), "mope-no-importance": usage(without)}
 
 
@@ -122,7 +123,7 @@ def a4(gap, ratio):
     }
 
 
-YES, NO, OPEN = "confirmed", "refuted", "open"
+YES, NO, OPEN, BLANK = "confirmed", "contradicted", "not seen at this scale", "not tested"
 CASES = [
     ("M1", YES, m1(0.0245)), ("M1", NO, m1(0.0244)), ("M1", NO, m1(0.0255)),
     ("M2", YES, m2(0.474)), ("M2", NO, m2(0.476)), ("M2", NO, m2(0.464)), ("M2", NO, m2(0.47, 0.13)),
@@ -141,13 +142,13 @@ CASES = [
     ("C1", NO, c1(0.007, 0.0065, 0.0074)), ("C1", NO, c1(0.007, 0.0065, 0.0085)),
     ("C2", YES, c2((0.1, 0.2, 0.5), (0.3, 0.3, 0.4))), ("C2", NO, c2((0.5, 0.6, 0.4), (0.3, 0.3, 0.1))),
     ("C2", NO, c2((0.1, 0.2, 0.3), (0.1, 0.2, 0.4))), ("C2", OPEN, c2((0.1, 0.2, 0.3), (0.1, 0.2, 0.3))),
-    ("C3", YES, c3(0.1, 0.2)), ("C3", NO, c3(0.11, 0.2)), ("C3", NO, c3(0.1, 0.09)), ("C3", OPEN, c3(0.05, 0.1)),
+    ("C3", YES, c3(0.1, 0.2)), ("C3", NO, c3(0.11, 0.2)), ("C3", NO, c3(0.1, 0.09)), ("C3", OPEN, c3(0.05, 0.05)),
     ("C4", YES, c4(0.1, 0.2)), ("C4", NO, c4(0.2, 0.1)), ("C4", OPEN, c4(0.1, 0.1)),
     ("C5", YES, c5(0.2, 0.1)), ("C5", NO, c5(0.2, 0.3)), ("C5", NO, c5(-0.1, -0.2)), ("C5", OPEN, c5(0.2, 0.2)),
     ("A1", YES, a1(0.00044)), ("A1", NO, a1(0.00034)), ("A1", NO, a1(0.00045)),
-    ("A2", YES, a2(0.1, 0.1)), ("A2", NO, a2(0.1, -0.1)), ("A2", NO, a2(-0.1)), ("A2", OPEN, a2(0.1)),
+    ("A2", YES, a2(0.1, 0.1)), ("A2", NO, a2(0.1, -0.1)), ("A2", NO, a2(-0.1)), ("A2", BLANK, a2(0.1)),
     ("A3", YES, a3(0.1, 0.1)), ("A3", NO, a3(0.1, -0.1)), ("A3", NO, a3(-0.1, 0.1)), ("A3", OPEN, a3(0.1, 0)),
-    ("A4", YES, a4(0.009, 1.09)), ("A4", NO, a4(0.011, 0.91)), ("A4", OPEN, a4(0.009, 1.11)),
+    ("A4", YES, a4(0.019, 1.09)), ("A4", NO, a4(0.021, 0.91)), ("A4", OPEN, a4(0.019, 1.11)),
 ]  # fmt: skip
 
 
@@ -174,9 +175,9 @@ def test_every_claim_is_decided_both_ways_here():
         ("A3", a3(-0.01, 0.1)), ("A2", a2(-0.01, -0.01)),
     ],
 )  # fmt: skip
-def test_a_difference_within_the_noise_of_the_seeds_refutes_nothing(claim, values):
-    assert ledger.verdict(BY_ID[claim], made(values))[0] != OPEN, "decided where seeds agree"
-    assert ledger.verdict(BY_ID[claim], made(values, noise=0.03))[0] in (OPEN, {"A2": YES}.get(claim))
+def test_a_difference_within_the_noise_of_the_seeds_decides_nothing(claim, values):
+    assert ledger.verdict(BY_ID[claim], made(values))[0] in (YES, NO), "decided where seeds agree"
+    assert ledger.verdict(BY_ID[claim], made(values, noise=0.03))[0] == OPEN
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)

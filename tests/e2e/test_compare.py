@@ -18,7 +18,7 @@ from mitrain.compare import compare, processes, worker
 @claim("MiT sees", expected="better than the text alone", data="colours")
 def tiny(rows: Rows, found: SimpleNamespace) -> Conditions:
     found.gain = mean(rows.of("mit"), "value") - mean(rows.of("none"), "value")
-    return Conditions(confirmed=found.gain > 0.3, refuted=found.gain < 0)
+    return Conditions(confirmed=found.gain > 0.3, contradicted=found.gain < 0)
 
 
 @pytest.fixture(scope="module")

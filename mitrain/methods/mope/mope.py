@@ -267,9 +267,14 @@ class MoPE(Adapter):
         return None if self._weights is None else usage(self._weights)
 
     def usage(self) -> Mapping[str, float]:
-        """`importance` as means over the layers."""
+        """`importance` as means over the layers, and ``variation_floor`` k / B: the squared variation to be expected of B
+        samples that go to one expert each, all k alike."""
         statistics = self.importance()
-        return {} if statistics is None else {name: float(value.mean()) for name, value in vars(statistics).items()}
+        if statistics is None:
+            return {}
+        _, samples, experts = self._weights.shape
+        means = {name: float(value.mean()) for name, value in vars(statistics).items()}
+        return means | {"variation_floor": experts / samples}
 
     def extra_loss(self) -> tuple[Tensor, Tensor] | None:
         """λ · mean over layers of the importance loss of the last pass that routed, times its B samples, and B.
