@@ -8,6 +8,8 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from mitrain.compare.intervals import Estimate, Outcomes, outcomes_of
+
 Row = Mapping[str, Any]
 
 
@@ -65,40 +67,33 @@ def mean(rows: Sequence[Row], name: str) -> float:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds with its 95 % interval. ``least``: half its width, the smallest effect that is told from none."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def least(self) -> float:
-        return (self.high - self.low) / 2
-
-
-@dataclass(frozen=True)
 class Seeds:
-    """A number for each seed, and the variance that all of them share because they are of the same test samples."""
+    """A number for each seed, and what every test sample counted in it, where the rows have kept that; else the variance
+    that all seeds share because they are of the same test samples."""
 
     numbers: Mapping[Any, float]
     variance: float = 0.0
+    outcomes: Outcomes | None = None
 
     def __sub__(self, other: "Seeds") -> "Seeds":
-        """Seed by seed, as the same seed means the same samples in the same order. The samples' variances add up, as if the
-        two sides were of different samples: rows do not keep which samples were right, and so the interval is too wide
-        rather than too narrow."""
+        """Seed by seed, as the same seed means the same samples in the same order, and sample by sample. Where a side has
+        kept no sample's outcome the samples' variances add up, as if the two sides were of different samples: the interval
+        is then too wide rather than too narrow."""
         if self.numbers.keys() != other.numbers.keys():
             raise Missing("the two sides of a difference have other seeds than one another")
         numbers = {seed: value - other.numbers[seed] for seed, value in self.numbers.items()}
-        return Seeds(numbers, self.variance + other.variance)
+        paired = self.outcomes - other.outcomes if self.outcomes and other.outcomes else None
+        return Seeds(numbers, self.variance + other.variance, paired)
 
     @property
     def estimate(self) -> Estimate:
-        """Student's t over the seeds, and the normal distribution over the samples."""
+        """By bootstrap (`Outcomes.estimate`); without outcomes Student's t over the seeds, and the normal distribution over
+        the samples."""
         several = list(self.numbers.values())
         if len(several) < 2:
             raise Missing("one seed has no spread")
+        if self.outcomes:
+            return self.outcomes.estimate
         centre, error = statistics.fmean(several), statistics.stdev(several) / math.sqrt(len(several))
         half = math.hypot(float(student.ppf(0.975, len(several) - 1)) * error, 1.96 * math.sqrt(self.variance))
         return Estimate(centre, centre - half, centre + half)
@@ -109,7 +104,8 @@ def scores(rows: Sequence[Row], name: str = "value") -> Seeds:
     found = numbers(rows, name)
     centre, metrics = statistics.fmean(found.numbers.values()), rows[0].get("metrics")
     count = metrics.get("samples") if isinstance(metrics, Mapping) else None
-    return Seeds(found.numbers, max(0.0, centre * (1 - centre)) / count if count else 0.0)
+    kept = outcomes_of(rows) if name == "value" else None
+    return Seeds(found.numbers, max(0.0, centre * (1 - centre)) / count if count else 0.0, kept)
 
 
 def numbers(rows: Sequence[Row], name: str) -> Seeds:

@@ -219,6 +219,7 @@ def write(job: Job, rows: dict[str, Row], command: str) -> dict[str, Any]:
         "study": job.study.name,
         "title": job.study.title,
         "kind": job.study.kind,
+        **({"against": job.study.against} if job.study.against else {}),
         "made": joined(ordered, command),
         "rows": ordered,
     }

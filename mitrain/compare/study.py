@@ -76,13 +76,14 @@ Overrides = Annotated[dict[str, Any], BeforeValidator(as_mapping)]
 class TaskPart(Section):
     """A task: its base configuration, and what is asked of a finished run.
 
-    ``metric``: which number of the split's metrics a row's value is (none: the task's own). ``samples``: of the split,
-    evenly spread. ``controls``: which of the task's are scored beside it; ``baselines``: whether its baselines are.
+    ``metric``: which number of the split's metrics a row's value is (none: the task's own). ``split``: val,
+    which choices are made on; a study that reports what was chosen asks for test, once. ``samples``: of the split, evenly
+    spread. ``controls``: which of the task's are scored beside it; ``baselines``: whether its baselines are.
     """
 
     config: str = Field(min_length=1)
     metric: str | None = None
-    split: str = "test"
+    split: str = "val"
     samples: int | None = Field(None, ge=1)
     controls: tuple[Control, ...] = CONTROLS
     baselines: bool = True
@@ -136,7 +137,8 @@ class Study(Section):
     """See the module. ``kind: count`` builds models without weights and counts; seeds do not matter then.
 
     ``plain``: whether each method is also run as it is, at no axis' point. ``set``: overrides for all cells. ``reduced``:
-    a remark that marks all rows as measured at reduced size. ``panels``: predictions on a method's sheet.
+    a remark that marks all rows as measured at reduced size. ``panels``: predictions on a method's sheet. ``against``: the
+    method that the table has every other's difference from.
     """
 
     name: str = Field(pattern=NAME)
@@ -149,9 +151,10 @@ class Study(Section):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0, 1, 2), min_length=1)
     set: Overrides = {}
     also: tuple[Also, ...] = ()
-    limit_s: float = Field(240, gt=0, le=240)
+    limit_s: float = Field(240, gt=0)
     panels: int = Field(8, ge=0, le=64)
     reduced: str | None = None
+    against: str | None = None
 
     @model_validator(mode="after")
     def _names(self) -> "Study":
@@ -163,6 +166,7 @@ class Study(Section):
         for where, part in [*self.axes.items(), *((f"also[{i}]", a) for i, a in enumerate(self.also))]:
             check_known(where, "method", part.methods, self.methods)
             check_known(where, "task", part.tasks, self.tasks)
+        check_known("against", "method", [self.against] if self.against else [], self.methods)
         check_known("also", "axis", [a.axis for a in self.also if a.axis], self.axes)
         twice = next((seed for i, seed in enumerate(self.seeds) if seed in self.seeds[:i]), None)
         if twice is not None:

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mitrain.compare.intervals import Estimate, outcomes_of
 from mitrain.compare.study import same
 from mitrain.core import markdown
 from mitrain.core.markdown import plain
@@ -37,38 +38,60 @@ def table(result: dict[str, Any]) -> str:
     """The whole document: lines, what the columns mean, how it was made."""
     rows = result["rows"]
     counted = result["kind"] == "count"
-    lines = count_lines(rows) if counted else train_lines(rows)
-    notes = [] if counted else [MEANING]
+    lines = count_lines(rows) if counted else train_lines(rows, result.get("against"))
+    notes = [] if counted else [meaning(rows, result.get("against"))]
     remarks = sorted({row["reduced"] for row in rows if row["reduced"]})
     notes += [f"{REDUCED} measured at reduced size: {'; '.join(remarks)}."] if remarks else []
     return "\n".join([*lines, "", *notes, *([""] if notes else []), sentence(result["made"]), ""])
 
 
+def meaning(rows: Sequence[Row], against: str | None) -> str:
+    """What the columns are; rows of before outcomes were kept have no interval."""
+    known = [bool(outcomes_of(good(group))) for group in groups(rows) if good(group)]
+    said = [INTERVAL] if any(known) else []
+    said += [f"Δ: of what is above {against}, likewise, sample by sample and seed by seed."] if against and said else []
+    said += [] if known and all(known) else [SPREAD + (", where no sample's outcome was kept." if said else ".")]
+    return " ".join([*said, MEANING])
+
+
+INTERVAL = "Value: mean [95 % interval], by bootstrap over test samples and seeds."
+SPREAD = "Mean ± standard deviation over the seeds"
 MEANING = (
-    "Mean ± standard deviation over the seeds. Trainable: parameters, and their share of all. Peak: weights, gradients,"
+    "Trainable: parameters, and their share of all. Peak: weights, gradients,"
     " optimizer state and what a training step saves for its backward pass, counted on tensors; of it saved. Step: median"
     " of the training steps. GFLOP: of a sample in a training step's forward pass (2 per multiply-accumulate), frozen parts"
     " that were computed before left out. Controls are scored with the same metric."
 )
 
 
-def train_lines(rows: Sequence[Row]) -> list[str]:
+def train_lines(rows: Sequence[Row], against: str | None) -> list[str]:
+    grouped = groups(rows)
     head = ["task", "method", "metric", "value", "controls", "trainable", "share", "peak MiB", "saved MiB", "step ms",
             "GFLOP/sample", "adapter MiB", "seeds"]  # fmt: skip
-    return markdown.table(head, [train_cells(group) for group in groups(rows)])
+    head[4:4] = [f"Δ {plain(against)}"] if against else []
+    beside = {group[0]["task"]: good(group) for group in grouped if is_plain(group[0], against)}
+    other = [beside.get(group[0]["task"], []) if against else None for group in grouped]
+    return markdown.table(head, [train_cells(*pair) for pair in zip(grouped, other, strict=True)])
 
 
-def train_cells(group: Sequence[Row]) -> list[str]:
+def is_plain(row: Row, method: str | None) -> bool:
+    return row["method"] == method and row["axis"] is None
+
+
+def train_cells(group: Sequence[Row], other: Sequence[Row] | None) -> list[str]:
+    """``other``: the rows that this one is shown the difference from, if the table has such a column."""
     measured, one = good(group), group[0]
     first = [plain(one["task"]), named(one)]
     lost = [row for row in group if row["status"] != "ok"]
     outcome = "; ".join(f"seed {row['seed']} {row['status']}: {row['reason']}" for row in lost)
     if not measured:
-        return [*first, plain(one["metric"] or ""), plain(outcome), *[""] * 8, f"0 of {len(group)}"]
+        lost_cells = [""] * (8 if other is None else 9)
+        return [*first, plain(one["metric"] or ""), plain(outcome), *lost_cells, f"0 of {len(group)}"]
     return [
         *first,
         plain(measured[0]["metric"]),
-        over_seeds(measured, "value", 3),
+        score(measured),
+        *([] if other is None else [above(measured, other)]),
         controls(measured),
         count(measured, "trainable_parameters"),
         f"{100 * mean(measured, 'share'):.3g} %",
@@ -120,6 +143,21 @@ def over_seeds(rows: Sequence[Row], key: str, digits: int) -> str:
         return "–"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def score(rows: Sequence[Row]) -> str:
+    outcomes = outcomes_of(rows)
+    return over_seeds(rows, "value", 3) if outcomes is None else spanned(outcomes.estimate)
+
+
+def above(rows: Sequence[Row], other: Sequence[Row]) -> str:
+    one, two = outcomes_of(rows), outcomes_of(other)
+    gain = one - two if one and two and rows[0]["metric"] == other[0]["metric"] else None
+    return "–" if gain is None or is_plain(rows[0], other[0]["method"]) else spanned(gain.estimate, "+")
+
+
+def spanned(found: Estimate, sign: str = "") -> str:
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
 def count(rows: Sequence[Row], key: str) -> str:

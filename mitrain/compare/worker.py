@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mitrain.compare import counts, measures
+from mitrain.compare import counts, intervals, measures
 from mitrain.compare.processes import STOPPED, end_with
 from mitrain.compare.study import TaskPart
 from mitrain.core.config import nearest, parse
@@ -107,7 +107,10 @@ def scored(run: Run, part: TaskPart, shown: int, sheet: Path) -> dict[str, Any]:
         }
     if shown:
         write_atomic(sheet, figure(run, files, chosen, plain, shown))
-    return {"metric": metric, "value": metrics[metric], "metrics": metrics, "controls": beside}
+    each = run.model.task.each(plain.predictions, metric)
+    outcomes = intervals.kept([s.id for s in chosen], each, metrics[metric])
+    found = {"metric": metric, "value": metrics[metric], "metrics": metrics, "controls": beside}
+    return found | ({"outcomes": outcomes} if outcomes else {})
 
 
 if __name__ == "__main__":

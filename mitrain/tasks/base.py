@@ -227,6 +227,12 @@ class Task(nn.Module):
         """The metrics of a split, ``metric`` and ``samples`` among them."""
         raise NotImplementedError
 
+    def each(self, predictions: Sequence[Prediction], metric: str) -> list[float] | None:
+        """What each sample counts in ``metric``, where that is their mean; `score` has been asked before."""
+        name = {"accuracy": "correct"}.get(metric, metric)
+        known = all(isinstance(p.values.get(name), int | float) for p in predictions)
+        return [float(p.values[name]) for p in predictions] if known else None
+
     def details(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
         """Of tasks with classes: ``per_class`` scores, and their ``confusion``; see `mitrain.tasks.details`."""
         return {}

@@ -31,8 +31,8 @@ def arrows(one: str, other: str) -> tuple[str, str]:
 class Gallery:
     """The images and texts of a split, and which belong together.
 
-    ``images``: M names in order of appearance; ``texts``: N texts, one a sample; ``first``: (M,) each image's first
-    sample; ``codes``: (N,) equal where texts are; ``owned``: each image's codes.
+    ``images``: M names in order of appearance; ``texts``: N texts, one a sample; ``of_sample``: (N,) each sample's image;
+    ``first``: (M,) each image's first sample; ``codes``: (N,) equal where texts are; ``owned``: each image's codes.
     """
 
     def __init__(self, images: Sequence[str], texts: Sequence[str], ways: Sequence[str] = WAYS):
@@ -44,6 +44,8 @@ class Gallery:
         for sample, image in enumerate(images):
             places.setdefault(image, []).append(sample)
         self.images = list(places)
+        numbers = {image: i for i, image in enumerate(self.images)}
+        self.of_sample = np.array([numbers[image] for image in images])
         self.first = np.array([samples[0] for samples in places.values()])
         self.owned = [sorted({int(self.codes[s]) for s in samples}) for samples in places.values()]
 
@@ -125,6 +127,23 @@ def with_mean(values: dict[str, Any], decided: Sequence[str]) -> dict[str, Any]:
     if not recalls:
         raise DataError("no ranking of so few things could be wrong: score more of them")
     return {"recall_mean": float(np.mean(recalls)), **values}
+
+
+def recall_shares(
+    gallery: Gallery, towards_text: np.ndarray, towards_image: np.ndarray, decided: Sequence[str]
+) -> list[float]:
+    """(N,) what each sample counts in the mean recall, which is their mean; an image's part is its captions' in equal
+    parts."""
+    place = gallery.of_sample
+    part = len(gallery.texts) / (len(gallery.images) * np.bincount(place))[place]
+    sides = (towards_text[place], part), (towards_image, 1.0)
+    hits = [
+        (ranks <= k) * weight
+        for name, (ranks, weight) in zip(gallery.ways, sides, strict=True)
+        for k in DEPTHS
+        if f"{name}_r{k}" not in decided
+    ]
+    return np.mean(hits, 0).tolist()
 
 
 def chance(gallery: Gallery) -> dict[str, Any]:

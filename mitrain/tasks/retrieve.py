@@ -33,7 +33,7 @@ from mitrain.tasks.figures import Panel
 from mitrain.tasks.heads import ReadTask
 from mitrain.tasks.momentum import MomentumQueue
 from mitrain.tasks.probe import ridge
-from mitrain.tasks.ranks import Gallery, arrows, both_ways, chance, rank_metrics, reranked, ways_between
+from mitrain.tasks.ranks import Gallery, arrows, both_ways, chance, rank_metrics, recall_shares, reranked, ways_between
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
 from mitrain.tasks.retrieve_config import RetrieveConfig
 from mitrain.tasks.template import frame_of
@@ -299,9 +299,14 @@ class RetrieveTask(ReadTask):
             ranks = self._rerank(gallery, images, text_vectors, inputs, ranks)
             metrics = rank_metrics(*ranks, decided, self.ways) | {"before_reranking": metrics}
         places = {image: int(rank) for image, rank in zip(gallery.images, ranks[0], strict=True)}
-        for sample, prediction, rank in zip(samples, predictions, ranks[1].tolist(), strict=True):
+        shares = recall_shares(gallery, *ranks, decided)
+        for sample, prediction, rank, share in zip(samples, predictions, ranks[1].tolist(), shares, strict=True):
             own = places[sample.inputs[self.modality]]
-            prediction.values |= {f"rank_of_{self.partner}": own, f"rank_of_{self.modality}": rank}
+            prediction.values |= {
+                f"rank_of_{self.partner}": own,
+                f"rank_of_{self.modality}": rank,
+                "recall_mean": share,
+            }
         return metrics | counts
 
     def _counts(self, gallery: Gallery) -> dict[str, int]:

@@ -14,6 +14,7 @@ from benchmarks.claims.claim import Conditions, claim
 from benchmarks.claims.rows import Missing, Rows, difference
 from mitrain.cli import main
 from mitrain.compare import cells, study
+from mitrain.compare.intervals import kept
 from mitrain.core.errors import ConfigError
 
 METHODS = {"mit": {}, "none": {"adapter": {"name": "none"}}}
@@ -252,6 +253,25 @@ def test_a_few_test_samples_make_an_interval_wide_whatever_the_seeds_say():
     found = rows.difference(Rows(some).of("a"), Rows(some).of("b"))
     assert found.value == pytest.approx(0.1)
     assert found.least == pytest.approx(1.96 * math.sqrt((0.6 * 0.4 + 0.5 * 0.5) / 100))
+
+
+def test_outcomes_that_were_kept_make_a_difference_of_the_same_samples_narrow():
+    ids = [str(i) for i in range(100)]
+    some = [
+        row(
+            name,
+            seed,
+            share,
+            outcomes=kept(ids, [1.0] * count + [0.0] * (100 - count), share),
+            metrics={"samples": 100},
+        )
+        for name, count, share in (("a", 60, 0.6), ("b", 50, 0.5))
+        for seed in (0, 1, 2)
+    ]
+    found = rows.difference(Rows(some).of("a"), Rows(some).of("b"))
+    assert found.value == pytest.approx(0.1) and 0.04 < found.least < 0.075, "1.96 sqrt(.1 * .9 / 100) is .059"
+    without = [{**r, "outcomes": None} for r in some]
+    assert rows.difference(Rows(without).of("a"), Rows(without).of("b")).least > 0.13
 
 
 def test_rows_remember_which_were_read():

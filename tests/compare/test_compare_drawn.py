@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from mitrain.compare.intervals import kept
 from mitrain.compare.plots import plots
 from mitrain.compare.table import groups, table
 
@@ -45,6 +46,19 @@ def test_a_line_per_method_over_the_seeds():
     ]  # fmt: skip
     assert cells_of(text, "none")[3] == "0.300" and cells_of(text, "none")[-1] == "1"
     assert "Made by `mitrain compare x.yaml` on 2026-01-02, commit abc, torch 2, M." in text
+
+
+def test_outcomes_of_samples_give_intervals_and_differences():
+    ids, spread = [str(i) for i in range(100)], [1.0] * 50 + [0.0] * 50
+    more = {"outcomes": kept(ids, [1.0] * 60 + [0.0] * 40, 0.6)}, {"outcomes": kept(ids, spread, 0.5)}
+    rows = row("mit", value=0.6, **more[0]), row("none", value=0.5, **more[1]), row("old", value=0.4)
+    text = table({**result(*rows), "against": "none"})
+    value, gain = cells_of(text, "mit")[3:5]
+    assert re.fullmatch(r"0\.600 \[0\.[45]\d\d, 0\.[67]\d\d\]", value)
+    assert re.fullmatch(r"\+0\.100 \[\+0\.0[45]\d, \+0\.1[56]\d\]", gain), "paired: of ten samples alone"
+    assert cells_of(text, "none")[4] == "–" and cells_of(text, "old")[3:5] == ["0.400", "–"]
+    assert "Δ none" in text and "± standard deviation over the seeds, where no sample's outcome was kept." in text
+    assert "[95 % interval]" not in table(result(rows[2])) and "Δ" not in table(result(*rows))
 
 
 def test_failed_cells_and_reduced_size_are_reported():

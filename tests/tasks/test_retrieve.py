@@ -110,6 +110,20 @@ def test_recall_median_and_mean():
     assert found["recall_mean"] == pytest.approx((0.25 + 0.5 + 0.75 + 2 / 3 + 1 + 1) / 6)
 
 
+def test_what_each_sample_counts_has_the_mean_recall_as_its_mean():
+    gallery, random = (
+        Gallery([s.inputs["image"] for s in samples()], [s.text for s in samples()]),
+        np.random.default_rng(1),
+    )
+    images, texts = random.normal(size=(5, 2)), random.normal(size=(6, 2))
+    texts[4] = texts[0]
+    found = both_ways(gallery, images, texts)
+    for decided in ([], gallery.decided()):
+        shares = ranks.recall_shares(gallery, *found, decided)
+        assert len(shares) == 6 and np.mean(shares) == pytest.approx(rank_metrics(*found, decided)["recall_mean"])
+    assert 0 < np.mean(shares) < 1
+
+
 def test_chance_is_what_random_orders_reach():
     gallery = Gallery([s.inputs["image"] for s in samples()], [s.text for s in samples()])
     expected, random = chance(gallery), np.random.default_rng(0)
