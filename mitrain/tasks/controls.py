@@ -2,15 +2,22 @@
 
 Pure functions from lists to indices, deterministic from a seed. What a control could not satisfy is counted in
 `Pairing.clashes`, never hidden.
+
+Up to `EXACT` samples a donor is drawn among all that fit. Above, where that would take hours, among the `TRIED` or more that
+are drawn first: by the same rule, in a time that grows with the number of samples and not with its square.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from mitrain.core.errors import DataError
+
+EXACT, TRIED = 4096, 64
 
 
 @dataclass(frozen=True)
@@ -67,26 +74,40 @@ def improve_by_swaps(order: np.ndarray, codes: np.ndarray, rng: np.random.Genera
 
     Every exchange lowers the total cost, so this ends. The first wish ends fully met whenever no label of it fills
     more than half of the samples: if i and its donor share label A, some j outside A has a donor outside A.
+    A pass over more than `EXACT` samples compares each with so many others that it takes n × `TRIED` comparisons.
 
     Args:
         order: (n,) permutation; sample i takes from order[i].
         codes: (wishes, n) label codes; wish w of sample i is met where codes[w, i] != codes[w, order[i]].
     """
-    order = order.copy()
+    order, count = order.copy(), len(order)
     price = 3 ** np.arange(len(codes))[::-1]  # an exchange changes two samples: a wish outweighs twice all later ones
     cost = price @ (codes == codes[:, order])
+    least = price @ [max(0, 2 * np.bincount(row).max(initial=0) - count) for row in codes]  # no permutation costs less
+
+    def improve(i: int, others: np.ndarray | slice) -> bool:
+        to_i = price @ (codes[:, [i]] == codes[:, order[others]])
+        to_others = price @ (codes[:, others] == codes[:, [order[i]]])
+        gain = cost[others] + cost[i] - to_i - to_others
+        if gain.max() <= 0:
+            return False
+        k = rng.choice(np.flatnonzero(gain == gain.max()))
+        j = k if isinstance(others, slice) else others[k]
+        order[[i, j]] = order[[j, i]]
+        cost[i], cost[j] = to_i[k], to_others[k]
+        return True
+
     improved = True
-    while improved:
-        improved = False
-        for i in np.flatnonzero(cost):
-            to_i = price @ (codes[:, [i]] == codes[:, order])
-            to_others = price @ (codes == codes[:, [order[i]]])
-            gain = cost + cost[i] - to_i - to_others
-            if gain.max() > 0:
-                j = rng.choice(np.flatnonzero(gain == gain.max()))
-                order[[i, j]] = order[[j, i]]
-                cost[i], cost[j] = to_i[j], to_others[j]
-                improved = True
+    while improved and cost.sum() > least:
+        improved, unmet = False, np.flatnonzero(cost)
+        tried = count if count <= EXACT else count * TRIED // max(1, len(unmet))
+        for i in unmet:
+            improved |= improve(i, slice(None) if tried >= count else rng.integers(count, size=tried))
+    if count > EXACT and 2 * np.bincount(codes[0]).max() <= count:
+        for i in np.flatnonzero(
+            cost >= price[0]
+        ):  # whose exchange is too rare to be drawn; no other sample's harms them
+            improve(i, slice(None))
     return order
 
 
@@ -112,20 +133,33 @@ def other_expressions(
     Raises:
         DataError: all samples are of one scene.
     """
-    texts = [f" {plain_words(text)} " for text in expressions]
     targets = [plain_words(name) for name in names]
     inside = objects_by_scene(targets, scenes, present or {})
-    codes, rng = label_codes(scenes), np.random.default_rng(seed)
-    cache: dict[str, np.ndarray] = {}
-    index, clashes = np.zeros(len(texts), dtype=np.int64), 0
-    for code, (scene, names_here) in enumerate(inside.items()):
-        here = codes == code
-        if here.all():
+    named = objects_named(expressions, targets, set().union(*inside.values()))
+    own: dict[Hashable, list[int]] = defaultdict(list)
+    for i, scene in enumerate(scenes):
+        own[scene].append(i)
+    naming: dict[str, list[int]] = defaultdict(list)
+    for j, names in enumerate(named):
+        for name in names:
+            naming[name].append(j)
+    rng, count = np.random.default_rng(seed), len(targets)
+
+    @cache
+    def allowed_of_all(here: frozenset[str]) -> list[int]:
+        allowed = np.ones(count, dtype=bool)
+        allowed[[j for name in here for j in naming.get(name, ())]] = False
+        return np.flatnonzero(allowed).tolist()
+
+    index, clashes = np.zeros(count, dtype=np.int64), 0
+    for scene, names_here in inside.items():
+        if len(own[scene]) == count:
             raise DataError(f"all samples are of the scene {scene!r}: the other-expression control needs two scenes")
-        allowed = ~names_any(names_here | {""}, texts, targets, cache)  # none of this scene: its targets are named here
-        clashes += 0 if allowed.any() else int(here.sum())
-        pool = np.flatnonzero(allowed if allowed.any() else ~here)
-        index[here] = rng.choice(pool, here.sum())
+        here = frozenset(names_here | {""})  # none of this scene is allowed: its targets are named here
+        drawn = () if count <= EXACT else rng.integers(count, size=TRIED).tolist()
+        pool = [j for j in drawn if named[j].isdisjoint(here)] or allowed_of_all(here)
+        clashes += 0 if pool else len(own[scene])
+        index[own[scene]] = rng.choice(pool or [j for j in range(count) if scenes[j] != scene], len(own[scene]))
     return Pairing(index.tolist(), {"named": clashes})
 
 
@@ -143,10 +177,12 @@ def objects_by_scene(
     return inside
 
 
-def names_any(names: set[str], texts: list[str], targets: list[str], cache: dict[str, np.ndarray]) -> np.ndarray:
-    """(n,) bool: which expressions have one of ``names`` as their target or among their words."""
-    for name in names - cache.keys():
-        words = f" {name} "
-        pairs = zip(texts, targets, strict=True)
-        cache[name] = np.array([target == name or (name != "" and words in text) for text, target in pairs])
-    return np.logical_or.reduce([cache[name] for name in sorted(names)])
+def objects_named(expressions: Sequence[str], targets: Sequence[str], objects: Collection[str]) -> list[set[str]]:
+    """For each expression its target, and which of the ``objects`` stand in it as whole words."""
+    lengths = sorted({len(name.split()) for name in objects} - {0})
+    named = []
+    for text, target in zip(expressions, targets, strict=True):
+        words = plain_words(text).split()
+        parts = {" ".join(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1)}
+        named.append(parts.intersection(objects) | {target})
+    return named

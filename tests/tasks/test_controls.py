@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mitrain.core.errors import DataError
-from mitrain.tasks.controls import label_codes, names_any, objects_by_scene, other_expressions, other_files
+from mitrain.tasks import controls
+from mitrain.tasks.controls import label_codes, objects_by_scene, objects_named, other_expressions, other_files
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -150,14 +151,54 @@ def test_expressions_are_seeded():
 
 
 def test_an_expression_without_words_names_nothing():
-    assert names_any({"", "cat"}, ["  ", " a cat ", " a dog "], ["dog", "cat", ""], {}).tolist() == [False, True, True]
+    named = objects_named(
+        ["  ", "a Cat", "a dog", "the red-cup"], ["dog", "cat", "", "x"], {"", "cat", "red cup", "ca"}
+    )
+    assert named == [{"dog"}, {"cat"}, {""}, {"x", "red cup"}]
 
 
 def test_columns_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match="shorter|longer"):
         objects_by_scene(["cat"], ["a", "b"], {})
     with pytest.raises(ValueError, match="shorter|longer"):
-        names_any({"cat"}, [" cat ", " dog "], ["cat"], {})
+        objects_named(["cat", "dog"], ["cat"], {"cat"})
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """From 32 samples on a control looks among a few others, as it otherwise does above thousands."""
+    monkeypatch.setattr(controls, "EXACT", 31)
+    monkeypatch.setattr(controls, "TRIED", 4)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_of_many_samples_the_wishes_are_met_as_far_as_they_can_be(many, share):
+    objects = [int(i < share * 200) for i in range(200)]
+    pairing = other_files(list(range(200)), objects)
+    assert sorted(pairing.index) == list(range(200)) and all(i != j for i, j in enumerate(pairing.index))
+    assert pairing.clashes == {"object": round(max(0, 2 * share - 1) * 200)}
+
+
+def test_of_many_samples_none_keeps_a_file_of_half_of_them(many):
+    files = [max(0, i - 99) for i in range(200)]  # the first 100 have one file
+    pairing = other_files(files, ["thing"] * 200)
+    assert all(files[i] != files[j] for i, j in enumerate(pairing.index))
+
+
+def test_of_many_expressions_those_drawn_name_no_object_of_the_scene(many):
+    names = [f"thing{i % 5}" for i in range(60)]
+    scenes = [i // 2 for i in range(60)]
+    pairing = other_expressions([f"the {name}" for name in names], names, scenes, {0: names[:4]})
+    assert pairing.clashes == {"named": 0}
+    assert all(names[pairing.index[i]] == "thing4" for i in (0, 1))  # the only one that scene 0 has none of
+    assert all(names[j] != names[i] for i, j in enumerate(pairing.index))
+
+
+def test_the_pairings_are_those_of_earlier_versions():
+    """Scores under controls that were written down before can be made again."""
+    images, objects, answers = questions(4)
+    assert other_files(images, objects, answers, seed=3).index == [11, 7, 6, 10, 9, 8, 4, 2, 0, 5, 3, 1]
+    assert other_expressions(EXPRESSIONS, NAMES, SCENES, seed=3).index == [5, 3, 1, 1, 0, 2]
 
 
 def test_a_single_scene_is_refused():
