@@ -189,5 +189,17 @@ def test_what_the_hub_does_not_give_or_take_is_one_line(hub, world, tmp_path, mo
         mitrain.load_adapter(AutoModelForCausalLM.from_pretrained(world / "llm"), "runs/typo")
     assert len(hub.asked) == asked
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(CheckpointError, match="the Hub does not give"):
+    with pytest.raises(CheckpointError, match="the Hub cannot be reached"):
         mitrain.from_pretrained("me/colours")
+
+
+def test_without_a_connection_what_was_brought_before_is_opened_and_nothing_is_waited_for(hub, world, monkeypatch):
+    mitrain.push_to_hub(world / "exported", "me/colours", license="mit", **NAMES)
+    brought = export_format.local("me/colours")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    assert export_format.local("me/colours") == brought
+    with pytest.raises(CheckpointError, match="'me/others' is no folder here, the Hub cannot be reached, and its cache"):
+        export_format.local("me/others")
+    assert not waits
