@@ -17,7 +17,7 @@ from mitrain.data.formats.records import read_records
 from mitrain.data.images import open_image
 
 SPLITS = list(tuxpaint.SHARES)
-PREPARED = cache_home() / "data" / "tuxpaint-1-seed0"
+PREPARED = cache_home() / "data" / "tuxpaint-2-seed0"
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,19 @@ def test_names_are_asked_among_other_kinds_of_thing(built, archive):
         if sample.kind == "name":
             assert len(set(sample.candidates)) == len(sample.candidates) == 1 + tuxpaint.DISTRACTORS
             assert [kinds[name] for name in sample.candidates].count(kinds[sample.answer]) == 1
+
+
+def test_short_captions_are_asked_among_those_of_other_kinds_of_thing(built, archive):
+    collection = stamps.read_stamps(archive).stamps
+    of = {tuxpaint.image_path(stamp): stamp for stamp in collection}
+    kinds = {stamp.caption: stamp.kind for stamp in collection}
+    asked = [s for split in SPLITS for s in read_records(built / f"{split}.jsonl") if s.kind == "caption"]
+    assert {s.inputs["image"] for s in asked} == {
+        image for image, stamp in of.items() if stamp.caption and len(stamp.caption.split()) <= tuxpaint.SHORT
+    }
+    for sample in asked:
+        assert sample.answer == of[sample.inputs["image"]].caption
+        assert [kinds[caption] for caption in sample.candidates].count(kinds[sample.answer]) == 1
 
 
 def test_a_variant_of_the_right_thing_is_no_wrong_name():

@@ -145,6 +145,7 @@ DATASETS = catalogue(
         name="tuxpaint",
         summary="questions and answers about photographs and drawings with human captions, split by object",
         build="mitrain_demo.tuxpaint:build",
+        version=2,  # captions are asked, too
         **from_stamps(),
     ),
     Recipe(

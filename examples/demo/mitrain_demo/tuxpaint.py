@@ -1,6 +1,7 @@
 """The data set ``tuxpaint``: questions and answers about photographs and drawings, split by object.
 
-Three kinds of question about every picture: which category it belongs to, what it is called, and yes/no. No object
+Four kinds of question about every picture: which category it belongs to, what it is called, yes/no, and where a human
+captioned it in a few words, which caption is its own. No object
 is in two splits, and neither are its variants (a red and a green apple, a penguin and a little penguin), so that
 ``val`` and ``test`` ask about things that were never seen in training.
 """
@@ -24,6 +25,8 @@ WHITE, SLATE = (255, 255, 255), (96, 112, 128)
 
 CATEGORY_PROMPT = "The thing in this picture belongs to the category of"
 NAME_PROMPT = "The name of the thing in this picture is"
+CAPTION_PROMPT = "A short description of this picture:"
+SHORT = 8  # words of a caption that is asked about
 YESNO_PROMPT = "Question: Does this picture show {}? Answer:"
 UNCOUNTED = {
     *("broccoli", "corn", "garlic", "lettuce", "red lettuce", "bolted lettuce", "pizza", "ginger root", "hard candy"),
@@ -51,6 +54,7 @@ def build(archives: Sequence[Path], target: Path, seed: int) -> None:
     for split in SHARES:
         stamps = [stamp for stamp in collection.stamps if splits[stamp.kind] == split]
         questions = ask(stamps, Random(f"questions {seed} {split}"))
+        questions += caption_questions(stamps, Random(f"captions {seed} {split}"))
         write_atomic(target / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in questions))
         for stamp in stamps:
             path = target / image_path(stamp)
@@ -146,6 +150,18 @@ def name_question(stamp: Stamp, stamps: Sequence[Stamp], random: Random, wrong: 
     candidates = [stamp.name, *random.sample(others, min(wrong, len(others)))]
     random.shuffle(candidates)
     return question(stamp, "name", NAME_PROMPT, stamp.name, candidates)
+
+
+def caption_questions(stamps: Sequence[Stamp], random: Random, wrong: int = DISTRACTORS) -> list[dict]:
+    """The picture's own caption among those of other kinds of object in the same split."""
+    short = [stamp for stamp in stamps if stamp.caption and len(stamp.caption.split()) <= SHORT]
+    rows = []
+    for stamp in short:
+        others = sorted({s.caption for s in short if s.kind != stamp.kind} - {stamp.caption})
+        candidates = [stamp.caption, *random.sample(others, min(wrong, len(others)))]
+        random.shuffle(candidates)
+        rows.append(question(stamp, "caption", CAPTION_PROMPT, stamp.caption, candidates))
+    return rows
 
 
 def yesno_questions(stamps: Sequence[Stamp], phrase, key, random: Random) -> list[dict]:
