@@ -138,6 +138,11 @@ class Features:
             for modality, names in modalities.items()
             for name in names
         ]
+        self.seeing = [
+            Part(name, encoder.config.input, files[name], made[name])
+            for name, encoder in encoders.items()
+            if getattr(encoder.config, "levels", ())
+        ]
         self.widths: dict[str, int] = {}
         for part in self.parts:
             self.widths[part.modality] = self.widths.get(part.modality, 0) + part.encoding.encoder.width
@@ -174,7 +179,10 @@ class Features:
         for source, group in self.groups:
             own = [i for i, sample in enumerate(samples) if source in sample.inputs]
             files = [samples[i].inputs[source] for i in own]
-            group.expect({samples[i].inputs[source]: samples[i].size for i in own if getattr(samples[i], "size", None)})
+            if source == "image":  # what annotations state the size of
+                group.expect(
+                    {samples[i].inputs[source]: samples[i].size for i in own if getattr(samples[i], "size", None)}
+                )
             if views:
                 group.prepare(sorted(set(files)), views, progress)
             for i, able in zip(own, group.usable(files), strict=True):
@@ -233,9 +241,7 @@ class Features:
     def levels(self, inputs: Sequence[Inputs]) -> list[Tensor]:
         """The tokens of every level of the encoders that have levels: a list of (B, prefix + N, c) float32."""
         tokens: list[Tensor] = []
-        for part in self.parts:
-            if not getattr(part.encoding.encoder.config, "levels", ()):
-                continue
+        for part in self.seeing:
             if not all(part.input in given for given in inputs):
                 raise ConfigError(f"masks are decoded from the input {part.input!r}: no sample can go without it")
             tokens += part.files.levels(part.encoding, [given[part.input] for given in inputs])

@@ -80,7 +80,7 @@ def inspect_splits(
         ],
     }
     if sheet:
-        pictures = [name for name, medium in media.items() if medium == "image"]
+        pictures = sorted([n for n, medium in media.items() if medium == "image"], key=lambda name: name != "image")
         write_sheet(kind, splits, root, sheet, limits.pixels, seed, pictures)
         report["sheet"] = str(sheet)
     return report, as_text(report)
@@ -88,7 +88,8 @@ def inspect_splits(
 
 def read_files(samples: Samples, name: str, index: FileIndex) -> dict[str, Seen]:
     """path → what is there, of the input ``name``."""
-    sizes = {sample.inputs[name]: getattr(sample, "size", None) for sample in samples if name in sample.inputs}
+    stated = name == "image"  # an annotation's size is of the picture that it was made on
+    sizes = {s.inputs[name]: getattr(s, "size", None) if stated else None for s in samples if name in s.inputs}
     known = index.find(list(sizes))
     return dict(ahead(lambda path: (path, read_file(path, sizes[path], index, known.get(path))), sizes))
 

@@ -15,7 +15,6 @@ from mitrain.data.formats.conversations import read_conversations
 from mitrain.data.formats.folders import read_folders
 from mitrain.data.formats.manifest import Manifest
 from mitrain.data.formats.records import read_records
-from mitrain.data.formats.refcoco import image_folder, read_refer, split_names
 from mitrain.data.formats.rows import MISSING, is_table
 from mitrain.data.streaming import Stream, StreamLoader
 from mitrain.models.encoders.config import check_name
@@ -413,24 +412,6 @@ class MsrvttConfig(CaptionSection, kind="data", name="msr-vtt"):
     def split_names(self, root: Path) -> list[str]:
         """The splits that the files have videos of."""
         return msrvtt.splits_in(root)
-
-
-class RefcocoConfig(DataSection, kind="data", name="refcoco"):
-    """Referring expressions in the files of RefCOCO, RefCOCO+, RefCOCOg or RefCLEF, and their images."""
-
-    dataset: str = "refcoco"
-    split_by: str | None = None
-    images: str | None = None
-
-    def read(self, root: Path, split: str) -> list[Any]:
-        return read_refer(root, self.dataset, self.split_by, split, images=self.images)
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits that the references name."""
-        return split_names(root, self.dataset, self.split_by)
-
-    def file_root(self, root: Path) -> Path:
-        return image_folder(root, self.dataset, self.images)
 
 
 def of_kinds(samples: list[Any], kinds: Sequence[str], where: str, some: bool = True) -> list[Any]:

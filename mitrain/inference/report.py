@@ -128,6 +128,10 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
             scores[LABELS[control].format(name=name, inputs=shown)] = score_split(
                 run, chosen, files, control, seed=run.config.seed
             ).metrics
+    for other in run.config.data.inputs if run.model.task.decodes else ():
+        if other != "image":  # what the decoder sees stays
+            label = LABELS["other-inputs"].format(name=name, inputs=other)
+            scores[label] = score_split(run, chosen, files, "none", seed=run.config.seed, shuffled=[other]).metrics
     return scores | baselines_of(run, split, chosen, files)
 
 
@@ -203,7 +207,7 @@ def figure(run: Run, files: Features, samples: Sequence[Any], evaluation: Evalua
 
 def picture_of(sample: Any, files: Features) -> Image.Image:
     """What stands for the sample in a figure: its picture, as its annotation was made on it, or the name of its files."""
-    for source, group in files.groups:
+    for source, group in sorted(files.groups, key=lambda each: each[0] != "image"):  # not the picture that it refers to
         if source in sample.inputs and group.shows:
             picture = group.content(sample.inputs[source])
             return to_size(picture, sample.size) if hasattr(sample, "size") else picture

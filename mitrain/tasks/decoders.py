@@ -1,10 +1,11 @@
 """Decoders for referring segmentation: encoder patch tokens plus one text vector in, mask logits out.
 
-Two decoders share one call, ``decoder(levels, condition, grid)``:
+Three decoders share one call, ``decoder(levels, condition, grid)``:
 
 * `FilmDecoder`, a small transformer over several encoder levels in the manner of CLIPSeg (Lüddecke & Ecker, CVPR 2022);
   the text enters by FiLM (Perez et al., AAAI 2018). MiT (arXiv 2403.05060) publishes its numbers with this one.
 * `UnetDecoder`, convolutions that grow the map while the encoder levels are concatenated: MiT's alternative.
+* `GroundDecoder`, which first finds the patches that are meant and then draws the mask: better on things never seen.
 
 Shape suffixes: B batch, N tokens (prefix tokens first, then gh·gw patches row by row), c channels of one level,
 C classes, gh × gw patch grid, h × w logit map.
@@ -167,6 +168,98 @@ class UnetDecoder(nn.Module):
         """Bytes per sample that a backward pass needs."""
         sizes = unet_sizes(grid, len(self.pairs))
         return costs.unet_decoder_activations(*self.inputs, sizes=sizes, width=self.classify.in_channels)
+
+
+class GroundDecoder(nn.Module):
+    """Finds what is meant among the patches, then draws it: all that the mask knows of the text is where it points.
+
+        h   = [norm(h_0) ; norm(h_1) ; …]             the levels side by side, each normalised by itself
+        x   = Layers(R h + P (x, y))                  two transformer layers: patches beside their neighbours and copies
+        c_p = cos(Q z, K [h_p ; x_p])                 grounding: τ c_p, trained by `grounding_loss`
+        o   = Layers(R' h + P' (x, y) + S [c, c - max c, c - mean c])
+
+    and the head of `FilmDecoder`. No gradient of the mask reaches the grounding, so that a mask is drawn of whatever the
+    text points at, a thing never seen in training included. Not in the paper. Arguments, errors as in `FilmDecoder`.
+    """
+
+    start = 10.0  # τ
+
+    def __init__(
+        self,
+        level_widths: Sequence[int],
+        condition_width: int,
+        *,
+        dim: int = 64,
+        heads: int = 4,
+        ffn: int = 256,
+        classes: int = 1,
+        patch: int = 14,
+        prefix_tokens: int = 1,
+    ):
+        super().__init__()
+        check_shape(level_widths, classes)
+        if dim % heads or dim % 2:
+            raise ConfigError(f"decoder dim={dim} must be even and a multiple of heads={heads}: 64 goes with 4 or 8")
+        self.prefix_tokens, self.levels, width = prefix_tokens, len(level_widths), sum(level_widths)
+        self.look, self.reduce = nn.Linear(width, dim), nn.Linear(width, dim)
+        self.places = nn.ModuleList(nn.Linear(2, dim, bias=False) for _ in range(2))
+        self.context = nn.ModuleList(transformer_layer(dim, heads, ffn) for _ in range(2))
+        self.layers = nn.ModuleList(transformer_layer(dim, heads, ffn) for _ in range(2))
+        self.query, self.key = nn.Linear(condition_width, 2 * dim), nn.Linear(width + dim, 2 * dim)
+        self.sharpness = nn.Parameter(torch.tensor(self.start).log())
+        self.pointed = nn.Linear(3, dim)
+        self.enlarge = enlarging_head(dim, classes, stride=max(1, patch // 4))
+
+    def forward(self, levels: Sequence[Tensor], condition: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Logits (B, C, gh·s², gw·s²); arguments as in `FilmDecoder.forward`."""
+        return self.grounded(levels, condition, grid)[0]
+
+    def grounded(self, levels: Sequence[Tensor], condition: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The logits, and τ c (B, gh, gw): how much each patch is meant."""
+        check_levels(levels, self.levels, self.prefix_tokens, grid)
+        weight = self.reduce.weight
+        seen = torch.cat([F.layer_norm(level.to(weight), level.shape[-1:]) for level in levels], -1)
+        centres = patch_coordinates(grid, self.prefix_tokens).to(weight)
+        tokens = self.look(seen) + self.places[0](centres)
+        for layer in self.context:
+            tokens = layer(tokens)
+        keys = F.normalize(self.key(torch.cat([seen, tokens], -1)), dim=-1)
+        meant = (keys @ F.normalize(self.query(condition.to(weight)), dim=-1)[:, :, None])[..., 0]
+        drawn = self.reduce(seen) + self.places[1](centres) + self.pointed(self._peaks(meant.detach()))
+        for layer in self.layers:
+            drawn = layer(drawn)
+        meant = self.sharpness.exp() * meant[:, self.prefix_tokens :].unflatten(1, grid)
+        return self.enlarge(to_map(drawn, self.prefix_tokens, grid)), meant
+
+    def _peaks(self, meant: Tensor) -> Tensor:
+        """(B, N, 3): the cosines, and how far they are below their largest and from their mean, of the patches."""
+        patches = meant[:, self.prefix_tokens :]
+        return torch.stack([meant, meant - patches.amax(1, True), meant - patches.mean(1, True)], -1)
+
+    def activation_bytes(self, grid: tuple[int, int]) -> int:
+        """Bytes per sample that a backward pass needs."""
+        layer, width = self.layers[0], self.reduce.in_features
+        return costs.film_decoder_activations(
+            [width, width, 2 * self.key.out_features + 5, 0],  # levels, beside context, keys, peaks; four layers
+            self.query.in_features,
+            grid=grid,
+            prefix_tokens=self.prefix_tokens,
+            dim=self.reduce.out_features,
+            heads=layer.self_attn.num_heads,
+            ffn=layer.linear1.out_features,
+            patch=4 * self.enlarge[2].stride[0],
+            coords=True,
+        )
+
+
+def grounding_loss(meant: Tensor, target: Tensor) -> Tensor:
+    """(B,) cross-entropy of a softmax over the patches ``meant`` (B, gh, gw) and the share of the target that each holds.
+
+    ``target``: (B, h, w), bool or in [0, 1]; a sample without a target counts 0.
+    """
+    shares = F.adaptive_avg_pool2d(target.to(meant)[:, None], meant.shape[-2:]).flatten(1)
+    shares = shares / shares.sum(1, keepdim=True).clamp_min(1e-6)
+    return -(shares * F.log_softmax(meant.flatten(1), 1)).sum(1)
 
 
 def transformer_layer(dim: int, heads: int, ffn: int) -> nn.Module:

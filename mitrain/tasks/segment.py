@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -21,31 +22,31 @@ from torch.nn import functional as F
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.user_code import FunctionName
-from mitrain.data.expressions import ExpressionsConfig
+from mitrain.data.expressions import ExpressionsConfig, RefcocoConfig
 from mitrain.data.formats.refcoco import ReferSample
-from mitrain.data.sources import RefcocoConfig
 from mitrain.models import costs
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import decoders, masks
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task
 from mitrain.tasks.figures import Panel, outlined, overlay
-from mitrain.tasks.readout import See, read_out, runs_text, statistics
+from mitrain.tasks.readout import See, read_out, runs_text, statistics, width_of
 from mitrain.tasks.template import frame_of, template_with
 
-Readout = Literal["last", "mean", "cls", "embeddings"]
 EXAMPLES = 5  # broken masks that `describe` names
 AREAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # edges of its histogram, as shares of the picture
 
 
 class SegmentConfig(Section, kind="task", name="segment"):
-    """``readout``: what of the text conditions the decoder, concatenated: the last token's state (published), the mean over
-    tokens, the mean of the input embeddings. ``film``: modulate the first level (published) or every level. ``coords``:
-    give the decoder the patches' coordinates. ``loss_size``: side of the masks in the loss, in pixels.
-    ``metric``: a score of the user's own, see `mitrain.core.user_code`."""
+    """``readout``: what conditions the decoder, concatenated: the last token's state (published), the mean over tokens, the
+    mean of the input embeddings, a modality's vector by its name, as reference (late fusion). ``dropout``: of it.
+    ``decoder``: film and unet are published; ground first finds the patches that are meant. ``film``: modulate the first
+    level (published) or every level. ``coords``: give the decoder the patches' coordinates. ``loss_size``: side of the masks
+    in the loss, in pixels. ``metric``: a score of the user's own, see `mitrain.core.user_code`."""
 
     template: template_with("expression") = "{expression}"
-    readout: tuple[Readout, ...] = ("last",)
-    decoder: Literal["film", "unet"] = "film"
+    readout: tuple[str, ...] = ("last",)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    decoder: Literal["film", "unet", "ground"] = "film"
     dim: int = Field(64, ge=4, le=1 << 16)
     heads: int = Field(4, ge=1, le=1 << 10)
     ffn: int = Field(2048, ge=4, le=1 << 18)
@@ -70,7 +71,14 @@ class SegmentTask(Task):
     controls = ("shuffle", "other-inputs")
 
     def __init__(
-        self, config: SegmentConfig, parts: Parts, level_widths: Sequence[int], grid: int, patch: int, prefix: int
+        self,
+        config: SegmentConfig,
+        parts: Parts,
+        level_widths: Sequence[int],
+        grid: int,
+        patch: int,
+        prefix: int,
+        widths: Mapping[str, int] = MappingProxyType({}),
     ):
         super().__init__(parts)
         if not level_widths:
@@ -79,9 +87,9 @@ class SegmentTask(Task):
             )
         if not config.readout:
             raise ConfigError("task.readout is empty: give last, mean or embeddings")
-        self.config, self.grid = config, (grid, grid)
+        self.config, self.grid, self.widths = config, (grid, grid), widths
         self.classes = 2 if config.loss.startswith("ce") else 1
-        width = parts.text.width * len(config.readout)
+        width = sum(width_of(parts, name, widths) for name in config.readout)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
         shape = {
@@ -92,6 +100,9 @@ class SegmentTask(Task):
         }
         if config.decoder == "unet":
             self.decoder: nn.Module = decoders.UnetDecoder(width=config.unet_width, **shape)
+        elif config.decoder == "ground":
+            chosen = config.model_dump(include={"dim", "heads", "ffn"})
+            self.decoder = decoders.GroundDecoder(patch=patch, **chosen, **shape)
         else:
             chosen = config.model_dump(include={"dim", "heads", "ffn", "film", "coords"})
             self.decoder = decoders.FilmDecoder(patch=patch, **chosen, **shape)
@@ -107,7 +118,7 @@ class SegmentTask(Task):
             )
         widths = [encoder.level_width for encoder in seeing for _ in encoder.config.levels]
         shape = (seeing[0].grid, seeing[0].patch, seeing[0].prefix_tokens) if seeing else (1, 1, 0)
-        return cls(config, given.parts, widths, *shape)
+        return cls(config, given.parts, widths, *shape, given.widths)
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         if not runs_text(self.config.readout):
@@ -118,7 +129,7 @@ class SegmentTask(Task):
         return sum(len(self._ids(s.expression)) for s in samples)
 
     def condition(self, expressions: Sequence[str], inputs: ModalityInputs | None) -> Tensor:
-        """(B, D · read-outs): what the text says, standardised per dimension."""
+        """(B, widths of the read-outs): what the text says, standardised per dimension."""
         rows = [self._ids(expression) for expression in expressions]
         parts = read_out(self.parts, rows, self.config.readout, inputs)
         return (torch.cat([parts[name] for name in self.config.readout], -1) - self.mean) * self.scale
@@ -127,20 +138,27 @@ class SegmentTask(Task):
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
         """Mean and standard deviation of the frozen read-outs over the training expressions."""
         rows = [self._ids(expression) for expression in sorted({s.expression for s in samples})[:2048]]
-        mean, scale = statistics(self.parts, self.config.readout, {}, rows)
+        mean, scale = statistics(self.parts, self.config.readout, self.widths, rows)
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 
+    def _given(self, batch: Batch) -> tuple[list[Tensor], Tensor, tuple[int, int]]:
+        condition = self.condition([s.expression for s in batch.samples], batch.inputs)
+        return batch.levels, F.dropout(condition, self.config.dropout, self.training), self.grid
+
     def logits(self, batch: Batch) -> Tensor:
         """(B, classes, h, w)."""
-        condition = self.condition([s.expression for s in batch.samples], batch.inputs)
-        return self.decoder(batch.levels, condition, self.grid)
+        return self.decoder(*self._given(batch))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The masks' loss and, where the decoder grounds the text, that of the grounding, of equal weight."""
         size = self.config.loss_size
-        logits = decoders.resize(self.logits(batch), (size, size))
+        grounds = self.config.decoder == "ground"
+        logits, meant = self.decoder.grounded(*self._given(batch)) if grounds else (self.logits(batch), None)
+        logits = decoders.resize(logits, (size, size))
         targets = torch.stack([self._target(s) for s in batch.samples]).to(logits.device)
-        return masks.mask_loss(self.config.loss, logits, targets)
+        total, count = masks.mask_loss(self.config.loss, logits, targets)
+        return total + (count * decoders.grounding_loss(meant, targets).mean() if grounds else 0), count
 
     def activation_bytes(self) -> int:
         loss = costs.mask_loss_activations(self.config.loss, self.config.loss_size**2)
@@ -162,12 +180,15 @@ class SegmentTask(Task):
         ]
 
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
-        metrics = masks.MaskMetrics()
+        metrics, kinds = masks.MaskMetrics(), defaultdict(masks.MaskMetrics)
         truths = [s.mask() for s in samples]
         metrics.update((p.mask for p in predictions), truths)
         for prediction, truth in zip(predictions, truths, strict=True):
             prediction.values["iou"] = iou_of(prediction.mask, truth)
-        return metrics.compute()
+        for sample, prediction, truth in zip(samples, predictions, truths, strict=True):
+            kinds[sample.kind].update([prediction.mask], [truth])
+        several = {f"oiou/{kind}": own.compute()["oiou"] for kind, own in sorted(kinds.items())}
+        return metrics.compute() | (several if len(several) > 1 else {})
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
         """What masks chosen without language reach, given the true masks of all objects that the split names."""

@@ -30,9 +30,10 @@ def baselines_of(run: Run, split: str, chosen: list[Any], files: Features) -> di
         return found if found.shape[1] else found.new_zeros(len(found), 1)  # of texts alone: nothing tells them apart
 
     def complete() -> list[Any]:
-        """All of the split that can be scored on the files chosen."""
-        shown = {s.files for s in chosen}
-        there = [s for s in data.read(root, split) if s.files in shown and not s.fault()]
+        """All of the split that can be scored on the files chosen; of data that knows its pictures' objects, these."""
+        shown = {s.inputs.get("image", s.files) for s in chosen}
+        every = data.objects(root, split) if hasattr(data, "objects") else data.read(root, split)
+        there = [s for s in every if s.inputs.get("image", s.files) in shown and not s.fault()]
         compare_ranks({split: there}, files)
         return there
 

@@ -318,6 +318,11 @@ def modality_widths(config: ModelConfig, encoders: Mapping[str, Encoder]) -> dic
 
 def changeable(encoder: Encoder | None, adapter: Adapter) -> nn.Module:
     """The first encoder's model, which a method changes."""
+    if not getattr(encoder and encoder.config, "infused", True):
+        raise ConfigError(
+            f"the method {adapter.traits.name!r} changes the first encoder, which infused=false leaves to the decoder alone:"
+            " put another encoder first in model.encoders"
+        )
     if encoder is None or not encoder.depth:
         raise ConfigError(
             f"the method {adapter.traits.name!r} changes an encoder's transformer layers, and"

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models.costs import mask_loss_activations
-from mitrain.tasks.decoders import FilmDecoder, UnetDecoder, patch_coordinates, resize, to_map, unet_sizes
+from mitrain.tasks.decoders import (
+    FilmDecoder,
+    GroundDecoder,
+    UnetDecoder,
+    grounding_loss,
+    patch_coordinates,
+    resize,
+    to_map,
+    unet_sizes,
+)
 from mitrain.tasks.masks import LOSSES, mask_loss
 
 GRID = (3, 4)
@@ -72,6 +81,14 @@ def test_activations_are_what_autograd_saves(kind, widths, options, batch):
     assert batch * decoder.activation_bytes(grid) == pytest.approx(actual, rel=0.01)
 
 
+@pytest.mark.parametrize("options", [{"dim": 8, "heads": 2, "ffn": 12}, {"dim": 32, "ffn": 64, "patch": 8}])
+def test_activations_of_grounding_are_what_autograd_saves(options):
+    decoder, grid = GroundDecoder(WIDTHS, CONDITION, **options), (9, 11)
+    levels, condition = [torch.randn(2, 100, width) for width in WIDTHS], torch.randn(2, CONDITION)
+    both = lambda: sum(part.sum() for part in decoder.grounded(levels, condition, grid))  # noqa: E731
+    assert 2 * decoder.activation_bytes(grid) == pytest.approx(saved_bytes(both, [*decoder.parameters()]), rel=0.01)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_activations_of_the_losses_are_what_autograd_saves(loss):
     logits = torch.randn(2, 2 if loss.startswith("ce") else 1, 16, 16).requires_grad_()
@@ -97,6 +114,53 @@ def naive_layer(x: Tensor, weights: dict[str, Tensor], heads: int) -> Tensor:
     x = naive_norm(x + mixed, weights, "norm1")
     inner = (x @ weights["linear1.weight"].T + weights["linear1.bias"]).clamp_min(0)
     return naive_norm(x + inner @ weights["linear2.weight"].T + weights["linear2.bias"], weights, "norm2")
+
+
+def ground_decoder() -> GroundDecoder:
+    torch.manual_seed(1)
+    return GroundDecoder(WIDTHS, CONDITION, dim=8, heads=2, ffn=12).double()
+
+
+def test_what_is_meant_is_the_cosine_of_query_and_patch():
+    decoder, (levels, z) = ground_decoder(), inputs()
+    logits, meant = decoder.grounded(levels, z, GRID)
+    scales = [(x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() for x in levels]
+    h = torch.cat([(x - x.mean(-1, keepdim=True)) / s for x, s in zip(levels, scales, strict=True)], -1)
+    place = torch.cat([CENTRES.new_zeros(1, 2), CENTRES])
+    x = h @ decoder.look.weight.T + decoder.look.bias + place @ decoder.places[0].weight.T
+    for layer in decoder.context:
+        x = naive_layer(x, layer.state_dict(), 2)
+    keys = torch.cat([h, x], -1) @ decoder.key.weight.T + decoder.key.bias
+    cosines = torch.cosine_similarity(keys, (z @ decoder.query.weight.T + decoder.query.bias)[:, None], -1)
+    torch.testing.assert_close(meant, (10 * cosines[:, 1:]).reshape(2, *GRID), rtol=1e-6, atol=1e-6)
+    patches = cosines[:, 1:]
+    peaks = torch.stack([cosines, cosines - patches.amax(1, True), cosines - patches.mean(1, True)], -1)
+    o = h @ decoder.reduce.weight.T + decoder.reduce.bias + place @ decoder.places[1].weight.T
+    o = o + peaks @ decoder.pointed.weight.T + decoder.pointed.bias
+    for layer in decoder.layers:
+        o = naive_layer(o, layer.state_dict(), 2)
+    torch.testing.assert_close(logits, decoder.enlarge(to_map(o, 1, GRID)))
+
+
+def test_a_mask_trains_nothing_of_where_it_points():
+    decoder, (levels, z) = ground_decoder(), inputs()
+    z.requires_grad_()
+    logits, meant = decoder.grounded(levels, z, GRID)
+    logits.square().sum().backward(retain_graph=True)
+    grounding = [*decoder.query.parameters(), *decoder.key.parameters(), *decoder.context.parameters()]
+    assert z.grad is None and all(p.grad is None for p in [*grounding, decoder.sharpness])
+    assert decoder.reduce.weight.grad.abs().sum() > 0
+    meant.square().sum().backward()
+    assert z.grad.abs().sum() > 0 and all(p.grad is not None for p in [*grounding, decoder.sharpness])
+
+
+def test_the_grounding_loss_is_the_cross_entropy_with_the_patches_shares():
+    meant = torch.randn(2, 2, 2, dtype=torch.float64)
+    target = torch.zeros(2, 4, 4, dtype=torch.bool)
+    target[0, :2, :2], target[0, 0, 2] = True, True  # four pixels of the first patch, one of the second
+    chances = meant[0].flatten().log_softmax(0)
+    expected = torch.stack([-(0.8 * chances[0] + 0.2 * chances[1]), torch.tensor(0.0, dtype=torch.float64)])
+    torch.testing.assert_close(grounding_loss(meant, target), expected)
 
 
 def naive_film_decoder(decoder: FilmDecoder, levels: list[Tensor], z: Tensor, prefix: int, stride: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The segment task: read-outs, standardisation, loss and predictions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
-from mitrain.tasks.base import Batch, Parts
+from mitrain.tasks.base import Batch, Parts, Prediction
 from mitrain.tasks.segment import SegmentConfig, SegmentTask
 
 GRID, PATCH, WIDTHS = 2, 14, [8, 8]
@@ -77,7 +79,9 @@ def test_fit_standardises_the_frozen_read_outs(folder):
     assert {"mean", "scale"} <= set(task.state_dict())
 
 
-@pytest.mark.parametrize(("decoder", "loss"), [("film", "ce"), ("film", "bce+dice"), ("unet", "focal")])
+@pytest.mark.parametrize(
+    ("decoder", "loss"), [("film", "ce"), ("film", "bce+dice"), ("unet", "focal"), ("ground", "bce+dice")]
+)
 def test_loss_trains_decoder_and_infusion(folder, decoder, loss):
     task = make(folder, decoder=decoder, loss=loss, unet_width=8)
     scramble(task.parts.adapter, spread=0.1)
@@ -89,8 +93,9 @@ def test_loss_trains_decoder_and_infusion(folder, decoder, loss):
     assert sum(float(p.grad.abs().sum()) for p in task.parts.adapter.parameters()) > 0
 
 
-def test_a_few_steps_fit_three_masks(folder):
-    task = make(folder, loss="bce+dice", film="every", dim=16, coords=True)
+@pytest.mark.parametrize("chosen", [{"film": "every", "coords": True}, {"decoder": "ground"}])
+def test_a_few_steps_fit_three_masks(folder, chosen):
+    task = make(folder, loss="bce+dice", dim=16, **chosen)
     task.fit(samples())
     optimizer = torch.optim.AdamW([*task.parameters(), *task.parts.adapter.parameters()], lr=1e-2)
     task.train()
@@ -104,6 +109,32 @@ def test_a_few_steps_fit_three_masks(folder):
     metrics = task.score(samples(), predictions)
     assert metrics["samples"] == 3 and metrics["oiou"] > 0.6
     assert predictions[0].mask.shape == (20, 24) and predictions[0].mask.dtype == np.bool_
+
+
+def test_late_fusion_conditions_by_the_vector_itself(folder):
+    text = TextBackbone.load(folder, torch.float32)
+    adapter = methods.build(adapters_none(), {"image": 6})
+    adapter.attach({"text": text.model})
+    parts = Parts(text, adapter, TextStates(text, adapter.attachment.first_layers["text"], None))
+    task = SegmentTask(
+        SegmentConfig(**SETTINGS, readout=["last", "image"]), parts, WIDTHS, GRID, PATCH, 1, {"image": 6}
+    )
+    own = batch()
+    found = task.condition([s.expression for s in own.samples], own.inputs)
+    assert found.shape == (3, 32 + 6) and torch.equal(found[:, 32:], own.inputs.features["image"])
+    with pytest.raises(ConfigError, match=r"readout='sound' is neither"):
+        make(folder, readout=["sound"])
+
+
+def test_scores_are_told_by_kind(folder):
+    task = make(folder)
+    kinds = [replace(s, kind=kind) for s, kind in zip(samples(), ("name", "name", "place"), strict=True)]
+    whole = [Prediction(s.id, s.inputs, {}, s.mask()) for s in kinds]
+    whole[1].mask = ~whole[1].mask
+    inside = [int(s.mask().sum()) for s in kinds]
+    scores = task.score(kinds, whole)
+    assert scores["oiou/place"] == 1 and scores["oiou/name"] == pytest.approx(inside[0] / (inside[0] + 20 * 24))
+    assert not any(key.startswith("oiou/") for key in task.score(samples(), whole))
 
 
 def test_levels_are_needed_and_read_outs(folder):

@@ -225,6 +225,15 @@ DATASETS = catalogue(
         **from_stamps(),
     ),
     Recipe(
+        name="object-scenes",
+        summary="composed scenes of stamps and emoji, names held out, with ten kinds of expressions and reference pictures",
+        licence="GPL-2 (stamps), Apache-2.0 and OFL-1.1 (Noto), CC-BY-4.0 (Twemoji), Unicode-3.0 (CLDR)",
+        package=f"Debian {STAMPS}, {from_npm(EMOJI)['package']}",
+        size_mb=303,
+        build="mitrain_demo.objects:build",
+        fetch=lambda folder: [debian_package(STAMPS, folder), *from_npm(EMOJI)["fetch"](folder)],
+    ),
+    Recipe(
         name="dialogue",
         summary="acted English lines of a free game, text and speech: sentence mode, who speaks, retrieval; not sentiment",
         licence="free to give away and to modify, not to be sold by itself, with its notices (see the copyright file)",

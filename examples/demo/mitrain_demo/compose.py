@@ -34,11 +34,14 @@ LAYOUTS = {(3, False): 0.15, (4, False): 0.1, (3, True): 0.2, (4, True): 0.55}
 
 @dataclass(frozen=True)
 class Thing:
-    """A cut-out with its name. Things that share an element of ``family`` are never in one scene."""
+    """A cut-out with its name. Things that share an element of ``family`` are never in one scene. ``category``: what it is
+    an instance of, as animal, if anything; ``words``: what else it has to do with."""
 
     name: str
     family: frozenset[str]
     image: Image.Image  # RGBA
+    category: str = ""
+    words: tuple[str, ...] = ()
 
     @cached_property
     def stretch(self) -> float:

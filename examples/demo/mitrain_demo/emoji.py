@@ -8,7 +8,7 @@ flags, symbols and components are left out. Proprietary art is not touched.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,14 @@ summary.json: counts.
 
 @dataclass(frozen=True)
 class Emoji:
-    """An emoji that both vendors draw."""
+    """An emoji that both vendors draw. ``pictures``: RGBA by vendor; ``group``: a finer category, as animal-mammal;
+    ``words``: CLDR's keywords."""
 
     code: str
     name: str
     category: str
+    group: str
+    words: tuple[str, ...]
     pictures: dict[str, Image.Image]
 
 
@@ -109,27 +112,41 @@ def drawn_alike(found: Sequence[Emoji]) -> set[int]:
 
 def grouped(found: Sequence[Emoji]) -> list[int]:
     """The group of each emoji: drawn nearly alike by whichever vendors, or named alike but for a person's sex and age."""
-    prints = [np.stack([fingerprint(emoji.pictures[vendor]) for emoji in found]) for vendor in VENDORS]
-    pairs = [pair for a in prints for b in prints for pair in near_pairs(a, b)]
+    pairs = drawn_nearly_alike(found)
     names = [PERSON.sub("", emoji.name.partition(":")[0]).strip() or "person" for emoji in found]
     return merged(len(found), pairs, [" ".join(name.split()) for name in names])
+
+
+def drawn_nearly_alike(found: Sequence[Emoji]) -> list[tuple[int, int]]:
+    """Pairs of emoji whose drawings, by whichever vendors, are near-duplicates."""
+    prints = [np.stack([fingerprint(emoji.pictures[vendor]) for emoji in found]) for vendor in VENDORS]
+    return [pair for a in prints for b in prints for pair in near_pairs(a, b)]
 
 
 # the packages
 
 
 def read_emoji(archives: Sequence[Path]) -> list[Emoji]:
+    """`read_cut_outs`, on a plain ground."""
+    return [
+        replace(e, pictures={v: on_plain_ground(p) for v, p in e.pictures.items()}) for e in read_cut_outs(archives)
+    ]
+
+
+def read_cut_outs(archives: Sequence[Path]) -> list[Emoji]:
     """Every emoji that is not left out, that both vendors draw and that CLDR names, in the order of their codes."""
     google, _, cldr = archives
     table = read_json(google, "emoji.json")
     names = read_json(cldr, "annotations/en/annotations.json")
-    wanted: dict[str, tuple[str, str]] = {}
+    wanted: dict[str, tuple[str, str, str, tuple[str, ...]]] = {}
     try:
         spoken = names["annotations"]["annotations"]
         for entry in table:
-            name = name_of(entry["unified"], spoken)
+            known = spoken_of(entry["unified"], spoken)
+            name = next(iter(known.get("tts", ())), "")
             if name and entry["category"] in CATEGORIES:
-                wanted[entry["image"]] = (name, entry["category"])
+                words = tuple(known.get("default", ()))
+                wanted[entry["image"]] = (name, entry["category"], entry.get("subcategory", ""), words)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PrepareError(
             f"{google.name} or {cldr.name} has an unknown layout ({error!r}): get the originals"
@@ -142,11 +159,10 @@ def read_emoji(archives: Sequence[Path]) -> list[Emoji]:
     ]
 
 
-def name_of(unified: str, spoken: dict[str, Any]) -> str:
-    """CLDR's name of the code points "1F3C3-200D-2640-FE0F"; the variation selector is no part of its keys."""
+def spoken_of(unified: str, spoken: dict[str, Any]) -> dict[str, Any]:
+    """CLDR's entry of the code points "1F3C3-200D-2640-FE0F"; the variation selector is no part of its keys."""
     text = "".join(chr(int(code, 16)) for code in unified.split("-"))
-    entry = spoken.get(text) or spoken.get(text.replace("\ufe0f", "")) or {}
-    return next(iter(entry.get("tts", ())), "")
+    return spoken.get(text) or spoken.get(text.replace("\ufe0f", "")) or {}
 
 
 def read_json(archive: Path, path: str) -> Any:
@@ -157,7 +173,7 @@ def read_json(archive: Path, path: str) -> Any:
 
 
 def read_pictures(archive: Path, vendor: str, wanted: dict[str, Any]) -> dict[str, Image.Image]:
-    """file name → picture on a plain ground."""
+    """file name → cut-out."""
     folder = f"img/{vendor}/64/"
     files = package_files(archive, lambda path: path.startswith(folder) and path.removeprefix(folder) in wanted)
-    return {path.removeprefix(folder): on_plain_ground(cut_out(path, content)) for path, content in files}
+    return {path.removeprefix(folder): cut_out(path, content) for path, content in files}

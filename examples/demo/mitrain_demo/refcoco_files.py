@@ -32,15 +32,23 @@ class RefCocoWriter:
         (root / IMAGES).mkdir(parents=True)
 
     def add(self, split: str, picture: Image.Image, shown: list[Shown]) -> None:
+        """A scene, and of each object its one expression."""
+        for one, number in zip(shown, self.add_scene(split, picture, shown), strict=True):
+            self.refer(self.refs, split, [number], one.expression, one.kind)
+
+    def add_scene(self, split: str, picture: Image.Image, shown: list[Shown]) -> list[int]:
+        """A scene; returns the numbers of its objects' annotations."""
         image_id = len(self.images) + 1
         name = f"{split}_{image_id:06d}.jpg"
-        picture.save(self.root / IMAGES / name, quality=QUALITY, subsampling=0)
+        self.save(name, picture)
         self.images.append({"id": image_id, "file_name": name, "height": picture.height, "width": picture.width})
-        for one in shown:
-            self.add_object(split, image_id, name, one)
+        return [self.add_object(image_id, one) for one in shown]
 
-    def add_object(self, split: str, image_id: int, file_name: str, one: Shown) -> None:
-        number = len(self.annotations) + 1  # one reference and one sentence for each object
+    def save(self, name: str, picture: Image.Image) -> None:
+        picture.save(self.root / IMAGES / name, quality=QUALITY, subsampling=0)
+
+    def add_object(self, image_id: int, one: Shown) -> int:
+        number = len(self.annotations) + 1
         category = self.categories.setdefault(one.thing.name, len(self.categories) + 1)
         self.annotations.append(
             {
@@ -53,29 +61,40 @@ class RefCocoWriter:
                 "segmentation": run_lengths(one.mask),
             }
         )
-        sentence = {"sent_id": number, "sent": one.expression, "raw": one.expression, "tokens": one.expression.split()}
-        self.refs.append(
+        return number
+
+    def refer(
+        self, refs: list[dict], split: str, targets: list[int], text: str, kind: str, reference: str = ""
+    ) -> None:
+        """Append to ``refs`` that ``text`` means the annotations ``targets``; ``reference``: a second picture's file."""
+        number, annotation = len(refs) + 1, self.annotations[targets[0] - 1]  # each with one sentence
+        file_name = self.images[annotation["image_id"] - 1]["file_name"]
+        sentence = {"sent_id": number, "sent": text, "raw": text, "tokens": text.split()}
+        refs.append(
             {
                 "ref_id": number,
-                "ann_id": number,
-                "category_id": category,
-                "image_id": image_id,
+                "ann_id": targets if len(targets) > 1 else targets[0],
+                "category_id": annotation["category_id"],
+                "image_id": annotation["image_id"],
                 "file_name": file_name.replace(".jpg", f"_{number}.jpg"),
                 "split": split,
-                "kind": one.kind,  # ours: no reader of RefCOCO minds one more key
+                "kind": kind,  # this and the next are ours: no reader of RefCOCO minds more keys
+                **({"reference": reference} if reference else {}),
                 "sent_ids": [number],
                 "sentences": [sentence],
             }
         )
 
-    def finish(self) -> None:
+    def finish(self, **refs: list[dict]) -> None:
+        """Write the annotations, and ``refs`` by what they are split by (left out: those of `add`)."""
         folder = self.root / DATASET
         categories = [{"id": number, "name": name} for name, number in self.categories.items()]
         instances = {"images": self.images, "annotations": self.annotations, "categories": categories}
         write_atomic(folder / "instances.json", json.dumps(instances, separators=(",", ":")))
-        pickled = io.BytesIO()
-        pickle.Pickler(pickled, protocol=2).dump(self.refs)
-        write_atomic(folder / f"refs({SPLIT_BY}).p", pickled.getvalue())
+        for name, rows in (refs or {SPLIT_BY: self.refs}).items():
+            pickled = io.BytesIO()
+            pickle.Pickler(pickled, protocol=2).dump(rows)
+            write_atomic(folder / f"refs({name}).p", pickled.getvalue())
 
 
 def bounding_box(mask: np.ndarray) -> list[int]:

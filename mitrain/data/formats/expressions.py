@@ -2,7 +2,8 @@
 
 ``{"images": [{"id", "file_name", "height", "width"}], "annotations": [{"id", "image_id", "segmentation", "expression"}],
 "categories": [{"id", "name"}]}``. An annotation's expressions stand under any of `NAMES`, as a text or a list of texts; one
-without any is an object of its picture and no sample. ``segmentation``: polygons or run lengths; ``categories`` may lack.
+without any is an object of its picture and no sample. ``segmentation``: polygons or run lengths; ``categories`` may lack; an
+annotation's ``reference`` is the file of a second picture, the input of that name.
 """
 
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,8 @@ def expressions_in(path: Path, tables: Instances, folder: str, name: str | None)
         shape = field(annotation, "segmentation", list | dict, where)
         size = size_of(image, f"{tables.where!r}: image {image_id[:80]}")
         there = {"image": folder + field(image, "file_name", str, where)}
+        if annotation.get("reference"):
+            there["reference"] = folder + field(annotation, "reference", str, where)
         known = tables.category(annotation), "", tables.present.get(image_id, ())
         for n, text in enumerate(texts):
             own = f"{number}/{n}" if len(texts) > 1 else number

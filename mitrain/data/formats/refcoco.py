@@ -2,7 +2,8 @@
 
 The layout is that of github.com/lichengunc/refer: ``ROOT/DATASET/refs(SPLIT_BY).p`` holds references, each with its
 sentences (`references`); ``ROOT/DATASET/instances.json`` holds COCO's images and annotations. A reference
-with several targets, as gRefCOCO has, is of their union; one without is left out, and counted.
+with several targets, as gRefCOCO has, is of their union; one without is left out, and counted. A reference's own key
+``reference`` names a second picture beside the first, the input of that name.
 """
 
 import logging
@@ -36,7 +37,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReferSample(Sample):
-    """One expression about a picture, the input ``image`` below :func:`image_folder`; ``size`` is its (height, width).
+    """One expression about a picture, the input ``image`` below :func:`image_folder`; ``size`` is its (height, width). The
+    input ``reference`` is a second picture, which the expression may speak of.
 
     ``object`` is the name of the target's category (of several, their names), ``present`` the names of all objects
     annotated in the picture, the target's among them; ``kind`` is what an expression of a composed scene needs (name,
@@ -95,6 +97,19 @@ def read_refer(
     if not kept:
         raise DataError(f"{str(path)!r} has no sentence with words in the split {split!r}: get the original file")
     return kept
+
+
+def read_objects(root: Path, dataset: str, split_by: str | None, split: str) -> list[ReferSample]:
+    """Every object annotated in a split's pictures, as samples without words."""
+    path = refs_file(root, dataset, split_by)
+    pictures = {ref.image for ref in read_refs(path) if selects(split, ref.split)}
+    tables = read_instances(path.with_name("instances.json"))
+    return [
+        ReferSample(number, {"image": image["file_name"]}, "", size_of(image, number), annotation.get("segmentation"))
+        for number, annotation in tables.annotations.items()
+        if known_id(annotation, "image_id") in pictures
+        and (image := tables.images.get(known_id(annotation, "image_id")))
+    ]
 
 
 def split_names(root: Path, dataset: str, split_by: str | None = None) -> list[str]:
@@ -178,7 +193,7 @@ def samples_of(ref: Reference, tables: Instances, dataset: str) -> list[ReferSam
     size = size_of(image, here)
     things = " and ".join(sorted({tables.category(target) for target in targets} - {""}))
     shared = (size, union(ref, targets, tables.where), things, ref.kind, tables.present.get(ref.image, ()))
-    there = {"image": field(image, "file_name", str, here)}
+    there = {"image": field(image, "file_name", str, here)} | ({"reference": ref.reference} if ref.reference else {})
     return [ReferSample(f"{dataset}/{ref.id}/{number}"[:200], there, words, *shared) for number, words in ref.sentences]
 
 

@@ -25,7 +25,8 @@ NO_TARGET = ("-1",)  # gRefCOCO's ann_id of an expression that nothing in the pi
 
 @dataclass(frozen=True)
 class Reference:
-    """``targets``: the annotations that it speaks of; ``sentences``: their ids and cleaned words."""
+    """``targets``: the annotations that it speaks of; ``sentences``: their ids and cleaned words; ``reference``: a second
+    picture's file, if there is one."""
 
     id: str
     targets: tuple[str, ...]
@@ -33,6 +34,7 @@ class Reference:
     split: str
     kind: str
     sentences: tuple[tuple[str, str], ...]
+    reference: str = ""
 
 
 def refs_file(root: Path, dataset: str, split_by: str | None) -> Path:
@@ -126,6 +128,7 @@ def to_reference(ref: Any, where: str) -> Reference:
         field(ref, "split", str, where),
         ref["kind"] if isinstance(ref.get("kind"), str) else "",
         tuple(sentences),
+        field({"reference": "", **ref}, "reference", str, where),
     )
 
 

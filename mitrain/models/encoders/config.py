@@ -97,10 +97,11 @@ def check_name(name: str, where: str) -> None:
 
 
 def modalities_of(encoders: Mapping[str, EncoderConfig]) -> dict[str, list[str]]:
-    """Each modality with the names of the encoders whose features make it, side by side."""
+    """Each modality with the names of the encoders whose features make it, side by side; one not infused has none."""
     modalities: dict[str, list[str]] = {}
     for name, section in encoders.items():
-        modalities.setdefault(section.joins or name, []).append(name)
+        if getattr(section, "infused", True):
+            modalities.setdefault(section.joins or name, []).append(name)
     return modalities
 
 

@@ -49,13 +49,15 @@ class ImageConfig(EncoderConfig):
     """One frozen image encoder.
 
     ``size``: side in pixels. ``pool``: what the
-    global feature is. ``levels``: hidden states whose patch tokens a decoder reads.
+    global feature is. ``levels``: hidden states whose patch tokens a decoder reads. ``infused`` False: these alone are read,
+    its global feature is no modality.
     """
 
     takes: Literal["image"] = "image"
     size: int | None = Field(None, ge=14, le=LONGEST)
     pool: Literal["auto", "cls", "mean", "cls+mean"] = "auto"
     levels: tuple[int, ...] = ()
+    infused: bool = True
     resize: Literal["squash", "pad"] = "squash"
 
 

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mitrain.core import hub, prepared
 from mitrain.core.errors import UserError
 from mitrain.data import sources
+from mitrain.data.expressions import ExpressionsConfig, RefcocoConfig
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.formats.records import AnswerSample
@@ -75,7 +76,7 @@ def stand_in(model: Model, number: int, tokens: int) -> Any:
         return TargetSample(name, inputs, words(tokens), 0.0)
     if isinstance(data, sources.CaptionSection):
         return CaptionSample(name, inputs, f"{words(tokens - 1)} {number}")  # two alike would be right for each other
-    if isinstance(data, sources.RefcocoConfig):
+    if isinstance(data, RefcocoConfig | ExpressionsConfig):
         everything = {"size": [SIDE, SIDE], "counts": [0, SIDE * SIDE]}
         return ReferSample(name, inputs, words(tokens), (SIDE, SIDE), everything)
     return AnswerSample(name, inputs, words(tokens - said), words(said))
