@@ -212,7 +212,7 @@ def keep_predictions(job: Job, cell_id: CellId, sheet: Path) -> None:
 
 
 def write(job: Job, rows: dict[str, Row], command: str) -> dict[str, Any]:
-    """results.json: the rows in the study's order, and how they were made."""
+    """results.json: the rows in the study's order, how they were made, and which cells of the study have none."""
     seeds = sorted({row["seed"] for row in rows.values() if row["seed"] is not None} | set(job.study.seeds))
     ordered = [rows[cell_id.key()] for cell_id in cell_ids(job.study, seeds) if cell_id.key() in rows]
     result = {
@@ -222,6 +222,7 @@ def write(job: Job, rows: dict[str, Row], command: str) -> dict[str, Any]:
         **({"against": job.study.against} if job.study.against else {}),
         "made": joined(ordered, command),
         "rows": ordered,
+        "missing": [cell_id.name for cell_id in cell_ids(job.study) if cell_id.key() not in rows],
     }
     write_json(job.out / "results.json", result)
     return result

@@ -42,6 +42,8 @@ def table(result: dict[str, Any]) -> str:
     notes = [] if counted else [meaning(rows, result.get("against"))]
     remarks = sorted({row["reduced"] for row in rows if row["reduced"]})
     notes += [f"{REDUCED} measured at reduced size: {'; '.join(remarks)}."] if remarks else []
+    missing = result.get("missing", ())
+    notes += [f"Not measured yet, {len(missing)} of the study's cells: {plain(', '.join(missing))}."] if missing else []
     return "\n".join([*lines, "", *notes, *([""] if notes else []), sentence(result["made"]), ""])
 
 

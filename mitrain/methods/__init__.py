@@ -7,16 +7,22 @@ from mitrain.core.errors import ConfigError
 from mitrain.methods.aurora.aurora import Aurora
 from mitrain.methods.base import Adapter
 from mitrain.methods.full import Full
+from mitrain.methods.gated_xattn import GatedCrossAttention
 from mitrain.methods.mit.mit import MiT
 from mitrain.methods.mope.mope import MoPE
 from mitrain.methods.none import NoAdapter
 from mitrain.methods.peft import IA3, LoRA, Prefix, Prompt
 from mitrain.methods.pmf.pmf import PMF
+from mitrain.methods.uniadapter import UniAdapter
 from mitrain.methods.visual_prefix import VisualPrefix
+from mitrain.methods.vlora import VLoRA
 
 METHODS: dict[str, type[Adapter]] = {
     kind.traits.name: kind
-    for kind in (MiT, PMF, MoPE, Aurora, NoAdapter, LoRA, IA3, Prompt, Prefix, VisualPrefix, Full)
+    for kind in (
+        *(MiT, PMF, MoPE, Aurora, NoAdapter, LoRA, IA3, Prompt, Prefix, VisualPrefix, Full),
+        *(GatedCrossAttention, VLoRA, UniAdapter),
+    )
 }
 
 

@@ -46,7 +46,9 @@ class Traits:
     ``runs_layers``: it runs the layers itself: ``encode`` is always given the states that enter each backbone's first
     changed layer. ``wraps_text_model``: ``encode`` goes through a model around the text model, which the language head
     knows nothing of. ``text_depends_on_input``: so does ``Outputs.text``; ``infused=False`` of the inputs leaves them out
-    while the rest stays. ``passes``: how often ``encode`` runs each changed layer, for estimates of memory.
+    while the rest stays. ``conditions_text``: `conditioned` gives passes of the text model alone all that the method reads,
+    though it attaches to the encoder, too, so that the language head sees it. ``passes``: how often ``encode`` runs each
+    changed layer, for estimates of memory.
     ``checkpointing``: it can keep only the inputs of the changed layers for backward and compute the rest again.
     """
 
@@ -55,6 +57,7 @@ class Traits:
     runs_layers: bool = False
     wraps_text_model: bool = False
     text_depends_on_input: bool = False
+    conditions_text: bool = False
     passes: int = 1
     checkpointing: bool = False
 

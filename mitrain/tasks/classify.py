@@ -23,7 +23,7 @@ from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.heads import HeadConfig, HeadTask
 from mitrain.tasks.label_metrics import label_metrics
-from mitrain.tasks.probe import probe_labels
+from mitrain.tasks.probe import probe_labels, probe_neighbours
 from mitrain.tasks.readout import See
 
 SHOWN = 5  # classes whose probability a prediction names
@@ -148,14 +148,17 @@ class ClassifyTask(HeadTask):
         return details.of_labels(self.classes, truth, predicted, one=not self.multilabel)
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
-        """The training split's commonest label, and a linear probe on the features that are infused."""
+        """The training split's commonest label; nearest neighbours on the features that are infused; linear probes on these,
+        on the frozen language model's states where texts differ, and on both."""
         truths = [self.targets(part).cpu().numpy() > 0 for part in splits.parts]
-        features = [splits.features(part).numpy() for part in splits.parts]
-        shares = truths[0].mean(0)
-        guesses = {
-            "majority label": np.tile(np.eye(len(shares))[shares.argmax()], (len(splits.chosen), 1)),
-            "linear probe on the same features": probe_labels(features, truths[:2], self.multilabel),
-        }
+        shares, views = truths[0].mean(0), self.frozen_views(splits)
+        guesses = {"majority label": np.tile(np.eye(len(shares))[shares.argmax()], (len(splits.chosen), 1))}
+        for name, view in views.items():
+            guesses[f"linear probe on {name}"] = probe_labels(view, truths[:2], self.multilabel)
+        if "the same features" in views:
+            guesses["nearest neighbours on the same features"] = probe_neighbours(
+                views["the same features"], truths[:2]
+            )
         if self.multilabel:
             guesses["training shares"] = np.tile(shares, (len(splits.chosen), 1))
         threshold = self.config.threshold

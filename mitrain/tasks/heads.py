@@ -1,4 +1,4 @@
-"""What `classify` and `regress` have in common: a linear head on read-outs of the adapted backbones.
+"""What `classify` and `regress` have in common: a linear head (or a small MLP) on read-outs of the adapted backbones.
 
 The text runs through the language model, the other modalities reach it through the infusion; a head reads the final state.
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from mitrain.core import user_code
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError
 from mitrain.models.batch import ModalityInputs
-from mitrain.tasks.base import Batch, Parts, Task
-from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
+from mitrain.tasks.base import Batch, Parts, Splits, Task
+from mitrain.tasks.probe import standardised
+from mitrain.tasks.readout import See, evenly, frozen_states, read_out, runs_text, statistics, width_of
 from mitrain.tasks.template import frame_of, template_with
 
 
@@ -27,11 +29,13 @@ class HeadConfig(Section):
     """``template``: how a sample's text is put to the model; one without {text} leaves the text out. ``readout``: what the
     head reads, concatenated: the last token's state, the mean over tokens, the first token's, the mean of the input
     embeddings, a modality's vector itself by its name, as image (late fusion), the method's own joint state.
-    ``max_tokens``: longer texts lose their end. ``dropout``: of what the head reads.
+    ``hidden``: width of an MLP's hidden layer in place of the linear head, 0 for none: late fusion by an MLP over pooled
+    vectors. ``max_tokens``: longer texts lose their end. ``dropout``: of what the head reads.
     ``metric``: a score of the user's own, see `mitrain.core.user_code`."""
 
     template: template_with("text", required=False) = "{text}"
     readout: tuple[str, ...] = Field(("last",), min_length=1)
+    hidden: int = Field(0, ge=0, le=1 << 16)
     max_tokens: int = Field(128, ge=1, le=1 << 20)
     dropout: float = Field(0.0, ge=0, lt=1)
     metric: user_code.FunctionName | None = None
@@ -55,7 +59,7 @@ class ReadTask(Task):
 
 
 class HeadTask(ReadTask):
-    """Base of the tasks that predict W x + b, x the standardised read-outs."""
+    """Base of the tasks that predict W x + b, x the standardised read-outs; with ``hidden`` W GELU(V x + c) + b."""
 
     texts_apart = "text"
     reads_no_text = True
@@ -66,7 +70,9 @@ class HeadTask(ReadTask):
         width = sum(width_of(parts, name, widths) for name in config.readout)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
-        self.head = nn.Linear(width, outputs)
+        inner = config.hidden
+        layers = [nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, outputs)] if inner else []
+        self.head = nn.Sequential(*layers) if inner else nn.Linear(width, outputs)
         self.dropout = nn.Dropout(config.dropout)
         self._ids = cache(self._row)
 
@@ -95,6 +101,19 @@ class HeadTask(ReadTask):
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 
+    def frozen_views(self, splits: Splits) -> dict[str, list[np.ndarray]]:
+        """What a baseline may read, by its name in a table, of the training, validation and asked samples (n, width) each:
+        the features that are infused and, where texts differ, the frozen language model's states, and both."""
+        views = {"the same features": [splits.features(part).numpy() for part in splits.parts]} if self.widths else {}
+        rows = [[self._ids(s.text) for s in part] for part in splits.parts]
+        if len({tuple(row) for row in rows[0]}) > 1:
+            states = standardised([frozen_states(self.parts, part) for part in rows])
+            together = [
+                np.hstack(pair) for view in views.values() for pair in zip(states, standardised(view), strict=True)
+            ]
+            views |= {"the frozen text states": states} | ({"text and features together": together} if together else {})
+        return views
+
     def logits(self, batch: Batch) -> Tensor:
         """(B, outputs)."""
         return self.head(self.dropout(self.states([s.text for s in batch.samples], batch.inputs)))
@@ -114,7 +133,8 @@ class HeadTask(ReadTask):
         return total, torch.as_tensor(count, dtype=torch.float64)
 
     def activation_bytes(self) -> int:
-        return 4 * (2 * self.head.in_features + 2 * self.head.out_features)
+        linear = [module for module in self.head.modules() if isinstance(module, nn.Linear)]
+        return sum(4 * (2 * module.in_features + 2 * module.out_features) for module in linear)
 
 
 def is_count(value: Any) -> bool:

@@ -88,7 +88,8 @@ class LanguageTask(Task):
         if not text.speaks:
             name = type(text.model).__name__
             raise ConfigError(f"model.llm is a {name}, which has no language head to answer with: take another task")
-        if adapter.traits.runs_layers or adapter.traits.wraps_text_model or adapter.traits.backbones != ("text",):
+        alone = adapter.traits.backbones == ("text",) or adapter.traits.conditions_text
+        if adapter.traits.runs_layers or adapter.traits.wraps_text_model or not alone:
             raise ConfigError(
                 f"the method {adapter.traits.name!r} does not work through the language head: take another task"
             )

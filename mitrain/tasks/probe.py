@@ -1,12 +1,12 @@
-"""The linear probe: what a classifier on the very features that are infused can say, without a language model.
+"""What scikit-learn makes of the frozen models' vectors: linear probes, ridge regression, nearest neighbours.
 
-Multinomial logistic regression (scikit-learn) on the training images' features, one per prompt; its regularisation is
-chosen on val, as everything else is.
+A score says something only beside them. What they are regularised by is chosen on val, as everything else is.
 """
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 RIDGES = (0.1, 1.0, 10.0, 100.0)
+NEIGHBOURS = (1, 3, 5, 10, 20)
 STRENGTHS = tuple(10.0**power for power in (-3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
+Predict = Callable[[np.ndarray], np.ndarray]
 
 
 def probe_answers(
@@ -64,25 +66,42 @@ def fit(x: np.ndarray, labels: Sequence[str], strength: float) -> "LogisticRegre
         return LogisticRegression(C=strength, max_iter=500).fit(x, labels)
 
 
-def ridge_fit(x: np.ndarray, y: np.ndarray, strength: float) -> Callable[[np.ndarray], np.ndarray]:
+def ridge_fit(x: np.ndarray, y: np.ndarray, strength: float) -> Predict:
     """The prediction of a ridge regression from ``x`` (n, e) to ``y`` (n, D) or (n,)."""
     from sklearn.linear_model import Ridge
 
     return Ridge(alpha=strength).fit(x, y).predict
 
 
-def ridge(features: Sequence[Any], states: Sequence[Any], galleries: Sequence[Gallery]) -> dict[str, Any]:
-    """Retrieval metrics of the last part, of the regression that is best on the second.
+def neighbours_fit(x: np.ndarray, y: np.ndarray, count: int) -> Predict:
+    """The mean ``y`` (n, D) or (n,) of the ``count`` rows of ``x`` (n, e) with the largest cosine."""
+    from sklearn.neighbors import KNeighborsRegressor
+
+    return KNeighborsRegressor(min(count, len(x)), metric="cosine").fit(x, y).predict
+
+
+def retrieved(
+    features: Sequence[np.ndarray], states: Sequence[np.ndarray], galleries: Sequence[Gallery]
+) -> dict[str, dict[str, Any]]:
+    """Retrieval metrics of the last part by a ridge regression and by nearest neighbours, each chosen on the second part.
 
     Args:
         features, states: of the training, validation and asked samples, (n, e) and (n, D).
     """
+    fits = {"ridge regression": (ridge_fit, RIDGES), "nearest neighbours": (neighbours_fit, NEIGHBOURS)}
+    later = features[1:], states[1:], galleries[1:]
+    return {
+        name: _best_ranks([fit(features[0], states[0], choice) for choice in choices], *later)
+        for name, (fit, choices) in fits.items()
+    }
+
+
+def _best_ranks(fitted: Sequence[Predict], *parts: Sequence[Any]) -> dict[str, Any]:
     best = None
-    for strength in RIDGES:
-        predict = ridge_fit(features[0], states[0], strength)
+    for predict in fitted:
         val, ranks = (
             rank_metrics(*both_ways(gallery, unit(predict(x[gallery.first])), unit(y)), gallery.decided(), gallery.ways)
-            for x, y, gallery in zip(features[1:], states[1:], galleries[1:], strict=True)
+            for x, y, gallery in zip(*parts, strict=True)
         )
         if best is None or val["recall_mean"] > best[0]:
             best = (val["recall_mean"], ranks)
@@ -96,11 +115,27 @@ def probe_numbers(features: Sequence[np.ndarray], targets: Sequence[np.ndarray])
         features: of the training, validation and asked samples, each (n, e).
         targets: (n,) of the training and validation samples.
     """
+    return _nearest(features, targets, {c: partial(ridge_fit, strength=c) for c in RIDGES}, 1.0, power=1)
+
+
+def probe_neighbours(features: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> np.ndarray:
+    """(samples, …) means of the nearest training samples' targets, of so many that the squared error on validation is least.
+
+    Args: as of `probe_numbers`; targets (n,) numbers or (n, C) bool, of which the means are probabilities.
+    """
+    fits = {count: partial(neighbours_fit, count=count) for count in NEIGHBOURS}
+    return _nearest(features, [part.astype(float) for part in targets], fits, 5, power=2)
+
+
+def _nearest(
+    features: Sequence[np.ndarray], targets: Sequence[np.ndarray], fits: Mapping[float, Any], usual: float, power: int
+) -> np.ndarray:
+    """What the best of ``fits`` on validation says, the ``usual`` one where there is none."""
     train, val, asked = features
-    fitted = {strength: ridge_fit(train, targets[0], strength) for strength in RIDGES}
     if not len(val):
-        return fitted[1.0](asked)
-    return fitted[min(RIDGES, key=lambda strength: np.abs(fitted[strength](val) - targets[1]).mean())](asked)
+        return fits[usual](train, targets[0])(asked)
+    fitted = [fit(train, targets[0]) for fit in fits.values()]
+    return min(fitted, key=lambda predict: (np.abs(predict(val) - targets[1]) ** power).mean())(asked)
 
 
 def standardised(parts: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -21,8 +21,8 @@ from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.heads import HeadConfig, HeadTask
 from mitrain.tasks.number_metrics import number_metrics
-from mitrain.tasks.probe import probe_numbers, standardised
-from mitrain.tasks.readout import See, frozen_states
+from mitrain.tasks.probe import probe_neighbours, probe_numbers
+from mitrain.tasks.readout import See
 
 LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss, "huber": F.huber_loss}
 
@@ -101,20 +101,17 @@ class RegressTask(HeadTask):
         return number_metrics(np.array([s.target for s in samples]), predicted, tuple(self.target_range.tolist()))
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
-        """The training targets' mean and median, and ridge regressions on the features that are infused and, where texts
-        differ, on the frozen language model's states."""
-        features = [splits.features(part).numpy() for part in splits.parts]
-        train, val = (np.array([s.target for s in part]) for part in splits.parts[:2])
+        """The training targets' mean and median; nearest neighbours on the features that are infused; ridge regressions on
+        these, on the frozen language model's states where texts differ, and on both."""
+        truths = [np.array([s.target for s in part]) for part in splits.parts[:2]]
         guesses = {
-            "training mean": np.full(len(splits.chosen), np.mean(train)),
-            "training median": np.full(len(splits.chosen), np.median(train)),
+            "training mean": np.full(len(splits.chosen), np.mean(truths[0])),
+            "training median": np.full(len(splits.chosen), np.median(truths[0])),
         }
-        if self.widths:
-            guesses["ridge regression on the same features"] = probe_numbers(features, [train, val])
-        rows = [[self._ids(s.text) for s in part] for part in splits.parts]
-        if len({tuple(row) for row in rows[0]}) > 1:
-            states = standardised([frozen_states(self.parts, part) for part in rows])
-            guesses["ridge regression on the frozen text states"] = probe_numbers(states, [train, val])
+        views = self.frozen_views(splits)
+        guesses |= {f"ridge regression on {name}": probe_numbers(view, truths) for name, view in views.items()}
+        if "the same features" in views:
+            guesses["nearest neighbours on the same features"] = probe_neighbours(views["the same features"], truths)
         return {name: self._metrics(splits.chosen, predicted) for name, predicted in guesses.items()}
 
     def asked(self, question: Question) -> TargetSample:

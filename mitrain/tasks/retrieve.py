@@ -32,7 +32,7 @@ from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.figures import Panel
 from mitrain.tasks.heads import ReadTask
 from mitrain.tasks.momentum import MomentumQueue
-from mitrain.tasks.probe import ridge
+from mitrain.tasks.probe import retrieved
 from mitrain.tasks.ranks import Gallery, arrows, both_ways, chance, rank_metrics, recall_shares, reranked, ways_between
 from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
 from mitrain.tasks.retrieve_config import RetrieveConfig
@@ -354,7 +354,8 @@ class RetrieveTask(ReadTask):
         return {pair: value for ranks in dist.gather(values) for pair, value in ranks.items()}
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
-        """A random order, and a ridge regression from the infused features to the frozen language model's text states."""
+        """A random order, and a ridge regression and the nearest neighbours' mean from the infused features to the frozen
+        language model's text states."""
         features, what = [splits.features(part).numpy() for part in splits.parts], "text states"
         if self.between_files:
             several = [
@@ -366,9 +367,9 @@ class RetrieveTask(ReadTask):
         else:
             states = [self.frozen_states([s.text for s in part]) for part in splits.parts]
         galleries = [self._gallery(part) for part in splits.parts]
-        metrics = {
-            "random order": chance(galleries[2]),
-            f"ridge regression to the {what}": ridge(features, states, galleries),
+        made = retrieved(features, states, galleries)
+        metrics = {"random order": chance(galleries[2])} | {
+            f"{how} to the {what}": found for how, found in made.items()
         }
         return {name: values | self._counts(galleries[2]) for name, values in metrics.items()}
 

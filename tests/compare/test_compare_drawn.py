@@ -77,6 +77,13 @@ def test_failed_cells_and_reduced_size_are_reported():
     assert "†" not in cells_of(text, "full")[1]
 
 
+def test_cells_of_the_study_that_have_no_row_are_named():
+    rows = result(row("mit"))
+    assert "Not measured" not in table(rows) + table({**rows, "missing": []})
+    text = table({**rows, "missing": ["label-vlora-seed0", "label-vlora-seed1"]})
+    assert "Not measured yet, 2 of the study's cells: label-vlora-seed0, label-vlora-seed1." in text
+
+
 def test_points_of_an_axis_are_lines_of_their_own():
     rows = [row("mope", seed, axis="experts", at=at) for at in (1, 1.0, True, "1") for seed in (0, 1)]
     assert [len(group) for group in groups(rows)] == [2, 2, 2, 2]

@@ -10,6 +10,9 @@ CASES = [
     ("pmf", "classify", {}),
     ("visual-prefix", "classify", {}),
     ("full", "classify", {}),
+    ("gated-xattn", "classify", {}),
+    ("vlora", "classify", {}),
+    ("uniadapter", "classify", {}),
     ("aurora", "retrieve", {"adapter": {"dropout": 0.0}}),
     ("pmf", "retrieve", {"task": {"queue": 12, "ramp": 2}}),
 ]

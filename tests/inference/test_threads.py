@@ -24,6 +24,7 @@ IDS = torch.tensor([[3, 4, 5, 6]])
 FEATURES = torch.randn(6, 1, 6, generator=torch.Generator().manual_seed(0))
 TASKS = [("mit", task) for task in ("answer", "segment", "classify", "retrieve")]
 TASKS += [("visual-prefix", "classify"), ("mope", "classify"), ("pmf", "retrieve")]
+TASKS += [("gated-xattn", "classify"), ("vlora", "retrieve"), ("uniadapter", "classify")]
 
 
 @pytest.fixture(scope="module")

@@ -256,3 +256,21 @@ def test_pictures_alone_need_no_contexts():
     adapter = aurora(pair(), ice=True)
     _, picture = batch(pair())
     assert adapter.encode(None, pictures(picture.feature, picture.states)).joint is None
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_gate_of_channels_starts_as_the_pretrained_text_and_opens_where_it_helps(kind):
+    backbones = pair(kind)
+    words, picture = batch(backbones)
+    adapter = aurora(backbones, fusion_gate="channels")
+    width = adapter.fusion.width
+    assert adapter.fusion.scale.shape == (adapter.fusion.layers, width) and not adapter.fusion.scale.any()
+    with torch.no_grad():
+        assert torch.equal(
+            adapter.encode(words, picture).joint, adapter.encode(words, replace(picture, infused=False)).joint
+        )
+    adapter.encode(words, picture).joint[:, 0].sum().backward()
+    assert (adapter.fusion.scale.grad != 0).all(1).any()  # every channel of a layer has a direction of its own
+    one, many = aurora(pair(kind), fusion_scale=0.3), aurora(pair(kind), fusion_gate="channels", fusion_scale=0.3)
+    with torch.no_grad():
+        assert torch.equal(one.encode(*batch(pair(kind))).joint, many.encode(*batch(pair(kind))).joint)

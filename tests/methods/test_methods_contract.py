@@ -19,6 +19,9 @@ VARIANTS = [
     ("ia3", {"where": "both"}),
     ("visual-prefix", {"tokens": None, "lora_rank": 2}),
     ("full", {"layers": 1}),
+    ("gated-xattn", {"layers": "all", "heads": 1, "head_dim": 8, "feed_forward": 0}),
+    ("vlora", {"reads": "vector", "targets": ["q", "k", "o", "mlp"], "width": 8, "blocks": 2}),
+    ("mit", {"layers": [1], "lora_rank": 2}),
 ]
 """Settings that change what a method is, beside each method with its settings for tiny models."""
 CASES = [*((name, None) for name in METHODS), *VARIANTS]

@@ -23,6 +23,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "prompt": {"tokens": 2},
     "prefix": {"tokens": 2},
     "visual-prefix": {"tokens": 4},
+    "gated-xattn": {"heads": 2, "head_dim": 4, "feed_forward": 1},
+    "vlora": {"rank": 2, "width": 8, "heads": 2},
+    "uniadapter": {"width": 4},
 }
 """Settings of methods whose defaults are large for tiny models; a method that is not here is taken as it is."""
 

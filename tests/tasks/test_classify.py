@@ -19,10 +19,10 @@ from mitrain.data.formats.labels import LabelSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
-from mitrain.tasks.base import Batch, Parts, Prediction
+from mitrain.tasks.base import Batch, Parts, Prediction, Splits
 from mitrain.tasks.classify import ClassifyConfig, ClassifyTask, class_weights
 from mitrain.tasks.label_metrics import label_metrics
-from mitrain.tasks.probe import probe_labels
+from mitrain.tasks.probe import probe_labels, probe_neighbours
 
 CLASSES = ("red", "green", "blue")
 FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
@@ -107,6 +107,17 @@ def test_a_loss_of_ones_own_has_the_logits_and_a_row_of_targets_for_each_sample(
     assert count.item() == 7 and count.dtype == torch.float64
     with pytest.raises(ValueError, match="leave one of them out"):
         ClassifyConfig(loss="own_ce:half", balance=True)
+
+
+def test_an_mlp_in_the_heads_place_is_a_formula_by_hand(folder):
+    task = make(folder, readout=("last", "image"), hidden=4)
+    x = task.states([s.text for s in samples()], batch().inputs)
+    first, _, last = task.head
+    expected = F.linear(F.gelu(F.linear(x, first.weight, first.bias)), last.weight, last.bias)
+    torch.testing.assert_close(task.logits(batch()), expected)
+    width = x.shape[1]
+    assert sum(p.numel() for p in task.head.parameters()) == width * 4 + 4 + 4 * 3 + 3
+    assert task.activation_bytes() == 4 * 2 * (width + 4 + 4 + 3)
 
 
 def test_several_labels_are_binary_cross_entropies(folder):
@@ -256,3 +267,34 @@ def test_the_probe_of_labels_learns_separable_features(multilabel):
     metrics = label_metrics(truth[60:], found, multilabel)
     assert metrics["accuracy"] == 1.0 and found[:, 2].max() == 0
     assert probe_labels([parts[0], parts[1][:0], parts[2]], [truth[:40], truth[:0]], multilabel).shape == (30, 3)
+
+
+def test_baselines_read_the_features_the_frozen_text_and_both(folder):
+    """Four texts and four pictures of which each alone says half of the label, and the two together all of it."""
+    task, rows = make(folder, classes=("00", "01", "10", "11"), readout=["last"]), []
+    texts = {"0": "a red square", "1": "this thing is blue"}
+    for number in range(32):
+        one, other = format(number % 4, "02b")
+        rows.append(LabelSample(f"{number}", {"image": f"{other}.png"}, texts[one], (one + other,), "o"))
+    see = lambda part: torch.stack([FEATURES[int(s.inputs["image"][0])] for s in part])  # noqa: E731
+    found = task.baselines(Splits(rows, lambda: (rows, rows), lambda: rows, see, 0))
+    assert {name: value["accuracy"] for name, value in found.items()} == {
+        "majority label": 0.25, "linear probe on the same features": 0.5, "linear probe on the frozen text states": 0.5,
+        "linear probe on text and features together": 1.0, "nearest neighbours on the same features": 0.5,
+    }  # fmt: skip
+    same = [LabelSample(s.id, s.inputs, "it is", s.labels, "o") for s in rows]
+    assert not any("text" in name for name in task.baselines(Splits(same, lambda: (same, same), lambda: same, see, 0)))
+
+
+def test_neighbours_are_those_of_the_largest_cosine_as_many_as_val_asks_for():
+    angles = np.array([0.0, 0.1, 0.2, 1.0, 1.1])
+    train = np.stack([np.cos(angles), np.sin(angles)], 1) * np.array([1, 50, 1, 1, 1])[:, None]  # length is no matter
+    targets = np.array([1.0, 4.0, 1.0, 0.0, 0.0])
+    asked = np.array([[np.cos(0.09), np.sin(0.09)]])
+    assert probe_neighbours([train, asked, asked], [targets, np.array([4.0])]) == pytest.approx([4.0])  # k = 1
+    assert probe_neighbours([train, asked, asked], [targets, np.array([2.1])]) == pytest.approx([2.0])  # k = 3
+    assert probe_neighbours([train, asked[:0], asked], [targets, targets[:0]]) == pytest.approx(
+        [1.2]
+    )  # k = 5, unchosen
+    truth = np.array([[True, False]] * 3 + [[False, True]] * 2)
+    assert probe_neighbours([train, asked, asked], [truth, truth[:1]]) == pytest.approx(np.array([[1.0, 0.0]]))

@@ -133,6 +133,8 @@ def test_baselines_are_scored_as_predictions_are(folder):
     assert found["training mean"]["pearson"] is None
     assert found["ridge regression on the same features"]["mae"] < 0.5
     assert found["ridge regression on the frozen text states"]["mae"] < 0.5
+    assert found["ridge regression on text and features together"]["mae"] < 0.5
+    assert found["nearest neighbours on the same features"]["mae"] == pytest.approx(0.0, abs=1e-6)  # the very samples
 
 
 def test_a_ridge_on_texts_reads_the_frozen_model_and_is_left_out_where_all_texts_are_one(folder):

@@ -64,7 +64,7 @@ def test_every_setting_has_a_meaning_a_type_and_its_default():
 def test_keys_are_found_by_their_beginning_or_by_a_kind(capsys):
     assert main(["config", "--keys", "adapter.rank"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if line.startswith("  ")] == ["adapter.rank"] * 3
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == ["adapter.rank"] * 4
     assert main(["config", "--keys", "mmsa", "--json"]) == 0
     assert {one["where"] for one in json.loads(capsys.readouterr().out)} == {"data.name=mmsa"}
     assert main(["config", "--keys", "adaptr"]) == 2

@@ -40,11 +40,12 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
     ``vision``, ``text``, ``fusion``: which projections of the other encoder, of the text model and of the
     cross-attention between them are tuned. ``factors``: one U, V and core for all three, or one for each.
     ``dropout``: of Ux. ``fusion_layers``: 0 for a dual encoder alone; null for every layer of the text model with a
-    cross-attention of its own, else the last 2. ``fusion_scale``: start of a composed cross-attention's learned
-    factor. ``joint_token``: the token that stands first in the fused pass in place of the text's own; auto: BLIP's
-    [ENC] where the cross-attention is the model's own; none: the text's own. ``joint``: the token that the fused vector
-    is read from; auto: the first where the cross-attention is the model's own, the last of a causal model, else the
-    mean.
+    cross-attention of its own, else the last 2. ``fusion_gate``, of a composed cross-attention: one learned factor for
+    all channels of a layer, or one for each, so that it opens where it helps. ``fusion_scale``: where they start; null:
+    1 of the one, 0 of the many, with which the fused pass starts as the pretrained text model. ``joint_token``: the
+    token that stands first in the fused pass in place of the text's own; auto: BLIP's [ENC] where the cross-attention is
+    the model's own; none: the text's own. ``joint``: the token that the fused vector is read from; auto: the first where
+    the cross-attention is the model's own, the last of a causal model, else the mean.
     """
 
     preset: Literal["default", "paper", "released"] = "default"
@@ -58,7 +59,8 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
     gqt: Literal["residual", "gate", "none"] = "residual"
     ice: bool = False
     fusion_layers: int | None = Field(None, ge=0)
-    fusion_scale: float = 1.0
+    fusion_gate: Literal["scalar", "channels"] = "scalar"
+    fusion_scale: float | None = None
     joint_token: int | Literal["auto", "none"] = "auto"
     joint: Literal["auto", "cls", "mean", "last"] = "auto"
 

@@ -50,7 +50,7 @@ class Composed:
         A (B, T, D) = the state after self-attention, ã = A as the layer would normalise it for attention
         z (B, N, D) = the other encoder's tokens after their encoder's final norm, turned to width D by a fixed orthogonal
             map where c ≠ D, each then of mean 0 and of root mean square ``rms``
-        s = a trained scalar per layer; s = 0 is the text alone
+        s = a trained scalar, or a vector (D,), per layer; s = 0 is the text alone
 
     W_k and W_v have only seen states of the text's scale: larger ones would saturate the softmax on one token, which
     then passes no gradient to the updates, so ``rms`` is what the norm before them gives, √(mean γ² + mean β²). The
@@ -125,7 +125,7 @@ class Fusion(nn.Module):
 
     γ = β = 0 at the start. Then the residual form is the frozen layer, and the gate, taken as written, is 1/T: it
     divides the layer's signal by the text's length. Padding is left out of both sums.
-    ``gqt`` (n, pairs, 2, D), ``scale`` (n,) the s of composed layers, ``turn`` (D, c) the fixed map (a buffer).
+    ``gqt`` (n, pairs, 2, D), ``scale`` (n,) or (n, D) the s of composed layers, ``turn`` (D, c) the fixed map (a buffer).
     """
 
     def __init__(self, config: AuroraConfig, layers: int, widths: tuple[int, int], composed: bool, like: Tensor):
@@ -134,7 +134,9 @@ class Fusion(nn.Module):
         if config.gqt_pairs:
             self.gqt = nn.Parameter(like.new_zeros(layers, config.gqt_pairs, 2, self.width))
         if composed:
-            self.scale = nn.Parameter(like.new_full((layers,), config.fusion_scale))
+            each = config.fusion_gate == "channels"
+            start = float(not each) if config.fusion_scale is None else config.fusion_scale
+            self.scale = nn.Parameter(like.new_full((layers, self.width) if each else (layers,), start))
         if composed and self.width != self.encoder_width:
             self.register_buffer("turn", orthogonal(self.width, self.encoder_width).to(like))
         self._pass: Pass | None = None

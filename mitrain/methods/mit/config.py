@@ -33,7 +33,8 @@ class MiTConfig(Section, kind="adapter", name="mit"):
     causal), the text so far (``prefix``), or the key itself (``token``: does not fold, slower); ``none`` is 1.
     ``cosine=false`` leaves σ(L). ``k_add`` trains nothing unless the gate is ``token``: softmax cancels it. ``terms``: the
     attention's maps multiply and add, or do one of the two alone (without v_add the cosine is 0); ``ffn``: whether the
-    feed-forward's activation is multiplied.
+    feed-forward's activation is multiplied. ``lora_rank``: of LoRA on queries and values of the same layers, 0 for none; it
+    counts 2 and acts with or without features.
     """
 
     preset: Literal["default", "released", "paper"] = "default"
@@ -47,6 +48,7 @@ class MiTConfig(Section, kind="adapter", name="mit"):
     ffn: bool = True
     init: Literal["identity", "released"] = "identity"
     rank: Annotated[int, Field(gt=0, le=1 << 16)] | None = None
+    lora_rank: int = Field(0, ge=0, le=1 << 16)
 
     @model_validator(mode="before")
     @classmethod

@@ -26,9 +26,11 @@ from mitrain.methods.mit.condition import Condition
 from mitrain.methods.mit.config import MiTConfig
 from mitrain.methods.mit.decoder import Decoder, InfusionPoint, find_decoder, infusion_point
 from mitrain.methods.mit.gate_cache import check_cache
+from mitrain.methods.mit.lora import LowRank, sizes_of
 from mitrain.methods.mit.maps import LayerInfusion, attention_maps, inputs_of
 from mitrain.methods.selection import select_layers
 from mitrain.models import loading
+from mitrain.models.layouts import projections
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class MiT(BoundFeatures):
 
     The parameters are made by the first ``attach``, beside each layer's own, in float32 or the model's type if wider.
     Names in the state dict: ``infused.<index>.maps.<modality>.<k_mul|k_add|v_mul|v_add|ffn>``,
-    ``infused.<index>.head_logit`` and, with a rank, ``projections.<modality>``.
+    ``infused.<index>.head_logit`` and, with a rank, ``projections.<modality>``; with a LoRA rank ``lora.<down|up>.<i>``.
     """
 
     traits = Traits("mit", text_depends_on_input=True, checkpointing=True)
@@ -66,6 +68,8 @@ class MiT(BoundFeatures):
         self.config = config
         self.infused = nn.ModuleDict()
         self.projections = nn.ModuleDict()
+        self.lora: LowRank | None = None
+        self._disabled = False
         self._calls: dict[int, Call] = {}  # by thread
         self._decoder: Decoder | None = None
         self._checkpointing = False
@@ -96,6 +100,8 @@ class MiT(BoundFeatures):
         if others and (self._checkpoint or any(other._checkpointing for other in others)):
             raise ModelError("activation checkpointing serves a model with one adapter: switch it off")
         self._make_parameters(points, decoder)
+        if self.config.lora_rank:
+            self._place_lora(decoder, indices)
         self._switch_attention(decoder)
         self._undo.callback(decoder.model.register_forward_pre_hook(self._enter_decoder, with_kwargs=True).remove)
         self._undo.callback(decoder.model.register_forward_hook(self._leave_decoder, always_call=True).remove)
@@ -114,7 +120,8 @@ class MiT(BoundFeatures):
             {"text": indices[0]},
             modalities=self.feature_widths,
             infused_parameters={int(index): loading.count_parameters(layer) for index, layer in self.infused.items()},
-            macs=sum(module.weight.numel() for module in linear),  # each runs once per sample, whatever its length
+            # each runs once per sample, whatever its length; LoRA's do for each token
+            macs=None if self.lora else sum(module.weight.numel() for module in linear),
         )
 
     def _make_parameters(self, points: list[InfusionPoint], decoder: Decoder) -> None:
@@ -138,6 +145,24 @@ class MiT(BoundFeatures):
             if self.config.init == "identity":
                 layer.start_as_identity()
             self.infused[str(point.index)] = layer
+
+    def _place_lora(self, decoder: Decoder, indices: list[int]) -> None:
+        modules = [module for *_, module in projections(decoder.model, ("q", "v"), indices)]
+        sizes = [sizes_of(module) for module in modules]
+        if self.lora is None:
+            like = next(self.infused.parameters())
+            self.lora = LowRank(sizes, self.config.lora_rank, device=like.device, dtype=like.dtype)
+        if self.lora.sizes != sizes:
+            raise ModelError("this MiT was made for a model of other widths or depth: make a new one")
+        self.lora.place(modules, lambda: self._acts and not self._disabled, self._undo.callback)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        self._disabled = True
+        try:
+            yield
+        finally:
+            self._disabled = False
 
     def _switch_attention(self, decoder: Decoder) -> None:
         attention.register()
