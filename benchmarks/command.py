@@ -30,6 +30,7 @@ def add_benchmarks(verbs: Any) -> None:
     add_load(verbs)
     add_step(verbs)
     add_start(verbs)
+    add_data(verbs)
     add_encode(verbs)
     add_stream(verbs)
     add_plan(verbs)
@@ -102,6 +103,13 @@ def add_start(verbs: Any) -> None:
     sub.add_argument("--pictures", type=int, metavar="N", help="(default: 2000)")
     sub.add_argument("--runs", type=int, metavar="N", help="starts of each kind (default: 3)")
     sub.add_argument("--before", metavar="DIR", help="a checkout of another commit, to compare with")
+    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+
+
+def add_data(verbs: Any) -> None:
+    text = "what many rows cost before the first step: reading, tokens, names of pictures, controls, memory"
+    sub = benchmark(verbs, "data", run_data, text, "1,000 rows")
+    sub.add_argument("--rows", type=int, nargs="+", metavar="N", help="(default: 1000 10000 100000 1000000)")
     sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
@@ -205,6 +213,19 @@ def run_start(arguments: argparse.Namespace) -> Any:
     say(arguments, start.table(found))
     if arguments.out:
         results.write(Path(arguments.out), found, start.table(found))
+    return found
+
+
+def run_data(arguments: argparse.Namespace) -> Any:
+    from benchmarks import data, results
+
+    sizes = arguments.rows or ([1_000] if arguments.quick else [1_000, 10_000, 100_000, 1_000_000])
+    if min(sizes) < 100:
+        raise ConfigError(f"--rows {min(sizes)} is less than a batch of pictures: give 100 or more")
+    found = data.measured(sizes, again(arguments), say=aside)
+    say(arguments, data.table(found))
+    if arguments.out:
+        results.write(Path(arguments.out), found, data.table(found))
     return found
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError
+from mitrain.data.columns import paths, take
 from mitrain.data.encoded import ENCODE_BATCH, EncoderFeatures, Encoding, InputFeatures, Progress, no_progress
 from mitrain.data.media import Limits, medium_of
-from mitrain.data.samples import BadSamples
+from mitrain.data.samples import BadSamples, Sample
 from mitrain.models import Encoder
 from mitrain.models.encoders.image import VIEWS
 
@@ -170,30 +171,29 @@ class Features:
             len(files_of(samples, source)) * group.views(views) * len(group.encodings) for source, group in self.groups
         )
 
-    def readable(self, samples: Sequence[Any], views: int = 0, progress: Progress = no_progress) -> list[Any]:
+    def readable(self, samples: Sequence[Any], views: int = 0, progress: Progress = no_progress) -> Sequence[Any]:
         """The samples whose files can be read and fit their annotations; the budget counts and names the others.
 
         ``views``: so many of each file are encoded at once, while it is read.
         """
         usable = [True] * len(samples)
+        sized = bool(samples) and hasattr(samples[0], "size")
         for source, group in self.groups:
-            own = [i for i, sample in enumerate(samples) if source in sample.inputs]
-            files = [samples[i].inputs[source] for i in own]
-            if source == "image":  # what annotations state the size of
-                group.expect(
-                    {samples[i].inputs[source]: samples[i].size for i in own if getattr(samples[i], "size", None)}
-                )
+            files = list(paths(samples, source))
+            own = [i for i, file in enumerate(files) if file is not None]
+            files = [files[i] for i in own]
+            if sized and source == "image":  # what annotations state the size of
+                group.expect({file: samples[i].size for i, file in zip(own, files, strict=True) if samples[i].size})
             if views:
                 group.prepare(sorted(set(files)), views, progress)
             for i, able in zip(own, group.usable(files), strict=True):
                 usable[i] &= able
-        kept = []
-        for sample, able in zip(samples, usable, strict=True):
-            fault = sample.fault()
-            if fault and self.bad is not None:
-                self.bad.skip(sample.id, fault)
-            elif able:
-                kept.append(sample)
+        if samples and type(samples[0]).fault is not Sample.fault:
+            for i, sample in enumerate(samples):
+                if (fault := sample.fault()) and self.bad is not None:
+                    self.bad.skip(sample.id, fault)
+                    usable[i] = False
+        kept = samples[:] if all(usable) else take(samples, [i for i, able in enumerate(usable) if able])
         if self.bad is not None:
             self.bad.check_share(len(samples) - len(kept), len(samples))
         for _, group in self.groups:
@@ -264,4 +264,4 @@ class Features:
 
 def files_of(samples: Sequence[Any], source: str) -> set[str]:
     """The different files that ``samples`` have of an input."""
-    return {sample.inputs[source] for sample in samples if source in sample.inputs}
+    return {*paths(samples, source)} - {None}

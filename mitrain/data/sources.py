@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data import splitting
+from mitrain.data.columns import column, take
 from mitrain.data.formats import captions, coco, food101, labels, mmimdb, mmsa, msrvtt, snli_ve, targets
 from mitrain.data.formats.conversations import read_conversations
 from mitrain.data.formats.folders import read_folders
@@ -414,11 +415,12 @@ class MsrvttConfig(CaptionSection, kind="data", name="msr-vtt"):
         return msrvtt.splits_in(root)
 
 
-def of_kinds(samples: list[Any], kinds: Sequence[str], where: str, some: bool = True) -> list[Any]:
+def of_kinds(samples: Sequence[Any], kinds: Sequence[str], where: str, some: bool = True) -> Sequence[Any]:
     """The samples of one of the ``kinds`` (none named: all); DataError where there must be ``some`` and are none."""
-    kept = [s for s in samples if not kinds or s.kind in kinds]
+    there = list(column(samples, "kind")) if kinds else []
+    kept = take(samples, [i for i, kind in enumerate(there) if kind in kinds]) if kinds else samples
     if some and not kept:
-        there = sorted({s.kind for s in samples})
+        there = sorted(set(there))
         raise DataError(f"{where} holds no sample of kind {', '.join(kinds)}: it has {', '.join(there)}")
     return kept
 
@@ -436,13 +438,12 @@ def there(splits: Mapping[str, str], root: Path) -> list[str]:
     return [split for split, name in splits.items() if (root / name).exists()] or list(splits)
 
 
-def limit(samples: Sequence[Any], count: int | None) -> list[Any]:
+def limit(samples: Sequence[Any], count: int | None) -> Sequence[Any]:
     """At most ``count`` samples, evenly spread over the list."""
-    if count is None or count >= len(samples):
-        return list(samples)
-    return [samples[i * len(samples) // count] for i in range(count)]
+    count = len(samples) if count is None else min(count, len(samples))
+    return take(samples, [i * len(samples) // count for i in range(count)]) if count < len(samples) else samples[:]
 
 
-def portion(samples: Sequence[Any], fraction: float) -> list[Any]:
+def portion(samples: Sequence[Any], fraction: float) -> Sequence[Any]:
     """``fraction`` of the samples, at least one of them, evenly spread over the list."""
     return limit(samples, max(1, round(fraction * len(samples))))

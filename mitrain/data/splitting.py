@@ -19,6 +19,7 @@ from PIL import Image
 from mitrain.core import parsing
 from mitrain.core.errors import DataError
 from mitrain.core.files import cache_home, file_lock, sha256_file, write_json
+from mitrain.data.columns import column, take
 from mitrain.data.contents import ADDRESS, read_content
 from mitrain.data.duplicates import fingerprint, merged, near_pairs
 from mitrain.data.formats.manifest import Manifest
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def drawn(
     samples: Sequence[Any], shares: Mapping[str, float], seed: int, table: Manifest, files: Sequence[Path] | None = None
-) -> dict[str, list[Any]]:
+) -> dict[str, Sequence[Any]]:
     """``samples`` of ``table`` by split: ``shares`` of them in each of its splits, the rest in "train". ``files``: what says
     which samples there are, where it is not the table's.
 
@@ -57,10 +58,10 @@ def drawn(
         if not isinstance(held, dict) or set(held) != {sample.id for sample in samples}:
             held = draw(samples, shares, seed, root, str(table))
             write_json(kept, held)
-    parts: dict[str, list[Any]] = {split: [] for split in ("train", *shares)}
-    for sample in samples:
-        parts[held[sample.id]].append(sample)
-    return parts
+    parts: dict[str, list[int]] = {split: [] for split in ("train", *shares)}
+    for number, name in enumerate(column(samples, "id")):
+        parts[held[name]].append(number)
+    return {split: take(samples, numbers) for split, numbers in parts.items()}
 
 
 def draw(samples: Sequence[Any], shares: Mapping[str, float], seed: int, root: Path, table: str) -> dict[str, str]:

@@ -80,7 +80,7 @@ class StreamLoader:
     def _advance(self) -> None:
         """Read the next block, of the next epoch where this one is through."""
         self.position, self.at = 0, self.stream.at
-        samples = self.read(self.stream)
+        samples = list(self.read(self.stream))
         random.Random(f"{self.seed}/{self.epoch}/{self.at}").shuffle(samples)
         self.block = self.usable(samples) if samples else []
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError
+from mitrain.data.columns import column
 from mitrain.data.formats.records import AnswerSample, commonest
 from mitrain.data.sources import ConversationsConfig, RecordsConfig, VqaConfig
 from mitrain.models.tokens import Words
@@ -267,8 +268,8 @@ class AnswerTask(LanguageTask):
 def answers_by_prompt(samples: Sequence[Any]) -> dict[str, tuple[str, ...]]:
     """The answers that samples have, and may choose from, by their prompts, in alphabetical order."""
     answers_of: dict[str, set[str]] = defaultdict(set)
-    for sample in samples:
-        answers_of[sample.prompt] |= {*sample.candidates, sample.answer}
+    for prompt, choices, answer in zip(*(column(samples, n) for n in ("prompt", "candidates", "answer")), strict=True):
+        answers_of[prompt] |= {*choices, answer}
     return {prompt: tuple(sorted(answers)) for prompt, answers in answers_of.items()}
 
 

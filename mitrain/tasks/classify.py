@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.user_code import FunctionName
+from mitrain.data.columns import column
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.sources import ClassSection
 from mitrain.tasks import details
@@ -88,20 +89,26 @@ class ClassifyTask(HeadTask):
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
         """Mean and standard deviation of the read-outs, and the classes' weights, over the training samples."""
-        targets = self.targets(samples)
         if self.config.balance:
-            self.weight.copy_(class_weights(targets, self.multilabel))
+            self.weight.copy_(class_weights(self.targets(samples), self.multilabel))
+        else:
+            self.places(samples)
         super().fit(samples, see)
 
     def targets(self, samples: Sequence[Any]) -> Tensor:
         """(B, C) float: 1 where a sample has the class."""
         targets = torch.zeros(len(samples), len(self.classes))
-        for i, sample in enumerate(samples):
-            for label in sample.labels:
-                if label not in self.number:
-                    raise DataError(f"{sample.id[:80]!r} has the label {label[:80]!r}, which training did not know")
-                targets[i, self.number[label]] = 1
+        targets[self.places(samples)] = 1
         return targets.to(self.mean.device)
+
+    def places(self, samples: Sequence[Any]) -> tuple[list[int], list[int]]:
+        """Of each label the sample's number and the class's; DataError where a label is of no class."""
+        there = [(i, label) for i, labels in enumerate(column(samples, "labels")) for label in labels]
+        numbers = [self.number.get(label) for _, label in there]
+        if None in numbers:
+            i, label = there[numbers.index(None)]
+            raise DataError(f"{samples[i].id[:80]!r} has the label {label[:80]!r}, which training did not know")
+        return [i for i, _ in there], numbers
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits, targets = self.logits(batch), self.targets(batch.samples)

@@ -7,7 +7,7 @@ Shapes: B samples.
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mitrain.core import user_code
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError
+from mitrain.data.columns import column
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch, Parts, Splits, Task
 from mitrain.tasks.probe import standardised
@@ -74,7 +75,7 @@ class HeadTask(ReadTask):
         layers = [nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, outputs)] if inner else []
         self.head = nn.Sequential(*layers) if inner else nn.Linear(width, outputs)
         self.dropout = nn.Dropout(config.dropout)
-        self._ids = cache(self._row)
+        self._ids = lru_cache(1 << 17)(self._row)
 
     def _row(self, text: str) -> list[int]:
         """Token ids of a filled template; a text that is too long loses its end, the template nothing."""
@@ -89,15 +90,15 @@ class HeadTask(ReadTask):
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         if not runs_text(self.config.readout):
             return []
-        return [self._ids(text) for text in sorted({s.text for s in samples})]
+        return [self._ids(text) for text in sorted(set(column(samples, "text")))]
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
         """Mean and standard deviation of the read-outs over the training samples."""
-        rows = [self._ids(text) for text in sorted({s.text for s in samples})]
+        rows = [self._ids(text) for text in evenly(sorted(set(column(samples, "text"))))]
         own = lambda sample: self._ids(sample.text)  # noqa: E731
         names = self.config.readout
-        mean, scale = statistics(self.parts, names, self.widths, evenly(rows), samples, see, own)
+        mean, scale = statistics(self.parts, names, self.widths, rows, samples, see, own)
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 

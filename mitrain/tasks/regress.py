@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.user_code import FunctionName
+from mitrain.data.columns import column
 from mitrain.data.formats.targets import TargetSample
 from mitrain.data.sources import TargetSection
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, only_one
@@ -75,7 +76,7 @@ class RegressTask(HeadTask):
 
     def targets(self, samples: Sequence[Any]) -> Tensor:
         """(B,) float64."""
-        return torch.tensor([s.target for s in samples], dtype=torch.float64, device=self.target_mean.device)
+        return torch.tensor([*column(samples, "target")], dtype=torch.float64, device=self.target_mean.device)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         standard = self.logits(batch).squeeze(-1)

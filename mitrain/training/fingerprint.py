@@ -23,6 +23,7 @@ from mitrain.core import dist
 from mitrain.core.errors import RankError
 from mitrain.core.provenance import MARK, digest, versions
 from mitrain.core.version import __version__
+from mitrain.data.columns import bare, column, paths
 
 SETTINGS, WRITTEN = ".settings", ".config.json"
 SHOWN = 6  # differences that a message names
@@ -92,10 +93,10 @@ def of_samples(samples: Sequence[Any], content: Callable[[Any], Mapping[str, str
     yield "samples", str(len(samples))
     for field in fields(samples[0]) if samples else ():
         if field.name != "inputs" and field.compare:
-            yield field.name, digest(getattr(sample, field.name) for sample in samples)
-    for name in dict.fromkeys(name for sample in samples for name in sample.inputs):
-        yield name, digest(sample.inputs.get(name) for sample in samples)
-        yield f"{name}.content", digest(content(sample).get(name) for sample in samples)
+            yield field.name, digest(column(samples, field.name))
+    for name in dict.fromkeys(name for sample in bare(samples) for name in sample.inputs):
+        yield name, digest(paths(samples, name))
+        yield f"{name}.content", digest(content(sample).get(name) for sample in bare(samples))
 
 
 def require_same(own: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mitrain import methods
 from mitrain.core import dist, user_code
 from mitrain.core.errors import ConfigError, DataError
+from mitrain.data.columns import bytes_of, take
 from mitrain.data.features import Features
 from mitrain.data.formats.manifest import Manifest
 from mitrain.data.loader import Loader
@@ -33,6 +34,8 @@ from mitrain.training.stragglers import Pace
 from mitrain.training.telemetry import Stopwatch
 
 log = logging.getLogger(__name__)
+TOKENISED = 5000  # training samples whose texts are looked at before the first step, of more
+SPARE = 16  # tokens that a tokenizer puts around a text
 
 
 class Setup:
@@ -114,7 +117,7 @@ class Setup:
         for line in cautions(self.model.task, self.val, "the split 'val'", getattr(self.model.task, "known", None)):
             log.warning(line)
         with self.watch.phase("encode texts"):
-            rows = self.model.texts(self.train, False) + self.model.texts(self.val, True)
+            rows = self.model.texts(self._looked_at(), False) + self.model.texts(self.val, True)
             with self._bar(len(rows), "encode texts") as bar:
                 self.model.states.prepare(rows, bar.update)
             self.model.task.rehearse(self.val)
@@ -132,6 +135,20 @@ class Setup:
             # Each rank computed these itself, machines may differ in the last bits, and unequal weights stay unequal.
             for module in self.model.trainable.values():
                 dist.copy_from_main(module.state_dict().values())
+
+    def _looked_at(self) -> Sequence[Any]:
+        """The training samples whose texts are tokenised before the first step: all where states of them are kept.
+
+        Of many others some, evenly spread, and all that may be longer than the model reads; the steps tokenise the rest.
+        """
+        task, positions = self.config.task, self.model.text.positions
+        if self.model.states.cached or len(self.train) <= TOKENISED:
+            return self.train
+        numbers = {i * len(self.train) // TOKENISED for i in range(TOKENISED)}
+        if positions and getattr(task, "max_tokens", positions + 1) > positions:
+            spare = len(getattr(task, "template", "")) + getattr(task, "max_new_tokens", 0) + SPARE
+            numbers |= {i for i, size in enumerate(bytes_of(self.train)) if size + spare > positions}
+        return take(self.train, sorted(numbers))
 
     @torch.no_grad()
     def _passes(self) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 from mitrain.core.config import nearest
 from mitrain.core.errors import DataError
+from mitrain.data.columns import column
+from mitrain.data.formats.alike import Alike, clean
 from mitrain.data.formats.manifest import Manifest, Row, read_rows
 from mitrain.data.formats.rows import (
     MISSING,
@@ -24,7 +26,6 @@ from mitrain.data.formats.rows import (
     inputs_of,
     listed,
     split_cell,
-    unique,
 )
 from mitrain.data.samples import Sample
 
@@ -67,10 +68,12 @@ def read_labels(
     read = several_labels if multilabel else one_label
     rows = read_rows(source, columns, (*inputs, "label"), inputs)
     files = partial(inputs_of, columns=columns, inputs=inputs, may_lack=may_lack)
-    samples = unique(placed(rows, columns, read, separator, frozenset(known), () if known else missing, files))
+    words = (columns, read, separator, frozenset(known), () if known else missing, files)
+    own = dict.fromkeys(("text", "object", "kind"), clean)
+    samples = Alike(lambda rows: placed(rows, *words), columns, inputs, own).samples(rows)
     if not samples:
         raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
-    if len(samples) > 1 and all(len(s.labels) == 2 and set(s.labels) <= BITS for s in samples):
+    if len(samples) > 1 and all(len(labels) == 2 and set(labels) <= BITS for labels in column(samples, "labels")):
         raise DataError(
             f"{str(source)!r}: every {columns['label']!r} is a vector of a zero and a one: give the names of the labels"
             " instead"
@@ -123,10 +126,10 @@ def several_labels(value: Any, name: str, where: str, separator: str) -> tuple[s
 
 def class_names(samples: Sequence[LabelSample], where: str) -> tuple[str, ...]:
     """The labels that samples have, in alphabetical order. DataError where they are fewer than two."""
-    names = tuple(sorted({label for sample in samples for label in sample.labels}))
+    names = tuple(sorted({label for labels in column(samples, "labels") for label in labels}))
     if len(names) < 2:
         raise DataError(f"{where} has {len(names)} different label(s): a classification needs two or more")
-    if all(len(set(sample.labels)) == len(names) for sample in samples):
+    if all(len(set(labels)) == len(names) for labels in column(samples, "labels")):
         log.warning("%s gives every sample all %d labels: nothing tells them apart", where, len(names))
     for one, other in look_alikes(names):
         log.warning("%s has the labels %s and %s, which count as two", where, one, other)

@@ -100,7 +100,8 @@ def read_rows(
     for row in source.rows(columns, required, inputs):
         if not seen and any(columns[f] not in row.cells for f in required) and (known := advice(row.cells)):
             raise DataError(f"{row.where}: the record is of {known}")
-        seen.update(row.cells)
+        if not row.cells.keys() <= seen:
+            seen.update(row.cells)
         yield row
     for name in asked.keys() - seen if seen and source.checks_columns else ():
         there = ", ".join(sorted(seen))[:200]
@@ -115,8 +116,9 @@ def rows_in(
 ) -> Iterator[Row]:
     """Every record of one file."""
     if path.suffix not in (".parquet", ".arrow", ".tar"):
+        whole, name = str(path), path.name
         for line, cells in all_rows(path, columns, required):
-            yield Row(f"{path}:{line}", f"{path.name}:{line}", cells)
+            yield Row(f"{whole}:{line}", f"{name}:{line}", cells)
         return
     files, address = {columns[name] for name in inputs}, os.path.relpath(path, root)
     try:

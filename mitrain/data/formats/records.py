@@ -6,14 +6,16 @@ candidates separated by ``|``.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as declared
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mitrain.core.errors import DataError
-from mitrain.data.formats.manifest import Manifest, read_rows
+from mitrain.data.formats.alike import Alike, clean, filled
+from mitrain.data.formats.manifest import Manifest, Row, read_rows
 from mitrain.data.formats.rows import (
     MISSING,
     as_text,
@@ -22,7 +24,6 @@ from mitrain.data.formats.rows import (
     inputs_of,
     listed,
     split_cell,
-    unique,
 )
 from mitrain.data.samples import Sample
 
@@ -65,22 +66,25 @@ def read_records(
     Raises DataError with the file and line of the first thing that is wrong.
     """
     source, columns = Manifest.of(source), check_columns(columns or {}, (*inputs, *FIELDS))
-    samples = unique(placed(source, columns, missing, inputs, may_lack))
+    rows, words = read_rows(source, columns, (*inputs, *REQUIRED), inputs), (columns, missing, inputs, may_lack)
+    own = {"prompt": partial(filled, refused=missing), "kind": clean, "object": clean}
+    samples = Alike(lambda rows: placed(rows, source.parted, *words), columns, inputs, own).samples(rows)
     if not samples:
         raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
     return samples
 
 
 def placed(
-    source: Manifest,
+    rows: Iterable[Row],
+    parted: bool,
     columns: Mapping[str, str],
     missing: Collection[str],
     inputs: Sequence[str],
     may_lack: Collection[str],
 ) -> Iterator[tuple[str, AnswerSample]]:
     """Every record with its place, FILE:LINE."""
-    for where, name, row in read_rows(source, columns, (*inputs, *REQUIRED), inputs):
-        if source.parted and columns["candidates"] in row:
+    for where, name, row in rows:
+        if parted and columns["candidates"] in row:
             row[columns["candidates"]] = split_cell(listed(row[columns["candidates"]]), SEPARATOR)
         there = inputs_of(row, columns, inputs, may_lack, where)
         sample = to_sample(row, where, columns, there, default_id=name)

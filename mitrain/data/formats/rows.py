@@ -13,6 +13,7 @@ import warnings
 from ast import literal_eval
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +21,7 @@ from mitrain.core import parsing
 from mitrain.core.config import nearest
 from mitrain.core.errors import DataError
 from mitrain.core.parsing import Unreadable
+from mitrain.data.columns import gathered
 from mitrain.data.formats.foreign import advice
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -35,6 +37,7 @@ MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>", "NaT", "NA", "#N/A")
 
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # white space is none
 
+AT_ONCE = 512  # lines of JSON that are parsed together
 LONGEST_LIST = 10_000  # characters of a cell that is looked at as a list
 
 ARRAY_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[-+]?\d[-+.\de]*""")
@@ -181,9 +184,21 @@ def check_columns(columns: Mapping[str, str], fields: Sequence[str]) -> dict[str
 
 
 def rows_of_jsonl(file: TextIO, path: Path) -> Iterator[Line]:
-    for line, text in enumerate(parsing.lines_of(file), start=1):
-        if text.strip():
-            yield line, json_object(text, f"{path}:{line}")
+    lines, first, fault, part = parsing.lines_of(file), 1, None, [""]
+    while part and fault is None:
+        part = []
+        try:
+            part.extend(islice(lines, AT_ONCE))
+        except (Unreadable, UnicodeDecodeError) as error:  # what stands before it is read, and may be wrong itself
+            fault = error
+        numbered = enumerate(part, start=first)
+        if (rows := parsing.plain_objects(part)) is not None:
+            yield from zip(range(first, first + len(rows)), rows, strict=True)
+        else:
+            yield from ((line, json_object(text, f"{path}:{line}")) for line, text in numbered if text.strip())
+        first += len(part)
+    if fault is not None:
+        raise fault
 
 
 def rows_of_json(path: Path) -> Iterator[Line]:
@@ -302,11 +317,20 @@ def split_cell(value: Any, separator: str) -> Any:
     return [part.strip() for part in value.split(separator) if part.strip()] if isinstance(value, str) else value
 
 
-def unique(samples: Iterator[tuple[str, Any]]) -> list[Any]:
-    """The samples of (place, sample) pairs; DataError where two have one id."""
-    kept: dict[str, Any] = {}
+def unique(samples: Iterator[tuple[str, Any]]) -> Sequence[Any]:
+    """The samples of (place, sample) pairs (`gathered`); DataError where two have one id."""
+    return gathered(with_own_ids(samples))
+
+
+def with_own_ids(samples: Iterator[tuple[str, Any]]) -> Iterator[Any]:
+    seen: set[str] = set()
     for where, sample in samples:
-        if sample.id in kept:
-            raise DataError(f"{where}: the id {sample.id[:80]!r} stands twice: make ids unique")
-        kept[sample.id] = sample
-    return list(kept.values())
+        require_new(sample.id, seen, where)
+        yield sample
+
+
+def require_new(name: str, seen: set[str], where: str) -> None:
+    """Let ``name`` be one of those ``seen``; DataError where it was."""
+    if name in seen:
+        raise DataError(f"{where}: the id {name[:80]!r} stands twice: make ids unique")
+    seen.add(name)

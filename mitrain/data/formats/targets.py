@@ -4,13 +4,16 @@ JSONL: ``{"image": "a.jpg", "text": "not bad at all", "target": 1.5}``; ``id``, 
 other keys are ignored. CSV: the same by its header.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mitrain.core.errors import DataError
-from mitrain.data.formats.manifest import Manifest, read_rows
-from mitrain.data.formats.rows import as_text, check_columns, inputs_of, unique
+from mitrain.data.formats.alike import Alike, clean
+from mitrain.data.formats.manifest import Manifest, Row, read_rows
+from mitrain.data.formats.rows import as_text, check_columns, inputs_of
 from mitrain.data.samples import Sample
 
 FIELDS = ("text", "target", "id", "object", "kind")
@@ -39,17 +42,19 @@ def read_targets(
     Raises DataError with the file and line of the first thing that is wrong.
     """
     source, columns = Manifest.of(source), check_columns(columns or {}, (*inputs, *FIELDS))
-    samples = unique(placed(source, columns, inputs, may_lack))
+    rows = read_rows(source, columns, (*inputs, "target"), inputs)
+    own = {**dict.fromkeys(("text", "object", "kind"), clean), "target": numbers}
+    samples = Alike(lambda rows: placed(rows, columns, inputs, may_lack), columns, inputs, own).samples(rows)
     if not samples:
         raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
     return samples
 
 
 def placed(
-    source: Manifest, columns: Mapping[str, str], inputs: Sequence[str], may_lack: Collection[str]
+    rows: Iterable[Row], columns: Mapping[str, str], inputs: Sequence[str], may_lack: Collection[str]
 ) -> Iterator[tuple[str, TargetSample]]:
     """Every record with its place, FILE:LINE."""
-    for where, name, row in read_rows(source, columns, (*inputs, "target"), inputs):
+    for where, name, row in rows:
         texts = {field: as_text(row.get(columns[field]), columns[field], where) for field in FIELDS}
         there = inputs_of(row, columns, inputs, may_lack, where)
         if not texts["target"]:
@@ -59,6 +64,16 @@ def placed(
             where,
             TargetSample(inputs=there, **texts | {"id": texts["id"] or name, "target": target}),
         )
+
+
+def numbers(cells: Sequence[Any]) -> Sequence[float] | None:
+    """The numbers of cells that nothing is wrong with; else None."""
+    if all(type(cell) in (int, float) and abs(cell) < LARGEST for cell in cells):
+        return [float(cell) for cell in cells]
+    texts = clean(cells)
+    with suppress(DataError):
+        return texts and [number(text, "", "") for text in texts]
+    return None
 
 
 def number(text: str, name: str, where: str) -> float:

@@ -1,0 +1,199 @@
+"""Many samples in little more memory than their letters: as columns, of which a sample is made when it is asked for."""
+
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from itertools import accumulate, islice, pairwise
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+from mitrain.data.samples import Sample
+
+MANY = 20_000
+"""Samples from which on they are columns; fewer are a list of them."""
+PART = 4096  # texts that are packed into one
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Texts:
+    """Texts by their numbers; packed, as a text by itself takes 50 bytes beside its letters."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._ends: list[array] = []
+        self._last: list[str] = []
+
+    def extend(self, texts: Iterable[str]) -> None:
+        self._last.extend(texts)
+        while len(self._last) >= PART:
+            part, self._last = self._last[:PART], self._last[PART:]
+            self._parts.append("".join(part))
+            self._ends.append(array("q", accumulate(map(len, part), initial=0)))
+
+    def __getitem__(self, number: int) -> str:
+        part, place = divmod(number, PART)
+        if part == len(self._parts):
+            return self._last[place]
+        ends = self._ends[part]
+        return self._parts[part][ends[place] : ends[place + 1]]
+
+    def __iter__(self) -> Iterator[str]:
+        for text, ends in zip(self._parts, self._ends, strict=True):
+            yield from [text[start:end] for start, end in pairwise(ends)]
+        yield from self._last
+
+
+MAKES: Mapping[type, Callable[[], Any]] = {str: Texts, float: partial(array, "d")}
+
+
+class Columns(Sequence[Any]):
+    """Samples of one class (a dataclass of `Sample`), in the order in which they are appended; a slice has them, too.
+
+    Texts and numbers have a column for each field and each input. The other fields' values are held once for all samples
+    that have the same.
+    """
+
+    def __init__(self) -> None:
+        self._kind: type[Any] = Sample
+        self._columns: dict[str, Texts | array] = {}
+        self._inputs: dict[str, Texts] = {}
+        self._rest: tuple[str, ...] = ()
+        self._shared: list[dict[str, Any]] = []
+        self._which = array("l")  # by sample, of what is shared
+        self._known: dict[Any, int] = {}
+        self._chosen: Sequence[int] | None = None
+
+    def number(self, sample: Any) -> int:
+        """The number of what ``sample`` shares with others."""
+        values = sample.__dict__
+        if not self._shared:
+            self._kind = type(sample)
+            named = [field.name for field in fields(sample) if field.name != "inputs"]
+            self._columns = {name: MAKES[type(values[name])]() for name in named if type(values[name]) in MAKES}
+            self._rest = tuple(name for name in named if name not in self._columns)
+        key = tuple([values[name] for name in self._rest]), tuple(sample.inputs)  # inputs keep their order
+        number = self._known.setdefault(key, len(self._shared))
+        if number == len(self._shared):
+            self._shared.append({name: values[name] for name in self._rest} | {"inputs": key[1]})
+        return number
+
+    def extend(
+        self,
+        samples: Sequence[Any],
+        numbers: Sequence[int] | None = None,
+        values: Mapping[str, Sequence[Any]] = NOTHING,
+        inputs: Mapping[str, Sequence[str]] = NOTHING,
+    ) -> None:
+        """Append ``samples``, which have ``values`` and ``inputs`` of their own where these are given."""
+        numbers = [self.number(sample) for sample in samples] if numbers is None else numbers
+        for name, column in self._columns.items():
+            column.extend(values[name] if name in values else [sample.__dict__[name] for sample in samples])
+        for name in sorted({name for part in self._shared for name in part["inputs"]} - self._inputs.keys()):
+            self._inputs[name] = Texts()
+            self._inputs[name].extend("" for _ in self._which)
+        for name, column in self._inputs.items():
+            column.extend(inputs[name] if name in inputs else [sample.inputs.get(name, "") for sample in samples])
+        self._which.extend(numbers)
+
+    def take(self, numbers: Sequence[int]) -> "Columns":
+        """Of the samples those with these ``numbers``."""
+        part = Columns()
+        part.__dict__.update(self.__dict__)
+        chosen = self._chosen
+        part._chosen = numbers if chosen is None else array("l", (chosen[i] for i in numbers))
+        return part
+
+    def __len__(self) -> int:
+        return len(self._which) if self._chosen is None else len(self._chosen)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return self.take(range(*place.indices(len(self))))
+        number = range(len(self))[place]
+        return self._made(number if self._chosen is None else self._chosen[number])
+
+    def _made(self, number: int) -> Any:
+        shared = self._shared[self._which[number]]
+        sample = object.__new__(self._kind)
+        values = sample.__dict__
+        values |= shared
+        values["inputs"] = {name: self._inputs[name][number] for name in shared["inputs"]}
+        for name, column in self._columns.items():
+            values[name] = column[number]
+        return sample
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._made, range(len(self._which)) if self._chosen is None else self._chosen)
+
+    def column(self, name: str) -> Iterator[Any]:
+        """The samples' values of a field; see `column`."""
+        if name in self._columns:
+            return self._of(self._columns[name])
+        return (self._shared[which][name] for which in self._of(self._which))
+
+    def paths(self, name: str) -> Iterator[str | None]:
+        """The samples' files of an input; see `paths`."""
+        return (path or None for path in self._of(self._inputs[name])) if name in self._inputs else (None for _ in self)
+
+    def bare(self) -> Iterator[Any]:
+        """Of each sample its inputs; see `bare`."""
+        sample, inputs = SimpleNamespace(), {name: self._of(paths) for name, paths in self._inputs.items()}
+        for paths in zip(*inputs.values(), strict=True) if inputs else (() for _ in range(len(self))):
+            sample.inputs = {name: path for name, path in zip(inputs, paths, strict=True) if path}
+            yield sample
+
+    def texts(self) -> list[str]:
+        """The fields that are texts."""
+        return [name for name, values in self._columns.items() if isinstance(values, Texts)]
+
+    def settled(self) -> Sequence[Any]:
+        """These samples, or where they are few a list of them."""
+        return self if len(self) >= MANY else list(self)
+
+    def _of(self, values: Any) -> Iterator[Any]:
+        return iter(values) if self._chosen is None else (values[i] for i in self._chosen)
+
+
+def gathered(samples: Iterable[Any]) -> Sequence[Any]:
+    """The samples as a list, or where they are `MANY` as columns; those with outlines of objects stay as they are."""
+    rest, columns = iter(samples), Columns()
+    part = list(islice(rest, MANY))
+    if len(part) < MANY or not all(isinstance(v, Hashable) for n, v in vars(part[0]).items() if n != "inputs"):
+        return [*part, *rest]
+    while part:
+        columns.extend(part)
+        part = list(islice(rest, PART))
+    return columns
+
+
+def take(samples: Sequence[Any], numbers: Sequence[int]) -> Sequence[Any]:
+    """Of the ``samples`` those with these ``numbers``, in their order."""
+    return samples.take(numbers) if isinstance(samples, Columns) else [samples[i] for i in numbers]
+
+
+def column(samples: Sequence[Any], name: str) -> Iterator[Any]:
+    """The ``samples``' values of a field, in their order."""
+    return samples.column(name) if isinstance(samples, Columns) else (getattr(sample, name) for sample in samples)
+
+
+def paths(samples: Sequence[Any], name: str) -> Iterator[str | None]:
+    """The ``samples``' files of an input, None where one lacks it."""
+    if isinstance(samples, Columns):
+        return samples.paths(name)
+    return (sample.inputs.get(name) for sample in samples)
+
+
+def bare(samples: Sequence[Any]) -> Iterator[Any]:
+    """The ``samples``, of whose fields the inputs are asked for and nothing is kept."""
+    return samples.bare() if isinstance(samples, Columns) else iter(samples)
+
+
+def bytes_of(samples: Sequence[Any]) -> Iterator[int]:
+    """Of each sample the bytes of all its texts, at least; a text has no more tokens than bytes."""
+    names = (
+        samples.texts() if isinstance(samples, Columns) else [n for n, v in vars(samples[0]).items() if type(v) is str]
+    )
+    for values in zip(*(column(samples, name) for name in names), strict=True):
+        whole = "".join(values)
+        yield len(whole) if whole.isascii() else len(whole.encode())

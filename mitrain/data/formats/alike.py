@@ -1,0 +1,111 @@
+"""Samples of many rows, most of them copied from one before: of a million rows few differ in more than plain texts."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from mitrain.core.errors import DataError, UserError
+from mitrain.data.columns import Columns
+from mitrain.data.formats.manifest import Row
+from mitrain.data.formats.rows import CONTROL, require_new
+
+AT_ONCE = 512
+MOST = 100_000  # different rows that samples are copied from
+HASHED = (str, int, type(None), type(...))
+
+Placed = Callable[[Iterable[Row]], Iterator[tuple[str, Any]]]
+Taken = Callable[[Sequence[Any]], Sequence[Any] | None]
+"""What a field's samples have of a column's cells; None where `Placed` is to look at each of these."""
+
+
+class Alike:
+    """What ``placed`` makes of rows: samples with an id each. DataError where two have one id.
+
+    Rows whose other cells are the same give samples that differ in their id, their ``inputs`` and the fields ``own`` alone,
+    which are made of a cell each. ``columns`` maps fields and inputs to the cells' names.
+    """
+
+    def __init__(self, placed: Placed, columns: Mapping[str, str], inputs: Sequence[str], own: Mapping[str, Taken]):
+        self.placed, self.columns, self.own = placed, columns, {**own, **dict.fromkeys(inputs, filled)}
+        self.inputs, self.rest = inputs, [n for f, n in columns.items() if f not in self.own and f != "id"]
+        self.known: dict[Any, tuple[Any, int]] = {}
+        self.made, self.ids = Columns(), set[str]()
+
+    def samples(self, rows: Iterator[Row]) -> Sequence[Any]:
+        """All of them (`Columns.settled`)."""
+        fault, block = None, [...]
+        while block and fault is None:
+            block = []
+            try:
+                block.extend(islice(rows, AT_ONCE))
+            except UserError as error:  # what is wrong before it is said first
+                fault = error
+            if not self._copied(block):
+                self._looked_at(block)
+        if fault is not None:
+            raise fault
+        return self.made.settled()
+
+    def _looked_at(self, block: Sequence[Row]) -> None:
+        samples = []
+        for where, sample in self.placed(block):
+            require_new(sample.id, self.ids, where)
+            samples.append(sample)
+        self.made.extend(samples)
+
+    def _copied(self, block: Sequence[Row]) -> bool:
+        """Whether the samples of ``block`` could be made from those of rows before."""
+        cells = [row.cells for row in block]
+        values = {field: self._of(field, cells) for field in ("id", *self.own)}
+        if None in values.values():
+            return False
+        ids = [own or row.name for own, row in zip(values.pop("id"), block, strict=True)]
+        if len(set(ids)) < len(ids) or not self.ids.isdisjoint(ids):
+            return False
+        like = [self._like(row) for row in block]
+        if None in like:
+            return False
+        self.ids.update(ids)
+        paths = {name: values.pop(name) for name in self.inputs}
+        self.made.extend([sample for sample, _ in like], [number for _, number in like], {"id": ids, **values}, paths)
+        return True
+
+    def _of(self, field: str, cells: Sequence[Mapping[str, Any]]) -> Sequence[Any] | None:
+        name = self.columns[field]
+        return self.own.get(field, clean)([row.get(name) for row in cells])
+
+    def _like(self, row: Row) -> tuple[Any, int] | None:
+        """A sample that the row's differs from in nothing but what is its own, and the number of what they share."""
+        key = tuple([same(row.cells.get(name, ...)) for name in self.rest])
+        found = self.known.get(key)
+        if found is None and None not in key and len(self.known) < MOST:
+            try:
+                several = list(self.placed([row]))
+            except DataError:  # there may be another fault before it
+                return None
+            if len(several) == 1:
+                found = self.known[key] = (several[0][1], self.made.number(several[0][1]))
+        return found
+
+
+def same(value: Any) -> Any:
+    """What is the same of cells that mean the same, ... where there is none; None of those that are looked at one by one."""
+    if isinstance(value, list):
+        return tuple(value) if all(type(item) is str for item in value) else None
+    return (type(value), value) if type(value) in HASHED else None
+
+
+def clean(cells: Sequence[Any]) -> Sequence[str] | None:
+    """`as_text` of cells that are texts and empty ones, of which nothing is wrong with any; else None."""
+    try:
+        texts = ["" if cell is None else cell for cell in cells]
+        whole = "\n".join(texts)
+    except TypeError:
+        return None
+    return None if CONTROL.search(whole) else [text.strip() for text in texts]
+
+
+def filled(cells: Sequence[Any], refused: Iterable[str] = ()) -> Sequence[str] | None:
+    """`clean`, where none is empty, nor ``refused``."""
+    texts = clean(cells)
+    return None if texts is None or not {"", *refused}.isdisjoint(texts) else texts

@@ -1,0 +1,160 @@
+"""Many samples as columns: what comes out is what went in."""
+
+import json
+
+import pytest
+
+from mitrain.core.errors import DataError
+from mitrain.data import columns
+from mitrain.data.columns import Columns, bare, bytes_of, column, gathered, paths, take
+from mitrain.data.formats.captions import CaptionSample
+from mitrain.data.formats.labels import LabelSample, read_labels
+from mitrain.data.formats.records import AnswerSample, read_records
+from mitrain.data.formats.targets import TargetSample, read_targets
+from mitrain.data.samples import Sample
+from mitrain.training.fingerprint import digests_of
+
+
+@pytest.fixture(autouse=True)
+def packed(monkeypatch):
+    """Every number of samples is many, and four texts are a pack."""
+    monkeypatch.setattr(columns, "MANY", 1)
+    monkeypatch.setattr(columns, "PART", 4)
+
+
+def labelled(count: int) -> list[LabelSample]:
+    """Samples with an image, with an image and a sound, and with neither; texts of letters of one, two and four bytes."""
+    files = [{"image": "a.png"}, {"sound": "s.wav", "image": "b.png"}, {}]
+    texts = ["a cat", "wóda", "🐈 x", ""]
+    return [LabelSample(f"n{i}", files[i % 3], texts[i % 4], (f"l{i % 2}",), kind="k" * (i % 2)) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_samples_come_out_as_they_went_in(count):
+    samples, kept = labelled(count), gathered(iter(labelled(count)))
+    assert isinstance(kept, Columns) and len(kept) == count
+    assert list(kept) == samples == [kept[i] for i in range(count)] == list(kept[:])
+    assert kept[-1] == samples[-1] and list(kept[1::2]) == samples[1::2]
+    assert [list(sample.inputs) for sample in kept] == [list(sample.inputs) for sample in samples]
+    with pytest.raises(IndexError):
+        kept[count]
+
+
+@pytest.mark.parametrize("numbers", [range(9), [7, 0, 3], []])
+def test_fields_inputs_and_digests_are_those_of_a_list(numbers):
+    samples = [labelled(9)[i] for i in numbers]
+    kept = take(take(gathered(labelled(9)), range(9)), numbers)
+    assert list(kept) == samples == take(labelled(9), numbers)
+    for name in ("id", "text", "labels", "object", "kind"):
+        assert list(column(kept, name)) == [getattr(sample, name) for sample in samples]
+    for name in ("image", "sound", "text"):
+        assert list(paths(kept, name)) == list(paths(samples, name))
+    assert [sample.inputs for sample in bare(kept)] == [sample.inputs for sample in samples]
+    content = lambda sample: {name: path + "!" for name, path in sample.inputs.items()}  # noqa: E731
+    assert digests_of({"train": kept}, content) == digests_of({"train": samples}, content)
+
+
+def test_no_text_has_more_tokens_than_bytes_are_counted():
+    sizes = [len((s.id + s.text + s.object + s.kind).encode()) for s in labelled(9)]
+    assert list(bytes_of(gathered(labelled(9)))) == sizes == list(bytes_of(labelled(9)))
+
+
+def test_samples_with_outlines_stay_a_list():
+    class Outlined(Sample):
+        def __init__(self) -> None:
+            self.__dict__.update(id="a", inputs={}, outline={"counts": [1]})
+
+    assert type(gathered([Outlined(), Outlined()])) is list
+
+
+def written(folder, rows):
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder / "rows.jsonl"
+
+
+ROWS = [
+    {"image": "a.png", "text": " a cat ", "label": "x", "id": "first"},
+    {"image": "b.png", "text": "line\none", "label": "y"},
+    {"image": "c.png", "label": "x", "kind": None, "object": "thing", "more": ["ignored"]},
+    {"image": 4, "text": 1.5, "label": 3},
+    {"image": "d.png", "text": "\u00e9", "label": "3"},
+    {"image": "e.png", "text": "a \\\\ b", "label": " y "},
+]
+
+
+def one_by_one(monkeypatch):
+    monkeypatch.setattr("mitrain.data.formats.alike.Alike._copied", lambda self, block: False)
+    monkeypatch.setattr("mitrain.core.parsing.plain_objects", lambda lines: None)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 512])
+def test_labels_read_together_are_those_read_one_by_one(tmp_path, monkeypatch, at_once):
+    path = written(tmp_path, ROWS * 1)
+    monkeypatch.setattr("mitrain.data.formats.alike.AT_ONCE", at_once)
+    together = list(read_labels(path))
+    one_by_one(monkeypatch)
+    assert together == list(read_labels(path))
+    assert together[1] == LabelSample("rows.jsonl:2", {"image": "b.png"}, "line\none", ("y",))
+    assert [sample.labels for sample in together] == [("x",), ("y",), ("x",), ("3",), ("3",), ("y",)]
+
+
+def test_records_and_targets_read_together_are_those_read_one_by_one(tmp_path, monkeypatch):
+    asked = [
+        {"image": f"{i}.png", "prompt": f"which {i}", "answer": f"a{i % 2}", "candidates": ["a0", "a1"]}
+        for i in range(7)
+    ]
+    asked += [{"image": "x.png", "prompt": "many?", "answer": ["yes", "no", "no"]}, {**asked[0], "candidates": ["a0"]}]
+    rated = [{"image": f"{i}.png", "text": f"t{i}", "target": value} for i, value in enumerate([1, 2.5, 0, -3e3])]
+    records, targets = tmp_path / "records", tmp_path / "targets"
+    records.mkdir()
+    targets.mkdir()
+    found = list(read_records(written(records, asked))), list(read_targets(written(targets, rated)))
+    one_by_one(monkeypatch)
+    assert found == (list(read_records(records / "rows.jsonl")), list(read_targets(targets / "rows.jsonl")))
+    assert found[0][7] == AnswerSample(
+        "rows.jsonl:8", {"image": "x.png"}, "many?", "no", references=("yes", "no", "no")
+    )
+    assert found[1][1] == TargetSample("rows.jsonl:2", {"image": "1.png"}, "t1", 2.5)
+
+
+GOOD = '{"image": "a.png", "text": "t", "label": "x"}'
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        ('{"image": "a.png", "text": "t", "label": "x", "label": "x"}', "'label' stands twice"),
+        (
+            '{"image": "a.png", "text": "t", "label": "x"},{"image": "a.png", "label": "x"}',
+            "is not valid JSON|not valid JSON",
+        ),
+        ('{"image": "a.png", "text": "\\u0007", "label": "x"}', "control character"),
+        ('{"image": "", "text": "t", "label": "x"}', "no 'image'"),
+        ('{"image": "a.png", "text": "t"}', "no 'label'"),
+        ('{"image": "a.png", "text": "t", "label": true}', "'label' is a bool"),
+        ('{"image": "a.png", "text": "t", "label": "nan"}', "'label' is 'nan'"),
+        ('{"image": "a.png", "text": "t", "label": "x", "id": "rows.jsonl:1"}', "stands twice"),
+        ('{"image": "a.png", "text": "\\ud800", "label": "x"}', "not valid JSON"),
+        ('["a"]', "a list instead of an object"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line_though_a_later_line_is_wrong_too(tmp_path, bad, what):
+    (tmp_path / "rows.jsonl").write_text("\n".join([GOOD, GOOD, bad, GOOD, "{", ""]), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"rows\.jsonl:3: .*({what})"):
+        read_labels(tmp_path / "rows.jsonl")
+
+
+def test_an_object_over_two_lines_is_no_object_a_line(tmp_path):
+    lines = [
+        '{"image": "a.png", "label": "x"}, {"image": "b.png", "label": "x"}',
+        '{"image": "c.png", "label": ["x"',
+        '"y"]}',
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: "):
+        read_labels(tmp_path / "rows.jsonl", multilabel=True)
+
+
+def test_captions_of_a_picture_are_gathered_all_the_same():
+    kept = gathered([CaptionSample(f"n{i}", {"image": "a"}, f"t{i}", captions=("t0", "t1")) for i in range(2)])
+    assert [sample.captions for sample in kept] == [("t0", "t1")] * 2
