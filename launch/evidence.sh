@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tables of docs/results/evidence.md: three seeds of every row, each trained from its configuration, then docs/results/. Hours on 2 cores.
 #
-#   bash launch/evidence.sh [answer|segment|all]
+#   bash launch/evidence.sh [answer|segment|reference|reasoning|objects|all]
 #
 # Finished runs are kept in runs/evidence and not trained again; an interrupted one is resumed.
 set -euo pipefail
@@ -39,4 +39,27 @@ if [ "$what" = segment ] || [ "$what" = all ]; then
         train no-llm "$seed" configs/segment.yaml 'adapter={name: none}' 'task.readout=[embeddings]'
     done
     mitrain report "${runs[@]}" --splits val,testA,testB --out docs/results/segment
+fi
+
+# The rows about a second picture: infused, beside the frozen text (late fusion, of unit variance as the text), not shown.
+for part in reference reasoning; do
+    if [ "$what" = "$part" ] || [ "$what" = all ]; then
+        runs=() config=(configs/segment-reference.yaml "data.split_by=$part")
+        for seed in 0 1 2; do
+            train "mit-$part" "$seed" "${config[@]}"
+            train "late-$part" "$seed" "${config[@]}" 'adapter={name: none}' 'task.readout=[last,reference]' features.norm=28
+            train "no-$part" "$seed" "${config[@]}" 'adapter={name: none}'
+        done
+        mitrain report "${runs[@]}" --splits val,testA,testB --out "docs/results/segment-$part"
+    fi
+done
+
+if [ "$what" = objects ] || [ "$what" = all ]; then
+    runs=() config=(configs/segment-objects.yaml)
+    for seed in 0 1 2; do
+        train frozen-llm "$seed" "${config[@]}"
+        train no-llm-objects "$seed" "${config[@]}" 'task.readout=[embeddings]'
+        train mit-objects "$seed" "${config[@]}" 'adapter={name: mit, layers: [29], rank: 64}' model.encoders.image.infused=true
+    done
+    mitrain report "${runs[@]}" --splits val,testA,testB --out docs/results/segment-objects
 fi

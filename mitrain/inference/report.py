@@ -7,8 +7,9 @@ is the one whose predictions are drawn.
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,20 @@ def about(run: Run, split: str, files: Features, samples: Sequence[Any], found: 
 
 def of_kinds(results: dict[str, Any]) -> list[str]:
     """A section for each split whose samples are of several kinds: the metric of each kind, under every label."""
-    start, sections = f"{results['metric']}/", []
+    return [
+        webpage.section(f"{results['metric']} of {split}, kind by kind", webpage.table(head, cells) if cells else "")
+        for split, head, cells in kind_by_kind(results)
+    ]
+
+
+def kind_by_kind(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Each split with the head and the rows, one a kind, of a table of the metric; no rows where there is one kind."""
+    start = f"{results['metric']}/"
     for split in dict.fromkeys(r["split"] for r in results["rows"]):
         own = [r for r in results["rows"] if r["split"] == split]
         keys = [key for key in own[0]["mean"] if key.startswith(start)]
         cells = [[key.removeprefix(start), *(cell(r, key) for r in own)] for key in keys]
-        body = webpage.table(["kind", *(r["label"] for r in own)], cells) if keys else ""
-        sections.append(webpage.section(f"{results['metric']} of {split}, kind by kind", body))
-    return sections
+        yield split, ["kind", *(r["label"] for r in own)], cells
 
 
 def write(out: Path, files: dict[str, bytes | str]) -> None:
@@ -161,11 +168,15 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The Markdown table: one row per label and split."""
-    head, rows = rows_of(results)
-    return "\n".join(
-        [*markdown.table(head, [list(map(plain, row)) for row in rows]), "", sentence(results["made"]), ""]
-    )
+    """The Markdown table: one row per label and split; and of each split with several kinds of samples one row per kind."""
+    tables = [
+        rows_of(results),
+        *(([f"{split}, {h[0]}", *h[1:]], rows) for split, h, rows in kind_by_kind(results) if rows),
+    ]
+    lines = [
+        [*markdown.table(list(map(plain, head)), [list(map(plain, row)) for row in rows]), ""] for head, rows in tables
+    ]
+    return "\n".join([*chain.from_iterable(lines), sentence(results["made"]), ""])
 
 
 def rows_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

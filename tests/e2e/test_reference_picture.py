@@ -73,6 +73,8 @@ def test_a_reference_reaches_the_mask_through_the_infusion_alone(world, capsys):
     report = as_json(capsys, "report", run, "--splits", "val", "--out", world / "report")
     labels = [row["label"] for row in report["rows"]]
     assert "infused, another sample's reference" in labels and "all objects (true masks)" in labels
+    assert "| val, kind | infused | infused, another scene's expression |" in report["markdown"]
+    assert f"| same | {own['oiou/same']:.3f} |" in report["markdown"]
     infused = yaml.safe_load((Path(run) / "config.yaml").read_text())
     assert infused["data"]["inputs"] == ["image", "reference"]
 
