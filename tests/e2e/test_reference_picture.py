@@ -1,6 +1,8 @@
 """Segmenting what a second picture shows, from data to predictions, through the command line."""
 
 import json
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from random import Random
 
@@ -14,7 +16,12 @@ from PIL import Image
 
 from mitrain.cli import main
 from mitrain.data.expressions import RefcocoConfig
+from mitrain.training import runs
 
+testclient = pytest.importorskip("starlette.testclient", reason="needs the extra [serve]")
+serving = pytest.importorskip("mitrain.inference.serving", reason="needs the extra [serve]")
+
+PAIR = {"image": "scene.png", "reference": "photo.png"}
 COLOURS = {"brick": (200, 0, 0), "leaf": (0, 190, 0), "sky": (0, 0, 210), "coal": (5, 5, 5), "snow": (250, 250, 250)}
 KINDS = {"brick": "stone", "coal": "stone"}
 
@@ -90,6 +97,13 @@ def test_a_users_own_photo_is_the_reference(world, capsys):
     with Image.open(out / "mask.png") as mask, Image.open(out / "image.png") as picture:
         assert mask.size == picture.size == (90, 60)
     assert main([*map(str, asked)]) == 2 and "give --input reference=FILE" in capsys.readouterr().err
+    opened = runs.open_run(run)
+    page = testclient.TestClient(serving.app_of(opened, serving.Limits()))
+    assert {n: part["takes"] for n, part in page.get("/run").json()["inputs"].items()} == dict.fromkeys(PAIR, "image")
+    files = {name: (world / file).read_bytes() for name, file in PAIR.items()}
+    shown = page.post("/predict", data={"text": "the same thing"}, files=files).json()["mask"]
+    with Image.open(BytesIO(b64decode(shown.partition(",")[2]))) as mask, Image.open(out / "mask.png") as written:
+        assert np.array_equal(np.asarray(mask) > 0, np.asarray(written) > 0)
 
 
 def test_samples_have_the_inputs_that_are_asked_for(world):

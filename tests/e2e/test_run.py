@@ -309,7 +309,7 @@ def test_lists_name_licences_and_prepare_is_once(world, capsys):
             "games",
             "gimp-help",
         ),
-        "tuxpaint-spoken",
+        *("tuxpaint-spoken", "object-scenes"),
     }
     assert all(row["licence"] for row in models + data)
     first = as_json(capsys, "data", "prepare", "digits")["digits"]
