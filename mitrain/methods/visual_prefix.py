@@ -6,8 +6,9 @@ a rank, LoRA tunes the language model too.
 Shapes: B samples, T text tokens, N patches, P visual tokens, c width of the image encoder, D width of the text model.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from pydantic import Field, field_validator
@@ -71,9 +72,15 @@ class VisualPrefix(Adapter):
         elif (self.projector[0].in_features, self.projector[2].out_features) != widths:
             raise ModelError("this visual prefix was made for models of other widths: make a new one")
         if self.lora is not None:
-            self.lora._install({"text": backbones["text"]})
+            self.lora._backbones = {"text": backbones["text"]}
+            self.lora._install(self.lora._backbones)
             self._undo.callback(self.lora.detach)
         return Attachment({"text": 0, "encoder": self._encoder.depth})
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        with contextlib.nullcontext() if self.lora is None else self.lora.disabled():
+            yield
 
     def encode(self, texts: TextBatch | None, inputs: ModalityInputs | None) -> Outputs:
         vectors = {} if inputs is None else inputs.features

@@ -91,6 +91,7 @@ def test_of_a_run_peft_has_the_adapter_and_the_card_says_what_it_has_not(tmp_pat
     }  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
     assert "nothing else. The task head and the statistics of features are in `mitrain.safetensors` alone." in card
+    assert "load_adapter(model" in card and "infused=" not in card  # which LoRA does not read
     model = mitrain.from_pretrained(tmp_path / "out").model
     expected = model.text.model.lm_head(model.adapter.encode(TextBatch(IDS, MASK), None).text)
     found = by_peft(world / "llm", tmp_path / "out")(input_ids=IDS, attention_mask=MASK).logits

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attached import attached, close, dino, inputs, made, needed
+from attached import attached, close, dino, inputs, made, needed, pixels, whole
 from modalities import pictures
 from tiny import CONFIGS, scramble, tiny
 from transformers import AutoModel, AutoModelForCausalLM
@@ -75,6 +75,18 @@ def test_gradients_reach_what_is_trained_and_nothing_else_and_detaching_restores
     adapter.detach()
     after = {n: p for m in (model, image) for n, p in m.state_dict().items()}
     assert after.keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in after.items())
+
+
+@every_method
+def test_switched_off_the_models_are_the_frozen_ones(name, values):
+    """What baselines, trunks and the control without the method read, whatever was trained."""
+    adapter, model, image = attached(name, values)
+    scramble(adapter)
+    words, _ = inputs(adapter, model, image)
+    with torch.no_grad(), adapter.disabled():
+        found = whole(model, words), image(pixel_values=pixels()).last_hidden_state
+        close(found[0][words.mask.bool()], whole(tiny("llama", torch.float64), words)[words.mask.bool()])
+        close(found[1], dino()(pixel_values=pixels()).last_hidden_state)
 
 
 @every_method

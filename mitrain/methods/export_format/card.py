@@ -183,6 +183,7 @@ def training(run: RunPart) -> str:
 
 
 def loading_lines(contents: Contents, alone: bool) -> list[str]:
+    infuses = contents.adapter["name"] == "mit"  # others are given features by `conditioned`, or none
     name = shown(contents.base_model_name_or_path)
     whole = [
         'predictor = mitrain.from_pretrained("THIS_FOLDER")  # or base="path/to/the/language/model", quantize="int8"',
@@ -190,7 +191,11 @@ def loading_lines(contents: Contents, alone: bool) -> list[str]:
     ]
     attached = [
         'adapter, normalize = mitrain.load_adapter(model, "THIS_FOLDER")  # model: a transformers model in memory',
-        *(["model(input_ids=ids, infused=adapter.modalities_of(normalize(features)))"] if contents.run else []),
+        *(
+            ["model(input_ids=ids, infused=adapter.modalities_of(normalize(features)))"]
+            if contents.run and infuses
+            else []
+        ),
     ]
     lines = ["import mitrain", *(whole if contents.run else []), *(attached if alone else [])]
     lines += [f"{line}  # by PEFT without mitrain" for name, line in BY_PEFT.items() if name in (contents.peft or {})]
