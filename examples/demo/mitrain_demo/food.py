@@ -109,10 +109,15 @@ def grouped(photos: Sequence[Photo]) -> list[int]:
 
 
 def print_of(photo: Photo) -> np.ndarray:
-    """(F,) the photograph's fingerprint. PrepareError where it cannot be read."""
+    """(F,) the photograph's fingerprint."""
+    return fingerprint(opened(photo))
+
+
+def opened(photo: Photo) -> Image.Image:
+    """PrepareError where it cannot be read."""
     try:
         with Image.open(io.BytesIO(photo.content), formats=["JPEG"]) as image:
-            return fingerprint(image)
+            return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PrepareError(f"{photo.code}.jpeg is no readable JPEG ({error}): get the original package") from None
 

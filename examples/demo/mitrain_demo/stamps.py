@@ -258,7 +258,7 @@ def cut_out(path: str, content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the next line is stricter
-            image = Image.open(io.BytesIO(content), formats=["PNG"])
+            image = Image.open(io.BytesIO(content), formats=["PNG", "WEBP"])
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels")
         image = image.convert("RGBA")
