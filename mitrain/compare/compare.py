@@ -19,6 +19,7 @@ from mitrain.compare import processes
 from mitrain.compare.cells import MATTERS, Cell, CellId, cell_ids, chosen, resolve
 from mitrain.compare.plots import plots
 from mitrain.compare.processes import STOPPED
+from mitrain.compare.search import searched
 from mitrain.compare.study import Study
 from mitrain.compare.table import table
 from mitrain.core import parsing
@@ -43,11 +44,12 @@ class CompareError(UserError):
 
 @dataclass(frozen=True)
 class Job:
-    """A study from its file, and the folder of its results."""
+    """A study from its file, and the folder of its results. ``chosen``: what its search has found."""
 
     study: Study
     path: Path
     out: Path
+    chosen: tuple[dict[str, Any], ...] = ()
 
     @property
     def kept(self) -> list[Row]:
@@ -102,7 +104,9 @@ def compare(
     ``seeds``: others than the study's; rows of seeds that were measured before stay. See `check` for failed cells.
     """
     limit_s = job.study.limit_s if limit_s is None else limit_s
-    wanted = [resolve(job.study, job.path, cell_id) for cell_id in chosen(job.study, only, seeds)]
+    trial = lambda trials: compare(trials, command, limit_s=limit_s, say=say, measure=measure)["rows"]  # noqa: E731
+    job = searched(job, chosen(job.study, only, seeds), trial)
+    wanted = [resolve(job.study, job.path, cell_id) for cell_id in left(job, only, seeds)]
     with file_lock(job.out / ".held"):
         put_aside(job.out, say)
         rows = still_true(job, say)
@@ -120,6 +124,11 @@ def compare(
             say(f"[{number}/{len(wanted)}] {cell.id.name}: {outcome} ({time_taken})")
         draw(job, result, say)
     return result
+
+
+def left(job: Job, only: Sequence[str], seeds: Sequence[int] | None) -> list[CellId]:
+    """The cells that the words name, but for those whose settings no search has chosen."""
+    return [cell_id for cell_id in cell_ids(job.study, seeds) if cell_id.named_by(only)]
 
 
 def still_true(job: Job, say: Say) -> dict[str, Row]:
@@ -220,6 +229,7 @@ def write(job: Job, rows: dict[str, Row], command: str) -> dict[str, Any]:
         "title": job.study.title,
         "kind": job.study.kind,
         **({"against": job.study.against} if job.study.against else {}),
+        **({"search": list(job.chosen)} if job.chosen else {}),
         "made": joined(ordered, command),
         "rows": ordered,
         "missing": [cell_id.name for cell_id in cell_ids(job.study) if cell_id.key() not in rows],
@@ -268,9 +278,10 @@ def listed(
     An estimate is the median of measured cells of the same task and method, else of the task; else the limit.
     """
     limit_s = job.study.limit_s if limit_s is None else limit_s
+    job = searched(job, chosen(job.study, only, seeds), lambda trials: trials.kept)
     kept = {CellId.of(row).key(): row for row in job.kept}
     entries = []
-    for cell_id in chosen(job.study, only, seeds):
+    for cell_id in left(job, only, seeds):
         cell = resolve(job.study, job.path, cell_id)
         row = kept.get(cell_id.key())
         done = finished(row, cell, limit_s)

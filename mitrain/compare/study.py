@@ -16,6 +16,7 @@ Paths are relative to the study's file.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -133,12 +134,40 @@ class Also(Section):
         return named and self.axis in (None, axis)
 
 
+class Search(Section):
+    """How methods' settings are chosen on val (`mitrain.compare.search`).
+
+    ``space``: of each method a grid, key → values, of which ``trials`` points are tried; ``rungs``: the training steps of
+    each round, after which the better half goes on; ``set``: overrides of trials alone; ``seed``: theirs, and of what is
+    drawn of a larger grid. A method without a grid is run as it is.
+    """
+
+    space: dict[str, dict[str, tuple[Any, ...]]]
+    rungs: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    trials: int = Field(8, ge=2)
+    seed: int = Field(0, ge=0, lt=2**31)
+    set: Overrides = {}
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Search":
+        for method, values in self.space.items():
+            points = math.prod(len(set(map(str, item))) for item in values.values())
+            if not values or points < self.trials:
+                raise ValueError(
+                    f"the grid of {method} has {points if values else 0} points, fewer than trials={self.trials}: every"
+                    " method is given the same budget, so give it more values or lower trials"
+                )
+        if list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError(f"rungs={list(self.rungs)} must rise: each is for longer than the one before")
+        return self
+
+
 class Study(Section):
     """See the module. ``kind: count`` builds models without weights and counts; seeds do not matter then.
 
     ``plain``: whether each method is also run as it is, at no axis' point. ``set``: overrides for all cells. ``reduced``:
     a remark that marks all rows as measured at reduced size. ``panels``: predictions on a method's sheet. ``against``: the
-    method that the table has every other's difference from.
+    method that the table has every other's difference from. ``search``: how settings are chosen before.
     """
 
     name: str = Field(pattern=NAME)
@@ -155,6 +184,7 @@ class Study(Section):
     panels: int = Field(8, ge=0, le=64)
     reduced: str | None = None
     against: str | None = None
+    search: Search | None = None
 
     @model_validator(mode="after")
     def _names(self) -> "Study":
@@ -166,6 +196,9 @@ class Study(Section):
         for where, part in [*self.axes.items(), *((f"also[{i}]", a) for i, a in enumerate(self.also))]:
             check_known(where, "method", part.methods, self.methods)
             check_known(where, "task", part.tasks, self.tasks)
+        check_known("search", "method", list(self.search.space) if self.search else [], self.methods)
+        if self.search and self.kind == "count":
+            raise ValueError("a counted study has nothing to search for: leave search out")
         check_known("against", "method", [self.against] if self.against else [], self.methods)
         check_known("also", "axis", [a.axis for a in self.also if a.axis], self.axes)
         twice = next((seed for i, seed in enumerate(self.seeds) if seed in self.seeds[:i]), None)

@@ -44,7 +44,18 @@ def table(result: dict[str, Any]) -> str:
     notes += [f"{REDUCED} measured at reduced size: {'; '.join(remarks)}."] if remarks else []
     missing = result.get("missing", ())
     notes += [f"Not measured yet, {len(missing)} of the study's cells: {plain(', '.join(missing))}."] if missing else []
-    return "\n".join([*lines, "", *notes, *([""] if notes else []), sentence(result["made"]), ""])
+    found = search_lines(result["search"]) if result.get("search") else []
+    return "\n".join([*lines, "", *notes, *([""] if notes else []), *found, sentence(result["made"]), ""])
+
+
+def search_lines(found: Sequence[Row]) -> list[str]:
+    head = ["task", "method", "chosen on val", "val", "trials", "steps in all", "minutes"]
+    cells = [
+        [*(plain(one[key]) for key in ("task", "method", "point")), f"{one['metric']} {one['value']:.3f}",
+         str(one["trials"]), f"{one['steps']:,}", f"{one['seconds'] / 60:.0f}"]
+        for one in found
+    ]  # fmt: skip
+    return [*markdown.table(head, cells), ""]
 
 
 def meaning(rows: Sequence[Row], against: str | None) -> str:

@@ -68,6 +68,7 @@ class AnswerTask(LanguageTask):
 
     settings = AnswerConfig
     formats = (RecordsConfig, VqaConfig, ConversationsConfig)
+    truth = ("answer", "candidates", "references")
     metric = "accuracy"
     remembers = True
     asks = "prompt"

@@ -7,7 +7,7 @@ and predictions are described and drawn. It is handed the frozen models and the 
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mitrain.core.config import Section
-from mitrain.core.errors import DataError, UserError
+from mitrain.core.errors import ConfigError, DataError, UserError
 from mitrain.data.formats.labels import look_alikes
 from mitrain.data.hidden_states import TextStates
 from mitrain.data.sources import DataSection
@@ -146,7 +146,8 @@ class Task(nn.Module):
     field of which two splits had better share nothing. ``asks``: their field that holds a question's text; ``asking``:
     what else `predict` is told where there is no truth.
     ``of_samples``: how the names begin of buffers that describe the training samples, and that a head taken from another
-    run therefore does not bring along. ``own_metric``: the import path of a score of the user's own.
+    run therefore does not bring along. ``own_metric``: the import path of a score of the user's own. ``truth``: the
+    samples' fields that `permuted` exchanges.
     """
 
     settings: ClassVar[type[Section]]
@@ -166,6 +167,7 @@ class Task(nn.Module):
     asking: ClassVar[Mapping[str, Any]] = {}
     of_samples: tuple[str, ...] = ()
     own_metric: str | None = None
+    truth: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def build(cls, config: Any, given: Given) -> "Task":
@@ -204,6 +206,17 @@ class Task(nn.Module):
 
     def remember(self, samples: Sequence[Any]) -> None:
         """Note what predictions need of the training samples and no checkpoint holds."""
+
+    def permuted(self, samples: Sequence[Any], seed: int) -> list[Any]:
+        """The samples, each with another one's truth, so that what is learned of them is chance. ConfigError where all
+        have the same."""
+        truths = [{name: getattr(sample, name) for name in self.truth} for sample in samples]
+        if not self.truth or all(truth == truths[0] for truth in truths):
+            raise ConfigError(
+                "train.permute exchanges labels, answers, texts or targets, of which these samples have none that differ"
+            )
+        order = np.random.default_rng(seed).permutation(len(samples))
+        return [replace(sample, **truths[i]) for sample, i in zip(samples, order, strict=True)]
 
     def must_generate(self, samples: Sequence[Any]) -> bool:
         """Whether some of ``samples`` can be scored only by letting the model speak."""

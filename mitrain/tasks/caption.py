@@ -43,6 +43,7 @@ class CaptionTask(LanguageTask):
 
     settings = CaptionConfig
     formats = (CaptionSection,)
+    truth = ("text", "captions")
     metric = "cider"
     shuffles = "files"
     texts_apart = "text"

@@ -54,6 +54,7 @@ class ClassifyTask(HeadTask):
 
     settings = ClassifyConfig
     formats = (ClassSection,)
+    truth = ("labels",)
     of_samples = ("weight",)
     columns = (
         *(("accuracy", "accuracy"), ("UAR", "uar"), ("macro F1", "f1_macro"), ("weighted F1", "f1_weighted")),

@@ -43,6 +43,7 @@ class RegressTask(HeadTask):
 
     settings = RegressConfig
     formats = (TargetSection,)
+    truth = ("target",)
     of_samples = ("target_range",)
     metric = "mae"
     minimises = True

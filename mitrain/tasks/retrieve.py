@@ -53,6 +53,7 @@ class RetrieveTask(ReadTask):
 
     settings = RetrieveConfig
     formats = (CaptionSection,)
+    truth = ("text",)
     of_samples = ("slow.",)
     metric = "recall_mean"
     shuffles = "files"

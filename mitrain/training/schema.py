@@ -34,10 +34,11 @@ class TrainConfig(Section):
     ``eval_every`` and ``save_every`` are in steps, shares of the run or epochs; the best step is chosen on ``val`` alone.
     ``init_from``: a run folder, a checkpoint or an export, whose adapter the run starts from, and its task head where it is
     one of the same task. ``group_by_length``: a batch holds samples of about as many tokens, so that less is padding.
-    ``fraction``: of the training samples that are used, evenly spread. ``modality_dropout``: the probability with which a
-    training sample goes without each of its inputs, one at least left to it. ``check_largest: auto`` tries a
-    batch of the longest samples before the first step, where the run has 100 micro-batches or more. ``hang_minutes``
-    without a step print every thread's stack.
+    ``fraction``: of the training samples that are used, evenly spread. ``permute``: a negative control, which trains on
+    labels (answers, texts, targets) exchanged among the samples and must end at chance. ``modality_dropout``: the
+    probability with which a training sample goes without each of its inputs, one at least left to it.
+    ``check_largest: auto`` tries a batch of the longest samples before the first step, where the run has 100 micro-batches
+    or more. ``hang_minutes`` without a step print every thread's stack.
     """
 
     steps: int | None = Field(200, ge=1)
@@ -59,6 +60,7 @@ class TrainConfig(Section):
     keep: int = Field(2, ge=1)
     init_from: str | None = None
     fraction: float = Field(1.0, gt=0, le=1)
+    permute: bool = False
     group_by_length: bool = False
     modality_dropout: float = Field(0.0, ge=0, lt=1)
     check_largest: Literal["auto", "off"] = "auto"

@@ -47,6 +47,8 @@ class Setup:
     def __init__(self, config: RunConfig, folder: Path, *, quiet: bool = False, allow_changes: bool = False):
         self.config, self.folder, self.quiet = config, folder, quiet or not dist.is_main()
         self.allow_changes = allow_changes
+        if config.train.permute and config.data.buffer:
+            raise ConfigError("train.permute exchanges labels among all samples: leave data.stream out")
         self.own = user_code.sources(config.task)  # what cannot be imported is said before anything is loaded
         self.watch = Stopwatch()
         self.bad = BadSamples(config.data.bad_samples, config.data.bad_share)
@@ -57,6 +59,8 @@ class Setup:
             self.train = portion(config.data.read(self.root, "train"), config.train.fraction)
             self.val = limit(config.data.read(self.root, "val"), config.train.eval_samples)
             self.model: Model = self._build()
+            if config.train.permute:
+                self.train = self.model.task.permuted(self.train, config.seed)
             self.model.task.remember(self.train)
             self.best = Best(self.model.task.minimises, config.train.patience)
             self.engine = self._make_engine()

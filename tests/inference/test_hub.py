@@ -200,6 +200,8 @@ def test_without_a_connection_what_was_brought_before_is_opened_and_nothing_is_w
     waits = []
     monkeypatch.setattr("time.sleep", waits.append)
     assert export_format.local("me/colours") == brought
-    with pytest.raises(CheckpointError, match="'me/others' is no folder here, the Hub cannot be reached, and its cache"):
+    with pytest.raises(
+        CheckpointError, match="'me/others' is no folder here, the Hub cannot be reached, and its cache"
+    ):
         export_format.local("me/others")
     assert not waits

@@ -1,0 +1,92 @@
+"""Choosing each method's settings on val before a study's own cells: successive halving with one budget for every method.
+
+A trial is a cell like any other, kept and gone on with in OUT/search/TASK-METHOD-STEPS/results.json: a point of the axis
+``steps-STEPS``. All points of the method's grid start with the fewest steps; after each rung the better half goes on, anew
+and for longer. What is best after the last rung is laid over the method's settings in the study's own cells.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from mitrain.compare.cells import CellId, cell_ids, resolve
+from mitrain.compare.study import Also, Axis, Search, Study
+from mitrain.tasks import TASKS
+
+if TYPE_CHECKING:
+    from mitrain.compare.compare import Job
+
+Row = dict[str, Any]
+Rows = Callable[["Job"], Sequence[Row]]
+"""Of a job's cells: measured now, or as they were kept."""
+
+
+def searched(job: "Job", cells: Sequence[CellId], rows: Rows) -> "Job":
+    """The job with the settings that its search has chosen for the methods of ``cells``; of a method whose trials are not
+    finished, or all failed, no cell is left."""
+    search = job.study.search
+    if search is None:
+        return job
+    found, also = [], []
+    for task, method in dict.fromkeys((cell.task, cell.method) for cell in cells if cell.method in search.space):
+        best = halved(job, search, task, method, rows)
+        found += [best] if best else []
+        also.append(Also(tasks=(task,), methods=(method,), set=best["set"] if best else {}, leave_out=not best))
+    study = job.study.model_copy(update={"also": (*job.study.also, *also)})
+    return replace(job, study=study, chosen=tuple(found))
+
+
+def halved(job: "Job", search: Search, task: str, method: str, rows: Rows) -> Row | None:
+    """The best point of the last rung, with what it cost to find; None where there is none."""
+    points, tried = grid(search, method), []
+    for steps in search.rungs:
+        study, out = trials_of(job.study, task, method, steps, points), job.out / "search" / f"{task}-{method}-{steps}"
+        trials = replace(job, study=study, out=out)
+        found = {row["at"]: row for row in rows(trials)}
+        if not all(name in found for name in points):
+            return None
+        tried += [found[name] for name in points]
+        sign = -1 if lower_is_better(trials) else 1
+        scored = [name for name in points if found[name]["value"] is not None]
+        order = sorted(scored, key=lambda name: -sign * found[name]["value"])  # of equal ones the first
+        if not order:
+            return None
+        points = {name: points[name] for name in order[: math.ceil(len(points) / 2)]}
+    best = found[order[0]]
+    steps = sum(int(row["axis"].partition("-")[2]) for row in tried)
+    cost = {"trials": len(tried), "steps": steps, "seconds": sum(row["seconds"] for row in tried)}
+    chosen = {"task": task, "method": method, "point": order[0], "set": points[order[0]]}
+    return chosen | {"metric": best["metric"], "value": best["value"]} | cost
+
+
+def grid(search: Search, method: str) -> dict[str, dict[str, Any]]:
+    """The points that a method starts with, by their names; drawn from the search's seed where the grid has more."""
+    keys, values = zip(*search.space[method].items(), strict=True)
+    points = list(itertools.product(*values))
+    if len(points) > search.trials:
+        points = Random(f"{search.seed} {method}").sample(points, search.trials)
+    return {
+        " ".join(f"{key}={value}" for key, value in zip(keys, point, strict=True)): dict(zip(keys, point, strict=True))
+        for point in points
+    }
+
+
+def trials_of(study: Study, task: str, method: str, steps: int, points: Mapping[str, dict[str, Any]]) -> Study:
+    """The study of a rung's trials: on val alone, without what is shown beside a score."""
+    search = study.search
+    part = study.tasks[task].model_copy(update={"split": "val", "controls": (), "baselines": False})
+    settings = {name: {**point, **search.set, "train.steps": steps} for name, point in points.items()}
+    axis = Axis(values=tuple({"value": name, "set": own} for name, own in settings.items()))
+    changes = {"tasks": {task: part}, "methods": {method: study.methods[method]}, "axes": {f"steps-{steps}": axis}}
+    alone = {"plain": False, "seeds": (search.seed,), "search": None, "panels": 0, "against": None}
+    return study.model_copy(update=changes | alone)
+
+
+def lower_is_better(trials: "Job") -> bool:
+    """Of the task's own metric; what else a study names is taken for better where it is higher."""
+    cell = resolve(trials.study, trials.path, cell_ids(trials.study)[0])
+    kind = TASKS[cell.config.task.section_name]
+    return kind.minimises and cell.part.metric in (None, kind.metric)

@@ -1,0 +1,121 @@
+"""Settings chosen on val before a study's own cells are measured."""
+
+import json
+
+import pytest
+import yaml
+from studies import BASE, NUMBERS, STUDY
+
+from mitrain.compare import compare, study
+from mitrain.compare.compare import FAILED, OK, Job
+from mitrain.compare.table import table
+from mitrain.core.errors import ConfigError
+
+SPACE = {"mit": {"train.lr": [0.1, 0.2, 0.3, 0.4], "adapter.base": [0, 1]}}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("mitrain.core.provenance.commit", lambda: "abc1234")
+
+
+class Bench:
+    """A run's score is its rate, the better the longer it trains; ``peak``: short runs are best at another rate."""
+
+    def __init__(self, peak=None, fails=False):
+        self.asked, self.peak, self.fails = [], peak, fails
+
+    def __call__(self, cell, folder, limit_s):
+        train = cell.config.train
+        self.asked.append((cell.id.method, cell.part.split, train.steps, train.lr, cell.config.seed))
+        if self.fails and cell.part.split == "val":
+            return {"status": FAILED, "reason": "no room", "seconds": 1}
+        value = 1 - abs(train.lr - self.peak) if self.peak and train.steps < 20 else train.lr
+        return {"status": OK, "seconds": 3, **NUMBERS, "value": value}
+
+
+def make(folder, **changes):
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    search = {"space": SPACE, "rungs": [10, 20, 40], "trials": 8, "seed": 7, **changes}
+    content = {**STUDY, "methods": {"mit": {}, "none": {"adapter": {"name": "none"}}}, "search": search}
+    content["tasks"] = {"label": {"config": "base.yaml", "metric": "accuracy", "split": "test"}}
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    return Job(study.read(folder / "study.yaml"), folder / "study.yaml", folder / "out")
+
+
+def run(job, bench, **options):
+    return compare.compare(job, "mitrain compare x", say=lambda _: None, measure=bench, **options)
+
+
+def test_the_better_half_goes_on_and_the_best_is_trained_for_test(tmp_path):
+    bench = Bench()
+    found = run(make(tmp_path), bench)
+    trials = [ask for ask in bench.asked if ask[1] == "val"]
+    assert [steps for _, _, steps, _, _ in trials] == [10] * 8 + [20] * 4 + [40] * 2
+    assert {ask[0] for ask in trials} == {"mit"} and {ask[4] for ask in trials} == {7}
+    assert {lr for _, _, steps, lr, _ in trials if steps == 20} == {0.3, 0.4}
+    final = [ask for ask in bench.asked if ask[1] == "test"]
+    assert final == [("mit", "test", 5, 0.4, 0), ("mit", "test", 5, 0.4, 1)] + [
+        ("none", "test", 5, 1e-3, s) for s in (0, 1)
+    ]
+    (chosen,) = found["search"]
+    assert chosen["set"] == {"train.lr": 0.4, "adapter.base": 0} and chosen["value"] == 0.4
+    assert (chosen["trials"], chosen["steps"], chosen["seconds"]) == (14, 8 * 10 + 4 * 20 + 2 * 40, 42)
+    assert [row["method"] for row in found["rows"]] == ["mit", "mit", "none", "none"]
+    assert "| label | mit | adapter.base=0 train.lr=0.4 | accuracy 0.400 | 14 | 240 | 1 |" in table(found)
+
+
+def test_what_is_best_in_a_short_run_alone_is_not_chosen(tmp_path):
+    chosen = run(make(tmp_path), Bench(peak=0.25))["search"][0]["set"]
+    assert chosen["train.lr"] == 0.3, "0.2 and 0.3 go on, and the longer runs decide"
+
+
+def test_an_interrupted_search_goes_on_and_a_finished_one_is_not_repeated(tmp_path):
+    job, bench = make(tmp_path), Bench()
+    first = run(job, bench)
+    again = Bench()
+    assert run(job, again)["rows"] == first["rows"] and again.asked == []
+    path = tmp_path / "out" / "search" / "label-mit-40" / "results.json"
+    kept = json.loads(path.read_text())
+    kept["rows"] = kept["rows"][:-1]
+    path.write_text(json.dumps(kept))
+    run(job, again)
+    assert [ask[1:3] for ask in again.asked] == [("val", 40)]
+
+
+def test_a_method_whose_trials_all_fail_has_no_row_and_the_others_go_on(tmp_path):
+    found = run(make(tmp_path), Bench(fails=True))
+    assert {row["method"] for row in found["rows"]} == {"none"} and "search" not in found
+
+
+def test_before_the_search_nothing_is_listed_that_it_has_not_chosen(tmp_path):
+    job = make(tmp_path)
+    assert {entry["method"] for entry in compare.listed(job, None, ())} == {"none"}
+    run(job, Bench())
+    assert [entry["done"] for entry in compare.listed(job, None, ())] == [True] * 4
+
+
+def test_a_large_grid_is_drawn_from(tmp_path):
+    bench = Bench()
+    run(make(tmp_path, trials=3, rungs=[10]), bench, only=["mit"])
+    drawn = [ask[3] for ask in bench.asked if ask[1] == "val"]
+    assert len(drawn) == 3
+    assert drawn == [0.2, 0.4, 0.2], "from the search's seed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trials": 9}, "the grid of mit has 8 points, fewer than trials=9: every method is given the same budget"),
+        ({"rungs": [20, 10]}, "rungs=[20, 10] must rise"),
+        (
+            {"space": {"mitt": SPACE["mit"]}},
+            "search names the method 'mitt' (did you mean 'mit'?), which the study has not",
+        ),
+        ({"space": {"mit": {}}}, "the grid of mit has 0 points"),
+    ],
+)
+def test_what_is_wrong_is_one_line(tmp_path, changes, words):
+    with pytest.raises(ConfigError) as error:
+        make(tmp_path, **changes)
+    assert words in str(error.value)
