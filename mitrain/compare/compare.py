@@ -19,7 +19,7 @@ from mitrain.compare import processes
 from mitrain.compare.cells import MATTERS, Cell, CellId, cell_ids, chosen, resolve
 from mitrain.compare.plots import plots
 from mitrain.compare.processes import STOPPED
-from mitrain.compare.search import searched
+from mitrain.compare.search import kept_rows, searched
 from mitrain.compare.study import Study
 from mitrain.compare.table import table
 from mitrain.core import parsing
@@ -44,12 +44,14 @@ class CompareError(UserError):
 
 @dataclass(frozen=True)
 class Job:
-    """A study from its file, and the folder of its results. ``chosen``: what its search has found."""
+    """A study from its file, and the folder of its results. ``chosen``: what its search has found; ``undecided``: tasks and
+    methods whose trials are not finished, or all failed."""
 
     study: Study
     path: Path
     out: Path
     chosen: tuple[dict[str, Any], ...] = ()
+    undecided: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def kept(self) -> list[Row]:
@@ -128,7 +130,7 @@ def compare(
 
 def left(job: Job, only: Sequence[str], seeds: Sequence[int] | None) -> list[CellId]:
     """The cells that the words name, but for those whose settings no search has chosen."""
-    return [cell_id for cell_id in cell_ids(job.study, seeds) if cell_id.named_by(only)]
+    return [c for c in chosen(job.study, only, seeds) if (c.task, c.method) not in job.undecided]
 
 
 def still_true(job: Job, say: Say) -> dict[str, Row]:
@@ -278,7 +280,7 @@ def listed(
     An estimate is the median of measured cells of the same task and method, else of the task; else the limit.
     """
     limit_s = job.study.limit_s if limit_s is None else limit_s
-    job = searched(job, chosen(job.study, only, seeds), lambda trials: trials.kept)
+    job = searched(job, [], kept_rows)
     kept = {CellId.of(row).key(): row for row in job.kept}
     entries = []
     for cell_id in left(job, only, seeds):

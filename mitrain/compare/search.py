@@ -7,7 +7,7 @@ and for longer. What is best after the last rung is laid over the method's setti
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -24,19 +24,29 @@ Rows = Callable[["Job"], Sequence[Row]]
 """Of a job's cells: measured now, or as they were kept."""
 
 
-def searched(job: "Job", cells: Sequence[CellId], rows: Rows) -> "Job":
-    """The job with the settings that its search has chosen for the methods of ``cells``; of a method whose trials are not
-    finished, or all failed, no cell is left."""
+def searched(job: "Job", measured: Collection[CellId], rows: Rows) -> "Job":
+    """The job with the settings that its search has chosen. ``rows`` are asked for the trials of the methods of the cells
+    ``measured``; those of others are taken as they were kept."""
     search = job.study.search
     if search is None:
         return job
-    found, also = [], []
-    for task, method in dict.fromkeys((cell.task, cell.method) for cell in cells if cell.method in search.space):
-        best = halved(job, search, task, method, rows)
-        found += [best] if best else []
-        also.append(Also(tasks=(task,), methods=(method,), set=best["set"] if best else {}, leave_out=not best))
+    found, also, undecided = [], [], set()
+    named = {(cell.task, cell.method) for cell in measured}
+    for task, method in dict.fromkeys((cell.task, cell.method) for cell in cell_ids(job.study)):
+        if method not in search.space:
+            continue
+        best = halved(job, search, task, method, rows if (task, method) in named else kept_rows)
+        if best:
+            found.append(best)
+            also.append(Also(tasks=(task,), methods=(method,), set=best["set"]))
+        else:
+            undecided.add((task, method))
     study = job.study.model_copy(update={"also": (*job.study.also, *also)})
-    return replace(job, study=study, chosen=tuple(found))
+    return replace(job, study=study, chosen=tuple(found), undecided=frozenset(undecided))
+
+
+def kept_rows(trials: "Job") -> Sequence[Row]:
+    return trials.kept
 
 
 def halved(job: "Job", search: Search, task: str, method: str, rows: Rows) -> Row | None:

@@ -86,6 +86,17 @@ def test_an_interrupted_search_goes_on_and_a_finished_one_is_not_repeated(tmp_pa
 def test_a_method_whose_trials_all_fail_has_no_row_and_the_others_go_on(tmp_path):
     found = run(make(tmp_path), Bench(fails=True))
     assert {row["method"] for row in found["rows"]} == {"none"} and "search" not in found
+    assert found["missing"] == ["label-mit-seed0", "label-mit-seed1"]
+
+
+def test_a_search_for_one_method_leaves_the_rows_of_the_others(tmp_path):
+    job = make(tmp_path, space={**SPACE, "none": {"train.lr": [0.1, 0.2], "seed": [1, 2, 3, 4]}})
+    some = run(job, Bench(), only=["mit"])
+    assert {row["method"] for row in some["rows"]} == {"mit"}
+    assert some["missing"] == ["label-none-seed0", "label-none-seed1"]
+    both = run(job, Bench(), only=["none"])
+    assert [row["method"] for row in both["rows"]] == ["mit", "mit", "none", "none"] and not both["missing"]
+    assert [one["method"] for one in both["search"]] == ["mit", "none"]
 
 
 def test_before_the_search_nothing_is_listed_that_it_has_not_chosen(tmp_path):
