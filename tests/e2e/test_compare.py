@@ -1,63 +1,144 @@
-"""A study from its search to its table, with real runs of tiny models in this process."""
+"""Two methods, two seeds, real training of tiny models: rows, resume, and the judged claim, through the command line."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from methods_world import configured, make_world
+from folders import colour_records, llm_folder, vision_folder
+from PIL import Image
 
-from mitrain.compare import compare, study, worker
-from mitrain.compare.compare import Job
-from mitrain.compare.intervals import outcomes_of
+from benchmarks.claims import ledger
+from benchmarks.claims.claim import Conditions, claim
+from benchmarks.claims.rows import Rows, mean
+from mitrain.cli import main
+from mitrain.compare import compare, processes, worker
 
-SPACE = {"none": {"train.head_lr": [1e-5, 3e-1]}}
 
-
-def in_this_process(cell, folder, limit_s):
-    assert worker.main(folder) == 0
-    return {"status": "ok", "seconds": 1, **json.loads((folder / "row.json").read_text())}
+@claim("MiT sees", expected="better than the text alone", data="colours")
+def tiny(rows: Rows, found: SimpleNamespace) -> Conditions:
+    found.gain = mean(rows.of("mit"), "value") - mean(rows.of("none"), "value")
+    return Conditions(confirmed=found.gain > 0.3, contradicted=found.gain < 0)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    world = make_world(tmp_path_factory.mktemp("study"))
-    asked = {"split": "test", "controls": [], "baselines": False}
-    tasks = {task: {"config": str(configured(world, "none", task)), **asked} for task in ("classify", "retrieve")}
-    methods = {"none": {}, "permuted": {"train.permute": True, "train.head_lr": 3e-1}}
-    content = {
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("compare")
+    llm_folder(path / "llm", width=48)
+    vision_folder(path / "vision")
+    colour_records(path / "data", train=24, val=8)
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
+        made = [
+            {"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows
+        ]
+        (path / "data" / f"labels-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    base = {
+        "name": "labels",
+        "model": {
+            "llm": str(path / "llm"),
+            "encoders": {"image": {"name": str(path / "vision"), "layer": 2, "pool": "cls+mean"}},
+        },
+        "adapter": {"name": "mit", "layers": [1, 2]},
+        "task": {"name": "classify"},
+        "data": {
+            "name": "labelled", "root": str(path / "data"),
+            "splits": {split: f"labels-{split}.jsonl" for split in ("train", "val", "test")},
+        },
+        "train": {"steps": 30, "batch": 12, "lr": 1e-2, "eval_every": 15, "save_every": 15,
+                  "schedule": {"name": "cosine", "warmup": 3}},
+    }  # fmt: skip
+    (path / "base.yaml").write_text(yaml.safe_dump(base))
+    study = {
         "name": "tiny",
-        "tasks": tasks,
-        "methods": methods,
-        "seeds": [0],
-        "panels": 0,
-        "set": {"train.steps": 12},
+        "tasks": {"label": {"config": "base.yaml", "metric": "accuracy", "split": "test"}},
+        "methods": {"mit": {}, "none": {"adapter": {"name": "none"}}},
+        "seeds": [0, 1],
+        "panels": 2,
     }
-    content["search"] = {"space": SPACE, "trials": 2, "rungs": [6], "set": {"train.eval_every": 6}}
-    (world / "study.yaml").write_text(yaml.safe_dump(content))
-    job = Job(study.read(world / "study.yaml"), world / "study.yaml", world / "out")
+    (path / "tiny.yaml").write_text(yaml.safe_dump(study))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(world / "cache"))
-        return compare.compare(job, "mitrain compare", say=lambda _: None, measure=in_this_process), world / "out"
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
 
 
-def test_rows_keep_what_each_test_sample_counted(found):
-    result, out = found
-    for row in result["rows"]:
-        kept = outcomes_of([row])
-        assert len(kept.by_seed[0]) == row["metrics"]["samples"]
-        assert kept.estimate.value == pytest.approx(row["value"], abs=1e-6)
-    assert (out / "table.md").read_text().count("[") >= len(result["rows"])
+def here(own_process=()):
+    """Runs a cell's worker in this process, but those named in one of their own; counts what was run."""
+    ran = []
+
+    def run(command, said, limit_s, beat):
+        folder = said.parent
+        ran.append(folder.name)
+        if folder.name in own_process:
+            return real(command, said, limit_s, beat=beat)
+        return worker.main(folder)
+
+    real = processes.run
+    return run, ran
 
 
-def test_the_rate_that_was_better_on_val_is_trained(found):
-    result, out = found
-    chosen = {one["task"]: one for one in result["search"]}
-    assert chosen["classify"]["set"] == {"train.head_lr": 0.3}
-    trials = json.loads((out / "search" / "classify-none-6" / "results.json").read_text())["rows"]
-    assert chosen["classify"]["value"] == max(row["value"] for row in trials)
+def as_json(capsys, *arguments):
+    code = main([*(str(a) for a in arguments), "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out)
 
 
-def test_labels_that_were_exchanged_teach_nothing(found):
-    result, _ = found
-    value = {row["method"]: row["value"] for row in result["rows"] if row["task"] == "classify"}
-    assert value["none"] > value["permuted"]
+def test_a_comparison_from_end_to_end(world, capsys, monkeypatch):
+    out = world / "results" / "tiny"
+    run, ran = here(own_process=["label-mit-seed0"])
+    monkeypatch.setattr(processes, "run", run)
+    rows = as_json(capsys, "compare", world / "tiny.yaml", "--out", out)["rows"]
+    assert [(r["method"], r["seed"], r["status"]) for r in rows] == [
+        ("mit", 0, "ok"), ("mit", 1, "ok"), ("none", 0, "ok"), ("none", 1, "ok"),
+    ]  # fmt: skip
+    mit, none = rows[0], rows[2]
+    assert min(rows[0]["value"], rows[1]["value"]) >= 0.8 and max(rows[2]["value"], rows[3]["value"]) <= 0.5
+    assert mit["controls"]["other-inputs"] <= 0.5 and mit["controls"]["majority label"] == 0.25
+    assert none["trainable_parameters"] == none["head_parameters"] == 4 * (48 + 1)
+    assert mit["trainable_parameters"] > none["trainable_parameters"]
+    assert mit["frozen_parameters"] == none["frozen_parameters"]
+    assert mit["peak_bytes"] == sum(mit["bytes"].values()) > none["peak_bytes"]
+    assert mit["bytes"]["gradients"] == 4 * mit["trainable_parameters"]
+    assert mit["bytes"]["optimizer"] >= 8 * mit["trainable_parameters"]
+    assert mit["saved_bytes"] > none["saved_bytes"] > 0 and mit["flops_per_sample"] > none["flops_per_sample"] > 0
+    assert mit["step_ms"] > 0 and mit["adapter_bytes"] > 4 * mit["trainable_parameters"]
+    for method in ("mit", "none"):
+        with Image.open(out / "predictions" / f"label-{method}.png") as sheet:
+            assert sheet.width > 200 and sheet.height > 200
+    assert not list((out / "cells").iterdir())
+    assert ran == ["label-mit-seed0", "label-mit-seed1", "label-none-seed0", "label-none-seed1"]
+    ran.clear()
+    more = as_json(capsys, "compare", world / "tiny.yaml", "--out", out, "--seeds", "2", "--only", "none")["rows"]
+    assert ran == ["label-none-seed2"] and len(more) == 5
+    (row,) = ledger.ledger([tiny], world / "results", world)["rows"]
+    assert row["verdict"] == "confirmed" and row["measured"]["gain"] > 0.3 and len(row["cells"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason", "trained"),
+    [
+        ({"metric": "acuracy"}, "'acuracy' is no metric", 1),
+        ({"split": "tset"}, "'tset'", 0),
+        ({"controls": ["other-text"]}, "one text makes up more than half", 0),
+    ],
+)
+def test_a_cell_that_cannot_be_measured_is_a_row(world, capsys, monkeypatch, tmp_path, asked, reason, trained):
+    """A split that is not there, or a control that cannot be, is found before the training."""
+    run, _ = here()
+    monkeypatch.setattr(processes, "run", run)
+    fitted, fit = [], worker.Trainer.fit
+    monkeypatch.setattr(worker.Trainer, "fit", lambda self: fitted.append(self) or fit(self))
+    values = yaml.safe_load((world / "tiny.yaml").read_text()) | {
+        "seeds": [0],
+        "methods": {"none": {"adapter": {"name": "none"}}},
+    }
+    values["tasks"]["label"] |= asked
+    path = world / "wrong.yaml"
+    path.write_text(yaml.safe_dump(values))
+    code = main(["compare", str(path), "--out", str(tmp_path / "out"), "--json"])
+    captured = capsys.readouterr()
+    (row,) = json.loads(captured.out)["rows"]
+    assert code == 1 and row["status"] == compare.FAILED and row["value"] is None
+    assert reason in captured.err
+    assert len(fitted) == trained
