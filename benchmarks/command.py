@@ -94,6 +94,11 @@ def add_step(verbs: Any) -> None:
         "--configs", nargs="+", default=["configs/quickstart.yaml"], metavar="FILE", help="(default: quickstart)"
     )
     sub.add_argument("--steps", type=int, metavar="N", help="of which times are taken (default: 20, quick 5)")
+    against = "instead, MiT beside LoRA, a visual prefix and others on one model: these, or all (lora-all always)"
+    sub.add_argument("--providers", nargs="*", metavar="NAME", help=against)
+    sub.add_argument("--length", type=int, default=128, metavar="N", help="words of a provider's texts (default: 128)")
+    sub.add_argument("--batch", type=int, default=8, metavar="N", help="texts of a provider's step (default: 8)")
+    sub.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each provider (default: 3)")
     sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
@@ -191,15 +196,20 @@ def run_load(arguments: argparse.Namespace) -> Any:
 
 
 def run_step(arguments: argparse.Namespace) -> Any:
-    from benchmarks import results, step
+    from benchmarks import providers, results, step
 
     steps = arguments.steps or (5 if arguments.quick else 20)
-    if steps < 1:
-        raise ConfigError(f"--steps {steps} measures nothing: give at least 1")
-    found = step.measured(arguments.configs, steps, again(arguments), say=aside)
-    say(arguments, step.table(found))
+    shape = (arguments.length, arguments.batch, arguments.rounds, steps)
+    if min(shape) < 1:
+        raise ConfigError(f"--length, --batch, --rounds, --steps {shape} measure nothing: give at least 1 of each")
+    if arguments.providers is None:
+        found, table = step.measured(arguments.configs, steps, again(arguments), say=aside), step.table
+    else:
+        names = arguments.providers or list(providers.PROVIDERS)
+        found, table = providers.measured(names, *shape, again(arguments), say=aside), providers.table
+    say(arguments, table(found))
     if arguments.out:
-        results.write(Path(arguments.out), found, step.table(found))
+        results.write(Path(arguments.out), found, table(found))
     return found
 
 

@@ -1,0 +1,50 @@
+"""MiT beside others on one frozen model: ratios, equal work, and who refuses."""
+
+import pytest
+
+from benchmarks import providers, ranks
+from benchmarks.faults import world
+from mitrain.core.errors import ConfigError, UserError
+from mitrain.models import loading
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Models of 3 layers; a provider's work is done in this process."""
+    with loading.quiet():
+        world.language_model(tmp_path / "llm")
+        world.image_encoder(tmp_path / "vision")
+    monkeypatch.setenv("MITRAIN_CACHE", str(tmp_path / "cache"))
+    written = []
+    monkeypatch.setattr(providers, "write_json", lambda out, found: written.append(found))
+    monkeypatch.setattr(ranks, "found", lambda work, given, count, limit: (work(*given, tmp_path), written.pop())[1])
+    return {
+        "llm": str(tmp_path / "llm"),
+        "encoder": str(tmp_path / "vision"),
+        "size": 28,
+        "words": "the red green blue",
+    }
+
+
+def test_rows_have_ratios_and_the_same_work(tiny):
+    found = providers.measured(["mit", "mit-cached"], 12, 4, 1, 1, "command", print, tiny)
+    first, full, cached = found["rows"]
+    assert [row["provider"] for row in found["rows"]] == ["lora-all", "mit", "mit-cached"] and not found["refused"]
+    assert first["ratio_to_lora_all"] == first["peak_to_lora_all"] == 1 and first["tokens"] == 4 * 12
+    assert cached["flops_per_sample"] < full["flops_per_sample"] < first["flops_per_sample"] * 1.2
+    assert cached["losses"] == pytest.approx(full["losses"], rel=1e-5)
+    assert providers.table(found).count("| mit") == 2
+
+
+def test_a_provider_that_cannot_be_is_named_with_its_reason(tiny, monkeypatch):
+    monkeypatch.setattr(providers, "PROVIDERS", {**providers.PROVIDERS, "mit": {"name": "mit", "layers": [7]}})
+    found = providers.measured(["mit"], 6, 2, 1, 1, "command", print, tiny)
+    assert list(found["refused"]) == ["mit"] and "mit is not here: " in providers.table(found)
+    with pytest.raises(ConfigError, match="'lora' is no provider: choose of lora-all, "):
+        providers.measured(["lora"], 6, 2, 1, 1, "command", print, tiny)
+
+
+def test_unequal_work_is_refused():
+    rows = [{"provider": name, "tokens": 4, "batch": 2, "texts": "a", "files": name} for name in "xy"]
+    with pytest.raises(UserError, match="^y and x do not do the same work: files y and x$"):
+        providers.require_equal(rows)
