@@ -72,6 +72,8 @@ class Cell:
         for key in ("name", "telemetry", "wandb"):
             values.pop(key, None)
         asked = {} if self.count is not None else self.part.model_dump(exclude={"config", "set"}, mode="json")
+        if not asked.get("also_on"):  # kept rows were measured before there was such a thing
+            asked.pop("also_on", None)
         if "baselines" in asked:  # kept rows were measured when these were called so
             asked["floors"] = asked.pop("baselines")
             asked["controls"] = ["no-image" if name == "other-inputs" else name for name in asked["controls"]]

@@ -19,7 +19,7 @@ from mitrain.compare import processes
 from mitrain.compare.cells import MATTERS, Cell, CellId, cell_ids, chosen, resolve
 from mitrain.compare.plots import plots
 from mitrain.compare.processes import STOPPED
-from mitrain.compare.search import kept_rows, searched
+from mitrain.compare.search import kept_rows, searched, trial_count
 from mitrain.compare.study import Study
 from mitrain.compare.table import table
 from mitrain.core import parsing
@@ -125,7 +125,9 @@ def compare(
             time_taken = "measured already, for the same settings" if taken else f"{row['seconds']} s"
             say(f"[{number}/{len(wanted)}] {cell.id.name}: {outcome} ({time_taken})")
         draw(job, result, say)
-    return result
+    named = {(cell_id.task, cell_id.method) for cell_id in chosen(job.study, only, seeds)}
+    failed = sorted(" ".join(pair) for pair in job.undecided & named)
+    return {**result, "no_trial": failed} if failed else result
 
 
 def left(job: Job, only: Sequence[str], seeds: Sequence[int] | None) -> list[CellId]:
@@ -264,7 +266,12 @@ def draw(job: Job, result: dict[str, Any], say: Say) -> None:
 
 
 def check(result: dict[str, Any]) -> None:
-    """CompareError where cells failed."""
+    """CompareError where cells failed, or all trials of a search."""
+    if searches := result.get("no_trial"):
+        raise CompareError(
+            f"no trial of a round went through, so that no settings were chosen for {', '.join(searches)}: see the reasons"
+            " in search/*/table.md beside the table"
+        )
     failed = [row for row in result["rows"] if row["status"] == FAILED]
     if failed:
         shown = "; ".join(f"{CellId.of(row).name}: {row['reason']}" for row in failed[:3])
@@ -282,7 +289,8 @@ def listed(
     limit_s = job.study.limit_s if limit_s is None else limit_s
     job = searched(job, [], kept_rows)
     kept = {CellId.of(row).key(): row for row in job.kept}
-    entries = []
+    entries = [search_entry(job, pair, limit_s) for pair in sorted(job.undecided)]
+    entries = [entry for entry in entries if CellId(entry["task"], entry["method"]).named_by(only)]
     for cell_id in left(job, only, seeds):
         cell = resolve(job.study, job.path, cell_id)
         row = kept.get(cell_id.key())
@@ -294,6 +302,13 @@ def listed(
             | asdict(cell_id)
         )
     return entries
+
+
+def search_entry(job: Job, pair: tuple[str, str], limit_s: float) -> dict[str, Any]:
+    """A search that is not finished, as `listed` has it: its cells are known after it."""
+    task, method = pair
+    name, seconds = f"{task}-{method}, search on val", limit_s * trial_count(job.study.search)
+    return {"cell": name, "done": False, "seconds": seconds, "at_most": True} | asdict(CellId(task, method))
 
 
 def estimate(rows: Any, cell_id: CellId) -> float | None:

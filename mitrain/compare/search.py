@@ -84,10 +84,18 @@ def grid(search: Search, method: str) -> dict[str, dict[str, Any]]:
     }
 
 
+def trial_count(search: Search) -> int:
+    """Of one method, over all rounds."""
+    counts = [search.trials]
+    for _ in search.rungs[1:]:
+        counts.append(math.ceil(counts[-1] / 2))
+    return sum(counts)
+
+
 def trials_of(study: Study, task: str, method: str, steps: int, points: Mapping[str, dict[str, Any]]) -> Study:
     """The study of a rung's trials: on val alone, without what is shown beside a score."""
     search = study.search
-    part = study.tasks[task].model_copy(update={"split": "val", "controls": (), "baselines": False})
+    part = study.tasks[task].model_copy(update={"split": "val", "controls": (), "baselines": False, "also_on": ()})
     settings = {name: {**point, **search.set, "train.steps": steps} for name, point in points.items()}
     axis = Axis(values=tuple({"value": name, "set": own} for name, own in settings.items()))
     changes = {"tasks": {task: part}, "methods": {method: study.methods[method]}, "axes": {f"steps-{steps}": axis}}

@@ -79,7 +79,8 @@ class TaskPart(Section):
 
     ``metric``: which number of the split's metrics a row's value is (none: the task's own). ``split``: val,
     which choices are made on; a study that reports what was chosen asks for test, once. ``samples``: of the split, evenly
-    spread. ``controls``: which of the task's are scored beside it; ``baselines``: whether its baselines are.
+    spread. ``controls``: which of the task's are scored beside it; ``baselines``: whether its baselines are;
+    ``also_on``: further splits that are.
     """
 
     config: str = Field(min_length=1)
@@ -88,6 +89,7 @@ class TaskPart(Section):
     samples: int | None = Field(None, ge=1)
     controls: tuple[Control, ...] = CONTROLS
     baselines: bool = True
+    also_on: tuple[str, ...] = ()
     set: Overrides = {}
 
 

@@ -62,6 +62,8 @@ def trained(folder: Path, part: TaskPart) -> dict[str, Any]:
     there, or a control that the task has not, is refused before."""
     trainer = Trainer(runs.read_config(folder), folder, quiet=True)
     samples = limit(trainer.config.data.read(trainer.root, part.split), part.samples)
+    for name in part.also_on:
+        trainer.config.data.read(trainer.root, name)
     for control in part.controls:
         controlled(samples, trainer.model.task.shuffles, control, 0)
     outcome = trainer.fit()
@@ -105,6 +107,9 @@ def scored(run: Run, part: TaskPart, shown: int, sheet: Path) -> dict[str, Any]:
         beside |= {
             name: flatten(values).get(metric) for name, values in baselines_of(run, part.split, chosen, files).items()
         }
+    for name in part.also_on:
+        others = split_of(run, name, part.samples)
+        beside[f"on {name}"] = flatten(score_split(run, *others, "none", seed=run.config.seed).metrics).get(metric)
     if shown:
         write_atomic(sheet, figure(run, files, chosen, plain, shown))
     each = run.model.task.each(plain.predictions, metric)

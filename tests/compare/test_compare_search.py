@@ -87,6 +87,8 @@ def test_a_method_whose_trials_all_fail_has_no_row_and_the_others_go_on(tmp_path
     found = run(make(tmp_path), Bench(fails=True))
     assert {row["method"] for row in found["rows"]} == {"none"} and "search" not in found
     assert found["missing"] == ["label-mit-seed0", "label-mit-seed1"]
+    with pytest.raises(compare.CompareError, match="no trial of a round went through, .* for label mit: see"):
+        compare.check(found)
 
 
 def test_a_search_for_one_method_leaves_the_rows_of_the_others(tmp_path):
@@ -101,7 +103,9 @@ def test_a_search_for_one_method_leaves_the_rows_of_the_others(tmp_path):
 
 def test_before_the_search_nothing_is_listed_that_it_has_not_chosen(tmp_path):
     job = make(tmp_path)
-    assert {entry["method"] for entry in compare.listed(job, None, ())} == {"none"}
+    first, *cells = compare.listed(job, None, ())
+    assert (first["cell"], first["done"], first["seconds"]) == ("label-mit, search on val", False, 14 * 240)
+    assert {entry["method"] for entry in cells} == {"none"} and len(compare.listed(job, None, ["none"])) == 2
     run(job, Bench())
     assert [entry["done"] for entry in compare.listed(job, None, ())] == [True] * 4
 

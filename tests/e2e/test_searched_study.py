@@ -23,6 +23,7 @@ def found(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("study"))
     asked = {"split": "test", "controls": [], "baselines": False}
     tasks = {task: {"config": str(configured(world, "none", task)), **asked} for task in ("classify", "retrieve")}
+    tasks["classify"]["also_on"] = ["val"]
     methods = {"none": {}, "permuted": {"train.permute": True, "train.head_lr": 3e-1}}
     content = {
         "name": "tiny",
@@ -47,6 +48,12 @@ def test_rows_keep_what_each_test_sample_counted(found):
         assert len(kept.by_seed[0]) == row["metrics"]["samples"]
         assert kept.estimate.value == pytest.approx(row["value"], abs=1e-6)
     assert (out / "table.md").read_text().count("[") >= len(result["rows"])
+
+
+def test_another_split_stands_beside_the_score(found):
+    rows = [row for row in found[0]["rows"] if row["task"] == "classify"]
+    assert [list(row["controls"]) for row in rows] == [["on val"]] * 2
+    assert all(0 <= row["controls"]["on val"] <= 1 for row in rows)
 
 
 def test_the_rate_that_was_better_on_val_is_trained(found):
