@@ -22,7 +22,17 @@ from mitrain.training.trainer import Trainer
 WARM_UP = 2
 """Steps before those that are timed: the first ones allocate and compile."""
 LIMIT_S = 3600.0
-COLUMNS = ("configuration", "batch", "step ms (20–80 %)", "saved MiB", "peak MiB", "GFLOP/sample", "trainable", "loss")
+COLUMNS = (
+    "configuration",
+    "batch",
+    "step ms (20–80 %)",
+    "input %",
+    "saved MiB",
+    "peak MiB",
+    "GFLOP/sample",
+    "trainable",
+    "loss",
+)
 
 
 def measured(configs: Sequence[str], steps: int, command: str, say: Callable[[str], object]) -> dict[str, Any]:
@@ -39,13 +49,16 @@ def measured(configs: Sequence[str], steps: int, command: str, say: Callable[[st
 def work(path: str, steps: int, out: Path) -> None:
     torch.set_num_threads(1)
     trainer = Trainer(resolved(schema.load(path)), Path(), quiet=True)
-    taken = [trainer._step() for _ in range(WARM_UP + steps)]
+    taken = [trainer._step() for _ in range(WARM_UP)]
+    trainer.pace.clear()
+    taken += [trainer._step() for _ in range(steps)]
     times = sorted(1e3 * seconds for _, seconds in taken[WARM_UP:])
     found = {
         "losses": [result.loss for result, _ in taken],
         "step_ms": statistics.median(times),
         "q20_ms": times[len(times) // 5],
         "q80_ms": times[-1 - len(times) // 5],
+        "input_ms": 1e3 * trainer.pace.spent["input"] / steps,
     }
     write_json(out, found | measures.parameters(trainer.model) | measures.of_step(trainer))
 
@@ -56,6 +69,7 @@ def table(found: dict[str, Any]) -> str:
             markdown.code(row["config"]),
             str(row["batch"]),
             f"{row['step_ms']:.1f} ({row['q20_ms']:.1f}–{row['q80_ms']:.1f})",
+            f"{100 * row['input_ms'] / row['step_ms']:.2f}",
             f"{row['saved_bytes'] / 2**20:,.1f}",
             f"{row['peak_bytes'] / 2**20:,.1f}",
             f"{row['flops_per_sample'] / 1e9:.3g}",
@@ -64,5 +78,8 @@ def table(found: dict[str, Any]) -> str:
         ]
         for row in found["rows"]
     ]
-    note = f"Median of {found['steps']} steps after {WARM_UP}, one thread. {sentence(found['made'])}"
+    note = (
+        f"Median of {found['steps']} steps after {WARM_UP}, one thread; input: waiting for samples and their features."
+        f" {sentence(found['made'])}"
+    )
     return "\n".join([*markdown.table(COLUMNS, rows), "", note, ""])

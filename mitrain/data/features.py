@@ -5,8 +5,9 @@ modality. Shapes: B samples, e width of a modality's feature, E width of all of 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mitrain.core import parsing
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError
+from mitrain.core.files import write_json
+from mitrain.core.provenance import digest
 from mitrain.data.columns import paths, take
 from mitrain.data.encoded import ENCODE_BATCH, EncoderFeatures, Encoding, InputFeatures, Progress, no_progress
 from mitrain.data.media import Limits, medium_of
@@ -24,6 +28,8 @@ from mitrain.models import Encoder
 from mitrain.models.encoders.image import VIEWS
 
 Inputs = Mapping[str, str]
+Moments = tuple[Tensor, Tensor]
+AT_ONCE = 1 << 16  # files whose features are in memory at a time for their statistics
 
 
 class FeatureConfig(Section):
@@ -62,15 +68,18 @@ class FeatureNorm(nn.Module):
         """(B, E) → modality → (B, e)."""
         return dict(zip(self.widths, features.split(list(self.widths.values()), -1), strict=True))
 
-    def fit(self, features: Mapping[str, Tensor]) -> None:
-        """Take mean and standard deviation from the ``features`` (samples, e) of each modality's files."""
-        if self.config.normalize != "standardize":
+    @property
+    def standardizes(self) -> bool:
+        return self.config.normalize == "standardize"
+
+    def fit(self, moments: Mapping[str, Moments]) -> None:
+        """Take mean and standard deviation (e,) of each modality's features."""
+        if not self.standardizes:
             return
         means, scales = self.split(self.mean), self.split(self.scale)
-        for name, values in features.items():
-            std = values.double().std(0, correction=0).clamp_min(1e-6)
-            means[name].copy_(values.double().mean(0))
-            scales[name].copy_(self.config.norm / values.shape[1] ** 0.5 / std)
+        for name, (mean, std) in moments.items():
+            means[name].copy_(mean)
+            scales[name].copy_(self.config.norm / len(mean) ** 0.5 / std.clamp_min(1e-6))
 
     def forward(self, features: Tensor) -> Tensor:
         if self.config.normalize == "l2":
@@ -119,6 +128,7 @@ class Features:
         also: Encoding | None = None,
     ):
         self.bad: BadSamples | None = bad
+        self.cache = cache
         made = {name: EncoderFeatures(encoder, cache, disabled) for name, encoder in encoders.items()}
         groups: dict[tuple[str, str], list[str]] = {}
         media = {name: medium_of(encoder) for name, encoder in encoders.items()}
@@ -227,16 +237,58 @@ class Features:
         rows = [self.pooled(inputs, [view] * len(inputs)) for view in range(views)]
         return torch.stack([features for features, _ in rows]).mean(0), rows[0][1]
 
-    def of_files(self, samples: Sequence[Any]) -> dict[str, Tensor]:
-        """Modality -> (files, e): the features of all different files of ``samples``, for statistics."""
-        columns: dict[str, list[Tensor]] = {}
-        for part in self.parts:
-            files = sorted(files_of(samples, part.input))
-            starts = range(0, len(files), ENCODE_BATCH)  # a few are encoded at a time where nothing is kept
-            chunks = [files[start : start + ENCODE_BATCH] for start in starts]
-            rows = [part.files.pooled(part.encoding, chunk, [0] * len(chunk)) for chunk in chunks]
-            columns.setdefault(part.modality, []).append(torch.cat(rows) if rows else torch.zeros(0, 1))
-        return {name: torch.cat(parts, 1) for name, parts in columns.items() if len(parts[0])}
+    def moments(self, samples: Sequence[Any]) -> dict[str, Moments]:
+        """Modality -> mean and standard deviation (e,) float64 over the different files of ``samples``.
+
+        They are kept in the cache under the files' contents: a start on the same files reads none of their features.
+        """
+        found = {}
+        for modality in self.widths:
+            parts = [part for part in self.parts if part.modality == modality]
+            files = [sorted(files_of(samples, part.input)) for part in parts]
+            if files[0]:
+                found[modality] = self._kept_moments(parts, files)
+        return found
+
+    def _kept_moments(self, parts: Sequence[Part], files: Sequence[Sequence[str]]) -> Moments:
+        """`moments` of one modality, of the ``files`` of each of its ``parts``."""
+        compute = partial(self._moments, parts, files)
+        if self.cache is None:
+            return compute()
+        stores = [part.encoding.store.folder.name for part in parts]
+        contents = [digest(map(part.files.key, own)) for part, own in zip(parts, files, strict=True)]
+        path = self.cache / "statistics" / f"{digest([*stores, *contents]).rpartition(':')[2]}.json"
+        with suppress(OSError, parsing.Unreadable, KeyError, TypeError, ValueError):
+            held = parsing.read_json(path)
+            if held["digest"] == digest([held["mean"], held["std"]]):
+                return torch.tensor(held["mean"], dtype=torch.float64), torch.tensor(held["std"], dtype=torch.float64)
+        mean, std = compute()
+        values = {"mean": mean.tolist(), "std": std.tolist()}
+        with suppress(OSError):  # they are computed again
+            write_json(path, {**values, "digest": digest(values.values())})
+        return mean, std
+
+    def _moments(self, parts: Sequence[Part], files: Sequence[Sequence[str]]) -> Moments:
+        if len(files[0]) <= AT_ONCE:
+            values = torch.cat([self._of_part(part, own) for part, own in zip(parts, files, strict=True)], 1).double()
+            return values.mean(0), values.std(0, correction=0)
+        each = []
+        for part, own in zip(parts, files, strict=True):
+            sums = torch.zeros(3, part.encoding.encoder.width, dtype=torch.float64)
+            first = self._of_part(part, own[:1]).double()  # about which squares are summed, so that none is much larger
+            for start in range(0, len(own), AT_ONCE):
+                values = self._of_part(part, own[start : start + AT_ONCE]).double() - first
+                sums += torch.stack([values.sum(0), values.square().sum(0), torch.full_like(sums[0], len(values))])
+            mean = sums[0] / sums[2]
+            each.append((first[0] + mean, (sums[1] / sums[2] - mean.square()).clamp_min(0).sqrt()))
+        means, stds = zip(*each, strict=True)
+        return torch.cat(means), torch.cat(stds)
+
+    def _of_part(self, part: Part, files: Sequence[str]) -> Tensor:
+        """(files, e) of one encoder; a few are encoded at a time where nothing is kept."""
+        starts = range(0, len(files), ENCODE_BATCH)
+        chunks = [files[start : start + ENCODE_BATCH] for start in starts]
+        return torch.cat([part.files.pooled(part.encoding, chunk, [0] * len(chunk)) for chunk in chunks])
 
     def levels(self, inputs: Sequence[Inputs]) -> list[Tensor]:
         """The tokens of every level of the encoders that have levels: a list of (B, prefix + N, c) float32."""

@@ -129,7 +129,7 @@ class Setup:
                 self.model.train(False)
                 # An adapter goes on with the statistics of the features that it was trained on.
                 if not (self.start and initial.load_adapter(self.start, self.model, self.allow_changes)):
-                    self.model.norm.fit(self.features.of_files(self.train))
+                    self.model.norm.fit(self.features.moments(self.train) if self.model.norm.standardizes else {})
                 if not self.start:
                     methods.calibrate(self.model.adapter, self._passes)
                 self.model.task.fit(self.train, self._see)
