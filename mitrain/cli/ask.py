@@ -68,7 +68,8 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--baselines",
         action="store_true",
-        help="also score what needs no model: majority answer and linear probe (answer), masks that no text chose (segment)",
+        help="also score what needs no adapter: majority, linear probes and neighbours on features, text, both (classify),"
+        " masks that no text chose (segment)",
     )
 
 
