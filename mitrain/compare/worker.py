@@ -3,6 +3,7 @@
 FOLDER/.held       held while it works: the process of a parent that was killed saves and goes before the next begins
 FOLDER/cell.json   what is asked (`mitrain.compare.cells.Cell.to_dict`)
 FOLDER/run/        the run, which an interrupted process goes on with
+FOLDER/../../baselines/  of each task, computed once for all of its cells
 FOLDER/predictions.png    a sheet of what the run says of some samples
 FOLDER/row.json    what was found, written last
 """
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.compare import counts, intervals, measures
+from mitrain.compare.cells import measured_with
 from mitrain.compare.processes import STOPPED, end_with
 from mitrain.compare.study import TaskPart
-from mitrain.core.config import nearest, parse
+from mitrain.core.config import digest, nearest, parse
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.core.files import file_lock, write_atomic, write_json
 from mitrain.data.sources import limit
@@ -54,7 +56,7 @@ def measured(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
     run_folder = runs.create_or_find(resolved(run_config), folder / "run")
     part = parse(TaskPart, asked["part"])
     numbers = trained(run_folder, part)
-    return numbers | scored(runs.open_run(run_folder), part, asked["panels"], folder / "predictions.png")
+    return numbers | scored(runs.open_run(run_folder), part, asked["panels"], folder)
 
 
 def trained(folder: Path, part: TaskPart) -> dict[str, Any]:
@@ -89,8 +91,8 @@ def exported(folder: Path) -> dict[str, Any]:
         return {"adapter_bytes": made["bytes"]}
 
 
-def scored(run: Run, part: TaskPart, shown: int, sheet: Path) -> dict[str, Any]:
-    """The split's metrics, the controls' and baselines' value of the same metric; some predictions go to ``sheet``."""
+def scored(run: Run, part: TaskPart, shown: int, folder: Path) -> dict[str, Any]:
+    """The split's metrics, the controls' and baselines' value of the same metric; predictions are drawn in ``folder``."""
     chosen, files = split_of(run, part.split, part.samples)
     plain = score_split(run, chosen, files, "none", seed=run.config.seed)
     metrics = flatten(plain.metrics)
@@ -104,18 +106,29 @@ def scored(run: Run, part: TaskPart, shown: int, sheet: Path) -> dict[str, Any]:
         for name in part.controls
     }
     if part.baselines:
-        beside |= {
-            name: flatten(values).get(metric) for name, values in baselines_of(run, part.split, chosen, files).items()
-        }
+        kept = folder.parent.parent / "baselines"
+        beside |= {name: values.get(metric) for name, values in baselines(run, part, kept).items()}
     for name in part.also_on:
         others = split_of(run, name, part.samples)
         beside[f"on {name}"] = flatten(score_split(run, *others, "none", seed=run.config.seed).metrics).get(metric)
     if shown:
-        write_atomic(sheet, figure(run, files, chosen, plain, shown))
+        write_atomic(folder / "predictions.png", figure(run, files, chosen, plain, shown))
     each = run.model.task.each(plain.predictions, metric)
     outcomes = intervals.kept([s.id for s in chosen], each, metrics[metric])
     found = {"metric": metric, "value": metrics[metric], "metrics": metrics, "controls": beside}
     return found | ({"outcomes": outcomes} if outcomes else {})
+
+
+def baselines(run: Run, part: TaskPart, folder: Path) -> dict[str, dict[str, float]]:
+    """The task's baselines on the split, which know neither method nor seed and are computed once for a study's cells."""
+    config = run.config
+    asked = [section.to_dict() for section in (config.model, config.features, config.task, config.data)]
+    path = folder / f"{digest([*asked, config.train.fraction, part.split, part.samples, measured_with()])}.json"
+    if not path.exists():
+        found = baselines_of(run, part.split, *split_of(run, part.split, part.samples))
+        folder.mkdir(exist_ok=True)
+        write_json(path, {name: flatten(values) for name, values in found.items()})
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

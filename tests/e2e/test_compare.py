@@ -107,6 +107,7 @@ def test_a_comparison_from_end_to_end(world, capsys, monkeypatch):
         with Image.open(out / "predictions" / f"label-{method}.png") as sheet:
             assert sheet.width > 200 and sheet.height > 200
     assert not list((out / "cells").iterdir())
+    assert len(list((out / "baselines").iterdir())) == 1, "computed once for both methods and seeds"
     assert ran == ["label-mit-seed0", "label-mit-seed1", "label-none-seed0", "label-none-seed1"]
     ran.clear()
     more = as_json(capsys, "compare", world / "tiny.yaml", "--out", out, "--seeds", "2", "--only", "none")["rows"]
