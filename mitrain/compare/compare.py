@@ -11,7 +11,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,7 @@ def keep_predictions(job: Job, cell_id: CellId, sheet: Path) -> None:
 
 
 def write(job: Job, rows: dict[str, Row], command: str) -> dict[str, Any]:
-    """results.json: the rows in the study's order, how they were made, and which cells of the study have none."""
+    """results.json: the rows in the study's order, how they were made, and which of its lines have none."""
     seeds = sorted({row["seed"] for row in rows.values() if row["seed"] is not None} | set(job.study.seeds))
     ordered = [rows[cell_id.key()] for cell_id in cell_ids(job.study, seeds) if cell_id.key() in rows]
     result = {
@@ -236,10 +236,15 @@ def write(job: Job, rows: dict[str, Row], command: str) -> dict[str, Any]:
         **({"search": list(job.chosen)} if job.chosen else {}),
         "made": joined(ordered, command),
         "rows": ordered,
-        "missing": [cell_id.name for cell_id in cell_ids(job.study) if cell_id.key() not in rows],
+        "missing": [name for name in lines(cell_ids(job.study)) if name not in lines(map(CellId.of, ordered))],
     }
     write_json(job.out / "results.json", result)
     return result
+
+
+def lines(cells: Iterable[CellId]) -> list[str]:
+    """The cells' names without their seeds, each once: what is a line of the table."""
+    return list(dict.fromkeys(replace(cell_id, seed=None).name for cell_id in cells))
 
 
 def joined(rows: Sequence[Row], command: str) -> dict[str, Any]:

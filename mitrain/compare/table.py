@@ -43,7 +43,7 @@ def table(result: dict[str, Any]) -> str:
     remarks = sorted({row["reduced"] for row in rows if row["reduced"]})
     notes += [f"{REDUCED} measured at reduced size: {'; '.join(remarks)}."] if remarks else []
     missing = result.get("missing", ())
-    notes += [f"Not measured yet, {len(missing)} of the study's cells: {plain(', '.join(missing))}."] if missing else []
+    notes += [f"Not measured yet: {plain(', '.join(missing))}."] if missing else []
     found = search_lines(result["search"]) if result.get("search") else []
     return "\n".join([*lines, "", *notes, *([""] if notes else []), *found, sentence(result["made"]), ""])
 

@@ -80,8 +80,8 @@ def test_failed_cells_and_reduced_size_are_reported():
 def test_cells_of_the_study_that_have_no_row_are_named():
     rows = result(row("mit"))
     assert "Not measured" not in table(rows) + table({**rows, "missing": []})
-    text = table({**rows, "missing": ["label-vlora-seed0", "label-vlora-seed1"]})
-    assert "Not measured yet, 2 of the study's cells: label-vlora-seed0, label-vlora-seed1." in text
+    text = table({**rows, "missing": ["label-vlora", "label-none"]})
+    assert "Not measured yet: label-vlora, label-none." in text
 
 
 def test_points_of_an_axis_are_lines_of_their_own():
