@@ -109,7 +109,8 @@ class Columns(Sequence[Any]):
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
-            return self.take(range(*place.indices(len(self))))
+            numbers = range(*place.indices(len(self)))
+            return self if numbers == range(len(self)) else self.take(numbers)  # nobody changes them any more
         number = range(len(self))[place]
         return self._made(number if self._chosen is None else self._chosen[number])
 
@@ -142,6 +143,10 @@ class Columns(Sequence[Any]):
         for paths in zip(*inputs.values(), strict=True) if inputs else (() for _ in range(len(self))):
             sample.inputs = {name: path for name, path in zip(inputs, paths, strict=True) if path}
             yield sample
+
+    def input_names(self) -> list[str]:
+        """The inputs that some of the samples have."""
+        return [name for name in self._inputs if any(self.paths(name))]
 
     def texts(self) -> list[str]:
         """The fields that are texts."""
@@ -182,6 +187,13 @@ def paths(samples: Sequence[Any], name: str) -> Iterator[str | None]:
     if isinstance(samples, Columns):
         return samples.paths(name)
     return (sample.inputs.get(name) for sample in samples)
+
+
+def input_names(samples: Sequence[Any]) -> list[str]:
+    """The inputs that some of the ``samples`` have."""
+    if isinstance(samples, Columns):
+        return samples.input_names()
+    return list(dict.fromkeys(name for sample in samples for name in sample.inputs))
 
 
 def bare(samples: Sequence[Any]) -> Iterator[Any]:

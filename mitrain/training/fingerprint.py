@@ -23,7 +23,7 @@ from mitrain.core import dist
 from mitrain.core.errors import RankError
 from mitrain.core.provenance import MARK, digest, versions
 from mitrain.core.version import __version__
-from mitrain.data.columns import bare, column, paths
+from mitrain.data.columns import bare, column, input_names, paths
 
 SETTINGS, WRITTEN = ".settings", ".config.json"
 SHOWN = 6  # differences that a message names
@@ -94,7 +94,7 @@ def of_samples(samples: Sequence[Any], content: Callable[[Any], Mapping[str, str
     for field in fields(samples[0]) if samples else ():
         if field.name != "inputs" and field.compare:
             yield field.name, digest(column(samples, field.name))
-    for name in dict.fromkeys(name for sample in bare(samples) for name in sample.inputs):
+    for name in input_names(samples):
         yield name, digest(paths(samples, name))
         yield f"{name}.content", digest(content(sample).get(name) for sample in bare(samples))
 
