@@ -11,6 +11,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = [Case(gate, d=64, tk=700, H=6, G=2, padding=side) for gate in GATES for side in (None, "left")] + [
     Case("prefix", d=128, tk=1030, tq=130, window=200),
+    Case("prefix", d=128, tk=700, H=6, G=2),
     Case("prefix", d=256, tk=300),
     Case("token", d=128, tk=300, k_add=True),
     Case("sequence", d=64, lengths=(300, 0, 1, 513)),

@@ -260,9 +260,9 @@ def test_quick_takes_every_kernel_once_ops_in_turn_dots_first_and_near_width_128
     assert len(aot.cases([module], "sm_100", quick=True)) == 1 and len(aot.cases([module], "sm_80", quick=False)) == 14
 
 
-def test_the_whole_table_is_a_hundred_compilations_at_most():
+def test_the_whole_table_is_not_more_than_24_compilations_for_each_target():
     modules = [aot.importlib.import_module(module) for module in aot.OPS.values()]
-    assert sum(len(aot.cases(modules, target, quick=False)) for target in aot.QUICK) <= 100
+    assert all(len(aot.cases(modules, target, quick=False)) <= 24 for target in aot.QUICK)
 
 
 def test_our_kernels_pass(capsys):
@@ -270,7 +270,7 @@ def test_our_kernels_pass(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert {row["target"] for row in rows} == set(aot.QUICK) and len(rows) <= 16
     for row in rows:
-        assert row["ok"] is True and row["spills_in_mma_loops"] == 0
+        assert row["ok"] is True and row["spills_in_mma_loops"] == 0 and row["mma_ratio"] in (None, 1.0)
         assert {"kernel", "target", "head_dim", "dtype", "registers", "shared_bytes", "mma_instructions"} <= row.keys()
         assert isinstance(row["registers"], int) and isinstance(row["mma_instructions"], int)
 
@@ -286,7 +286,7 @@ def test_a_violation_is_printed_and_ends_in_exit_code_1(rows, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--targets", "sm_80,sm_75"], "unknown target sm_75: choose from sm_80, sm_90, sm_100, gfx942"),
+        (["--targets", "sm_80,sm_75"], "unknown target sm_75: choose from sm_80, sm_86, sm_90, sm_100, gfx942"),
         (["--targets", ","], "unknown target ','"),
         (["--op", "other"], "invalid choice: 'other'"),
         (["--jobs", "0"], "--jobs 0: at least one process is needed"),

@@ -19,9 +19,9 @@ def test_attention_by_hand():
     rows = 2 * 4 * 3
     dot = 2 * (2 * 4 * 12) * 8  # FLOPs: 2 per multiply-add, 96 visible pairs, width 8
     assert roofline.forward_cost(SMALL) == Cost(2 * (q + k + k + q + 3 * maps) + 4 * (3 * rows + rows), 2 * dot)
-    dq = 2 * (4 * q + 2 * k + 3 * maps + 3 * maps) + 4 * (3 * rows + rows + rows + 3 * rows)
+    dq = 2 * (6 * q + 2 * k + 3 * maps + 3 * maps) + 4 * (3 * rows + rows + rows + 3 * rows)
     assert roofline.dq_cost(SMALL) == Cost(dq, 3 * dot)
-    assert roofline.dkdv_cost(SMALL) == Cost(2 * (2 * q + 4 * k + 2 * maps) + 4 * (3 * rows + 2 * rows), 4 * dot)
+    assert roofline.dkdv_cost(SMALL) == Cost(2 * (2 * q + 4 * k) + 4 * 2 * rows, 4 * dot)
     sums = 3 * 2 * 4 * 5 + 2 * 2 * 5  # v·v_add per modality, sample, head and key; ‖v‖² per sample, kv head and key
     assert roofline.gate_cost(SMALL) == Cost(2 * (k + maps) + 4 * sums, 2 * 8 * sums, tensor=False)
 

@@ -22,11 +22,11 @@ OPS = {
     "infused_swiglu": "bench.machine_code.swiglu_cases",
 }
 # Target → how many cases --quick takes.
-QUICK = {"sm_80": 5, "sm_90": 5, "sm_100": 1, "gfx942": 1}
+QUICK = {"sm_80": 5, "sm_86": 1, "sm_90": 5, "sm_100": 1, "gfx942": 1}
 QUICK_HEAD = 128
 COLUMNS = (
     "kernel target head_dim dtype warps stages registers spills spills_in_mma_loops shared_bytes blocks_per_sm"
-    " mma mma_instructions async_copies ok"
+    " mma mma_ratio roofs async_copies ok"
 ).split()
 
 
@@ -49,6 +49,16 @@ def parser() -> Parser:
     parser.add_argument(
         "--roofline", action="store_true", help="bytes and FLOPs beside the GPUs' limits; compiles nothing"
     )
+    other = parser.add_mutually_exclusive_group()
+    for name, module, text in (
+        (
+            "--search",
+            "tiles",
+            "compile the tiles that may serve infused attention and print the best of each entry (hours)",
+        ),
+        ("--expect", "expectation", "print what the instructions let one expect beside FlashAttention, an estimate"),
+    ):
+        other.add_argument(name, dest="of", action="store_const", const=module, help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
     return parser
 
@@ -63,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"aot: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(rows, indent=2) if options.json else report(rows))
-    return 0 if all(row["ok"] for row in rows) else 1
+    shown = importlib.import_module(f"bench.machine_code.{options.of}").table if options.of else report
+    print(json.dumps(rows, indent=2) if options.json else shown(rows))
+    return 0 if options.of == "tiles" or all(row["ok"] for row in rows) else 1
 
 
 def audit(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -74,8 +85,11 @@ def audit(options: argparse.Namespace) -> list[dict[str, Any]]:
     check_compiler(targets)
     # Behind the checks: a process without triton, or with its interpreter on, gets a sentence instead of a traceback.
     runs = importlib.import_module("bench.machine_code.audit_runs")
-    modules = [importlib.import_module(OPS[op]) for op in ([options.op] if options.op else OPS)]
-    work = [(case, target) for target in targets for case in cases(modules, target, options.quick)]
+    if options.of:
+        work = importlib.import_module(f"bench.machine_code.{options.of}").work(targets)
+    else:
+        modules = [importlib.import_module(OPS[op]) for op in ([options.op] if options.op else OPS)]
+        work = [(case, target) for target in targets for case in cases(modules, target, options.quick)]
     return runs.audit_all(work, options.jobs, cached=not options.no_cache, progress=show_progress)
 
 

@@ -1,16 +1,17 @@
 """The kernels as the offline compiler takes them: every entry of the tables of tiles, with the types of a training step."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from mitrain_kernels.infused_attention.triton_backward import key_kernel, query_kernel
 from mitrain_kernels.infused_attention.triton_forward import forward_kernel, merge_kernel, split_kernel
 from mitrain_kernels.infused_attention.triton_gate import gate_backward_kernel, gate_kernel, sums_kernel, values_kernel
-from mitrain_kernels.infused_attention.triton_launch import DECODE, MOST_SPLITS, SCAN, padded, tile_for
+from mitrain_kernels.infused_attention.triton_launch import DECODE, MOST_SPLITS, SCAN, Tile, padded, tile_for
 
 from bench.machine_code.compilation import Case
 
-TENSORS = "Q K V OUT ATTENDED DOUT DQ DK DV"
+TENSORS = "Q K V OUT ATTENDED DOUT INNER INWARD DQ DK DV"
 BYTES = "VALID PRESENT"
 FLOATS = "window softcap scale eps"
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
@@ -34,16 +35,18 @@ def case(name: str, kernel: Any, constants: dict, dtype: str, warps: int, stages
     return Case("infused_attention_" + name, kernel, signature, constants, warps, stages, width, dtype, aligned, dots)
 
 
-def attention_case(target: str, name: str, width: int, dtype: str, token: bool) -> Case:
+def attention_case(target: str, name: str, width: int, dtype: str, token: bool, tile: Tile | None = None) -> Case:
+    """tile: in place of the table's."""
     kernel, columns = KERNELS[name], padded(width)
-    tile = tile_for(target, name, columns, torch.float32 if dtype == "fp32" else torch.bfloat16, token)
+    tile = tile or tile_for(target, name, columns, torch.float32 if dtype == "fp32" else torch.bfloat16, token)
     own, step = ("BN", "BM") if name == "key" else ("BM", "BN")
     constants = {
         "M": 1, "D": width, "BD": columns, own: tile.own, step: tile.step,
         "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "TOKEN": token,
     }  # fmt: skip
     title = name + ("_token" if token else "")
-    return case(title, kernel, constants, dtype, tile.warps, tile.stages, width, dots=dtype != "fp32")
+    found = case(title, kernel, constants, dtype, tile.warps, tile.stages, width, dots=dtype != "fp32")
+    return replace(found, options=tile.options)
 
 
 def gate_cases() -> list[Case]:

@@ -14,7 +14,7 @@ from typing import Any
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from bench.machine_code import sass
+from bench.machine_code import mma, pipes, sass
 from bench.machine_code.compilation import Case
 
 
@@ -33,6 +33,7 @@ class Limits:
 
 LIMITS = {
     "sm_80": Limits("HMMA", 166912, 167936, 1024, 64, 32),
+    "sm_86": Limits("HMMA", 101376, 102400, 1024, 48, 16),
     "sm_90": Limits("HGMMA", 232448, 233472, 1024, 64, 32),
     "sm_100": Limits("UTC*MMA", 232448, 233472, 1024, 64, 32),
     "gfx942": Limits("MFMA", 65536, 65536, 0, 32, 16),
@@ -50,6 +51,8 @@ class Facts:
 
     where:
         mma: tensor-core instructions by family: those of bf16 and fp16 under the target's names, "TF32", "FP32".
+        macs, macs_needed: 16-bit multiply-adds of the tensor cores (``mma.py``).
+        roofs: (narrow, wide, alternating) of the shortest tensor-core loop in percent (``pipes.py``), () if there is none.
         dot_rows, wide_dots: of the source's dots, rows of those with 16-bit operands, operand types of the others.
     """
 
@@ -63,15 +66,18 @@ class Facts:
     instructions: int
     async_copies: int
     mma: Counter[str] = field(default_factory=Counter)
+    macs: int = 0
+    macs_needed: int = 0
+    roofs: tuple[float, ...] = ()
     dot_rows: tuple[int, ...] = ()
     wide_dots: tuple[str, ...] = ()
 
 
 def facts_of(kernel: CompiledKernel, target: str) -> Facts:
-    return amd_facts(kernel) if target.startswith("gfx") else nvidia_facts(kernel)
+    return amd_facts(kernel) if target.startswith("gfx") else nvidia_facts(kernel, target)
 
 
-def nvidia_facts(kernel: CompiledKernel) -> Facts:
+def nvidia_facts(kernel: CompiledKernel, target: str) -> Facts:
     usage, listing = disassemble(kernel.asm["cubin"])
     code = [instruction for function in sass.functions(listing) for instruction in function]
     return Facts(
@@ -82,8 +88,21 @@ def nvidia_facts(kernel: CompiledKernel) -> Facts:
         instructions=len(code),
         async_copies=sass.count(sass.ASYNC_COPY, code),
         mma=Counter(nvidia_family(x) for x in code if sass.TENSOR_CORE.fullmatch(x.op)),
+        **loop_facts(kernel, listing, target),
         **common_facts(kernel),
     )
+
+
+def loop_facts(kernel: CompiledKernel, listing: str, target: str) -> dict[str, Any]:
+    """What all tensor-core loops do, and the roofs of the shortest, which for attention is that of tiles without a mask."""
+    warps, ttir = kernel.metadata.num_warps, kernel.asm["ttir"]
+    loops = [(mma.done(loop, warps, ttir), loop) for loop in sass.tensor_core_loops(listing)]
+    total = sum(done for done, _ in loops)
+    if not total:
+        return {}
+    done, loop = min(loops, key=lambda pair: len(pair[1]))
+    needed = mma.needed(ttir) * done / total
+    return {"macs": round(total), "roofs": pipes.roofs(pipes.clocks(loop, warps, done, target), needed, target)}
 
 
 def nvidia_family(instruction: sass.Instruction) -> str:
@@ -118,6 +137,7 @@ def amd_facts(kernel: CompiledKernel) -> Facts:
         instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:ds|global|buffer|scratch|flat)_\w+", text, re.MULTILINE)),
         async_copies=len(re.findall(r"^\s+buffer_load_\w+ .*\blds\b", text, re.MULTILINE)),
         mma=Counter(amd_family(name) for name in re.findall(r"^\s+(v_mfma_\w+)", text, re.MULTILINE)),
+        macs=mma.done_by_waves(text, kernel.metadata.num_warps),
         **common_facts(kernel),
     )
 
@@ -140,6 +160,7 @@ def common_facts(kernel: CompiledKernel) -> dict[str, Any]:
         "tensor_memory": getattr(kernel.metadata, "tmem_size", None) or 0,
         "warps": kernel.metadata.num_warps,
         "dot_rows": tuple(int(result.split("x")[-2]) for _, operand, result in dots if operand in ("bf16", "f16")),
+        "macs_needed": mma.needed(kernel.asm["ttir"]),
         "wide_dots": tuple(sorted({operand for _, operand, _ in dots} - {"bf16", "f16"})),
     }
 
@@ -213,6 +234,8 @@ def dot_violations(facts: Facts, target: str) -> list[str]:
     found += [f"a dot of {operand} operands: it misses the bf16 and fp16 tensor cores" for operand in facts.wide_dots]
     others = [name for name in facts.mma if name not in wanted]
     found += [f"{name} where {'/'.join(wanted)} is due" for name in others]
+    if facts.macs > facts.macs_needed:
+        found.append(f"tensor cores do {facts.macs / facts.macs_needed:.2f} × what is needed: warps repeat each other")
     if target.startswith("sm_") and not facts.async_copies:
         found.append("no asynchronous copies (LDGSTS, UTMALDG): loads are not pipelined")
     return found
@@ -243,6 +266,8 @@ def fact_row(facts: Facts) -> dict[str, Any]:
         "warps": facts.warps,
         "mma": "+".join(sorted(facts.mma)),
         "mma_instructions": sum(facts.mma.values()),
+        "mma_ratio": round(facts.macs / facts.macs_needed, 3) if facts.macs_needed else None,
+        "roofs": list(facts.roofs),
         "async_copies": facts.async_copies,
         "instructions": facts.instructions,
     }
@@ -269,5 +294,6 @@ def case_row(case: Case, target: str) -> dict[str, Any]:
         "head_dim": case.head_dim,
         "dtype": case.dtype,
         "stages": case.num_stages,
+        "options": dict(case.options),
         "constants": {name: x if isinstance(x, plain) else str(x) for name, x in case.constants.items()},
     }

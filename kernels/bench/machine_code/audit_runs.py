@@ -21,7 +21,7 @@ from typing import Any
 import triton
 from triton import knobs
 
-from bench.machine_code import audit, compilation, sass
+from bench.machine_code import audit, compilation, mma, pipes, sass
 from bench.machine_code.compilation import Case
 
 Row = dict[str, Any]
@@ -38,7 +38,7 @@ def cache_folder() -> Path:
 @cache
 def own_source() -> str:
     """A checksum of the code that makes the rows."""
-    sources = [Path(module.__file__).read_bytes() for module in (audit, compilation, sass)]
+    sources = [Path(module.__file__).read_bytes() for module in (audit, compilation, mma, pipes, sass)]
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource, CompiledKernel
 # Target → (backend, architecture, lanes per warp).
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),  # A100
+    "sm_86": ("cuda", 86, 32),  # RTX 30; its tiles also serve RTX 40 and 50, which have as little shared memory
     "sm_90": ("cuda", 90, 32),  # H100, H200; Triton compiles it as sm_90a
     "sm_100": ("cuda", 100, 32),  # B200
     "gfx942": ("hip", "gfx942", 64),  # MI300

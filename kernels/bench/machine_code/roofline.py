@@ -101,13 +101,13 @@ def forward_cost(s: Shape) -> Cost:
 
 
 def dq_cost(s: Shape) -> Cost:
-    """Reads q, k, v, dO, the plain output A, gates and log-sum-exp; writes dq, rowsum(dA ⊙ A) and dgate. 3 dots."""
-    return Cost(HALF * (4 * s.queries + 2 * s.keys + 6 * s.maps) + SINGLE * (2 * s.M + 2) * s.rows, dots(s, 3))
+    """Reads q, k, v, dO, the plain output A, gates, log-sum-exp; writes dq, q', dA, rowsum(dA ⊙ A) and dgate. 3 dots."""
+    return Cost(HALF * (6 * s.queries + 2 * s.keys + 6 * s.maps) + SINGLE * (2 * s.M + 2) * s.rows, dots(s, 3))
 
 
 def dkdv_cost(s: Shape) -> Cost:
-    """Reads q, k, v, dO, two maps, gates, log-sum-exp and rowsum(dA ⊙ A); writes dk, dv. 4 dots."""
-    return Cost(HALF * (2 * s.queries + 4 * s.keys + 2 * s.maps) + SINGLE * (s.M + 2) * s.rows, dots(s, 4))
+    """Reads q', k, v, dA, log-sum-exp and rowsum(dA ⊙ A); writes dk, dv. 4 dots."""
+    return Cost(HALF * (2 * s.queries + 4 * s.keys) + SINGLE * 2 * s.rows, dots(s, 4))
 
 
 def swiglu_forward_cost(samples: int, tokens: int, width: int) -> Cost:

@@ -21,7 +21,7 @@ ENDS = {"EXIT", "RET"}
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: ``op`` "HMMA", ``full`` "HMMA.16816.F32.BF16", ``goal`` the address it may jump to.
+    """One instruction: ``op`` "HMMA", ``full`` "HMMA.16816.F32.BF16", ``goal`` the address it may jump to, its operands.
 
     ``always``: no predicate guards it and no operand is a condition, so a jump is taken and an EXIT ends the thread.
     """
@@ -31,6 +31,7 @@ class Instruction:
     full: str
     goal: int | None
     always: bool
+    operands: str = ""
 
     @property
     def falls_through(self) -> bool:
@@ -44,9 +45,8 @@ def parse(address: str, text: str) -> Instruction:
         raise ValueError(f"cannot read the instruction {text!r} at 0x{address}")
     guard, op, suffix, operands = match.groups()
     goal = re.search(r"(?<![\w\[])0x([0-9a-f]+)\s*$", operands) if op in JUMPS else None
-    return Instruction(
-        int(address, 16), op, op + suffix, int(goal[1], 16) if goal else None, not guard and "," not in operands
-    )
+    always = not guard and "," not in operands
+    return Instruction(int(address, 16), op, op + suffix, int(goal[1], 16) if goal else None, always, operands)
 
 
 def functions(sass: str) -> Iterator[list[Instruction]]:

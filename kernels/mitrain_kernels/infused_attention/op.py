@@ -59,8 +59,8 @@ def infused_attention(*tensors: Tensor, backend: str = "auto", **options: Any) -
     Gradients come in their inputs' types. Under v_add = 0 or values of 0 the gate's cosine rises by up to 1/eps, so that
     true gradients of v_add and v can exceed 65,504, float16's highest number: they arrive there as infinity.
 
-    Five calls lead from here to the attention kernel: ``run_operator``, ``Recorded.forward`` (only where autograd
-    records), ``compute``, the backend's ``forward``, the kernel. The gate's kernels lie one further (``gates_of``).
+    Five calls lead from here to a kernel: ``run_operator``, ``Recorded.forward`` (only where autograd records),
+    ``compute``, the backend's ``gates_of`` or ``forward``, the kernel.
 
     Raises:
         ValueError: arguments that do not fit together, or a backend that cannot do what is asked, in one line.
@@ -130,6 +130,8 @@ def triton_limit(call: Call) -> str | None:
         return f"tensors are on {q.device}, not on a GPU"
     if q.dtype == torch.float64:
         return "it does not compute in float64"
+    if not call.scale > 0:
+        return f"scale is {call.scale}, and its softmax takes the highest score before it scales"
     widest = WIDEST if call.gate != "token" and q.dtype != torch.float32 else WIDEST // 2
     if q.shape[-1] > widest:
         return f"heads are {q.shape[-1]} wide, more than {widest} (of {q.dtype}, gate {call.gate!r})"
@@ -137,7 +139,10 @@ def triton_limit(call: Call) -> str | None:
 
 
 def implementation(backend: str) -> ModuleType:
-    """The module whose ``forward`` and ``backward`` do an operator's work; Triton's is imported when it is needed."""
+    """The module that does an operator's work: ``prepared``, ``gates_of`` and ``forward``, or ``backward``.
+
+    Triton's is imported when it is needed.
+    """
     if backend == "sdpa":
         return sdpa
     from mitrain_kernels.infused_attention import triton_launch
@@ -213,7 +218,9 @@ def compute(*inputs: Any) -> tuple[Tensor, ...]:
     """The output; plain attention's output and log-sum-exp; the gate's cosine and root; its sums for the new tokens."""
     *packed, backend, trains = inputs
     with full_precision(packed[0]):
-        return implementation(backend).forward(unpack(*packed), trains)
+        module = implementation(backend)
+        call = module.prepared(unpack(*packed))
+        return module.forward(call, module.gates_of(call), trains)
 
 
 forward_op = torch.library.custom_op(

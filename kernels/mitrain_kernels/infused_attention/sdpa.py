@@ -62,6 +62,13 @@ def attention_options(call: Call, sees: Tensor | None, dtype: torch.dtype) -> di
     }
 
 
+def gates_of(call: Call) -> tuple[GateSums | None, Gate]:
+    """The gate's sums for the new tokens, None without a cosine, and the gates of the queries."""
+    values, valid = call.new_values
+    sums = gate_sums(call.gate, values, call.v_add, valid, call.state_in)
+    return sums, make_gate(sums, call)
+
+
 def make_gate(sums: GateSums | None, call: Call) -> Gate:
     """The gates of the queries, one for all where they don't differ."""
     if sums is not None:
@@ -70,8 +77,9 @@ def make_gate(sums: GateSums | None, call: Call) -> Gate:
     return Gate(value, value.new_empty(0), value.new_empty(0))
 
 
-def with_exact_maps(call: Call, exact: torch.dtype) -> Call:
+def prepared(call: Call) -> Call:
     """The call with its maps in the precision of the computation, and 0 for those of missing modalities."""
+    exact = torch.promote_types(call.q.dtype, torch.float32)
     # Not only where the output shows it: a huge number there can hide from it and yet spoil the kept cosine.
     maps = without_missing(call.present, call.k_mul, call.v_mul, call.v_add)
     named = zip(call.maps, (*maps, call.head_logit), strict=True)
@@ -83,18 +91,18 @@ def shown(call: Call) -> Call:
     return replace(call, **{name: without_hidden(getattr(call, name), call.key_padding) for name in ("q", "k", "v")})
 
 
-def forward(call: Call, trains: bool, clean: bool = False) -> tuple[Tensor, ...]:
+def forward(
+    call: Call, gates: tuple[GateSums | None, Gate], trains: bool, clean: bool = False
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The output, plain attention's A and log-sum-exp, the gate's cosine and root, its sums (empty without a cosine).
 
-    k_add is dead here. Attention itself runs in q's type, everything around it in at least float32. trains: a backward
-    pass needs A and log-sum-exp (else they are empty).
+    call: ``prepared``, k_add dead. Attention itself runs in q's type, everything around it in at least float32.
+    trains: a backward pass needs A and log-sum-exp (else they are empty).
 
     What padding hides is looked at only where the output is not finite, which NaN makes it; ``clean``: it was.
     """
     dtype, exact = call.q.dtype, torch.promote_types(call.q.dtype, torch.float32)
-    call, (values, valid) = with_exact_maps(call, exact), call.new_values
-    sums = gate_sums(call.gate, values, call.v_add, valid, call.state_in)
-    gate, sees = make_gate(sums, call), rows_that_see(call)
+    (sums, gate), sees = gates, rows_that_see(call)
     g = gate.value if sees is None else gate.value * sees
     alpha, gamma, delta = coefficients(g, call.k_mul, call.v_mul, call.v_add, call.base)
     inner = (call.q.to(exact) * alpha).to(dtype)
@@ -104,7 +112,8 @@ def forward(call: Call, trains: bool, clean: bool = False) -> tuple[Tensor, ...]
     )
     output = torch.addcmul(delta, attended.to(exact), gamma).to(dtype).contiguous()
     if call.key_padding is not None and not clean and not finite(output):
-        return forward(shown(call), trains, clean=True)
+        call = shown(call)
+        return forward(call, gates_of(call), trains, clean=True)
     kept = [gamma.new_empty(0) for _ in range(3)] if sums is None else sums
     if not trains:
         attended, logsumexp = attended.new_empty(0), logsumexp.new_empty(0)
@@ -125,7 +134,7 @@ def backward(
     None for those of q, k, v that ``needs`` leaves out. kept: the gate's cosine and root, its sums' square and count.
     """
     dtype, exact = call.q.dtype, torch.promote_types(call.q.dtype, torch.float32)
-    call, outward, (cosine, root, square, count) = with_exact_maps(call, exact), upstream.to(exact), kept
+    call, outward, (cosine, root, square, count) = prepared(call), upstream.to(exact), kept
     attended, q, k, v = (x.to(exact) for x in (attended, call.q, call.k, call.v))
     has_cosine, new, sees = call.gate in ("sequence", "prefix"), q.shape[2], rows_that_see(call)
     gate = same_gate(call.head_logit, cosine, root, call.present) if has_cosine else make_gate(None, call)

@@ -1,17 +1,18 @@
 """The backward kernels, deterministic and without atomics.
 
 ``query_kernel`` owns a block of queries: dq, the gate's gradient from the scale of q and the affine map of the output,
-and their share of the maps' gradients. ``key_kernel`` owns a block of keys: dK and dV, over the queries of all heads
-that share them. Under the gate 'token' it has the maps' gradients too, one query head per program.
+and their share of the maps' gradients. It hands q', dA and D to ``key_kernel``, which owns a block of keys: dK and dV,
+over the queries of all heads that share them. Under the gate 'token' it has the maps' gradients too, one query head per
+program.
 
-where: A the plain attention's output, α, γ, δ as at ``infused_attention_folded``, dA = dO ⊙ γ, D = Σ dA ⊙ A.
+where: A the plain attention's output, α, γ, δ as at ``infused_attention_folded``, q' = q ⊙ α, dA = dO ⊙ γ (under 'token'
+q and dO), D = Σ dA ⊙ A.
 """
 
 import triton
 import triton.language as tl
 
 from mitrain_kernels.infused_attention.triton_forward import (
-    LOG2E,
     bend,
     factor,
     infused_pair,
@@ -24,6 +25,7 @@ from mitrain_kernels.infused_attention.triton_forward import (
     store_tile,
     store_vector,
     unbend,
+    unit_of,
     without_hidden,
 )
 
@@ -64,28 +66,31 @@ def query_shares(
 @triton.jit
 def query_gradient(
     q, inward, lse, delta, K, V, low, high, stride_k, stride_v, position, VALID, keys, window, softcap, scale, base,
-    GATE, gate_m, gate_t, KM, VM, KA, VA, map_m,
+    GATE, gate_m, gate_t, KM, VM, KA, VA, map_m, dinner,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TOKEN: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """dq' / scale (BM, BD) of a block of queries q = q', over the keys low … high; inward dA, lse in units of log2."""
-    dinner = tl.zeros((q.shape[0], BD), dtype=tl.float32)
+    """dinner = dq' / scale (BM, BD) of a block of queries q = q', grown by the keys low … high; lse in units of log2."""
     columns = tl.arange(0, BN)
+    unit = unit_of(scale, SOFTCAP)
     for start in range(low, high, BN):
         key = start + columns
         there = key < keys
         if VALID is not None:
             there = there & (tl.load(VALID + key, mask=there, other=0) != 0)
-        k = load_tile(K, start, stride_k, columns, there, D, BD)
-        v = load_tile(V, start, stride_v, columns, there, D, BD)
+        loaded = there if MASKED else None
+        k = load_tile(K, start, stride_k, columns, loaded, D, BD)
+        v = load_tile(V, start, stride_v, columns, loaded, D, BD)
         if TOKEN:
             gates = GATE + start * gate_t
             k, v = infused_pair(
                 k, v, gates, gate_m, gate_t, columns, there, KM, VM, KA, VA, map_m, base, M, D, BD
             )  # fmt: skip
-        bent = bend(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, SOFTCAP)
-        seen = seen_by(position[:, None], key[None, :], there[None, :], window, CAUSAL, WINDOW)
-        weights = tl.where(seen, tl.exp2(bent * LOG2E - lse[:, None]), 0.0)
+        bent = bend(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+        weights = tl.exp2(bent * unit - lse[:, None])
+        if MASKED:
+            seen = seen_by(position[:, None], key[None, :], there[None, :], window, CAUSAL, WINDOW)
+            weights = tl.where(seen, weights, 0.0)
         dweights = tl.dot(inward, tl.trans(v), input_precision="ieee")
         dscores = unbend(weights * (dweights - delta[:, None]), bent, softcap, SOFTCAP)
         dinner = tl.dot(dscores.to(k.dtype), k, dinner, input_precision="ieee")
@@ -94,7 +99,7 @@ def query_gradient(
 
 @triton.jit(do_not_specialize=["queries", "keys", "window"])
 def query_kernel(
-    Q, K, V, ATTENDED, DOUT, LSE, DELTA, DQ, DGATE, PARTS, GATE, KM, VM, VA, KA, BASE, VALID, BOUNDS,
+    Q, K, V, ATTENDED, DOUT, LSE, DELTA, INNER, INWARD, DQ, DGATE, PARTS, GATE, KM, VM, VA, KA, BASE, VALID, BOUNDS,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, d_b, d_h, d_t, lse_b, lse_h,
     gate_m, gate_b, gate_h, gate_t, out_m, out_b, out_h, valid_b,
     batch, heads, group, queries, keys, window, softcap, scale,
@@ -102,7 +107,8 @@ def query_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Grid as forward. DGATE (M, B, H, Tq); PARTS (blocks, 3, M, B, H, D): shares of d k_mul, d v_mul, d v_add for a
-    given gate; DELTA: D of each query, for the keys' side. DQ None: q itself needs no gradient.
+    given gate. For the keys' side: DELTA, D of each query, INNER and INWARD, q' and dA (None: k and v need no gradient).
+    DQ None: q itself needs no gradient.
     """
     head, sample = tl.program_id(1), tl.program_id(2)
     first, queries, keys = sample_span(BOUNDS, sample, queries, keys)
@@ -147,13 +153,20 @@ def query_kernel(
     if not TOKEN:
         q = (q.to(tl.float32) * factor(gates, gate_m, gate_t, rows, shown, KM, map_m, base, M, D, BD)).to(q.dtype)
     inward = inward.to(q.dtype)
-    low, high = key_range(start + past, start + past + BM - 1, keys, window, BN, CAUSAL, WINDOW)
+    out = wide * o_b + head * o_h + first * o_t
+    if INNER is not None:
+        store_tile(INNER + out, start, o_t, rows, keep, q, D, BD)
+        store_tile(INWARD + out, start, o_t, rows, keep, inward, D, BD)
+    low, middle, high = key_range(start + past, start + past + BM - 1, keys, window, VALID, BN, CAUSAL, WINDOW)
     if start >= queries:
-        high = low
-    dinner = query_gradient(
-        q, inward, lse, delta, K, V, low, high, k_t, v_t, position, VALID, keys, window, softcap, scale, base,
-        GATE, gate_m, gate_t, KM, VM, KA, VA, map_m, M, D, BD, BN, CAUSAL, WINDOW, SOFTCAP, TOKEN,
-    )  # fmt: skip
+        middle, high = low, low
+    dinner = tl.zeros((BM, BD), dtype=tl.float32)
+    for masked in tl.static_range(2):
+        dinner = query_gradient(
+            q, inward, lse, delta, K, V, middle if masked else low, high if masked else middle, k_t, v_t, position, VALID,
+            keys, window, softcap, scale, base, GATE, gate_m, gate_t, KM, VM, KA, VA, map_m, dinner,
+            M, D, BD, BN, masked, CAUSAL, WINDOW, SOFTCAP, TOKEN,
+        )  # fmt: skip
     dinner *= scale
     if not TOKEN:
         raw = without_hidden(load_tile(Q, start, q_t, rows, shown, D, BD), VALID, position, keep)
@@ -161,40 +174,46 @@ def query_kernel(
         query_shares(raw, gates, gate_m, gate_t, rows, shown, keep, KM, map_m, dgates, out_m, part, M, D, BD)
         dinner *= factor(gates, gate_m, gate_t, rows, shown, KM, map_m, base, M, D, BD)
     if DQ is not None:
-        DQ += wide * o_b + head * o_h + first * o_t
-        store_tile(DQ, start, o_t, rows, keep, dinner, D, BD)
+        store_tile(DQ + out, start, o_t, rows, keep, dinner, D, BD)
 
 
 @triton.jit
 def key_gradients(
-    k, v, dk, dv, Q, DOUT, LSE, DELTA, low, high, stride_q, stride_d, past, VALID, key, keep, queries, window, softcap,
-    scale, base, GATE, gate_m, gate_t, KM, VM, map_m,
-    M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TOKEN: tl.constexpr,
+    k, v, dk, dv, INNER, INWARD, LSE, DELTA, low, middle, end, high, stride, past, key, queries, window, softcap, scale,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv (BN, BD) of a block of keys, grown by the queries low … high of one query head.
+    """dk / scale and dv (BN, BD) of a block of keys, grown by queries of one head: middle … end, or if MASKED the others.
 
-    Q, DOUT, LSE, DELTA and GATE at the head's first query, KM and VM at its row.
+    INNER, INWARD, LSE, DELTA at the head's first query. Where a query is not there, its lse of +inf makes all weights 0;
+    rows of keys that are hidden or not there may hold anything.
     """
     rows = tl.arange(0, BM)
-    for start in range(low, high, BM):
-        there = start + rows < queries
-        position = start + rows + past
-        lse = tl.load(LSE + start + rows, mask=there, other=float("inf"))
-        delta = tl.load(DELTA + start + rows, mask=there, other=0.0)
-        q = without_hidden(load_tile(Q, start, stride_q, rows, there, D, BD), VALID, position, there)
-        inward = without_hidden(load_tile(DOUT, start, stride_d, rows, there, D, BD), VALID, position, there)
-        if not TOKEN:
-            gates = GATE + start * gate_t
-            alpha = factor(gates, gate_m, gate_t, rows, there, KM, map_m, base, M, D, BD)
-            q = (q.to(tl.float32) * alpha).to(q.dtype)
-            gamma = factor(gates, gate_m, gate_t, rows, there, VM, map_m, base, M, D, BD)
-            inward = (inward.to(tl.float32) * gamma).to(q.dtype)
-        bent = bend(tl.dot(k, tl.trans(q), input_precision="ieee") * scale, softcap, SOFTCAP)
-        seen = seen_by(position[None, :], key[:, None], keep[:, None] & there[None, :], window, CAUSAL, WINDOW)
-        weights = tl.where(seen, tl.exp2(bent * LOG2E - lse[None, :]), 0.0)
-        dv = tl.dot(weights.to(q.dtype), inward.to(q.dtype), dv, input_precision="ieee")
-        dweights = tl.dot(v, tl.trans(inward.to(v.dtype)), input_precision="ieee")
+    unit = unit_of(scale, SOFTCAP)
+    if MASKED:
+        stop = middle + tl.maximum(high - end, 0)
+    else:
+        low, stop = middle, end
+    for at in range(low, stop, BM):
+        start = at
+        if MASKED:
+            start = at + tl.where(at < middle, 0, end - middle)
+            there = start + rows < queries
+            lse = tl.load(LSE + start + rows, mask=there, other=float("inf"))
+            delta = tl.load(DELTA + start + rows, mask=there, other=0.0)
+        else:
+            there = None
+            lse, delta = tl.load(LSE + start + rows), tl.load(DELTA + start + rows)
+        q = load_tile(INNER, start, stride, rows, there, D, BD)
+        inward = load_tile(INWARD, start, stride, rows, there, D, BD)
+        bent = bend(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, SOFTCAP)
+        weights = tl.exp2(bent * unit - lse[None, :])
+        if MASKED and (CAUSAL or WINDOW):
+            position = start + rows + past
+            seen = seen_by(position[None, :], key[:, None], True, window, CAUSAL, WINDOW)
+            weights = tl.where(seen, weights, 0.0)
+        dv = tl.dot(weights.to(q.dtype), inward, dv, input_precision="ieee")
+        dweights = tl.dot(v, tl.trans(inward), input_precision="ieee")
         dscores = unbend(weights * (dweights - delta[None, :]), bent, softcap, SOFTCAP)
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -250,9 +269,9 @@ def through_cosine(dv, values, DOT, SQUARE, dot_m, keep, VA, map_m, M: tl.conste
 
 @triton.jit(do_not_specialize=["queries", "keys", "window"])
 def key_kernel(
-    Q, K, V, DOUT, LSE, DELTA, DK, DV, SUMS_DOT, SUMS_SQUARE, PARTS, DLOGIT,
+    INNER, K, V, INWARD, LSE, DELTA, DK, DV, SUMS_DOT, SUMS_SQUARE, PARTS, DLOGIT,
     GATE, COSINE, ROOT, NORM, KM, VM, VA, KA, BASE, VALID, BOUNDS,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_b, d_h, d_t, dk_b, dk_h, dk_t, lse_b, lse_h,
+    o_b, o_h, o_t, k_b, k_h, k_t, v_b, v_h, v_t, dk_b, dk_h, dk_t, lse_b, lse_h,
     gate_m, gate_b, gate_h, gate_t, sum_m, sum_b, sum_h, valid_b,
     batch, heads, group, queries, keys, window, softcap, scale,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -260,8 +279,9 @@ def key_kernel(
 ):  # fmt: skip
     """Grid: (blocks of keys, key/value heads, samples); under 'token' query heads take the place of key/value heads.
 
-    SUMS_DOT (M, B, H, Tk), SUMS_SQUARE (B, H, Tk): what the gate's cosine sends to the values (None: nothing). Under
-    'token' DK and DV are per query head, GATE, COSINE, ROOT (M, B, H, Tk), NORM (M, B, H) = ‖v_add‖²,
+    INNER, INWARD, DELTA: as the queries' side left them. SUMS_DOT (M, B, H, Tk), SUMS_SQUARE (B, H, Tk): what the gate's
+    cosine sends to the values (None: nothing). Under 'token' DK and DV are per query head, GATE, COSINE, ROOT
+    (M, B, H, Tk), NORM (M, B, H) = ‖v_add‖²,
     PARTS (blocks, 4, M, B, H, D) shares of d k_mul, d v_mul, d v_add, d k_add; DLOGIT (blocks, M, B, H).
     """
     block, lane, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -290,22 +310,19 @@ def key_kernel(
         own = GATE + wide * gate_b + lane * gate_h + first * gate_t + start.to(tl.int64) * gate_t
         k, v = infused_pair(k, v, own, gate_m, gate_t, columns, keep, KM, VM, KA, VA, map_m, base, M, D, BD)
     dk, dv = tl.zeros((BN, BD), dtype=tl.float32), tl.zeros((BN, BD), dtype=tl.float32)
-    low, high = query_range(start, start + BN - 1, queries, past, window, BM, CAUSAL, WINDOW)
+    low, middle, end, high = query_range(start, start + BN - 1, queries, past, window, BM, CAUSAL, WINDOW)
     if start >= keys:
-        high = low
+        middle, end, high = low, low, low
     for member in range(0, members):
         head = lane * members + member
-        place = (wide * heads + head) * D
-        queries_at = Q + wide * q_b + head * q_h + first * q_t
-        upstream_at = DOUT + wide * d_b + head * d_h + first * d_t
+        at = wide * o_b + head * o_h + first * o_t
         scalars = wide * lse_b + head * lse_h + first
-        gates = GATE + wide * gate_b + head * gate_h + first * gate_t
-        dk, dv = key_gradients(
-            k, v, dk, dv, queries_at, upstream_at, LSE + scalars, DELTA + scalars, low, high, q_t, d_t, past,
-            VALID, start + columns, keep, queries, window, softcap, scale, base, gates, gate_m, gate_t, KM + place,
-            VM + place, map_m, M, D, BD, BM, CAUSAL, WINDOW, SOFTCAP, TOKEN,
-        )  # fmt: skip
-    dk *= scale
+        for masked in tl.static_range(2):
+            dk, dv = key_gradients(
+                k, v, dk, dv, INNER + at, INWARD + at, LSE + scalars, DELTA + scalars, low, middle, end, high, o_t, past,
+                start + columns, queries, window, softcap, scale, D, BD, BM, masked, CAUSAL, WINDOW, SOFTCAP,
+            )  # fmt: skip
+    dk, dv = tl.where(keep[:, None], dk * scale, 0.0), tl.where(keep[:, None], dv, 0.0)
     values = load_tile(V, start, v_t, columns, keep, D, BD).to(tl.float32)
     if TOKEN:
         raw = load_tile(K, start, k_t, columns, keep, D, BD).to(tl.float32)

@@ -30,13 +30,16 @@ def sample_span(BOUNDS, sample, queries, keys):
 
 @triton.jit
 def load_tile(base, start, stride, rows, keep, D: tl.constexpr, BD: tl.constexpr):
-    """Rows ``start + rows`` where ``keep``, else 0; base points at the head, addresses beyond 2³¹ are safe."""
+    """Rows ``start + rows`` where ``keep`` (None: all), else 0; base points at the head, addresses beyond 2³¹ are safe."""
     columns = tl.arange(0, BD)
     pointers = base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
-    if D == BD:
-        tile = tl.load(pointers, mask=keep[:, None], other=0.0)
+    if D < BD:
+        inside = (columns < D)[None, :]
+        tile = tl.load(pointers, mask=inside if keep is None else keep[:, None] & inside, other=0.0)
+    elif keep is None:
+        tile = tl.load(pointers)
     else:
-        tile = tl.load(pointers, mask=keep[:, None] & (columns < D)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=keep[:, None], other=0.0)
     return tile
 
 
@@ -100,12 +103,15 @@ def infused_pair(
 
 
 @triton.jit
-def softmax_step(scores, v, acc, top, total):
-    """One tile of the online softmax: scores in units of log2, -inf where hidden."""
+def softmax_step(scores, unit, v, acc, top, total):
+    """One tile of the online softmax: scores and top times ``unit`` > 0 are in units of log2, -inf where hidden.
+
+    The unit comes last, so that a score costs one fused multiply-add and one exp2.
+    """
     highest = tl.maximum(top, tl.max(scores, 1))
-    safe = tl.where(highest == float("-inf"), 0.0, highest)
-    weights = tl.exp2(scores - safe[:, None])
-    shrink = tl.exp2(top - safe)
+    safe = tl.where(highest == float("-inf"), 0.0, highest) * unit
+    weights = tl.exp2(scores * unit - safe[:, None])
+    shrink = tl.exp2(top * unit - safe)
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, highest, total
@@ -113,7 +119,7 @@ def softmax_step(scores, v, acc, top, total):
 
 @triton.jit
 def seen_by(position, key, keep, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which keys are visible from which query positions; position and key broadcast against each other."""
+    """Which keys are visible from which query positions, of those ``keep``; all broadcast against each other."""
     seen = keep
     if CAUSAL:
         seen = seen & (key <= position)
@@ -125,38 +131,63 @@ def seen_by(position, key, keep, window, CAUSAL: tl.constexpr, WINDOW: tl.conste
 
 
 @triton.jit
-def key_range(first, last, keys, window, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys that any query position from first to last may see: from a multiple of BN up to an end."""
+def key_range(first, last, keys, window, VALID, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """low, middle, high: keys that any query position from first to last may see, from a multiple of BN up to an end.
+
+    Those below ``middle`` are whole tiles that every position sees.
+    """
     low = first * 0
     high = keys
+    middle = low
+    if (VALID is None) and (not WINDOW):
+        middle = keys // BN * BN
+        if CAUSAL:
+            middle = tl.minimum(first + 1, keys) // BN * BN
     if CAUSAL:
         high = tl.minimum(keys, last + 1)
     if WINDOW:
         low = tl.maximum(first - window + 1, 0) // BN * BN
         if not CAUSAL:
             high = tl.minimum(keys, last + window)
-    return low, high
+        middle = low
+    return low, middle, high
 
 
 @triton.jit
 def query_range(first, last, queries, past, window, BM: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Queries that may see any key from first to last; query i stands at position i + past."""
+    """low, middle, end, high: queries that may see any key from first to last; query i stands at position i + past.
+
+    Those from ``middle`` to ``end`` are whole tiles that see all these keys.
+    """
     low = first * 0
     high = queries
+    middle = low
     if CAUSAL:
         low = tl.maximum(first - past, 0) // BM * BM
+        middle = tl.cdiv(tl.minimum(tl.maximum(last - past, 0), high), BM) * BM
+    end = tl.maximum(middle, high // BM * BM)
     if WINDOW:
         high = tl.maximum(tl.minimum(queries, last + window - past), 0)
         if not CAUSAL:
             low = tl.maximum(first - window + 1 - past, 0) // BM * BM
-    return low, high
+        middle = low
+        end = low
+    return low, middle, end, high
 
 
 @triton.jit
-def bend(scores, softcap, SOFTCAP: tl.constexpr):
-    """softcap · tanh(scores / softcap) where there is a softcap."""
+def unit_of(scale, SOFTCAP: tl.constexpr):
+    """What makes scores as they leave ``bend`` units of log2."""
     if SOFTCAP:
-        scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
+        scale = 1.0
+    return scale * LOG2E
+
+
+@triton.jit
+def bend(scores, scale, softcap, SOFTCAP: tl.constexpr):
+    """softcap · tanh(scale scores / softcap) where there is a softcap, else the scores as they are."""
+    if SOFTCAP:
+        scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (scale * (2.0 * LOG2E) / softcap)) + 1.0))
     return scores
 
 
@@ -176,25 +207,27 @@ def attend_keys(
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys low … high; acc (BM, BD), top (BM,) in units of log2, total (BM,)."""
+    """The online softmax over keys low … high; acc (BM, BD), top and total (BM,), as ``softmax_step`` has them."""
     columns = tl.arange(0, BN)
+    unit = unit_of(scale, SOFTCAP)
     for start in range(low, high, BN):
         key = start + columns
         keep = key < keys
         if VALID is not None:
             keep = keep & (tl.load(VALID + key, mask=keep, other=0) != 0)
-        k = load_tile(K, start, stride_k, columns, keep, D, BD)
-        v = load_tile(V, start, stride_v, columns, keep, D, BD)
+        loaded = keep if MASKED else None
+        k = load_tile(K, start, stride_k, columns, loaded, D, BD)
+        v = load_tile(V, start, stride_v, columns, loaded, D, BD)
         if TOKEN:
             gates = GATE + start * gate_t
             k, v = infused_pair(
                 k, v, gates, gate_m, gate_t, columns, keep, KM, VM, KA, VA, map_m, base, M, D, BD
             )  # fmt: skip
-        scores = bend(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, SOFTCAP) * LOG2E
+        scores = bend(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
         if MASKED:
             seen = seen_by(position[:, None], key[None, :], keep[None, :], window, CAUSAL, WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
-        acc, top, total = softmax_step(scores, v, acc, top, total)
+        acc, top, total = softmax_step(scores, unit, v, acc, top, total)
     return acc, top, total
 
 
@@ -237,12 +270,7 @@ def forward_kernel(
     q = without_hidden(load_tile(Q, start, q_t, rows, keep, D, BD), VALID, position, keep)
     if not TOKEN:
         q = (q.to(tl.float32) * factor(gates, gate_m, gate_t, rows, keep, KM, map_m, base, M, D, BD)).to(q.dtype)
-    low, high = key_range(start + past, start + past + BM - 1, keys, window, BN, CAUSAL, WINDOW)
-    middle = low
-    if (VALID is None) and (not WINDOW):
-        middle = keys // BN * BN
-        if CAUSAL:
-            middle = tl.minimum(start + past + 1, keys) // BN * BN
+    low, middle, high = key_range(start + past, start + past + BM - 1, keys, window, VALID, BN, CAUSAL, WINDOW)
     acc = tl.zeros((BM, BD), dtype=tl.float32)
     top = tl.full((BM,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
@@ -255,7 +283,7 @@ def forward_kernel(
     sees = total > 0.0
     attended = acc / tl.where(sees, total, 1.0)[:, None]
     if LSE is not None:
-        lse = tl.where(sees, top + tl.log2(tl.where(sees, total, 1.0)), float("inf"))
+        lse = tl.where(sees, top * unit_of(scale, SOFTCAP) + tl.log2(tl.where(sees, total, 1.0)), float("inf"))
         tl.store(LSE + wide * lse_b + head * lse_h + first + start + rows, lse, mask=keep)
         store_tile(ATTENDED + out, start, o_t, rows, keep, attended, D, BD)
     if not TOKEN:
@@ -275,7 +303,8 @@ def split_kernel(
 ):  # fmt: skip
     """Grid: (splits, key/value heads, samples); each takes ``share`` keys.
 
-    PARTS (splits, B, H, D), TOPS and TOTALS (splits, B, H): softmax sums over the share, relative to its own maximum.
+    PARTS (splits, B, H, D), TOPS and TOTALS (splits, B, H): softmax sums over the share, relative to its own maximum,
+    which TOPS has in units of log2.
     """
     split, shared, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     wide = sample.to(tl.int64)
@@ -298,6 +327,7 @@ def split_kernel(
     top = tl.full((BM,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
     columns = tl.arange(0, BN)
+    unit = unit_of(scale, SOFTCAP)
     low = split * share
     high = tl.minimum(keys, low + share)
     if WINDOW:
@@ -309,13 +339,13 @@ def split_kernel(
             there = there & (tl.load(VALID + key, mask=there, other=0) != 0)
         k = load_tile(K, start, k_t, columns, there, D, BD)
         v = load_tile(V, start, v_t, columns, there, D, BD)
-        scores = bend(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, SOFTCAP) * LOG2E
+        scores = bend(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
         seen = seen_by(keys - 1, key[None, :], there[None, :], window, True, WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
-        acc, top, total = softmax_step(scores, v, acc, top, total)
+        acc, top, total = softmax_step(scores, unit, v, acc, top, total)
     row = (split.to(tl.int64) * batch + wide) * heads + first
     store_tile(PARTS + row * D, first * 0, D, member, keep, acc, D, BD)
-    tl.store(TOPS + row + member, top, mask=keep)
+    tl.store(TOPS + row + member, top * unit, mask=keep)
     tl.store(TOTALS + row + member, total, mask=keep)
 
 

@@ -26,41 +26,55 @@ INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
 class Tile(NamedTuple):
-    """A program's own rows, the rows of a step of its loop, its warps, and the stages of the loop's loads."""
+    """A program's own rows, the rows of a step of its loop, its warps, the stages of the loop's loads, and of AMD the
+    rows of a matrix instruction (0: Triton's choice, 32, which lets warps repeat each other on small tiles)."""
 
     own: int
     step: int
     warps: int
     stages: int
+    nonkdim: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"matrix_instr_nonkdim": self.nonkdim} if self.nonkdim else {}
 
 
-# {kernel: {padded head width: tile}} for 16-bit types; narrower heads take the tile of 64.
+# {kernel: {padded head width: tile}} for 16-bit types; narrower heads take the tile of 64. Chosen by what the compiler makes
+# of them (python kernels/bench machine-code --search), not by a clock: no GPU has run them. Warps lie along the rows if a
+# program owns at least as many as a head is wide, else along the step; a tile too small for them makes them repeat.
 SM_80 = {
-    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
-    "query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
-    "key": {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 32, 4, 2), 256: Tile(32, 64, 4, 2)},
+    "query": {64: Tile(128, 32, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 4, 2)},
+    "key": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 2)},
 }
+SM_86 = SM_80 | {"query": SM_80["query"] | {256: Tile(32, 32, 4, 2)}}
 SM_90 = {
+    "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 32, 8, 2)},
+    "query": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
+    "key": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(16, 32, 4, 2)},
+}
+SM_100 = {
     "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     "query": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
-    "key": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(16, 32, 8, 2)},
+    "key": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(16, 32, 4, 2)},
 }
 GFX942 = {
-    "forward": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
-    "query": {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
-    "key": {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "forward": {64: Tile(64, 64, 4, 1, 16), 128: Tile(64, 32, 4, 1, 16), 256: Tile(64, 32, 4, 1, 16)},
+    "query": {64: Tile(64, 32, 4, 1, 16), 128: Tile(64, 32, 4, 1, 16), 256: Tile(64, 16, 4, 1, 16)},
+    "key": {64: Tile(64, 32, 4, 1, 16), 128: Tile(64, 32, 4, 1, 16), 256: Tile(64, 16, 4, 1, 16)},
 }
-TILES = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_90, "gfx942": GFX942}
+TILES = {"sm_80": SM_80, "sm_86": SM_86, "sm_90": SM_90, "sm_100": SM_100, "gfx942": GFX942}
 # Under the gate 'token', and of float32 tensors (without tensor cores): one tile up to a head width of 128. On sm_100 the
 # keys' side stays below the 64 rows that UTC*MMA takes: Triton 3.7 fails to compile more.
 ALL = ("forward", "query", "key")
 TOKEN = {
-    "sm_80": dict.fromkeys(ALL, Tile(64, 32, 8, 2)),
-    "sm_90": dict.fromkeys(ALL, Tile(64, 32, 8, 2)),
-    "sm_100": dict.fromkeys(ALL, Tile(64, 32, 8, 2)) | {"key": Tile(32, 32, 8, 2)},
-    "gfx942": dict.fromkeys(ALL, Tile(32, 32, 4, 1)),
+    **dict.fromkeys(("sm_80", "sm_86"), dict.fromkeys(ALL, Tile(32, 32, 4, 2))),
+    "sm_90": dict.fromkeys(ALL, Tile(64, 32, 4, 2)) | {"key": Tile(32, 32, 4, 2)},
+    "sm_100": dict.fromkeys(ALL, Tile(64, 32, 4, 2)) | {"key": Tile(32, 32, 4, 2)},
+    "gfx942": dict.fromkeys(ALL, Tile(64, 32, 4, 1, 16)),
 }
-WIDE = {**dict.fromkeys(("sm_80", "sm_90", "sm_100"), Tile(16, 16, 8, 2)), "gfx942": Tile(16, 16, 4, 1)}
+WIDE = dict.fromkeys(TILES, Tile(16, 16, 8, 2)) | {"sm_90": Tile(16, 16, 4, 2), "gfx942": Tile(16, 16, 4, 1)}
 DECODE = Tile(16, 64, 4, 2)
 """Of the decode kernel: its own rows are the heads of a group, at least 16."""
 PROGRAMS, MOST_SPLITS = 264, 64
@@ -83,13 +97,15 @@ def tile_for(target: str, kernel: str, width: int, dtype: torch.dtype, token: bo
 
 
 def target_of(device: torch.device) -> str:
-    """The entry of ``TILES`` for a device: a GPU newer or smaller than those listed takes that of the nearest."""
+    """The entry of ``TILES`` for a device; of GPUs that are not listed sm_86 stands for those with less shared memory."""
     if INTERPRETED:
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+    capability = torch.cuda.get_device_capability(device)
+    if capability in ((8, 0), (8, 7)):
+        return "sm_80"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(capability[0], "sm_86")
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -146,8 +162,11 @@ class Problem:
         return {
             "M": self.M, "D": self.width, "BD": padded(self.width), own: tile.own, step: tile.step,
             "CAUSAL": s.causal, "WINDOW": s.window is not None, "SOFTCAP": s.softcap is not None, "TOKEN": self.token,
-            "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
+            "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True, **tile.options,
         }  # fmt: skip
+
+
+prepared = Problem
 
 
 class Gates(NamedTuple):
@@ -200,10 +219,9 @@ def gates_of(p: Problem) -> Gates:
     return Gates(value, cosine, root, sum_dot, sum_square, count)
 
 
-def forward(call: Call, trains: bool) -> tuple[Tensor, ...]:
+def forward(p: Problem, gates: Gates, trains: bool) -> tuple[Tensor, ...]:
     """As ``sdpa.forward``; the log-sum-exp is base 2, and +inf for a query that sees no key."""
-    p = Problem(call)
-    q, gates, output = p.q, gates_of(p), like_output(p.q)
+    call, q, output = p.call, p.q, like_output(p.q)
     attended = like_output(q) if trains else q.new_empty(0)
     lse = p.base.new_empty(q.shape[:3] if trains else (0,))
     if output.numel() and q.shape[2] == 1 and not (trains or p.packed or p.token):
@@ -272,25 +290,39 @@ def opened_packed(logit: Tensor, call: Call) -> Tensor:
     return torch.sigmoid(logit.masked_fill(~there[:, None, None], float("-inf")))
 
 
-def query_side(p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, value: Tensor, wants_q: bool) -> tuple:
-    """dq, dg (M, B, H, Tq), the maps' gradients [3, M, B, H, d] for a given gate, and D."""
+class Handed(NamedTuple):
+    """From the queries' side to the keys': D (B, H, Tq), and q', dA (B, H, Tq, d), None where no key needs a gradient."""
+
+    delta: Tensor
+    inner: Tensor | None
+    inward: Tensor | None
+
+
+def query_side(
+    p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, value: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor, Tensor, Handed]:
+    """dq, dg (M, B, H, Tq), the maps' gradients [3, M, B, H, d] for a given gate, and what the keys' side wants.
+
+    needs: of q, k, v and the maps; under the gate 'token' the maps' gradients come from the keys' side too.
+    """
     q, tile = p.q, p.tile("query")
     blocks = triton.cdiv(p.longest, tile.own)
-    delta = torch.empty_like(lse)
-    dq = like_output(q) if wants_q else None
+    dq = like_output(q) if needs[0] else None
+    wanted = p.token or needs[1] or needs[2]
+    handed = Handed(torch.empty_like(lse), *(like_output(q) if wanted else None for _ in range(2)))
     rank = 0 if p.token else p.M
     dgate = lse.new_zeros(rank, *lse.shape) if p.packed else lse.new_empty(rank, *lse.shape)
     parts = lse.new_empty(blocks, 3, rank, p.B, p.H, p.width)
     query_kernel[(blocks, p.H, p.B)](
-        q, p.k, p.v, attended, upstream, lse, delta, dq, dgate, parts, value, *p.maps, p.k_add, p.base, p.valid,
+        q, p.k, p.v, attended, upstream, lse, *handed, dq, dgate, parts, value, *p.maps, p.k_add, p.base, p.valid,
         p.call.cu_seqlens, *p.spans(q, p.k, p.v, attended, upstream), *p.spans(lse)[:2], *p.scalars(value),
         dgate.stride(0), *p.spans(lse)[:2], p.valid_stride, *p.sizes, *p.numbers,
         **p.options(tile, own="BM", step="BN"),
     )  # fmt: skip
-    return dq, dgate, parts.sum(0), delta
+    return dq, dgate, parts.sum(0), handed
 
 
-def key_side(p: Problem, upstream: Tensor, lse: Tensor, delta: Tensor, gates: Gates, through: tuple | None) -> tuple:
+def key_side(p: Problem, lse: Tensor, handed: Handed, gates: Gates, through: tuple | None) -> tuple:
     """dk, dv per key/value head, or (token) per query head with shares of the maps' and logits' gradients."""
     tile = p.tile("key")
     blocks = triton.cdiv(p.longest_keys, tile.own)
@@ -303,9 +335,9 @@ def key_side(p: Problem, upstream: Tensor, lse: Tensor, delta: Tensor, gates: Ga
     dot, square = through or (None, None)
     at = p.scalars(dot)[:3] if dot is not None else (0, 0, 0)
     key_kernel[(blocks, lanes, p.B)](
-        p.q, p.k, p.v, upstream, lse, delta, dk, dv, dot, square, parts, dlogit,
+        handed.inner, p.k, p.v, handed.inward, lse, handed.delta, dk, dv, dot, square, parts, dlogit,
         gates.value, gates.cosine, gates.root, p.norm, *p.maps, p.k_add, p.base, p.valid, p.call.cu_seqlens,
-        *p.spans(p.q, p.k, p.v, upstream, dk), *p.spans(lse)[:2], *p.scalars(gates.value), *at, p.valid_stride,
+        *p.spans(handed.inner, p.k, p.v, dk), *p.spans(lse)[:2], *p.scalars(gates.value), *at, p.valid_stride,
         *p.sizes, *p.numbers, **p.options(tile, own="BN", step="BM"),
     )  # fmt: skip
     return dk, dv, parts.sum(0), dlogit.sum((0, 2))
@@ -343,7 +375,7 @@ def gate_side(p: Problem, dgate: Tensor, gates: Gates) -> tuple:
 def folded_gradients(
     p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, gates: Gates, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    dq, dgate, maps, delta = query_side(p, upstream, attended, lse, gates.value, needs[0])
+    dq, dgate, maps, handed = query_side(p, upstream, attended, lse, gates.value, needs)
     dk_mul, dv_mul, dv_add = maps
     through, kind = None, p.call.gate
     dlogit = torch.zeros_like(p.logit)
@@ -355,7 +387,7 @@ def folded_gradients(
         dlogit = head_gradient(p, dgate, gates.value)
     dk = dv = None
     if needs[1] or needs[2]:
-        dk, dv, _, _ = key_side(p, upstream, lse, delta, gates, through)
+        dk, dv, _, _ = key_side(p, lse, handed, gates, through)
     return [dq, dk, dv, dk_mul, dv_mul, dv_add, dlogit, None]
 
 
@@ -373,8 +405,8 @@ def head_gradient(p: Problem, dgate: Tensor, value: Tensor) -> Tensor:
 def token_gradients(
     p: Problem, upstream: Tensor, attended: Tensor, lse: Tensor, gates: Gates, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    dq, _, _, delta = query_side(p, upstream, attended, lse, gates.value, needs[0])
-    dk, dv, maps, dlogit = key_side(p, upstream, lse, delta, gates, None)
+    dq, _, _, handed = query_side(p, upstream, attended, lse, gates.value, needs)
+    dk, dv, maps, dlogit = key_side(p, lse, handed, gates, None)
     G = p.k.shape[1]
     dk, dv = (x.unflatten(1, (G, p.group)).sum(2) if p.group > 1 else x for x in (dk, dv))
     return [dq, dk, dv, maps[0], maps[1], maps[2], dlogit, maps[3] if p.k_add is not None else None]

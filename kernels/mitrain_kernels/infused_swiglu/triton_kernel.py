@@ -31,7 +31,7 @@ class Tile:
 
 # (forward, backward); 16 elements of each tensor per thread forward, 8 backward, where they are held in float32.
 TILES: dict[str, tuple[Tile, Tile]] = {
-    **dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), (Tile(4, 512, 4, 4), Tile(4, 256, 16, 4))),
+    **dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"), (Tile(4, 512, 4, 4), Tile(4, 256, 16, 4))),
     "interpreter": (Tile(4, 32, 2, 1), Tile(4, 32, 2, 1)),
 }
 UNEVEN = 4

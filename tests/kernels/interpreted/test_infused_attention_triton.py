@@ -80,6 +80,25 @@ def test_output_and_gradients(case, poisoned):
     assert_kernel_right(case)
 
 
+ONE = {"B": 1, "H": 1}
+
+
+@pytest.mark.parametrize("tile", [triton_launch.Tile(32, 16, 4, 1), triton_launch.Tile(16, 32, 4, 1)], ids=str)
+@some(
+    [
+        small("prefix", **ONE, tk=70),  # a block's tiles: masked by causality, whole, and a ragged one
+        small("prefix", **ONE, tk=53, tq=37, padding="left"),
+        small("none", **ONE, tk=41, causal=False),
+        small("prefix", **ONE, tk=50, window=20),
+        small("token", **ONE, tk=50),
+        small("head", **ONE, lengths=(40, 0, 21)),
+    ]
+)
+def test_tiles_that_are_not_square(case, tile, poisoned, monkeypatch):
+    monkeypatch.setattr(triton_launch, "tile_for", lambda *_: tile)
+    assert_kernel_right(case)
+
+
 @some([small(gate, tk=37, H=1, B=1, M=2) for gate in ("prefix", "sequence", "token")])
 def test_scans_go_on_from_block_to_block(case, poisoned, monkeypatch):
     monkeypatch.setattr(triton_launch, "SCAN", 16)
@@ -231,3 +250,7 @@ def test_refusals():
         infused_attention(**inputs, **options, backend="triton")
     with pytest.raises(ValueError, match="backend 'triton' cannot do this: it does not compute in float64"):
         infused_attention(**make(small())[0], backend="triton")
+    for scale in (0.0, -1.0):
+        inputs, options = make(small(scale=scale), torch.float32)
+        with pytest.raises(ValueError, match=f"backend 'triton' cannot do this: scale is {scale}"):
+            infused_attention(**inputs, **options, backend="triton")
