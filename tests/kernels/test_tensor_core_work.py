@@ -1,5 +1,7 @@
 """Multiply-adds done and needed, and the roofs of a loop, against figures worked out by hand."""
 
+from dataclasses import replace
+
 import bad_kernels
 import pytest
 import torch
@@ -87,6 +89,8 @@ def test_warps_that_repeat_each_other_are_caught():
     (row,) = audit_runs.audit_all([(case, "sm_80")], 1)
     assert row["mma_ratio"] == 4.0
     assert row["reasons"] == ["tensor cores do 4.00 × what is needed: warps repeat each other"]
+    (row,) = audit_runs.audit_all([(replace(case, bound_by_memory=True), "sm_80")], 1)
+    assert row["mma_ratio"] == 4.0 and row["ok"]
 
 
 ROOFS = {"forward": [100.0, 90.0, 60.0], "query": [90.0, 60.0, 30.0], "key": [90.0, 80.0, 40.0]}

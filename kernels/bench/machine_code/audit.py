@@ -206,6 +206,10 @@ def violations(facts: Facts, case: Case, target: str) -> list[str]:
     found = [*memory_violations(facts, case, target)]
     if case.dots:
         found += dot_violations(facts, target)
+        if facts.macs > facts.macs_needed and not case.bound_by_memory:
+            found.append(
+                f"tensor cores do {facts.macs / facts.macs_needed:.2f} × what is needed: warps repeat each other"
+            )
     elif case.dtype == "fp32":
         found += [
             f"{facts.mma[name]} {name} in an fp32 kernel: not IEEE arithmetic" for name in facts.mma if name != "FP32"
@@ -234,8 +238,6 @@ def dot_violations(facts: Facts, target: str) -> list[str]:
     found += [f"a dot of {operand} operands: it misses the bf16 and fp16 tensor cores" for operand in facts.wide_dots]
     others = [name for name in facts.mma if name not in wanted]
     found += [f"{name} where {'/'.join(wanted)} is due" for name in others]
-    if facts.macs > facts.macs_needed:
-        found.append(f"tensor cores do {facts.macs / facts.macs_needed:.2f} × what is needed: warps repeat each other")
     if target.startswith("sm_") and not facts.async_copies:
         found.append("no asynchronous copies (LDGSTS, UTMALDG): loads are not pipelined")
     return found

@@ -34,6 +34,7 @@ class Case:
         head_dim: the head width, 0 where the kernel has none. dtype: of the tensors, "bf16", "fp16" or "fp32".
         aligned: integer arguments that are multiples of 16, as the launcher would find; pointers always are.
         dots: the kernel has a bf16 or fp16 dot, which must reach the tensor cores.
+        bound_by_memory: its dots take less time than its loads, even where warps repeat each other.
         options: further compile options of Triton, e.g. {"maxnreg": 128}.
     """
 
@@ -47,6 +48,7 @@ class Case:
     dtype: str
     aligned: tuple[str, ...] = ()
     dots: bool = True
+    bound_by_memory: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
