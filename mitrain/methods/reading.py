@@ -40,3 +40,8 @@ class Reading(Adapter):
             self._passes.pop(thread, None)  # one within this one has perhaps
             if before is not None:
                 self._passes[thread] = before
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        with self.conditioned(None):
+            yield

@@ -136,9 +136,11 @@ class SegmentTask(Task):
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
-        """Mean and standard deviation of the frozen read-outs over the training expressions."""
+        """Mean and standard deviation of the read-outs over the training expressions, and of those that need files over
+        the samples."""
         rows = [self._ids(expression) for expression in sorted({s.expression for s in samples})[:2048]]
-        mean, scale = statistics(self.parts, self.config.readout, self.widths, rows)
+        own = lambda sample: self._ids(sample.expression)  # noqa: E731
+        mean, scale = statistics(self.parts, self.config.readout, self.widths, rows, samples, see, own)
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 

@@ -159,11 +159,14 @@ class Model:
         return self._batch(samples, given[share], files, features, present, views[share])
 
     def _dropped(self, draw: Draw) -> Inputs:
-        """A drawn sample's inputs but those that ``train.modality_dropout`` takes; one is left."""
+        """A drawn sample's inputs but those that ``train.modality_dropout`` takes; what masks are decoded from is left, and
+        one at least."""
         rate, inputs = self.config.train.modality_dropout, draw.sample.inputs
         if not rate or len(inputs) < 2:
             return inputs
-        kept = [name for name in inputs if draw.random.random() >= rate] or [draw.random.choice(list(inputs))]
+        seen = {e.config.input for e in self.encoders.values() if self.task.decodes and getattr(e.config, "levels", ())}
+        kept = [name for name in inputs if draw.random.random() >= rate or name in seen]
+        kept = kept or [draw.random.choice(list(inputs))]
         return {name: inputs[name] for name in kept}
 
     def evaluation_batch(

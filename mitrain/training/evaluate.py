@@ -95,7 +95,8 @@ def controlled(
     ``shuffles``: see `Task`; with ``files`` all samples of a file are given the same other one.
     """
     given = [s.inputs for s in samples]
-    own = [s.files for s in samples]
+    # What a second picture beside it shows does not make a scene another one.
+    own = [s.inputs.get("image", s.files) if shuffles == "expressions" else s.files for s in samples]
     objects = [s.object or s.id for s in samples]
     if control in ("none", "frozen"):
         return list(samples), given, {}

@@ -36,7 +36,7 @@ class TrainConfig(Section):
     one of the same task. ``group_by_length``: a batch holds samples of about as many tokens, so that less is padding.
     ``fraction``: of the training samples that are used, evenly spread. ``permute``: a negative control, which trains on
     labels (answers, texts, targets) exchanged among the samples and must end at chance. ``modality_dropout``: the
-    probability with which a training sample goes without each of its inputs, one at least left to it.
+    probability with which a training sample goes without each of its inputs; one at least is left, and what masks need.
     ``check_largest: auto`` tries a batch of the longest samples before the first step, where the run has 100 micro-batches
     or more. ``hang_minutes`` without a step print every thread's stack.
     """

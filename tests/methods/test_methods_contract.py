@@ -82,8 +82,8 @@ def test_switched_off_the_models_are_the_frozen_ones(name, values):
     """What baselines, trunks and the control without the method read, whatever was trained."""
     adapter, model, image = attached(name, values)
     scramble(adapter)
-    words, _ = inputs(adapter, model, image)
-    with torch.no_grad(), adapter.disabled():
+    words, picture = inputs(adapter, model, image)
+    with torch.no_grad(), adapter.conditioned(picture), adapter.disabled():
         found = whole(model, words), image(pixel_values=pixels()).last_hidden_state
         close(found[0][words.mask.bool()], whole(tiny("llama", torch.float64), words)[words.mask.bool()])
         close(found[1], dino()(pixel_values=pixels()).last_hidden_state)

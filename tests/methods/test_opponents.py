@@ -1,6 +1,7 @@
 """Gated cross-attention, perceptual weights, UniAdapter, LoRA beside MiT: each against its equations, by hand."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -226,6 +227,19 @@ def test_of_two_adapters_on_a_model_the_lora_of_the_one_that_acts_counts():
     with mitrain.using_adapter(model, None):
         assert torch.equal(model(ids).logits, frozen)
     assert not torch.allclose(model(ids).logits, second, atol=1e-3) and not torch.allclose(second, frozen, atol=1e-3)
+
+
+def test_lora_that_one_thread_switches_off_acts_in_the_others():
+    model, ids = tiny(), torch.tensor([[3, 4, 5, 6]])
+    frozen = model(ids).logits
+    adapter = mitrain.attach(model, MiTConfig(modalities={"image": 6}, layers=[1], lora_rank=2))
+    scramble(adapter)
+    acting = model(ids).logits
+    with adapter.disabled(), ThreadPoolExecutor(1) as pool:
+        with adapter.disabled():
+            pass
+        assert torch.equal(model(ids).logits, frozen) and not torch.allclose(acting, frozen, atol=1e-3)
+        assert torch.equal(pool.submit(lambda: model(ids).logits).result(), acting)
 
 
 @pytest.fixture(scope="module")

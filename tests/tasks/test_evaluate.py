@@ -106,6 +106,19 @@ def test_a_plain_evaluation_shows_each_sample_its_own_picture_in_batches_of_32()
     assert counts == [32, 32, 6] and handed == [pictures] * 3
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_scene_with_another_reference_beside_it_is_no_other_scene(seed):
+    """The control would show the decoder the true picture; without names nothing else keeps its expressions apart."""
+    both = [
+        replace(s, object="", expression=s.id, inputs={**s.inputs, "reference": f"{s.id}.png"}) for s in expressions()
+    ]
+    _, shown, _ = images_of(both, "expressions", "other-inputs", seed)
+    assert all(path != s.inputs["image"] for path, s in zip(shown, both, strict=True))
+    swapped, _, _ = images_of(both, "expressions", "shuffle", seed)
+    scenes = {s.expression: s.inputs["image"] for s in both}
+    assert all(scenes[new.expression] != s.inputs["image"] for new, s in zip(swapped, both, strict=True))
+
+
 @pytest.mark.parametrize("seed", [None, 0, 1, 5])
 @pytest.mark.parametrize("shuffles", ["samples", "files"])
 def test_a_control_is_drawn_from_the_seed_as_the_task_shuffles(seed, shuffles):

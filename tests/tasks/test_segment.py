@@ -1,10 +1,12 @@
 """The segment task: read-outs, standardisation, loss and predictions."""
 
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
 import torch
+from exported import make_config, make_world
 from folders import llm_folder
 from modalities import pictures
 from tiny import scramble
@@ -13,10 +15,12 @@ from mitrain import methods
 from mitrain.core.errors import ConfigError
 from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.hidden_states import TextStates
+from mitrain.data.loader import Draw
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
 from mitrain.tasks.base import Batch, Parts, Prediction
 from mitrain.tasks.segment import SegmentConfig, SegmentTask
+from mitrain.training.build import build
 
 GRID, PATCH, WIDTHS = 2, 14, [8, 8]
 SETTINGS = {"dim": 8, "heads": 2, "ffn": 16, "loss_size": 16}
@@ -124,6 +128,44 @@ def test_late_fusion_conditions_by_the_vector_itself(folder):
     assert found.shape == (3, 32 + 6) and torch.equal(found[:, 32:], own.inputs.features["image"])
     with pytest.raises(ConfigError, match=r"readout='sound' is neither"):
         make(folder, readout=["sound"])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("built"))
+
+
+@pytest.mark.parametrize(
+    ("name", "readout"), [("uniadapter", ["image"]), ("gated-xattn", ["image"]), ("mope", ["joint"])]
+)
+def test_read_outs_that_need_files_are_standardised_over_samples(world, name, readout):
+    config = make_config(world, "segment", {"name": name})
+    task = config.task.model_copy(update={"readout": ("mean", *readout)})
+    model = build(config.model_copy(update={"task": task, "cache": False}))
+    files = sorted((world / "data").rglob("*.png"))[:3]
+    shown = [replace(s, inputs={"image": f.name}) for s, f in zip(samples(), files, strict=True)]
+    features = model.features(files[0].parent, cached=False)
+    see = lambda part: model.evaluation_batch(part, [s.inputs for s in part], features)  # noqa: E731
+    model.train(False)
+    model.task.fit(shown, see)
+    with torch.no_grad():
+        found = model.task.condition([s.expression for s in shown], see(shown).inputs)
+    torch.testing.assert_close(found.mean(0), torch.zeros(found.shape[1]), atol=1e-3, rtol=0)
+    assert found.shape[1] > model.text.width and found.std(0, correction=0)[model.text.width :].max() > 0.9
+
+
+def test_modality_dropout_leaves_the_picture_that_masks_are_decoded_from(world):
+    config = make_config(world, "segment")
+    image = config.model.encoders["image"]
+    both = {"image": image, "reference": image.model_copy(update={"input": "reference", "levels": ()})}
+    changed = {
+        "model": config.model.model_copy(update={"encoders": both}),
+        "train": config.train.model_copy(update={"modality_dropout": 0.5}),
+    }
+    model = build(config.model_copy(update=changed), empty=True)
+    sample = replace(samples()[0], inputs={"image": "a.png", "reference": "b.png"})
+    kept = [set(model._dropped(Draw(sample, 0, Random(seed)))) for seed in range(50)]
+    assert all("image" in names for names in kept) and 10 < sum("reference" in names for names in kept) < 40
 
 
 def test_scores_are_told_by_kind(folder):

@@ -25,6 +25,7 @@ Given = Mapping["BoundFeatures", Condition | None]
 BOUND: ContextVar[Given] = ContextVar("bound", default=MappingProxyType({}))
 KEYWORDS: ContextVar[Given] = ContextVar("keywords", default=MappingProxyType({}))
 CHOSEN: ContextVar[Mapping[nn.Module, str | None]] = ContextVar("chosen", default=MappingProxyType({}))
+OFF: ContextVar[frozenset["BoundFeatures"]] = ContextVar("off", default=frozenset())
 DEFAULTS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 """The name of the adapter that acts, None for none: in a context, and where nothing is chosen there."""
 
@@ -70,8 +71,17 @@ class BoundFeatures(Adapter):
 
     @property
     def _acts(self) -> bool:
-        """Whether it is the one that acts in this context."""
-        return acting(self._backbones["text"]) is self
+        """Whether it is the one that acts in this context, and not `disabled` there."""
+        return self not in OFF.get() and acting(self._backbones["text"]) is self
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, in this thread or asyncio task, it does not act, whatever is bound."""
+        token = OFF.set(OFF.get() | {self})
+        try:
+            yield
+        finally:
+            OFF.reset(token)
 
     @contextlib.contextmanager
     def conditioned(self, inputs: ModalityInputs | None, copies: int = 1) -> Iterator[None]:
@@ -142,7 +152,7 @@ class BoundFeatures(Adapter):
                 "infused= was given to a model none of whose adapters acts here: choose one with mitrain.set_adapter or"
                 " mitrain.using_adapter"
             )
-        if "infused" in kwargs and self._acts:
+        if "infused" in kwargs and acting(self._backbones["text"]) is self:
             condition = make_condition(kwargs.pop("infused"), self.feature_widths)
             KEYWORDS.set({**KEYWORDS.get(), self: condition})
         return args, kwargs

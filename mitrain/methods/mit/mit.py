@@ -69,7 +69,6 @@ class MiT(BoundFeatures):
         self.infused = nn.ModuleDict()
         self.projections = nn.ModuleDict()
         self.lora: LowRank | None = None
-        self._disabled = False
         self._calls: dict[int, Call] = {}  # by thread
         self._decoder: Decoder | None = None
         self._checkpointing = False
@@ -154,15 +153,7 @@ class MiT(BoundFeatures):
             self.lora = LowRank(sizes, self.config.lora_rank, device=like.device, dtype=like.dtype)
         if self.lora.sizes != sizes:
             raise ModelError("this MiT was made for a model of other widths or depth: make a new one")
-        self.lora.place(modules, lambda: self._acts and not self._disabled, self._undo.callback)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        self._disabled = True
-        try:
-            yield
-        finally:
-            self._disabled = False
+        self.lora.place(modules, lambda: self._acts, self._undo.callback)
 
     def _switch_attention(self, decoder: Decoder) -> None:
         attention.register()
