@@ -19,7 +19,7 @@ from mitrain.compare import processes
 from mitrain.compare.cells import MATTERS, Cell, CellId, cell_ids, chosen, resolve
 from mitrain.compare.plots import plots
 from mitrain.compare.processes import STOPPED
-from mitrain.compare.search import kept_rows, searched, trial_count
+from mitrain.compare.search import searched, trial_count
 from mitrain.compare.study import Study
 from mitrain.compare.table import table
 from mitrain.core import parsing
@@ -106,8 +106,14 @@ def compare(
     ``seeds``: others than the study's; rows of seeds that were measured before stay. See `check` for failed cells.
     """
     limit_s = job.study.limit_s if limit_s is None else limit_s
-    trial = lambda trials: compare(trials, command, limit_s=limit_s, say=say, measure=measure)["rows"]  # noqa: E731
-    job = searched(job, chosen(job.study, only, seeds), trial)
+    named = {(cell_id.task, cell_id.method) for cell_id in chosen(job.study, only, seeds)}
+
+    def tried(trials: Job) -> Sequence[Row]:
+        if (*trials.study.tasks, *trials.study.methods) not in named:
+            return kept_rows(trials)
+        return compare(trials, command, limit_s=limit_s, say=say, measure=measure)["rows"]
+
+    job = searched(job, tried)
     wanted = [resolve(job.study, job.path, cell_id) for cell_id in left(job, only, seeds)]
     with file_lock(job.out / ".held"):
         put_aside(job.out, say)
@@ -125,7 +131,6 @@ def compare(
             time_taken = "measured already, for the same settings" if taken else f"{row['seconds']} s"
             say(f"[{number}/{len(wanted)}] {cell.id.name}: {outcome} ({time_taken})")
         draw(job, result, say)
-    named = {(cell_id.task, cell_id.method) for cell_id in chosen(job.study, only, seeds)}
     failed = sorted(" ".join(pair) for pair in job.undecided & named)
     return {**result, "no_trial": failed} if failed else result
 
@@ -151,6 +156,10 @@ def still_true(job: Job, say: Say) -> dict[str, Row]:
             pass
         say(f"damaged, no longer in the study, or measured for other settings: {row.get('task')} {row.get('method')}")
     return kept
+
+
+def kept_rows(job: Job) -> list[Row]:
+    return [*still_true(job, lambda _: None).values()]
 
 
 def finished(row: Row | None, cell: Cell, limit_s: float) -> bool:
@@ -292,7 +301,7 @@ def listed(
     An estimate is the median of measured cells of the same task and method, else of the task; else the limit.
     """
     limit_s = job.study.limit_s if limit_s is None else limit_s
-    job = searched(job, [], kept_rows)
+    job = searched(job, kept_rows)
     kept = {CellId.of(row).key(): row for row in job.kept}
     entries = [search_entry(job, pair, limit_s) for pair in sorted(job.undecided)]
     entries = [entry for entry in entries if CellId(entry["task"], entry["method"]).named_by(only)]

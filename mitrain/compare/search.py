@@ -7,13 +7,14 @@ and for longer. What is best after the last rung is laid over the method's setti
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from mitrain.compare.cells import CellId, cell_ids, resolve
+from mitrain.compare.cells import cell_ids, resolve
 from mitrain.compare.study import Also, Axis, Search, Study
+from mitrain.core import user_code
 from mitrain.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -22,20 +23,19 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Rows = Callable[["Job"], Sequence[Row]]
 """Of a job's cells: measured now, or as they were kept."""
+LEAST = ("mae", "_rank")  # how metrics end whose lowest value is the best, where no task says it
 
 
-def searched(job: "Job", measured: Collection[CellId], rows: Rows) -> "Job":
-    """The job with the settings that its search has chosen. ``rows`` are asked for the trials of the methods of the cells
-    ``measured``; those of others are taken as they were kept."""
+def searched(job: "Job", rows: Rows) -> "Job":
+    """The job with the settings that its search has chosen, by the ``rows`` of the trials of one method on one task."""
     search = job.study.search
     if search is None:
         return job
     found, also, undecided = [], [], set()
-    named = {(cell.task, cell.method) for cell in measured}
     for task, method in dict.fromkeys((cell.task, cell.method) for cell in cell_ids(job.study)):
         if method not in search.space:
             continue
-        best = halved(job, search, task, method, rows if (task, method) in named else kept_rows)
+        best = halved(job, search, task, method, rows)
         if best:
             found.append(best)
             also.append(Also(tasks=(task,), methods=(method,), set=best["set"]))
@@ -43,10 +43,6 @@ def searched(job: "Job", measured: Collection[CellId], rows: Rows) -> "Job":
             undecided.add((task, method))
     study = job.study.model_copy(update={"also": (*job.study.also, *also)})
     return replace(job, study=study, chosen=tuple(found), undecided=frozenset(undecided))
-
-
-def kept_rows(trials: "Job") -> Sequence[Row]:
-    return trials.kept
 
 
 def halved(job: "Job", search: Search, task: str, method: str, rows: Rows) -> Row | None:
@@ -75,7 +71,7 @@ def halved(job: "Job", search: Search, task: str, method: str, rows: Rows) -> Ro
 def grid(search: Search, method: str) -> dict[str, dict[str, Any]]:
     """The points that a method starts with, by their names; drawn from the search's seed where the grid has more."""
     keys, values = zip(*search.space[method].items(), strict=True)
-    points = list(itertools.product(*values))
+    points = list(itertools.product(*({str(value): value for value in several}.values() for several in values)))
     if len(points) > search.trials:
         points = Random(f"{search.seed} {method}").sample(points, search.trials)
     return {
@@ -104,7 +100,13 @@ def trials_of(study: Study, task: str, method: str, steps: int, points: Mapping[
 
 
 def lower_is_better(trials: "Job") -> bool:
-    """Of the task's own metric; what else a study names is taken for better where it is higher."""
+    """Of the task's own metric and of the user's it is what they say; what else a study names is judged by its name."""
     cell = resolve(trials.study, trials.path, cell_ids(trials.study)[0])
-    kind = TASKS[cell.config.task.section_name]
-    return kind.minimises and cell.part.metric in (None, kind.metric)
+    kind, own = TASKS[cell.config.task.section_name], getattr(cell.config.task, "metric", None)
+    first = getattr(kind, "metric", None)
+    known = dict.fromkeys((first, None), kind.minimises)
+    if own and (least := user_code.minimises(own)) is not None:
+        first = own.partition(":")[2]
+        known[first] = least
+    asked = cell.part.metric or first
+    return known[asked] if asked in known else asked.endswith(LEAST)

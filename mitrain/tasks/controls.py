@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -145,11 +145,11 @@ def other_expressions(
             naming[name].append(j)
     rng, count = np.random.default_rng(seed), len(targets)
 
-    @cache
-    def allowed_of_all(here: frozenset[str]) -> list[int]:
+    @lru_cache(256)  # each is as long as there are samples
+    def allowed_of_all(here: frozenset[str]) -> np.ndarray:
         allowed = np.ones(count, dtype=bool)
         allowed[[j for name in here for j in naming.get(name, ())]] = False
-        return np.flatnonzero(allowed).tolist()
+        return np.flatnonzero(allowed)
 
     index, clashes = np.zeros(count, dtype=np.int64), 0
     for scene, names_here in inside.items():
@@ -157,9 +157,13 @@ def other_expressions(
             raise DataError(f"all samples are of the scene {scene!r}: the other-expression control needs two scenes")
         here = frozenset(names_here | {""})  # none of this scene is allowed: its targets are named here
         drawn = () if count <= EXACT else rng.integers(count, size=TRIED).tolist()
-        pool = [j for j in drawn if named[j].isdisjoint(here)] or allowed_of_all(here)
-        clashes += 0 if pool else len(own[scene])
-        index[own[scene]] = rng.choice(pool or [j for j in range(count) if scenes[j] != scene], len(own[scene]))
+        pool: Sequence[int] | np.ndarray = [j for j in drawn if named[j].isdisjoint(here)]
+        if not len(pool):
+            pool = allowed_of_all(here)
+        if not len(pool):
+            clashes += len(own[scene])
+            pool = [j for j in range(count) if scenes[j] != scene]
+        index[own[scene]] = rng.choice(pool, len(own[scene]))
     return Pairing(index.tolist(), {"named": clashes})
 
 

@@ -150,8 +150,9 @@ class Setup:
             return self.train
         numbers = {i * len(self.train) // TOKENISED for i in range(TOKENISED)}
         if positions and getattr(task, "max_tokens", positions + 1) > positions:
-            spare = len(getattr(task, "template", "")) + getattr(task, "max_new_tokens", 0) + SPARE
-            numbers |= {i for i, size in enumerate(bytes_of(self.train)) if size + spare > positions}
+            turns = getattr(task, "chat", False) or getattr(task, "turn", "")  # each has words around it
+            spare = len(getattr(task, "template", "").encode()) + getattr(task, "max_new_tokens", 0) + SPARE
+            numbers |= {i for i, size in enumerate(bytes_of(self.train)) if turns or size + spare > positions}
         return take(self.train, sorted(numbers))
 
     @torch.no_grad()

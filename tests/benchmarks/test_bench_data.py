@@ -1,12 +1,14 @@
 """What many rows cost: every part is taken, and of many texts a part alone is tokenised before the first step."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import data
 from mitrain.core.errors import DataError
 from mitrain.data import columns
+from mitrain.data.formats.records import AnswerSample
 from mitrain.training import setup
 from mitrain.training.setup import Setup
 
@@ -41,3 +43,16 @@ def test_of_many_texts_some_are_tokenised_and_those_too_long_for_the_model(rows,
     task = config.task.model_copy(update={"max_tokens": 90})
     with pytest.raises(DataError, match="'row7'.* is longer than the model's 64"):
         Setup(config.model_copy(update={"task": task}), Path(), quiet=True)
+
+
+def test_of_conversations_all_texts_are_tokenised_as_each_turn_has_words_around_it(monkeypatch):
+    monkeypatch.setattr(setup, "TOKENISED", 2)
+    samples = [AnswerSample(str(i), {}, "hi", "ho") for i in range(8)]
+    text, states = SimpleNamespace(positions=64), SimpleNamespace(cached=False)
+    for chat, count in ((False, 2), (True, 8)):
+        task = SimpleNamespace(template="{prompt}", max_new_tokens=8, chat=chat)
+        run = SimpleNamespace(config=SimpleNamespace(task=task), train=samples)
+        run.model = SimpleNamespace(text=text, states=states)
+        assert len(Setup._looked_at(run)) == count
+        task.template = "ż" * 20 + "{prompt}"  # two bytes a letter
+        assert len(Setup._looked_at(run)) == 8

@@ -1,6 +1,7 @@
 """Settings chosen on val before a study's own cells are measured."""
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -34,11 +35,12 @@ class Bench:
         return {"status": OK, "seconds": 3, **NUMBERS, "value": value}
 
 
-def make(folder, **changes):
-    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+def make(folder, metric="accuracy", of=BASE["task"], **changes):
+    data = {"name": {"retrieve": "captions", "regress": "rated"}.get(of["name"], "labelled"), "root": "data"}
+    (folder / "base.yaml").write_text(yaml.safe_dump({**BASE, "task": of, "data": data}))
     search = {"space": SPACE, "rungs": [10, 20, 40], "trials": 8, "seed": 7, **changes}
     content = {**STUDY, "methods": {"mit": {}, "none": {"adapter": {"name": "none"}}}, "search": search}
-    content["tasks"] = {"label": {"config": "base.yaml", "metric": "accuracy", "split": "test"}}
+    content["tasks"] = {"label": {"config": "base.yaml", "metric": metric, "split": "test"}}
     (folder / "study.yaml").write_text(yaml.safe_dump(content))
     return Job(study.read(folder / "study.yaml"), folder / "study.yaml", folder / "out")
 
@@ -86,7 +88,7 @@ def test_an_interrupted_search_goes_on_and_a_finished_one_is_not_repeated(tmp_pa
 def test_a_method_whose_trials_all_fail_has_no_row_and_the_others_go_on(tmp_path):
     found = run(make(tmp_path), Bench(fails=True))
     assert {row["method"] for row in found["rows"]} == {"none"} and "search" not in found
-    assert found["missing"] == ["label-mit-seed0", "label-mit-seed1"]
+    assert found["missing"] == ["label-mit"]
     with pytest.raises(compare.CompareError, match="no trial of a round went through, .* for label mit: see"):
         compare.check(found)
 
@@ -95,7 +97,7 @@ def test_a_search_for_one_method_leaves_the_rows_of_the_others(tmp_path):
     job = make(tmp_path, space={**SPACE, "none": {"train.lr": [0.1, 0.2], "seed": [1, 2, 3, 4]}})
     some = run(job, Bench(), only=["mit"])
     assert {row["method"] for row in some["rows"]} == {"mit"}
-    assert some["missing"] == ["label-none-seed0", "label-none-seed1"]
+    assert some["missing"] == ["label-none"]
     both = run(job, Bench(), only=["none"])
     assert [row["method"] for row in both["rows"]] == ["mit", "mit", "none", "none"] and not both["missing"]
     assert [one["method"] for one in both["search"]] == ["mit", "none"]
@@ -134,3 +136,45 @@ def test_what_is_wrong_is_one_line(tmp_path, changes, words):
     with pytest.raises(ConfigError) as error:
         make(tmp_path, **changes)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "task", "best"),
+    [
+        ("i2t_median_rank", {"name": "retrieve"}, 0.1),
+        ("i2t_r1", {"name": "retrieve"}, 0.4),
+        ("mae", {"name": "regress", "metric": "scores:gap"}, 0.1),
+        (None, {"name": "classify", "metric": "scores:gap"}, 0.1),
+        ("accuracy", {"name": "classify", "metric": "scores:gap"}, 0.4),
+    ],
+)
+def test_of_what_is_best_where_it_is_least_the_least_is_chosen(tmp_path, monkeypatch, metric, task, best):
+    (tmp_path / "scores.py").write_text("def gap(samples, predictions):\n    return 0.0\ngap.minimises = True\n")
+    monkeypatch.setenv("MITRAIN_TRUST_CODE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "scores", raising=False)
+    job = make(tmp_path, metric=metric, of=task)
+    assert run(job, Bench(), only=["mit"])["search"][0]["set"]["train.lr"] == best
+
+
+def test_trials_of_a_study_that_was_changed_are_not_believed(tmp_path):
+    run(make(tmp_path), Bench())
+    changed = make(tmp_path, of={"name": "classify", "dropout": 0.5})
+    some = run(changed, Bench(), only=["none"])
+    assert "search" not in some and {row["method"] for row in some["rows"]} == {"none"}
+    assert compare.listed(changed, None, ())[0]["cell"] == "label-mit, search on val"
+
+
+def test_damaged_trials_are_not_believed(tmp_path):
+    job = make(tmp_path)
+    run(job, Bench())
+    path = tmp_path / "out" / "search" / "label-mit-40" / "results.json"
+    path.write_text(path.read_text().replace('"at"', '"place"'))
+    assert compare.listed(job, None, ())[0]["cell"] == "label-mit, search on val"
+
+
+def test_a_value_that_stands_twice_is_one_point(tmp_path):
+    job = make(tmp_path, space={"mit": {"train.lr": [0.1, 0.1, 0.1, 0.2]}}, trials=2, rungs=[10])
+    bench = Bench()
+    run(job, bench, only=["mit"])
+    assert [ask[3] for ask in bench.asked if ask[1] == "val"] == [0.1, 0.2]
