@@ -5,7 +5,7 @@ A score says something only beside them. What they are regularised by is chosen 
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 RIDGES = (0.1, 1.0, 10.0, 100.0)
 NEIGHBOURS = (1, 3, 5, 10, 20)
 STRENGTHS = tuple(10.0**power for power in (-3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
+PATIENCE = 2  # strengths in a row that are worse than one before end the search
 Predict = Callable[[np.ndarray], np.ndarray]
 
 
@@ -57,13 +58,17 @@ def answers_for_prompt(
     return list(fitted[strength].predict(asked)), strength
 
 
-def fit(x: np.ndarray, labels: Sequence[str], strength: float) -> "LogisticRegression":
+def fit(
+    x: np.ndarray, labels: Sequence[Any], strength: float, before: "LogisticRegression | None" = None
+) -> "LogisticRegression":
+    """A logistic regression, which goes on ``before`` where there is one."""
     from sklearn.exceptions import ConvergenceWarning  # a second to import, for baselines alone
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=strength, max_iter=500).fit(x, labels)
+        model = before or LogisticRegression(max_iter=500, warm_start=True)
+        return model.set_params(C=strength).fit(x, labels)
 
 
 def ridge_fit(x: np.ndarray, y: np.ndarray, strength: float) -> Predict:
@@ -154,14 +159,22 @@ def probe_labels(features: Sequence[np.ndarray], truths: Sequence[np.ndarray], m
     Args:
         features: of the training, validation and asked samples, each (n, e).
         truths: (n, C) bool of the training and validation samples. The regularisation with the least cross-entropy
-            over the classes on validation is taken. A class that all or no training samples have keeps its share.
+            over the classes on validation is taken; weaker ones are tried until `PATIENCE` in a row are worse. A class that
+            all or no training samples have keeps its share.
     """
     train, val, asked = features
     chances = chances_of_each if multilabel else chances_of_one
-    fitted = {strength: chances(train, truths[0], strength, (val, asked)) for strength in STRENGTHS}
-    if not len(val):
-        return fitted[1.0][1]
-    return fitted[min(STRENGTHS, key=lambda strength: (cross_entropy(fitted[strength][0], truths[1]), strength))][1]
+    best, chosen, worse = np.inf, 1.0, 0
+    seen = (seen for (seen,) in chances(train, truths[0], STRENGTHS, (val,))) if len(val) else ()
+    for strength, guess in zip(STRENGTHS, seen, strict=False):
+        loss = cross_entropy(guess, truths[1])
+        if loss < best:
+            best, chosen, worse = loss, strength, 0
+        elif (worse := worse + 1) == PATIENCE:
+            break
+    return next(chances(train, truths[0], (chosen,), (asked,)))[
+        0
+    ]  # anew: a fit that went on from another is not the same
 
 
 def cross_entropy(chances: np.ndarray, truth: np.ndarray) -> float:
@@ -169,23 +182,35 @@ def cross_entropy(chances: np.ndarray, truth: np.ndarray) -> float:
     return float(-np.where(truth, np.log(seen), np.log1p(-seen)).mean())
 
 
-def chances_of_one(x: np.ndarray, truth: np.ndarray, strength: float, asked: Sequence[np.ndarray]) -> list[np.ndarray]:
+Tables = Iterator[list[np.ndarray]]
+
+
+def chances_of_one(x: np.ndarray, truth: np.ndarray, strengths: Sequence[float], asked: Sequence[np.ndarray]) -> Tables:
+    """Of each of the rising ``strengths`` a table for each of ``asked``; a fit goes on from the one before."""
     labels = truth.argmax(1)
     if len(set(labels)) < 2:
-        return [np.tile(truth[:1].astype(float), (len(rows), 1)) for rows in asked]
-    model = fit(x, labels, strength)
-    tables = [np.zeros((len(rows), truth.shape[1])) for rows in asked]
-    for chances, rows in zip(tables, asked, strict=True):
-        if len(rows):
-            chances[:, model.classes_] = model.predict_proba(rows)
-    return tables
-
-
-def chances_of_each(x: np.ndarray, truth: np.ndarray, strength: float, asked: Sequence[np.ndarray]) -> list[np.ndarray]:
-    tables = [np.tile(truth.mean(0), (len(rows), 1)) for rows in asked]
-    for c in np.flatnonzero(truth.any(0) & ~truth.all(0)):
-        model = fit(x, truth[:, c], strength)
+        yield [np.tile(truth[:1].astype(float), (len(rows), 1)) for rows in asked]
+        return
+    model = None
+    for strength in strengths:
+        model = fit(x, labels, strength, model)
+        tables = [np.zeros((len(rows), truth.shape[1])) for rows in asked]
         for chances, rows in zip(tables, asked, strict=True):
             if len(rows):
-                chances[:, c] = model.predict_proba(rows)[:, 1]
-    return tables
+                chances[:, model.classes_] = model.predict_proba(rows)
+        yield tables
+
+
+def chances_of_each(
+    x: np.ndarray, truth: np.ndarray, strengths: Sequence[float], asked: Sequence[np.ndarray]
+) -> Tables:
+    """As `chances_of_one`, by a regression for each class."""
+    models: dict[int, LogisticRegression] = {}
+    for strength in strengths:
+        tables = [np.tile(truth.mean(0), (len(rows), 1)) for rows in asked]
+        for c in np.flatnonzero(truth.any(0) & ~truth.all(0)):
+            models[c] = fit(x, truth[:, c], strength, models.get(c))
+            for chances, rows in zip(tables, asked, strict=True):
+                if len(rows):
+                    chances[:, c] = models[c].predict_proba(rows)[:, 1]
+        yield tables

@@ -19,6 +19,7 @@ from mitrain.data.formats.labels import LabelSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
 from mitrain.models import TextBackbone
+from mitrain.tasks import probe
 from mitrain.tasks.base import Batch, Parts, Prediction, Splits
 from mitrain.tasks.classify import ClassifyConfig, ClassifyTask, class_weights
 from mitrain.tasks.label_metrics import label_metrics
@@ -267,6 +268,22 @@ def test_the_probe_of_labels_learns_separable_features(multilabel):
     metrics = label_metrics(truth[60:], found, multilabel)
     assert metrics["accuracy"] == 1.0 and found[:, 2].max() == 0
     assert probe_labels([parts[0], parts[1][:0], parts[2]], [truth[:40], truth[:0]], multilabel).shape == (30, 3)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_the_probe_says_what_that_of_all_strengths_says_and_leaves_those_far_above_the_best(multilabel, monkeypatch):
+    random = np.random.default_rng(3)
+    features = random.normal(size=(150, 20)).astype("f4")
+    truth = np.eye(3)[(features[:, :3] + 3 * random.normal(size=(150, 3))).argmax(1)] > 0
+    parts, truths = [features[:60], features[60:110], features[110:]], [truth[:60], truth[60:110]]
+    chances = probe.chances_of_each if multilabel else probe.chances_of_one
+    each = {c: next(chances(parts[0], truths[0], (c,), parts[1:])) for c in probe.STRENGTHS}
+    best = min(each, key=lambda c: probe.cross_entropy(each[c][0], truths[1]))
+    tried, fit = [], probe.fit
+    monkeypatch.setattr(probe, "fit", lambda x, y, c, *a: tried.append(c) or fit(x, y, c, *a))
+    assert np.array_equal(probe_labels(parts, truths, multilabel), each[best][1])
+    rising = list(dict.fromkeys(tried))
+    assert rising == list(probe.STRENGTHS[: probe.STRENGTHS.index(best) + 3]) != list(probe.STRENGTHS)
 
 
 def test_baselines_read_the_features_the_frozen_text_and_both(folder):
