@@ -1,5 +1,6 @@
 """Cached features equal uncached ones; statistics; bad images are skipped within a budget."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -85,6 +86,18 @@ def test_statistics_are_read_back_for_the_same_files_and_taken_of_others(world, 
     in_parts = features(world, None).all.moments(samples)["image"]
     torch.testing.assert_close(in_parts[0], whole[0])
     torch.testing.assert_close(in_parts[1], whole[1])
+
+
+def test_statistics_are_those_of_a_picture_that_was_replaced_and_of_the_encoders_that_there_are(world, tmp_path):
+    root = shutil.copytree(world[2], tmp_path / "data")
+    samples = [LabelSample(image, {"image": image}, "", ()) for image in IMAGES]
+    moments = lambda encoders, cache: Pictures(encoders, root, cache).all.moments(samples)["image"]  # noqa: E731
+    first = moments(world[0], tmp_path / "cache")
+    Image.new("RGB", (9, 7), (250, 3, 99)).save(root / IMAGES[0])
+    replaced, alone = moments(world[0], tmp_path / "cache"), moments(world[0][:1], tmp_path / "cache")
+    assert not torch.equal(replaced[0], first[0])
+    assert all(map(torch.equal, replaced, moments(world[0], None)))
+    assert all(map(torch.equal, alone, moments(world[0][:1], None)))
 
 
 def test_averaging_views(world, tmp_path):
