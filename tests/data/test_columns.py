@@ -144,6 +144,13 @@ def test_what_is_wrong_is_named_with_its_line_though_a_later_line_is_wrong_too(t
         read_labels(tmp_path / "rows.jsonl")
 
 
+def test_a_key_that_stands_twice_is_named_among_lines_that_are_right(tmp_path):
+    twice = '{"image": "a.png", "text": "t", "text": "u", "label": "x"}'
+    (tmp_path / "rows.jsonl").write_text("\n".join([GOOD, twice, GOOD]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: .*'text' stands twice"):
+        read_labels(tmp_path / "rows.jsonl")
+
+
 def test_an_object_over_two_lines_is_no_object_a_line(tmp_path):
     lines = [
         '{"image": "a.png", "label": "x"}, {"image": "b.png", "label": "x"}',
