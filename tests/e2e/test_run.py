@@ -309,7 +309,7 @@ def test_lists_name_licences_and_prepare_is_once(world, capsys):
             "games",
             "gimp-help",
         ),
-        *("tuxpaint-spoken", "object-scenes"),
+        *("tuxpaint-spoken", "object-scenes", "named-pictures"),
     }
     assert all(row["licence"] for row in models + data)
     first = as_json(capsys, "data", "prepare", "digits")["digits"]
