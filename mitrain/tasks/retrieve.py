@@ -182,8 +182,9 @@ class RetrieveTask(ReadTask):
 
     @torch.no_grad()
     def frozen_states(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, D · read-outs): the standardised states without infusion."""
-        parts = [self.states(texts[i : i + 32], None) for i in range(0, len(texts), 32)]
+        """(n, D · read-outs): the standardised states without the adapter."""
+        with self.parts.adapter.disabled():
+            parts = [self.states(texts[i : i + 32], None) for i in range(0, len(texts), 32)]
         return torch.cat(parts).double().cpu().numpy()
 
     def text_vectors(self, texts: Sequence[str], inputs: ModalityInputs | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from mitrain.core.errors import DataError, UserError
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
+from mitrain.methods.peft import LoRAConfig
 from mitrain.models import TextBackbone
 from mitrain.tasks import ranks
 from mitrain.tasks.base import Batch, Parts
@@ -64,6 +65,19 @@ def make(folder, **config):
     ).eval()
     task.fit(samples())
     return task
+
+
+def test_the_states_that_a_baseline_reads_are_those_of_the_model_without_what_was_trained(folder):
+    text = TextBackbone.load(folder, torch.float32)
+    lora = methods.build(LoRAConfig(), {"image": 5})
+    lora.attach({"text": text.model})
+    task = RetrieveTask(
+        RetrieveConfig(dim=8, matching=0), Parts(text, lora, TextStates(text, 0, None)), {"image": 5}
+    ).eval()
+    before = task.frozen_states(TEXTS)
+    scramble(lora)
+    assert not torch.equal(torch.from_numpy(before), task.states(TEXTS, None).double())
+    assert np.array_equal(task.frozen_states(TEXTS), before)
 
 
 # ranks
