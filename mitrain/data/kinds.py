@@ -38,15 +38,11 @@ def kind_of(content: bytes) -> str:
         if content.startswith(start):
             return kind
     if content[4:8] == b"ftyp":
-        return kind_of_box(content[8:12])
+        brand = content[8:12]
+        if brand in (b"avif", b"avis"):
+            return "an AVIF picture" if "AVIF" not in FORMATS else "a damaged AVIF picture"
+        return "a HEIC picture" if brand in HEIF_BRANDS else MEDIA
     return kind_of_text(content[:1024])
-
-
-def kind_of_box(brand: bytes) -> str:
-    """By the main brand of an ISO media file."""
-    if brand in (b"avif", b"avis"):
-        return "an AVIF picture" if "AVIF" not in FORMATS else "a damaged AVIF picture"
-    return "a HEIC picture" if brand in HEIF_BRANDS else MEDIA
 
 
 def kind_of_text(start: bytes) -> str:

@@ -63,12 +63,17 @@ def read_video(root: Path, relative: str, frames: int, limits: VideoLimits | Non
     limits = limits or VideoLimits()
     content, where = read_content(root, relative, "video")
     with opened(content, where, limits.streams) as container:
-        stream = next((s for s in container.streams.video if not is_cover(s)), None)
+        # a file of sound may hold its cover as a stream of pictures
+        covers = [s for s in container.streams.video if s.disposition.value & type(s.disposition).attached_pic.value]
+        stream = next((s for s in container.streams.video if s not in covers), None)
         if stream is None:
             raise DataError(f"{where} has no frames: replace it, or leave it out")
         if (context := stream.codec_context) is None:
             raise DataError(f"{where} is of a codec that is not known: convert it")
-        check_size(where, context, limits)
+        if context.width * context.height > limits.pixels:
+            raise DataError(
+                f"{where} has frames of {context.width} x {context.height} pixels, {limits.pixels} are allowed: scale it down"
+            )
         context.options = {"max_pixels": str(limits.pixels)}  # the size may change in the middle
         context.thread_count = 1
         packets = packets_of(container, stream, where, limits.seconds)
@@ -81,18 +86,6 @@ def read_video(root: Path, relative: str, frames: int, limits: VideoLimits | Non
     digest = hashlib.sha256(content).hexdigest()
     size = (taken[0].width * taken[0].height, round(1000 * (times[-1] - times[0])))
     return Video(digest=digest, stored_size=size, where=where, frames=taken, times=times)
-
-
-def is_cover(stream: Any) -> bool:
-    """Whether it is a picture that belongs to a file of sound."""
-    return bool(stream.disposition.value & type(stream.disposition).attached_pic.value)
-
-
-def check_size(where: str, context: Any, limits: VideoLimits) -> None:
-    if context.width * context.height > limits.pixels:
-        raise DataError(
-            f"{where} has frames of {context.width} x {context.height} pixels, {limits.pixels} are allowed: scale it down"
-        )
 
 
 def pick(context: Any, packets: Sequence[Any], count: int) -> list[Any]:

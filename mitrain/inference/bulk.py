@@ -58,7 +58,8 @@ def predict_rows(run: Run, table: Path, out: Path, generation: Mapping[str, Any]
     count = len(rows) + len(bad)
     if len({row.id for row in rows}) < len(rows):
         raise DataError(f"{str(table)!r} has an id twice: make ids unique")
-    model = ", ".join([run.config.name, f"step {run.saved.step}", trained_digest(run)])
+    trained = digest([frozen_digest(module) for module in run.model.trainable.values()])[:12]
+    model = f"{run.config.name}, step {run.saved.step}, {trained}"
     model += "".join(f", {name}={value}" for name, value in (generation or {}).items())
     done = kept(out, {row.id: row for row in rows}, model)
     left = [row for row in rows if row.id not in done]
@@ -157,8 +158,3 @@ def kept(out: Path, rows: dict[str, Row], model: str) -> set[str]:
     if len(whole) < len(content):
         os.truncate(out, len(whole))
     return done
-
-
-def trained_digest(run: Run) -> str:
-    """Twelve digits that tell what was trained."""
-    return digest([frozen_digest(module) for module in run.model.trainable.values()])[:12]

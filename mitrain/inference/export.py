@@ -70,7 +70,13 @@ def export(
     peft = export_format.peft_files(model.adapter, tensors["adapter"], {"text": base, "encoder": encoder})
     card = lambda contents: export_format.model_card(contents, licences(), alone)  # noqa: E731
     folder = export_format.publish(out, fields, tensors, card, peft)
-    tell_folders([base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["encoders"].values())])
+    models = [base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["encoders"].values())]
+    if local := [name for name in models if os.path.isdir(os.path.expanduser(name))]:
+        log.warning(
+            "the export names folders of this machine (%s): others give --base and --encoder (in"
+            " Python base=, encoders=)",
+            ", ".join(local),
+        )
     return {
         "folder": str(folder),
         "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()),
@@ -100,16 +106,6 @@ def run_part(
         best=saved.best,
         metrics=metrics,
     )
-
-
-def tell_folders(models: Sequence[str]) -> None:
-    """A line about the ``models`` that an export can only name by their folders on this machine."""
-    if local := [name for name in models if os.path.isdir(os.path.expanduser(name))]:
-        log.warning(
-            "the export names folders of this machine (%s): others give --base and --encoder (in"
-            " Python base=, encoders=)",
-            ", ".join(local),
-        )
 
 
 def encoder_part(encoder: Encoder) -> EncoderPart:

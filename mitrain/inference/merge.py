@@ -41,7 +41,13 @@ def export_merged(run_dir: str | Path, out: str | Path, which: str = "best") -> 
     try:
         with atomic_folder(out) as work:
             write_models(model, changed, work)
-            save_file(head_tensors(model), work / "head.safetensors", metadata={"format": "pt"})
+            parts: dict[str, nn.Module] = {"head": model.task, "features": model.norm}
+            head = {
+                f"{part}.{name}": tensor.detach().cpu().clone().contiguous()
+                for part, module in parts.items()
+                for name, tensor in module.state_dict().items()
+            }
+            save_file(head, work / "head.safetensors", metadata={"format": "pt"})
             write_json(work / "merged.json", contents)
     except OSError as error:
         raise CheckpointError(
@@ -76,13 +82,3 @@ def write(model: PreTrainedModel, folder: Path, part: str = "") -> None:
     named = {f"{part}.{name}": tensor for name, tensor in model.state_dict().items()} if part else None
     with loading.quiet():
         model.save_pretrained(folder, state_dict=named)
-
-
-def head_tensors(model: Model) -> dict[str, Any]:
-    """head.* and features.*, each a tensor of its own."""
-    parts: dict[str, nn.Module] = {"head": model.task, "features": model.norm}
-    return {
-        f"{part}.{name}": tensor.detach().cpu().clone().contiguous()
-        for part, module in parts.items()
-        for name, tensor in module.state_dict().items()
-    }

@@ -63,10 +63,12 @@ def report(
             own.pop("figure", None)
             for label, values in own.items():
                 rows[split, label].append({**values, "run": Path(folder).name, "seed": run.config.seed})
+    limited = f" --samples {samples}" if samples else ""
+    command = f"mitrain report {' '.join(Path(f).name for f in folders)} --splits {','.join(splits)}{limited}"
     results = {
         "columns": task[0],
         "metric": task[1],
-        "made": provenance(folders, splits, samples),
+        "made": {"command": command, **made_with(("torch", "transformers"))},
         "rows": [row(s, label, metrics) for name in splits for (s, label), metrics in rows.items() if s == name],
     }
     results["markdown"] = table(results)
@@ -194,13 +196,6 @@ def cell(r: dict[str, Any], key: str) -> str:
         return "–"
     spread = f" ± {r['spread'][key]:.3f}" if r["seeds"] > 1 else ""
     return f"{r['mean'][key]:.3f}{spread}"
-
-
-def provenance(folders: Sequence[str], splits: Sequence[str], samples: int | None) -> dict[str, Any]:
-    """Command, date, commit and versions: what a committed table needs to be made again."""
-    limited = f" --samples {samples}" if samples else ""
-    command = f"mitrain report {' '.join(Path(f).name for f in folders)} --splits {','.join(splits)}{limited}"
-    return {"command": command, **made_with(("torch", "transformers"))}
 
 
 def figure(run: Run, files: Features, samples: Sequence[Any], evaluation: Evaluation, count: int) -> bytes:

@@ -150,7 +150,8 @@ def score_run(
     gone = dict.fromkeys(without, 1.0)
     evaluation = score_split(run, chosen, files, control, generate, seed, without=gone, shuffled=shuffled)
     if out is not None and dist.is_main():
-        write_predictions(Path(out), evaluation.predictions)
+        lines = [{"id": p.id, **p.inputs, **values_of(p)} for p in evaluation.predictions]
+        write_atomic(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     beside: dict[str, Any] = {"generation": dict(generation)} if generation else {}
     beside |= {"baselines": baselines_of(run, split, chosen, files)} if baselines else {}
     if details:
@@ -254,7 +255,9 @@ def ask_all(
         try:
             glance.words(one.text, one.candidates)
             check_asked(one.files, one.text, run.config.data, run.model.task.reads_no_text)
-            if one.turns and not converses(run):
+            # what was said before is read by task.turn, or from lines of text as training had them
+            converses = getattr(run.model.task.config, "turn", "") or isinstance(run.config.data, ConversationsConfig)
+            if one.turns and not converses:
                 raise ConfigError(
                     "this run was trained on single questions, without a chat template or task.turn for what was said"
                     " before: ask one question"
@@ -289,11 +292,6 @@ def ask_all(
             recall(run)
         found |= answered(run.model.task, questions, see)
     return [found[i] for i in range(len(asked))]
-
-
-def converses(run: Run) -> bool:
-    """Whether there is a way for what was said before a question: task.turn, or lines of text as training had them."""
-    return bool(getattr(run.model.task.config, "turn", "")) or isinstance(run.config.data, ConversationsConfig)
 
 
 def answered(
@@ -346,12 +344,6 @@ def values_of(answer: Answer | Prediction) -> dict[str, Any]:
     if answer.mask is None:
         return answer.values
     return {**answer.values, "mask": encode_mask(answer.mask)}
-
-
-def write_predictions(out: Path, predictions: Sequence[Prediction]) -> None:
-    """A line for each prediction of a split: its id, its files, what the task says of it."""
-    lines = [{"id": p.id, **p.inputs, **values_of(p)} for p in predictions]
-    write_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[dict[str, Any], str]:

@@ -44,11 +44,12 @@ def page(folder: Path, scored: Sequence[str] = ()) -> tuple[str, str]:
     except MissingExtraError as error:
         log.warning("%s has no curves: %s", NAME, error)
     made = made_with(("mitrain", "torch", "transformers"))
+    inline = svg[svg.index("<svg") :] if svg else ""  # without its XML head, which has no place inside of HTML
     values = {
         "title": escape(folder.absolute().name),
         "subtitle": escape(f"{run['task']} with {run['method']}, {run['state']}"),
         "facts": facts(run, metric),
-        "sections": "\n".join(filter(None, [section("Training", inline(svg)), *(scored or [of_val(folder)])])),
+        "sections": "\n".join(filter(None, [section("Training", inline), *(scored or [of_val(folder)])])),
         "configuration": escape((folder / "config.yaml").read_text("utf-8")),
         "footer": escape(", ".join(f"{name} {value}" for name, value in (made.pop("versions") | made).items())),
     }
@@ -58,11 +59,6 @@ def page(folder: Path, scored: Sequence[str] = ()) -> tuple[str, str]:
 
 def section(title: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
-
-
-def inline(svg: str) -> str:
-    """The SVG without its XML head, which has no place inside of HTML."""
-    return svg[svg.index("<svg") :] if svg else ""
 
 
 def facts(run: Mapping[str, Any], metric: str) -> str:

@@ -170,7 +170,14 @@ class IA3(Injected):
 
     def peft_config(self, names: list[str], model: nn.Module) -> Any:
         feed_forward = [name for name in names if kind_of(within_layer(name)) == "mlp"]
-        last = last_of_each_layer(model, feed_forward)
+        # of a layer's feed-forward projections, the one that gives the hidden width back
+        width = model.config.get_text_config().hidden_size
+        widths = {
+            name: module.nf if isinstance(module, Conv1D) else module.out_features
+            for name in feed_forward
+            for module in [model.get_submodule(name)]
+        }
+        last = {name for name, out in widths.items() if out == width}
         kept = [name for name in names if name not in feed_forward or name in last]
         return library().IA3Config(target_modules=kept, feedforward_modules=sorted(last))
 
@@ -279,14 +286,3 @@ def within_layer(name: str) -> str:
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
     return ".".join(parts[number + 1 :])
-
-
-def last_of_each_layer(model: nn.Module, names: list[str]) -> set[str]:
-    """Of feed-forward projections the one that gives the hidden width back, per layer."""
-    width = model.config.get_text_config().hidden_size
-    widths = {
-        name: module.nf if isinstance(module, Conv1D) else module.out_features
-        for name in names
-        for module in [model.get_submodule(name)]
-    }
-    return {name for name, out in widths.items() if out == width}

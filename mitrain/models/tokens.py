@@ -49,7 +49,10 @@ class Tokens:
         whole = "".join(pieces)
         if len(self.control.findall(whole)) == len(pieces) // 2:
             return self._encoded(whole)
-        parts = [self._encoded(p, True) if i % 2 == 0 else self._id(p) for i, p in enumerate(pieces)]
+        parts = [
+            self._encoded(p, True) if i % 2 == 0 else [self.tokenizer.convert_tokens_to_ids(p)]
+            for i, p in enumerate(pieces)
+        ]
         return [token for part in parts for token in part]
 
     def prompt(self, text: Words, frame: Sequence[str] = WHOLE) -> list[int]:
@@ -76,9 +79,6 @@ class Tokens:
 
     def _encoded(self, text: str, plain: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-
-    def _id(self, token: str) -> list[int]:
-        return [self.tokenizer.convert_tokens_to_ids(token)]
 
 
 def shared_start(one: Sequence[int], other: Sequence[int]) -> int:

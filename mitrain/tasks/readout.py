@@ -31,7 +31,8 @@ def runs_text(names: Iterable[str]) -> bool:
 def width_of(parts: Parts, name: str, widths: Mapping[str, int]) -> int:
     """Width of the read-out ``name``; ``widths``: of each modality's feature. ConfigError where there is none."""
     if name in widths:
-        return vector_widths(parts, widths)[name]
+        changed = parts.adapter.attachment.encoder_width
+        return {**widths, **({next(iter(widths)): changed} if changed else {})}[name]
     if name not in (*STATES, "embeddings", "joint"):
         known = ", ".join((*STATES, "embeddings", "joint", *widths))
         raise ConfigError(f"task.readout={name!r} is neither a state nor a modality: choose of {known}")
@@ -40,12 +41,6 @@ def width_of(parts: Parts, name: str, widths: Mapping[str, int]) -> int:
             f"task.readout: the method {parts.adapter.traits.name!r} has no joint state: read last, mean, cls or a modality"
         )
     return parts.adapter.attachment.joint_width if name == "joint" else parts.text.width
-
-
-def vector_widths(parts: Parts, widths: Mapping[str, int]) -> dict[str, int]:
-    """The widths of the modalities' vectors: of their features, or of what a changed encoder gives, the first one's."""
-    changed = parts.adapter.attachment.encoder_width
-    return {**widths, **({next(iter(widths)): changed} if changed else {})}
 
 
 def read_out(

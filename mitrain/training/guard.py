@@ -159,11 +159,9 @@ class Interruptible(Handlers):
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         before, self._heard = self._heard, time.monotonic()
         if self._heard - before > AGAIN_S:
-            raise self._noted(Interrupted(number))
-
-    def _noted(self, error: Interrupted) -> Interrupted:
-        self._raised = weakref.ref(error)  # dead as soon as nobody handles it
-        return error
+            error = Interrupted(number)
+            self._raised = weakref.ref(error)  # dead as soon as nobody handles it
+            raise error
 
     def _watch(self) -> None:
         with open(self._read, "rb", buffering=0) as signals:

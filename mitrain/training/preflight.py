@@ -109,7 +109,17 @@ def check_memory(trainer: Any) -> None:
             raise
         short = table(trainer, before, len(draws[share]), tokens)
     if short is not None:
-        print(as_text(short), file=sys.stderr)
+        names = ("frozen_weights", "trained_weights", "gradients", "optimizer", "in_use_before", "there")
+        words = (
+            "frozen weights",
+            "trained weights",
+            "their gradients",
+            "optimizer's states",
+            "in use before the batch",
+            "memory there is",
+        )
+        lines = [f"  {word:<24}{size(short[name]):>12}" for name, word in zip(names, words, strict=True)]
+        print("\n".join([f"rank {dist.rank()} ran out of memory in the largest batch:", *lines]), file=sys.stderr)
     if short := dist.first_not_none(short):
         raise OutOfMemory(
             f"out of memory in the largest batch ({short['samples']} samples of up to {short['tokens']} tokens on a"
@@ -189,20 +199,6 @@ def memory_there() -> int:
             found.append(int(Path(path).read_text()))
     bound = resource.getrlimit(resource.RLIMIT_AS)[0]
     return min(found + ([bound] if bound != resource.RLIM_INFINITY else []))
-
-
-def as_text(short: Mapping[str, int]) -> str:
-    names = ("frozen_weights", "trained_weights", "gradients", "optimizer", "in_use_before", "there")
-    words = (
-        "frozen weights",
-        "trained weights",
-        "their gradients",
-        "optimizer's states",
-        "in use before the batch",
-        "memory there is",
-    )
-    lines = [f"  {word:<24}{size(short[name]):>12}" for name, word in zip(names, words, strict=True)]
-    return "\n".join([f"rank {dist.rank()} ran out of memory in the largest batch:", *lines])
 
 
 def size(count: float) -> str:

@@ -2,7 +2,7 @@
 
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,19 @@ def begin(
     config = schema.config.parse(schema.RunConfig, values)
     counts = {split: len(config.data.read(found.root, split)) for split in config.data.split_names(found.root)}
     values["train"] = training(counts["train"]) | ({"head_lr": 3e-3} if found.task == "segment" else {})
-    write_atomic(out, commented(values, found, table))
+    shown = [
+        f"# A run of the task {found.task} on {table.name}, written by mitrain init on {datetime.date.today()}.",
+        "# Every setting there is: mitrain config --keys",
+    ]
+    path: list[tuple[int, str]] = []
+    for line in parsing.dump_yaml(dict(values)).splitlines():
+        indent, key = len(line) - len(line.lstrip()), line.strip().partition(":")[0]
+        path = [*[(at, name) for at, name in path if at < indent], (indent, key)]
+        top = path[0][1]
+        kind = f"{top}[{values[top]['name']}]" if top in ("adapter", "task", "data") else top
+        meaning = settings.meaning_of(".".join([kind, *(name for _, name in path[1:])]))
+        shown.append(f"{line:34s} # {meaning}" if meaning and not line.endswith(":") else line)
+    write_atomic(out, "\n".join(shown) + "\n")
     schema.load(out)
     return {
         "config": str(out),
@@ -91,7 +103,10 @@ def values_of(
     columns = renamed | {field: name for field, name in found.fields.items() if field != name}
     data: dict[str, Any] = {"name": found.format or FORMATS[found.task], "root": relative(found.root)}
     if table.is_dir():
-        data |= {"name": "folders", **folders_of(table)}
+        parted = (table / "train").is_dir()
+        own = {split: split for split in SPLITS if (table / split).is_dir()} if parted else {"train": "."}
+        drawn = {} if "val" in own else {f"{split}_share": 0.1 for split in SPLITS[1:] if split not in own}
+        data |= {"name": "folders", "splits": own, **drawn}
     elif found.task == "segment":
         data |= splits_of(table, found.root) | found.fields
         ours["image"] = seeing(encoders.get("image"))
@@ -104,7 +119,8 @@ def values_of(
         task["readout"] = ["last", *ours]
     if found.format == "conversations" and not llm:
         task["chat"] = True  # the models taken by default are instruct models, with a chat template
-    values = {"name": schema_name(out.stem), "model": {"llm": llm or available(LLM), "encoders": ours}}
+    kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in out.stem if c.isascii()).lstrip("._-")
+    values = {"name": kept[:64] or "run", "model": {"llm": llm or available(LLM), "encoders": ours}}
     return values | {"adapter": {"name": "mit"}, "task": task, "data": data}, data
 
 
@@ -120,7 +136,7 @@ def modality_names(inputs: Mapping[str, str]) -> dict[str, str]:
 
 def encoder(name: str, kind: str, given: str | None, found: Guess, column: str) -> Any:
     if kind == "features":
-        return {"takes": "features", "width": width_of(found, column)}
+        return {"takes": "features", "width": int(read_array(found.root, found.first[column]).values.shape[-1])}
     model = given or available(ENCODERS[kind])
     return model if name == kind else {"name": model, "takes": kind}
 
@@ -129,21 +145,11 @@ def seeing(given: str | None) -> dict[str, Any]:
     """An image encoder three of whose layers the decoder sees: the top and what lies a third and two thirds below it."""
     levels = LEVELS
     if given:
-        depth = depth_of(given)
+        config = loading.read_config(resolve_model(given), "image encoder")
+        depth = int(getattr(config, "vision_config", config).num_hidden_layers)
         levels = sorted({depth, max(1, 2 * depth // 3), max(1, depth // 3)}, reverse=True)
     name = given or available(ENCODERS["image"])
     return {"name": name, "layer": levels[0], "pool": "cls+mean", "levels": levels}
-
-
-def depth_of(encoder: str) -> int:
-    """How many layers an image encoder has."""
-    config = loading.read_config(resolve_model(encoder), "image encoder")
-    return int(getattr(config, "vision_config", config).num_hidden_layers)
-
-
-def width_of(found: Guess, column: str) -> int:
-    """The width of the arrays in a column: that of the first."""
-    return int(read_array(found.root, found.first[column]).values.shape[-1])
 
 
 def available(names: tuple[str, str]) -> str:
@@ -163,13 +169,6 @@ def splits_of(table: Path, root: Path) -> dict[str, Any]:
     return {"splits": {split: seen_from(root, path) for split, path in own.items()}, **shares}
 
 
-def folders_of(top: Path) -> dict[str, Any]:
-    """The splits' folders: those called so, else shares of the one there is."""
-    own = {split: split for split in SPLITS if (top / split).is_dir()} if (top / "train").is_dir() else {"train": "."}
-    drawn = {} if "val" in own else {f"{split}_share": 0.1 for split in SPLITS[1:] if split not in own}
-    return {"splits": own, **drawn}
-
-
 def seen_from(root: Path, path: Path) -> str:
     """The file's path from the folder ``root``, which may be a link."""
     beside = os.path.relpath(path, root)
@@ -182,40 +181,8 @@ def relative(folder: Path) -> str:
     return str(folder.resolve()) if path.startswith("..") else path
 
 
-def schema_name(stem: str) -> str:
-    kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem if c.isascii()).lstrip("._-")
-    return kept[:64] or "run"
-
-
 def training(samples: int) -> dict[str, Any]:
     """More epochs of few samples, so that there are some hundred steps."""
     batch = max(1, min(BATCH, samples // 4))
     epochs = min(MOST, max(FEWEST, STEPS * batch // max(1, samples)))
     return {"epochs": epochs, "batch": batch, "lr": 5e-4, "schedule": {"name": "cosine", "warmup": 0.1}}
-
-
-def commented(values: Mapping[str, Any], found: Guess, table: Path) -> str:
-    """The configuration as YAML with what each setting means beside it."""
-    lines = [
-        f"# A run of the task {found.task} on {table.name}, written by mitrain init on {datetime.date.today()}.",
-        "# Every setting there is: mitrain config --keys",
-    ]
-    for text in parsing.dump_yaml(dict(values)).splitlines():
-        lines.append(text)
-    return "\n".join(annotated(lines, values)) + "\n"
-
-
-def annotated(lines: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """The lines, each that sets something with its meaning as far as one is known."""
-    path: list[tuple[int, str]] = []
-    shown = []
-    for line in lines:
-        indent, key = len(line) - len(line.lstrip()), line.strip().partition(":")[0]
-        if not line.startswith("#"):
-            path = [*[(at, name) for at, name in path if at < indent], (indent, key)]
-            top = path[0][1]
-            kind = f"{top}[{values[top]['name']}]" if top in ("adapter", "task", "data") else top
-            meaning = settings.meaning_of(".".join([kind, *(name for _, name in path[1:])]))
-            line = f"{line:34s} # {meaning}" if meaning and not line.endswith(":") else line
-        shown.append(line)
-    return shown

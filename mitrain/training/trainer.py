@@ -126,7 +126,16 @@ class Trainer(Setup):
                 heart.beat()
                 state.beat(step, span.steps)
                 self.skips.record(step, result.reason, self.saved)
-                self._log(metrics, step, result, seconds)
+                metrics.step(
+                    step,
+                    loss=result.loss,
+                    lr=result.lr,
+                    grad_norm=result.grad_norm,
+                    samples=self.config.train.batch * self.config.train.accumulate,
+                    tokens=self.tokens,
+                    seconds=seconds,
+                    skipped=result.reason,
+                )
                 self.pace.report(step)
                 last = step == span.steps
                 if last and not self.engine.applied:
@@ -157,18 +166,6 @@ class Trainer(Setup):
         given = (self.config.telemetry, self.config.wandb, self.folder, self.config.to_dict())
         board = Trackers(*given, step, lambda: stop.requested)
         return Metrics(self.folder / "metrics.jsonl", self.span.steps, console, train.log_every, step, board)
-
-    def _log(self, metrics: Metrics | NoMetrics, step: int, result: StepResult, seconds: float) -> None:
-        metrics.step(
-            step,
-            loss=result.loss,
-            lr=result.lr,
-            grad_norm=result.grad_norm,
-            samples=self.config.train.batch * self.config.train.accumulate,
-            tokens=self.tokens,
-            seconds=seconds,
-            skipped=result.reason,
-        )
 
     def _step(self) -> tuple[StepResult, float]:
         start = time.perf_counter()

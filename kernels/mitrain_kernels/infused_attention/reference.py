@@ -118,8 +118,16 @@ def check(call: Call) -> None:
         raise ValueError(f"window={call.window} shows no key: give at least 1, or None")
     check_packing(call)
     check_maps(call)
-    check_masks(call)
-    check_state(call)
+    keys = (len(call.k), call.k.shape[2])
+    padding, mask = call.key_padding, call.mask
+    if padding is not None and (tuple(padding.shape) != keys or padding.dtype != torch.bool):
+        raise ValueError(f"key_padding must be (B, Tk) = {keys} bool, but is {tuple(padding.shape)} {padding.dtype}")
+    if mask is not None and (mask.ndim != 4 or tuple(mask.shape[2:]) != (call.q.shape[2], keys[1])):
+        raise ValueError(f"mask must be (B or 1, 1, Tq, Tk) bool or additive, but is {tuple(mask.shape)}")
+    if (call.state_in is not None or call.return_state) and call.gate != "prefix":
+        raise ValueError(f"the gate {call.gate!r} has no state to decode with: use the gate 'prefix'")
+    if call.state_in is not None and call.state_in.count.shape[-1] != 1:
+        raise ValueError("state_in must be the sums of one token: give state.last()")
 
 
 def check_packing(call: Call) -> None:
@@ -152,22 +160,6 @@ def check_maps(call: Call) -> None:
         raise ValueError(f"present must be (M, B) = {shape[:2]} bool, but is {tuple(call.present.shape)}")
     if isinstance(call.base, Tensor) and tuple(call.base.shape) != (batch,):
         raise ValueError(f"base must be 0, 1 or (B,) = {(batch,)}, but is {tuple(call.base.shape)}")
-
-
-def check_masks(call: Call) -> None:
-    keys = (len(call.k), call.k.shape[2])
-    padding, mask = call.key_padding, call.mask
-    if padding is not None and (tuple(padding.shape) != keys or padding.dtype != torch.bool):
-        raise ValueError(f"key_padding must be (B, Tk) = {keys} bool, but is {tuple(padding.shape)} {padding.dtype}")
-    if mask is not None and (mask.ndim != 4 or tuple(mask.shape[2:]) != (call.q.shape[2], keys[1])):
-        raise ValueError(f"mask must be (B or 1, 1, Tq, Tk) bool or additive, but is {tuple(mask.shape)}")
-
-
-def check_state(call: Call) -> None:
-    if (call.state_in is not None or call.return_state) and call.gate != "prefix":
-        raise ValueError(f"the gate {call.gate!r} has no state to decode with: use the gate 'prefix'")
-    if call.state_in is not None and call.state_in.count.shape[-1] != 1:
-        raise ValueError("state_in must be the sums of one token: give state.last()")
 
 
 def infused_attention_reference(*tensors: Tensor, **options: object) -> Tensor:

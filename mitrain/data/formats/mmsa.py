@@ -73,7 +73,12 @@ def read_features(root: Path, file: str, split: str, inputs: Sequence[str], labe
     Clips of one video are of one object. Raises DataError naming file, split and clip.
     """
     path, name = Path(root) / file, PARTS.get(split, split)
-    part = part_of(path, name)
+    tree = tree_of(path)
+    if not isinstance(tree.get(name), dict):
+        raise DataError(
+            f"{str(path)!r} has no part {name!r}, only {', '.join(map(str, tree))[:80]}: choose another split"
+        )
+    part = tree[name]
     where = f"{path}: {name}"
     ids, texts = texts_in(part, "id", where), texts_in(part, "raw_text", where)
     kinds = texts_in(part, "annotations", where) if "annotations" in part else [""] * len(ids)
@@ -108,15 +113,6 @@ def tree_of(path: Path) -> dict[str, Any]:
         raise DataError(f"{str(path)!r} {error}: get the original file") from None
     except OSError as error:
         raise DataError(f"cannot read {str(path)!r} ({error}): put the file there") from None
-
-
-def part_of(path: Path, name: str) -> dict[str, Any]:
-    tree = tree_of(path)
-    if not isinstance(tree.get(name), dict):
-        raise DataError(
-            f"{str(path)!r} has no part {name!r}, only {', '.join(map(str, tree))[:80]}: choose another split"
-        )
-    return tree[name]
 
 
 def value_of(part: dict[str, Any], key: str, where: str) -> Any:

@@ -44,7 +44,13 @@ def rows_of_shard(
                 elif extension in texts:
                     new = {texts[extension]: text_at(file, offset, size, where)}
                 elif extension == "json":
-                    new = object_in(text_at(file, offset, size, where), where)
+                    try:
+                        value = parsing.parse_json(text_at(file, offset, size, where))
+                    except parsing.Unreadable as error:
+                        raise DataError(f"{where}: {error}: correct it") from None
+                    if not isinstance(value, dict):
+                        raise DataError(f"{where}: a {type(value).__name__} instead of an object: write {{...}}")
+                    new = value
                 if twice := [name for name in new if name in cells]:
                     raise DataError(f"{where}: gives {twice[0][:60]!r} a second time: leave one out")
                 cells |= new
@@ -89,13 +95,3 @@ def text_at(file: BinaryIO, offset: int, size: int, where: str) -> str:
         return file.read(size).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: is no text in UTF-8 (byte {error.start}): convert it") from None
-
-
-def object_in(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = parsing.parse_json(text)
-    except parsing.Unreadable as error:
-        raise DataError(f"{where}: {error}: correct it") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a {type(value).__name__} instead of an object: write {{...}}")
-    return value

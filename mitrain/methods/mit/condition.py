@@ -93,7 +93,12 @@ def make_condition(
         tensor, mask = value if isinstance(value, tuple | list) and len(value) == 2 else (value, None)
         checked[name] = check_feature(name, tensor, widths[name])
         if mask is not None:
-            present[name] = check_present(name, mask, checked[name])
+            feature = checked[name]
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != feature.shape[:1]:
+                raise ModelError(
+                    f"the presence mask of {name!r} must be a bool tensor of shape ({len(feature)},), True where it is there"
+                )
+            present[name] = mask.to(feature.device)
             checked[name] = checked[name].masked_fill(~present[name][:, None], 0)
     sizes = {name: len(x) for name, x in checked.items()}
     if len(set(sizes.values())) > 1:
@@ -111,11 +116,3 @@ def check_feature(name: str, tensor: object, width: int) -> Tensor:
             f"or set modalities.{name} to the width of your encoder's features"
         )
     return tensor
-
-
-def check_present(name: str, mask: object, feature: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != feature.shape[:1]:
-        raise ModelError(
-            f"the presence mask of {name!r} must be a bool tensor of shape ({len(feature)},), True where it is there"
-        )
-    return mask.to(feature.device)

@@ -62,7 +62,11 @@ def infusion_point(decoder: Decoder, index: int, ffn: bool) -> InfusionPoint:
     attention = layouts.attention_of(layer)
     if attention is None:
         raise ModelError(f"{where} has no softmax attention ({', '.join(layouts.ATTENTIONS)}): choose other layers")
-    check_attention(attention, where)
+    if getattr(attention, "sinks", None) is not None:
+        raise ModelError(f"{where} uses attention sinks, under which infusion does not fold: not supported")
+    parameters = inspect.signature(attention.forward).parameters.values()
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        raise ModelError(f"{where} does not use Hugging Face's attention interface: update transformers or the model")
     config = decoder.model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     head_dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
@@ -72,14 +76,6 @@ def infusion_point(decoder: Decoder, index: int, ffn: bool) -> InfusionPoint:
     projection = last_projection(layer, where) if ffn else None
     width = projection_width(projection) if projection is not None else 0
     return InfusionPoint(index, attention, projection, LayerShape(heads, head_dim, width))
-
-
-def check_attention(attention: nn.Module, where: str) -> None:
-    if getattr(attention, "sinks", None) is not None:
-        raise ModelError(f"{where} uses attention sinks, under which infusion does not fold: not supported")
-    parameters = inspect.signature(attention.forward).parameters.values()
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        raise ModelError(f"{where} does not use Hugging Face's attention interface: update transformers or the model")
 
 
 def last_projection(layer: nn.Module, where: str) -> nn.Module:

@@ -94,7 +94,11 @@ class MiT(BoundFeatures):
         indices = select_layers(self.config.layers, len(decoder.layers))
         points = [infusion_point(decoder, index, self.config.ffn) for index in indices]
         check_attention_base(decoder, self.config)
-        check_direction(points, self.config)
+        both_ways = any(getattr(m, "is_causal", True) is False for point in points for m in point.attention.modules())
+        if both_ways and self.config.kernel_gate == "prefix":
+            raise ConfigError(
+                "an encoder reads its text both ways, and the gate 'prefix' the text so far: set adapter.gate=sequence"
+            )
         others = self._others(backbones["text"])
         if others and (self._checkpoint or any(other._checkpointing for other in others)):
             raise ModelError("activation checkpointing serves a model with one adapter: switch it off")
@@ -291,14 +295,6 @@ def inside_generate() -> bool:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None
-
-
-def check_direction(points: list[InfusionPoint], config: MiTConfig) -> None:
-    both_ways = any(getattr(m, "is_causal", True) is False for point in points for m in point.attention.modules())
-    if both_ways and config.kernel_gate == "prefix":
-        raise ConfigError(
-            "an encoder reads its text both ways, and the gate 'prefix' the text so far: set adapter.gate=sequence"
-        )
 
 
 def check_attention_base(decoder: Decoder, config: MiTConfig) -> None:

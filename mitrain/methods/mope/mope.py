@@ -74,7 +74,10 @@ class MoPE(Adapter):
             self.config.other: condition_of(other, self.config),
         }
         for name, how in readouts.items():
-            check_readout(encoders[name], name, how)
+            if how == "first" and not encoders[name].has_first:
+                raise ModelError(f"the {name} model has no CLS token to read: take 'mean' or 'auto'")
+            if how == "last" and name != TEXT:
+                raise ModelError("the last token means something of a causal text alone: take 'mean' or 'auto'")
         self._make_parameters(main, other)
         self._encoders, self._readouts = encoders, readouts
         self._undo.callback(self._forget)
@@ -308,10 +311,3 @@ def condition_of(other: PromptedEncoder, config: MoPEConfig) -> str:
     if config.condition != "auto":
         return config.condition
     return "last" if other.causal else "first" if other.has_first else "mean"
-
-
-def check_readout(encoder: PromptedEncoder, name: str, how: str) -> None:
-    if how == "first" and not encoder.has_first:
-        raise ModelError(f"the {name} model has no CLS token to read: take 'mean' or 'auto'")
-    if how == "last" and name != TEXT:
-        raise ModelError("the last token means something of a causal text alone: take 'mean' or 'auto'")

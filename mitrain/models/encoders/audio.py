@@ -139,8 +139,10 @@ class AudioEncoder(Encoder):
         self.settings = getattr(settings, "audio_config", settings)
         self.depth = 0 if self.family.startswith("clap") else self.settings.num_hidden_layers
         self.extractor = extractor_of(config, source, kind, self.settings)
-        self._check_pooling(kind)
-        used = lambda name: is_used(name, kind.part)  # noqa: E731
+        if kind.pools and self.config.pool != "auto":
+            raise ConfigError(f"{self.config.label} pools a spectrogram of one length itself: leave out pool")
+        # neither what masks frames in training nor a head for another task
+        used = lambda name: name.startswith(kind.part) and not name.endswith("masked_spec_embed")  # noqa: E731
         model = load(config, source, kind.factory, self.settings, used, dtype, device, shard)
         self.model = getattr(model, kind.part) if kind.part else model
         cut_to_layer(self.model, config, self.depth)
@@ -159,10 +161,6 @@ class AudioEncoder(Encoder):
     def width(self) -> int:
         wide = self.settings.projection_dim if self.family.startswith("clap") else self.settings.hidden_size
         return wide * (2 if self.pool == "mean+std" else 1)
-
-    def _check_pooling(self, kind: Family) -> None:
-        if kind.pools and self.config.pool != "auto":
-            raise ConfigError(f"{self.config.label} pools a spectrogram of one length itself: leave out pool")
 
     def _longest(self) -> int:
         """The most samples of a clip; ConfigError where ``seconds`` is more than the encoder can take."""
@@ -295,11 +293,6 @@ class AudioEncoder(Encoder):
         by = {"torchaudio": is_speech_available()} if isinstance(self.extractor, ASTFeatureExtractor) else {}
         said = {k: v for k, v in self.extractor.to_dict().items() if not isinstance(v, np.ndarray | list)}
         return {"extractor": said, "longest": self.longest, "step": STEP, **by}
-
-
-def is_used(name: str, part: str) -> bool:
-    """Whether a tensor of the model counts: not what masks frames in training, nor a head for another task."""
-    return name.startswith(part) and not name.endswith("masked_spec_embed")
 
 
 def extractor_of(config: AudioConfig, source: str | Path, kind: Family, settings: PretrainedConfig) -> Any:

@@ -173,7 +173,8 @@ class ImageEncoder(nn.Module):
                 )
         if self.config.pool != "auto" and depth == 0:
             raise ConfigError(f"the encoder {self.config.name!r} has no CLS token: leave out pool")
-        if depth and not self.prefix_tokens and (self.config.pool.startswith("cls") or self._layer_alone):
+        reads_cls = self.config.pool.startswith("cls") or (self.config.pool == "auto" and self.config.layer is not None)
+        if depth and not self.prefix_tokens and reads_cls:
             raise ConfigError(f"the encoder {self.config.name!r} has no CLS token: give pool=mean")
         if wanted and max(wanted) < depth and self.config.pool != "auto":
             del layouts.layers_of(self.model)[max(wanted) :]
@@ -198,11 +199,6 @@ class ImageEncoder(nn.Module):
     @property
     def patch(self) -> int:
         return self.settings.patch_size
-
-    @property
-    def _layer_alone(self) -> bool:
-        """Whether the CLS token of an inner layer is the global feature because nothing else was asked for."""
-        return self.config.pool == "auto" and self.config.layer is not None
 
     @cached_property
     def prefix_tokens(self) -> int:

@@ -58,14 +58,22 @@ def save(
     folder = Path(run_dir) / "checkpoints"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(folder)
+        # the caller owns the run, so no writer of these hidden folders is alive
+        for path in folder.glob(".step-*"):
+            log.warning("removing %s: what a writer left that was interrupted", path)
+            shutil.rmtree(path)
         known = complete_checkpoints(folder)
         # Not the step: a run resumed at an earlier checkpoint publishes smaller steps later.
         sequence = 1 + max((manifest.sequence for _, manifest in known), default=0)
         target = free_name(folder, step)
         with atomic_folder(target) as work:
             write(work, step, sequence, best, tensors, state)
-            read_back(work)
+            try:
+                verify(work)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"the checkpoint does not read back as written, check the disk: {error}"
+                ) from None
         rotate([*known, (target, read_manifest(target))], keep)
     except OSError as error:
         raise CheckpointError(
@@ -87,7 +95,14 @@ def write(
     for group, named in tensors.items():
         if not GROUP_NAME.fullmatch(group):
             raise ValueError(f"{group!r} cannot name a group of tensors: use small letters, digits and underscores")
-        content = safetensors.save({name: portable(tensor) for name, tensor in named.items()}, {"format": "pt"})
+        # contiguous copies that share memory with nothing
+        content = safetensors.save(
+            {
+                name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+                for name, tensor in named.items()
+            },
+            {"format": "pt"},
+        )
         files[f"{group}.safetensors"] = put(work / f"{group}.safetensors", content)
     files[STATE] = put(work / STATE, json.dumps(state, allow_nan=False).encode())
     manifest = {
@@ -101,18 +116,6 @@ def write(
     manifest["checksum"] = checksum(manifest)
     # Last: where there is a manifest, all that it lists was written.
     put(work / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
-
-
-def read_back(work: Path) -> None:
-    try:
-        verify(work)
-    except CheckpointError as error:
-        raise CheckpointError(f"the checkpoint does not read back as written, check the disk: {error}") from None
-
-
-def portable(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU that shares memory with nothing."""
-    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
 
 
 def put(path: Path, content: bytes) -> dict[str, Any]:
@@ -133,13 +136,6 @@ def free_name(folder: Path, step: int) -> Path:
         attempt += 1
         target = folder / f"step-{step:08d}.{attempt}"
     return target
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove the hidden folders of writers that were killed. The caller owns the run, so no writer is alive."""
-    for path in folder.glob(".step-*"):
-        log.warning("removing %s: what a writer left that was interrupted", path)
-        shutil.rmtree(path)
 
 
 def rotate(known: list[tuple[Path, Manifest]], keep: int) -> None:

@@ -143,7 +143,7 @@ class LocalEngine:
         tensors = {
             f"{slot}.{name}": value.detach()
             for name, param in self.params.items()
-            for slot, value in self._slots(param).items()
+            for slot, value in self.optimizer.state.get(param, {}).items()
             if isinstance(value, Tensor)
         }
         return tensors, self._counters()
@@ -157,10 +157,6 @@ class LocalEngine:
             "groups": {group.name: sorted(group.params) for group in self.groups},
         }
 
-    def _slots(self, param: nn.Parameter) -> Mapping[str, Any]:
-        """The optimizer's state of one parameter, whole."""
-        return self.optimizer.state.get(param, {})
-
     def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         own = self._counters()
         if not isinstance(state, Mapping):
@@ -172,18 +168,15 @@ class LocalEngine:
         for key in ("steps", "applied"):
             if type(state.get(key)) is not int or not 0 <= state[key] < MOST_STEPS:
                 raise CheckpointError(f"the saved engine state has {key}={repr(state.get(key))[:40]}: {OTHER}")
-        self._take_scale(state.get("loss_scale", [1.0, 0]))
-        self._take_slots(self._sort_slots(tensors))
-        self.steps, self.applied = state["steps"], state["applied"]
-        self._clear()
-
-    def _take_scale(self, saved: Any) -> None:
-        """Go on with the saved loss scale; one that runs without a scale keeps none."""
+        saved = state.get("loss_scale", [1.0, 0])
         plain = isinstance(saved, list) and [type(x) for x in saved] == [float, int]
         if not plain or not 1 <= saved[0] <= 2**24 or not 0 <= saved[1] <= self.scale.patience:
             raise CheckpointError(f"the saved engine state has loss_scale={repr(saved)[:40]}: {OTHER}")
         if self.scale.value != 1 and saved[0] != 1:
             self.scale.value, self.scale.good = saved
+        self._take_slots(self._sort_slots(tensors))
+        self.steps, self.applied = state["steps"], state["applied"]
+        self._clear()
 
     def _take_slots(self, slots: Mapping[str, dict[str, Tensor]]) -> None:
         packed = self.optimizer.state_dict()
