@@ -175,9 +175,7 @@ def why_apart(message: str, here: RankInfo, seconds: float) -> str:
             " start all of them, with the same MASTER_ADDR and MASTER_PORT"
         )
     reason = message.splitlines()[0][:200] if message else "no reason given"
-    return (
-        f"rank {here.rank} of {here.world} cannot meet the others at {meeting} ({reason}): check both and the network"
-    )
+    return f"rank {here.rank} of {here.world} cannot meet the others at {meeting} ({reason}): check both and the network"
 
 
 def shorten_timeout() -> None:
@@ -207,9 +205,7 @@ def absent(error: RuntimeError) -> str:
     except (TimeoutError, RuntimeError):
         return ""
     steps = [int(text.partition(" ")[0] or 0) for text in at]
-    behind = [
-        f"rank {r} on {at[r].partition(' ')[2] or 'an unknown host'}" for r, s in enumerate(steps) if s < steps[here]
-    ]
+    behind = [f"rank {r} on {at[r].partition(' ')[2] or 'an unknown host'}" for r, s in enumerate(steps) if s < steps[here]]
     return f"; {', '.join(behind[:4])} had not come to step {steps[here]}" if behind else ""
 
 

@@ -20,9 +20,7 @@ def look(path: str, assignments: Sequence[str] = (), loads: bool = False) -> Non
     """ConfigError for a configuration that cannot be read or has an unknown key; with ``loads``, where its models and data
     are to be loaded, ModelError or DataError for one that is not there."""
     values = config.override(config.read_file(path), assignments)
-    if (
-        "torch" in sys.modules
-    ):  # the whole reading is as fast then, and it alone knows sections from outside the package
+    if "torch" in sys.modules:  # the whole reading is as fast then, and it alone knows sections from outside the package
         return
     schema = json.loads((config.SHIPPED / "schema.json").read_text(encoding="utf-8"))
     look_at_keys(values, schema, schema["$defs"], "")

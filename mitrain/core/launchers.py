@@ -15,12 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 PERIOD_S = 0.5
-MODULES = (
-    "torch.distributed.run",
-    "torch.distributed.launch",
-    "deepspeed.launcher.runner",
-    "deepspeed.launcher.launch",
-)
+MODULES = ("torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 PROGRAMS = ("torchrun", "deepspeed", "accelerate", "slurmstepd:")
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun's library and by deepspeed for the ranks they start
 

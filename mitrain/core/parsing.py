@@ -298,9 +298,7 @@ def plain_scalar(text: str, line: int) -> Any:
 
 def check_tag(event: Any, known: tuple[str | None, ...]) -> None:
     if event.tag not in known:
-        raise Unreadable(
-            f"has the tag {event.tag[:60]!r} in line {line_of(event)}, which means nothing here: remove it"
-        )
+        raise Unreadable(f"has the tag {event.tag[:60]!r} in line {line_of(event)}, which means nothing here: remove it")
 
 
 def is_whole(text: str) -> bool:

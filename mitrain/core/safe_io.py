@@ -69,9 +69,7 @@ def misfits(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[str]
         if own[name].shape != saved[name].shape
     ]
     wrong += [
-        f"{name} holds no plain numbers"
-        for name in shared
-        if own[name].is_floating_point() and not is_finite(saved[name])
+        f"{name} holds no plain numbers" for name in shared if own[name].is_floating_point() and not is_finite(saved[name])
     ]
     return sorted(wrong)
 

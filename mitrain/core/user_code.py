@@ -82,9 +82,7 @@ def score(name: str, samples: Sequence[Any], predictions: Sequence[Any], beside:
     if not math.isfinite(number):
         raise ConfigError(f"task.metric={name} returned {str(given)[:60]!r}: let it return one finite number")
     if short in beside:
-        raise ConfigError(
-            f"task.metric={name}: {short!r} is a score of the task itself: give the function another name"
-        )
+        raise ConfigError(f"task.metric={name}: {short!r} is a score of the task itself: give the function another name")
     return {short: number}
 
 

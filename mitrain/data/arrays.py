@@ -112,9 +112,7 @@ def npy_in(file: BinaryIO, place: str | None, numbers: int) -> np.ndarray:
         raise Refused(f"is an .npy file of version {version}, which no array of plain numbers needs: save it again")
     shape, fortran, dtype = HEADERS[version](file)
     if dtype.hasobject or dtype.kind not in "fiu":
-        raise Refused(
-            f"holds {'pickled objects' if dtype.hasobject else dtype}, and numbers alone are read: save those"
-        )
+        raise Refused(f"holds {'pickled objects' if dtype.hasobject else dtype}, and numbers alone are read: save those")
     row = row_of(place, shape[0] if shape else 0)
     part = shape if row is None or fortran else shape[1:]
     check_count(part, numbers)
@@ -157,11 +155,7 @@ def table(path: Path, place: str | None, key: str | None, numbers: int) -> np.nd
 def member(path: Path, place: str | None, key: str | None, numbers: int) -> np.ndarray:
     """The array in a member of an archive, which ``place`` names (`mitrain.data.contents`)."""
     content = io.BytesIO(part_of(path, place or ""))
-    return (
-        npz_in(zipfile.ZipFile(content), None, key, numbers)
-        if place.endswith(".npz")
-        else npy_in(content, None, numbers)
-    )
+    return npz_in(zipfile.ZipFile(content), None, key, numbers) if place.endswith(".npz") else npy_in(content, None, numbers)
 
 
 def of_arrow(value: Any, numbers: int) -> np.ndarray:

@@ -45,13 +45,9 @@ class AudioLimits:
         if not 1 <= channels <= self.channels:
             raise DataError(f"{where} has {channels} channels, {self.channels} are allowed: mix them down")
         if not LOWEST_RATE <= rate <= self.rate:
-            raise DataError(
-                f"{where} has {rate} samples per second, {LOWEST_RATE} to {self.rate} are allowed: resample it"
-            )
+            raise DataError(f"{where} has {rate} samples per second, {LOWEST_RATE} to {self.rate} are allowed: resample it")
         if samples > self.seconds * rate:
-            raise DataError(
-                f"{where} lasts {samples / rate:.0f} s, {self.seconds:g} s are allowed: cut it, or leave it out"
-            )
+            raise DataError(f"{where} lasts {samples / rate:.0f} s, {self.seconds:g} s are allowed: cut it, or leave it out")
 
     def admits(self, facts: Facts) -> bool:
         """Whether a file of which that much is known, as of a `Sound`, is not too much."""

@@ -315,6 +315,5 @@ class InputFeatures:
         items = self.items(encoding, files, views)
         rows = [torch.from_numpy(item["states"].astype(np.float32)) for item in items]
         return [
-            (row, int(item["shown"].item()) if "shown" in item else len(row))
-            for row, item in zip(rows, items, strict=True)
+            (row, int(item["shown"].item()) if "shown" in item else len(row)) for row, item in zip(rows, items, strict=True)
         ]

@@ -131,9 +131,7 @@ def guess_folders(top: Path) -> Guess:
     classes = [path for path in own.iterdir() if path.is_dir() and not path.name.startswith(".")]
     kind = kind_of(files)
     if not kind or len(classes) < 2:
-        raise DataError(
-            f"{str(own)!r} has no folders of files of one known kind: give a table, or a folder for each class"
-        )
+        raise DataError(f"{str(own)!r} has no folders of files of one known kind: give a table, or a folder for each class")
     return Guess("classify", {kind: kind}, {}, (), top, {}, ())
 
 
@@ -142,9 +140,7 @@ def guess_expressions(table: Path, task: str | None, said: Mapping[str, str]) ->
     tables = read_table(table) if table.suffix.lower() == ".json" and starts_as_object(table) else {}
     if task not in (None, "segment") or not {"images", "annotations"} <= tables.keys():
         if task == "segment":
-            raise DataError(
-                f"{table} is no COCO JSON: give images, and annotations with a segmentation and an expression"
-            )
+            raise DataError(f"{table} is no COCO JSON: give images, and annotations with a segmentation and an expression")
         return None
     if strange := said.keys() - {"expression"}:
         raise DataError(f"--column {min(strange)}=…: of COCO's JSON only expression=KEY can be said")

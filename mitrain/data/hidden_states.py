@@ -83,9 +83,7 @@ class TextStates:
         by_key = {self.key(row): row for row in rows}
 
         def compute(keys: Sequence[str]) -> dict[str, Item]:
-            return {
-                key: {"states": self.text.trunk([by_key[key]], self.depth)[0].float().cpu().numpy()} for key in keys
-            }
+            return {key: {"states": self.text.trunk([by_key[key]], self.depth)[0].float().cpu().numpy()} for key in keys}
 
         items = self.store.read([self.key(row) for row in rows], compute, loading.holds_shards(self.text.model))
         return self._padded([torch.from_numpy(np.array(item["states"])) for item in items])

@@ -125,9 +125,7 @@ def describe(kind: Any, samples: Samples, seen: Mapping[str, Mapping[str, Seen]]
         called = "pictures" if name == "image" else f"{name}_files"
         broken = {path: file.error for path, file in files.items() if file.error}
         facts |= {called: len(files), f"broken_{called}": len(broken)}
-        facts |= {
-            f"broken_{name}_examples" if name != "image" else "broken_examples": dict(list(broken.items())[:EXAMPLES])
-        }
+        facts |= {f"broken_{name}_examples" if name != "image" else "broken_examples": dict(list(broken.items())[:EXAMPLES])}
         if lacking := sum(name not in sample.inputs for sample in samples):
             facts[f"samples_without_{name}"] = lacking
     details, every = kind.describe(samples), {path: file for files in seen.values() for path, file in files.items()}
@@ -179,9 +177,7 @@ def as_text(report: Mapping[str, Any]) -> str:
     for overlap in report["shared"]:
         one, other = overlap["splits"]
         share = f"{overlap['count']} ({100 * overlap['share']:.1f} % of {other})"
-        lines.append(
-            f"{one} and {other} share the same {overlap['what']}: {share}, e.g. {', '.join(overlap['examples'])}"
-        )
+        lines.append(f"{one} and {other} share the same {overlap['what']}: {share}, e.g. {', '.join(overlap['examples'])}")
     if not report["shared"]:
         lines.append("no two splits share an id, a file, its content or an object")
     if report.get("sheet"):
@@ -193,13 +189,7 @@ def as_text(report: Mapping[str, Any]) -> str:
 
 
 def write_sheet(
-    kind: Any,
-    splits: Mapping[str, Samples],
-    root: Path,
-    path: Path,
-    max_pixels: int,
-    seed: int,
-    pictures: Sequence[str],
+    kind: Any, splits: Mapping[str, Samples], root: Path, path: Path, max_pixels: int, seed: int, pictures: Sequence[str]
 ) -> None:
     """A PNG with a row of samples drawn from each split: pictures with question and answer, or mask and expression; other
     files by their names. ``pictures``: the inputs that are such."""

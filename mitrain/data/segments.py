@@ -91,9 +91,7 @@ class OpenFile:
         """``count`` bytes from the byte ``first`` on; ValueError where the file is shorter, now or meanwhile."""
         if first + count <= os.fstat(self.descriptor).st_size:  # before memory is taken for what an index claims
             content = os.pread(self.descriptor, count, first)
-            while len(content) < count and (
-                more := os.pread(self.descriptor, count - len(content), first + len(content))
-            ):
+            while len(content) < count and (more := os.pread(self.descriptor, count - len(content), first + len(content))):
                 content += more
             if len(content) == count:
                 return content

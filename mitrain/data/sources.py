@@ -55,9 +55,7 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _known_inputs(self) -> "DataSection":
         if not self.takes_inputs and (self.inputs != ("image",) or self.may_lack):
-            raise ValueError(
-                f"the files of {self.section_name!r} have one picture a sample: leave out inputs and may_lack"
-            )
+            raise ValueError(f"the files of {self.section_name!r} have one picture a sample: leave out inputs and may_lack")
         for name in self.inputs:
             check_name(name, "inputs")
         if len(set(self.inputs)) < len(self.inputs):
@@ -100,13 +98,9 @@ class DrawnSection(DataSection):
     def _drawn_or_given(self) -> Self:
         for split in self.shares:
             if split in self.splits:
-                raise ValueError(
-                    f"{split}_share draws a split that has a file: leave {split!r} out of splits={self.splits}"
-                )
+                raise ValueError(f"{split}_share draws a split that has a file: leave {split!r} out of splits={self.splits}")
         if self.shares and ("train" not in self.splits or sum(self.shares.values()) >= 1):
-            raise ValueError(
-                "val_share and test_share are parts of splits.train: give its file, and less than all of it"
-            )
+            raise ValueError("val_share and test_share are parts of splits.train: give its file, and less than all of it")
         return self
 
 
@@ -241,9 +235,7 @@ class FoldersConfig(DrawnSection, ClassSection, kind="data", name="folders"):
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if len(self.inputs) != 1 or self.may_lack or self.multilabel:
-            raise ValueError(
-                "folders of classes hold one file and one label a sample: give one encoder and no may_lack"
-            )
+            raise ValueError("folders of classes hold one file and one label a sample: give one encoder and no may_lack")
         return self
 
     def read(self, root: Path, split: str) -> list[Any]:

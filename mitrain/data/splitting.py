@@ -106,9 +106,7 @@ def shuffled(name: str, seed: int) -> bytes:
 def keep_labels(samples: Sequence[Any], groups: Sequence[int], chosen: list[str]) -> None:
     """Take back into training each group with a label that training would else not have."""
     for split in {*chosen} - {"train"}:
-        known = {
-            label for s, c in zip(samples, chosen, strict=True) if c == "train" for label in getattr(s, "labels", ())
-        }
+        known = {label for s, c in zip(samples, chosen, strict=True) if c == "train" for label in getattr(s, "labels", ())}
         back = {
             group
             for sample, group, own in zip(samples, groups, chosen, strict=True)

@@ -127,6 +127,4 @@ class StreamLoader:
         elif other_samples:
             self._start(epoch + 1, (0, 0))
         else:
-            raise ValueError(
-                f"the records from {record} of {self.stream.order[file].name} on are not those that it read"
-            )
+            raise ValueError(f"the records from {record} of {self.stream.order[file].name} on are not those that it read")

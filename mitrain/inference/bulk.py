@@ -43,9 +43,7 @@ def predict_file(
     """Ask a run about every row of ``table`` and write its answers to ``out``; ``opened`` as of `runs.open_run`,
     ``generation`` as of `ask_all`."""
     if Path(out).is_dir():
-        raise ConfigError(
-            f"--out {str(out)!r} is a folder: with --data it is the file of the answers, as answers.jsonl"
-        )
+        raise ConfigError(f"--out {str(out)!r} is a folder: with --data it is the file of the answers, as answers.jsonl")
     with writing(out):
         return predict_rows(runs.open_run(folder, which, **opened), Path(table), Path(out), generation)
 
@@ -151,9 +149,7 @@ def kept(out: Path, rows: dict[str, Row], model: str) -> set[str]:
         except (parsing.Unreadable, LookupError, TypeError):
             same = False
         if not same:
-            raise ConfigError(
-                f"{out}:{number} is no answer of {model} to a row of this table: give a new file with --out"
-            )
+            raise ConfigError(f"{out}:{number} is no answer of {model} to a row of this table: give a new file with --out")
         done.add(line["id"])
     if len(whole) < len(content):
         os.truncate(out, len(whole))

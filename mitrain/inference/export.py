@@ -73,8 +73,7 @@ def export(
     models = [base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["encoders"].values())]
     if local := [name for name in models if os.path.isdir(os.path.expanduser(name))]:
         log.warning(
-            "the export names folders of this machine (%s): others give --base and --encoder (in"
-            " Python base=, encoders=)",
+            "the export names folders of this machine (%s): others give --base and --encoder (in Python base=, encoders=)",
             ", ".join(local),
         )
     return {
@@ -144,9 +143,7 @@ def recorded(path: Path, step: int) -> dict[str, dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(values, dict) and values.get("kind") == "val" and values.get("step") == step:
-            metrics["val"] = {
-                k: v for k, v in values.items() if k not in ("kind", "step", "time", "control") and sane(v)
-            }
+            metrics["val"] = {k: v for k, v in values.items() if k not in ("kind", "step", "time", "control") and sane(v)}
     return metrics
 
 
@@ -217,9 +214,7 @@ class Pretrained:
             value = Image.fromarray(value)
         if not isinstance(value, Image.Image):
             kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-            raise DataError(
-                f"{name}: a {kind} is no {takes} file: give a path, the file's bytes, or a picture as uint8"
-            )
+            raise DataError(f"{name}: a {kind} is no {takes} file: give a path, the file's bytes, or a picture as uint8")
         if 0 in value.size:
             raise DataError(f"the picture has no pixels ({value.width} × {value.height}): give another")
         value.convert("RGBA" if value.has_transparency_data else "RGB").save(folder / f"{name}.png")
@@ -322,8 +317,7 @@ def feature_norm(published: export_format.Published) -> FeatureNorm | None:
     run_config = schema.from_dict(values)
     shapes = dict(zip(run_config.model.encoders, part.encoders, strict=True))
     widths = {
-        modality: sum(shapes[name].shape.width for name in names)
-        for modality, names in run_config.model.modalities.items()
+        modality: sum(shapes[name].shape.width for name in names) for modality, names in run_config.model.modalities.items()
     }
     norm = FeatureNorm(widths, run_config.features)
     checkpoint.restore(norm, saved, f"features in {published.path}")

@@ -63,9 +63,7 @@ def push_to_hub(
     return str(repository)
 
 
-def without_private(
-    contents: Contents, base: str | None, encoders: Sequence[str] | None, answers: bool
-) -> dict[str, Any]:
+def without_private(contents: Contents, base: str | None, encoders: Sequence[str] | None, answers: bool) -> dict[str, Any]:
     values = contents.to_dict()
     values["base_model_name_or_path"] = base or contents.base_model_name_or_path
     if run := values["run"]:

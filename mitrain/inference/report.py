@@ -171,13 +171,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> str:
     """The Markdown table: one row per label and split; and of each split with several kinds of samples one row per kind."""
-    tables = [
-        rows_of(results),
-        *(([f"{split}, {h[0]}", *h[1:]], rows) for split, h, rows in kind_by_kind(results) if rows),
-    ]
-    lines = [
-        [*markdown.table(list(map(plain, head)), [list(map(plain, row)) for row in rows]), ""] for head, rows in tables
-    ]
+    tables = [rows_of(results), *(([f"{split}, {h[0]}", *h[1:]], rows) for split, h, rows in kind_by_kind(results) if rows)]
+    lines = [[*markdown.table(list(map(plain, head)), [list(map(plain, row)) for row in rows]), ""] for head, rows in tables]
     return "\n".join([*chain.from_iterable(lines), sentence(results["made"]), ""])
 
 

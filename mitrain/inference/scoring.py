@@ -58,9 +58,7 @@ def split_of(run: Run, split: str, samples: int | None = None) -> tuple[list[Any
     if run.model.task.remembers:
         recall(run, scoring=True)
     if dist.world() > 1:
-        require_same(
-            fingerprint(run.config.to_dict(), {split: chosen}, files.contents, run.model.base) | trained_parts(run)
-        )
+        require_same(fingerprint(run.config.to_dict(), {split: chosen}, files.contents, run.model.base) | trained_parts(run))
     for line in cautions(run.model.task, chosen, f"the split {split!r}", getattr(run.model.task, "known", None)):
         log.warning(line)
     run.model.states.prepare(run.model.texts(chosen, True))
@@ -79,9 +77,7 @@ def score_split(
 ) -> Evaluation:
     """Metrics and predictions of prepared ``samples``; ``changed``: ``without`` and ``shuffled`` of `evaluate`."""
     if generate and not run.model.task.speaks:
-        raise ConfigError(
-            "--generate lets the model speak, which only the tasks 'answer' and 'caption' do: leave it out"
-        )
+        raise ConfigError("--generate lets the model speak, which only the tasks 'answer' and 'caption' do: leave it out")
     batch = run.config.train.eval_batch
     what = f"{run.folder} at step {run.saved.step}"
     return evaluate(
@@ -160,9 +156,7 @@ def score_run(
     for name in missing:
         scores = {"0%": evaluation.metrics[metric]}
         for share in SHARES:
-            lost = score_split(
-                run, chosen, files, control, generate, seed, without=gone | {name: share}, shuffled=shuffled
-            )
+            lost = score_split(run, chosen, files, control, generate, seed, without=gone | {name: share}, shuffled=shuffled)
             scores[f"{share:.0%}"] = lost.metrics[metric]
         beside[f"{metric}_without_{name}"] = scores
     if len(files.bad):
@@ -358,9 +352,7 @@ def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[di
     limits, folder = Limits(data.max_pixels), data.file_root(root)
     report, text = inspect_splits(task, splits, folder, sheet, limits, media, cache=cache)
     known = answers_by_prompt(splits.get("train", ())) if task.remembers else None
-    report["cautions"] = [
-        line for split, samples in splits.items() for line in cautions_of(task, samples, split, known)
-    ]
+    report["cautions"] = [line for split, samples in splits.items() for line in cautions_of(task, samples, split, known)]
     return report, "\n".join([text, *report["cautions"]])
 
 

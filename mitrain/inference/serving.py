@@ -126,9 +126,7 @@ class Service:
         try:
             samples = self.run.config.data.read(resolve_data(self.run.config.data), "val")
         except UserError as error:
-            log.warning(
-                "the data cannot be read, so that matches are found among a request's candidates alone: %s", error
-            )
+            log.warning("the data cannot be read, so that matches are found among a request's candidates alone: %s", error)
             return []
         return limit(list(dict.fromkeys(sample.text for sample in samples)), GALLERY)
 
@@ -204,9 +202,7 @@ class Service:
             if name in SPOKEN and value is not None:
                 generation[SPOKEN[name]] = value
             elif name not in IGNORED and not (name in (*FIXED, *SPOKEN) and value in (FIXED.get(name), None)):
-                raise ConfigError(
-                    f"{name[:40]!r} cannot be set by a request, the run's configuration says it: leave it out"
-                )
+                raise ConfigError(f"{name[:40]!r} cannot be set by a request, the run's configuration says it: leave it out")
         messages, contents = body.get("messages"), {}
         roles = ("user", "assistant")
         if not (
@@ -266,9 +262,7 @@ def as_uri(picture: Image.Image) -> str:
 def decoded(value: Any, uri: bool = False) -> bytes:
     """The bytes that base64, or a data: URI, stands for."""
     if not isinstance(value, str) or (uri and not value.startswith("data:")):
-        raise ConfigError(
-            "files come with the request, as base64 or data: URIs; nothing is fetched, and no path is read"
-        )
+        raise ConfigError("files come with the request, as base64 or data: URIs; nothing is fetched, and no path is read")
     try:
         return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -312,9 +306,7 @@ async def asked(request: Request) -> tuple[dict[str, bytes], str, list[str], boo
     infused = body.get("infused", True)
     texts = isinstance(text, str) and isinstance(choices, list) and all(isinstance(c, str) for c in choices)
     if not (texts and isinstance(inputs, dict) and isinstance(infused, bool)):
-        raise ConfigError(
-            "give inputs={NAME: base64}, text as a string, candidates as a list of them, infused as a bool"
-        )
+        raise ConfigError("give inputs={NAME: base64}, text as a string, candidates as a list of them, infused as a bool")
     return {name: decoded(value) for name, value in inputs.items()}, text, choices, infused
 
 

@@ -79,9 +79,7 @@ def number(value: Any) -> str:
 def of_val(folder: Path) -> str:
     """The evaluations that training made."""
     lines = [line for line in curves.logged(folder) if line.get("kind") == "val"]
-    names = (
-        [n for n, v in lines[-1].items() if isinstance(v, int | float) and n not in ("step", "time")] if lines else []
-    )
+    names = [n for n, v in lines[-1].items() if isinstance(v, int | float) and n not in ("step", "time")] if lines else []
     rows = [[str(line["step"]), *(number(line.get(name)) for name in names)] for line in lines]
     more = f"mitrain report {folder} adds a test split, negative controls, classes and samples."
     note = f'<p class="soft">{escape(more)}</p>'

@@ -169,9 +169,7 @@ class Adapter(nn.Module, ABC):
 
     # What every method inherits
 
-    def attach(
-        self, backbones: Mapping[str, PreTrainedModel], checkpoint: bool = False, backend: str = "auto"
-    ) -> "Adapter":
+    def attach(self, backbones: Mapping[str, PreTrainedModel], checkpoint: bool = False, backend: str = "auto") -> "Adapter":
         """Freeze ``backbones`` and install the adapter in them; on an error they are left as they were.
 
         checkpoint: activation checkpointing of the layers that the adapter changes. backend: see ``KernelConfig``.
@@ -220,9 +218,7 @@ class Adapter(nn.Module, ABC):
         encoders by ``mitrain export``.
         """
         if "text" not in self._backbones:
-            raise ModelError(
-                f"this {self.traits.name} adapter is not attached to a language model: call attach() first"
-            )
+            raise ModelError(f"this {self.traits.name} adapter is not attached to a language model: call attach() first")
         return export_format.publish_adapter(folder, self, self._backbones["text"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:

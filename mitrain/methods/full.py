@@ -70,9 +70,7 @@ class Full(Adapter):
             model = backbones[side]
             inside = ids([model.base_model])
             below = ids(layouts.layers_of(model)[: first_layers[side]])
-            if (
-                side == "encoder" and model.main_input_name != "pixel_values"
-            ):  # its states enter above all that is no layer
+            if side == "encoder" and model.main_input_name != "pixel_values":  # its states enter above all that is no layer
                 inside = ids((*layouts.layers_of(model), *self._encoder.norms))
             no_embeddings = side == "encoder" or self.config.layers is not None
             for name, parameter in model.named_parameters():

@@ -250,9 +250,7 @@ class Prefix(Virtual):
 
     def peft_config(self, model: PreTrainedModel) -> Any:
         if not Layers.of(model).causal:
-            raise ModelError(
-                "prefix tuning needs a cache of keys, which an encoder does not have: take adapter.name=prompt"
-            )
+            raise ModelError("prefix tuning needs a cache of keys, which an encoder does not have: take adapter.name=prompt")
         return library().PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=self.config.tokens)
 
 

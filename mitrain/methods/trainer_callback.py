@@ -33,10 +33,7 @@ class AdapterCallback(TrainerCallback):
             raise ModelError(f"no adapter is attached to this {type(model).__name__}: call mitrain.attach first")
         if args.load_best_model_at_end and hasattr(model, "get_base_model"):
             raise ModelError("the Trainer brings no best model back to PEFT's: set load_best_model_at_end=False")
-        self._model, model.save_pretrained = (
-            model,
-            self._save,
-        )  # detaching takes it off, as the refusal that it replaces
+        self._model, model.save_pretrained = model, self._save  # detaching takes it off, as the refusal that it replaces
         adapter._undo.callback(model.register_load_state_dict_pre_hook(self._check).remove)
         adapter._undo.callback(model.register_load_state_dict_post_hook(self._expect).remove)
 

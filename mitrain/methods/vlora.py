@@ -72,9 +72,7 @@ class Generator(nn.Module):
         tokens = [self.enter[name](x.to(self.queries)) for name, x in given.items()]
         memory = torch.cat([self.nothing.expand(len(tokens[0]), 1, -1), *tokens], 1)
         hidden = None if shown is None else F.pad(~shown, (1, 0))
-        return self.factor(
-            self.decoder(self.queries.expand(len(memory), -1, -1), memory, memory_key_padding_mask=hidden)
-        )
+        return self.factor(self.decoder(self.queries.expand(len(memory), -1, -1), memory, memory_key_padding_mask=hidden))
 
 
 class VLoRA(Reading):
@@ -92,9 +90,7 @@ class VLoRA(Reading):
         if config.reads == "vector":
             self.traits = replace(self.traits, backbones=("text",))
             if not config.modalities:
-                raise ConfigError(
-                    "adapter.modalities is empty: name each modality and its feature width, as {image: 768}"
-                )
+                raise ConfigError("adapter.modalities is empty: name each modality and its feature width, as {image: 768}")
         self.generator: Generator | None = None
         self.ups = nn.ParameterList()
         self._picture: Layers | None = None

@@ -13,16 +13,7 @@ from mitrain.models.quant import Precision
 from mitrain.models.stream import Shard
 from mitrain.models.text import TextBackbone
 
-__all__ = [
-    "Encoder",
-    "EncoderConfig",
-    "ImageConfig",
-    "ImageEncoder",
-    "ModelConfig",
-    "Shard",
-    "TextBackbone",
-    "encoder_of",
-]
+__all__ = ["Encoder", "EncoderConfig", "ImageConfig", "ImageEncoder", "ModelConfig", "Shard", "TextBackbone", "encoder_of"]
 
 
 class ModelConfig(Section):

@@ -10,13 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BlipForImageTextRetrieval,
-    BlipTextModel,
-    BlipVisionModel,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import BlipForImageTextRetrieval, BlipTextModel, BlipVisionModel, PretrainedConfig, PreTrainedModel
 
 from mitrain.models import loading
 

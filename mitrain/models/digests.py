@@ -21,15 +21,7 @@ from mitrain.models import loading
 from mitrain.models.stream import Weights
 
 PEFT = "text.peft"
-NO_MATTER = (
-    "_name_or_path",
-    "_commit_hash",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-)
+NO_MATTER = ("_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Of a model's configuration: what changes nothing that is computed, or what a run's own configuration says."""
 PROBE = "Zwölf Boxkämpfer: 2048 «naïve» foxes, didn't they?\n\tdef f(x): return x**2  # ✓ 你好"
 

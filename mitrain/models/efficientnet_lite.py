@@ -69,14 +69,7 @@ class ConvNorm(nn.Module):
     """
 
     def __init__(
-        self,
-        before: int,
-        after: int,
-        eps: float,
-        kernel: int = 1,
-        stride: int = 1,
-        groups: int = 1,
-        active: bool = True,
+        self, before: int, after: int, eps: float, kernel: int = 1, stride: int = 1, groups: int = 1, active: bool = True
     ):
         super().__init__()
         self.conv = nn.Conv2d(before, after, kernel, stride, groups=groups, bias=False)

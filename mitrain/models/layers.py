@@ -118,9 +118,7 @@ class Layers:
             raise ModelError(f"{name} joins several models: give one of them, such as its text_model or vision_model")
         stacks = [stack for stack in layer_lists(base) if stack[1] != "conv_layers"]
         if not stacks:
-            raise ModelError(
-                f"{name} has no stack of equal transformer layers: give a transformer, such as BERT or ViT"
-            )
+            raise ModelError(f"{name} has no stack of equal transformer layers: give a transformer, such as BERT or ViT")
         if len(stacks) > 1 or any(path.split(".")[-1] == "decoder" for path, _ in base.named_modules()):
             if not base.config.is_encoder_decoder:
                 raise ModelError(SERVED.format(name))

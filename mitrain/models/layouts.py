@@ -246,6 +246,4 @@ def projections(
                 yield layer.get_submodule(owner), attribute, module
         require(kinds, seen, model, index, "adapter.targets")
     if more:
-        log.warning(
-            "%s makes queries, keys and values at once (%s): all of it is changed", type(model).__name__, min(more)
-        )
+        log.warning("%s makes queries, keys and values at once (%s): all of it is changed", type(model).__name__, min(more))

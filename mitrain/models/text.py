@@ -190,9 +190,7 @@ class TextBackbone:
         self._embedded(ids, text)
         if most is not None:
             ids = ids[: max(most - len(opening) - len(closing), 1)]
-        return self._readable(
-            [*opening, *ids, *closing], text, "shorten" if most is None else "lower task.max_tokens for"
-        )
+        return self._readable([*opening, *ids, *closing], text, "shorten" if most is None else "lower task.max_tokens for")
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text of any length by itself, without opening and closing tokens."""

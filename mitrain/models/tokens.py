@@ -50,8 +50,7 @@ class Tokens:
         if len(self.control.findall(whole)) == len(pieces) // 2:
             return self._encoded(whole)
         parts = [
-            self._encoded(p, True) if i % 2 == 0 else [self.tokenizer.convert_tokens_to_ids(p)]
-            for i, p in enumerate(pieces)
+            self._encoded(p, True) if i % 2 == 0 else [self.tokenizer.convert_tokens_to_ids(p)] for i, p in enumerate(pieces)
         ]
         return [token for part in parts for token in part]
 

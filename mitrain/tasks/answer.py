@@ -132,9 +132,7 @@ class AnswerTask(LanguageTask):
         scores = self.candidate_scores(batch)
         speaks = generate or self.must_generate(batch.samples)
         said = self.spoken(batch.samples, batch.inputs) if speaks else [(None, True)] * len(scores)
-        return [
-            self._prediction(s, score, *spoken) for s, score, spoken in zip(batch.samples, scores, said, strict=True)
-        ]
+        return [self._prediction(s, score, *spoken) for s, score, spoken in zip(batch.samples, scores, said, strict=True)]
 
     def _prediction(self, sample: Any, score: Tensor, words: str | None, numbers: bool = True) -> Prediction:
         values = {"prompt": sample.prompt, "answer": sample.answer, "kind": sample.kind}
@@ -260,9 +258,7 @@ class AnswerTask(LanguageTask):
             " right where the model says the answer"
         )
         if unseen:
-            lines.append(
-                f"{split}: {unseen} samples have an answer that training never gave to their prompt: always wrong"
-            )
+            lines.append(f"{split}: {unseen} samples have an answer that training never gave to their prompt: always wrong")
         return lines
 
 

@@ -98,10 +98,7 @@ class CaptionTask(LanguageTask):
         batch, answers = see([self.asked(question) for question in questions]), []
         predictions = self.predict(batch)
         for question, prediction, likelihood in zip(
-            questions,
-            predictions,
-            self.log_likelihood([self.pair(s) for s in batch.samples], batch.inputs),
-            strict=True,
+            questions, predictions, self.log_likelihood([self.pair(s) for s in batch.samples], batch.inputs), strict=True
         ):
             said = question.predicted([prediction]).values["predicted"]
             values = {**question.files, "caption": said, "text": question.text}

@@ -17,14 +17,7 @@ ORDERS = (1, 2, 3, 4)
 BETA, SIGMA = 1.2, 6.0
 WORD = re.compile(r"\d+(?:[.,:/]\d+)+|\w+(?:[-./'@]\w+)*|\.\.+|--+|[^\w\s]")
 CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))$")
-APART = {
-    "cannot": "can not",
-    "gonna": "gon na",
-    "gotta": "got ta",
-    "wanna": "wan na",
-    "gimme": "gim me",
-    "lemme": "lem me",
-}
+APART = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "gimme": "gim me", "lemme": "lem me"}
 LEFT_OUT = frozenset("'\"`.?!,:;-–—…“”‘")  # a run of periods or hyphens is left out, too
 
 Tokens = list[str]
@@ -69,9 +62,7 @@ def bleu4(said: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> flo
         count += [one.total() for one in own]
         length += len(words)
         reference_length += min((abs(len(reference) - len(words)), len(reference)) for reference in several)[1]
-    precision = math.exp(
-        np.log((right + 1e-15) / (count + 1e-9)).mean()
-    )  # as the reference implementation avoids zeros
+    precision = math.exp(np.log((right + 1e-15) / (count + 1e-9)).mean())  # as the reference implementation avoids zeros
     ratio = (length + 1e-15) / (reference_length + 1e-9)
     return precision * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)
 

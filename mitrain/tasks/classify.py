@@ -43,9 +43,7 @@ class ClassifyConfig(HeadConfig, kind="task", name="classify"):
     @model_validator(mode="after")
     def _weighs(self) -> Self:
         if self.loss and self.balance:
-            raise ValueError(
-                "balance weighs the classes in the cross-entropy, which loss replaces: leave one of them out"
-            )
+            raise ValueError("balance weighs the classes in the cross-entropy, which loss replaces: leave one of them out")
         return self
 
 
@@ -66,12 +64,7 @@ class ClassifyTask(HeadTask):
     )
 
     def __init__(
-        self,
-        config: ClassifyConfig,
-        parts: Parts,
-        classes: Sequence[str],
-        multilabel: bool,
-        widths: Mapping[str, int],
+        self, config: ClassifyConfig, parts: Parts, classes: Sequence[str], multilabel: bool, widths: Mapping[str, int]
     ):
         if len(set(classes)) != len(classes) or len(classes) < 2:
             raise ConfigError(f"data.classes must be two or more different names, not {str(list(classes))[:80]}")
@@ -164,9 +157,7 @@ class ClassifyTask(HeadTask):
         for name, view in views.items():
             guesses[f"linear probe on {name}"] = probe_labels(view, truths[:2], self.multilabel)
         if "the same features" in views:
-            guesses["nearest neighbours on the same features"] = probe_neighbours(
-                views["the same features"], truths[:2]
-            )
+            guesses["nearest neighbours on the same features"] = probe_neighbours(views["the same features"], truths[:2])
         if self.multilabel:
             guesses["training shares"] = np.tile(shares, (len(splits.chosen), 1))
         threshold = self.config.threshold
@@ -174,9 +165,7 @@ class ClassifyTask(HeadTask):
 
     def asked(self, question: Question) -> LabelSample:
         if question.candidates:
-            raise ConfigError(
-                "--candidates are for the task 'answer'; the classes of 'classify' are trained: leave it out"
-            )
+            raise ConfigError("--candidates are for the task 'answer'; the classes of 'classify' are trained: leave it out")
         return LabelSample(question.id, question.inputs, question.text, ())
 
     def told(self, question: Question, prediction: Prediction) -> Answer:

@@ -22,9 +22,7 @@ class Everyone:
     inputs themselves are wanted too.
     """
 
-    def __init__(
-        self, images: Tensor, text_vectors: Tensor, batch: Batch, keys: Sequence[tuple[str, str]], matching: bool
-    ):
+    def __init__(self, images: Tensor, text_vectors: Tensor, batch: Batch, keys: Sequence[tuple[str, str]], matching: bool):
         cpu = torch.device("cpu")
         inputs = batch.inputs.to(cpu) if matching else None
         parts = dist.gather((images.detach().cpu(), text_vectors.detach().cpu(), inputs, keys))

@@ -104,9 +104,7 @@ def improve_by_swaps(order: np.ndarray, codes: np.ndarray, rng: np.random.Genera
         for i in unmet:
             improved |= improve(i, slice(None) if tried >= count else rng.integers(count, size=tried))
     if count > EXACT and 2 * np.bincount(codes[0]).max() <= count:
-        for i in np.flatnonzero(
-            cost >= price[0]
-        ):  # whose exchange is too rare to be drawn; no other sample's harms them
+        for i in np.flatnonzero(cost >= price[0]):  # whose exchange is too rare to be drawn; no other sample's harms them
             improve(i, slice(None))
     return order
 

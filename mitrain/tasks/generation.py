@@ -48,18 +48,14 @@ def decoding(parts: Parts) -> dict[str, Any]:
     except ModelError:
         raise
     except Exception as error:  # a model that cannot generate fails in a way of its own
-        raise ModelError(
-            f"{type(parts.text.model).__name__} cannot generate ({str(error)[:120]}): use another"
-        ) from None
+        raise ModelError(f"{type(parts.text.model).__name__} cannot generate ({str(error)[:120]}): use another") from None
     try:
         if all(map(agree, logits(parts, use_cache=True), expected)):
             return {}
         reason = "it answers differently with one"
     except Exception as error:
         reason = " ".join(str(error).split())[:120]
-    log.warning(
-        "%s generates without a KV cache, a whole pass for each token: %s", type(parts.text.model).__name__, reason
-    )
+    log.warning("%s generates without a KV cache, a whole pass for each token: %s", type(parts.text.model).__name__, reason)
     return {"use_cache": False}
 
 

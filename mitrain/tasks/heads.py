@@ -109,9 +109,7 @@ class HeadTask(ReadTask):
         rows = [[self._ids(s.text) for s in part] for part in splits.parts]
         if len({tuple(row) for row in rows[0]}) > 1:
             states = standardised([frozen_states(self.parts, part) for part in rows])
-            together = [
-                np.hstack(pair) for view in views.values() for pair in zip(states, standardised(view), strict=True)
-            ]
+            together = [np.hstack(pair) for view in views.values() for pair in zip(states, standardised(view), strict=True)]
             views |= {"the frozen text states": states} | ({"text and features together": together} if together else {})
         return views
 

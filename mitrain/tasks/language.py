@@ -76,9 +76,7 @@ class LanguageTask(Task):
         super().__init__(parts)
         self.config, frame = config, cache(partial(frame_of_turns, config.template, getattr(config, "turn", "")))
         self._prompt_ids = cache(lambda words, speaks: parts.text.prompt(words, frame(count(words)), speaks))
-        self._answered = lru_cache(1 << 17)(
-            lambda words, answer: parts.text.answered(words, answer, frame(count(words)))
-        )
+        self._answered = lru_cache(1 << 17)(lambda words, answer: parts.text.answered(words, answer, frame(count(words))))
 
     @classmethod
     def build(cls, config: Any, given: Given) -> "LanguageTask":

@@ -123,9 +123,7 @@ class MomentumQueue(nn.Module):
             self._push(*new)
         return 0.5 * (ways[0] + ways[1]).sum()
 
-    def _cross_entropy(
-        self, fast: Tensor, slow: Tensor, candidates: Tensor, right: Tensor, sharpness: Tensor
-    ) -> Tensor:
+    def _cross_entropy(self, fast: Tensor, slow: Tensor, candidates: Tensor, right: Tensor, sharpness: Tensor) -> Tensor:
         """(B,) of one way, against ``candidates`` (N + K, d) with ``right`` (B, N + K)."""
         meant = right.to(fast)
         meant = meant / meant.sum(-1, keepdim=True)

@@ -172,9 +172,7 @@ def probe_labels(features: Sequence[np.ndarray], truths: Sequence[np.ndarray], m
             best, chosen, worse = loss, strength, 0
         elif (worse := worse + 1) == PATIENCE:
             break
-    return next(chances(train, truths[0], (chosen,), (asked,)))[
-        0
-    ]  # anew: a fit that went on from another is not the same
+    return next(chances(train, truths[0], (chosen,), (asked,)))[0]  # anew: a fit that went on from another is not the same
 
 
 def cross_entropy(chances: np.ndarray, truth: np.ndarray) -> float:
@@ -201,9 +199,7 @@ def chances_of_one(x: np.ndarray, truth: np.ndarray, strengths: Sequence[float],
         yield tables
 
 
-def chances_of_each(
-    x: np.ndarray, truth: np.ndarray, strengths: Sequence[float], asked: Sequence[np.ndarray]
-) -> Tables:
+def chances_of_each(x: np.ndarray, truth: np.ndarray, strengths: Sequence[float], asked: Sequence[np.ndarray]) -> Tables:
     """As `chances_of_one`, by a regression for each class."""
     models: dict[int, LogisticRegression] = {}
     for strength in strengths:

@@ -67,9 +67,7 @@ class RegressTask(HeadTask):
         """Statistics of the read-outs and of the targets over the training samples; DataError where these are all equal."""
         targets = self.targets(samples)
         if not targets.max() > targets.min():
-            raise DataError(
-                f"every training sample has the target {targets[0].item():g}: a regression needs different ones"
-            )
+            raise DataError(f"every training sample has the target {targets[0].item():g}: a regression needs different ones")
         self.target_mean.copy_(targets.mean())
         self.target_std.copy_(targets.std(correction=0))
         self.target_range.copy_(torch.stack([targets.min(), targets.max()]))

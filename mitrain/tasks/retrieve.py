@@ -117,9 +117,7 @@ class RetrieveTask(ReadTask):
     @classmethod
     def build(cls, config: RetrieveConfig, given: Given) -> "RetrieveTask":
         if given.batch < dist.world():
-            raise ConfigError(
-                f"train.batch={given.batch} is less than a sample for each of {dist.world()} ranks: raise it"
-            )
+            raise ConfigError(f"train.batch={given.batch} is less than a sample for each of {dist.world()} ranks: raise it")
         task = cls(config, given.parts, given.widths)
         if not (task.between_files or getattr(given.data, "texts", True)):
             raise ConfigError("data.texts=false: there is no text to find: set task.partner to another modality")
@@ -279,9 +277,7 @@ class RetrieveTask(ReadTask):
         ]
         finite = np.isfinite(images).all(1) & np.isfinite(text_vectors).all(1)
         return [
-            Prediction(
-                s.id, s.inputs, {} if self.between_files else {"text": s.text}, vector=vector, finite=bool(numbers)
-            )
+            Prediction(s.id, s.inputs, {} if self.between_files else {"text": s.text}, vector=vector, finite=bool(numbers))
             for s, vector, numbers in zip(batch.samples, vectors, finite, strict=True)
         ]
 
@@ -304,11 +300,7 @@ class RetrieveTask(ReadTask):
         shares = recall_shares(gallery, *ranks, decided)
         for sample, prediction, rank, share in zip(samples, predictions, ranks[1].tolist(), shares, strict=True):
             own = places[sample.inputs[self.modality]]
-            prediction.values |= {
-                f"rank_of_{self.partner}": own,
-                f"rank_of_{self.modality}": rank,
-                "recall_mean": share,
-            }
+            prediction.values |= {f"rank_of_{self.partner}": own, f"rank_of_{self.modality}": rank, "recall_mean": share}
         return metrics | counts
 
     def _counts(self, gallery: Gallery) -> dict[str, int]:
@@ -370,9 +362,7 @@ class RetrieveTask(ReadTask):
             states = [self.frozen_states([s.text for s in part]) for part in splits.parts]
         galleries = [self._gallery(part) for part in splits.parts]
         made = retrieved(features, states, galleries)
-        metrics = {"random order": chance(galleries[2])} | {
-            f"{how} to the {what}": found for how, found in made.items()
-        }
+        metrics = {"random order": chance(galleries[2])} | {f"{how} to the {what}": found for how, found in made.items()}
         return {name: values | self._counts(galleries[2]) for name, values in metrics.items()}
 
     def answers(self, questions: Sequence[Question], see: Callable[[Sequence[Any]], Batch]) -> list[Answer]:

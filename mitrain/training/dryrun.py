@@ -52,11 +52,7 @@ class Plan:
             f"trainable parameters      {count(self.trainable_parameters)}"
             f"  ({100 * self.share:.2f} % of the pretrained ones)",
             f"  adapter                 {count(self.infusion_parameters)}",
-            *(
-                [f"    in each layer         {count(self.infusion_parameters_per_layer)}"]
-                if self.infused_layers
-                else []
-            ),
+            *([f"    in each layer         {count(self.infusion_parameters_per_layer)}"] if self.infused_layers else []),
             f"  task head               {count(self.head_parameters)}",
             f"frozen parameters         {count(self.frozen_parameters)}",
             *([f"infused layers            {', '.join(map(str, self.infused_layers))}"] if self.infused_layers else []),
@@ -120,9 +116,7 @@ def length(train: TrainConfig) -> str:
     step = f"{train.batch * train.accumulate} samples"
     if train.steps:
         return f"{train.steps} steps of {step}"
-    return (
-        f"{train.epochs:g} epochs in steps of {step}; how many steps those are, the data's size says: train to see it"
-    )
+    return f"{train.epochs:g} epochs in steps of {step}; how many steps those are, the data's size says: train to see it"
 
 
 def stage_bytes(trainable: int, frozen: int, ranks: int) -> dict[str, int]:

@@ -144,9 +144,7 @@ class Interruptible(Handlers):
         if self._former:
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
-            self._other = signal.set_wakeup_fd(
-                self._write, warn_on_full_buffer=False
-            )  # written to whatever Python does
+            self._other = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)  # written to whatever Python does
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 

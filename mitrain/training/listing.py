@@ -41,9 +41,7 @@ def described(run: Path) -> dict[str, Any]:
     known = complete_checkpoints(run / "checkpoints")  # by their sizes: nothing is read that is large
     kept = max(known, key=lambda item: item[1].sequence)[0] if known else None
     reached = read(kept / "state.json", parsing.read_json) if kept else {}
-    newest = max(
-        (path.stat().st_mtime for path in (run, *run.glob("*.json*"), *run.glob("checkpoints/*"))), default=0.0
-    )
+    newest = max((path.stat().st_mtime for path in (run, *run.glob("*.json*"), *run.glob("checkpoints/*"))), default=0.0)
     steps = reached.get("steps") or ended.get("steps")
     return {
         "run": str(run),
@@ -114,6 +112,4 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     """The rows in columns; what is longer than `LONGEST` loses its end."""
     rows = [[text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…" for text in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -155,9 +155,7 @@ def summary(parts: dict[str, tuple[float, float]], seconds: float) -> str:
     """A page: milliseconds of a step by part, of ``STEPS`` steps that took ``seconds``."""
     rest = max(0.0, seconds - sum(map(sum, parts.values())))
     parts = parts | {"other": (parts["other"][0] + rest, parts["other"][1])}
-    rows = [
-        [part, *(f"{1e3 * s / STEPS:,.2f}" for s in both), f"{sum(both) / seconds:.0%}"] for part, both in parts.items()
-    ]
+    rows = [[part, *(f"{1e3 * s / STEPS:,.2f}" for s in both), f"{sum(both) / seconds:.0%}"] for part, both in parts.items()]
     note = f"Milliseconds of the host a step, {STEPS} steps after {FIRST}, profiled: {1e3 * seconds / STEPS:,.0f} ms a step."
     made = sentence({"command": "mitrain train --profile", **made_with(("torch",))})
     return "\n".join([*markdown.table(("part", "forward", "backward", "share"), rows), "", note, made, ""])

@@ -124,9 +124,7 @@ def read_config(folder: str | Path) -> RunConfig:
     """The resolved configuration of a run folder."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
-        raise CheckpointError(
-            f"{str(folder)!r} is no run folder (it has no config.yaml): give one that mitrain train made"
-        )
+        raise CheckpointError(f"{str(folder)!r} is no run folder (it has no config.yaml): give one that mitrain train made")
     return schema.from_dict(config.read_file(path))
 
 
@@ -164,9 +162,7 @@ def open_run(
     folder = export_format.local(folder)
     if export_format.is_published(folder):
         if which != "best":
-            raise CheckpointError(
-                f"{str(folder)!r} is an export and holds one checkpoint: leave out --checkpoint {which}"
-            )
+            raise CheckpointError(f"{str(folder)!r} is an export and holds one checkpoint: leave out --checkpoint {which}")
         return open_published(folder, base, encoders, allow_changes, beside, **changes)
     run_config, saved = read_config(folder), newest(folder, which)
     model_config = config.parse(ModelConfig, run_config.model.to_dict() | changes, "model")
@@ -289,9 +285,7 @@ def check_shared(run_config: RunConfig, beside: Run, folder: str | Path) -> None
             raise ModelError(f"{name} cannot take turns with another adapter on one language model: load it by itself")
 
 
-def trained_shapes(
-    run_config: RunConfig, encoders: dict[str, Encoder], folder: str | Path
-) -> dict[str, tuple[int, ...]]:
+def trained_shapes(run_config: RunConfig, encoders: dict[str, Encoder], folder: str | Path) -> dict[str, tuple[int, ...]]:
     """The names and shapes of what a run trains, made without memory: what its export must hold, and no more.
 
     CheckpointError where `check_amount` has one.
@@ -331,9 +325,7 @@ def published_config(
         raise CheckpointError(f"{folder}: the exported configuration is not understood ({error})") from None
     model = config.parse(ModelConfig, saved.model.to_dict() | dict(changes), "model")
     if len(part.encoders) != len(model.encoders):
-        raise CheckpointError(
-            f"{folder} describes {len(part.encoders)} of {len(model.encoders)} encoders: export it again"
-        )
+        raise CheckpointError(f"{folder} describes {len(part.encoders)} of {len(model.encoders)} encoders: export it again")
     values = elsewhere(model, base, encoders).to_dict()
     for encoder, saved_encoder in zip(values["encoders"].values(), part.encoders, strict=True):
         encoder |= {"size": saved_encoder.preprocess.size} if saved_encoder.preprocess else {}
@@ -359,8 +351,7 @@ def elsewhere(model: ModelConfig, base: str | Path | None, encoders: Sequence[st
                 f" {'base=' if option == '--base' else 'encoders='})"
             )
     moved = {
-        key: part.model_copy(update={"name": name})
-        for (key, part), name in zip(model.encoders.items(), names, strict=True)
+        key: part.model_copy(update={"name": name}) for (key, part), name in zip(model.encoders.items(), names, strict=True)
     }
     return model.model_copy(update={"llm": llm, "encoders": moved})
 

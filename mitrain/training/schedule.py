@@ -32,8 +32,7 @@ def whole_or_share(value: Any) -> Any:
 
 
 Every = Annotated[
-    Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["epoch"],
-    BeforeValidator(whole_or_share),
+    Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["epoch"], BeforeValidator(whole_or_share)
 ]
 """How often something is done: after so many steps, after a share of the run, or when an epoch is complete."""
 

@@ -156,9 +156,7 @@ class RunConfig(Section):
             raise ValueError("train.group_by_length needs all samples at hand: leave it out, or set data.stream=null")
         if self.zero.stage == 3 and (self.data.may_lack or self.train.modality_dropout):
             # A rank whose samples lack a modality would not run that encoder's shards, and the others would wait for it.
-            raise ValueError(
-                "samples may lack an input where weights are whole on each rank: set zero.stage to at most 2"
-            )
+            raise ValueError("samples may lack an input where weights are whole on each rank: set zero.stage to at most 2")
         if self.task.section_name == "retrieve" and self.train.modality_dropout:
             raise ValueError("what is searched for would be lost: retrieve takes no train.modality_dropout")
         if lost := [name for name in self.data.may_lack if name not in self.data.inputs]:

@@ -96,9 +96,7 @@ def type_of(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(map(str, inner))
     if origin in (Union, UnionType):
-        return " or ".join(type_of(one) for one in inner if one is not NoneType) + (
-            " or null" if NoneType in inner else ""
-        )
+        return " or ".join(type_of(one) for one in inner if one is not NoneType) + (" or null" if NoneType in inner else "")
     if origin in (tuple, list):
         return f"list of {type_of(inner[0])}"
     if origin in (dict, Mapping):
@@ -112,9 +110,7 @@ def meaning_of(path: str) -> str:
     if path in meanings() or not bracket or kind not in ("data", "encoder"):
         return meanings().get(path, "")
     key = name.partition("].")[2]
-    return next(
-        (text for other, text in meanings().items() if re.fullmatch(rf"{kind}\[.*]\.{re.escape(key)}", other)), ""
-    )
+    return next((text for other, text in meanings().items() if re.fullmatch(rf"{kind}\[.*]\.{re.escape(key)}", other)), "")
 
 
 @cache
@@ -174,9 +170,7 @@ def as_text(found: list[Setting]) -> str:
             lines += ["", head] if lines else [head]
             before = head
         given = "required" if setting.required else f"= {shown(setting.default)}"
-        lines.append(
-            f"  {setting.key:34s} {given:28s} {setting.type}{': ' if setting.meaning else ''}{setting.meaning}"
-        )
+        lines.append(f"  {setting.key:34s} {given:28s} {setting.type}{': ' if setting.meaning else ''}{setting.meaning}")
     return "\n".join(lines)
 
 
@@ -237,12 +231,7 @@ def json_schema() -> dict[str, Any]:
     model["encoders"] = {"type": "object", "additionalProperties": {"anyOf": [{"type": "string"}, *unions["encoder"]]}}
     for body, path in bodies(top, definitions, ""):
         describe(body, path)
-    return {
-        "$schema": DRAFT,
-        "title": "mitrain run",
-        **{k: v for k, v in top.items() if k != "title"},
-        "$defs": definitions,
-    }
+    return {"$schema": DRAFT, "title": "mitrain run", **{k: v for k, v in top.items() if k != "title"}, "$defs": definitions}
 
 
 def schema_text(schema: dict[str, Any]) -> str:
@@ -250,9 +239,7 @@ def schema_text(schema: dict[str, Any]) -> str:
     parts = {**schema, "$defs": None}
     lines = [f"{json.dumps(name)}: {json.dumps(body, ensure_ascii=False)}" for name, body in schema["$defs"].items()]
     head = [
-        f"{json.dumps(name)}: {json.dumps(body, ensure_ascii=False)}"
-        for name, body in parts.items()
-        if body is not None
+        f"{json.dumps(name)}: {json.dumps(body, ensure_ascii=False)}" for name, body in parts.items() if body is not None
     ]
     return "{" + ",\n".join(head) + ',\n"$defs": {\n' + ",\n".join(lines) + "\n}}\n"
 

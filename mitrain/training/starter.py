@@ -96,9 +96,7 @@ def values_of(
     names = modality_names(found.inputs)
     if strange := sorted(encoders.keys() - names.values()):
         raise ConfigError(f"--encoder {strange[0]}=…: the table's inputs are {', '.join(names.values())}")
-    ours = {
-        name: encoder(name, found.inputs[column], encoders.get(name), found, column) for column, name in names.items()
-    }
+    ours = {name: encoder(name, found.inputs[column], encoders.get(name), found, column) for column, name in names.items()}
     renamed = {name: column for column, name in names.items() if column != name}
     columns = renamed | {field: name for field, name in found.fields.items() if field != name}
     data: dict[str, Any] = {"name": found.format or FORMATS[found.task], "root": relative(found.root)}
@@ -160,9 +158,7 @@ def available(names: tuple[str, str]) -> str:
 def splits_of(table: Path, root: Path) -> dict[str, Any]:
     """The splits' files: those beside a train.csv, else shares of the one there is."""
     there = {split: table.with_name(split + table.suffix) for split in SPLITS}
-    own = (
-        {split: path for split, path in there.items() if path.is_file()} if table.stem == "train" else {"train": table}
-    )
+    own = {split: path for split, path in there.items() if path.is_file()} if table.stem == "train" else {"train": table}
     shares = {f"{split}_share": 0.1 for split in SPLITS[1:] if split not in own}
     if "val" in own:
         shares = {}

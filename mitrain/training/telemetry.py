@@ -58,13 +58,7 @@ class Metrics:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         shown = console is not None and console.isatty()  # in a log lines are enough
         self._bar = tqdm(
-            total=total_steps,
-            initial=resumed_step,
-            desc="train",
-            unit="step",
-            file=console,
-            disable=not shown,
-            leave=False,
+            total=total_steps, initial=resumed_step, desc="train", unit="step", file=console, disable=not shown, leave=False
         )
 
     def step(

@@ -184,11 +184,6 @@ def require(name: str) -> None:
     with suppress(ValueError):  # sys.modules holds something else in its place
         if importlib.util.find_spec(name) is not None:
             return
-    if name in (
-        "mlflow",
-        "trackio",
-    ):  # no extras: these hold pyarrow below 26, and Pillow, which resizes pictures, below 13
-        raise MissingExtraError(
-            f"telemetry.trackers={name} needs the package {name!r}: install it with pip install {name}"
-        )
+    if name in ("mlflow", "trackio"):  # no extras: these hold pyarrow below 26, and Pillow, which resizes pictures, below 13
+        raise MissingExtraError(f"telemetry.trackers={name} needs the package {name!r}: install it with pip install {name}")
     need_extra(name, name, f"telemetry.trackers={name}")

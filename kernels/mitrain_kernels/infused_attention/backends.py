@@ -76,9 +76,7 @@ def run_around(call: Call, attend: Attend) -> Result:
         return recorded(call, infused_attention_folded, attend=attend), None
     rows: list[tuple[Tensor, ...]] = []
     for one in call.sequences():
-        found, _ = folded_coefficients(
-            one.v, **one.maps, present=one.present, gate=call.gate, base=one.base, eps=call.eps
-        )
+        found, _ = folded_coefficients(one.v, **one.maps, present=one.present, gate=call.gate, base=one.base, eps=call.eps)
         rows.append(tuple(x.expand(-1, -1, one.v.shape[2], -1) for x in found))
     alpha, gamma, delta = (torch.cat(x, dim=2) for x in zip(*rows, strict=True))
     return torch.addcmul(delta, attend(call.q * alpha, call.k, call.v), gamma), None

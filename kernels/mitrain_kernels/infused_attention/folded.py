@@ -149,9 +149,7 @@ def rows_that_see(call: Call) -> Tensor | None:
     return (so_far[:, last + 1] > so_far[:, first])[:, None]
 
 
-def plain_attention(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, bias: Tensor | None = None
-) -> Tensor:
+def plain_attention(call: Call, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """Attention by torch's SDPA, or written out where the call's softcap asks for it; rows that see nothing return 0.
 
     ``bias`` (B, H, Tq or 1, 1) joins the scores of a query before the softcap; without one it would not matter.

@@ -114,9 +114,7 @@ def opened(logit: Tensor, present: Tensor | None) -> Tensor:
     return torch.sigmoid(logit if present is None else logit.masked_fill(~present[:, :, None, None], float("-inf")))
 
 
-def cosine_gate(
-    head_logit: Tensor, v_add: Tensor, sums: GateSums, present: Tensor | None, eps: float = EPSILON
-) -> Gate:
+def cosine_gate(head_logit: Tensor, v_add: Tensor, sums: GateSums, present: Tensor | None, eps: float = EPSILON) -> Gate:
     """The gate for every entry of ``sums``, in at least float32; head_logit (M, H), v_add (M, B, H, d)."""
     (M, B, H, _), G = v_add.shape, sums.square.shape[1]
     v_add = wide(v_add)
@@ -140,9 +138,7 @@ def constant_gate(head_logit: Tensor, batch: int, present: Tensor | None, cosine
     return torch.ones_like(logit) if present is None else present[:, :, None, None].to(logit.dtype).expand_as(logit)
 
 
-def gate_sums(
-    kind: str, v: Tensor, v_add: Tensor, valid: Tensor | None, before: GateSums | None = None
-) -> GateSums | None:
+def gate_sums(kind: str, v: Tensor, v_add: Tensor, valid: Tensor | None, before: GateSums | None = None) -> GateSums | None:
     """The sums over ``v`` that the gate ``kind`` is made of; None where it has no cosine."""
     if kind == "sequence":
         return whole_sums(v, v_add, valid)

@@ -190,9 +190,7 @@ TENSORS = [(x.name, x.type is not Tensor) for x in fields(Call) if x.type in (Te
 INPUTS = 8  # those that have a gradient: q … k_add (where it is alive)
 SAVED = len(TENSORS) + 4
 SCHEMA = ", ".join(f"Tensor{'?' * absent} {name}" for name, absent in TENSORS)
-SCHEMA += (
-    ", Tensor? base, Tensor? dot, Tensor? square, Tensor? count, str gate, float[] numbers, str backend, bool trains"
-)
+SCHEMA += ", Tensor? base, Tensor? dot, Tensor? square, Tensor? count, str gate, float[] numbers, str backend, bool trains"
 NAME = "mitrain_kernels::infused_attention"
 
 
@@ -223,9 +221,7 @@ def compute(*inputs: Any) -> tuple[Tensor, ...]:
         return module.forward(call, module.gates_of(call), trains)
 
 
-forward_op = torch.library.custom_op(
-    NAME, compute, mutates_args=(), schema=f"({SCHEMA}) -> ({', '.join(['Tensor'] * 8)})"
-)
+forward_op = torch.library.custom_op(NAME, compute, mutates_args=(), schema=f"({SCHEMA}) -> ({', '.join(['Tensor'] * 8)})")
 
 
 @forward_op.register_fake

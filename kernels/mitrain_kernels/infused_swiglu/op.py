@@ -193,9 +193,7 @@ INPUTS = "Tensor gate, Tensor up, Tensor f, Tensor? cu_seqlens, str backend"
 FORWARD, BACKWARD = "mitrain_kernels::infused_swiglu", "mitrain_kernels::infused_swiglu_backward"
 torch.library.define(FORWARD, f"({INPUTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 torch.library.define(
-    BACKWARD,
-    f"(Tensor grad, {INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    BACKWARD, f"(Tensor grad, {INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
 )
 
 

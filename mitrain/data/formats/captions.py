@@ -16,16 +16,7 @@ from mitrain.core.errors import DataError
 from mitrain.data.formats.labels import report_left_out
 from mitrain.data.formats.manifest import Manifest, read_rows
 from mitrain.data.formats.references import once
-from mitrain.data.formats.rows import (
-    MISSING,
-    as_text,
-    check_columns,
-    check_meant,
-    inputs_of,
-    listed,
-    read_table,
-    unique,
-)
+from mitrain.data.formats.rows import MISSING, as_text, check_columns, check_meant, inputs_of, listed, read_table, unique
 from mitrain.data.samples import Sample
 
 REQUIRED = ("text",)
@@ -65,11 +56,7 @@ def read_captions(
 
 
 def placed(
-    source: Manifest,
-    columns: Mapping[str, str],
-    missing: Collection[str],
-    inputs: Sequence[str],
-    has_texts: bool,
+    source: Manifest, columns: Mapping[str, str], missing: Collection[str], inputs: Sequence[str], has_texts: bool
 ) -> Iterator[tuple[str, CaptionSample]]:
     for where, place, row in read_rows(source, columns, (*inputs, *(REQUIRED if has_texts else ())), inputs):
         files = inputs_of(row, columns, inputs, (), where)
@@ -113,9 +100,7 @@ def read_karpathy(root: Path, file: str | None, split: str, images: str | None =
     samples: list[tuple[str, CaptionSample]] = []
     for number, (_, picture, thing, sentences) in enumerate(chosen):
         left_out.update(["wordless captions"] * sum(not text for _, text in sentences))
-        captions = [
-            CaptionSample(name, {"image": f"{folder}{picture}"}, text, thing) for name, text in sentences if text
-        ]
+        captions = [CaptionSample(name, {"image": f"{folder}{picture}"}, text, thing) for name, text in sentences if text]
         left_out.update([] if captions else ["images without a caption"])
         samples += [(f"{path}: image {number} of {split}", sample) for sample in captions]
     kept = unique(iter(samples))
@@ -197,6 +182,4 @@ def image_folder(
         if any((root / prefix / picture).is_file() for picture in first):
             return prefix
     tried = images or " or ".join(f"{folder}/" for folder in usual if folder)
-    raise DataError(
-        f"no file {first[0][:200]!r} in {str(root)!r}, nor in its {tried}: set data.{setting} to their folder"
-    )
+    raise DataError(f"no file {first[0][:200]!r} in {str(root)!r}, nor in its {tried}: set data.{setting} to their folder")

@@ -113,10 +113,7 @@ def asked(
         if not usual:
             left_out["with an empty answer"] += 1
             continue
-        yield (
-            where,
-            AnswerSample(number, {"image": picture}, text, usual, kind=kind, object=picture, references=answers),
-        )
+        yield (where, AnswerSample(number, {"image": picture}, text, usual, kind=kind, object=picture, references=answers))
 
 
 def people(annotation: dict[str, Any], where: str) -> tuple[tuple[str, ...], str, str]:
@@ -145,9 +142,7 @@ def read_coco_captions(root: Path, subset: str, images: str | None = None) -> li
     return with_captions(samples)
 
 
-def captions_in(
-    path: Path, pictures: dict[str, str], folder: str, left_out: Counter
-) -> Iterator[tuple[str, CaptionSample]]:
+def captions_in(path: Path, pictures: dict[str, str], folder: str, left_out: Counter) -> Iterator[tuple[str, CaptionSample]]:
     for n, one in enumerate(list_in(path, "annotations")):
         where = f"{path}: annotation {n}"
         picture, number = id_of(one, "image_id", where), id_of(one, "id", where)

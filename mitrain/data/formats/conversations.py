@@ -19,9 +19,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 ROLES |= {"system": "system"}
 KINDS = ("image", "audio", "video")
 MARK = re.compile(rf"<({'|'.join(KINDS)})>")
-COLUMNS = {
-    name: name for name in ("conversations", "messages", "id", "system", *KINDS, *(f"{kind}s" for kind in KINDS))
-}
+COLUMNS = {name: name for name in ("conversations", "messages", "id", "system", *KINDS, *(f"{kind}s" for kind in KINDS))}
 
 
 def read_conversations(
@@ -55,9 +53,7 @@ def asked_behind(turns: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     return "\n".join(turns), tuple(turns) if len(turns) > 1 else ()
 
 
-def question_of(
-    row: Row, inputs: Sequence[str], may_lack: Collection[str]
-) -> tuple[str, dict[str, str], tuple[str, ...]]:
+def question_of(row: Row, inputs: Sequence[str], may_lack: Collection[str]) -> tuple[str, dict[str, str], tuple[str, ...]]:
     """A conversation's name, its files, and its turns up to the last question, whether that is answered or not."""
     said, shown = turns_of(row, answered=False)
     name = as_text(row.cells.get("id"), "id", row.where) or row.name
@@ -83,17 +79,13 @@ def turns_of(row: Row, answered: bool = True) -> tuple[list[str], dict[str, list
         if role == "system" and not texts:
             continue  # task.system is that of all samples
         if role != ("assistant" if len(texts) % 2 else "user"):
-            raise DataError(
-                f"{row.where}: turn {number + 1} is the {role}'s out of turn: questions and answers alternate"
-            )
+            raise DataError(f"{row.where}: turn {number + 1} is the {role}'s out of turn: questions and answers alternate")
         texts.append((role, text))
     said = [text for _, text in texts]
     if len(said) % 2 and answered:
         said.pop()  # a question that nobody answered
     if not said or not all(said):
-        wrong = (
-            "a question or an answer has no words" if said else "nothing is answered" if texts else "nothing is asked"
-        )
+        wrong = "a question or an answer has no words" if said else "nothing is answered" if texts else "nothing is asked"
         raise DataError(f"{row.where}: {wrong}: leave it out or mend it")
     return said, shown
 
@@ -109,9 +101,7 @@ def text_of(content: Any, where: str, role: str, shown: Mapping[str, list[str | 
         elif kind in KINDS and role == "user" and isinstance(part.get(kind, ""), str):
             shown[kind].append(part.get(kind) or None)
         else:
-            raise DataError(
-                f"{where} holds no text: give a text, or a list of parts of the type text, {', '.join(KINDS)}"
-            )
+            raise DataError(f"{where} holds no text: give a text, or a list of parts of the type text, {', '.join(KINDS)}")
     text = "\n".join(said)
     if role == "user":
         for mark in MARK.findall(text):

@@ -28,9 +28,7 @@ def read_expressions(source: Manifest, name: str | None = None, images: str | No
     """
     (path,) = source.files()
     tables = Instances(path)
-    folder = image_folder(
-        Path(source.root), [str(one.get("file_name")) for one in tables.images.values()][:FIRST], images
-    )
+    folder = image_folder(Path(source.root), [str(one.get("file_name")) for one in tables.images.values()][:FIRST], images)
     samples = unique(expressions_in(path, tables, folder, name))
     if not samples:
         raise DataError(

@@ -25,9 +25,7 @@ def read_folders(root: Path, folder: str, name: str, known: Collection[str] = ()
     samples, left_out = [], Counter()
     for label in classes:
         if known and label not in known:
-            raise DataError(
-                f"{str(top / label)!r}: the class {label!r}{nearest(label, known)} is not one of training's"
-            )
+            raise DataError(f"{str(top / label)!r}: the class {label!r}{nearest(label, known)} is not one of training's")
         paths = [path for path in sorted((top / label).rglob("*")) if path.is_file()]
         usable = [path for path in paths if path.suffix.lower() in BY_ENDING and not path.name.startswith(".")]
         left_out["of no known kind"] += len(paths) - len(usable)

@@ -18,15 +18,7 @@ from mitrain.core.errors import DataError
 from mitrain.data.columns import column
 from mitrain.data.formats.alike import Alike, clean
 from mitrain.data.formats.manifest import Manifest, Row, read_rows
-from mitrain.data.formats.rows import (
-    MISSING,
-    as_text,
-    check_columns,
-    check_meant,
-    inputs_of,
-    listed,
-    split_cell,
-)
+from mitrain.data.formats.rows import MISSING, as_text, check_columns, check_meant, inputs_of, listed, split_cell
 from mitrain.data.samples import Sample
 
 FIELDS = ("text", "label", "id", "object", "kind")

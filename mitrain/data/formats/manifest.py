@@ -187,11 +187,7 @@ def saved_files(folder: Path) -> list[Path]:
         names = [part["filename"] for part in state["_data_files"]]
     except FileNotFoundError:
         splits = [path.parent.name for path in sorted(folder.glob("*/state.json"))]
-        mend = (
-            f"name one of its splits, {', '.join(splits)}, in data.splits"
-            if splits
-            else "name a file, or a folder of it"
-        )
+        mend = f"name one of its splits, {', '.join(splits)}, in data.splits" if splits else "name a file, or a folder of it"
         raise DataError(f"{str(folder)!r} is no data set of save_to_disk (it has no state.json): {mend}") from None
     except (OSError, parsing.Unreadable, KeyError, TypeError) as error:
         raise DataError(f"{str(folder / 'state.json')!r} cannot be read ({error}): save the data set again") from None

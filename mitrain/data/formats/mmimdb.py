@@ -66,10 +66,7 @@ def films(root: Path, split: str, left_out: Counter) -> Iterator[tuple[str, Labe
             left_out[reason or "without a plot"] += 1
             continue
         labels = tuple(genre for genre in GENRES if genre in genres)
-        yield (
-            f"{where}: {split} {number}",
-            LabelSample(film, {"image": f"{pictures}/{film}.jpeg"}, plot.strip(), labels),
-        )
+        yield (f"{where}: {split} {number}", LabelSample(film, {"image": f"{pictures}/{film}.jpeg"}, plot.strip(), labels))
 
 
 def folder_of(root: Path, names: tuple[str, ...]) -> str:

@@ -29,9 +29,7 @@ NAMES = {"video": "vision", "speech": "audio", "sound": "audio"}
 """What MMSA calls a modality, where it may be called otherwise here."""
 
 
-def read_clips(
-    root: Path, file: str, split: str, inputs: Sequence[str], labels: str, folder: str
-) -> list[TargetSample]:
+def read_clips(root: Path, file: str, split: str, inputs: Sequence[str], labels: str, folder: str) -> list[TargetSample]:
     """A split's rows of a table in its order; each of the ``inputs`` is the clip below ``folder``; ``labels``: the numbers'
     column. Clips of one video are of one object. Raises DataError naming file and line.
     """
@@ -75,9 +73,7 @@ def read_features(root: Path, file: str, split: str, inputs: Sequence[str], labe
     path, name = Path(root) / file, PARTS.get(split, split)
     tree = tree_of(path)
     if not isinstance(tree.get(name), dict):
-        raise DataError(
-            f"{str(path)!r} has no part {name!r}, only {', '.join(map(str, tree))[:80]}: choose another split"
-        )
+        raise DataError(f"{str(path)!r} has no part {name!r}, only {', '.join(map(str, tree))[:80]}: choose another split")
     part = tree[name]
     where = f"{path}: {name}"
     ids, texts = texts_in(part, "id", where), texts_in(part, "raw_text", where)

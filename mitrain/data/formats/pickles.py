@@ -153,9 +153,7 @@ class ArrayUnpickler(PlainUnpickler):
 
     def find_class(self, module: str, name: str) -> Standin:
         if (module, name) not in NAMES:
-            raise pickle.UnpicklingError(
-                f"it names {module[:40]}.{name[:40]}, and arrays and plain values alone are read"
-            )
+            raise pickle.UnpicklingError(f"it names {module[:40]}.{name[:40]}, and arrays and plain values alone are read")
         return NAMES[module, name]
 
     def _decode_string(self, value: bytes) -> str:

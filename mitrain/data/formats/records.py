@@ -16,15 +16,7 @@ from typing import Any
 from mitrain.core.errors import DataError
 from mitrain.data.formats.alike import Alike, clean, filled
 from mitrain.data.formats.manifest import Manifest, Row, read_rows
-from mitrain.data.formats.rows import (
-    MISSING,
-    as_text,
-    check_columns,
-    check_meant,
-    inputs_of,
-    listed,
-    split_cell,
-)
+from mitrain.data.formats.rows import MISSING, as_text, check_columns, check_meant, inputs_of, listed, split_cell
 from mitrain.data.samples import Sample
 
 REQUIRED = ("prompt", "answer")

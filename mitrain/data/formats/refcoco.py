@@ -17,15 +17,7 @@ from typing import Any
 import numpy as np
 
 from mitrain.core.errors import DataError
-from mitrain.data.formats.references import (
-    Reference,
-    field,
-    id_of,
-    once,
-    read_json,
-    read_refs,
-    refs_file,
-)
+from mitrain.data.formats.references import Reference, field, id_of, once, read_json, read_refs, refs_file
 from mitrain.data.formats.rle import check_segmentation, decode_mask
 from mitrain.data.samples import Sample
 
@@ -65,14 +57,10 @@ class ReferSample(Sample):
         try:
             return decode_mask(self.segmentation, self.size)
         except ValueError as error:
-            raise DataError(
-                f"the segmentation of {self.id} is broken ({error}): mend or remove that annotation"
-            ) from None
+            raise DataError(f"the segmentation of {self.id} is broken ({error}): mend or remove that annotation") from None
 
 
-def read_refer(
-    root: Path, dataset: str, split_by: str | None, split: str, images: str | None = None
-) -> list[ReferSample]:
+def read_refer(root: Path, dataset: str, split_by: str | None, split: str, images: str | None = None) -> list[ReferSample]:
     """Every expression of a split, in the file's order.
 
     ``split_by`` may be left out where there is one ``refs(*).p``. As in refer.py, ``test`` selects every test split
@@ -107,8 +95,7 @@ def read_objects(root: Path, dataset: str, split_by: str | None, split: str) -> 
     return [
         ReferSample(number, {"image": image["file_name"]}, "", size_of(image, number), annotation.get("segmentation"))
         for number, annotation in tables.annotations.items()
-        if known_id(annotation, "image_id") in pictures
-        and (image := tables.images.get(known_id(annotation, "image_id")))
+        if known_id(annotation, "image_id") in pictures and (image := tables.images.get(known_id(annotation, "image_id")))
     ]
 
 
@@ -217,8 +204,4 @@ def union(ref: Reference, targets: Sequence[Mapping[str, Any]], file: str) -> An
         field(target, "segmentation", list | dict, f"{file!r}: annotation {number[:80]}")
         for number, target in zip(ref.targets, targets, strict=True)
     ]
-    return (
-        masks[0]
-        if len(masks) == 1
-        else [part for mask in masks for part in (mask if isinstance(mask, list) else [mask])]
-    )
+    return masks[0] if len(masks) == 1 else [part for mask in masks for part in (mask if isinstance(mask, list) else [mask])]

@@ -155,11 +155,7 @@ def field(record: Any, key: str, kind: Any, where: str) -> Any:
     if key not in record:
         raise DataError(f"{where} has no {key!r}: get the original file")
     value = record[key]
-    if (
-        not isinstance(value, kind)
-        or isinstance(value, bool)
-        or (isinstance(value, int | float) and not abs(value) < HUGE)
-    ):
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int | float) and not abs(value) < HUGE):
         raise DataError(f"{where} has the impossible {key}={brief(value)}: get the original file")
     return value
 

@@ -226,9 +226,7 @@ def json_object(text: str, where: str) -> dict[str, Any]:
     return row
 
 
-def rows_of_csv(
-    file: TextIO, path: Path, columns: Mapping[str, str], required: Sequence[str], mark: str
-) -> Iterator[Line]:
+def rows_of_csv(file: TextIO, path: Path, columns: Mapping[str, str], required: Sequence[str], mark: str) -> Iterator[Line]:
     header: list[str] | None = None
     for line, cells in cells_of_csv(file, path, mark):
         if header is None:

@@ -30,9 +30,7 @@ def rows_of_shard(
     with open(path, "rb") as file:
         for key, members in groupby(members_of(file, path), key=lambda member: member[0]):
             if key in keys:
-                raise DataError(
-                    f"{path}:{key}: its members do not stand together, or stand twice: write the archive again"
-                )
+                raise DataError(f"{path}:{key}: its members do not stand together, or stand twice: write the archive again")
             keys.add(key)
             cells: dict[str, Any] = {}
             for _, extension, offset, size in members:

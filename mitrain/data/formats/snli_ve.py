@@ -24,9 +24,7 @@ SPELLINGS = ("flikr30kid", "flickr30kid")  # of any key in small letters, withou
 FOLDERS = ("flickr30k_images", "flickr30k-images", "images")
 
 
-def read_snli_ve(
-    root: Path, split: str, images: str | None = None, known: Collection[str] = CLASSES
-) -> list[LabelSample]:
+def read_snli_ve(root: Path, split: str, images: str | None = None, known: Collection[str] = CLASSES) -> list[LabelSample]:
     """A split's hypotheses in the file's order; undecided ones are left out, and counted.
 
     ``images`` is the folder of the pictures where it is not a usual one; labels are among those ``known``. Raises

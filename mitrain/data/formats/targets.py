@@ -60,10 +60,7 @@ def placed(
         if not texts["target"]:
             raise DataError(f"{where}: no {columns['target']!r}: fill it in, or map another with columns.target=NAME")
         target = number(texts["target"], columns["target"], where)
-        yield (
-            where,
-            TargetSample(inputs=there, **texts | {"id": texts["id"] or name, "target": target}),
-        )
+        yield (where, TargetSample(inputs=there, **texts | {"id": texts["id"] or name, "target": target}))
 
 
 def numbers(cells: Sequence[Any]) -> Sequence[float] | None:

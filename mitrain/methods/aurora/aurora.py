@@ -17,13 +17,7 @@ from mitrain.core.errors import ModelError
 from mitrain.methods.aurora.config import COMPOSED_LAYERS, AuroraConfig
 from mitrain.methods.aurora.fusion import Fusion, distinct, enhanced, pooled
 from mitrain.methods.aurora.modes import Modes
-from mitrain.methods.aurora.points import (
-    Point,
-    find_points,
-    has_cross_attention,
-    laid_out,
-    widths_of,
-)
+from mitrain.methods.aurora.points import Point, find_points, has_cross_attention, laid_out, widths_of
 from mitrain.methods.base import Adapter, Attachment, Traits
 from mitrain.models import frozen, layouts, loading
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
@@ -82,9 +76,7 @@ class Aurora(Adapter):
             return depth if own else min(COMPOSED_LAYERS, depth)
         if asked > depth or (own and asked not in (0, depth)):
             what = f"which has a cross-attention in each of its {depth} layers" if own else f"which has {depth} layers"
-            raise ModelError(
-                f"adapter.fusion_layers={asked} does not fit the text model, {what}: set {depth}, 0 or null"
-            )
+            raise ModelError(f"adapter.fusion_layers={asked} does not fit the text model, {what}: set {depth}, 0 or null")
         return asked
 
     def _find(self, backbones: Mapping[str, PreTrainedModel], own: bool, layers: int) -> list[Point]:

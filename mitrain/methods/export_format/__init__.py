@@ -17,13 +17,7 @@ docs/guide/checkpoints.md has the format. Written whole or not at all; read as w
 """
 
 from mitrain.methods.export_format.card import model_card
-from mitrain.methods.export_format.contents import (
-    Contents,
-    EncoderPart,
-    Parameters,
-    PreprocessPart,
-    RunPart,
-)
+from mitrain.methods.export_format.contents import Contents, EncoderPart, Parameters, PreprocessPart, RunPart
 from mitrain.methods.export_format.folder import (
     CONFIG,
     FORMAT,

@@ -191,11 +191,7 @@ def loading_lines(contents: Contents, alone: bool) -> list[str]:
     ]
     attached = [
         'adapter, normalize = mitrain.load_adapter(model, "THIS_FOLDER")  # model: a transformers model in memory',
-        *(
-            ["model(input_ids=ids, infused=adapter.modalities_of(normalize(features)))"]
-            if contents.run and infuses
-            else []
-        ),
+        *(["model(input_ids=ids, infused=adapter.modalities_of(normalize(features)))"] if contents.run and infuses else []),
     ]
     lines = ["import mitrain", *(whole if contents.run else []), *(attached if alone else [])]
     lines += [f"{line}  # by PEFT without mitrain" for name, line in BY_PEFT.items() if name in (contents.peft or {})]

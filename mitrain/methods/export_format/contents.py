@@ -89,7 +89,5 @@ class Contents(Strict):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         return {
-            name: value
-            for name, value in values.items()
-            if name not in ("peft_type", "frozen", "peft") or value is not None
+            name: value for name, value in values.items() if name not in ("peft_type", "frozen", "peft") or value is not None
         }

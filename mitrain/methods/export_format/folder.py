@@ -74,11 +74,7 @@ def check_target(folder: str | Path) -> Path:
 
 
 def publish(
-    folder: str | Path,
-    values: Mapping[str, Any],
-    tensors: Tensors,
-    card: Callable[[Contents], str],
-    peft: PeftFiles,
+    folder: str | Path, values: Mapping[str, Any], tensors: Tensors, card: Callable[[Contents], str], peft: PeftFiles
 ) -> Path:
     """Write ``tensors`` (by group) and the fields ``values`` of `Contents`, all but what follows from the tensors.
 
@@ -250,9 +246,7 @@ def real(folder: Path, name: str) -> Path:
     folder, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     if folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs":
         return target
-    raise CheckpointError(
-        f"{path} is a link, and not within a repository of the Hub's cache: copy the folder with cp -rL"
-    )
+    raise CheckpointError(f"{path} is a link, and not within a repository of the Hub's cache: copy the folder with cp -rL")
 
 
 def parse_contents(values: Mapping[str, Any], path: Path) -> Contents:
@@ -266,9 +260,7 @@ def check_shapes(path: Path, expected: FileSum, shapes: Shapes) -> None:
     """CheckpointError where the file's header, all that is read here, does not describe tensors of ``shapes``."""
     size = regular_size(path, MEND)
     if size != expected.bytes:
-        raise CheckpointError(
-            f"{path} is torn or corrupted ({size} bytes, its configuration says {expected.bytes}): {MEND}"
-        )
+        raise CheckpointError(f"{path} is torn or corrupted ({size} bytes, its configuration says {expected.bytes}): {MEND}")
     try:
         with safe_open(path, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -283,9 +275,7 @@ def check_shapes(path: Path, expected: FileSum, shapes: Shapes) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(
-            f"{path} does not fit the adapter's own configuration: {'; '.join(wrong[:3])}{more}: {MEND}"
-        )
+        raise CheckpointError(f"{path} does not fit the adapter's own configuration: {'; '.join(wrong[:3])}{more}: {MEND}")
 
 
 def read_tensors(path: Path, expected: FileSum) -> dict[str, dict[str, Tensor]]:

@@ -208,9 +208,7 @@ def check_call(infusion: Infusion, query: Tensor, value: Tensor, kwargs: dict[st
     """Refuse, in one line, what would make the folded form wrong."""
     where = f"layer {infusion.layer_idx}"
     if kwargs.get("dropout"):
-        raise ModelError(
-            f"{where} drops attention probabilities, under which infusion does not fold: call model.eval()"
-        )
+        raise ModelError(f"{where} drops attention probabilities, under which infusion does not fold: call model.eval()")
     if kwargs.get("s_aux") is not None:
         raise ModelError(f"{where} uses attention sinks, under which infusion does not fold: not supported")
     if kwargs.get("softcap") is not None and infusion.maps.k_add is not None and infusion.gate != "token":

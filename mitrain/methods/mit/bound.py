@@ -114,9 +114,7 @@ class BoundFeatures(Adapter):
         Raises ModelError where they don't fit the adapter or, inside, the batch.
         """
         if not self._backbones:
-            raise ModelError(
-                f"this {self.traits.name} adapter is not attached, so features have no effect: call attach()"
-            )
+            raise ModelError(f"this {self.traits.name} adapter is not attached, so features have no effect: call attach()")
         condition, held = make_condition(features, self.feature_widths, copies), object()
         token = BOUND.set({**BOUND.get(), self: condition})
         self._held.add(held)

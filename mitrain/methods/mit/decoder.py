@@ -88,8 +88,7 @@ def last_projection(layer: nn.Module, where: str) -> nn.Module:
             if projection is not None and projection_width(projection):
                 return projection
     raise ModelError(
-        f"{where} has no last feed-forward projection by a known name ({', '.join(layouts.LAST)}): "
-        "set adapter.ffn=false"
+        f"{where} has no last feed-forward projection by a known name ({', '.join(layouts.LAST)}): set adapter.ffn=false"
     )
 
 

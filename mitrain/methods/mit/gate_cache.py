@@ -95,13 +95,7 @@ def history(cache: Cache, layer_idx: int, depth: int) -> GateHistory:
 
 
 def continued_sums(
-    entry: GateHistory,
-    cache: Cache,
-    v: Tensor,
-    new: int,
-    v_add: Tensor,
-    padding: Tensor | None,
-    condition: Condition,
+    entry: GateHistory, cache: Cache, v: Tensor, new: int, v_add: Tensor, padding: Tensor | None, condition: Condition
 ) -> GateSums | None:
     """The sums (T = 1) over the tokens before the ``new`` last ones of v (B, G, T, d); None if there are none.
 

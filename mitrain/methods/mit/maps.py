@@ -54,14 +54,7 @@ class LayerInfusion(nn.Module):
     their device and dtype. A map that is left out gives zeros."""
 
     def __init__(
-        self,
-        widths: Mapping[str, int],
-        shape: LayerShape,
-        names: tuple[str, ...],
-        *,
-        ffn: bool,
-        base: int,
-        **factory: Any,
+        self, widths: Mapping[str, int], shape: LayerShape, names: tuple[str, ...], *, ffn: bool, base: int, **factory: Any
     ):
         super().__init__()
         self.shape, self.base, self.names = shape, base, names

@@ -225,9 +225,7 @@ class MiT(BoundFeatures):
     def _check_inputs(self, decoder: nn.Module, given: Mapping[str, Any]) -> None:
         mask, cache, positions = (given.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
         if self.config.kernel_gate == "sequence" and (cache is not None or inside_generate()):
-            raise ModelError(
-                "the gate 'sequence' reads the whole text at once and cannot generate: set adapter.gate=prefix"
-            )
+            raise ModelError("the gate 'sequence' reads the whole text at once and cannot generate: set adapter.gate=prefix")
         if cache is not None:
             check_cache(cache)
         if torch.is_grad_enabled() and getattr(decoder, "gradient_checkpointing", False):
@@ -308,9 +306,7 @@ def check_attention_base(decoder: Decoder, config: MiTConfig) -> None:
         if base != "eager":
             raise ModelError(f"{decoder.name} caps its attention scores: load it with attn_implementation='eager'")
         if config.k_add and config.gate != "token":
-            raise ModelError(
-                f"{decoder.name} caps its attention scores, where k_add does not fold: adapter.k_add=false"
-            )
+            raise ModelError(f"{decoder.name} caps its attention scores, where k_add does not fold: adapter.k_add=false")
 
 
 def attach(model: PreTrainedModel, config: MiTConfig, backend: str = "auto", name: str | None = None) -> MiT:

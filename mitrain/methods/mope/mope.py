@@ -69,10 +69,7 @@ class MoPE(Adapter):
     def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
         encoders = {name: encoder_of(backbones[name], name, self.config) for name in self.traits.backbones}
         main, other = encoders[self.config.main], encoders[self.config.other]
-        readouts = {
-            self.config.main: feature_of(main, self.config),
-            self.config.other: condition_of(other, self.config),
-        }
+        readouts = {self.config.main: feature_of(main, self.config), self.config.other: condition_of(other, self.config)}
         for name, how in readouts.items():
             if how == "first" and not encoders[name].has_first:
                 raise ModelError(f"the {name} model has no CLS token to read: take 'mean' or 'auto'")
@@ -123,10 +120,7 @@ class MoPE(Adapter):
             raise ModelError(f"{len(texts.ids)} texts and {len(inputs)} files: give one file per text")
         states = {TEXT: self._text_states(texts), ENCODER: self._encoder_states(inputs)}
         mask, lacking = texts and texts.mask, inputs and inputs.lacking
-        visible, shown = (
-            {TEXT: mask, ENCODER: inputs and inputs.visible},
-            {TEXT: mask, ENCODER: inputs and inputs.shown},
-        )
+        visible, shown = ({TEXT: mask, ENCODER: inputs and inputs.visible}, {TEXT: mask, ENCODER: inputs and inputs.shown})
         main, other = self.config.main, self.config.other
         if main == ENCODER and lacking is not None:
             there = ~lacking[:, None].expand(states[ENCODER].shape[:2])
@@ -183,9 +177,7 @@ class MoPE(Adapter):
 
         return self._run(name, states, mask, prompts, None)
 
-    def _run_main(
-        self, states: Tensor, mask: Tensor | None, condition: Tensor | None, unlinked: Tensor | None
-    ) -> Encoded:
+    def _run_main(self, states: Tensor, mask: Tensor | None, condition: Tensor | None, unlinked: Tensor | None) -> Encoded:
         """The main encoder; with ψ ``condition`` (B, c) the routers' weights are kept, without it static prompts only.
 
         ``unlinked`` (B,): samples that have no ψ; of their prompts the static ones alone are seen.

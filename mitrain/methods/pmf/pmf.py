@@ -86,13 +86,7 @@ class Link(nn.Module):
         return self.map(prompts[:, -len(self.query) :].to(self.query.dtype))
 
     def tell(
-        self,
-        side: Side,
-        index: int,
-        states: Tensor,
-        visible: Tensor | None,
-        answer: Tensor | None,
-        unseen: Tensor | None,
+        self, side: Side, index: int, states: Tensor, visible: Tensor | None, answer: Tensor | None, unseen: Tensor | None
     ) -> Tensor:
         """The target's tokens (B, T, D) after its layer ``index``, which saw ``answer``; the prompts' rows are dropped.
 
@@ -122,9 +116,7 @@ class PMF(Adapter):
     Names in the state dict: ``fusion.<0 … L_f - 1>.<text_to_image|image_to_text>.<query|context|fusion|map.…>``.
     """
 
-    traits = Traits(
-        "pmf", ("text", "encoder"), runs_layers=True, text_depends_on_input=True, passes=2, checkpointing=True
-    )
+    traits = Traits("pmf", ("text", "encoder"), runs_layers=True, text_depends_on_input=True, passes=2, checkpointing=True)
 
     def __init__(self, config: PMFConfig):
         super().__init__()
@@ -207,12 +199,7 @@ class PMF(Adapter):
         return states.to(side.layers.model.dtype)
 
     def _climb(
-        self,
-        step: int,
-        states: dict[str, Tensor],
-        visible: Mapping[str, Tensor | None],
-        fused: bool,
-        unseen: Tensor | None,
+        self, step: int, states: dict[str, Tensor], visible: Mapping[str, Tensor | None], fused: bool, unseen: Tensor | None
     ) -> dict[str, Tensor]:
         """The states after one more layer of each encoder."""
         if fused and self._checkpoint and torch.is_grad_enabled():
@@ -221,12 +208,7 @@ class PMF(Adapter):
         return self._layer(step, states, visible, fused, unseen)
 
     def _layer(
-        self,
-        step: int,
-        states: dict[str, Tensor],
-        visible: Mapping[str, Tensor | None],
-        fused: bool,
-        unseen: Tensor | None,
+        self, step: int, states: dict[str, Tensor], visible: Mapping[str, Tensor | None], fused: bool, unseen: Tensor | None
     ) -> dict[str, Tensor]:
         sides = {name: self._sides[name] for name in states}
         at = {name: (side, side.first + step, states[name], visible[name]) for name, side in sides.items()}

@@ -35,15 +35,7 @@ from transformers.utils import is_speech_available
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import frozen, loading, stream
-from mitrain.models.encoders.base import (
-    Encoder,
-    Entering,
-    Pool,
-    cut_to_layer,
-    load,
-    over_time,
-    top_layer,
-)
+from mitrain.models.encoders.base import Encoder, Entering, Pool, cut_to_layer, load, over_time, top_layer
 from mitrain.models.encoders.config import EncoderConfig
 
 log = logging.getLogger(__name__)
@@ -111,10 +103,7 @@ FAMILIES = {
     "whisper": Family(WhisperListener, WhisperFeatureExtractor, lambda s: {"feature_size": s.num_mel_bins}, "encoder"),
     **dict.fromkeys(("wav2vec2", "hubert", "wavlm"), RAW),
     "audio-spectrogram-transformer": Family(
-        AutoModel,
-        ASTFeatureExtractor,
-        lambda s: {"num_mel_bins": s.num_mel_bins, "max_length": s.max_length},
-        pools=True,
+        AutoModel, ASTFeatureExtractor, lambda s: {"num_mel_bins": s.num_mel_bins, "max_length": s.max_length}, pools=True
     ),
     **dict.fromkeys(("clap", "clap_audio_model"), CLAP),
 }

@@ -131,11 +131,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         efficientnet_lite.register()
         self.config = config
-        shape = (
-            loading.config_from_shape(config.shape, f"{config.name!r} in model.encoders shape")
-            if config.shape
-            else None
-        )
+        shape = loading.config_from_shape(config.shape, f"{config.name!r} in model.encoders shape") if config.shape else None
         model_config = shape or loading.read_config(folder or config.name, "image encoder")
         if getattr(model_config, "quantization_config", None):
             raise ModelError(f"the image encoder {config.name!r} is quantised: give its weights in floats")
@@ -274,9 +270,7 @@ class ImageEncoder(nn.Module):
         return features
 
     @torch.no_grad()
-    def entering(
-        self, depth: int, images: Sequence[Image.Image | Tensor], views: Sequence[View] | None = None
-    ) -> Tensor:
+    def entering(self, depth: int, images: Sequence[Image.Image | Tensor], views: Sequence[View] | None = None) -> Tensor:
         """(B, prefix + N, c): what enters layer ``depth``."""
         return frozen.trunk_states(self.model, depth, pixel_values=self._pixels(images, views))
 
@@ -399,9 +393,7 @@ def normalisation(config: ImageConfig, source: str | Path, kind: str) -> tuple[C
         scale = float(values.get("rescale_factor", 1 / 255))
     except (TypeError, ValueError):
         raise ModelError(f"{path} is malformed: image_mean and image_std must be three numbers each") from None
-    if (
-        values.get("offset") and abs(scale * 127.5 - 1) <= 1e-3
-    ):  # ViViT's pixels are from -1 to 1 before they are normalised
+    if values.get("offset") and abs(scale * 127.5 - 1) <= 1e-3:  # ViViT's pixels are from -1 to 1 before they are normalised
         mean, std, scale = tuple((1 + m) / 2 for m in mean), tuple(s / 2 for s in std), 1 / 255
     sane = all(SMALLEST <= s <= LARGEST for s in std) and all(-LARGEST <= m <= LARGEST for m in mean)
     if len(mean) != 3 or len(std) != 3 or not sane:
@@ -409,9 +401,7 @@ def normalisation(config: ImageConfig, source: str | Path, kind: str) -> tuple[C
             f"{path} is malformed: image_mean and image_std must be three numbers each, std {SMALLEST} to {LARGEST:g}"
         )
     if values.get("do_rescale") is False or abs(scale * 255 - 1) > 1e-3:
-        raise ModelError(
-            f"{path} does not scale pixels to 0 … 1 (rescale_factor 1/255), which is all that is supported"
-        )
+        raise ModelError(f"{path} does not scale pixels to 0 … 1 (rescale_factor 1/255), which is all that is supported")
     return mean, std
 
 

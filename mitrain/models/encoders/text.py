@@ -119,13 +119,7 @@ class TextEncoder(Encoder):
     def _preprocessing(self) -> Any:
         words = json.dumps(tokenizer_of(self.backbone.tokenizer)) if self.backbone.tokenizer else ""
         tokenizer = hashlib.sha256(words.encode()).hexdigest()
-        return {
-            "tokenizer": tokenizer,
-            "longest": self.longest,
-            "pool": self.pool,
-            "unit": self.unit,
-            "lower": self.lower,
-        }
+        return {"tokenizer": tokenizer, "longest": self.longest, "pool": self.pool, "unit": self.unit, "lower": self.lower}
 
 
 def sentence_files(config: TextEncoderConfig, source: str | Path) -> dict[str, Any]:
@@ -137,10 +131,7 @@ def sentence_files(config: TextEncoderConfig, source: str | Path) -> dict[str, A
     if path := loading.find(source, "sentence_bert_config.json"):
         values = read_file(path)
         longest = values.get("max_seq_length")
-        said = {
-            "max_tokens": longest if isinstance(longest, int) else None,
-            "lower": values.get("do_lower_case") is True,
-        }
+        said = {"max_tokens": longest if isinstance(longest, int) else None, "lower": values.get("do_lower_case") is True}
     if config.pool != "auto" or not (path := loading.find(source, "1_Pooling/config.json")):
         return said
     modes = pooling_modes(path)

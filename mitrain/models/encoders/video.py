@@ -15,14 +15,7 @@ from transformers import AutoModel
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import stream
-from mitrain.models.encoders.base import (
-    Encoder,
-    Pool,
-    cut_to_layer,
-    load,
-    over_time,
-    top_layer,
-)
+from mitrain.models.encoders.base import Encoder, Pool, cut_to_layer, load, over_time, top_layer
 from mitrain.models.encoders.config import EncoderConfig
 from mitrain.models.encoders.image import LONGEST, VIEWS, ImageConfig, ImageEncoder, preprocessing
 
@@ -86,9 +79,7 @@ class VideoEncoder(Encoder):
             if given not in (None, wanted):
                 raise ConfigError(f"{self.config.label} was made for {name}={wanted}, not {given}: leave it out")
         if self.config.image_pool != "auto":
-            raise ConfigError(
-                f"{self.config.label} reads frames together: image_pool is for image encoders, leave it out"
-            )
+            raise ConfigError(f"{self.config.label} reads frames together: image_pool is for image encoders, leave it out")
         self.settings, self.depth, self._wide = settings, settings.num_hidden_layers, settings.hidden_size
         used = lambda name: "pooler" not in name.split(".")  # noqa: E731
         self.model = load(self.config, source, AutoModel, settings, used, *where)

@@ -3,14 +3,7 @@
 from mitrain.models.quant.embedding import FrozenInt8Embedding
 from mitrain.models.quant.kernels import check_four_bit, nf4_fault, nothing_fetched
 from mitrain.models.quant.linear import FrozenInt8Linear, FrozenLinear, FrozenNF4Linear
-from mitrain.models.quant.replace import (
-    PRECISIONS,
-    Precision,
-    linear_refs,
-    quantise,
-    split_of,
-    storage,
-)
+from mitrain.models.quant.replace import PRECISIONS, Precision, linear_refs, quantise, split_of, storage
 
 __all__ = [
     "PRECISIONS",

@@ -99,9 +99,7 @@ def unpacks(device: str, dtype: torch.dtype) -> bool:
     return torch.equal(unpacked, formats.dequantise_blocks(packed, absmax, 64, 160, dtype))
 
 
-def unpack(
-    functional: ModuleType, packed: Tensor, absmax: Tensor, block: int, count: int, dtype: torch.dtype
-) -> Tensor:
+def unpack(functional: ModuleType, packed: Tensor, absmax: Tensor, block: int, count: int, dtype: torch.dtype) -> Tensor:
     """Always as one flat row: of matrices whose rows are no multiple of the block, bitsandbytes 0.50.2 takes the scales
     of other blocks on a CPU with AVX-512.
     """
@@ -170,9 +168,7 @@ def nf4_error(functional: ModuleType, columns: int, block: int = formats.NF4_BLO
     weight = torch.randn(48, columns, generator=torch.Generator().manual_seed(0))
     packed, absmax = formats.quantise_blocks(weight, block)
     exact = formats.dequantise_blocks(packed, absmax, block, weight.numel(), torch.float64)
-    state = functional.QuantState(
-        absmax=absmax, shape=weight.shape, dtype=torch.float32, blocksize=block, quant_type="nf4"
-    )
+    state = functional.QuantState(absmax=absmax, shape=weight.shape, dtype=torch.float32, blocksize=block, quant_type="nf4")
     try:
         unpacked = functional.dequantize_4bit(packed, state)
     except Exception as error:  # another interface, or a library that does not load

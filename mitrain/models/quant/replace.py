@@ -56,9 +56,7 @@ def frozen_kind(precision: str) -> tuple[type[FrozenLinear], dict[str, bool]]:
     raise ConfigError(f"precision {precision!r} is no low-bit format: choose one of {', '.join(PRECISIONS[1:])}")
 
 
-def quantise(
-    model: PreTrainedModel, precision: str, skip: Collection[str] = (), embedding: bool = False
-) -> PreTrainedModel:
+def quantise(model: PreTrainedModel, precision: str, skip: Collection[str] = (), embedding: bool = False) -> PreTrainedModel:
     """Replace the frozen linear layers of ``model``'s decoder layers, in place; names of modules stay.
 
     skip: last parts of names to leave alone (``down_proj``). embedding: the input embedding goes to int8 too, and so

@@ -52,9 +52,7 @@ def save(
     raise CheckpointError and leave everything as it was. The caller is the only writer (`mitrain.core.ownership`).
     """
     if where := not_finite(tensors):
-        raise CheckpointError(
-            f"no checkpoint of step {step} is written: {where} is not finite; lower the learning rate"
-        )
+        raise CheckpointError(f"no checkpoint of step {step} is written: {where} is not finite; lower the learning rate")
     folder = Path(run_dir) / "checkpoints"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,9 +69,7 @@ def save(
             try:
                 verify(work)
             except CheckpointError as error:
-                raise CheckpointError(
-                    f"the checkpoint does not read back as written, check the disk: {error}"
-                ) from None
+                raise CheckpointError(f"the checkpoint does not read back as written, check the disk: {error}") from None
         rotate([*known, (target, read_manifest(target))], keep)
     except OSError as error:
         raise CheckpointError(
@@ -84,12 +80,7 @@ def save(
 
 
 def write(
-    work: Path,
-    step: int,
-    sequence: int,
-    best: bool,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
+    work: Path, step: int, sequence: int, best: bool, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> None:
     files = {}
     for group, named in tensors.items():
@@ -97,10 +88,7 @@ def write(
             raise ValueError(f"{group!r} cannot name a group of tensors: use small letters, digits and underscores")
         # contiguous copies that share memory with nothing
         content = safetensors.save(
-            {
-                name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-                for name, tensor in named.items()
-            },
+            {name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in named.items()},
             {"format": "pt"},
         )
         files[f"{group}.safetensors"] = put(work / f"{group}.safetensors", content)

@@ -4,16 +4,7 @@
 DeepSpeed, the only file that imports it.
 """
 
-from mitrain.training.engine.base import (
-    FP16_SCALE,
-    Engine,
-    Group,
-    OptimizerConfig,
-    StepResult,
-    Sums,
-    cut_group,
-    regularised,
-)
+from mitrain.training.engine.base import FP16_SCALE, Engine, Group, OptimizerConfig, StepResult, Sums, cut_group, regularised
 from mitrain.training.engine.deepspeed_config import ZeroConfig
 from mitrain.training.engine.local import LocalEngine
 

@@ -55,9 +55,7 @@ def cut_group(group: Group, rates: Mapping[str, float]) -> list[Group]:
     chosen = {name: max((r for r in rates if name.startswith(r)), key=len, default="") for name in group.params}
     parts = {rate: {n: p for n, p in group.params.items() if chosen[n] == rate} for rate in ("", *rates)}
     named = {rate: f"{group.name}:{rate}" if rate else group.name for rate in parts}
-    return [
-        Group(named[rate], part, rates.get(rate, group.lr), group.weight_decay) for rate, part in parts.items() if part
-    ]
+    return [Group(named[rate], part, rates.get(rate, group.lr), group.weight_decay) for rate, part in parts.items() if part]
 
 
 class LossScale:

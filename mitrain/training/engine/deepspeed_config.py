@@ -114,9 +114,7 @@ def user_json(source: str | Mapping[str, Any]) -> tuple[str, Json]:
 def check_theirs(theirs: Mapping[str, Any], ours: Json, where: str) -> None:
     """Refuse what contradicts ``ours`` or belongs to another setting; "auto" and an agreeing value are fine."""
     for path, value in flat(theirs):
-        remedy = next(
-            (INSTEAD[key] for key in (path, path.rpartition(".")[0], path.split(".")[0]) if key in INSTEAD), None
-        )
+        remedy = next((INSTEAD[key] for key in (path, path.rpartition(".")[0], path.split(".")[0]) if key in INSTEAD), None)
         if remedy is None or value == "auto" or (path.endswith("enabled") and value is False):
             continue
         mine = at(ours, path)

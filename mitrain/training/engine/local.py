@@ -14,11 +14,7 @@ from mitrain.core import dist
 from mitrain.core.errors import CheckpointError, ModelError
 from mitrain.training.engine.base import Group, LossScale, OptimizerConfig, StepResult, T
 
-SLOTS = {
-    "adamw": {"exp_avg", "exp_avg_sq", "step"},
-    "adam": {"exp_avg", "exp_avg_sq", "step"},
-    "sgd": {"momentum_buffer"},
-}
+SLOTS = {"adamw": {"exp_avg", "exp_avg_sq", "step"}, "adam": {"exp_avg", "exp_avg_sq", "step"}, "sgd": {"momentum_buffer"}}
 MOST_STEPS = 1 << 53
 SAME = "resume with the same model and configuration"
 OTHER = "take another checkpoint"

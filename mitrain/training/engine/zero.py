@@ -220,11 +220,7 @@ class ZeroEngine(LocalEngine):
 
     def _flat(self) -> list[Tensor]:
         """This rank's parts of the trainable weights, each of several parameters."""
-        return (
-            self.sharded.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else self.sharded.single_partition_of_fp32_groups
-        )
+        return self.sharded.fp32_partitioned_groups_flat if self.stage == 3 else self.sharded.single_partition_of_fp32_groups
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         self._link()
@@ -243,9 +239,7 @@ class ZeroEngine(LocalEngine):
             return {}
         kept = self.optimizer.state[self._flat()[0]]
         whole = self.deepspeed.utils.safe_get_full_optimizer_state
-        states = {
-            slot: whole(param, slot) for slot, value in kept.items() if isinstance(value, Tensor) and slot != "step"
-        }
+        states = {slot: whole(param, slot) for slot, value in kept.items() if isinstance(value, Tensor) and slot != "step"}
         return {**states, "step": torch.tensor(float(kept["step"]))} if "step" in kept else states
 
     def _take_slots(self, slots: Mapping[str, dict[str, Tensor]]) -> None:
