@@ -37,8 +37,8 @@ def test_cached_and_uncached_are_what_enters_the_layer(world, tmp_path, depth):
     views = [0, 1, 1, 0]
     found = asked(images, cached).states(IMAGES, views)
     assert torch.equal(found, asked(images, plain).states(IMAGES, views))
-    pixels = encoder._pixels([open_image(images.index.root, path, images.limits.pixels) for path in IMAGES], views)
-    hidden = encoder.model(pixel_values=pixels, output_hidden_states=True).hidden_states[depth]
+    pixels = encoder._items([open_image(images.index.root, path, images.limits.pixels) for path in IMAGES], views)
+    hidden = encoder.model(pixel_values=encoder._batch(pixels), output_hidden_states=True).hidden_states[depth]
     torch.testing.assert_close(found, hidden, rtol=2**-10, atol=2**-10)  # kept in 16 bits: 11 of the mantissa
     assert not torch.equal(found[1], asked(images, cached).states(IMAGES)[1])  # another view
 

@@ -30,7 +30,7 @@ __all__ = [
     "encoder_of",
 ]
 
-ENCODERS: dict[str, tuple[type[EncoderConfig], type[Encoder] | type[ImageEncoder]]] = {
+ENCODERS: dict[str, tuple[type[EncoderConfig], type[Encoder]]] = {
     "image": (ImageConfig, ImageEncoder),
     "audio": (AudioConfig, AudioEncoder),
     "video": (VideoConfig, VideoEncoder),
@@ -46,6 +46,6 @@ def encoder_of(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     shard: Shard | None = None,
-) -> Encoder | ImageEncoder:
+) -> Encoder:
     """The encoder that ``config`` describes, its weights from ``folder`` (none: from where its name leads)."""
     return ENCODERS[config.takes][1](config, folder, dtype, device, shard)

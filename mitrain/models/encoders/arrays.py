@@ -1,6 +1,5 @@
 """Features of one's own: arrays that other programs made, pooled over time. Nothing is computed but that."""
 
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -8,7 +7,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mitrain.models import stream
 from mitrain.models.encoders.base import Encoder
 from mitrain.models.encoders.config import EncoderConfig
 
@@ -38,16 +36,8 @@ class ArrayEncoder(Encoder):
 
     family = "features"
 
-    def __init__(
-        self,
-        config: ArrayConfig,
-        folder: str | Path | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        shard: stream.Shard | None = None,
-    ):
-        super().__init__()
-        del folder, dtype, device, shard
+    def __init__(self, config: ArrayConfig, *_: Any):
+        nn.Module.__init__(self)
         self.config, self.model, self.settings, self.source, self.depth = config, nn.Module(), None, None, 0
         self.width = config.width * (2 if config.pool == "mean+std" else 1)
 

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.utils import is_speech_available
 
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models import frozen, loading, stream
+from mitrain.models import frozen, loading
 from mitrain.models.encoders.base import Encoder, Entering, Pool, cut_to_layer, load, over_time, top_layer
 from mitrain.models.encoders.config import EncoderConfig
 
@@ -112,16 +112,8 @@ FAMILIES = {
 class AudioEncoder(Encoder):
     """See `Encoder`. ``rate``: samples a second that it listens to. ``longest``: samples of a clip that it reads."""
 
-    def __init__(
-        self,
-        config: AudioConfig,
-        folder: str | Path | None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        shard: stream.Shard | None = None,
-    ):
-        super().__init__()
-        source, settings = self._begin(config, folder)
+    def _make(self, settings: Any, source: str | Path, *where: Any) -> None:
+        config = self.config
         if self.family not in FAMILIES:
             raise ConfigError(f"{config.label} is a {self.family} model: give one of {', '.join(FAMILIES)}")
         kind = FAMILIES[self.family]
@@ -132,7 +124,7 @@ class AudioEncoder(Encoder):
             raise ConfigError(f"{self.config.label} pools a spectrogram of one length itself: leave out pool")
         # neither what masks frames in training nor a head for another task
         used = lambda name: name.startswith(kind.part) and not name.endswith("masked_spec_embed")  # noqa: E731
-        model = load(config, source, kind.factory, self.settings, used, dtype, device, shard)
+        model = load(config, source, kind.factory, self.settings, used, *where)
         self.model = getattr(model, kind.part) if kind.part else model
         cut_to_layer(self.model, config, self.depth)
         self.rate = int(self.extractor.sampling_rate)

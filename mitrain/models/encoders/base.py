@@ -16,10 +16,9 @@ from transformers import PretrainedConfig
 
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models import layouts, loading, stream
+from mitrain.models import efficientnet_lite, layouts, loading, stream
 from mitrain.models.digests import frozen_digest, settings_of, weights_of
 from mitrain.models.encoders.config import EncoderConfig
-from mitrain.models.encoders.image import empty_vision, load_encoder
 
 log = logging.getLogger(__name__)
 Pool = Literal["auto", "mean", "mean+std"]
@@ -33,8 +32,8 @@ class Encoder(nn.Module):
 
     ``width``: e. ``depth``: its layers. ``family``: its model type. ``settings``: its configuration. ``model``: its modules.
     ``views``: how many variants of a sample differ. ``enters``: it has `entering`, and ``tokens`` is the most states of a
-    sample. A kind implements ``preprocess`` (of what was decoded, in any thread),
-    ``_pooled`` and ``_preprocessing``.
+    sample. A kind implements ``_make``, ``preprocess`` (of what was decoded, in
+    any thread), ``_pooled`` and ``_preprocessing``.
     """
 
     views, enters = 1, False
@@ -48,13 +47,25 @@ class Encoder(nn.Module):
     tokens: int
     _settings: dict[str, Any]
 
-    def _begin(self, config: EncoderConfig, folder: str | Path | None) -> tuple[str | Path, PretrainedConfig]:
-        """Take the settings; returns where the weights are, and the checkpoint's configuration."""
+    def __init__(
+        self,
+        config: EncoderConfig,
+        folder: str | Path | None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        shard: stream.Shard | None = None,
+    ):
+        super().__init__()
+        efficientnet_lite.register()
         self.config, source = config, folder or config.name
         self.source = None if config.shape else source
         settings = read_settings(config, source)
         self.family, self._settings = settings.model_type, settings_of(settings, self.source)
-        return source, settings
+        self._make(settings, source, dtype, device, shard)
+
+    def _make(self, settings: Any, source: str | Path, *where: Any) -> None:
+        """Take over the model at ``source``, whose configuration is ``settings``; ``where``: dtype, device and shard."""
+        raise NotImplementedError
 
     def preprocess(self, decoded: Any, view: int = 0) -> Tensor:
         raise NotImplementedError
@@ -92,13 +103,17 @@ class Encoder(nn.Module):
         self, samples: Sequence[Any], views: Sequence[int] | None, run: Callable[[Sequence[Tensor]], Made]
     ) -> Iterator[tuple[list[int], Made]]:
         """What ``run`` makes of the samples that run together, with their places."""
-        views = views or [0] * len(samples)
-        items = [s if isinstance(s, Tensor) else self.preprocess(s, v) for s, v in zip(samples, views, strict=True)]
+        items = self._items(samples, views)
         groups = self._groups(items)
         for members, own in dist.lockstep(groups) if loading.holds_shards(self) else ((g, True) for g in groups):
             made = run([items[i] for i in members])
             if own:
                 yield members, made
+
+    def _items(self, samples: Sequence[Any], views: Sequence[int] | None) -> list[Tensor]:
+        """The samples preprocessed, where they are not."""
+        views = views or [0] * len(samples)
+        return [s if isinstance(s, Tensor) else self.preprocess(s, v) for s, v in zip(samples, views, strict=True)]
 
     def _groups(self, items: Sequence[Tensor]) -> list[list[int]]:
         """Which samples run together: those of one shape, so that nothing is padded for another's sake."""
@@ -155,6 +170,38 @@ def read_settings(config: EncoderConfig, source: str | Path) -> PretrainedConfig
     if getattr(found, "quantization_config", None):
         raise ModelError(f"{config.label} is quantised: give its weights in floats")
     return found
+
+
+def load_encoder(
+    factory: Any,
+    source: str | Path,
+    config: PretrainedConfig,
+    used: Callable[[str], bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: stream.Shard | None,
+    what: str = "image encoder",
+) -> nn.Module:
+    """The encoder on ``device``; in shards, layer by layer as rank 0 reads them, where its names allow that."""
+    if shard and (weights := stream.Weights.of(source)):
+        model = empty_vision(factory, config).to(dtype)
+        loading.freeze(model)
+        if stream.fits(model, weights):
+            loading.tell_unplaced(stream.unplaced(model, weights), source, what)
+            stream.fill(model, weights, device, lambda name, unit: shard(unit), reads=dist.is_main())
+            return model
+    model = loading.load_model(factory, source, what, used, config=config, dtype=dtype).to(device)
+    loading.freeze(model)
+    for _, unit in stream.units(model) if shard else ():
+        shard(unit)
+    return model
+
+
+def empty_vision(factory: Any, config: Any) -> nn.Module:
+    if isinstance(factory, type) and issubclass(factory, nn.Module):
+        with torch.device("meta"), loading.quiet():
+            return factory(config)
+    return loading.empty_model(factory, config)
 
 
 def load(

@@ -6,7 +6,7 @@ token, others their pooled output. Shapes: B images, S side in pixels, N patches
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModel, CLIPVisionModelWithProjection, PretrainedConfig
 
-from mitrain.core import dist
 from mitrain.core.config import read_file
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models import blip, efficientnet_lite, frozen, layouts, loading, stream
-from mitrain.models.digests import frozen_digest, settings_of, weights_of
+from mitrain.models import blip, frozen, layouts, loading, stream
+from mitrain.models.encoders.base import Encoder, load
 from mitrain.models.encoders.config import EncoderConfig
 from mitrain.models.shapes import LARGEST, SMALLEST
 
@@ -111,43 +110,20 @@ def augment(image: Image.Image, view: View) -> Image.Image:
     return image
 
 
-class ImageEncoder(nn.Module):
-    """A frozen encoder with its preprocessing.
-
-    ``views``: how many variants of a picture differ. ``width``: e of the global feature. ``level_width``: c of the patch
-    tokens. ``grid``: patches per side.
-    """
+class ImageEncoder(Encoder):
+    """See `Encoder`. ``level_width``: c of the patch tokens. ``grid``: patches per side."""
 
     views, enters = VIEWS, True
 
-    def __init__(
-        self,
-        config: ImageConfig,
-        folder: str | Path | None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        shard: stream.Shard | None = None,
-    ):
-        super().__init__()
-        efficientnet_lite.register()
-        self.config = config
-        shape = loading.config_from_shape(config.shape, f"{config.name!r} in model.encoders shape") if config.shape else None
-        model_config = shape or loading.read_config(folder or config.name, "image encoder")
-        if getattr(model_config, "quantization_config", None):
-            raise ModelError(f"the image encoder {config.name!r} is quantised: give its weights in floats")
-        self.source = None if shape else folder or config.name
-        self.family, self._settings = model_config.model_type, settings_of(model_config, self.source)
-        factory = CLIPVisionModelWithProjection if self.family in ("clip", "clip_vision_model") else AutoModel
-        if blip.is_blip(model_config):
-            self.model = blip_encoder(shape, folder or config.name, dtype, device, shard)
-        elif shape is not None:
-            self.model = empty_vision(factory, seeing_part(shape, config.name))
+    def _make(self, settings: Any, source: str | Path, *where: Any) -> None:
+        if blip.is_blip(settings):
+            self.model = blip_encoder(settings if self.config.shape else None, source, *where)
+            loading.freeze(self.model)
         else:
-            part = seeing_part(model_config, config.name)
-            self.model = load_encoder(factory, self.source, part, self._reads, dtype, torch.device(device), shard)
-        loading.freeze(self.model)
+            factory = CLIPVisionModelWithProjection if self.family in ("clip", "clip_vision_model") else AutoModel
+            self.model = load(self.config, source, factory, seeing_part(settings, self.config.name), self._reads, *where)
         self.settings = getattr(self.model.config, "vision_config", self.model.config)
-        self.preprocess = preprocessing(config, self.settings, folder, self.family)
+        self.preprocess = preprocessing(self.config, self.settings, source, self.family)
         self._check_levels()
 
     def _reads(self, name: str) -> bool:
@@ -221,10 +197,6 @@ class ImageEncoder(nn.Module):
         """A picture that says nothing, where some file must be encoded."""
         return Image.new("RGB", (8, 8))
 
-    @cached_property
-    def _digest(self) -> str:
-        return frozen_digest(self.model)
-
     def identity(self) -> dict[str, Any]:
         """What the features depend on: the caches' address. The weights are those at the first call."""
         return {
@@ -236,10 +208,8 @@ class ImageEncoder(nn.Module):
             "dtype": str(next(self.model.parameters()).dtype),
         }
 
-    def base(self) -> dict[str, Any]:
-        """What decides what the encoder computes, its preprocessing included, whatever its precision."""
-        used = [self.preprocess.size, self.preprocess.mean, self.preprocess.std]
-        return {"weights": weights_of(self.source, self.model), **self._settings, "preprocess": used}
+    def _preprocessing(self) -> Any:
+        return [self.preprocess.size, self.preprocess.mean, self.preprocess.std]
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image | Tensor], views: Sequence[View] | None = None) -> dict[str, Tensor]:
@@ -247,7 +217,7 @@ class ImageEncoder(nn.Module):
 
         ``views``: the variant of each image (0, as it is, where none are given). Tensors are preprocessed already.
         """
-        pixels = self._pixels(images, views)
+        pixels = self._batch(self._items(images, views))
         wanted = {"output_hidden_states": True} if self.depth else {}
         try:
             output = self.model(pixel_values=pixels, **wanted)
@@ -259,7 +229,7 @@ class ImageEncoder(nn.Module):
                 f"the image encoder {self.config.name!r} cannot take pictures of {self.preprocess.size} × "
                 f"{self.preprocess.size} ({reason}): give another size"
             ) from None
-        features = {"pooled": self._pooled(output).float().cpu()}
+        features = {"pooled": self._global(output).float().cpu()}
         if (given := features["pooled"].shape[1]) != self.width:
             raise ModelError(
                 f"the image encoder {self.config.name!r} gives {given} numbers there, not {self.width}: leave out layer"
@@ -272,18 +242,9 @@ class ImageEncoder(nn.Module):
     @torch.no_grad()
     def entering(self, depth: int, images: Sequence[Image.Image | Tensor], views: Sequence[View] | None = None) -> Tensor:
         """(B, prefix + N, c): what enters layer ``depth``."""
-        return frozen.trunk_states(self.model, depth, pixel_values=self._pixels(images, views))
+        return frozen.trunk_states(self.model, depth, pixel_values=self._batch(self._items(images, views)))
 
-    def _pixels(self, images: Sequence[Image.Image | Tensor], views: Sequence[View] | None) -> Tensor:
-        weight = next(self.model.parameters())
-        views = views or [0] * len(images)
-        pixels = [
-            image if isinstance(image, Tensor) else self.preprocess(image, view)
-            for image, view in zip(images, views, strict=True)
-        ]
-        return torch.stack(pixels).to(weight.device, weight.dtype)
-
-    def _pooled(self, output: Any) -> Tensor:
+    def _global(self, output: Any) -> Tensor:
         if self.config.pool == "auto":
             for name in ("image_embeds", "pooler_output"):
                 if self.config.layer is None and getattr(output, name, None) is not None:
@@ -308,31 +269,6 @@ def seeing_part(config: PretrainedConfig, name: str) -> PretrainedConfig:
     return config.vision_config
 
 
-def load_encoder(
-    factory: Any,
-    source: str | Path,
-    config: PretrainedConfig,
-    used: Callable[[str], bool],
-    dtype: torch.dtype,
-    device: torch.device,
-    shard: stream.Shard | None,
-    what: str = "image encoder",
-) -> nn.Module:
-    """The encoder on ``device``; in shards, layer by layer as rank 0 reads them, where its names allow that."""
-    if shard and (weights := stream.Weights.of(source)):
-        model = empty_vision(factory, config).to(dtype)
-        loading.freeze(model)
-        if stream.fits(model, weights):
-            loading.tell_unplaced(stream.unplaced(model, weights), source, what)
-            stream.fill(model, weights, device, lambda name, unit: shard(unit), reads=dist.is_main())
-            return model
-    model = loading.load_model(factory, source, what, used, config=config, dtype=dtype).to(device)
-    loading.freeze(model)
-    for _, unit in stream.units(model) if shard else ():
-        shard(unit)
-    return model
-
-
 def blip_encoder(
     shape: PretrainedConfig | None,
     source: str | Path,
@@ -347,16 +283,9 @@ def blip_encoder(
     return blip.load(source, "vision_model", dtype).to(device)
 
 
-def empty_vision(factory: Any, config: Any) -> nn.Module:
-    if isinstance(factory, type) and issubclass(factory, nn.Module):
-        with torch.device("meta"), loading.quiet():
-            return factory(config)
-    return loading.empty_model(factory, config)
-
-
-def preprocessing(config: ImageConfig, settings: Any, folder: str | Path | None, kind: str) -> Preprocess:
+def preprocessing(config: ImageConfig, settings: Any, source: str | Path, kind: str) -> Preprocess:
     """As the model's image processor was saved, else with its family's constants; in the setting's size or the model's."""
-    mean, std = normalisation(config, folder or config.name, kind)
+    mean, std = normalisation(config, source, kind)
     usual = getattr(settings, "image_size", 224)
     size = config.size or int(usual[0] if isinstance(usual, list | tuple) else usual)
     patch = getattr(settings, "patch_size", None)

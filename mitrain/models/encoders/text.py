@@ -17,7 +17,7 @@ from torch import Tensor
 from mitrain.core import parsing
 from mitrain.core.config import read_file
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models import loading, stream
+from mitrain.models import loading
 from mitrain.models.digests import tokenizer_of
 from mitrain.models.encoders.base import Encoder, Entering, cut_to_layer, top_layer
 from mitrain.models.encoders.config import EncoderConfig
@@ -53,16 +53,8 @@ class TextEncoder(Encoder):
 
     enters = True
 
-    def __init__(
-        self,
-        config: TextEncoderConfig,
-        folder: str | Path | None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        shard: stream.Shard | None = None,
-    ):
-        super().__init__()
-        source, settings = self._begin(config, folder)
+    def _make(self, settings: Any, source: str | Path, *where: Any) -> None:
+        config, (dtype, device, shard) = self.config, where
         if config.shape:
             self.backbone = TextBackbone.empty(settings)
         else:

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModel
 
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models import stream
 from mitrain.models.encoders.base import Encoder, Pool, cut_to_layer, load, over_time, top_layer
 from mitrain.models.encoders.config import EncoderConfig
 from mitrain.models.encoders.image import LONGEST, VIEWS, ImageConfig, ImageEncoder, preprocessing
@@ -54,20 +53,11 @@ class VideoEncoder(Encoder):
 
     views = VIEWS
 
-    def __init__(
-        self,
-        config: VideoConfig,
-        folder: str | Path | None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        shard: stream.Shard | None = None,
-    ):
-        super().__init__()
-        source, settings = self._begin(config, folder)
+    def _make(self, settings: Any, source: str | Path, *where: Any) -> None:
         if self.family in CLASS_TOKENS:
-            self._take_together(settings, source, dtype, device, shard)
+            self._take_together(settings, source, *where)
         else:
-            self._take_one_by_one(folder, dtype, device, shard)
+            self._take_one_by_one(source, *where)
         self.width = self._wide * (2 if self.pool == "mean+std" else 1)
 
     def _take_together(self, settings: Any, source: str | Path, *where: Any) -> None:
@@ -88,9 +78,9 @@ class VideoEncoder(Encoder):
         own = "cls" if CLASS_TOKENS[self.family] else "mean"
         self.pool = own if self.config.pool == "auto" else self.config.pool
 
-    def _take_one_by_one(self, folder: str | Path | None, *where: Any) -> None:
+    def _take_one_by_one(self, source: str | Path, *where: Any) -> None:
         given = self.config.model_dump(include={"name", "size", "layer", "resize", "shape"})
-        self.vision = ImageEncoder(ImageConfig(**given, pool=self.config.image_pool), folder, *where)
+        self.vision = ImageEncoder(ImageConfig(**given, pool=self.config.image_pool), source, *where)
         self.model, self.settings, self._of_frame = self.vision.model, self.vision.settings, self.vision.preprocess
         self.depth, self._wide, self.frames = self.vision.depth, self.vision.width, self.config.frames or FRAMES
         self.pool = "mean+std" if self.config.pool == "auto" else self.config.pool
