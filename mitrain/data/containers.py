@@ -13,22 +13,7 @@ import numpy as np
 
 from mitrain.core.errors import DataError, need_extra
 
-CONTAINERS = (
-    "mov",
-    "matroska",
-    "avi",
-    "mpeg",
-    "mpegts",
-    "mpegvideo",
-    "flv",
-    "asf",
-    "ogg",
-    "gif",
-    "aac",
-    "ac3",
-    "amr",
-    "mp3",
-)
+CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,aac,ac3,amr,mp3"
 STATED = ("mov", "matroska", "avi")
 """Containers whose header says how long they last; of others the duration is an estimate."""
 MICROSECONDS = 1_000_000  # FFmpeg's unit of a container's duration
@@ -44,7 +29,7 @@ def installed() -> bool:
 def opened(content: bytes, where: str, streams: int) -> Iterator[Any]:
     """PyAV's container of a file's ``content``, of so many ``streams`` at most; what FFmpeg raises inside is a DataError."""
     av = need_extra("av", "video", "reading video")
-    options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none", "max_streams": str(streams + 1)}
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none", "max_streams": str(streams + 1)}
     try:
         with av.open(io.BytesIO(content), options=options) as container:
             if len(container.streams) > streams:

@@ -157,11 +157,7 @@ def starts_as_object(path: Path) -> bool:
 
 
 def first_rows(table: Path) -> list[dict[str, Any]]:
-    rows = []
-    for _, row in all_rows(table, {}, ()):
-        rows.append(row)
-        if len(rows) == ROWS:
-            break
+    rows = [row for _, row in islice(all_rows(table, {}, ()), ROWS)]
     if not rows:
         raise DataError(f"{table} holds no rows: give a CSV, TSV, JSONL or JSON file with one sample a row")
     return rows

@@ -11,12 +11,12 @@ from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data import splitting
 from mitrain.data.columns import column, take
-from mitrain.data.formats import captions, coco, food101, labels, mmimdb, mmsa, msrvtt, snli_ve, targets
+from mitrain.data.formats import captions, labels, targets
 from mitrain.data.formats.conversations import read_conversations
 from mitrain.data.formats.folders import read_folders
 from mitrain.data.formats.manifest import Manifest
 from mitrain.data.formats.records import read_records
-from mitrain.data.formats.rows import MISSING, is_table
+from mitrain.data.formats.rows import MISSING
 from mitrain.data.streaming import Stream, StreamLoader
 from mitrain.models.encoders.config import check_name
 
@@ -43,10 +43,16 @@ class DataSection(Section):
 
     takes_inputs: ClassVar[bool] = False
     """Whether its files are tables whose columns may name any inputs; without, they name one picture each."""
+    buffer: ClassVar[int | None] = None
+    """How many training samples are in memory at a time; None: all."""
 
     def with_class_names(self, root: Callable[[], Path]) -> Self:
         """The section with what follows from the data in the folder ``root()`` written out."""
         return self
+
+    def known(self, root: Path, split: str) -> Sequence[str]:
+        """What the samples of a split may be labelled with; empty: anything."""
+        return ()
 
     def file_root(self, root: Path) -> Path:
         """The folder that the samples' files are in."""
@@ -61,11 +67,6 @@ class DataSection(Section):
         if len(set(self.inputs)) < len(self.inputs):
             raise ValueError(f"inputs={list(self.inputs)} names one twice")
         return self
-
-    @property
-    def buffer(self) -> int | None:
-        """How many training samples are in memory at a time; None: all."""
-        return None
 
     @model_validator(mode="after")
     def _one_place(self) -> "DataSection":
@@ -149,10 +150,6 @@ class TableSection(DrawnSection):
         read = lambda source: self.read_file(source, self.known(root, "train"))  # noqa: E731
         return StreamLoader(Manifest(root, split_file(self.splits, "train")), self.stream, read, usable, batch, seed)
 
-    def known(self, root: Path, split: str) -> Sequence[str]:
-        """What the samples of a split may be labelled with; empty: anything."""
-        return ()
-
     def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
         """The samples of ``source``."""
         raise NotImplementedError
@@ -201,6 +198,9 @@ class ClassSection(DataSection):
     def with_class_names(self, root: Callable[[], Path]) -> Self:
         return self if self.classes else self.model_copy(update={"classes": self.class_names(root())})
 
+    def known(self, root: Path, split: str) -> Sequence[str]:
+        return self.classes if self.classes or split == "train" else self.class_names(root)
+
     def class_names(self, root: Path) -> tuple[str, ...]:
         """``classes``, or the labels of the training split in alphabetical order."""
         return self.classes or labels.class_names(self.read(root, "train"), f"the training split in {str(root)!r}")
@@ -215,9 +215,6 @@ class LabelledConfig(TableSection, ClassSection, kind="data", name="labelled"):
 
     separator: str = Field("|", min_length=1)
     missing: tuple[str, ...] = MISSING
-
-    def known(self, root: Path, split: str) -> Sequence[str]:
-        return self.classes if self.classes or split == "train" else self.class_names(root)
 
     def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
         words = (self.multilabel, self.separator, known, self.missing)
@@ -244,54 +241,12 @@ class FoldersConfig(DrawnSection, ClassSection, kind="data", name="folders"):
             samples = read_folders(root, self.splits["train"], self.inputs[0], self.classes)
             source = Manifest(root, self.splits["train"])
             return splitting.drawn(samples, self.shares, self.source_seed, source, files=())[split]
-        known = self.classes or (() if split == "train" else self.class_names(root))
-        return read_folders(root, split_file(self.splits, split, also=self.shares), self.inputs[0], known)
+        folder = split_file(self.splits, split, also=self.shares)
+        return read_folders(root, folder, self.inputs[0], self.known(root, split))
 
     def split_names(self, root: Path) -> list[str]:
         """The splits whose folders are there, and those that are drawn."""
         return there(self.splits, root) + list(self.shares)
-
-
-class Food101Config(ClassSection, kind="data", name="food101"):
-    """UPMC-Food101 in its own files. ``val_share``: of the training images that become validation, where the files have
-    none."""
-
-    val_share: float = Field(0.07, gt=0, lt=1)
-
-    def read(self, root: Path, split: str) -> list[Any]:
-        known = self.classes if self.classes or split == "train" else self.class_names(root)
-        return food101.read_food101(root, split, self.val_share, known)
-
-    def split_names(self, root: Path) -> list[str]:
-        return list(food101.SPLITS)
-
-
-class MmimdbConfig(ClassSection, kind="data", name="mmimdb"):
-    """MM-IMDB in its own files, with its 23 genres."""
-
-    classes: tuple[str, ...] = mmimdb.GENRES
-    multilabel: bool = True
-
-    def read(self, root: Path, split: str) -> list[Any]:
-        return mmimdb.read_mmimdb(root, split, self.classes or mmimdb.GENRES)
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits that split.json has."""
-        return mmimdb.split_names(root)
-
-
-class SnliVeConfig(ClassSection, kind="data", name="snli-ve"):
-    """SNLI-VE in its own files. ``images``: the folder of Flickr30k's pictures, where it is not a usual one."""
-
-    classes: tuple[str, ...] = snli_ve.CLASSES
-    images: str | None = None
-
-    def read(self, root: Path, split: str) -> list[Any]:
-        return snli_ve.read_snli_ve(root, split, self.images, self.classes or snli_ve.CLASSES)
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits whose files are there."""
-        return there({split: snli_ve.file_of(split) for split in ("train", "val", "test")}, root)
 
 
 class TargetSection(DataSection):
@@ -303,29 +258,6 @@ class RatedConfig(TableSection, TargetSection, kind="data", name="rated"):
 
     def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
         return targets.read_targets(source, self.columns, self.inputs, self.may_lack)
-
-
-class MmsaConfig(TargetSection, kind="data", name="mmsa"):
-    """Clips with a sentiment in MMSA's files: CMU-MOSI, CMU-MOSEI, CH-SIMS.
-
-    ``file``: the table of the clips below ``clips``, each of which has a sample's video and sound, or a pickle of features,
-    whose arrays (audio, vision) are the inputs; ``labels``: the numbers' name in it, where it is not the usual one.
-    """
-
-    takes_inputs = True
-
-    file: str = "label.csv"
-    clips: str = "Raw"
-    labels: str | None = None
-
-    def read(self, root: Path, split: str) -> list[Any]:
-        if is_table(Path(self.file)):
-            return mmsa.read_clips(root, self.file, split, self.inputs, self.labels or "label", self.clips)
-        return mmsa.read_features(root, self.file, split, self.inputs, self.labels or "regression_labels")
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits that the file has."""
-        return mmsa.parts_in(root, self.file)
 
 
 class CaptionSection(DataSection):
@@ -341,70 +273,6 @@ class CaptionsConfig(TableSection, CaptionSection, kind="data", name="captions")
 
     def read_file(self, source: Manifest, known: Sequence[str]) -> list[Any]:
         return captions.read_captions(source, self.columns, self.missing, self.inputs, self.texts)
-
-
-class KarpathyConfig(CaptionSection, kind="data", name="karpathy"):
-    """COCO or Flickr30k in Karpathy's ``dataset_*.json``. ``file`` is its name; ``images`` the pictures' folder below the
-    data's, where it is not a usual one."""
-
-    file: str | None = None
-    images: str | None = None
-
-    def read(self, root: Path, split: str) -> list[Any]:
-        return captions.read_karpathy(root, self.file, split, self.images)
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits that the file has images of."""
-        return captions.karpathy_splits(root, self.file)
-
-
-class VqaConfig(DataSection, kind="data", name="vqa"):
-    """VQA's questions about COCO's pictures and their answers (VQA v1, v2, OK-VQA), in their own files.
-
-    ``subsets``: what each split is called in the files' names; ``images``: the pictures' folder, where it is not
-    SUBSET/ or images/SUBSET/; ``kinds`` keeps only those kinds of answer (yes/no, number, other).
-    """
-
-    subsets: dict[str, str] = {"train": "train2014", "val": "val2014"}
-    images: str | None = None
-    kinds: tuple[str, ...] = ()
-
-    def read(self, root: Path, split: str) -> list[Any]:
-        samples = coco.read_vqa(root, split_file(self.subsets, split, "subsets"), self.images)
-        return of_kinds(samples, self.kinds, f"{root}: {split}")
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits whose files are there."""
-        return coco.subsets_there(root, coco.QUESTIONS, self.subsets)
-
-
-class CocoCaptionsConfig(CaptionSection, kind="data", name="coco-captions"):
-    """COCO's captions in their own files. ``subsets`` and ``images`` as of `VqaConfig`."""
-
-    subsets: dict[str, str] = {"train": "train2017", "val": "val2017"}
-    images: str | None = None
-
-    def read(self, root: Path, split: str) -> list[Any]:
-        return coco.read_coco_captions(root, split_file(self.subsets, split, "subsets"), self.images)
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits whose files are there."""
-        return coco.subsets_there(root, coco.CAPTIONS, self.subsets)
-
-
-class MsrvttConfig(CaptionSection, kind="data", name="msr-vtt"):
-    """MSR-VTT's captions of videos in its own files. ``videos``: the videos' folder, where it is not a usual one."""
-
-    takes_inputs = True
-
-    videos: str | None = None
-
-    def read(self, root: Path, split: str) -> list[Any]:
-        return msrvtt.read_msrvtt(root, split, self.inputs, self.videos)
-
-    def split_names(self, root: Path) -> list[str]:
-        """The splits that the files have videos of."""
-        return msrvtt.splits_in(root)
 
 
 def of_kinds(samples: Sequence[Any], kinds: Sequence[str], where: str, some: bool = True) -> Sequence[Any]:

@@ -72,7 +72,8 @@ def read_video(root: Path, relative: str, frames: int, limits: VideoLimits | Non
             raise DataError(f"{where} is of a codec that is not known: convert it")
         if context.width * context.height > limits.pixels:
             raise DataError(
-                f"{where} has frames of {context.width} x {context.height} pixels, {limits.pixels} are allowed: scale it down"
+                f"{where} has frames of {context.width} x {context.height} pixels, {limits.pixels} are allowed:"
+                " scale it down"
             )
         context.options = {"max_pixels": str(limits.pixels)}  # the size may change in the middle
         context.thread_count = 1

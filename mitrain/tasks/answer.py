@@ -21,7 +21,8 @@ from mitrain.core import dist
 from mitrain.core.errors import ConfigError
 from mitrain.data.columns import column
 from mitrain.data.formats.records import AnswerSample, commonest
-from mitrain.data.sources import ConversationsConfig, RecordsConfig, VqaConfig
+from mitrain.data.released import VqaConfig
+from mitrain.data.sources import ConversationsConfig, RecordsConfig
 from mitrain.models.tokens import Words
 from mitrain.tasks import details
 from mitrain.tasks.base import Answer, Batch, Parts, Prediction, Question, Splits, look_alike, only_one

@@ -66,16 +66,16 @@ def test_flickr_has_no_filepath_and_perhaps_tokens_alone(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("entry", "match"),
     [
-        ("x", r"coco\.json: image 1 is a str"),
-        ({"split": "train", "sentences": []}, r"image 1 has the impossible filename='None'"),
+        ("x", r"coco\.json: image 1 is 'x' instead of a dictionary"),
+        ({"split": "train", "sentences": []}, r"image 1 has no 'filename'"),
         (image("", "train", "x"), r"image 1 has no 'filename'"),
         (image("b.jpg", "dev", "x"), r"image 1 has the unknown split 'dev'"),
         (image("b.jpg", ["train"], "x"), r"image 1 has the impossible split"),
-        ({"filename": "b.jpg", "split": "train"}, r"image 1 has no list 'sentences'"),
-        ({"filename": "b.jpg", "split": "train", "sentences": ["x"]}, r"image 1, sentence 0 is a str"),
-        ({"filename": "b.jpg", "split": "train", "sentences": [{}]}, r"sentence 0 has neither 'raw' nor 'tokens'"),
+        ({"filename": "b.jpg", "split": "train"}, r"image 1 has no 'sentences'"),
+        ({"filename": "b.jpg", "split": "train", "sentences": ["x"]}, r"image 1, sentence 0 is 'x' instead"),
+        ({"filename": "b.jpg", "split": "train", "sentences": [{}]}, r"sentence 0 has no 'raw'"),
         ({"filename": "b.jpg", "split": "train", "sentences": [{"raw": 3}]}, r"sentence 0 has the impossible raw"),
-        (image("b.jpg", "train", "x", filepath=3), r"image 1 has the impossible filepath='3'"),
+        (image("b.jpg", "train", "x", filepath=3), r"image 1 has the impossible filepath=3"),
     ],
 )
 def test_karpathy_refuses_broken_files(tmp_path, entry, match):

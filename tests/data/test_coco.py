@@ -12,7 +12,7 @@ from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.formats.coco import read_coco_captions, read_vqa
 from mitrain.data.formats.records import AnswerSample
-from mitrain.data.sources import CocoCaptionsConfig, VqaConfig
+from mitrain.data.released import CocoCaptionsConfig, VqaConfig
 
 
 def question(number, image, text="What is it?", **more):

@@ -7,7 +7,7 @@ import pytest
 from mitrain.core.errors import DataError
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.formats.msrvtt import read_msrvtt
-from mitrain.data.sources import MsrvttConfig
+from mitrain.data.released import MsrvttConfig
 
 VIDEOS = [{"video_id": f"video{n}", "split": part, "id": n} for n, part in enumerate(("train", "validate", "test"))]
 SENTENCES = [

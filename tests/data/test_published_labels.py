@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from refusals import read_or_refused
 
 from mitrain.core.errors import DataError
-from mitrain.data import sources
+from mitrain.data import released, sources
 from mitrain.data.formats import food101, mmimdb, snli_ve
 
 # UPMC-Food101
@@ -291,12 +291,12 @@ def test_the_splits_are_those_that_the_files_have(tmp_path):
         return section(root=str(tmp_path)).split_names(tmp_path)
 
     film_folder(tmp_path, split={"train": ["0107465"], "test": ["0000003"]})
-    assert names(sources.MmimdbConfig) == ["train", "test"]
+    assert names(released.MmimdbConfig) == ["train", "test"]
     pair_file(tmp_path, PAIR, split="dev")
-    assert names(sources.SnliVeConfig) == ["val"]
+    assert names(released.SnliVeConfig) == ["val"]
     images = [{"filename": "1.jpg", "split": split, "sentences": [{"raw": "One."}]} for split in ("restval", "test")]
     (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
-    assert names(sources.KarpathyConfig) == ["train", "test"]
+    assert names(released.KarpathyConfig) == ["train", "test"]
 
 
 # all of them

@@ -6,7 +6,7 @@ from typing import Any
 
 from mitrain.core.errors import DataError, UserError
 from mitrain.data.columns import Columns
-from mitrain.data.formats.manifest import Row
+from mitrain.data.formats.manifest import Manifest, Row, read_rows
 from mitrain.data.formats.rows import CONTROL, require_new
 
 AT_ONCE = 512
@@ -31,8 +31,10 @@ class Alike:
         self.known: dict[Any, tuple[Any, int]] = {}
         self.made, self.ids = Columns(), set[str]()
 
-    def samples(self, rows: Iterator[Row]) -> Sequence[Any]:
-        """All of them (`Columns.settled`)."""
+    def samples(self, source: Manifest, required: Sequence[str]) -> Sequence[Any]:
+        """Those of all records of ``source`` (`Columns.settled`), in whose header the inputs and the fields ``required``
+        must stand; DataError where there are none."""
+        rows = read_rows(source, self.columns, (*self.inputs, *required), self.inputs)
         fault, block = None, [...]
         while block and fault is None:
             block = []
@@ -41,17 +43,16 @@ class Alike:
             except UserError as error:  # what is wrong before it is said first
                 fault = error
             if not self._copied(block):
-                self._looked_at(block)
+                samples = []
+                for where, sample in self.placed(block):
+                    require_new(sample.id, self.ids, where)
+                    samples.append(sample)
+                self.made.extend(samples)
         if fault is not None:
             raise fault
-        return self.made.settled()
-
-    def _looked_at(self, block: Sequence[Row]) -> None:
-        samples = []
-        for where, sample in self.placed(block):
-            require_new(sample.id, self.ids, where)
-            samples.append(sample)
-        self.made.extend(samples)
+        if not (found := self.made.settled()):
+            raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
+        return found
 
     def _copied(self, block: Sequence[Row]) -> bool:
         """Whether the samples of ``block`` could be made from those of rows before."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.core.errors import DataError
-from mitrain.data.formats.labels import report_left_out
+from mitrain.data.formats.labels import counted
 from mitrain.data.formats.manifest import Manifest, read_rows
-from mitrain.data.formats.references import once
-from mitrain.data.formats.rows import MISSING, as_text, check_columns, check_meant, inputs_of, listed, read_table, unique
+from mitrain.data.formats.references import field, once
+from mitrain.data.formats.rows import MISSING, as_text, check_columns, check_meant, inputs_of, list_in, listed, unique
 from mitrain.data.samples import Sample
 
 REQUIRED = ("text",)
@@ -103,11 +103,8 @@ def read_karpathy(root: Path, file: str | None, split: str, images: str | None =
         captions = [CaptionSample(name, {"image": f"{folder}{picture}"}, text, thing) for name, text in sentences if text]
         left_out.update([] if captions else ["images without a caption"])
         samples += [(f"{path}: image {number} of {split}", sample) for sample in captions]
-    kept = unique(iter(samples))
-    report_left_out(kept, left_out, f"{path}: {split}")
-    if not kept:
-        raise DataError(f"{str(path)!r} has no caption in the split {split!r}: get the original file")
-    return with_captions(kept)
+    nothing = f"{str(path)!r} has no caption in the split {split!r}: get the original file"
+    return with_captions(counted(unique(iter(samples)), left_out, f"{path}: {split}", nothing))
 
 
 def karpathy_splits(root: Path, file: str | None) -> list[str]:
@@ -132,44 +129,26 @@ Image = tuple[str, str, str, list[tuple[str, str]]]  # split, path, object, capt
 @once
 def read_images(path: Path) -> list[Image]:
     """Every image of the file."""
-    images = read_table(path).get("images")
-    if not isinstance(images, list):
-        raise DataError(f"{str(path)!r} has no list 'images': get the original file")
-    return [read_image(image, number, f"{path}: image {number}") for number, image in enumerate(images)]
+    return [read_image(image, n, f"{path}: image {n}") for n, image in enumerate(list_in(path, "images"))]
 
 
 def read_image(image: Any, number: int, where: str) -> Image:
-    if not isinstance(image, dict):
-        raise DataError(f"{where} is a {type(image).__name__} instead of an object: get the original file")
-    split, name = (text_of(image.get(key), key, where) for key in ("split", "filename"))
+    split, name = (field(image, key, str, where) for key in ("split", "filename"))
     if not name:
         raise DataError(f"{where} has no 'filename': get the original file")
     if split not in {s for names in SPLITS.values() for s in names}:
         raise DataError(f"{where} has the unknown split {split[:40]!r}: get the original file")
-    folder, thing = (text_of(image.get(key, ""), key, where) for key in ("filepath", "object"))
-    sentences = image.get("sentences")
-    if not isinstance(sentences, list):
-        raise DataError(f"{where} has no list 'sentences': get the original file")
-    captions = [(f"{number}/{i}", caption(s, f"{where}, sentence {i}")) for i, s in enumerate(sentences)]
+    folder, thing = (field({key: "", **image}, key, str, where) for key in ("filepath", "object"))
+    sentences = enumerate(field(image, "sentences", list, where))
+    captions = [(f"{number}/{i}", caption(s, f"{where}, sentence {i}")) for i, s in sentences]
     return split, f"{folder}/{name}" if folder else name, thing, captions
 
 
 def caption(sentence: Any, where: str) -> str:
     """The raw caption, or its tokens where the file has those alone."""
-    if not isinstance(sentence, dict):
-        raise DataError(f"{where} is a {type(sentence).__name__} instead of an object: get the original file")
-    if "raw" in sentence:
-        return " ".join(text_of(sentence["raw"], "raw", where).split())
-    tokens = sentence.get("tokens")
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise DataError(f"{where} has neither 'raw' nor 'tokens': get the original file")
-    return " ".join(" ".join(tokens).split())
-
-
-def text_of(value: Any, key: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where} has the impossible {key}={str(value)[:40]!r}: get the original file")
-    return value
+    if isinstance(sentence, dict) and isinstance(tokens := sentence.get("tokens"), list) and "raw" not in sentence:
+        sentence = {"raw": " ".join(field({"token": token}, "token", str, where) for token in tokens)}
+    return " ".join(field(sentence, "raw", str, where).split())
 
 
 def image_folder(

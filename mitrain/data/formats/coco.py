@@ -15,10 +15,10 @@ from typing import Any
 
 from mitrain.core.errors import DataError
 from mitrain.data.formats.captions import FIRST, CaptionSample, image_folder, with_captions
-from mitrain.data.formats.labels import report_left_out
+from mitrain.data.formats.labels import counted
 from mitrain.data.formats.records import AnswerSample, commonest
 from mitrain.data.formats.references import field, id_of
-from mitrain.data.formats.rows import read_table, unique
+from mitrain.data.formats.rows import list_in, unique
 
 QUESTIONS, ANSWERS, CAPTIONS = "*_{}_questions.json", "*_{}_annotations.json", "captions_{}.json"
 
@@ -44,13 +44,6 @@ def subsets_there(root: Path, pattern: str, subsets: Mapping[str, str]) -> list[
     return [split for split, name in subsets.items() if files_of(root, pattern.format(name))] or list(subsets)
 
 
-def list_in(path: Path, key: str) -> list[Any]:
-    value = read_table(path).get(key)
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{str(path)!r} has no list {key!r}: get the original file")
-    return value
-
-
 def folders(subset: str) -> tuple[str, ...]:
     return (subset, f"images/{subset}", "images", "")
 
@@ -66,10 +59,7 @@ def read_vqa(root: Path, subset: str, images: str | None = None) -> list[AnswerS
     numbers = [picture_id(question, f"{path}: question {n}") for n, question in enumerate(questions)]
     rows = zip(questions, pictures_of(root, subset, numbers, images), strict=True)
     samples = unique(asked(path, rows, answered, left_out))
-    report_left_out(samples, left_out, str(path))
-    if not samples:
-        raise DataError(f"{str(path)!r} has no question that is answered: get both original files")
-    return samples
+    return counted(samples, left_out, str(path), f"{str(path)!r} has no question that is answered: get both original files")
 
 
 def pictures_of(root: Path, subset: str, numbers: list[int], images: str | None) -> list[str]:
@@ -136,10 +126,7 @@ def read_coco_captions(root: Path, subset: str, images: str | None = None) -> li
     }
     folder = image_folder(Path(root), list(pictures.values())[:FIRST], images, folders(subset))
     samples = unique(captions_in(path, pictures, folder, left_out))
-    report_left_out(samples, left_out, str(path))
-    if not samples:
-        raise DataError(f"{str(path)!r} has no caption: get the original file")
-    return with_captions(samples)
+    return with_captions(counted(samples, left_out, str(path), f"{str(path)!r} has no caption: get the original file"))
 
 
 def captions_in(path: Path, pictures: dict[str, str], folder: str, left_out: Counter) -> Iterator[tuple[str, CaptionSample]]:

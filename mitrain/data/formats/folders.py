@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mitrain.core.config import nearest
 from mitrain.core.errors import DataError
-from mitrain.data.formats.labels import LabelSample, report_left_out
+from mitrain.data.formats.labels import LabelSample, counted
 from mitrain.data.kinds import BY_ENDING
 
 
@@ -36,5 +36,4 @@ def read_folders(root: Path, folder: str, name: str, known: Collection[str] = ()
         for path in usable:
             file = os.path.relpath(path, root)
             samples.append(LabelSample(file, {name: file}, "", (label,)))
-    report_left_out(samples, +left_out, str(top))
-    return samples
+    return counted(samples, +left_out, str(top), "")

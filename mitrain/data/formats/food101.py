@@ -15,8 +15,8 @@ from typing import Any
 
 from mitrain.core import parsing
 from mitrain.core.errors import DataError
-from mitrain.data.formats.labels import LabelSample, check_known, report_left_out
-from mitrain.data.formats.rows import not_utf8, open_text, read_table, unique
+from mitrain.data.formats.labels import LabelSample, check_known, counted
+from mitrain.data.formats.rows import open_text, read_table, reading, unique
 
 SPLITS = ("train", "val", "test")
 IMAGE = re.compile(r"([^/\\\0]+)_\d+(-\d+)?\.\w+")
@@ -36,10 +36,8 @@ def read_food101(root: Path, split: str, val_share: float, known: Collection[str
     left_out: Counter[str] = Counter()
     rows = ((place, sample) for place, sample in rows if check_known(sample.labels, known, place))
     samples = [sample for sample in unique(rows) if sample.text or left_out.update(["without a title"])]
-    report_left_out(samples, left_out, f"{root}: {split}")
-    if not samples:
-        raise DataError(f"{str(root)!r} has no sample with a title in the split {split!r}: get the original files")
-    return samples
+    nothing = f"{str(root)!r} has no sample with a title in the split {split!r}: get the original files"
+    return counted(samples, left_out, f"{root}: {split}", nothing)
 
 
 def class_of(image: str, where: str) -> str:
@@ -61,13 +59,8 @@ def sample_of(image: str, text: str, folder: str, where: str) -> tuple[str, Labe
 def distributed(root: Path, split: str, val_share: float) -> Iterator[tuple[str, LabelSample]]:
     folder = "test" if split == "test" else "train"
     path = root / "texts" / f"{folder}_titles.csv"
-    try:
-        with open_text(path) as file:
-            lines = list(records(parsing.lines_of(file), path))
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {str(path)!r} ({error}): put texts/ and images/ below data.root") from None
+    with reading(path, "put texts/ and images/ below data.root"), open_text(path) as file:
+        lines = list(records(parsing.lines_of(file), path))
     titled = [image for _, image, title in lines if title]
     held_out = frozenset() if split == "test" else validation(titled, val_share)
     for line, image, title in lines:

@@ -17,7 +17,7 @@ from mitrain.core.config import nearest
 from mitrain.core.errors import DataError
 from mitrain.data.columns import column
 from mitrain.data.formats.alike import Alike, clean
-from mitrain.data.formats.manifest import Manifest, Row, read_rows
+from mitrain.data.formats.manifest import Manifest, Row
 from mitrain.data.formats.rows import MISSING, as_text, check_columns, check_meant, inputs_of, listed, split_cell
 from mitrain.data.samples import Sample
 
@@ -58,13 +58,10 @@ def read_labels(
     """
     source, columns = Manifest.of(source), check_columns(columns or {}, (*inputs, *FIELDS))
     read = several_labels if multilabel else one_label
-    rows = read_rows(source, columns, (*inputs, "label"), inputs)
     files = partial(inputs_of, columns=columns, inputs=inputs, may_lack=may_lack)
     words = (columns, read, separator, frozenset(known), () if known else missing, files)
     own = dict.fromkeys(("text", "object", "kind"), clean)
-    samples = Alike(lambda rows: placed(rows, *words), columns, inputs, own).samples(rows)
-    if not samples:
-        raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
+    samples = Alike(lambda rows: placed(rows, *words), columns, inputs, own).samples(source, ("label",))
     if len(samples) > 1 and all(len(labels) == 2 and set(labels) <= BITS for labels in column(samples, "labels")):
         raise DataError(
             f"{str(source)!r}: every {columns['label']!r} is a vector of a zero and a one: give the names of the labels"
@@ -160,8 +157,11 @@ def check_known(labels: Sequence[str], known: Collection[str], where: str) -> tu
     return tuple(labels)
 
 
-def report_left_out(samples: Sequence[LabelSample], left_out: Mapping[str, int], where: str) -> None:
-    """Say how many samples were left out, by reason."""
+def counted(samples: Sequence[Any], left_out: Mapping[str, int], where: str, nothing: str) -> Sequence[Any]:
+    """The samples, after a line that says how many were left out, by reason; DataError ``nothing`` where none remain."""
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         log.warning("%s: left out %s; %d samples remain", where, reasons, len(samples))
+    if not samples:
+        raise DataError(nothing)
+    return samples

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.core.errors import DataError
-from mitrain.data.formats.labels import LabelSample, check_known, report_left_out
+from mitrain.data.formats.labels import LabelSample, check_known, counted
 from mitrain.data.formats.rows import read_table, unique
 
 GENRES = (
@@ -35,10 +35,8 @@ def read_mmimdb(root: Path, split: str, known: Collection[str] = GENRES) -> list
     left_out: Counter[str] = Counter()
     rows = films(root, SPLITS[split], left_out)
     samples = unique((place, film) for place, film in rows if check_known(film.labels, known, place))
-    report_left_out(samples, left_out, f"{root}: {split}")
-    if not samples:
-        raise DataError(f"{str(root)!r} has no usable film in the split {split!r}: get the original files")
-    return samples
+    nothing = f"{str(root)!r} has no usable film in the split {split!r}: get the original files"
+    return counted(samples, left_out, f"{root}: {split}", nothing)
 
 
 def split_names(root: Path) -> list[str]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from mitrain.core.errors import DataError
 from mitrain.data.formats.captions import FIRST, CaptionSample, image_folder, with_captions
-from mitrain.data.formats.labels import report_left_out
+from mitrain.data.formats.labels import counted
 from mitrain.data.formats.references import field, id_of
-from mitrain.data.formats.rows import read_table, unique
+from mitrain.data.formats.rows import list_in, read_table, unique
 
 SPLITS = {"train": "train", "val": "validate", "test": "test"}
 PATTERNS = ("*videodatainfo*.json", "MSRVTT*data*.json")
@@ -33,10 +33,8 @@ def read_msrvtt(root: Path, split: str, inputs: Sequence[str], videos: str | Non
     folder = image_folder(Path(root), [f"{name}.mp4" for name in chosen[:FIRST]], videos, FOLDERS, "videos")
     files = {name: dict.fromkeys(inputs, f"{folder}{name}.mp4") for name in chosen}
     samples = unique(one for path, table in tables for one in sentences_in(path, table, files, left_out))
-    report_left_out(samples, left_out, f"{root}: {split}")
-    if not samples:
-        raise DataError(f"{str(root)!r} has no caption in the split {split!r}: get the original files")
-    return with_captions(samples)
+    nothing = f"{str(root)!r} has no caption in the split {split!r}: get the original files"
+    return with_captions(counted(samples, left_out, f"{root}: {split}", nothing))
 
 
 def tables_in(root: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -46,16 +44,9 @@ def tables_in(root: Path) -> list[tuple[Path, dict[str, Any]]]:
     return [(path, read_table(path)) for path in paths]
 
 
-def listed_in(path: Path, table: dict[str, Any], key: str) -> list[Any]:
-    value = table.get(key)
-    if not isinstance(value, list):
-        raise DataError(f"{str(path)!r} has no list {key!r}: get the original file")
-    return value
-
-
 def videos_in(path: Path, table: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Each video's name and split."""
-    for n, one in enumerate(listed_in(path, table, "videos")):
+    for n, one in enumerate(list_in(path, "videos", table)):
         where = f"{path}: video {n}"
         yield id_of(one, "video_id", where), field(one, "split", str, where)
 
@@ -63,7 +54,7 @@ def videos_in(path: Path, table: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def sentences_in(
     path: Path, table: dict[str, Any], files: dict[str, dict[str, str]], left_out: Counter
 ) -> Iterator[tuple[str, CaptionSample]]:
-    for n, one in enumerate(listed_in(path, table, "sentences")):
+    for n, one in enumerate(list_in(path, "sentences", table)):
         where = f"{path}: sentence {n}"
         video, number = id_of(one, "video_id", where), id_of(one, "sen_id", where)
         text = " ".join(field(one, "caption", str, where).split())

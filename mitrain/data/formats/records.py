@@ -15,7 +15,7 @@ from typing import Any
 
 from mitrain.core.errors import DataError
 from mitrain.data.formats.alike import Alike, clean, filled
-from mitrain.data.formats.manifest import Manifest, Row, read_rows
+from mitrain.data.formats.manifest import Manifest, Row
 from mitrain.data.formats.rows import MISSING, as_text, check_columns, check_meant, inputs_of, listed, split_cell
 from mitrain.data.samples import Sample
 
@@ -58,12 +58,9 @@ def read_records(
     Raises DataError with the file and line of the first thing that is wrong.
     """
     source, columns = Manifest.of(source), check_columns(columns or {}, (*inputs, *FIELDS))
-    rows, words = read_rows(source, columns, (*inputs, *REQUIRED), inputs), (columns, missing, inputs, may_lack)
+    words = (source.parted, columns, missing, inputs, may_lack)
     own = {"prompt": partial(filled, refused=missing), "kind": clean, "object": clean}
-    samples = Alike(lambda rows: placed(rows, source.parted, *words), columns, inputs, own).samples(rows)
-    if not samples:
-        raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
-    return samples
+    return Alike(lambda rows: placed(rows, *words), columns, inputs, own).samples(source, REQUIRED)
 
 
 def placed(

@@ -12,6 +12,7 @@ import re
 import warnings
 from ast import literal_eval
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -52,33 +53,34 @@ def all_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) ->
 
     A ``.json`` file with one list of objects, as BLIP's are, is read too; its records are numbered from 1.
     """
-    try:
+    with reading(path, "give a JSONL or CSV file"):
         if path.suffix.lower() == ".json":
             yield from rows_of_json(path)
-            return
-        if path.suffix.lower() not in DELIMITERS:
+        elif path.suffix.lower() not in DELIMITERS:
             with open_text(path) as file:
                 yield from rows_of_jsonl(file, path)
-            return
-        encoding, mark = written(path, *changed(path))
-        with open_text(path, encoding) as file:
-            yield from rows_of_csv(file, path, columns, required, mark)
+        else:
+            stat = path.stat()
+            encoding, mark = written(path, stat.st_mtime_ns, stat.st_size)
+            with open_text(path, encoding) as file:
+                yield from rows_of_csv(file, path, columns, required, mark)
+
+
+@contextmanager
+def reading(path: Path, mend: str) -> Iterator[None]:
+    """Inside, what keeps ``path`` from being read is a DataError that ends in ``mend``."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
     except Unreadable as error:
-        raise DataError(f"{str(path)!r} {error}: give a JSONL or CSV file") from None
+        raise DataError(f"{str(path)!r} {error}: {mend}") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {str(path)!r} ({error}): give a JSONL or CSV file") from None
+        raise DataError(f"cannot read {str(path)!r} ({error}): {mend}") from None
 
 
 def open_text(path: Path, encoding: str = UTF8) -> TextIO:
     return io.TextIOWrapper(parsing.open_regular(path), encoding=encoding, newline="")
-
-
-def changed(path: Path) -> tuple[int, int]:
-    """What is another once the file is."""
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size
 
 
 @lru_cache(maxsize=256)  # said once
@@ -143,16 +145,18 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
 
 def read_table(path: Path) -> dict[str, Any]:
     """The one JSON object that a file holds."""
-    try:
+    with reading(path, "get the original file"):
         value = read_whole(path)
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from None
-    except Unreadable as error:
-        raise DataError(f"{str(path)!r} {error}: get the original file") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {str(path)!r} ({error}): get the original file") from None
     if not isinstance(value, dict):
         raise DataError(f"{str(path)!r} holds a {type(value).__name__} instead of an object: get the original file")
+    return value
+
+
+def list_in(path: Path, key: str, table: Mapping[str, Any] | None = None) -> list[Any]:
+    """The list ``key``, with something in it, of the object that a file holds (``table``, where it has been read)."""
+    value = (read_table(path) if table is None else table).get(key)
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{str(path)!r} has no list {key!r}: get the original file")
     return value
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mitrain.core.errors import DataError
-from mitrain.data.formats.labels import LabelSample, check_known, report_left_out
+from mitrain.data.formats.labels import LabelSample, check_known, counted
 from mitrain.data.formats.manifest import read_rows
 from mitrain.data.formats.rows import unique
 
@@ -35,10 +35,7 @@ def read_snli_ve(root: Path, split: str, images: str | None = None, known: Colle
     path = Path(root) / file_of(split)
     left_out: Counter[str] = Counter()
     samples = unique(hypotheses(path, image_folder(Path(root), images), left_out, known))
-    report_left_out(samples, left_out, str(path))
-    if not samples:
-        raise DataError(f"{str(path)!r} holds no decided pair: get the original file")
-    return samples
+    return counted(samples, left_out, str(path), f"{str(path)!r} holds no decided pair: get the original file")
 
 
 def file_of(split: str) -> str:

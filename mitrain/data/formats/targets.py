@@ -12,7 +12,7 @@ from typing import Any
 
 from mitrain.core.errors import DataError
 from mitrain.data.formats.alike import Alike, clean
-from mitrain.data.formats.manifest import Manifest, Row, read_rows
+from mitrain.data.formats.manifest import Manifest, Row
 from mitrain.data.formats.rows import as_text, check_columns, inputs_of
 from mitrain.data.samples import Sample
 
@@ -42,12 +42,8 @@ def read_targets(
     Raises DataError with the file and line of the first thing that is wrong.
     """
     source, columns = Manifest.of(source), check_columns(columns or {}, (*inputs, *FIELDS))
-    rows = read_rows(source, columns, (*inputs, "target"), inputs)
     own = {**dict.fromkeys(("text", "object", "kind"), clean), "target": numbers}
-    samples = Alike(lambda rows: placed(rows, columns, inputs, may_lack), columns, inputs, own).samples(rows)
-    if not samples:
-        raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
-    return samples
+    return Alike(lambda rows: placed(rows, columns, inputs, may_lack), columns, inputs, own).samples(source, ("target",))
 
 
 def placed(
