@@ -12,9 +12,6 @@ from typing import Any
 from mitrain.core import config, parsing, prepared
 from mitrain.core.errors import CheckpointError, ConfigError, DataError, ModelError, nearest
 
-EARLIER = ("data.task", "model.vision")
-"""Keys of earlier versions, which the reading of a configuration takes, and its schema does not name."""
-
 
 def look(path: str, assignments: Sequence[str] = (), loads: bool = False) -> None:
     """ConfigError for a configuration that cannot be read or has an unknown key; with ``loads``, where its models and data
@@ -37,8 +34,6 @@ def look_at_keys(values: Any, body: Any, definitions: Mapping[str, Any], path: s
     known = section.get("properties")
     for key, value in values.items():
         where = f"{path}.{key}".lstrip(".")
-        if where in EARLIER:
-            continue
         if known is None:
             look_at_keys(value, section.get("additionalProperties"), definitions, where)
         elif key in known:

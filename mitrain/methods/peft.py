@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,14 +23,13 @@ from transformers.pytorch_utils import Conv1D
 from mitrain.core.config import Section
 from mitrain.core.errors import MissingExtraError, ModelError
 from mitrain.methods.base import Adapter, Attachment, Traits
-from mitrain.methods.presets import Earlier
 from mitrain.methods.selection import LayersSetting, select_layers
 from mitrain.models import layouts, loading, quant
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
 from mitrain.models.layers import Layers
 from mitrain.models.layouts import Projection, kind_of, projections
 
-Where = Annotated[Literal["text", "encoder", "both"], Earlier]
+Where = Literal["text", "encoder", "both"]
 SIDES: dict[str, tuple[str, ...]] = {"text": ("text",), "encoder": ("encoder",), "both": ("text", "encoder")}
 STORED = {"text": "text", "encoder": "image"}
 """Each side in the names of saved tensors, which are older than encoders of anything but images."""

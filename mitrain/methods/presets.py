@@ -3,11 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BeforeValidator
-
-Earlier = BeforeValidator(lambda value: value.replace("image", "encoder") if isinstance(value, str) else value)
-"""Of settings that name the side of the encoder, which they once called image."""
-
 
 def filled(values: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
     """``values`` on top of the preset that they name ("default" if none); what is no mapping stays as it is."""

@@ -24,13 +24,8 @@ def recorded(own: Mapping[str, str]) -> dict[str, str]:
 def fingerprint_of(saved: Checkpoint) -> dict[str, str]:
     """The fingerprint of the run that wrote ``saved``; of earlier versions the configuration alone, or nothing."""
     parts, config = (saved.state.get(key) for key in ("fingerprint", "config"))
-    digests = {renamed(str(name)): str(value) for name, value in parts.items()} if isinstance(parts, dict) else {}
+    digests = {str(name): str(value) for name, value in parts.items()} if isinstance(parts, dict) else {}
     return digests | {f"config.{key}": value for key, value in flat(completed(config)).items()}
-
-
-def renamed(name: str) -> str:
-    """A part's name now; earlier versions had one picture a sample, and called the contents so."""
-    return f"{name.removesuffix('.pictures')}.image.content" if name.endswith(".pictures") else name
 
 
 def completed(config: Any) -> dict[str, Any]:

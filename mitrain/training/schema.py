@@ -14,9 +14,8 @@ from mitrain.core.errors import ConfigError
 from mitrain.data.features import FeatureConfig
 from mitrain.methods.kernels import KernelConfig
 from mitrain.models import ModelConfig
-from mitrain.models.encoders.config import from_list, inputs_of
+from mitrain.models.encoders.config import inputs_of
 from mitrain.tasks import TASKS
-from mitrain.training import trackers
 from mitrain.training.engine import OptimizerConfig, ZeroConfig
 from mitrain.training.schedule import Every, ScheduleConfig
 from mitrain.training.trackers import TelemetryConfig, WandbConfig
@@ -98,26 +97,6 @@ class RunConfig(Section):
     cache: bool = True
     telemetry: TelemetryConfig = TelemetryConfig()
     wandb: WandbConfig = WandbConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _earlier(cls, values: Any) -> Any:
-        """Runs and exports of earlier versions also name the task in their section ``data``, list their image encoders in
-        ``model.vision``, and have ``wandb.enabled``."""
-        if not isinstance(values, dict):
-            return values
-        values = trackers.earlier(values)
-        data, task, model = (values.get(key) for key in ("data", "task", "model"))
-        if isinstance(data, dict) and isinstance(task, dict) and data.get("task", 0) == task.get("name"):
-            values = {**values, "data": {key: value for key, value in data.items() if key != "task"}}
-        if isinstance(model, dict) and "vision" in model and "encoders" not in model:
-            kept = {key: value for key, value in model.items() if key != "vision"}
-            encoders = from_list(model["vision"], values.get("adapter"))
-            values = {**values, "model": {**kept, "encoders": encoders}}
-            if isinstance(task, dict) and "image" in (read := task.get("readout") or ()) and "image" not in encoders:
-                several = [name for each in read for name in (encoders if each == "image" else [each])]
-                values["task"] = {**task, "readout": several}
-        return values
 
     @field_validator("adapter", "task", "data", mode="before")
     @classmethod

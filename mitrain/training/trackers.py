@@ -42,16 +42,6 @@ class WandbConfig(Section):
     mode: Literal["auto", "online", "offline"] = "auto"
 
 
-def earlier(values: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings, ``wandb.enabled`` of earlier versions as what it means: a name in ``telemetry.trackers``."""
-    wandb, telemetry = values.get("wandb"), values.get("telemetry", {})
-    if not isinstance(wandb, dict) or not isinstance(telemetry, dict) or not isinstance(wandb.get("enabled"), bool):
-        return values
-    kept = {name: value for name, value in wandb.items() if name != "enabled"}
-    names = [name for name in telemetry.get("trackers", ()) if name != "wandb"] + ["wandb"] * wandb["enabled"]
-    return {**values, "wandb": kept, "telemetry": {**telemetry, "trackers": names}}
-
-
 class Trackers:
     """The trackers of a run as a `telemetry.Board`; without any it does nothing.
 

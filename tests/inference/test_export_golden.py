@@ -10,7 +10,7 @@ from mitrain.methods import export_format
 KEPT = golden.GOLDEN / "exports"
 VERSIONS = range(1, export_format.FORMAT + 1)
 SAID = {"blue": 0.36542, "red": 0.356036, "green": 0.278544}
-"""By the code that wrote format 1, whose configuration lists image encoders in ``model.vision``."""
+"""By the code that wrote format 1."""
 
 
 def test_there_is_one_for_every_format():

@@ -10,8 +10,6 @@ from mitrain.core import config
 from mitrain.core.errors import ConfigError
 from mitrain.methods.mope.config import MoPEConfig, Shape
 from mitrain.methods.mope.mope import MoPE
-from mitrain.methods.peft import LoRAConfig
-from mitrain.methods.pmf.config import PMFConfig
 
 DIMS, DEPTHS, TEXT = (128, 256, 512, 1024), (2, 2, 18, 2), 768
 WHOLE = 12_032  # Σ depth · width of Swin-B
@@ -114,12 +112,6 @@ def test_what_the_routers_differ_in():
     assert MoPEConfig(router_reads="tokens").router_widths == (10, 0)
     assert MoPEConfig(router_reads="condition").router_widths == (0, 10)
     assert (mope.main, mope.other, MoPEConfig(main="text").other) == ("encoder", "text", "encoder")
-
-
-def test_the_encoder_may_be_called_image_as_earlier_runs_do():
-    assert MoPEConfig(main="image") == MoPEConfig(main="encoder")
-    assert LoRAConfig(where="image") == LoRAConfig(where="encoder")
-    assert PMFConfig(direction="image-to-text") == PMFConfig(direction="encoder-to-text")
 
 
 @pytest.mark.parametrize(

@@ -31,15 +31,6 @@ def test_the_papers_setting_is_counted_without_weights(path, monkeypatch):
     assert plan.bytes_per_rank["3"] < plan.bytes_per_rank["2"] == plan.bytes_per_rank["1"] < plan.bytes_per_rank["0"]
 
 
-def test_the_tasks_name_in_the_data_of_earlier_versions_is_read():
-    given = values()
-    given["data"] = {**given["data"], "task": "answer"}
-    assert schema.from_dict(given) == schema.from_dict(values())
-    given["data"]["task"] = "segment"
-    with pytest.raises(ConfigError, match=r"data\.task"):
-        schema.from_dict(given)
-
-
 def values(**changes):
     base = schema.load(ROOT / "configs" / "quickstart.yaml").to_dict()
     return {**base, **changes}

@@ -167,9 +167,7 @@ def test_one_that_hangs_takes_nothing_from_another(tmp_path, wandb, caplog, monk
     monkeypatch.setattr(trackers, "FINISH_S", 0.1)
     board.finish()
     assert scalars(events, tmp_path / "run", "train/loss") == {1: 1.0, 2: 0.5, 3: pytest.approx(1 / 3)}
-    assert [r.getMessage() for r in caplog.records] == [
-        "wandb failed (it has not finished in 0.1 s): going on without it"
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["wandb failed (it has not finished in 0.1 s): going on without it"]
 
 
 def scalars(events, run: Path, tag: str) -> dict[int, float]:
@@ -250,9 +248,7 @@ def test_the_real_wandb_works_offline_without_a_key(tmp_path, monkeypatch, caplo
     assert list(tmp_path.glob("run: 1/wandb/offline-run-*/*.wandb"))
 
 
-@pytest.mark.parametrize(
-    ("values", "said"), [({}, ""), ({"mode": "online", "project": "x"}, "wandb.mode, wandb.project")]
-)
+@pytest.mark.parametrize(("values", "said"), [({}, ""), ({"mode": "online", "project": "x"}, "wandb.mode, wandb.project")])
 def test_wandb_settings_without_effect_are_named(caplog, values, said):
     path = "configs/quickstart.yaml"
     given = schema.load(path, [f"wandb.{name}={value}" for name, value in values.items()])
@@ -261,17 +257,6 @@ def test_wandb_settings_without_effect_are_named(caplog, values, said):
     wanted = schema.load(path, ["telemetry.trackers=[wandb]", *(f"wandb.{n}={v}" for n, v in values.items())])
     assert wanted.telemetry.trackers == ("wandb",)
     assert schema.from_dict(given.to_dict()) == given and not caplog.text, "a run folder's own configuration"
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_runs_of_earlier_versions_said_whether_wandb_is_enabled(enabled, caplog):
-    words = ["telemetry.trackers=[tensorboard]", f"wandb.enabled={str(enabled).lower()}"]
-    names = ("wandb",) * enabled
-    assert schema.load("configs/quickstart.yaml", words).telemetry.trackers == ("tensorboard", *names)
-    values = schema.load("configs/quickstart.yaml").to_dict()
-    del values["telemetry"]
-    read = schema.from_dict({**values, "wandb": {"enabled": enabled, "project": "p", "entity": None, "mode": "auto"}})
-    assert read.telemetry.trackers == names and read.wandb.project == "p" and not caplog.text
 
 
 GONE = """

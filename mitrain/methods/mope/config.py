@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from mitrain.core.config import Section
-from mitrain.methods.presets import Earlier
 
 CPT_THRESHOLD, MOPE_THRESHOLD = 0.05, 0.1
 MOPE_NOISE = 1 / 16**2
@@ -45,7 +44,7 @@ class MoPEConfig(Section, kind="adapter", name="mope"):
     (none: see `prompts.init_range_of`).
     """
 
-    main: Annotated[Literal["encoder", "text"], Earlier] = ENCODER
+    main: Literal["encoder", "text"] = ENCODER
     length: int = Field(6, ge=1, le=1024)
     experts: int = Field(4, ge=1, le=1024)
     static: bool = True

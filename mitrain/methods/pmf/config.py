@@ -1,12 +1,11 @@
 """PMF's settings."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from mitrain.core.config import Section
-from mitrain.methods.presets import Earlier
 
 LINKS = {"text_to_image": ("text", "encoder"), "image_to_text": ("encoder", "text")}
 """Link -> (source, target): the target's tokens get prompts that sum up the source's. The links are named as saved tensors
@@ -29,7 +28,7 @@ class PMFConfig(Section, kind="adapter", name="pmf"):
     fusion_context: int = Field(4, ge=0, le=1024)
     map: Literal["nonlinear", "linear"] = "nonlinear"
     map_width: int | None = Field(None, ge=1, le=65536)
-    direction: Annotated[Literal["both", "text-to-encoder", "encoder-to-text"], Earlier] = "both"
+    direction: Literal["both", "text-to-encoder", "encoder-to-text"] = "both"
 
     @model_validator(mode="after")
     def _check_width(self) -> "PMFConfig":

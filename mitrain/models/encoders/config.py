@@ -108,17 +108,3 @@ def modalities_of(encoders: Mapping[str, EncoderConfig]) -> dict[str, list[str]]
 def inputs_of(encoders: Mapping[str, EncoderConfig]) -> tuple[str, ...]:
     """The inputs of a sample that encoders read."""
     return tuple(dict.fromkeys(section.input for section in encoders.values()))
-
-
-def from_list(vision: Any, adapter: Any) -> Any:
-    """``model.encoders`` from the list of image encoders that earlier versions had: ``model.vision``.
-
-    They joined one modality, but where ``adapter`` named as many modalities, each was one of these.
-    """
-    items = vision if isinstance(vision, list | tuple) else [vision]
-    items = [{"name": item} if isinstance(item, str) else item for item in items]
-    names = list(adapter.get("modalities") or {}) if isinstance(adapter, Mapping) else []
-    if len(names) > 1 and len(names) == len(items):
-        return {name: {**item, "takes": "image", "input": "image"} for name, item in zip(names, items, strict=True)}
-    more = {f"image{n}": {**item, "joins": "image"} for n, item in enumerate(items[1:], 2)}
-    return {**({"image": items[0]} if items else {}), **more}
