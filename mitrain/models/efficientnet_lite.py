@@ -43,6 +43,11 @@ class EfficientNetLiteConfig(PretrainedConfig):
     batch_norm_eps: float = 1e-3
     stages: list | tuple = STAGES
 
+    @property
+    def hidden_sizes(self) -> list[int]:
+        """Channels after every block."""
+        return [after for _, after, *_ in self.blocks()]
+
     def blocks(self) -> list[tuple[int, int, int, int, int]]:
         """(channels in, channels out, kernel, stride, expansion) of every block, scaled by eq. 3."""
         blocks, before = [], self.stem_channels
@@ -125,6 +130,11 @@ class EfficientNetLiteModel(PreTrainedModel):
         self.blocks = nn.ModuleList(InvertedResidual(*block, eps) for block in blocks)
         self.head = ConvNorm(blocks[-1][1], config.hidden_size, eps)
         self.post_init()
+
+    def cut(self, count: int) -> None:
+        """Keep ``count`` blocks, whose output then is the last hidden state."""
+        del self.blocks[count:]
+        self.head = nn.Identity()
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, return_dict: bool = True

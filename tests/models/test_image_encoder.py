@@ -27,6 +27,7 @@ from transformers import (
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import ImageConfig, ImageEncoder, loading
 from mitrain.models.digests import frozen_digest
+from mitrain.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 from mitrain.models.encoders import image as module
 from mitrain.models.encoders.image import VIEWS, Preprocess, augment, pad_square
 
@@ -196,6 +197,38 @@ def test_frozen_and_without_gradients(dinov2):
     assert not found.encode(images())["pooled"].requires_grad
 
 
+RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24], depths=[1, 1, 1], layer_type="basic")
+LITE = EfficientNetLiteConfig(stem_channels=8, hidden_size=24, stages=((1, 3, 1, 1, 8), (2, 5, 2, 6, 16), (1, 3, 1, 6, 24)))
+
+
+def convolutional(config, folder):
+    torch.manual_seed(0)
+    model = (ResNetModel if isinstance(config, ResNetConfig) else EfficientNetLiteModel)(config).eval()
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    return model
+
+
+@pytest.mark.parametrize(("config", "layer", "width"), [(RESNET, 2, 16), (LITE, 3, 16), (LITE, 1, 8)])
+def test_an_inner_layer_of_a_convolutional_encoder_is_the_mean_of_its_feature_map(tmp_path, config, layer, width):
+    model = convolutional(config, tmp_path)
+    found = encoder(tmp_path, size=64, layer=layer)
+    pixels = torch.stack([found.preprocess(i) for i in images()])
+    with torch.no_grad():
+        expected = model(pixel_values=pixels, output_hidden_states=True).hidden_states[layer].mean((2, 3))
+    assert found.width == width
+    torch.testing.assert_close(found.encode(images())["pooled"], expected)
+    if config is LITE:
+        assert len(found.model.blocks) == layer  # what is not read does not run
+
+
+@pytest.mark.parametrize(("layer", "words"), [(4, "has 3 layers, not a layer 4: give one of 1..3")])
+def test_a_layer_that_a_convolutional_encoder_has_not_is_one_line(tmp_path, layer, words):
+    convolutional(RESNET, tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        encoder(tmp_path, size=64, layer=layer)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -242,9 +275,7 @@ def test_what_is_made_of_a_thin_picture_is_bounded(monkeypatch, size, resize):
         made.append(shape[0] * self.height)  # PIL scales the width of all rows first
         return scale(self, shape, *rest)
 
-    monkeypatch.setattr(
-        Image, "new", lambda mode, shape, *rest: made.append(shape[0] * shape[1]) or new(mode, shape, *rest)
-    )
+    monkeypatch.setattr(Image, "new", lambda mode, shape, *rest: made.append(shape[0] * shape[1]) or new(mode, shape, *rest))
     monkeypatch.setattr(Image.Image, "resize", resized)
     monkeypatch.setattr(module, "LONGEST", 512)
     preprocess = Preprocess(28, (0.0,) * 3, (1.0,) * 3, resize)

@@ -134,14 +134,19 @@ class ImageEncoder(Encoder):
     def _check_levels(self) -> None:
         if (channels := getattr(self.settings, "num_channels", 3)) != 3:
             raise ConfigError(f"the encoder {self.config.name!r} takes pictures of {channels} channels, not of three")
-        depth = getattr(self.settings, "num_hidden_layers", 0)
-        wanted = [*self.config.levels, *([self.config.layer] if self.config.layer else [])]
-        if wanted and depth == 0:
-            raise ConfigError(f"the encoder {self.config.name!r} has no transformer layers: leave out layer and levels")
+        depth, layer = self.depth, self.config.layer
+        wanted = [*self.config.levels, *([layer] if layer else [])]
+        if self.config.levels and depth == 0:
+            raise ConfigError(f"the encoder {self.config.name!r} has no transformer layers: leave out levels")
+        if layer and depth == 0 and not self._channels:
+            raise ConfigError(
+                f"the feature maps of {self.config.name!r}, a {self.family} model, are not known: leave out layer"
+            )
+        most = depth or len(self._channels)
         for level in wanted:
-            if not 1 <= level <= depth:
+            if not 1 <= level <= most:
                 raise ConfigError(
-                    f"the encoder {self.config.name!r} has {depth} layers, not a layer {level}: give one of 1..{depth}"
+                    f"the encoder {self.config.name!r} has {most} layers, not a layer {level}: give one of 1..{most}"
                 )
         if self.config.pool != "auto" and depth == 0:
             raise ConfigError(f"the encoder {self.config.name!r} has no CLS token: leave out pool")
@@ -151,6 +156,13 @@ class ImageEncoder(Encoder):
         if wanted and max(wanted) < depth and self.config.pool != "auto":
             del layouts.layers_of(self.model)[max(wanted) :]
             self.settings.num_hidden_layers = max(wanted)
+        if layer and (cut := getattr(self.model, "cut", None)):  # EfficientNet-lite's blocks above it do not run
+            cut(layer)
+
+    @cached_property
+    def _channels(self) -> list[int]:
+        """Channels of a convolutional encoder's feature maps, after each block or, as a ResNet's, each stage."""
+        return [] if self.depth else list(getattr(self.settings, "hidden_sizes", []))
 
     @property
     def depth(self) -> int:
@@ -182,6 +194,8 @@ class ImageEncoder(Encoder):
     @property
     def width(self) -> int:
         """e of the global feature."""
+        if self._channels and self.config.layer:
+            return self._channels[self.config.layer - 1]
         if self.config.pool == "auto":
             names = (*["projection_dim"] * self.family.startswith("clip"), "pooled_dim", "hidden_size", "hidden_dim")
             if width := next(filter(None, (getattr(self.settings, name, None) for name in names)), None):
@@ -218,7 +232,7 @@ class ImageEncoder(Encoder):
         ``views``: the variant of each image (0, as it is, where none are given). Tensors are preprocessed already.
         """
         pixels = self._batch(self._items(images, views))
-        wanted = {"output_hidden_states": True} if self.depth else {}
+        wanted = {"output_hidden_states": True} if self.depth or self.config.layer else {}
         try:
             output = self.model(pixel_values=pixels, **wanted)
         except RuntimeError as error:
@@ -250,6 +264,8 @@ class ImageEncoder(Encoder):
                 if self.config.layer is None and getattr(output, name, None) is not None:
                     return getattr(output, name).flatten(1)
         states = output.hidden_states[self.config.layer] if self.config.layer else output.last_hidden_state
+        if self._channels:
+            return states.mean((2, 3))
         patches = states[:, -(self.grid**2) :].mean(1)
         if self.config.pool == "auto" and not self.prefix_tokens:
             raise ConfigError(f"the encoder {self.config.name!r} pools nothing and has no CLS token: give pool=mean")
