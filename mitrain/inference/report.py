@@ -23,7 +23,7 @@ from mitrain.core.provenance import made_with, sentence
 from mitrain.data.features import Features
 from mitrain.data.images import to_size
 from mitrain.inference import webpage
-from mitrain.inference.scoring import score_split, split_of
+from mitrain.inference.scoring import masked_input, score_split, split_of
 from mitrain.tasks import figures
 from mitrain.training import runs
 from mitrain.training.baselines import baselines_of
@@ -138,7 +138,7 @@ def score_with_controls(run: Run, split: str, samples: int | None) -> dict[str, 
                 run, chosen, files, control, seed=run.config.seed
             ).metrics
     for other in run.config.data.inputs if run.model.task.decodes else ():
-        if other != "image":  # what the decoder sees stays
+        if other != masked_input(run):  # what the decoder sees stays
             label = LABELS["other-inputs"].format(name=name, inputs=other)
             scores[label] = score_split(run, chosen, files, "none", seed=run.config.seed, shuffled=[other]).metrics
     return scores | baselines_of(run, split, chosen, files)

@@ -230,10 +230,15 @@ def ask(
     if not out:
         return answer
     root, inputs = together(asked.paths)
-    picture = open_image(root, inputs["image"], run.config.data.max_pixels)
+    picture = open_image(root, inputs[masked_input(run)], run.config.data.max_pixels)
     written = write_mask(Path(out), picture, text, answer.mask)
     lines = [*answer.lines, *(f"wrote {name}" for name in written)]
     return replace(answer, values={**answer.values, "files": written}, lines=lines)
+
+
+def masked_input(run: Run) -> str:
+    """The input that a run's masks are of: what the first encoder with levels reads."""
+    return next(part.input for part in run.config.model.encoders.values() if getattr(part, "levels", ()))
 
 
 def ask_all(

@@ -37,7 +37,7 @@ from mitrain.data.formats.conversations import asked_behind
 from mitrain.data.images import open_image
 from mitrain.data.sources import limit
 from mitrain.inference.export import SUFFIXES
-from mitrain.inference.scoring import Asked, ask_all
+from mitrain.inference.scoring import Asked, ask_all, masked_input
 from mitrain.tasks import figures
 from mitrain.tasks.base import Answer
 from mitrain.tasks.language import told_to_speak
@@ -166,7 +166,7 @@ class Service:
                 raise type(error)(str(error).replace(f" in '{folder}'", "").replace(f"{folder}/", "")) from None
             values = {name: value for name, value in answer.values.items() if name not in files}
             if answer.mask is not None:
-                picture = open_image(Path(folder), files["image"].name, self.run.config.data.max_pixels)
+                picture = open_image(Path(folder), files[masked_input(self.run)].name, self.run.config.data.max_pixels)
                 values["mask"] = as_uri(Image.fromarray(answer.mask.astype(np.uint8) * 255))
                 values["overlay"] = as_uri(figures.overlay(picture, answer.mask))
         if "scores" in values:

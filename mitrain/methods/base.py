@@ -115,7 +115,7 @@ class Adapter(nn.Module, ABC):
         self._backbones: dict[str, PreTrainedModel] = {}
         self._undo = contextlib.ExitStack()
         self._encoder: Layers | None = None  # that a method changes by modules or weights
-        self._backend, self._checkpoint = "auto", False
+        self._backend, self._checkpoint, self._disabled = "auto", False, False
 
     # What a method implements
 
@@ -152,8 +152,12 @@ class Adapter(nn.Module, ABC):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the backbones compute what they would without the adapter: nothing to do where only `encode` differs."""
-        yield
+        """Inside, the backbones compute what they would without the adapter: hooks look at ``_disabled``."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
 
     def extra_loss(self) -> tuple[Tensor, Tensor] | None:
         """A regulariser of the last forward pass as (sum, count), or None; training adds its mean to the loss's mean."""

@@ -8,9 +8,8 @@ the top, and the narrower model takes the leading columns of the shared matrix.
 Shapes: B samples, T tokens, D width of a model, r of the bottleneck.
 """
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -70,7 +69,6 @@ class UniAdapter(Adapter):
         self.config = config
         self.pairs = nn.ModuleList()
         self._entered: dict[Any, Tensor] = {}
-        self._disabled = False
 
     def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
         self._encoder, text = Layers.of(backbones["encoder"]), backbones["text"]
@@ -116,14 +114,6 @@ class UniAdapter(Adapter):
             return None if entered is None else output + self.pairs[place](side, entered).to(output.dtype)
 
         return add
-
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        self._disabled = True
-        try:
-            yield
-        finally:
-            self._disabled = False
 
     def merge(self) -> None:
         raise ModelError("uniadapter is not linear and cannot be merged: keep it attached")

@@ -1,6 +1,6 @@
 """Contrast within a batch that is spread over ranks.
 
-Shapes: B samples of this rank, N of all ranks, d width of the common space, e width of the picture's feature.
+Shapes: B samples of this rank, N of all ranks, d width of the common space, e width of the file's feature.
 """
 
 from collections.abc import Sequence
@@ -22,26 +22,24 @@ class Everyone:
     inputs themselves are wanted too.
     """
 
-    def __init__(self, images: Tensor, text_vectors: Tensor, batch: Batch, keys: Sequence[tuple[str, str]], matching: bool):
+    def __init__(self, files: Tensor, partners: Tensor, batch: Batch, keys: Sequence[tuple[str, str]], matching: bool):
         cpu = torch.device("cpu")
         inputs = batch.inputs.to(cpu) if matching else None
-        parts = dist.gather((images.detach().cpu(), text_vectors.detach().cpu(), inputs, keys))
+        parts = dist.gather((files.detach().cpu(), partners.detach().cpu(), inputs, keys))
         here = dist.rank()
         self.keys = keys
         self.start = sum(len(part[3]) for part in parts[:here])
         self.count = len(keys)
-        self.images = torch.cat([images if r == here else part[0].to(images) for r, part in enumerate(parts)])
-        self.text_vectors = torch.cat(
-            [text_vectors if r == here else part[1].to(text_vectors) for r, part in enumerate(parts)]
-        )
+        self.files = torch.cat([files if r == here else part[0].to(files) for r, part in enumerate(parts)])
+        self.partners = torch.cat([partners if r == here else part[1].to(partners) for r, part in enumerate(parts)])
         self.inputs = ModalityInputs.joined([part[2] for part in parts]) if matching else None
         self.texts = [text for part in parts for _, text in part[3]]
-        self.similarity = self.images @ self.text_vectors.T
-        self.right = self._right([image for part in parts for image, _ in part[3]]).to(images.device)
+        self.similarity = self.files @ self.partners.T
+        self.right = self._right([file for part in parts for file, _ in part[3]]).to(files.device)
 
-    def _right(self, images: Sequence[str]) -> Tensor:
-        """(N, N) bool: which text is right for which image: the image's own, or the same text."""
-        a, b = (torch.from_numpy(np.unique(np.array(v), return_inverse=True)[1]) for v in (images, self.texts))
+    def _right(self, files: Sequence[str]) -> Tensor:
+        """(N, N) bool: which text is right for which file: the file's own, or the same text."""
+        a, b = (torch.from_numpy(np.unique(np.array(v), return_inverse=True)[1]) for v in (files, self.texts))
         return (a[:, None] == a[None]) | (b[:, None] == b[None])
 
     def contrast(self, sharpness: Tensor) -> Tensor:
@@ -55,7 +53,7 @@ class Everyone:
         return value + (whole - whole.detach()) + (through_sharpness - through_sharpness.detach())
 
     def _rows(self, logits: Tensor) -> Tensor:
-        """(N,) the mean of the cross-entropies of image → text and of text → image."""
+        """(N,) the mean of the cross-entropies of file → text and of text → file."""
         meant = self.right.to(logits)
         ways = [
             -(side.log_softmax(-1) * meant).sum(-1) / meant.sum(-1) for side in (logits, logits.T)
@@ -63,7 +61,7 @@ class Everyone:
         return 0.5 * (ways[0] + ways[1])
 
     def hardest(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For each own sample the wrong text and the wrong image most similar to it (B,), and 1 where there is one."""
+        """For each own sample the wrong text and the wrong file most similar to it (B,), and 1 where there is one."""
         own = slice(self.start, self.start + self.count)
         wrong = self.similarity.detach().masked_fill(self.right, -torch.inf)
         known = (~self.right[own]).any(1)

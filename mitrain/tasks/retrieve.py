@@ -3,9 +3,9 @@
 A dual encoder: linear maps of the file's vector and of the text model's state into one space, trained by contrast
 within the batch; every method that adapts an encoder by itself works in it. On top, a matching head reads the state that
 the method makes of the text *with* the picture (its joint state, or the infused text state), trained against the hardest
-wrong partner in the batch, and orders the best candidates anew: there picture and text meet.
+wrong partner in the batch, and orders the best candidates anew: there file and text meet.
 
-Shapes: B samples, N samples of all ranks, D hidden width, d width of the common space, e width of the picture's feature.
+Shapes: B samples, N samples of all ranks, D hidden width, d width of the common space, e width of the file's feature.
 """
 
 import logging
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mitrain.core import dist
-from mitrain.core.errors import ConfigError, DataError
+from mitrain.core.errors import ConfigError
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.sources import CaptionSection
 from mitrain.models.batch import ModalityInputs
@@ -63,6 +63,7 @@ class RetrieveTask(ReadTask):
         super().__init__(parts)
         self.config = config
         self.widths, self.modality, self.partner = dict(widths), config.modality or next(iter(widths)), config.partner
+        self.between_files = config.partner != "text"
         self.names = (self.partner,) if self.between_files else config.readout
         for key, name in (("modality", self.modality), ("partner", self.partner)):
             if name not in widths and (key, name) != ("partner", "text"):
@@ -83,23 +84,23 @@ class RetrieveTask(ReadTask):
         width = sum(width_of(parts, name, widths) for name in self.names)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
-        image_width = width_of(parts, self.modality, widths)
+        file_width = width_of(parts, self.modality, widths)
         self.seen: dict[str, int] = {}
         if parts.adapter.traits.changes_encoder and self.modality == next(iter(widths)):
-            self.seen["image"] = image_width
+            self.seen["file"] = file_width
         if config.matching and parts.adapter.attachment.joint_width:
             self.seen["joint"] = parts.adapter.attachment.joint_width
         for name, size in self.seen.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_scale", torch.ones(size))
-        self.image_map = nn.Linear(image_width, config.dim)
-        self.text_map = nn.Linear(width, config.dim)
+        self.file_map = nn.Linear(file_width, config.dim)
+        self.partner_map = nn.Linear(width, config.dim)
         self.log_scale = nn.Parameter(torch.tensor(1 / config.temperature).log())
         self.dropout = nn.Dropout(config.dropout)
         if config.matching:
             if not (parts.adapter.traits.text_depends_on_input or parts.adapter.attachment.joint_width):
                 raise ConfigError(
-                    f"the method {parts.adapter.traits.name!r} makes no state of text and picture together for the matching"
+                    f"the method {parts.adapter.traits.name!r} makes no state of text and file together for the matching"
                     " head to read: set task.matching=0"
                 )
             self.match = nn.Linear(self.seen.get("joint", width), 1)
@@ -108,7 +109,7 @@ class RetrieveTask(ReadTask):
         self.own = self._take_over(parts.text.retrieval_maps)
         self.slow = None
         if config.queue:
-            trained = {"adapter": parts.adapter, "image_map": self.image_map, "text_map": self.text_map}
+            trained = {"adapter": parts.adapter, "file_map": self.file_map, "partner_map": self.partner_map}
             settings = (config.momentum, config.distil, config.ramp, config.queue_start)
             self.slow = MomentumQueue(config.queue, config.dim, trained, *settings)
         self.frame = frame_of(config.template)
@@ -128,18 +129,14 @@ class RetrieveTask(ReadTask):
                 )
         return task
 
-    @property
-    def between_files(self) -> bool:
-        return self.config.partner != "text"
-
     @torch.no_grad()
     def _take_over(self, maps: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
         """Start from a checkpoint's own maps; False, said in a line, where they read something else than is read here."""
         if not maps or self.config.start == "fresh" or self.between_files:
             return False
-        heads = {"image": self.image_map, "text": self.text_map}
+        heads = {"image": self.file_map, "text": self.partner_map}
         heads |= {"match": self.match} if self.config.matching else {}
-        needed = {"image", "joint"} if self.config.matching else {"image"}
+        needed = {"file", "joint"} if self.config.matching else {"file"}
         read = self.config.readout == ("cls",) and needed <= self.seen.keys()
         if not read or any(maps[name][0].shape != head.weight.shape for name, head in heads.items()):
             log.warning(
@@ -173,7 +170,7 @@ class RetrieveTask(ReadTask):
         self.mean.copy_(mean)
         self.scale.copy_(scale)
         for name in self.seen:
-            read = self.modality if name == "image" else name
+            read = self.modality if name == "file" else name
             mean, scale = statistics(self.parts, (read,), self.widths, [], samples, see, own)
             getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_scale").copy_(scale)
@@ -185,18 +182,18 @@ class RetrieveTask(ReadTask):
             parts = [self.states(texts[i : i + 32], None) for i in range(0, len(texts), 32)]
         return torch.cat(parts).double().cpu().numpy()
 
-    def text_vectors(self, texts: Sequence[str], inputs: ModalityInputs | None = None) -> Tensor:
+    def partner_vectors(self, texts: Sequence[str], inputs: ModalityInputs | None = None) -> Tensor:
         """(B, d) of length 1; of the ``inputs`` where another modality stands in the text's place."""
         if self.between_files:
             states = (self.parts.adapter.encode(None, inputs).read_out(self.partner) - self.mean) * self.scale
         else:
             states = self.states(texts, None)
-        return F.normalize(self.text_map(self.dropout(states)), dim=-1)
+        return F.normalize(self.partner_map(self.dropout(states)), dim=-1)
 
-    def image_vectors(self, inputs: ModalityInputs) -> Tensor:
+    def file_vectors(self, inputs: ModalityInputs) -> Tensor:
         """(B, d) of length 1."""
-        vectors = self._standard("image", self.parts.adapter.encode(None, inputs).read_out(self.modality))
-        return F.normalize(self.image_map(self.dropout(vectors)), dim=-1)
+        vectors = self._standard("file", self.parts.adapter.encode(None, inputs).read_out(self.modality))
+        return F.normalize(self.file_map(self.dropout(vectors)), dim=-1)
 
     def keys(self, samples: Sequence[Any]) -> list[tuple[str, str]]:
         """Each sample's file and text, or other file: equal ones belong together."""
@@ -206,7 +203,7 @@ class RetrieveTask(ReadTask):
         return Gallery(*zip(*self.keys(samples), strict=True), self.ways)
 
     def _standard(self, name: str, values: Tensor) -> Tensor:
-        """What was read of pictures, standardised where it is not normalised already."""
+        """What was read of files, standardised where it is not normalised already."""
         if name not in self.seen:
             return values
         return (values - getattr(self, f"{name}_mean")) * getattr(self, f"{name}_scale")
@@ -220,7 +217,7 @@ class RetrieveTask(ReadTask):
         return 1.0 if self.own else self.sharpness()
 
     def match_values(self, texts: Sequence[str], inputs: ModalityInputs) -> Tensor:
-        """(B,) the matching head's values for pairs of a text and a picture."""
+        """(B,) the matching head's values for pairs of a text and a file."""
         if "joint" in self.seen:
             rows = [self._ids(text) for text in texts]
             states = self._standard("joint", read_out(self.parts, rows, ("joint",), inputs)["joint"])
@@ -232,71 +229,68 @@ class RetrieveTask(ReadTask):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         texts = [s.text for s in batch.samples]
-        vectors = lambda: (self.image_vectors(batch.inputs), self.text_vectors(texts, batch.inputs))  # noqa: E731
+        vectors = lambda: (self.file_vectors(batch.inputs), self.partner_vectors(texts, batch.inputs))  # noqa: E731
         slow = self.slow.slow_vectors(vectors) if self.slow is not None else None  # before what is differentiated
-        images, text_vectors = vectors()
-        everyone = Everyone(images, text_vectors, batch, self.keys(batch.samples), bool(self.config.matching))
+        files, partners = vectors()
+        everyone = Everyone(files, partners, batch, self.keys(batch.samples), bool(self.config.matching))
         if slow is None:
             total = everyone.contrast(self.sharpness())
         else:
-            total = self.slow.contrast((images, text_vectors), slow, everyone.keys, self.sharpness())
+            total = self.slow.contrast((files, partners), slow, everyone.keys, self.sharpness())
         if self.config.matching:
             total = total + self.config.matching * self._matching(batch, everyone)
         return total, torch.tensor(float(len(texts)), dtype=torch.float64)
 
     def _matching(self, batch: Batch, everyone: Everyone) -> Tensor:
-        """Each sample's pair against its picture with the hardest wrong text, and against its text with the hardest
-        wrong picture: the mean of both cross-entropies over two pairs, summed over samples."""
+        """Each sample's pair against its file with the hardest wrong text, and against its text with the hardest
+        wrong file: the mean of both cross-entropies over two pairs, summed over samples."""
         own = [s.text for s in batch.samples]
-        text, image, known = everyone.hardest()
-        own_inputs = batch.inputs
-        wrong = everyone.inputs.rows(image.cpu()).to(self.mean.device)
+        text, file, known = everyone.hardest()
+        wrong = everyone.inputs.rows(file.cpu()).to(self.mean.device)
         texts = [*own, *(everyone.texts[j] for j in text), *own]
-        values = self.match_values(texts, ModalityInputs.joined([own_inputs, own_inputs, wrong]))
+        values = self.match_values(texts, ModalityInputs.joined([batch.inputs, batch.inputs, wrong]))
         near = 0.0 if self.own else self.sharpness().detach()
         near = near * everyone.similarity.detach()
         rows = torch.arange(len(own), device=near.device) + everyone.start
-        base = torch.cat([near[rows, rows], near[rows, text], near[image, rows]])
-        right, other_text, other_image = (values + base).chunk(3)
-        losses = F.softplus(other_text - right) + F.softplus(other_image - right)
+        base = torch.cat([near[rows, rows], near[rows, text], near[file, rows]])
+        right, other_text, other_file = (values + base).chunk(3)
+        losses = F.softplus(other_text - right) + F.softplus(other_file - right)
         return 0.5 * (losses * known).sum()
 
     def activation_bytes(self) -> int:
-        return 4 * (self.text_map.in_features + self.image_map.in_features + 4 * self.config.dim)
+        return 4 * (self.partner_map.in_features + self.file_map.in_features + 4 * self.config.dim)
 
     # evaluation
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
-        images = self.image_vectors(batch.inputs).double().cpu().numpy()
-        text_vectors = self.text_vectors([s.text for s in batch.samples], batch.inputs).double().cpu().numpy()
+        files = self.file_vectors(batch.inputs).double().cpu().numpy()
+        partners = self.partner_vectors([s.text for s in batch.samples], batch.inputs).double().cpu().numpy()
         shown = batch.inputs.to(torch.device("cpu")) if self.config.matching and self.config.rerank else None
-        vectors = [
-            {"image": i, "text": t, "inputs": shown and shown.rows(slice(row, row + 1))}
-            for row, (i, t) in enumerate(zip(images, text_vectors, strict=True))
-        ]
-        finite = np.isfinite(images).all(1) & np.isfinite(text_vectors).all(1)
-        return [
-            Prediction(s.id, s.inputs, {} if self.between_files else {"text": s.text}, vector=vector, finite=bool(numbers))
-            for s, vector, numbers in zip(batch.samples, vectors, finite, strict=True)
-        ]
+        finite = (np.isfinite(files).all(1) & np.isfinite(partners).all(1)).tolist()
+        predictions = []
+        for row, sample in enumerate(batch.samples):
+            values = {} if self.between_files else {"text": sample.text}
+            vector = {"file": files[row], "partner": partners[row], "inputs": shown and shown.rows(slice(row, row + 1))}
+            predictions.append(Prediction(sample.id, sample.inputs, values, vector=vector, finite=finite[row]))
+        return predictions
 
     @torch.no_grad()
     def score(self, samples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
         gallery = self._gallery(samples)
-        images = np.stack([predictions[i].vector["image"] for i in gallery.first])
-        text_vectors = np.stack([p.vector["text"] for p in predictions])
+        files = np.stack([predictions[i].vector["file"] for i in gallery.first])
+        partners = np.stack([p.vector["partner"] for p in predictions])
         counts = self._counts(gallery)
-        if not (np.isfinite(images).all() and np.isfinite(text_vectors).all()):
+        if not (np.isfinite(files).all() and np.isfinite(partners).all()):
             return {"recall_mean": float("nan"), **counts}
-        ranks = both_ways(gallery, images, text_vectors)
+        ranks = both_ways(gallery, files, partners)
         decided = gallery.decided()
         metrics = rank_metrics(*ranks, decided, self.ways)
         if self.config.matching and self.config.rerank:
             inputs = [predictions[i].vector["inputs"] for i in gallery.first]
-            ranks = self._rerank(gallery, images, text_vectors, inputs, ranks)
+            ranks = self._rerank(gallery, files, partners, inputs, ranks)
             metrics = rank_metrics(*ranks, decided, self.ways) | {"before_reranking": metrics}
-        places = {image: int(rank) for image, rank in zip(gallery.images, ranks[0], strict=True)}
+        places = {file: int(rank) for file, rank in zip(gallery.files, ranks[0], strict=True)}
         shares = recall_shares(gallery, *ranks, decided)
         for sample, prediction, rank, share in zip(samples, predictions, ranks[1].tolist(), shares, strict=True):
             own = places[sample.inputs[self.modality]]
@@ -304,41 +298,41 @@ class RetrieveTask(ReadTask):
         return metrics | counts
 
     def _counts(self, gallery: Gallery) -> dict[str, int]:
-        files = "images" if self.modality == "image" else f"{self.modality}_files"
-        return {"samples": len(gallery.texts), files: len(gallery.images)}
+        what = "images" if self.modality == "image" else f"{self.modality}_files"
+        return {"samples": len(gallery.texts), what: len(gallery.files)}
 
     @torch.no_grad()
     def fits(self, batch: Batch, texts: Sequence[str]) -> list[float]:
-        """How well each text fits the one picture of ``batch``: s, and the matching head's value where there is one."""
-        near = self.text_vectors(texts) @ self.image_vectors(batch.inputs)[0]
+        """How well each text (or the partner's file of ``batch``) fits its one file: s, and a matching head's value."""
+        near = self.partner_vectors(texts, batch.inputs) @ self.file_vectors(batch.inputs)[0]
         near = near * (self._beside() if self.config.matching else self.sharpness())
         if self.config.matching:
             near = near + self.match_values(texts, batch.inputs.rows(torch.zeros(len(texts), dtype=torch.long)))
         return [round(value, 6) for value in near.double().tolist()]
 
     def _rerank(
-        self, gallery: Gallery, images: np.ndarray, text_vectors: np.ndarray, inputs: list[ModalityInputs], ranks: tuple
+        self, gallery: Gallery, files: np.ndarray, partners: np.ndarray, inputs: list[ModalityInputs], ranks: tuple
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ranks after the best candidates of every query, both ways, are ordered by similarity + matching value."""
-        k = min(self.config.rerank, len(images), len(text_vectors))
+        k = min(self.config.rerank, len(files), len(partners))
         near = float(self._beside())
         owned = [set(codes) for codes in gallery.owned]
-        to_text = [np.argsort(-(image @ text_vectors.T), kind="stable")[:k] for image in images]
-        to_image = [np.argsort(-(word @ images.T), kind="stable")[:k] for word in text_vectors]
+        to_text = [np.argsort(-(file @ partners.T), kind="stable")[:k] for file in files]
+        to_file = [np.argsort(-(one @ files.T), kind="stable")[:k] for one in partners]
         pairs = [(i, t) for i, row in enumerate(to_text) for t in row] + [
-            (i, t) for t, row in enumerate(to_image) for i in row
+            (i, t) for t, row in enumerate(to_file) for i in row
         ]
         values = self._match_pairs(sorted(set(pairs)), gallery, inputs)
-        require_finite([gallery.images[i] for i, t in pairs if not math.isfinite(values[i, t])], len(pairs))
-        scores = np.array([near * float(images[i] @ text_vectors[t]) + values[i, t] for i, t in pairs]).reshape(-1, k)
+        require_finite([gallery.files[i] for i, t in pairs if not math.isfinite(values[i, t])], len(pairs))
+        scores = np.array([near * float(files[i] @ partners[t]) + values[i, t] for i, t in pairs]).reshape(-1, k)
         right = np.array([gallery.codes[t] in owned[i] for i, t in pairs]).reshape(-1, k)
-        m = len(images)
+        m = len(files)
         return reranked(ranks[0], right[:m], scores[:m]), reranked(ranks[1], right[m:], scores[m:])
 
     def _match_pairs(
         self, pairs: Sequence[tuple[int, int]], gallery: Gallery, inputs: list[ModalityInputs]
     ) -> dict[tuple[int, int], float]:
-        """The matching value of every (image, text); ranks take the pairs in turn and every rank gets all values."""
+        """The matching value of every (file, text); ranks take the pairs in turn and every rank gets all values."""
         values: dict[tuple[int, int], float] = {}
         for start, own in dist.lockstep(range(0, len(pairs), MATCH_ROWS)[dist.rank() :: dist.world()], 0):
             part = pairs[start : start + MATCH_ROWS]
@@ -348,8 +342,7 @@ class RetrieveTask(ReadTask):
         return {pair: value for ranks in dist.gather(values) for pair, value in ranks.items()}
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
-        """A random order, and a ridge regression and the nearest neighbours' mean from the infused features to the frozen
-        language model's text states."""
+        """A random order; a ridge regression and nearest neighbours from the infused features to the frozen text states."""
         features, what = [splits.features(part).numpy() for part in splits.parts], "text states"
         if self.between_files:
             several = [
@@ -365,41 +358,28 @@ class RetrieveTask(ReadTask):
         metrics = {"random order": chance(galleries[2])} | {f"{how} to the {what}": found for how, found in made.items()}
         return {name: values | self._counts(galleries[2]) for name, values in metrics.items()}
 
-    def answers(self, questions: Sequence[Question], see: Callable[[Sequence[Any]], Batch]) -> list[Answer]:
-        return [self._ranked(question, see) for question in questions]
-
-    def _ranked(self, question: Question, see: Callable[[Sequence[Any]], Batch]) -> Answer:
-        """How well the text and the candidates fit the picture, the best first."""
-        if self.between_files:
-            return self._rank_files(question, see)
-        text = question.text
-        texts = list(dict.fromkeys([text, *question.candidates]))
-        scores = self.fits(see([CaptionSample(question.id, question.inputs, text)]), texts)
-        require_finite([question.id] * (not all(map(math.isfinite, scores))), 1, question.what)
-        ranked = dict(sorted(zip(texts, scores, strict=True), key=lambda pair: -pair[1]))
-        values: dict[str, Any] = {**question.files, "text": text, "scores": ranked}
-        if len(texts) > 1:
-            values["rank"] = list(ranked).index(text) + 1
-        return Answer(values, [f"{score:7.3f}  {words}" for words, score in ranked.items()])
-
     @torch.no_grad()
-    def _rank_files(self, question: Question, see: Callable[[Sequence[Any]], Batch]) -> Answer:
-        """The same for two files; candidates are files that could stand in the place of the partner's."""
-        scores = {}
-        for file in dict.fromkeys([question.inputs[self.partner], *question.candidates]):
-            inputs = see([CaptionSample(question.id, {**question.inputs, self.partner: file}, "")]).inputs
-            near = (self.text_vectors([], inputs) @ self.image_vectors(inputs)[0]) * self.sharpness()
-            scores[file] = round(near.item(), 6)
-        require_finite([question.id] * (not all(map(math.isfinite, scores.values()))), 1, question.what)
-        ranked = dict(sorted(scores.items(), key=lambda pair: -pair[1]))
-        values: dict[str, Any] = {**question.files, "scores": ranked}
-        if len(ranked) > 1:
-            values["rank"] = list(ranked).index(question.inputs[self.partner]) + 1
-        return Answer(values, [f"{score:7.3f}  {file}" for file, score in ranked.items()])
+    def answers(self, questions: Sequence[Question], see: Callable[[Sequence[Any]], Batch]) -> list[Answer]:
+        """How well the text, or the partner's file, and the candidates fit each question's file, the best first."""
+        answers = []
+        for question in questions:
+            own = question.inputs[self.partner] if self.between_files else question.text
+            choices = list(dict.fromkeys([own, *question.candidates]))
+            if self.between_files:
+                shown = (see([CaptionSample(question.id, {**question.inputs, self.partner: f}, "")]) for f in choices)
+                scores = [value for batch in shown for value in self.fits(batch, [""])]
+            else:
+                scores = self.fits(see([CaptionSample(question.id, question.inputs, own)]), choices)
+            require_finite([question.id] * (not all(map(math.isfinite, scores))), 1, question.what)
+            ranked = dict(sorted(zip(choices, scores, strict=True), key=lambda pair: -pair[1]))
+            values = {**question.files, **({} if self.between_files else {"text": own}), "scores": ranked}
+            if len(choices) > 1:
+                values["rank"] = list(ranked).index(own) + 1
+            answers.append(Answer(values, [f"{score:7.3f}  {words}" for words, score in ranked.items()]))
+        return answers
 
     def panel(self, sample: Any, prediction: Prediction, shown: Image.Image) -> Panel:
-        values = prediction.values
-        one, other = self.modality, self.partner
+        values, one, other = prediction.values, self.modality, self.partner
         ranks = f"{one} → {other} rank {values[f'rank_of_{other}']}, {other} → {one} rank {values[f'rank_of_{one}']}"
         return Panel(shown, [sample.text or sample.inputs[other], ranks], values[f"rank_of_{one}"] == 1)
 
@@ -416,16 +396,4 @@ class RetrieveTask(ReadTask):
     def caution(samples: Sequence[CaptionSample], split: str, known: Mapping[str, Sequence[str]]) -> list[str]:
         if not any(sample.text for sample in samples):
             return []
-        gallery = Gallery([sample.files for sample in samples], [sample.text for sample in samples])
-        decided = gallery.decided()
-        if len(decided) == len(gallery.depths()):
-            raise DataError(
-                f"{split}: {len(gallery.images)} image(s) and {len(set(gallery.texts))} different text(s) leave nothing"
-                " that a ranking could get wrong: give more"
-            )
-        if not decided:
-            return []
-        return [
-            f"{split}: {', '.join(decided)} cannot be wrong among {len(gallery.images)} images and {len(gallery.texts)}"
-            " texts and are left out of recall_mean"
-        ]
+        return Gallery([sample.files for sample in samples], [sample.text for sample in samples]).caution(split)

@@ -88,7 +88,7 @@ def parts_of(model: Model) -> dict[int, str]:
         found |= {id(module): part for module in root.modules()}
     backbones = {"text": model.text.model}
     if model.encoders:
-        backbones["image"] = next(iter(model.encoders.values())).model
+        backbones["encoder"] = next(iter(model.encoders.values())).model
     for name, backbone in backbones.items():
         for i, layer in enumerate(layers_of(backbone)):
             part = "changed layers" if i >= first.get(name, 1 << 30) else "trunk"

@@ -145,9 +145,7 @@ def test_the_picture_changes_the_fused_vector_and_nothing_else():
         other = adapter.encode(words, picture.rows(torch.tensor([1, 2, 0])))
         assert close(one.text, other.text) and not torch.allclose(one.joint, other.joint, atol=1e-3)
         blind = adapter.encode(words, pictures(picture.feature, picture.states, 0, infused=False))
-        assert close(blind.vectors["image"], one.vectors["image"]) and not torch.allclose(
-            blind.joint, one.joint, atol=1e-3
-        )
+        assert close(blind.vectors["image"], one.vectors["image"]) and not torch.allclose(blind.joint, one.joint, atol=1e-3)
         name = {"bert": "mean", "llama": "last", "blip": "cls"}[kind]
         assert torch.allclose(blind.joint.float(), blind.read_out(name), rtol=1e-6, atol=1e-6)
 
@@ -162,7 +160,7 @@ def test_merged_weights_give_what_the_adapter_gave(kind, core):
     backbones = pair(kind)
     words, picture = batch(backbones)
     rest = {"gqt": "none"} if kind == "blip" else {"fusion_layers": 0}
-    adapter = aurora(backbones, core=core, vision=["q", "k", "v", "o", "mlp"], text=["v", "mlp"], **rest)
+    adapter = aurora(backbones, core=core, encoder=["q", "k", "v", "o", "mlp"], text=["v", "mlp"], **rest)
     plain = adapter.encode(words, picture)
     scramble(adapter, spread=0.5)
     adapted = adapter.encode(words, picture)
@@ -211,7 +209,7 @@ def test_quantised_weights_are_tuned_and_not_merged():
     scramble(adapter)
     assert not torch.allclose(adapter.encode(None, picture).vectors["image"], plain, atol=1e-2)
     before = first.weight.clone()
-    with pytest.raises(ModelError, match="vision model's weights are quantised or sharded"):
+    with pytest.raises(ModelError, match="encoder model's weights are quantised or sharded"):
         adapter.merge()
     assert torch.equal(first.weight, before)
 

@@ -41,7 +41,7 @@ def test_the_papers_count_on_blip_base(blip_base, rank, paper):
     """2 · 768 · R + (N + 1) · R with N = 144: q, k, v, o of 12 vision, 12 text and 12 cross-attentions."""
     total, shape = counted(blip_base, preset="paper", rank=rank, gqt="none")
     assert total == 2 * BASE * rank + (144 + 1) * rank == paper
-    assert shape.vectors == {"vision": 48, "text": 48, "fusion": 48} and shape.widths == {"shared": BASE}
+    assert shape.vectors == {"encoder": 48, "text": 48, "fusion": 48} and shape.widths == {"shared": BASE}
     assert counted(blip_base, preset="paper", rank=rank)[0] == paper + LAYERS * 2 * BASE  # one pair per layer
 
 
@@ -50,14 +50,14 @@ def test_the_releases_count_on_blip_base(blip_base, rank, released):
     """U, V, R³, 12 · (4 + 8) vision and 12 · (3 + 3) text vectors, two pairs of GQT: what it names CP, term by term."""
     total, shape = counted(blip_base, preset="released", rank=rank)
     assert total == 2 * BASE * rank + rank**3 + 216 * rank + LAYERS * 2 * 2 * BASE == released
-    assert shape.vectors == {"vision": 144, "text": 36, "fusion": 36} and shape.composed == 0
+    assert shape.vectors == {"encoder": 144, "text": 36, "fusion": 36} and shape.composed == 0
 
 
 def test_factors_of_their_own_cost_three_times_and_are_compared_at_equal_count(blip_base):
     settings = {"preset": "paper", "gqt": "none", "rank": 64}
     shared, _ = counted(blip_base, **settings)
     apart, shape = counted(blip_base, **settings, factors="per-modality")
-    assert apart == 3 * 2 * BASE * 64 + (144 + 3) * 64 and set(shape.widths) == {"vision", "text", "fusion"}
+    assert apart == 3 * 2 * BASE * 64 + (144 + 3) * 64 and set(shape.widths) == {"encoder", "text", "fusion"}
     below, above = (AuroraConfig(**settings | {"rank": rank}, factors="per-modality") for rank in (22, 23))
     assert aurora_parameters(below, shape) <= shared < aurora_parameters(above, shape)
 
@@ -72,7 +72,7 @@ def test_a_dual_encoder_alone_has_no_fusion_parameters(blip_base):
 
 def test_cp_is_the_dense_core_with_a_superdiagonal():
     x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
-    one, two = aurora(pair(), vision=["q", "mlp"]), aurora(pair(), vision=["q", "mlp"], core="dense")
+    one, two = aurora(pair(), encoder=["q", "mlp"]), aurora(pair(), encoder=["q", "mlp"], core="dense")
     scramble(one.modes)
     with torch.no_grad():
         for table in ("down", "up", "vectors"):
@@ -92,7 +92,7 @@ def test_cp_is_the_dense_core_with_a_superdiagonal():
 @pytest.mark.parametrize("kind", ["bert", "blip", "llama"])
 def test_every_update_has_rank_r_and_shares_its_spaces(core, kind):
     """Also where the width of keys, of the MLP or of the pictures is not the factors': the leading block of a slice."""
-    adapter = aurora(pair(kind), core=core, vision=["q", "k", "v", "o", "mlp"], text=["q", "k", "v", "o", "mlp"])
+    adapter = aurora(pair(kind), core=core, encoder=["q", "k", "v", "o", "mlp"], text=["q", "k", "v", "o", "mlp"])
     scramble(adapter.modes)
     (width,) = adapter.modes.widths.values()
     down, up = adapter.modes.down["shared"], adapter.modes.up["shared"]
@@ -110,16 +110,16 @@ def test_every_update_has_rank_r_and_shares_its_spaces(core, kind):
 @pytest.mark.parametrize("core", ["cp", "dense"])
 def test_slice_s_of_the_mlp_is_the_core_on_its_own_vector(core):
     """The release reads a slice-fastest core slice-slowest, so that its slices are mixtures; ours are not."""
-    adapter = aurora(pair(), core=core, vision=["mlp"], text=[], fusion=["q"])
+    adapter = aurora(pair(), core=core, encoder=["mlp"], text=[], fusion=["q"])
     scramble(adapter.modes)
     modes = adapter.modes
     down, up, core_of = modes.down["shared"], modes.up["shared"], modes.core["shared"]
-    first, second = (p for p in adapter._points if p.layer == 1 and p.part == "vision")
+    first, second = (p for p in adapter._points if p.layer == 1 and p.part == "encoder")
     assert (first.rows, first.columns, second.rows, second.columns) == (4, 1, 1, 4)
     for point in (first, second):
         slices = modes.delta(point).split(WIDTH, 0 if point is first else 1)
         for s, piece in enumerate(slices):
-            p = modes.vectors["vision"][point.first + s]
+            p = modes.vectors["encoder"][point.first + s]
             mix = torch.diag(core_of * p) if core == "cp" else (core_of * p).sum(-1)
             assert torch.allclose(piece, up @ mix.T @ down, rtol=1e-12, atol=1e-12)
 
@@ -127,7 +127,7 @@ def test_slice_s_of_the_mlp_is_the_core_on_its_own_vector(core):
 @pytest.mark.parametrize("kind", ["bert", "blip", "llama"])
 @pytest.mark.parametrize("core", ["cp", "dense"])
 def test_the_hooked_projection_is_the_one_with_the_updated_weight(kind, core):
-    adapter = aurora(pair(kind), core=core, vision=["q", "v", "mlp"], text=["k", "o", "mlp"])
+    adapter = aurora(pair(kind), core=core, encoder=["q", "v", "mlp"], text=["k", "o", "mlp"])
     scramble(adapter.modes)
     for module in {point.module: None for point in adapter._points}:
         points = [point for point in adapter._points if point.module is module]
@@ -144,7 +144,7 @@ def test_the_hooked_projection_is_the_one_with_the_updated_weight(kind, core):
 
 
 def test_the_start_of_every_table():
-    adapter = aurora(pair(), rank=8, core="dense", vision=["q", "k", "v", "o", "mlp"])
+    adapter = aurora(pair(), rank=8, core="dense", encoder=["q", "k", "v", "o", "mlp"])
     modes = adapter.modes
     assert not modes.up["shared"].any()
     bounds = {"down": 1 / math.sqrt(WIDTH), "core": math.sqrt(3) / 8}
@@ -152,7 +152,7 @@ def test_the_start_of_every_table():
         largest = getattr(modes, name)["shared"].abs().max()
         assert 0.9 * bound < largest <= bound
     for point in adapter._points:
-        m = {"mlp": 8}.get(point.kind, 4) if point.part == "vision" else 1
+        m = {"mlp": 8}.get(point.kind, 4) if point.part == "encoder" else 1
         assert modes.vectors[point.part][point.vectors].abs().max() <= math.sqrt(6 / (8 + m))
     assert modes.vectors["text"].abs().max() > math.sqrt(6 / (8 + 4))
     assert torch.equal(aurora(pair()).modes.core["shared"], torch.ones(3, dtype=torch.float64))
@@ -164,7 +164,7 @@ def test_both_cores_start_with_the_same_spread():
     for core in ("cp", "dense"):
         backbones, values = pair(), []
         for seed in range(20):
-            adapter = aurora(backbones, seed, core=core, rank=16, vision=["q"], text=[], fusion_layers=0)
+            adapter = aurora(backbones, seed, core=core, rank=16, encoder=["q"], text=[], fusion_layers=0)
             point = adapter._points[0]
             _, _, c, p = adapter.modes._of(point)
             mix = torch.diag(c * p[0, 0]) if core == "cp" else (c * p[0, 0]).sum(-1)
@@ -180,9 +180,9 @@ def test_both_cores_start_with_the_same_spread():
 
 def test_settings_that_cannot_be_are_reported_in_a_line():
     for values, says in (
-        ({"vision": ["q", "q"]}, "names a projection twice"),
-        ({"vision": [], "text": [], "fusion": []}, "no projection is tuned"),
-        ({"vision": [], "text": [], "fusion_layers": 0}, "no projection is tuned"),
+        ({"encoder": ["q", "q"]}, "names a projection twice"),
+        ({"encoder": [], "text": [], "fusion": []}, "no projection is tuned"),
+        ({"encoder": [], "text": [], "fusion_layers": 0}, "no projection is tuned"),
         ({"fusion": ["mlp"]}, "fusion"),
         ({"rank": 0}, "rank"),
     ):

@@ -31,7 +31,7 @@ def test_recall_both_ways(seed):
     pairs, vectors = set(zip(images, texts, strict=True)), {text: rng.normal(size=8) for text in texts}
     gallery = Gallery(images, texts)
     pictures, said = rng.normal(size=(23, 8)), np.stack([vectors[text] for text in texts])
-    right = np.array([[(image, text) in pairs for text in texts] for image in gallery.images])
+    right = np.array([[(image, text) in pairs for text in texts] for image in gallery.files])
     own = rank_metrics(*both_ways(gallery, pictures, said))
     for depth in DEPTHS:
         assert own[f"i2t_r{depth}"] == pytest.approx(hit_rate(pictures @ said.T, right, depth), abs=1e-6)

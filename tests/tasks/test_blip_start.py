@@ -66,7 +66,7 @@ def test_before_a_step_the_scores_are_blips_own(folder):
     task, batch = opened(folder)
     cosines, matched = blips_own(folder, task)
     with torch.no_grad():
-        found = task.image_vectors(batch.inputs) @ task.text_vectors(TEXTS).T
+        found = task.file_vectors(batch.inputs) @ task.partner_vectors(TEXTS).T
         pairs = batch.inputs.rows(torch.arange(3).repeat_interleave(3))
         values = task.match_values(TEXTS * 3, pairs).view(3, 3)
     assert cosines.std() > 1e-3 and matched.std() > 1e-3
@@ -81,7 +81,7 @@ def test_the_matching_loss_of_such_a_start_is_that_of_the_matching_value_alone(f
     task, batch = opened(folder)
     with torch.no_grad():
         everyone = Everyone(
-            task.image_vectors(batch.inputs), task.text_vectors(TEXTS), batch, task.keys(batch.samples), True
+            task.file_vectors(batch.inputs), task.partner_vectors(TEXTS), batch, task.keys(batch.samples), True
         )
         text, image, known = everyone.hardest()
         picture = batch.inputs

@@ -85,7 +85,7 @@ def test_answers_that_look_alike_are_pointed_out():
 
 def test_rankings_that_cannot_be_wrong_are_named():
     (line,) = cautions(captions([(str(i), f"t{i}") for i in range(6)]), "val")
-    assert line == ("val: i2t_r10, t2i_r10 cannot be wrong among 6 images and 6 texts and are left out of recall_mean")
+    assert line == ("val: i2t_r10, t2i_r10 cannot be wrong among 6 files and 6 texts and are left out of recall_mean")
 
 
 def test_masks_without_an_object_are_counted():
@@ -100,9 +100,9 @@ def test_masks_without_an_object_are_counted():
         (labels("", ""), "no sample has a label"),
         (
             captions([("a", "x"), ("a", "y")]),
-            r"^val: 1 image\(s\) and 2 different text\(s\) leave nothing that a ranking could get wrong: give more$",
+            r"^val: 1 file\(s\) and 2 different text\(s\) leave nothing that a ranking could get wrong: give more$",
         ),
-        (captions([("a", "x"), ("b", "x")]), r"2 image\(s\) and 1 different text\(s\) leave nothing"),
+        (captions([("a", "x"), ("b", "x")]), r"2 file\(s\) and 1 different text\(s\) leave nothing"),
         (masks(EMPTY, EMPTY), "no mask has an object in it"),
     ],
 )

@@ -31,8 +31,7 @@ IMAGES = ["0", "1", "2", "2", "3", "4"]  # image 2 has two captions; images 0 an
 
 def samples():
     return [
-        CaptionSample(str(i), {"image": f"{a}.png"}, t, f"o{a}")
-        for i, (a, t) in enumerate(zip(IMAGES, TEXTS, strict=True))
+        CaptionSample(str(i), {"image": f"{a}.png"}, t, f"o{a}") for i, (a, t) in enumerate(zip(IMAGES, TEXTS, strict=True))
     ]
 
 
@@ -71,9 +70,7 @@ def test_the_states_that_a_baseline_reads_are_those_of_the_model_without_what_wa
     text = TextBackbone.load(folder, torch.float32)
     lora = methods.build(LoRAConfig(), {"image": 5})
     lora.attach({"text": text.model})
-    task = RetrieveTask(
-        RetrieveConfig(dim=8, matching=0), Parts(text, lora, TextStates(text, 0, None)), {"image": 5}
-    ).eval()
+    task = RetrieveTask(RetrieveConfig(dim=8, matching=0), Parts(text, lora, TextStates(text, 0, None)), {"image": 5}).eval()
     before = task.frozen_states(TEXTS)
     scramble(lora)
     assert not torch.equal(torch.from_numpy(before), task.states(TEXTS, None).double())
@@ -99,7 +96,7 @@ def by_hand(images, texts):
 def test_ranks_of_several_captions_and_of_shared_texts(monkeypatch, chunk):
     monkeypatch.setattr(ranks, "CHUNK", chunk)
     gallery = Gallery([s.inputs["image"] for s in samples()], [s.text for s in samples()])
-    assert gallery.images == ["0.png", "1.png", "2.png", "3.png", "4.png"] and gallery.first.tolist() == [0, 1, 2, 4, 5]
+    assert gallery.files == ["0.png", "1.png", "2.png", "3.png", "4.png"] and gallery.first.tolist() == [0, 1, 2, 4, 5]
     for seed in range(20):
         random = np.random.default_rng(seed)
         images, texts = random.integers(-2, 3, (5, 2)).astype(float), random.integers(-2, 3, (6, 2)).astype(float)
@@ -179,7 +176,7 @@ def test_the_contrast_is_a_cross_entropy_over_right_partners(folder):
     task = make(folder, matching=0.0)
     total, count = task.loss(batch())
     with torch.no_grad():
-        images, texts = task.image_vectors(pictures(features())), task.text_vectors(TEXTS)
+        images, texts = task.file_vectors(pictures(features())), task.partner_vectors(TEXTS)
         logits = task.sharpness() * images @ texts.T
     right = torch.tensor([[float(IMAGES[i] == IMAGES[j] or TEXTS[i] == TEXTS[j]) for j in range(6)] for i in range(6)])
     right = right / right.sum(1, keepdim=True)
@@ -235,8 +232,8 @@ def test_ranks_together_have_the_loss_and_the_gradient_of_one_process(folder, mo
         for share in shares:
             part = batch(share)
             keys = [(s.inputs["image"], s.text) for s in part.samples]
-            words = task.text_vectors([text for _, text in keys])
-            seen.append((task.image_vectors(part.inputs), words, part.inputs, keys))
+            words = task.partner_vectors([text for _, text in keys])
+            seen.append((task.file_vectors(part.inputs), words, part.inputs, keys))
     totals, grads = [], {}
     for rank, share in enumerate(shares):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
@@ -259,11 +256,9 @@ def test_a_queue_begins_as_the_contrast_of_the_batch_and_then_remembers(folder):
     task.load_state_dict(plain.state_dict(), strict=False)
     task.slow.load_state_dict(MomentumQueue(8, 8, trained_of(task)).state_dict())
     first, count = task.loss(batch())
-    assert (
-        float(first.detach()) == pytest.approx(float(plain.loss(batch())[0].detach()), rel=1e-5) and float(count) == 6
-    )
+    assert float(first.detach()) == pytest.approx(float(plain.loss(batch())[0].detach()), rel=1e-5) and float(count) == 6
     first.backward()
-    assert all(p.grad is not None for p in (task.log_scale, *task.image_map.parameters(), *task.text_map.parameters()))
+    assert all(p.grad is not None for p in (task.log_scale, *task.file_map.parameters(), *task.partner_map.parameters()))
     assert task.slow.filled == 6
     again, _ = task.loss(batch(slice(0, 2)))
     assert (
@@ -273,7 +268,7 @@ def test_a_queue_begins_as_the_contrast_of_the_batch_and_then_remembers(folder):
 
 
 def trained_of(task):
-    return {"adapter": task.parts.adapter, "image_map": task.image_map, "text_map": task.text_map}
+    return {"adapter": task.parts.adapter, "file_map": task.file_map, "partner_map": task.partner_map}
 
 
 def test_the_hardest_partner_is_wrong_and_the_most_similar():
@@ -328,7 +323,7 @@ def test_at_first_reranking_changes_nothing_and_later_it_does(folder):
 
 def test_weights_that_diverged_are_reported(folder):
     task = make(folder)
-    torch.nn.init.constant_(task.image_map.weight, float("nan"))
+    torch.nn.init.constant_(task.file_map.weight, float("nan"))
     found = task.predict(batch())
     assert np.isnan(task.score(samples(), found)["recall_mean"]) and not any(p.finite for p in found)
     assert all(p.finite for p in make(folder).predict(batch()))

@@ -44,7 +44,6 @@ class Aurora(Adapter):
         self._encoders: dict[str, Layers] = {}
         self._first: int | None = None
         self._crossing = False
-        self._disabled = False
         self._widths = (0, 0)
 
     # Attaching
@@ -57,7 +56,7 @@ class Aurora(Adapter):
         first = first_token(self.config.joint_token, text.config, own and layers > 0)
         widths = (encoders["text"].width, other.width)
         points = self._find(backbones, own, layers)
-        hidden = {"vision": widths[1], "text": widths[0], "fusion": widths[0]}
+        hidden = {"encoder": widths[1], "text": widths[0], "fusion": widths[0]}
         factors = widths_of(points, self.config, hidden)
         points = laid_out(points, self.config, factors)
         self._make_parameters(points, factors, layers, widths, own, text)
@@ -81,7 +80,7 @@ class Aurora(Adapter):
 
     def _find(self, backbones: Mapping[str, PreTrainedModel], own: bool, layers: int) -> list[Point]:
         config, text = self.config, backbones["text"]
-        points = find_points(backbones["encoder"], "vision", config.vision) + find_points(text, "text", config.text)
+        points = find_points(backbones["encoder"], "encoder", config.encoder) + find_points(text, "text", config.text)
         if own and layers:
             return points + find_points(text, "fusion", config.fusion)
         inside = find_points(text, "text", config.fusion) if layers else []
@@ -134,14 +133,6 @@ class Aurora(Adapter):
             yield
         finally:
             self._crossing = False
-
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        self._disabled = True
-        try:
-            yield
-        finally:
-            self._disabled = False
 
     # The forward pass
 

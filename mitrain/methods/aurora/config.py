@@ -8,8 +8,8 @@ from mitrain.core.config import Section
 from mitrain.methods.presets import filled
 from mitrain.models.layouts import PROJECTIONS, Projection
 
-Part = Literal["vision", "text", "fusion"]
-PARTS: tuple[Part, ...] = ("vision", "text", "fusion")
+Part = Literal["encoder", "text", "fusion"]
+PARTS: tuple[Part, ...] = ("encoder", "text", "fusion")
 ATTENTION: tuple[Projection, ...] = ("q", "k", "v", "o")
 COMPOSED_LAYERS = 2
 """Fusion layers that are composed where the text model has no cross-attention and the settings name no number."""
@@ -19,7 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "released": {
         "rank": 32,
         "core": "dense",
-        "vision": PROJECTIONS,
+        "encoder": PROJECTIONS,
         "text": ("q", "k", "v"),
         "fusion": ("q", "k", "v"),
         "gqt": "residual",
@@ -34,10 +34,10 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
         default   CP modes of rank 64 over q, k, v and o of all three parts; GQT as a residual; no ICE, so that a
                   prediction does not depend on its neighbours in the batch
         paper     the equations, with the gate as its authors explain it, and ICE
-        released  the authors' code: a dense core of rank 32, the vision MLP, no output projections of the text model;
+        released  the authors' code: a dense core of rank 32, the encoder MLP, no output projections of the text model;
                   its ICE without the label leak
 
-    ``vision``, ``text``, ``fusion``: which projections of the other encoder, of the text model and of the
+    ``encoder``, ``text``, ``fusion``: which projections of the other encoder, of the text model and of the
     cross-attention between them are tuned. ``factors``: one U, V and core for all three, or one for each.
     ``dropout``: of Ux. ``fusion_layers``: 0 for a dual encoder alone; null for every layer of the text model with a
     cross-attention of its own, else the last 2. ``fusion_gate``, of a composed cross-attention: one learned factor for
@@ -52,7 +52,7 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
     rank: int = Field(64, ge=1, le=4096)
     core: Literal["cp", "dense"] = "cp"
     factors: Literal["shared", "per-modality"] = "shared"
-    vision: tuple[Projection, ...] = ATTENTION
+    encoder: tuple[Projection, ...] = ATTENTION
     text: tuple[Projection, ...] = ATTENTION
     fusion: tuple[Literal["q", "k", "v", "o"], ...] = ATTENTION
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -75,8 +75,8 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
             names = self.tuned(part)
             if len(set(names)) < len(names):
                 raise ValueError(f"{part}={list(names)} names a projection twice: name each once")
-        if not (self.vision or self.text or (self.fusion and self.fusion_layers != 0)):
-            raise ValueError("no projection is tuned: name some of q, k, v, o, mlp in vision, text or fusion")
+        if not (self.encoder or self.text or (self.fusion and self.fusion_layers != 0)):
+            raise ValueError("no projection is tuned: name some of q, k, v, o, mlp in encoder, text or fusion")
         return self
 
     def tuned(self, part: Part) -> tuple[Projection, ...]:

@@ -101,8 +101,8 @@ def mixing(core: Tensor, vectors: Tensor) -> Tensor:
 
 
 def started_together(point: Point, config: AuroraConfig) -> int:
-    """m of the bound √(6 / (R + m)): how many p_n the release draws as one R × m matrix. It holds a vision layer's
+    """m of the bound √(6 / (R + m)): how many p_n the release draws as one R × m matrix. It holds an encoder layer's
     attention (4) and its MLP (8) together, and the text model's projections apart."""
     if point.kind == "mlp":
         return 2 * point.rows * point.columns
-    return sum(kind != "mlp" for kind in config.vision) if point.part == "vision" else 1
+    return sum(kind != "mlp" for kind in config.encoder) if point.part == "encoder" else 1

@@ -139,10 +139,14 @@ class LocalEngine:
         tensors = {
             f"{slot}.{name}": value.detach()
             for name, param in self.params.items()
-            for slot, value in self.optimizer.state.get(param, {}).items()
+            for slot, value in self._slots(param).items()
             if isinstance(value, Tensor)
         }
         return tensors, self._counters()
+
+    def _slots(self, param: nn.Parameter) -> Mapping[str, Any]:
+        """The optimizer's state of one parameter, whole."""
+        return self.optimizer.state.get(param, {})
 
     def _counters(self) -> dict[str, Any]:
         return {
