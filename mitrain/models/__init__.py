@@ -13,8 +13,6 @@ from mitrain.models.quant import Precision
 from mitrain.models.stream import Shard
 from mitrain.models.text import TextBackbone
 
-__all__ = ["Encoder", "EncoderConfig", "ImageConfig", "ImageEncoder", "ModelConfig", "Shard", "TextBackbone", "encoder_of"]
-
 
 class ModelConfig(Section):
     """The frozen parts. ``llm_shape`` gives a configuration in place of weights, for ``--dry-run`` alone.

@@ -33,6 +33,8 @@ WORTH = 100
 LOOKED_AT = 20_000
 """Samples, evenly spread, among which the longest are looked for: counting tokens takes microseconds a sample."""
 STATES = {"adamw": 2, "adam": 2, "sgd": 1}
+SHOWN = {"frozen_weights": "frozen weights", "trained_weights": "trained weights", "gradients": "their gradients"}
+SHOWN |= {"optimizer": "optimizer's states", "in_use_before": "in use before the batch", "there": "memory there is"}
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -109,16 +111,7 @@ def check_memory(trainer: Any) -> None:
             raise
         short = table(trainer, before, len(draws[share]), tokens)
     if short is not None:
-        names = ("frozen_weights", "trained_weights", "gradients", "optimizer", "in_use_before", "there")
-        words = (
-            "frozen weights",
-            "trained weights",
-            "their gradients",
-            "optimizer's states",
-            "in use before the batch",
-            "memory there is",
-        )
-        lines = [f"  {word:<24}{size(short[name]):>12}" for name, word in zip(names, words, strict=True)]
+        lines = [f"  {words:<24}{size(short[name]):>12}" for name, words in SHOWN.items()]
         print("\n".join([f"rank {dist.rank()} ran out of memory in the largest batch:", *lines]), file=sys.stderr)
     if short := dist.first_not_none(short):
         raise OutOfMemory(

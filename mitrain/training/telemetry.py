@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -21,20 +21,12 @@ from mitrain.core.errors import UserError
 from mitrain.core.files import remedy, write_atomic
 
 
-class Board(Protocol):
-    """Where metrics go beside the file."""
-
-    def log(self, values: Mapping[str, Any], step: int) -> None: ...
-
-    def finish(self) -> None: ...
-
-
 class Metrics:
     """Takes the numbers of every step and evaluation.
 
     ``path``: the JSONL file; lines beyond ``resumed_step`` (0 for a new run) belong to a future that an interruption
     took back and are removed. ``console``: where a line goes every ``every`` steps (a terminal also shows
-    a progress bar), or None for silence.
+    a progress bar), or None for silence. ``board``: `Trackers`, or whatever else has their ``log`` and ``finish``.
     """
 
     def __init__(
@@ -44,7 +36,7 @@ class Metrics:
         console: TextIO | None = None,
         every: int = 10,
         resumed_step: int = 0,
-        board: Board | None = None,
+        board: Any = None,
     ):
         self.total_steps = total_steps
         self.console = console

@@ -43,7 +43,7 @@ class WandbConfig(Section):
 
 
 class Trackers:
-    """The trackers of a run as a `telemetry.Board`; without any it does nothing.
+    """The trackers of a run, for `telemetry.Metrics`; without any it does nothing.
 
     ``step``: the run goes on behind it. ``asked()`` is true once a signal wants the run to end: at the end trackers then
     have `HURRY_S` seconds and no longer `FINISH_S`. Only a missing package is an error (MissingExtraError).

@@ -35,32 +35,3 @@ from mitrain.methods.export_format.folder import (
 from mitrain.methods.export_format.hub import local
 from mitrain.methods.export_format.paths import data_seen, settings_from, without_home
 from mitrain.models.shapes import BaseShape, EncoderShape, base_shape, require_same
-
-__all__ = [
-    "CONFIG",
-    "FORMAT",
-    "BaseShape",
-    "Contents",
-    "EncoderPart",
-    "EncoderShape",
-    "Parameters",
-    "PreprocessPart",
-    "Published",
-    "RunPart",
-    "base_shape",
-    "check_target",
-    "count",
-    "data_seen",
-    "is_published",
-    "local",
-    "method_fields",
-    "model_card",
-    "peft_files",
-    "publish",
-    "publish_adapter",
-    "read",
-    "read_contents",
-    "require_same",
-    "settings_from",
-    "without_home",
-]

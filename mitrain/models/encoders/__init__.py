@@ -13,23 +13,6 @@ from mitrain.models.encoders.text import TextEncoder, TextEncoderConfig
 from mitrain.models.encoders.video import VideoConfig, VideoEncoder
 from mitrain.models.stream import Shard
 
-__all__ = [
-    "ENCODERS",
-    "ArrayConfig",
-    "ArrayEncoder",
-    "AudioConfig",
-    "AudioEncoder",
-    "Encoder",
-    "EncoderConfig",
-    "ImageConfig",
-    "ImageEncoder",
-    "TextEncoder",
-    "TextEncoderConfig",
-    "VideoConfig",
-    "VideoEncoder",
-    "encoder_of",
-]
-
 ENCODERS: dict[str, tuple[type[EncoderConfig], type[Encoder]]] = {
     "image": (ImageConfig, ImageEncoder),
     "audio": (AudioConfig, AudioEncoder),

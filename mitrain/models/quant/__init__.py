@@ -4,19 +4,3 @@ from mitrain.models.quant.embedding import FrozenInt8Embedding
 from mitrain.models.quant.kernels import check_four_bit, nf4_fault, nothing_fetched
 from mitrain.models.quant.linear import FrozenInt8Linear, FrozenLinear, FrozenNF4Linear
 from mitrain.models.quant.replace import PRECISIONS, Precision, linear_refs, quantise, split_of, storage
-
-__all__ = [
-    "PRECISIONS",
-    "FrozenInt8Embedding",
-    "FrozenInt8Linear",
-    "FrozenLinear",
-    "FrozenNF4Linear",
-    "Precision",
-    "check_four_bit",
-    "linear_refs",
-    "nf4_fault",
-    "nothing_fetched",
-    "quantise",
-    "split_of",
-    "storage",
-]

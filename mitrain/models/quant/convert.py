@@ -22,15 +22,8 @@ from mitrain.models.quant.linear import FrozenInt8Linear, FrozenNF4Linear, froze
 
 STATE = "weight.quant_state.bitsandbytes__"
 INT8_PARTS = ("weight", "SCB", "weight_format")
-NF4_PARTS = (
-    "weight",
-    "weight.absmax",
-    "weight.quant_map",
-    "weight.nested_absmax",
-    "weight.nested_quant_map",
-    f"{STATE}nf4",
-    f"{STATE}fp4",
-)
+NESTED = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+NF4_PARTS = ("weight", *(f"weight.{part}" for part in NESTED), f"{STATE}nf4", f"{STATE}fp4")
 
 
 def stored_as(names: set[str], prefix: str) -> str | None:

@@ -15,25 +15,3 @@ from mitrain.training.checkpoint.folder import any_published, best, latest, save
 from mitrain.training.checkpoint.manifest import FORMAT, MANIFEST_LIMIT, Checkpoint, load, verify
 from mitrain.training.checkpoint.modules import check_fit, not_finite, only_trainable, restore
 from mitrain.training.checkpoint.rng import resume_rng, rng_of_ranks, rng_state, seed_rank, set_rng_state
-
-__all__ = [
-    "FORMAT",
-    "MANIFEST_LIMIT",
-    "Checkpoint",
-    "any_published",
-    "best",
-    "check_fit",
-    "latest",
-    "load",
-    "not_finite",
-    "only_trainable",
-    "restore",
-    "resume_rng",
-    "rng_of_ranks",
-    "rng_state",
-    "save",
-    "seed_rank",
-    "set_rng_state",
-    "usable",
-    "verify",
-]

@@ -5,10 +5,9 @@ number of samples (or tokens, or pixels) that the whole step really saw. How a b
 how full each of them is, therefore changes nothing. ``step()`` never applies a non-finite update; it says so.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -93,40 +92,6 @@ class StepResult:
     lr: float
     count: float
     unreached: tuple[str, ...] = ()
-
-
-class Engine(Protocol):
-    """What the trainer needs. ``steps`` counts calls of ``step()``, ``applied`` those that changed the weights."""
-
-    steps: int
-    applied: int
-
-    lockstep: bool
-    """Whether all ranks must run the same modules equally often: their weights lie on all of them."""
-
-    def forward(self, compute: Callable[[], T]) -> T:
-        """``compute()``, one forward pass of the whole model."""
-
-    def backward(self, loss_sum: Tensor, count: float | Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's summed loss."""
-
-    def step(self) -> StepResult:
-        """Finish the step and clear the gradients, whether or not the update was applied."""
-
-    def discard(self) -> None:
-        """Forget the micro-batches since the last step; nothing but the next gathers is done otherwise than before."""
-
-    def gathered(self, write: bool = False) -> AbstractContextManager:
-        """Inside, the trainable parameters can be read, and with ``write`` written to, on all ranks alike."""
-
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Optimizer state as flat named tensors (views) and a JSON-able dict, free of ranks and indices.
-
-        All ranks call it together.
-        """
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` gave; CheckpointError when it belongs to other parameters."""
 
 
 def regularised(loss: Sums, extra: Sums | None) -> Sums:

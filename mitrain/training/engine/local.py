@@ -21,7 +21,7 @@ OTHER = "take another checkpoint"
 
 
 class LocalEngine:
-    """``Engine`` in plain torch.
+    """What the trainer needs, in plain torch. ``steps`` counts calls of ``step()``, ``applied`` those that changed weights.
 
     On several ranks each gives ``backward`` its own part of the step; ``step`` sums losses, counts and gradients over
     all of them, so that every rank applies the same update, or none does. A rank may have no samples.
@@ -32,6 +32,7 @@ class LocalEngine:
     """
 
     lockstep = False
+    """Whether all ranks must run the same modules equally often: their weights lie on all of them."""
 
     def __init__(
         self,
@@ -56,9 +57,11 @@ class LocalEngine:
         self._count = 0.0
 
     def forward(self, compute: Callable[[], T]) -> T:
+        """``compute()``, one forward pass of the whole model."""
         return compute()
 
     def gathered(self, write: bool = False) -> AbstractContextManager:
+        """Inside, the trainable parameters can be read, and with ``write`` written to, on all ranks alike."""
         return nullcontext()  # the parameters are the optimizer's own
 
     def backward(self, loss_sum: Tensor, count: float | Tensor) -> None:
@@ -72,6 +75,7 @@ class LocalEngine:
         self._count += count
 
     def step(self) -> StepResult:
+        """Finish the step and clear the gradients, whether or not the update was applied."""
         multiplier = self.schedule(self.steps)
         for options, group in zip(self.optimizer.param_groups, self.groups, strict=True):
             options["lr"] = group.lr * multiplier
@@ -107,6 +111,7 @@ class LocalEngine:
         return norm
 
     def discard(self) -> None:
+        """Forget the micro-batches since the last step; nothing but the next gathers is done otherwise than before."""
         self._discard()
         self._clear()
 
@@ -135,7 +140,10 @@ class LocalEngine:
         return float(norm)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors are named SLOT.PARAMETER, as ``exp_avg.layers.3.gate``; a parameter never stepped has none."""
+        """Optimizer state as flat named tensors and a JSON-able dict, free of ranks and indices; all ranks together.
+
+        Tensors are named SLOT.PARAMETER, as ``exp_avg.layers.3.gate``; a parameter never stepped has none.
+        """
         tensors = {
             f"{slot}.{name}": value.detach()
             for name, param in self.params.items()
@@ -158,6 +166,7 @@ class LocalEngine:
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave; CheckpointError when it belongs to other parameters."""
         own = self._counters()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"the saved engine state is a {type(state).__name__}: {OTHER}")

@@ -118,7 +118,7 @@ class Root(nn.Module):
 
 
 class ZeroEngine(LocalEngine):
-    """``Engine`` at ZeRO stage 1, 2 or 3. ``parts``: modules whose weights it holds; at stage 3 the frozen ones too.
+    """`LocalEngine` at ZeRO stage 1, 2 or 3. ``parts``: modules whose weights it holds; at stage 3 the frozen ones too.
 
     A step is discarded where any rank's loss or gradient is not finite. A parameter that no rank has a gradient for
     counts as having a zero one (``LocalEngine`` leaves it alone).
