@@ -10,13 +10,15 @@ import importlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from mitrain.core import intact, parsing
+from mitrain.core import parsing
 from mitrain.core.errors import PrepareError, nearest
 from mitrain.core.files import atomic_folder, cache_home, file_lock, sha256_file, write_json
 from mitrain.core.version import __version__
@@ -158,7 +160,7 @@ def make(recipe: Recipe, target: Path, archives: list[Path] | None, seed: int) -
         archives = recipe.fetch(cache_home() / "archives")
     with atomic_folder(target) as work:
         recipe.builder()(archives, work, seed)
-        made = {**provenance(recipe, archives, seed), "files": intact.sums(work)}
+        made = {**provenance(recipe, archives, seed), "files": sums(work)}
         write_json(work / "provenance.json", made)
 
 
@@ -190,7 +192,7 @@ def is_ready(recipe: Recipe, target: Path, archives: Sequence[Path] | None) -> b
 def changed(target: Path) -> list[str]:
     """The files of a prepared folder that are not what was made; none where an earlier version took no sums."""
     expected = parsing.read_json(target / "provenance.json").get("files")
-    return intact.damaged(target, expected) if isinstance(expected, dict) else []
+    return damaged(target, expected) if isinstance(expected, dict) else []
 
 
 def checked(recipe: Recipe, archive: Path) -> Path:
@@ -205,3 +207,38 @@ def checked(recipe: Recipe, archive: Path) -> Path:
             "download that exact file, or leave --archive out"
         )
     return archive
+
+
+# Whether what was prepared is still what was made: every file's sha256 is taken when it is made and compared when used, once
+# per process, whatever size and time a file has: a flipped bit changes neither. Pictures are left out, which a data set may
+# have thousands of; what encodes them reads them by their content.
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".gif")
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """sha256 of every file in ``folder`` but pictures, by its path there."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() not in PICTURES]
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def damaged(folder: Path, expected: Mapping[str, str]) -> list[str]:
+    """The files of ``folder`` that are missing or have another sha256 than ``expected``."""
+    return list(compared(folder, tuple(sorted(expected.items())), tuple(stamp(folder / name) for name in expected)))
+
+
+@cache
+def compared(folder: Path, expected: tuple[tuple[str, str], ...], stamps: tuple) -> tuple[str, ...]:
+    """`damaged`, once per process while no file is replaced (``stamps``)."""
+    paths = [folder / name for name, _ in expected]
+    with ThreadPoolExecutor() as pool:
+        sums = list(pool.map(lambda path: sha256_file(path) if path.is_file() else None, paths))
+    return tuple(name for (name, sum_), here in zip(expected, sums, strict=True) if sum_ != here)
+
+
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino

@@ -6,7 +6,7 @@ Never a pickle, never through a link, never more than the size expected. Every f
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,22 @@ def parse_tensors(content: bytes, path: Path, mend: str) -> dict[str, Tensor]:
 
 def misfits(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[str]:
     """What keeps ``saved`` from taking the place of ``own``: names and shapes that differ, and what is not finite."""
-    wrong = [f"{name} is missing" for name in own.keys() - saved.keys()]
-    wrong += [f"{name} is unknown" for name in saved.keys() - own.keys()]
-    shared = own.keys() & saved.keys()
-    wrong += [
-        f"{name} has shape {list(saved[name].shape)}, here {list(own[name].shape)}"
-        for name in shared
-        if own[name].shape != saved[name].shape
-    ]
-    wrong += [
-        f"{name} holds no plain numbers" for name in shared if own[name].is_floating_point() and not is_finite(saved[name])
-    ]
-    return sorted(wrong)
+    floats = [name for name in own.keys() & saved.keys() if own[name].is_floating_point()]
+    wrong = [f"{name} holds no plain numbers" for name in floats if not is_finite(saved[name])]
+    return sorted(wrong + unlike(*({name: tensor.shape for name, tensor in part.items()} for part in (own, saved))))
+
+
+def unlike(own: Mapping[str, Sequence[int]], saved: Mapping[str, Sequence[int]]) -> list[str]:
+    """How the names and shapes of ``saved`` tensors differ from our ``own``."""
+    wrong = [f"{name} is missing" for name in sorted(own.keys() - saved.keys())]
+    wrong += [f"{name[:60]} is unknown" for name in sorted(saved.keys() - own.keys())]
+    shared = [name for name in sorted(own.keys() & saved.keys()) if tuple(own[name]) != tuple(saved[name])]
+    return wrong + [f"{name} has shape {list(saved[name])}, here {list(own[name])}" for name in shared]
+
+
+def first_of(wrong: Sequence[str]) -> str:
+    """The first three faults, and how many more there are."""
+    return "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -12,8 +12,7 @@ from tiny import DEPTH, WIDTH
 
 from mitrain.core.config import choose
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.methods.pmf.config import PMFConfig
-from mitrain.methods.pmf.pmf import PMF
+from mitrain.methods.pmf.pmf import PMF, PMFConfig
 from mitrain.models import layouts
 
 # Padding and neighbours change the order of sums in matrix products, and nothing else: roundings of 1.1e-16 on values

@@ -4,8 +4,7 @@ import pytest
 from closed_forms import pmf_parameters
 from transformers import AutoModel, BertConfig, PreTrainedModel, ViTConfig
 
-from mitrain.methods.pmf.config import PMFConfig
-from mitrain.methods.pmf.pmf import PMF
+from mitrain.methods.pmf.pmf import PMF, PMFConfig
 from mitrain.models import loading
 
 CLASSES = 101  # of UPMC Food-101

@@ -10,13 +10,11 @@ from mitrain.methods.mit.config import MiTConfig
 from mitrain.methods.mit.decoder import LayerShape
 from mitrain.methods.mit.maps import attention_maps
 from mitrain.methods.mope.config import MoPEConfig, Shape, mapper_width
-from mitrain.methods.pmf.config import LINKS, PMFConfig
+from mitrain.methods.pmf.pmf import LINKS, PMFConfig
 from mitrain.models.costs import LlmShape
 
 
-def mit_layer_parameters(
-    features: Sequence[int], llm: LayerShape | LlmShape, *, maps: int = 3, ffn: bool = True
-) -> int:
+def mit_layer_parameters(features: Sequence[int], llm: LayerShape | LlmShape, *, maps: int = 3, ffn: bool = True) -> int:
     """Parameters that MiT adds to one infused layer, summed over modalities of the given feature widths e.
 
         Σ_m [ a (e_m · H d + H d) + (e_m f + f) + H ]        a = 3 affine ``maps``, or 4 with the release's additive key map

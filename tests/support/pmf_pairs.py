@@ -9,8 +9,7 @@ from tiny_encoders import pixels, sound, tiny_encoder
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mitrain.methods.pmf.config import PMFConfig
-from mitrain.methods.pmf.pmf import PMF
+from mitrain.methods.pmf.pmf import PMF, PMFConfig
 from mitrain.models.batch import ModalityInputs, TextBatch
 from mitrain.models.frozen import trunk_states
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mitrain.core import config
 from mitrain.core.errors import CheckpointError, ConfigError
 from mitrain.core.files import atomic_folder, remedy
-from mitrain.core.safe_io import is_finite, parse_json, parse_tensors, read_regular, regular_size
+from mitrain.core.safe_io import first_of, is_finite, parse_json, parse_tensors, read_regular, regular_size, unlike
 from mitrain.core.version import __version__
 from mitrain.methods.export_format.card import model_card
 from mitrain.methods.export_format.contents import Contents, FileSum, Parameters
@@ -266,16 +266,8 @@ def check_shapes(path: Path, expected: FileSum, shapes: Shapes) -> None:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a safetensors file ({str(error)[:100]}): {MEND}") from None
-    wrong = [f"{name} is missing" for name in sorted(shapes.keys() - stored.keys())]
-    wrong += [f"{name[:60]} is unknown" for name in sorted(stored.keys() - shapes.keys())]
-    wrong += [
-        f"{name} has shape {list(stored[name])}, here {list(shape)}"
-        for name, shape in sorted(shapes.items())
-        if stored.get(name, shape) != shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{path} does not fit the adapter's own configuration: {'; '.join(wrong[:3])}{more}: {MEND}")
+    if wrong := unlike(shapes, stored):
+        raise CheckpointError(f"{path} does not fit the adapter's own configuration: {first_of(wrong)}: {MEND}")
 
 
 def read_tensors(path: Path, expected: FileSum) -> dict[str, dict[str, Tensor]]:

@@ -79,20 +79,10 @@ class Infusion:
 
     def coefficients(self, v: Tensor, new: int) -> tuple[Tensor, Tensor, Tensor]:
         """α, γ, δ (B, H, new or 1, d) for the ``new`` last tokens of v (B, G, T, d); the cache's sums move on."""
-        maps = self.maps
         entry, before = self.history(v, new)
-        factors, sums = folded_coefficients(
-            v[:, :, -new:],
-            maps.k_mul,
-            maps.v_mul,
-            maps.v_add,
-            maps.head_logit,
-            present=maps.present,
-            gate=self.gate,
-            base=maps.base,
-            key_padding=self.valid(v, new),
-            before=before,
-        )
+        own = {name: value for name, value in self.maps._asdict().items() if name != "k_add"}
+        gating = {"gate": self.gate, "key_padding": self.valid(v, new), "before": before}
+        factors, sums = folded_coefficients(v[:, :, -new:], **own, **gating)
         if entry is not None:
             entry.append(sums, self.condition)
         return factors
@@ -130,17 +120,7 @@ def infused_forward(
     maps = infusion.maps
     # This gate differs from key to key, which does not fold: keys and values are infused for every query head.
     if infusion.gate == "token":
-        key, value = infused_keys_values(
-            key,
-            value,
-            maps.k_mul,
-            maps.v_mul,
-            maps.v_add,
-            maps.head_logit,
-            k_add=maps.k_add,
-            present=maps.present,
-            base=maps.base,
-        )
+        key, value = infused_keys_values(key, value, **maps._asdict())
         return attend(Ungrouped(module), query, key, value, attention_mask, **kwargs)
     alpha, gamma, delta = infusion.coefficients(value, new=query.shape[2])
     output, weights = attend(module, query * alpha.to(query.dtype), key, value, attention_mask, **kwargs)

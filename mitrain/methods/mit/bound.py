@@ -35,7 +35,7 @@ class BoundFeatures(Adapter):
 
     _takes_turns = True
     takes_infused: ClassVar[bool] = True
-    """Read by `refusals.call_without_losing_features`."""
+    """Read by `mitrain.methods.base.call_without_losing_features`."""
     feature_widths: Mapping[str, int] = {}
     """The modalities that are bound, each with its feature width e."""
 

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import layouts
 from mitrain.models.costs import Split
-from mitrain.models.quant.embedding import FrozenInt8Embedding
-from mitrain.models.quant.linear import FrozenInt8Linear, FrozenLinear, FrozenNF4Linear
+from mitrain.models.quant.linear import FrozenInt8Embedding, FrozenInt8Linear, FrozenLinear, FrozenNF4Linear
 
 Precision = Literal["none", "int8", "int8-activations", "nf4"]
 PRECISIONS = ("none", "int8", "int8-activations", "nf4")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from mitrain.core.errors import CheckpointError
-from mitrain.core.safe_io import is_finite, misfits
+from mitrain.core.safe_io import first_of, is_finite, misfits
 
 
 def only_trainable(module: nn.Module) -> dict[str, Tensor]:
@@ -38,8 +38,5 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None
 
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """CheckpointError where ``tensors`` cannot be loaded into ``module``, which may lie on the meta device."""
-    wrong = misfits(module.state_dict(), tensors)
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        shown = "; ".join(wrong[:3])
-        raise CheckpointError(f"the saved {what} does not fit: {shown}{more}: use the configuration it was saved with")
+    if wrong := misfits(module.state_dict(), tensors):
+        raise CheckpointError(f"the saved {what} does not fit: {first_of(wrong)}: use the configuration it was saved with")

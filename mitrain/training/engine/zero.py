@@ -24,7 +24,6 @@ from mitrain.models import loading
 from mitrain.training.engine.base import Group, OptimizerConfig, T
 from mitrain.training.engine.deepspeed_config import Json, ZeroConfig, deepspeed_json
 from mitrain.training.engine.local import LocalEngine, checked_count
-from mitrain.training.engine.tied import hold_tied
 
 BUCKET = 1 << 24  # elements of gradients that are reduced at a time: 64 MiB of float32
 
@@ -281,3 +280,42 @@ def blank(slot: str, value: Tensor, flat: Tensor) -> Tensor:
     if slot == "step":
         return value.to(flat.device, torch.float32).clone()
     return torch.zeros_like(flat)
+
+
+# Weights that an embedding and a language head share: DeepSpeed lets go of an embedding's when it has run, unless it runs
+# again within ``stage3_max_reuse_distance`` parameters, and the head, behind all layers of a large model, does not.
+
+
+def hold_tied(root: nn.Module) -> None:
+    """Let modules under ``root`` that share sharded parameters keep them from the first one's call to the last one's.
+
+    Where the last one was not called since (a model without its head, states from a cache) nothing is kept the next time.
+    """
+    owners: dict[int, list[nn.Module]] = {}
+    for module in root.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    pairs = {(shared[0], shared[-1]) for shared in owners.values() if len(shared) > 1}
+    for first, last in pairs:
+        Held(first, last)
+
+
+class Held:
+    """Two modules' common parameters; ``last`` counts as using them from the moment that ``first`` is called."""
+
+    def __init__(self, first: nn.Module, last: nn.Module):
+        own = {id(parameter) for parameter in last.parameters(recurse=False)}
+        self.parameters = [parameter for parameter in first.parameters(recurse=False) if id(parameter) in own]
+        self.user: int = last.ds_id
+        self.awaited = False
+        first.register_forward_pre_hook(self._begin)
+        last.register_forward_hook(self._end)
+
+    def _begin(self, *_: Any) -> None:
+        if self.awaited:
+            for parameter in self.parameters:
+                parameter.ds_active_sub_modules.add(self.user)
+        self.awaited = False
+
+    def _end(self, *_: Any) -> None:
+        self.awaited = True
