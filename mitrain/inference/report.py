@@ -178,7 +178,7 @@ def table(results: dict[str, Any]) -> str:
 
 def rows_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The table's head and rows, as text."""
-    columns = results["columns"]
+    columns = [(title, key) for title, key in results["columns"] if any(key in r["mean"] for r in results["rows"])]
     head = ["split", "", *(title for title, _ in columns), "samples", "seeds"]
     return head, [
         [r["split"], r["label"], *(cell(r, key) for _, key in columns), f"{r['mean']['samples']:.0f}", str(r["seeds"])]

@@ -5,7 +5,7 @@ from exported import make_run, make_world
 
 from mitrain.core import dist
 from mitrain.core.errors import DataError, RankError
-from mitrain.inference.report import figure
+from mitrain.inference.report import figure, rows_of
 from mitrain.inference.scoring import score_split, split_of
 from mitrain.training import runs
 from mitrain.training.baselines import baselines_of
@@ -49,3 +49,12 @@ def test_ranks_make_baselines_of_the_same_samples(world, monkeypatch):
     monkeypatch.setattr(dist, "sum_across", lambda tensor: tensor)
     with pytest.raises(RankError, match=r"data\.train\.answer of rank 1 is not rank 0's"):
         baselines_of(run, "test", chosen, images)
+
+
+def test_a_column_that_no_row_has_is_left_out():
+    row = {"split": "test", "label": "run", "seeds": 1, "mean": {"accuracy": 0.5, "samples": 4.0}, "spread": {}}
+    columns = (("accuracy", "accuracy"), ("soft accuracy", "soft_accuracy"))
+    assert rows_of({"columns": columns, "rows": [row]}) == (
+        ["split", "", "accuracy", "samples", "seeds"],
+        [["test", "run", "0.500", "4", "1"]],
+    )
