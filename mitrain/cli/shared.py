@@ -108,6 +108,20 @@ def glance(arguments: argparse.Namespace) -> None:
     if not any(runs) and given.get("config") and "overrides" in given:
         loads = arguments.command == "train" and not arguments.dry_run
         glance.look(arguments.config, arguments.overrides, loads)
+    if given.get("resume"):
+        changes = [*filter(None, [arguments.config]), *arguments.overrides]
+        look_at_resumed(arguments, changes)
+
+
+def look_at_resumed(arguments: argparse.Namespace, changes: Sequence[str]) -> None:
+    from mitrain.core import glance
+
+    own = Path(arguments.resume, "config.yaml")
+    if not own.is_file() or any("=" not in change for change in changes):
+        return  # whoever reads it says so
+    if not arguments.allow_changes:
+        glance.resume_overrides(changes)
+    glance.look(str(own), changes)
 
 
 def asked(arguments: argparse.Namespace) -> dict[str, str]:

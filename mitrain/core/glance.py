@@ -9,21 +9,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mitrain.core import config, parsing, prepared
+from mitrain.core import config, parsing, prepared, schema_values
 from mitrain.core.errors import CheckpointError, ConfigError, DataError, ModelError, nearest
+
+RESUME_OVERRIDES = (
+    *("zero", "kernels", "telemetry", "wandb", "model.device", "train.checkpoint_activations", "train.check_largest"),
+    "train.hang_minutes",
+)
+"""What decides where and how fast a run computes, and not what: it may change when a run is resumed."""
 
 
 def look(path: str, assignments: Sequence[str] = (), loads: bool = False) -> None:
-    """ConfigError for a configuration that cannot be read or has an unknown key; with ``loads``, where its models and data
-    are to be loaded, ModelError or DataError for one that is not there."""
+    """ConfigError for a configuration that cannot be read, has an unknown key, or a value that its key does not take; with
+    ``loads``, where its models and data are to be loaded, ModelError or DataError for one that is not there."""
     values = config.override(config.read_file(path), assignments)
     if "torch" in sys.modules:  # the whole reading is as fast then, and it alone knows sections from outside the package
         return
     schema = json.loads((config.SHIPPED / "schema.json").read_text(encoding="utf-8"))
     look_at_keys(values, schema, schema["$defs"], "")
+    with config.quoting(assignments):
+        look_at_values(values, schema, schema["$defs"], "")
     if loads:
         look_at_models(values.get("model"))
-        look_at_data(values.get("data"))
+        look_at_data(values.get("data"), schema["$defs"])
 
 
 def look_at_keys(values: Any, body: Any, definitions: Mapping[str, Any], path: str) -> None:
@@ -41,6 +49,19 @@ def look_at_keys(values: Any, body: Any, definitions: Mapping[str, Any], path: s
         else:
             keys = sorted(name for name, field in known.items() if name != "name" or "const" not in field)
             raise ConfigError(f"unknown key {where!r}{nearest(str(key), keys)}: the keys here are {', '.join(keys)}")
+
+
+def look_at_values(values: Any, body: Any, definitions: Mapping[str, Any], path: str) -> None:
+    """As `look_at_keys`, whose keys are known by now. What settings must be to one another only the whole reading knows."""
+    section = section_of(values, body, definitions, path)
+    if section is None:
+        return
+    known = section.get("properties")
+    if known is not None:
+        schema_values.check(values, section, path)
+    for key, value in values.items():
+        field = section.get("additionalProperties") if known is None else known.get(key)
+        look_at_values(value, field, definitions, f"{path}.{key}".lstrip("."))
 
 
 def section_of(values: Any, body: Any, definitions: Mapping[str, Any], path: str) -> dict[str, Any] | None:
@@ -76,14 +97,36 @@ def look_at_models(model: Any) -> None:
             raise ModelError(f"{where}={name!r} {prepared.not_here(name)}")
 
 
-def look_at_data(data: Any) -> None:
+def look_at_data(data: Any, definitions: Mapping[str, Any]) -> None:
     if not isinstance(data, dict):
         return
     source, root = data.get("source"), data.get("root")
-    if isinstance(source, str) and not source.startswith("hf:"):
-        prepared.find("data", source)
-    elif source is None and isinstance(root, str) and not Path(root).expanduser().is_dir():
-        raise DataError(f"data.root={root!r} is no folder{beside(root)}: give the folder that the data lies in")
+    if isinstance(source, str):
+        if not source.startswith("hf:"):
+            prepared.find("data", source)
+    elif isinstance(root, str):
+        if not Path(root).expanduser().is_dir():
+            raise DataError(f"data.root={root!r} is no folder{beside(root)}: give the folder that the data lies in")
+        look_at_splits(data, Path(root).expanduser(), definitions)
+
+
+def look_at_splits(data: Mapping[str, Any], root: Path, definitions: Mapping[str, Any]) -> None:
+    """DataError where the table of a split that training reads is not there; of other data each format knows its files."""
+    tables = [one for one in definitions.values() if {"splits", "columns"} <= one.get("properties", {}).keys()]
+    known = next((one["properties"] for one in tables if one["properties"]["name"]["const"] == data.get("name")), None)
+    if known is None:
+        return
+    splits = data.get("splits", known["splits"].get("default"))
+    for split in ("train", "val"):
+        name = splits.get(split) if isinstance(splits, dict) else None
+        if not isinstance(name, str) or set(name) & set("*?[{") or (root / name).exists():
+            continue  # several files, or none: which these are is known to the reader
+        if split not in data.get("splits", ()) and data.get(f"{split}_share"):
+            continue  # drawn from training's
+        raise DataError(
+            f"data.splits: there is no file {name!r} in {str(root)!r}{beside(str(root / name))}: give the {split} split's as"
+            f" data.splits.{split}"
+        )
 
 
 def run_folder(folder: str) -> None:
@@ -97,6 +140,16 @@ def run_folder(folder: str) -> None:
     raise CheckpointError(
         f"{folder!r} is no run folder (it has no config.yaml){beside(folder)}: give one that mitrain train made"
     )
+
+
+def resume_overrides(assignments: Sequence[str]) -> None:
+    """ConfigError for one that changes what a resumed run computes."""
+    for assignment in assignments:
+        if not f"{assignment.partition('=')[0]}.".startswith(tuple(f"{key}." for key in RESUME_OVERRIDES)):
+            raise ConfigError(
+                f"{assignment!r} would change what a resumed run computes: give --allow-changes too, or start a new run"
+                f" (without it {', '.join(RESUME_OVERRIDES)} may change)"
+            )
 
 
 def words(text: str, candidates: Sequence[str] | None = None) -> None:

@@ -19,7 +19,10 @@ def parse_layers(spec: str | list[int]) -> str | list[int]:
 
 LayersSetting = Annotated[
     str | list[int],
-    BeforeValidator(lambda spec: str(spec) if type(spec) is int else spec),  # layers=5 is the layer '5'
+    # layers=5 is the layer '5'
+    BeforeValidator(
+        lambda spec: str(spec) if type(spec) is int else spec, json_schema_input_type=str | list[int] | int
+    ),
     AfterValidator(parse_layers),
 ]
 

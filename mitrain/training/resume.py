@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from mitrain.core import dist
+from mitrain.core import dist, glance
 from mitrain.core.errors import ConfigError
 from mitrain.training import schema
 from mitrain.training.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ def compare(saved: Checkpoint, own: Mapping[str, str], allow_changes: bool) -> N
     """
     there = fingerprint_of(saved)
     unknown = [part for part in (*DECIDING, "code") if not any(name.startswith(f"{part}.") for name in there)]
-    overrides = [f"config.{key}" for key in schema.RESUME_OVERRIDES]
+    overrides = [f"config.{key}" for key in glance.RESUME_OVERRIDES]
     changed = dist.first_not_none(differences(there, own, [*overrides, "code", *unknown]) or None) or []
     code = differences(there, own, [*DECIDING, *unknown])
     if changed and not allow_changes:

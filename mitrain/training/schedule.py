@@ -24,15 +24,20 @@ USED_BY = {
 }
 
 
+EVERY = "give a whole number of steps, a share of the run below 1, or epoch"
+
+
 def whole_or_share(value: Any) -> Any:
     number = value if isinstance(value, int | float) else 0
     if value != "epoch" and not 0 < number < 1 and not (number >= 1 and number % 1 == 0):
-        raise ValueError("give a whole number of steps, a share of the run below 1, or epoch")
+        raise ValueError(EVERY)
     return value
 
 
 Every = Annotated[
-    Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["epoch"], BeforeValidator(whole_or_share)
+    Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["epoch"],
+    BeforeValidator(whole_or_share),
+    Field(json_schema_extra={"errorMessage": EVERY}),
 ]
 """How often something is done: after so many steps, after a share of the run, or when an epoch is complete."""
 

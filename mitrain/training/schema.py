@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 import mitrain.methods  # noqa: F401 - importing a section's module makes its name known
-from mitrain.core import config
+from mitrain.core import config, glance
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError
 from mitrain.data.features import FeatureConfig
@@ -177,22 +177,11 @@ def one_length(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
     return values
 
 
-RESUME_OVERRIDES = (
-    *("zero", "kernels", "telemetry", "wandb", "model.device", "train.checkpoint_activations", "train.check_largest"),
-    "train.hang_minutes",
-)
-"""What decides where and how fast a run computes, and not what: it may change when a run is resumed."""
-
-
 def with_resume_overrides(run_config: RunConfig, assignments: list[str], allow_changes: bool = False) -> RunConfig:
-    """A run's own configuration changed where `RESUME_OVERRIDES` allows; ConfigError elsewhere, unless ``allow_changes``."""
-    for assignment in assignments:
-        allowed = f"{assignment.partition('=')[0]}.".startswith(tuple(f"{key}." for key in RESUME_OVERRIDES))
-        if not allowed and not allow_changes:
-            raise ConfigError(
-                f"{assignment!r} would change what a resumed run computes: give --allow-changes too, or start a new run"
-                f" (without it {', '.join(RESUME_OVERRIDES)} may change)"
-            )
+    """A run's own configuration changed where `glance.RESUME_OVERRIDES` allows; ConfigError elsewhere, unless
+    ``allow_changes``."""
+    if not allow_changes:
+        glance.resume_overrides(assignments)
     with config.quoting(assignments):
         values = one_length(run_config.to_dict(), assignments)
         return from_dict(config.override(values, assignments)) if assignments else run_config
