@@ -15,4 +15,4 @@ if ! is_count "$ranks" || [ $# -lt 2 ]; then
 fi
 shift
 share_machine "$ranks"
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m mitrain "$@"
+exec "$python" "$root/launch/torchrun.py" --standalone --nproc-per-node "$ranks" -m mitrain "$@"

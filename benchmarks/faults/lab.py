@@ -26,6 +26,7 @@ from benchmarks.faults import inject as injections
 from benchmarks.faults import world
 from benchmarks.faults.inject import FIRED
 from benchmarks.ranks import clean_environment, free_port
+from mitrain.core.errors import PREEMPTED
 from mitrain.training import checkpoint
 
 MEMORY = 6 << 30
@@ -59,7 +60,9 @@ class Ended:
             return signal.Signals(-self.code).name
         if "Traceback" in self.err:
             return "traceback"
-        return {0: "went on", 2: "refused" if len(self.lines) >= 1 else "silent 2"}.get(self.code, f"code {self.code}")
+        return {0: "went on", 2: "refused" if len(self.lines) >= 1 else "silent 2", PREEMPTED: "went on"}.get(
+            self.code, f"code {self.code}"
+        )
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Results go to stdout (with ``--json`` one JSON document and nothing else), progress and notices to stderr. The user's
 own mistakes end in one line and exit code 2, a signal in one line and 128 + its number (after the first step `train`
-saves, and ends with 0 where it was not Ctrl-C); anything else is a bug and shows its traceback.
+saves, and ends with 75, to be run again, where it was not Ctrl-C); anything else is a bug and shows its traceback.
 """
 
 import argparse

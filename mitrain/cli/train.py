@@ -1,7 +1,9 @@
 """``mitrain train``: a new run, a resumed one, or the count of what one would take."""
 
 import argparse
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,7 @@ def run_train(arguments: argparse.Namespace) -> Any:
             arguments,
             f"stopped by {outcome.stopped} after step {outcome.step}{skipped}: mitrain train --resume {folder}",
         )
+        end_together()
     else:
         say(
             arguments,
@@ -109,6 +112,17 @@ def run_train(arguments: argparse.Namespace) -> Any:
         "ended": outcome.ended,
         "bad_samples": bad,
     }
+
+
+def end_together() -> None:
+    """Wait until every rank has come to its end, and let none be asked again: launchers end all ranks as soon as one ends
+    with a code that is not 0, and rank 0 may have trackers to close."""
+    from mitrain.core import dist
+    from mitrain.training.guard import STOP_SIGNALS
+
+    dist.barrier()
+    for number in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def fitted(arguments: argparse.Namespace, folder: Path, config: Any) -> tuple[Any, Any]:

@@ -18,12 +18,11 @@ from typing import Any
 from mitrain.compare import processes
 from mitrain.compare.cells import MATTERS, Cell, CellId, cell_ids, chosen, resolve
 from mitrain.compare.plots import plots
-from mitrain.compare.processes import STOPPED
 from mitrain.compare.search import searched, trial_count
 from mitrain.compare.study import Study
 from mitrain.compare.table import table
 from mitrain.core import parsing
-from mitrain.core.errors import ConfigError, MissingExtraError, UserError
+from mitrain.core.errors import PREEMPTED, ConfigError, MissingExtraError, UserError
 from mitrain.core.files import file_lock, write_atomic, write_json
 from mitrain.core.provenance import made_with
 
@@ -211,7 +210,7 @@ def in_process(cell: Cell, folder: Path, limit_s: float) -> Row:
     seconds = round(clock.seconds)
     if code is None:
         return {"status": TOO_LONG, "reason": f"not finished after {limit_s:g} s", "seconds": seconds}
-    if code == STOPPED:
+    if code == PREEMPTED:
         raise KeyboardInterrupt
     row = read_json(folder / "row.json")
     if code or row.get("identity") != cell.identity:

@@ -13,8 +13,6 @@ from mitrain.core.files import write_atomic
 
 GRACE_S = 20.0
 """For which a process that is asked to stop may save where it is."""
-STOPPED = 75
-"""Exit code of a process of ours that was asked to stop and has saved where it is."""
 BEAT_S = 5.0
 LINE = 300
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>

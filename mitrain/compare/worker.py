@@ -16,10 +16,10 @@ from typing import Any
 
 from mitrain.compare import counts, intervals, measures
 from mitrain.compare.cells import measured_with
-from mitrain.compare.processes import STOPPED, end_with
+from mitrain.compare.processes import end_with
 from mitrain.compare.study import TaskPart
 from mitrain.core.config import digest, nearest, parse
-from mitrain.core.errors import ConfigError, UserError
+from mitrain.core.errors import PREEMPTED, ConfigError, UserError
 from mitrain.core.files import file_lock, write_atomic, write_json
 from mitrain.data.sources import limit
 from mitrain.inference.export import export
@@ -34,7 +34,7 @@ from mitrain.training.trainer import Trainer
 
 
 class StoppedError(UserError):
-    exit_code = STOPPED
+    exit_code = PREEMPTED
 
 
 def main(folder: Path) -> int:
@@ -132,4 +132,4 @@ def baselines(run: Run, part: TaskPart, folder: Path) -> dict[str, dict[str, flo
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])) if end_with(int(sys.argv[2])) else STOPPED)
+    sys.exit(main(Path(sys.argv[1])) if end_with(int(sys.argv[2])) else PREEMPTED)

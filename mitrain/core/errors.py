@@ -14,6 +14,9 @@ from types import ModuleType
 
 from mitrain.core.terminal import printable
 
+PREEMPTED = 75
+"""Exit code of a run that a scheduler's signal ended with a checkpoint saved: in sysexits.h, a failure that passes."""
+
 LONGEST = 4000
 """Characters of a message; what a file says of itself may have millions, and the end says what to do."""
 

@@ -1,7 +1,7 @@
 """RUN/state.json: whether a run is running, preempted, failed or done, and why; `mitrain runs` and job scripts read it.
 
 {"state": "running" | "preempted" | "failed" | "done", "why": a line or null, "step": of "steps", "time": of the last word,
-in seconds since 1970, "pid", "host", "exit_code": of `mitrain train`, null while it runs}
+in seconds since 1970, "pid", "host", "exit_code": of `mitrain train`, null while it runs, 75 where it is to be run again}
 
 A view like any other: that it cannot be written costs no run.
 """

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from mitrain.core import dist
-from mitrain.core.errors import CheckpointError, ConfigError
+from mitrain.core.errors import PREEMPTED, CheckpointError, ConfigError
 from mitrain.core.files import write_json
 from mitrain.core.ownership import Standing, owned
 from mitrain.data.loader import Draw
@@ -57,8 +57,10 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """Of the command: a scheduler's signals are no failure."""
-        return 128 + signal.SIGINT if self.stopped == "SIGINT" else 0
+        """Of the command: 0 when it is done, 130 after Ctrl-C, PREEMPTED after a scheduler's signal."""
+        if self.stopped is None:
+            return 0
+        return 128 + signal.SIGINT if self.stopped == "SIGINT" else PREEMPTED
 
 
 class Trainer(Setup):
@@ -257,6 +259,7 @@ class Trainer(Setup):
             "skips": self.skips.state_dict(),
             **self.best.state_dict(),
             "steps": self.span.steps,
+            "folder": str(self.folder.absolute()),
             "config": self.config.to_dict(),
             "config_hash": self.config.hash,
             "fingerprint": resume.recorded(self.fingerprint),

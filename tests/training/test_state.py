@@ -46,7 +46,7 @@ def test_a_run_that_is_done_says_so_and_an_extended_one_again(world, tmp_path):
     assert trained(world, run, "train.steps=6", "--allow-changes") == (0, {**done, "step": 6, "steps": 6})
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_run_that_was_asked_to_stop_is_preempted(world, tmp_path, monkeypatch, number, code):
     from mitrain.training.trainer import Trainer
 
