@@ -6,7 +6,7 @@ from typing import Any
 
 from mitrain.core import dist, glance
 from mitrain.core.errors import ConfigError
-from mitrain.training import schema
+from mitrain.training import moved, schema
 from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.fingerprint import differences, flat, listed
 
@@ -25,7 +25,8 @@ def fingerprint_of(saved: Checkpoint) -> dict[str, str]:
     """The fingerprint of the run that wrote ``saved``; of earlier versions the configuration alone, or nothing."""
     parts, config = (saved.state.get(key) for key in ("fingerprint", "config"))
     digests = {str(name): str(value) for name, value in parts.items()} if isinstance(parts, dict) else {}
-    return digests | {f"config.{key}": value for key, value in flat(completed(config)).items()}
+    config = moved.found(completed(config), saved.state.get("folder"), saved.path.parent.parent)
+    return digests | {f"config.{key}": value for key, value in flat(config).items()}
 
 
 def completed(config: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from mitrain.methods import export_format
 from mitrain.methods.export_format import Contents, EncoderShape
 from mitrain.models import Encoder, ModelConfig, TextBackbone, loading
 from mitrain.models.encoders.image import Preprocess
-from mitrain.training import checkpoint, schema
+from mitrain.training import checkpoint, moved, schema
 from mitrain.training.build import Model, build, encoders_of, resolve_model, resolved
 from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.engine import ZeroConfig
@@ -117,15 +117,17 @@ def remove_unstarted(folder: Path) -> None:
 
 def write_config(run_config: RunConfig, folder: Path, note: str = "") -> None:
     text = parsing.dump_yaml(run_config.to_dict())
-    write_atomic(folder / "config.yaml", f"# resolved configuration, hash {run_config.hash}{note}\n{text}")
+    head = f"# resolved configuration, hash {run_config.hash}{note}\n{moved.told(folder)}"
+    write_atomic(folder / "config.yaml", head + text)
 
 
 def read_config(folder: str | Path) -> RunConfig:
-    """The resolved configuration of a run folder."""
+    """The resolved configuration of a run folder; its paths as they are now, if the run was moved with what they name."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{str(folder)!r} is no run folder (it has no config.yaml): give one that mitrain train made")
-    return schema.from_dict(config.read_file(path))
+    values = config.read_file(path)
+    return schema.from_dict(moved.found(values, moved.written_in(path.read_text("utf-8")), Path(folder)))
 
 
 @dataclass
