@@ -2,8 +2,8 @@
 
     python launch/torchrun.py --standalone --nproc-per-node 2 -m mitrain train …
 
-2, 75 and 130 of a rank mean the same of all (docs/guide/training.md). A launcher that is itself asked to end hands the signal on,
-waits for the ranks to save, and ends with 128 + its number. The options are torchrun's own.
+2, 75 and 130 of a rank mean the same of all (docs/guide/training.md). A launcher that is itself asked to end hands the
+signal on, waits for the ranks to save, and ends with 128 + its number. The options are torchrun's own.
 """
 
 import sys
