@@ -4,6 +4,9 @@ A new command is a line here and a function ``add_NAME(sub)`` in a module of thi
 adds the options. Its module is imported when the command is asked for, so that no other one pays for it.
 """
 
+HIDDEN = ""
+"""The heading of what serves the project's own evidence: it is run from a clone, is not in the wheel, and is not listed."""
+
 COMMANDS = {
     "begin with your own data": {
         "init": ("init:add_init", "write a configuration for a table of your own"),
@@ -17,6 +20,7 @@ COMMANDS = {
         "resume": ("train:add_resume", "continue a run that was stopped, from its newest checkpoint"),
         "launch": ("launch:add_launch", "submit a run to a cluster"),
         "runs": ("runs:add_runs", "list runs with their state and best score, or compare some"),
+        "compare": ("compare:add_compare", "measure methods beside one another, on your data or ours"),
     },
     "ask a run": {
         "eval": ("ask:add_eval", "score a run's best checkpoint on a split"),
@@ -34,8 +38,7 @@ COMMANDS = {
         "completion": ("completion:add_completion", "print what lets a shell complete commands, options and files"),
         "doctor": ("doctor:add_doctor", "versions, CPU, GPU, and what would keep a run from starting here"),
     },
-    "mitrain's own evidence": {
-        "compare": ("compare:add_compare", "measure methods beside one another"),
+    HIDDEN: {
         "bench": (
             "bench:add_bench",
             "benchmarks: parity of shards, faults, loading, steps, encoding, kernels, and the papers' claims",
@@ -54,6 +57,6 @@ EXAMPLES = """examples:
 def overview() -> str:
     """The commands under their headings, a line each, and examples."""
     parts = []
-    for heading, commands in COMMANDS.items():
+    for heading, commands in ((heading, group) for heading, group in COMMANDS.items() if heading != HIDDEN):
         parts.append(f"{heading}:\n" + "".join(f"  {name:11s}{text}\n" for name, (_, text) in commands.items()))
     return "\n".join([*parts, EXAMPLES])
