@@ -5,6 +5,8 @@
 #   bash launch/bounds.sh lowest|newest [pytest's arguments]
 #
 # PYTHON=…  the interpreter to use. VENV=…  where the environment is made (default: .venv-lowest, .venv-newest).
+# UV_TORCH_BACKEND=cpu  the CPU build of torch in place of the registry's GPU build, which is 3 GB; uv's other variables
+# (UV_FIND_LINKS, UV_CONSTRAINT) count as well.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,6 +27,6 @@ fi
 "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement launch/uv.txt
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --resolution "$resolution" --editable '.[peft]' \
-    'hypothesis>=6.150' 'pytest>=9' 'scipy>=1.15' 'setuptools>=77'
+    --editable examples/demo 'hypothesis>=6.150' 'pytest>=9' 'scipy>=1.15' 'setuptools>=77'
 "$venv/bin/python" -c 'import sys, torch, transformers; print(sys.version.split()[0], torch.__version__, transformers.__version__)'
 exec "$venv/bin/python" -m pytest -q "$@"
