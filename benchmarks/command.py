@@ -35,6 +35,7 @@ def add_benchmarks(verbs: Any) -> None:
     add_stream(verbs)
     add_plan(verbs)
     add_transcribe(verbs)
+    add_journeys(verbs)
     add_ledger(verbs)
     kernels = (
         "the operators beside plain ones: times and bytes, if they are right; python kernels/bench has more options"
@@ -109,6 +110,27 @@ def add_start(verbs: Any) -> None:
     sub.add_argument("--runs", type=int, metavar="N", help="starts of each kind (default: 3)")
     sub.add_argument("--before", metavar="DIR", help="a checkout of another commit, to compare with")
     sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+
+
+def add_journeys(verbs: Any) -> None:
+    text = "what a stranger does by the documentation alone, timed to the first success"
+    sub = benchmark(verbs, "journeys", run_journeys, text, "the first journey alone")
+    sub.add_argument("--only", nargs="+", default=[], metavar="WORD", help="journeys whose titles hold one of these")
+    sub.add_argument("--python", metavar="PATH", help="another interpreter, for the wheel's journey")
+    sub.add_argument("--root", metavar="DIR", help="a bare system with the Dockerfile's steps done, for a chroot's")
+    sub.add_argument("--out", metavar="FILE", help="for the page (default: print only)")
+
+
+def run_journeys(arguments: argparse.Namespace) -> Any:
+    from benchmarks import journeys
+
+    only = arguments.only or ["own pictures"] * arguments.quick
+    rows = journeys.measured(only, arguments.python, arguments.root, say=aside)
+    shown = journeys.page(rows, again(arguments))
+    say(arguments, shown)
+    if arguments.out:
+        Path(arguments.out).write_text(shown, encoding="utf-8")
+    return rows
 
 
 def add_data(verbs: Any) -> None:
