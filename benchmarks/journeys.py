@@ -270,7 +270,7 @@ def bare(one: Traveller) -> str:
 def measured(
     only: list[str], python: str | None, root: str | None, say: Callable[[str], object]
 ) -> list[dict[str, Any]]:
-    """A row for each journey whose title holds one of ``only`` (none: all): seconds, and its success or why there is none."""
+    """A row for each journey whose title holds one of ``only`` (none: all): seconds, its success, or why there is none."""
     rows = []
     with prepared_models() as cache:
         for title, (page, run) in JOURNEYS.items():
