@@ -2,13 +2,15 @@
 
 Each provider is an adapter of `mitrain.methods` (LoRA is PEFT's) with the same head on the mean of the final states, the
 same texts of so many tokens and the same pictures, which the frozen encoder has seen before. They take turns, each time in a
-fresh process of one thread, so that whatever else the machine does falls on all of them. ``mit-cached`` also has the states
-that enter the first infused layer from the cache. Bytes are counted on tensors (`mitrain.compare.measures`).
+fresh process of one thread, so that whatever else the machine does falls on all of them. ``mit-cached`` has the states that
+enter the first infused layer from the cache, and holds no weights below it; ``mit-cached-recomputed`` also computes what is
+in the infused layers again for the backward pass. Bytes are counted on tensors (`mitrain.compare.measures`).
 """
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +24,7 @@ from mitrain.core import markdown
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.core.files import write_json
 from mitrain.core.provenance import digest, made_with, sentence
+from mitrain.data.hidden_states import TextStates
 from mitrain.training import schema
 from mitrain.training.trainer import Trainer
 
@@ -34,6 +37,7 @@ PROVIDERS: Mapping[str, Mapping[str, Any]] = {
     "lora-qv": {"name": "lora", "targets": ["q", "v"], "rank": 16, "alpha": 32},
     "mit": {"name": "mit", "layers": "last third"},
     "mit-cached": {"name": "mit", "layers": "last third"},
+    "mit-cached-recomputed": {"name": "mit", "layers": "last third"},
     "visual-prefix": {"name": "visual-prefix", "tokens": None},
     "visual-prefix-lora": {"name": "visual-prefix", "tokens": None, "lora_rank": 16},
     "full": {"name": "full"},
@@ -41,6 +45,7 @@ PROVIDERS: Mapping[str, Mapping[str, Any]] = {
     "mope": {"name": "mope"},
     "aurora": {"name": "aurora"},
 }
+TRAIN = {"mit-cached-recomputed": {"checkpoint_activations": True}}
 MODELS = {
     "llm": "smollm2-135m-instruct",
     "encoder": "dinov2-vits14",
@@ -119,9 +124,9 @@ def work(folder: str, name: str, steps: int, out: Path) -> None:
     """Steps of one provider, in this process."""
     torch.set_num_threads(1)
     values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    trainer = Trainer(schema.from_dict({**values, "adapter": dict(PROVIDERS[name])}), Path(), quiet=True)
-    if name == "mit":
-        trainer.model.states.__dict__["cached"] = False  # texts run through all layers
+    values |= {"adapter": dict(PROVIDERS[name]), "train": {**values["train"], **TRAIN.get(name, {})}}
+    with uncached_texts() if name == "mit" else nullcontext():
+        trainer = Trainer(schema.from_dict(values), Path(), quiet=True)
     taken = [trainer._step() for _ in range(WARM_UP + steps)]
     rows = trainer.model.texts(trainer.train, False)
     found = {
@@ -132,6 +137,16 @@ def work(folder: str, name: str, steps: int, out: Path) -> None:
         "losses": [result.loss for result, _ in taken],
     }
     write_json(out, found | measures.parameters(trainer.model) | measures.of_step(trainer))
+
+
+@contextmanager
+def uncached_texts() -> Iterator[None]:
+    """Inside, runs are made whose texts run through all layers in every step."""
+    before, TextStates.cached = TextStates.__dict__["cached"], False
+    try:
+        yield
+    finally:
+        TextStates.cached = before
 
 
 def row_of(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

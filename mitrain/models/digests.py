@@ -51,8 +51,7 @@ def weights_of(source: str | Path | None, model: nn.Module) -> str:
     weights = None if source is None else Weights.of(source)
     if weights is None:
         return frozen_digest(model)
-    stamps = [(path, path.stat()) for path in sorted(set(weights.files.values()))]
-    return stored_digest(str(source), tuple((str(path), s.st_size, s.st_mtime_ns, s.st_ino) for path, s in stamps))
+    return stored_digest(str(source), tuple(weights.stamps()))
 
 
 @cache

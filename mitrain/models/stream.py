@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 After = Callable[[str, nn.Module], object]
 Shard = Callable[[nn.Module], object]
 """Spreads a module's weights over all ranks; those of rank 0 count."""
+Stamp = tuple[str, int, int, int]
 FILES = ("model.safetensors.index.json", "model.safetensors")
 
 
@@ -69,6 +70,14 @@ class Weights:
             self._open[path] = safe_open(path, "pt")
         return self._open[path].get_tensor(name)
 
+    def stamps(self) -> list[Stamp]:
+        """What tells that a file was replaced."""
+        return [stamp(path) for path in sorted(set(self.files.values()))]
+
+    def close(self) -> None:
+        """Let go of the files' maps; they are opened again when they are read."""
+        self._open.clear()
+
     def checked(self, name: str, shape: Sequence[int]) -> Tensor:
         """`read`; ModelError where it is of another shape or not finite."""
         tensor, folder = self.read(name), self.files[name].parent
@@ -76,6 +85,11 @@ class Weights:
             loading.check_shapes([(name, tensor.shape, shape)], folder, "model in")
         loading.check_finite(name, tensor, folder, "model in")
         return tensor
+
+
+def stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def weight_map(path: Path) -> dict[str, str]:

@@ -25,10 +25,11 @@ from mitrain.data.loader import Draw
 from mitrain.data.media import Limits
 from mitrain.data.samples import BadSamples
 from mitrain.methods.base import Adapter, turn_takers
-from mitrain.models import Encoder, ModelConfig, Shard, TextBackbone, encoder_of, loading
+from mitrain.models import Encoder, ModelConfig, Shard, TextBackbone, encoder_of, layouts, loading
 from mitrain.models.batch import ModalityInputs
 from mitrain.models.digests import named_digests
 from mitrain.models.encoders.text import pooling
+from mitrain.models.release import release
 from mitrain.models.text import read_tokenizer
 from mitrain.tasks import TASKS
 from mitrain.tasks.base import Batch, Given, Parts, Task
@@ -121,6 +122,20 @@ class Model:
         """
         named = {"text": self.text.base(), **{name: e.base() for name, e in numbered(self.encoders).items()}}
         return {key: value for name, parts in named.items() for key, value in named_digests(name, parts).items()}
+
+    def release(self) -> None:
+        """Let go of the frozen weights that no step reads once the cache holds what they make of the samples.
+
+        What runs them all the same, as generation does, reads them again (`mitrain.models.release`).
+        """
+        text, head = self.text, self.text.model.get_output_embeddings()
+        speaks = self.task.speaks and head is not None
+        if self.states.cached:
+            below = layouts.layers_of(text.model)[: self.states.depth]
+            parts = [*below, text.model.get_input_embeddings(), *([] if speaks or head is None else [head])]
+            release(text.model, text.source, parts, [*head.parameters()] if speaks else [])
+        for encoder in self.encoders.values() if not self.adapter.traits.changes_encoder else ():
+            release(encoder.model, encoder.source, [encoder.model])
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         """`Task.texts`; where a text cannot be read, the error names its sample."""

@@ -178,8 +178,9 @@ def table(trainer: Any, before: int, samples: int, tokens: int) -> dict[str, int
 
 
 def held(parameter: Tensor) -> int:
-    """Bytes of the parameter on this rank, or of its shard."""
-    return getattr(parameter, "ds_tensor", parameter).nbytes
+    """Bytes of the parameter on this rank, or of its shard; of one that was let go of next to none."""
+    own = getattr(parameter, "ds_tensor", parameter)
+    return min(own.nbytes, own.untyped_storage().nbytes())
 
 
 def memory_there() -> int:

@@ -139,6 +139,8 @@ class Setup:
             # Each rank computed these itself, machines may differ in the last bits, and unequal weights stay unequal.
             for module in self.model.trainable.values():
                 dist.copy_from_main(module.state_dict().values())
+        if config.cache and self.drawn is None:  # what is streamed is encoded as it comes
+            self.model.release()
 
     def _looked_at(self) -> Sequence[Any]:
         """The training samples whose texts are tokenised before the first step: all where states of them are kept.

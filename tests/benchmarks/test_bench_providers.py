@@ -27,13 +27,19 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_rows_have_ratios_and_the_same_work(tiny):
-    found = providers.measured(["mit", "mit-cached"], 12, 4, 1, 1, "command", print, tiny)
-    first, full, cached = found["rows"]
-    assert [row["provider"] for row in found["rows"]] == ["lora-all", "mit", "mit-cached"] and not found["refused"]
+    found = providers.measured(["mit", "mit-cached", "mit-cached-recomputed"], 12, 4, 1, 1, "command", print, tiny)
+    first, full, cached, again = found["rows"]
+    assert [row["provider"] for row in found["rows"]] == [
+        "lora-all",
+        "mit",
+        "mit-cached",
+        "mit-cached-recomputed",
+    ] and not found["refused"]
     assert first["ratio_to_lora_all"] == first["peak_to_lora_all"] == 1 and first["tokens"] == 4 * 12
     assert cached["flops_per_sample"] < full["flops_per_sample"] < first["flops_per_sample"] * 1.2
-    assert cached["losses"] == pytest.approx(full["losses"], rel=1e-5)
-    assert providers.table(found).count("| mit") == 2
+    assert cached["bytes"]["weights"] < full["bytes"]["weights"] and again["saved_bytes"] < cached["saved_bytes"]
+    assert cached["losses"] == pytest.approx(full["losses"], rel=1e-5) and again["losses"] == cached["losses"]
+    assert providers.table(found).count("| mit") == 3
 
 
 def test_a_provider_that_cannot_be_is_named_with_its_reason(tiny, monkeypatch):

@@ -1,0 +1,99 @@
+"""Frozen weights that were let go of: what stays, and that they come back bit for bit when something runs them."""
+
+import os
+
+import pytest
+import torch
+from folders import llm_folder, vision_folder
+from safetensors.torch import load_file, save_file
+from tiny import DEPTH, NAMES, text, tiny
+from transformers import AutoModelForCausalLM
+
+from mitrain.core.errors import ModelError
+from mitrain.models import ImageConfig, ImageEncoder, TextBackbone
+from mitrain.models.frozen import replay, trunk_states
+from mitrain.models.layouts import layers_of
+from mitrain.models.release import is_released, release
+
+
+def held_bytes(model):
+    return sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in model.parameters()}.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_below_are_gone_and_come_back_when_they_are_run(name, dtype, tmp_path):
+    tiny(name).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).requires_grad_(False).eval()
+    inputs, before = text(padding="right"), {n: p.clone() for n, p in model.named_parameters()}
+    states, whole = trunk_states(model, 2, **inputs), model(**inputs, use_cache=False).logits
+    below = [*layers_of(model)[:2], model.get_input_embeddings()]
+    tied = [*model.get_output_embeddings().parameters()]
+    gone = release(model, tmp_path, below, keep=tied)
+    layers = {n: p for n, p in model.named_parameters() if ".layers.0." in n or ".layers.1." in n}
+    assert layers and all(map(is_released, layers.values())) and not any(map(is_released, tied))
+    assert gone >= sum(before[n].nbytes for n in layers)
+    assert all(p.shape == before[n].shape and p.isnan().all() for n, p in layers.items())
+    with replay(model, 2, states):  # what lies above needs none of it
+        above = model(inputs_embeds=states, attention_mask=inputs["attention_mask"], use_cache=False).logits
+    shown = inputs["attention_mask"].bool()
+    assert torch.equal(above[shown], whole[shown]) and all(map(is_released, layers.values()))
+    assert torch.equal(model(**inputs, use_cache=False).logits[shown], whole[shown])
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_one_layer_that_is_run_brings_back_no_other(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
+    release(model, tmp_path, layers_of(model))
+    trunk_states(model, 1, **text())
+    assert [any(map(is_released, layer.parameters())) for layer in layers_of(model)] == [False] + [True] * (DEPTH - 1)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_low_bit_layers_come_back(quantize, tmp_path):
+    backbone = TextBackbone.load(llm_folder(tmp_path), torch.float32, quantize=quantize)
+    rows = [backbone.tokens("the picture shows a red square")]
+    before = backbone.trunk(rows, 2)[0]
+    held = held_bytes(backbone.model)
+    gone = release(backbone.model, tmp_path, layers_of(backbone.model)[:2])
+    assert gone > 2 * 32 * 64 and held_bytes(backbone.model) < held - gone / 2
+    assert torch.equal(backbone.trunk(rows, 2)[0], before)
+
+
+def test_an_encoder_whose_tensors_transformers_renamed_is_found_by_content(tmp_path):
+    folder = vision_folder(tmp_path)
+    stored = load_file(folder / "model.safetensors")
+    encoder = ImageEncoder(ImageConfig(name=str(folder)), folder)
+    assert set(stored) - {n for n, _ in encoder.model.named_parameters()}  # or this shows nothing
+    pixels = torch.rand(2, 3, 28, 28)
+    before = encoder.encode(list(pixels))["pooled"]
+    gone = release(encoder.model, folder, [encoder.model])
+    assert gone == sum(p.nbytes for p in encoder.model.parameters()) and all(
+        map(is_released, encoder.model.parameters())
+    )
+    assert torch.equal(encoder.encode(list(pixels))["pooled"], before)
+
+
+def test_what_is_not_as_it_is_stored_stays(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
+    changed, trained = layers_of(model)[0].mlp.up_proj.weight, layers_of(model)[1].mlp.up_proj.weight
+    changed[-1, -1] += 1
+    trained.requires_grad_(True)
+    release(model, tmp_path, layers_of(model)[:2])
+    assert not is_released(changed) and not is_released(trained)
+    assert is_released(layers_of(model)[0].mlp.down_proj.weight)
+    assert release(model, None, [model]) == release(model, tmp_path / "none", [model]) == 0
+
+
+def test_a_checkpoint_that_was_replaced_is_not_read(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
+    release(model, tmp_path, layers_of(model)[:2])
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, tmp_path / "other", {"format": "pt"})
+    os.replace(tmp_path / "other", file)
+    with pytest.raises(ModelError, match="were replaced while they were being used: start again"):
+        model(**text())

@@ -1,0 +1,95 @@
+"""A run whose frozen states are cached holds no frozen weights that its steps do not read."""
+
+import json
+
+import pytest
+from folders import colour_records, llm_folder, vision_folder
+
+from mitrain.compare import measures
+from mitrain.inference.scoring import score_run
+from mitrain.models.layouts import layers_of
+from mitrain.models.release import is_released
+from mitrain.training import build, runs, schema
+from mitrain.training.evaluate import evaluate
+from mitrain.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("released")
+    llm_folder(path / "llm")
+    vision_folder(path / "vision")
+    colour_records(path / "data", train=12, val=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
+
+
+def trainer(world, task="answer", method="mit", **more):
+    values = {
+        "model": {"llm": str(world / "llm"), "encoders": {"image": {"name": str(world / "vision")}}},
+        "adapter": {"name": method} | ({"layers": [2]} if method == "mit" else {}),
+        "task": {"name": task},
+        "data": {"name": "records", "root": str(world / "data")},
+        "train": {"steps": 3, "batch": 4, "check_largest": "off"},
+    } | more
+    if task == "classify":
+        for split in ("train", "val", "test"):
+            rows = [json.loads(line) for line in (world / "data" / f"{split}.jsonl").read_text().splitlines()]
+            lines = [
+                json.dumps({k: r[k] for k in ("id", "image")} | {"text": r["prompt"], "label": r["answer"]})
+                for r in rows
+            ]
+            (world / "data" / f"labelled-{split}.jsonl").write_text("\n".join(lines))
+        splits = {split: f"labelled-{split}.jsonl" for split in ("train", "val", "test")}
+        values["data"] = {"name": "labelled", "root": str(world / "data"), "splits": splits}
+    config = build.resolved(schema.from_dict(values))
+    return Trainer(config, runs.create(config, world / "runs"), quiet=True)
+
+
+def gone(module):
+    return {is_released(p) for p in module.parameters()} == {True}
+
+
+def test_steps_run_without_what_the_cache_stands_for(world, monkeypatch):
+    own = trainer(world)
+    layers, model = layers_of(own.model.text.model), own.model
+    assert [gone(layer) for layer in layers] == [True, True, False]
+    assert not gone(model.text.model.get_output_embeddings())  # with which it speaks; the embeddings are tied to it, or
+    tied = model.text.model.get_output_embeddings().weight is model.text.model.get_input_embeddings().weight
+    assert gone(model.text.model.get_input_embeddings()) is not tied and gone(model.encoders["image"].model)
+    losses = [own._step()[0].loss for _ in range(3)]
+    assert [gone(layer) for layer in layers] == [True, True, False]
+    monkeypatch.setattr(build.Model, "release", lambda self: None)
+    other = trainer(world)
+    assert not gone(layers_of(other.model.text.model)[0])
+    assert losses == [other._step()[0].loss for _ in range(3)]
+    saved = [measures.of_step(each)["bytes"]["weights"] for each in (own, other)]
+    below = sum(p.nbytes for layer in layers_of(other.model.text.model)[:2] for p in layer.parameters())
+    assert saved[1] - saved[0] >= below
+
+
+def test_a_head_that_is_not_read_goes_too(world):
+    own = trainer(world, "classify")
+    model = own.model.text.model
+    assert gone(model.get_output_embeddings()) and gone(model.get_input_embeddings())
+    assert own._step()[0].applied and gone(model.get_output_embeddings())
+
+
+def test_nothing_goes_where_a_step_reads_it(world, tmp_path):
+    whole = trainer(world, cache=False).model
+    assert not gone(layers_of(whole.text.model)[0]) and not gone(whole.encoders["image"].model)
+    lora = trainer(world, method="lora").model  # changes every layer
+    assert not any(is_released(p) for p in lora.text.model.parameters())
+
+
+def test_what_speaks_after_training_speaks_as_a_run_that_kept_all(world, monkeypatch):
+    own = trainer(world)
+    own.fit()
+    said = [p.values for p in evaluate(own.model, own.features, own.val, generate=True).predictions]
+    assert not gone(layers_of(own.model.text.model)[0])  # it was read again
+    monkeypatch.setattr(build.Model, "release", lambda self: None)
+    other = trainer(world)
+    other.fit()
+    assert said == [p.values for p in evaluate(other.model, other.features, other.val, generate=True).predictions]
+    assert score_run(own.folder, split="test")["accuracy"] == score_run(other.folder, split="test")["accuracy"]
