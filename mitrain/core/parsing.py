@@ -107,16 +107,15 @@ def plain_objects(lines: Sequence[str]) -> list[dict[str, Any]] | None:
         rows = json.loads(f"[{text}]")
     except (ValueError, RecursionError):
         return None
-    strings = 0
-    for row in rows:
-        strings += len(row)
-        for value in row.values():
-            if type(value) is str:
-                strings += 1
-            elif type(value) is list and all(type(item) is str for item in value):
-                strings += len(value)
-            elif type(value) not in SCALARS:
-                return None
+    # Columns of types, as a loop over the values would take as long as their parsing.
+    values = lambda: itertools.chain.from_iterable(map(dict.values, rows))  # noqa: E731
+    types = list(map(type, values()))
+    if not {str, list, *SCALARS}.issuperset(types):
+        return None
+    items = list(itertools.chain.from_iterable(v for v in values() if type(v) is list)) if list in types else []
+    if any(type(item) is not str for item in items):
+        return None
+    strings = sum(map(len, rows)) + types.count(str) + len(items)
     each_once = text.count('"') - text.count('\\"') == 2 * strings  # a key that stands twice is lost in its row
     return rows if each_once and len(rows) == len(lines) else None
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import fields
 from functools import partial
 from itertools import accumulate, islice, pairwise
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 from mitrain.data.samples import Sample
@@ -13,6 +13,7 @@ from mitrain.data.samples import Sample
 MANY = 20_000
 """Samples from which on they are columns; fewer are a list of them."""
 PART = 4096  # texts that are packed into one
+NAMES = ("id", "object", "kind")  # fields that name a sample, of which no model reads anything
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -137,13 +138,6 @@ class Columns(Sequence[Any]):
         """The samples' files of an input; see `paths`."""
         return (path or None for path in self._of(self._inputs[name])) if name in self._inputs else (None for _ in self)
 
-    def bare(self) -> Iterator[Any]:
-        """Of each sample its inputs; see `bare`."""
-        sample, inputs = SimpleNamespace(), {name: self._of(paths) for name, paths in self._inputs.items()}
-        for paths in zip(*inputs.values(), strict=True) if inputs else (() for _ in range(len(self))):
-            sample.inputs = {name: path for name, path in zip(inputs, paths, strict=True) if path}
-            yield sample
-
     def input_names(self) -> list[str]:
         """The inputs that some of the samples have."""
         return [name for name in self._inputs if any(self.paths(name))]
@@ -196,16 +190,14 @@ def input_names(samples: Sequence[Any]) -> list[str]:
     return list(dict.fromkeys(name for sample in samples for name in sample.inputs))
 
 
-def bare(samples: Sequence[Any]) -> Iterator[Any]:
-    """The ``samples``, of whose fields the inputs are asked for and nothing is kept."""
-    return samples.bare() if isinstance(samples, Columns) else iter(samples)
-
-
 def bytes_of(samples: Sequence[Any]) -> Iterator[int]:
-    """Of each sample the bytes of all its texts, at least; a text has no more tokens than bytes."""
+    """Of each sample the bytes of what a model may read of it, at least; a text has no more tokens than bytes."""
     names = (
         samples.texts() if isinstance(samples, Columns) else [n for n, v in vars(samples[0]).items() if type(v) is str]
     )
+    names = [name for name in names if name not in NAMES]
+    if not names:
+        yield from (0 for _ in samples)
     for values in zip(*(column(samples, name) for name in names), strict=True):
         whole = "".join(values)
         yield len(whole) if whole.isascii() else len(whole.encode())

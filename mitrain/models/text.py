@@ -249,7 +249,7 @@ class TextBackbone:
         """`mitrain.models.loading.positions` of the model."""
         return loading.positions(self.model)
 
-    @property
+    @cached_property
     def vocabulary(self) -> int:
         """How many tokens the model can read and, where it speaks, say."""
         said = getattr(self.model.get_output_embeddings(), "out_features", None)

@@ -85,8 +85,8 @@ class ClassifyTask(HeadTask):
         """Mean and standard deviation of the read-outs, and the classes' weights, over the training samples."""
         if self.config.balance:
             self.weight.copy_(class_weights(self.targets(samples), self.multilabel))
-        else:
-            self.places(samples)
+        elif not self.number.keys() >= {label for labels in set(column(samples, "labels")) for label in labels}:
+            self.places(samples)  # names the sample
         super().fit(samples, see)
 
     def targets(self, samples: Sequence[Any]) -> Tensor:

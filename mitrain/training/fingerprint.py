@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mitrain.core import dist
 from mitrain.core.errors import RankError
 from mitrain.core.provenance import MARK, digest, versions
 from mitrain.core.version import __version__
-from mitrain.data.columns import bare, column, input_names, paths
+from mitrain.data.columns import column, input_names, paths
 
 SETTINGS, WRITTEN = ".settings", ".config.json"
 SHOWN = 6  # differences that a message names
@@ -92,7 +93,9 @@ def of_samples(samples: Sequence[Any], content: Callable[[Any], Mapping[str, str
             yield field.name, digest(column(samples, field.name))
     for name in input_names(samples):
         yield name, digest(paths(samples, name))
-        yield f"{name}.content", digest(content(sample).get(name) for sample in bare(samples))
+        # Many samples share a file: each is asked for once, and not each sample.
+        of_file = cache(lambda path, name=name: path and content(SimpleNamespace(inputs={name: path})).get(name))
+        yield f"{name}.content", digest(map(of_file, paths(samples, name)))
 
 
 def require_same(own: Mapping[str, str]) -> None:
