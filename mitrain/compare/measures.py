@@ -86,8 +86,8 @@ def of_step(trainer: Trainer) -> dict[str, Any]:
     """Bytes and operations of one more training step of a run, which is not taken."""
     model, samples = trainer.model, trainer.config.train.batch
     model.train()
-    draws = trainer.loader.next()
-    batch = model.training_batch(draws, trainer.features)
+    draws = trainer.batches.next()
+    batch = trainer.batches.of(draws)
     with Saved(weights(model)) as saved:
         loss = trainer.loss(batch)  # held: what it has saved lives as long
         kept = saved.bytes

@@ -16,7 +16,9 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,21 @@ log = logging.getLogger(__name__)
 
 Compute = Callable[[Sequence[str]], dict[str, Item]]
 SEGMENT_ITEMS = 512
+AHEAD: ContextVar[bool] = ContextVar("ahead", default=False)
+
+
+class NotKept(Exception):
+    """What is read ahead is not in the cache."""
+
+
+@contextmanager
+def reading_ahead() -> Iterator[None]:
+    """Inside, in this thread, caches compute nothing and change nothing: what they lack raises `NotKept`."""
+    before = AHEAD.set(True)
+    try:
+        yield
+    finally:
+        AHEAD.reset(before)
 
 
 class FeatureCache:
@@ -79,6 +96,8 @@ class FeatureCache:
             try:
                 item = read_item(segment, key, entry, self.dtypes)
             except (OSError, ValueError) as error:
+                if AHEAD.get():
+                    raise NotKept from None  # it is the main thread that forgets the segment
                 self._discard(segment, error)
             else:
                 self._checked.add(key)
@@ -110,6 +129,8 @@ class FeatureCache:
         if len(held) < there and together and dist.world() > 1:
             raise DataError(f"the cache {self.folder} was damaged while the ranks were reading it: resume the run")
         absent = [key for key in unique if key not in held]
+        if absent and AHEAD.get():
+            raise NotKept
         if absent:
             new = {key: self.rounded(item) for key, item in compute(absent).items()}
             if len(self._memory) < SEGMENT_ITEMS:

@@ -36,7 +36,8 @@ class Profiled:
         self.folder, self.model, self.calls, self.written = folder, trainer.model, 0, False
         self._inside = ExitStack()
         if dist.is_main():
-            trainer.model.training_batch = ranged("input", trainer.model.training_batch)
+            trainer.batches.next = ranged("input", trainer.batches.next)
+            trainer.batches.of = ranged("input", trainer.batches.of)
             trainer.engine.step = ranged("optimizer", trainer.engine.step)
             self._step, trainer._step = trainer._step, self.step
 

@@ -28,6 +28,7 @@ from mitrain.training.engine import FP16_SCALE, Engine, Group, LocalEngine, cut_
 from mitrain.training.engine.zero import ZeroEngine, sharding
 from mitrain.training.fingerprint import digest, fingerprint, require_same
 from mitrain.training.guard import SkipBudget
+from mitrain.training.prefetch import Batches, Draws
 from mitrain.training.schedule import multiplier, span
 from mitrain.training.schema import RunConfig
 from mitrain.training.stragglers import Pace
@@ -73,12 +74,23 @@ class Setup:
         # Until here all ranks drew the same start values; from here each draws its own dropout and noise.
         if dist.world() > 1:
             checkpoint.seed_rank(config.seed, 0, dist.rank())
-        self.loader = self._loader()
+        # What frozen models must run for, or all ranks together, cannot be made beside a step.
+        ahead = config.cache and self.drawn is None and not self.engine.lockstep
+        self.batches = Batches(self._loader(), self._batch, ahead)
+        self.waited = 0.0  # seconds of the last step that its input took
         self.skips = SkipBudget(total=config.train.max_skipped)
         self.pace = Pace(config.train.log_every, self.engine.lockstep)
 
     def _build(self) -> Model:
         return build(self.config, shard=sharding(self.config.zero, self.config.train.optimizer))
+
+    def _batch(self, draws: Draws) -> Batch | None:
+        """This rank's share of drawn samples; one that does not count where it has none and the ranks run in step."""
+        share = dist.shard_of(len(draws))
+        idle = not draws[share]
+        if idle and not self.engine.lockstep:
+            return None
+        return self.model.training_batch(draws, self.drawn or self.features, slice(0, 1) if idle else share)
 
     def _loader(self) -> Loader[Any] | StreamLoader:
         batch, seed = self.config.train.batch, self.config.seed

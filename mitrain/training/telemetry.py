@@ -63,11 +63,14 @@ class Metrics:
         samples: float,
         tokens: float,
         seconds: float,
+        waited: float = 0.0,
         skipped: str | None = None,
     ) -> None:
-        """One training step: its number (from 1), mean loss, what it saw and how many seconds it took."""
+        """One training step: its number (from 1), mean loss, what it saw, and how many seconds it took, of which its input
+        ``waited``."""
         values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "samples": samples, "tokens": tokens}
-        values |= {"seconds": seconds, "memory": memory_bytes()} | ({"skipped": skipped} if skipped else {})
+        values |= {"seconds": seconds, "waited": waited, "memory": memory_bytes()}
+        values |= {"skipped": skipped} if skipped else {}
         self._record("train", step, values)
         for key in self._window:
             self._window[key] += values[key]

@@ -15,8 +15,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ from mitrain.core import dist
 from mitrain.core.errors import PREEMPTED, CheckpointError, ConfigError
 from mitrain.core.files import write_json
 from mitrain.core.ownership import Standing, owned
-from mitrain.data.loader import Draw
 from mitrain.tasks.base import Batch
 from mitrain.training import checkpoint, preflight, resume, runs
 from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.engine import StepResult, Sums, regularised
 from mitrain.training.evaluate import evaluate
 from mitrain.training.guard import Heartbeat, StopRequest, diverged
+from mitrain.training.prefetch import Draws
 from mitrain.training.setup import Setup
 from mitrain.training.state import RunState, recorded
 from mitrain.training.telemetry import Metrics, NoMetrics
@@ -84,7 +84,7 @@ class Trainer(Setup):
             runs.restore(self.model, saved)
         try:
             self.engine.load_state_dict(saved.tensors["optimizer"], saved.state["engine"])
-            self.loader.load_state(saved.state["loader"], self.allow_changes)
+            self.batches.load_state(saved.state["loader"], self.allow_changes)
             self.skips.load_state_dict(saved.state["skips"])
             self.best.load_state(saved.state)
             self.saved = saved.step
@@ -102,7 +102,7 @@ class Trainer(Setup):
 
     def fit(self) -> Outcome:
         """Train to the last step, or until asked to stop; CheckpointError where another process trains in the folder."""
-        with owned(self.folder), recorded(self.folder) as state:
+        with owned(self.folder), recorded(self.folder) as state, closing(self.batches):
             return self._fit(state)
 
     def _fit(self, state: RunState) -> Outcome:
@@ -136,6 +136,7 @@ class Trainer(Setup):
                     samples=self.config.train.batch * self.config.train.accumulate,
                     tokens=self.tokens,
                     seconds=seconds,
+                    waited=self.waited,
                     skipped=result.reason,
                 )
                 self.pace.report(step)
@@ -173,10 +174,10 @@ class Trainer(Setup):
         start = time.perf_counter()
         with self.watch.phase("train"):
             self.model.train()
-            self.tokens = 0
+            self.tokens, self.waited = 0, 0.0
             for _ in range(self.config.train.accumulate):
-                with self.pace.part("input"):
-                    draws = self.loader.next()
+                with self._waiting():
+                    draws = self.batches.next()
                 self._accumulate(draws, dist.shard_of(len(draws)))
                 self.tokens += self.model.task.tokens([draw.sample for draw in draws])
             self.pace.arrive()
@@ -184,7 +185,14 @@ class Trainer(Setup):
             result = self.engine.step()
         return result, time.perf_counter() - start
 
-    def _accumulate(self, draws: list[Draw[Any]], share: slice) -> None:
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        with self.pace.part("input"), self.watch.phase("wait for input"):
+            yield
+        self.waited += time.perf_counter() - start
+
+    def _accumulate(self, draws: Draws, share: slice) -> None:
         """The gradients of this rank's share of a micro-batch; of fewer samples than ranks some get none.
 
         Where the weights lie on all ranks, such a rank runs a sample that does not count.
@@ -192,8 +200,8 @@ class Trainer(Setup):
         idle = not draws[share]
         if idle and not self.engine.lockstep:
             return
-        with self.pace.part("input"):
-            batch = self.model.training_batch(draws, self.drawn or self.features, slice(0, 1) if idle else share)
+        with self._waiting():
+            batch = self.batches.of(draws)
         with self.pace.part("compute"):
             # Through the engine: at stage 3 the modules gather their weights only within its forward pass.
             total, count = self.engine.forward(lambda: self.loss(batch))
@@ -255,7 +263,7 @@ class Trainer(Setup):
         self.standing.check(step)
         state = {
             **more,
-            "loader": self.loader.state(),
+            "loader": self.batches.state(),
             "skips": self.skips.state_dict(),
             **self.best.state_dict(),
             "steps": self.span.steps,

@@ -17,8 +17,8 @@ import mitrain.training.trainer
 from benchmarks.faults.inject import before
 from mitrain.cli import main
 from mitrain.training import checkpoint, stragglers
-from mitrain.training.build import Model
 from mitrain.training.engine import LocalEngine
+from mitrain.training.prefetch import Batches
 from mitrain.training.trainer import Trainer
 
 
@@ -59,7 +59,7 @@ def train_unevenly(part: str, *arguments: str) -> int:
     """Train with a clock of its own, by which PART of each micro-batch takes a second on rank 1, a tenth on the others."""
     now = [0.0]
     stragglers.time = SimpleNamespace(perf_counter=lambda: now[0])
-    owner, name = {"input": (Model, "training_batch"), "compute": (LocalEngine, "backward")}[part]
+    owner, name = {"input": (Batches, "of"), "compute": (LocalEngine, "backward")}[part]
     call = getattr(owner, name)
 
     def timed(*args: Any) -> Any:
