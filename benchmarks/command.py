@@ -29,6 +29,7 @@ def add_benchmarks(verbs: Any) -> None:
     add_faults(verbs)
     add_load(verbs)
     add_step(verbs)
+    add_generate(verbs)
     add_start(verbs)
     add_data(verbs)
     add_encode(verbs)
@@ -37,9 +38,7 @@ def add_benchmarks(verbs: Any) -> None:
     add_transcribe(verbs)
     add_journeys(verbs)
     add_ledger(verbs)
-    kernels = (
-        "the operators beside plain ones: times and bytes, if they are right; python kernels/bench has more options"
-    )
+    kernels = "the operators beside plain ones: times and bytes, if they are right; python kernels/bench has more options"
     benchmark(verbs, "kernels", run_kernels, kernels, "two shapes an operator, about a minute")
 
 
@@ -100,6 +99,17 @@ def add_step(verbs: Any) -> None:
     sub.add_argument("--length", type=int, default=128, metavar="N", help="words of a provider's texts (default: 128)")
     sub.add_argument("--batch", type=int, default=8, metavar="N", help="texts of a provider's step (default: 8)")
     sub.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each provider (default: 3)")
+    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+
+
+def add_generate(verbs: Any) -> None:
+    text = "tokens per second of generation and evaluation with MiT, beside the plain language model's"
+    sub = benchmark(verbs, "generate", run_generate, text, "2 rounds of 8 texts")
+    sub.add_argument("--llm", default="smollm2-135m-instruct", metavar="NAME", help="(default: %(default)s)")
+    sub.add_argument("--batch", type=int, metavar="N", help="texts at a time (default: 32, quick 8)")
+    sub.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of a prompt (default: %(default)s)")
+    sub.add_argument("--tokens", type=int, default=24, metavar="N", help="tokens behind it (default: %(default)s)")
+    sub.add_argument("--rounds", type=int, metavar="N", help="(default: 7, quick 2)")
     sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
@@ -172,9 +182,7 @@ def add_ledger(verbs: Any) -> None:
     text = "what the rows of mitrain compare say of the papers' claims"
     sub = benchmark(verbs, "ledger", run_ledger, text, "measure the counted cells alone, which take seconds each")
     sub.add_argument("--measure", action="store_true", help="first measure the cells that the claims lack")
-    sub.add_argument(
-        "--results", metavar="DIR", help="of the studies, NAME/results.json (default: docs/results/compare)"
-    )
+    sub.add_argument("--results", metavar="DIR", help="of the studies, NAME/results.json (default: docs/results/compare)")
     sub.add_argument("--out", metavar="DIR", help="for ledger.json and ledger.md (default: print only)")
 
 
@@ -183,9 +191,7 @@ def run_parity(arguments: argparse.Namespace) -> Any:
 
     steps = arguments.steps or (5 if arguments.quick else 20)
     if steps < 1 or arguments.batch < 2 or arguments.batch % 2:
-        raise ConfigError(
-            f"--steps={steps} --batch={arguments.batch}: give a step or more, of an even number of samples"
-        )
+        raise ConfigError(f"--steps={steps} --batch={arguments.batch}: give a step or more, of an even number of samples")
     wanted = cells.quick() if arguments.quick else cells.full(arguments.batch, arguments.only or ())
     if not wanted:
         raise ConfigError(f"--only {' '.join(arguments.only)} names no cell: names begin as ours-int8-zero3-ranks2")
@@ -232,6 +238,20 @@ def run_step(arguments: argparse.Namespace) -> Any:
     say(arguments, table(found))
     if arguments.out:
         results.write(Path(arguments.out), found, table(found))
+    return found
+
+
+def run_generate(arguments: argparse.Namespace) -> Any:
+    from benchmarks import generate, results
+
+    batch, rounds = arguments.batch or (8 if arguments.quick else 32), arguments.rounds or (2 if arguments.quick else 7)
+    shape = (batch, arguments.prompt, arguments.tokens, rounds)
+    if min(shape) < 1:
+        raise ConfigError(f"--batch, --prompt, --tokens, --rounds {shape} measure nothing: give at least 1 of each")
+    found = generate.measured(arguments.llm, *shape, again(arguments), say=aside)
+    say(arguments, generate.table(found))
+    if arguments.out:
+        results.write(Path(arguments.out), found, generate.table(found))
     return found
 
 

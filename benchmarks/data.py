@@ -96,9 +96,7 @@ def parts(folder: str, rows: int, out: Path) -> None:
     """Processor seconds of each part by itself, in this process."""
     torch.set_num_threads(1)
     config, root, took = configured(Path(folder)), Path(folder) / "data", {}
-    setup = Setup(
-        config.model_copy(update={"data": config.data.model_copy(update={"splits": SMALL})}), Path(), quiet=True
-    )
+    setup = Setup(config.model_copy(update={"data": config.data.model_copy(update={"splits": SMALL})}), Path(), quiet=True)
     gc.collect()
     before = resident("VmRSS")
 

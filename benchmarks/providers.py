@@ -108,9 +108,7 @@ def made(folder: Path, length: int, batch: int, models: Mapping[str, Any]) -> No
             {"image": f"{n % 8}.png", "label": f"kind {n % 2}",
              "text": " ".join(words[(n * 7 + k * k) % len(words)] for k in range(length))} for n in range(count)
         ]  # fmt: skip
-        (folder / "data" / f"{split}.jsonl").write_text(
-            "".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8"
-        )
+        (folder / "data" / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     values = {
         "model": {"llm": models["llm"], "encoders": {"image": {"name": models["encoder"], "size": models["size"]}}},
         "task": {"name": "classify", "readout": ["mean"], "max_tokens": length + 8},

@@ -125,9 +125,7 @@ def wait(processes: list[Any], until: float) -> int | None:
             return bad[0]
         if all(code == 0 for code in codes):
             return None
-        multiprocessing.connection.wait(
-            [p.sentinel for p, code in zip(processes, codes, strict=True) if code is None], 1.0
-        )
+        multiprocessing.connection.wait([p.sentinel for p, code in zip(processes, codes, strict=True) if code is None], 1.0)
     return -1
 
 

@@ -43,9 +43,7 @@ print("seconds", time.perf_counter() - start)
 """
 
 
-def measured(
-    pictures: int, runs: int, before: str | None, command: str, say: Callable[[str], object]
-) -> dict[str, Any]:
+def measured(pictures: int, runs: int, before: str | None, command: str, say: Callable[[str], object]) -> dict[str, Any]:
     """Seconds of ``runs`` starts of each kind; ``before``: a checkout of another commit."""
     trees = ({BEFORE: Path(before)} if before else {}) | {AFTER: HERE}
     seconds: dict[str, dict[str, list[float]]] = {tree: {"empty": [], "filled": []} for tree in trees}

@@ -100,6 +100,4 @@ def table(found: dict[str, Any]) -> str:
 def check(found: dict[str, Any]) -> None:
     for row in found["rows"]:
         if row["peak"] > LIMIT:
-            raise StreamError(
-                f"an epoch of {row['rows']} rows holds {row['peak'] / 1e6:.0f} MB, {LIMIT / 1e6:.0f} allowed"
-            )
+            raise StreamError(f"an epoch of {row['rows']} rows holds {row['peak'] / 1e6:.0f} MB, {LIMIT / 1e6:.0f} allowed")

@@ -41,9 +41,7 @@ def test_there_are_commands_to_check():
 def test_commands_in_the_text_exist(command):
     """They may lack what they need (`mitrain export`), but their words and options are known."""
     known, words = parser(), shlex.split(command.replace("…", ""))[1:]
-    while (below := [a for a in known._actions if isinstance(a, argparse._SubParsersAction)]) and not words[
-        0
-    ].isupper():
+    while (below := [a for a in known._actions if isinstance(a, argparse._SubParsersAction)]) and not words[0].isupper():
         known = below[0].choices[words.pop(0)]
     options = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert options <= known._option_string_actions.keys()

@@ -63,11 +63,7 @@ def layer_fault(path: str, name: str) -> str | None:
 
 def package_fault(path: str, name: str) -> str | None:
     allowed = ALLOWED.get(name.split(".")[0])
-    if (
-        allowed is None
-        or path in allowed
-        or path.startswith(tuple(folder for folder in allowed if folder.endswith("/")))
-    ):
+    if allowed is None or path in allowed or path.startswith(tuple(folder for folder in allowed if folder.endswith("/"))):
         return None
     return f"only {', '.join(allowed) or 'nothing installed'} may import {name.split('.')[0]}"
 
@@ -147,9 +143,7 @@ def test_imports_upwards_and_sideways_are_seen():
     assert below in fault_of("mitrain/data/x.py", "from mitrain.methods import base")
     assert below in fault_of("mitrain/models/x.py", "importlib.import_module('mitrain.training.build')")
     assert below in fault_of("mitrain/core/x.py", "from mitrain import training")
-    assert (
-        faults({"mitrain/data/x.py": "from .images import open_image\nfrom mitrain.core.errors import DataError"}) == []
-    )
+    assert faults({"mitrain/data/x.py": "from .images import open_image\nfrom mitrain.core.errors import DataError"}) == []
 
 
 def test_the_front_is_no_passage():
@@ -164,9 +158,7 @@ def test_optional_packages_are_seen():
     assert "only mitrain/training/engine/" in fault_of("mitrain/training/x.py", "def f():\n    import deepspeed")
     assert "only mitrain/models/quant/" in fault_of("mitrain/models/x.py", "from bitsandbytes import nn")
     assert "only kernels/mitrain_kernels/" in fault_of("mitrain/methods/x.py", "import triton.language as tl")
-    assert "may import mitrain_kernels" in fault_of(
-        "mitrain/tasks/x.py", "from mitrain_kernels import infused_attention"
-    )
+    assert "may import mitrain_kernels" in fault_of("mitrain/tasks/x.py", "from mitrain_kernels import infused_attention")
     assert "import nothing" in fault_of("kernels/mitrain_kernels/x.py", "from mitrain.core.errors import UserError")
     assert "may import benchmarks" in fault_of("mitrain/cli/x.py", "from benchmarks import parity")
     assert "nothing installed may" in fault_of("mitrain/core/x.py", "from mitrain_demo import MODELS")

@@ -77,10 +77,7 @@ def distributions(files: Mapping[str, str]) -> set[str]:
     names = {name.split(".")[0] for path, source in files.items() for _, name in imports(path, source)}
     local = {path.stem for path in ROOT.glob("tests/**/*.py")}
     foreign = (
-        names
-        - set(sys.stdlib_module_names)
-        - {"mitrain", "mitrain_kernels", "mitrain_demo", "bench", "benchmarks"}
-        - local
+        names - set(sys.stdlib_module_names) - {"mitrain", "mitrain_kernels", "mitrain_demo", "bench", "benchmarks"} - local
     )
     return {normal(DISTRIBUTION.get(name, name)) for name in foreign}
 
@@ -178,9 +175,7 @@ def test_a_torch_older_than_asked_for_is_refused_before_anything_is_computed(mon
     monkeypatch.delitem(sys.modules, "mitrain.core.dist")
     with pytest.raises(UserError) as caught:
         import_module("mitrain.core.dist")
-    assert (
-        str(caught.value) == f"torch {version} gives wrong numbers here and says nothing: pip install -U 'torch>=2.13'"
-    )
+    assert str(caught.value) == f"torch {version} gives wrong numbers here and says nothing: pip install -U 'torch>=2.13'"
 
 
 @pytest.mark.parametrize("version", ["2.13.0", "2.13.0a0+nv26.05", "2.14.1+cpu", "3.0.0"])

@@ -26,9 +26,7 @@ def site(tmp_path_factory):
 
 
 def test_every_page_is_there_and_nothing_is_loaded_from_elsewhere(site):
-    pages = {
-        path.parent.relative_to(site).as_posix(): path.read_text(encoding="utf-8") for path in site.rglob("index.html")
-    }
+    pages = {path.parent.relative_to(site).as_posix(): path.read_text(encoding="utf-8") for path in site.rglob("index.html")}
     ours = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in ROOT.glob("docs/**/*.md")}
     assert {name.removesuffix("index").rstrip("/") or "." for name in ours} | {
         "contributing",

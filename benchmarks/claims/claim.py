@@ -45,9 +45,7 @@ class Claim:
         return "\n".join(map(ast.unparse, function.body))
 
 
-def claim(
-    text: str, *, expected: str, data: str, note: str = "", study: str | None = None
-) -> Callable[[Decide], Claim]:
+def claim(text: str, *, expected: str, data: str, note: str = "", study: str | None = None) -> Callable[[Decide], Claim]:
     """Makes a claim of a function that bears its id as its name; ``study``: another than the one of that name."""
 
     def made(decide: Decide) -> Claim:

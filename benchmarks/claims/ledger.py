@@ -80,18 +80,14 @@ def verdict(claim: Claim, rows: Rows) -> tuple[str, str, dict[str, Any]]:
     except (Missing, ZeroDivisionError) as error:
         return NOT_TESTED, str(error), vars(measured)
     if confirmed and contradicted:
-        raise ConfigError(
-            f"the claim {claim.id} is confirmed and contradicted by the same rows: correct its conditions"
-        )
+        raise ConfigError(f"the claim {claim.id} is confirmed and contradicted by the same rows: correct its conditions")
     if confirmed:
         return CONFIRMED, "", vars(measured)
     if contradicted and not any(row.get("reduced") for row in rows.read):
         return CONTRADICTED, "", vars(measured)
     least = max((value.least for value in vars(measured).values() if isinstance(value, Estimate)), default=None)
     seen = "" if least is None else f"an effect below {number(least)} could not have been seen"
-    reason = (
-        "measured the other way round, by runs too small to contradict" if contradicted else "neither condition holds"
-    )
+    reason = "measured the other way round, by runs too small to contradict" if contradicted else "neither condition holds"
     return NOT_SEEN, "; ".join(filter(None, [reason, seen])), vars(measured)
 
 

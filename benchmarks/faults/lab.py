@@ -218,9 +218,7 @@ class Left:
         """The same losses, step and trained tensors, bit for bit."""
         same = self.tensors.keys() == other.tensors.keys() and self.step == other.step
         return (
-            same
-            and self.losses == other.losses
-            and all(torch.equal(t, other.tensors[n]) for n, t in self.tensors.items())
+            same and self.losses == other.losses and all(torch.equal(t, other.tensors[n]) for n, t in self.tensors.items())
         )
 
 

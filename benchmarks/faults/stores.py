@@ -25,9 +25,7 @@ def with_cache(lab: Lab, case: Path) -> dict[str, str]:
 def damaged(lab: Lab, case: Path, damage: Callable[[Path], object]) -> Found:
     """Noticed, named, computed again: the run equals the undisturbed one."""
     env = with_cache(lab, case)
-    files = sorted(
-        p for p in (case / "cache").rglob("*") if p.suffix in (".npy", ".bin", ".safetensors") and p.is_file()
-    )
+    files = sorted(p for p in (case / "cache").rglob("*") if p.suffix in (".npy", ".bin", ".safetensors") and p.is_file())
     for path in files:
         damage(path)
     ended = lab.run("train", lab.world / "config.yaml", "--run-dir", case / "run", **env)
@@ -89,9 +87,7 @@ def picture_replaced_while_encoded(lab: Lab, case: Path) -> Found:
     world.picture("red", 99).save(other)
     shutil.copyfile(target, original)
     injection, fired = ("replaced_while_read", str(target), str(other)), case / "fired"
-    process = lab.start(
-        "train", here / "config.yaml", "--run-dir", case / "first", inject=injection, fired=fired, **env
-    )
+    process = lab.start("train", here / "config.yaml", "--run-dir", case / "first", inject=injection, fired=fired, **env)
     first = process.wait()
     shutil.copyfile(original, target)
     ended = lab.run("train", here / "config.yaml", "--run-dir", case / "second", **env)

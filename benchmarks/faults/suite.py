@@ -72,9 +72,7 @@ def refused_at_start(ended: Ended, *needles: str, fired: bool = True, notices: i
     return Found(fired, state, ended.seconds, said=" / ".join(ended.lines[-1:]))
 
 
-def interrupted(
-    process: Process, fired: Path, run: Path, lab: Lab, resume: Sequence[Any] = (), ranks: int = 1
-) -> Found:
+def interrupted(process: Process, fired: Path, run: Path, lab: Lab, resume: Sequence[Any] = (), ranks: int = 1) -> Found:
     """A run that a fault ends, looked at, resumed and compared with the undisturbed one."""
     ended = process.wait()
     when = moment(fired)
@@ -120,9 +118,7 @@ def faults(cases: Sequence[Case], out: Path, command: str, say: Callable[[str], 
         for number, case in enumerate(cases, 1):
             row = results.row(out, case.name, known, lambda case=case: measured(case, lab))
             rows.append(row)
-            say(
-                f"[{number}/{len(cases)}] {case.name}: {row['end_state']}{'' if row['ok'] else ', wanted ' + case.wanted}"
-            )
+            say(f"[{number}/{len(cases)}] {case.name}: {row['end_state']}{'' if row['ok'] else ', wanted ' + case.wanted}")
     found = {"made": {"command": command, **made_with(PACKAGES)}, "rows": rows}
     results.write(out, found, table(found))
     return found

@@ -86,9 +86,7 @@ def test_permuted_batches_hold_the_same_samples():
     orders = {number: tuple(permuted(draws, number)) for number in (0, *cells.ORDERS["bf16"])}
     assert all(sorted(order) == draws for order in orders.values()) and orders[0] == tuple(draws)
     assert len(set(orders.values())) == len(orders) - 1, "1 and 3, which were measured first, are one"
-    shares = {
-        frozenset({order[:2], order[2:]}) for number, order in orders.items() if number in (0, *cells.SHARDED_ORDERS)
-    }
+    shares = {frozenset({order[:2], order[2:]}) for number, order in orders.items() if number in (0, *cells.SHARDED_ORDERS)}
     assert len(shares) == 1 + len(cells.SHARDED_ORDERS), "two ranks add in another order each time"
 
 

@@ -16,8 +16,7 @@ def test_a_word_error_is_a_word_in_place_of_another_too_many_or_left_out():
 
 def test_lines_spread_over_the_split_are_heard_and_written(monkeypatch, capsys, tmp_path):
     rows = [
-        {"id": str(i), "speech": f"{i}.mp3", "text": f"This is the line {i}." if i % 2 else "Too short."}
-        for i in range(8)
+        {"id": str(i), "speech": f"{i}.mp3", "text": f"This is the line {i}." if i % 2 else "Too short."} for i in range(8)
     ]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(transcribe, "ensure_data", lambda name: tmp_path)

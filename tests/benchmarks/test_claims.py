@@ -92,9 +92,7 @@ def test_what_was_not_seen_says_the_smallest_effect_that_could_have_been(world):
     half = 12.706204736 * 0.1 / math.sqrt(2) / math.sqrt(2)  # t of one degree of freedom, standard error of two pairs
     assert row["smallest_effect_seen"] == pytest.approx(half)
     assert row["interval"]["gain"] == pytest.approx([0.05 - half, 0.05 + half])
-    assert row["verdict"] == "not seen at this scale" and row["reason"].endswith(
-        "below 0.6353 could not have been seen"
-    )
+    assert row["verdict"] == "not seen at this scale" and row["reason"].endswith("below 0.6353 could not have been seen")
 
 
 def test_the_rows_fields(world):

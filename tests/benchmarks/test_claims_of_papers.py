@@ -152,9 +152,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("claim", "verdict", "values"), CASES, ids=[f"{claim}-{verdict}" for claim, verdict, _ in CASES]
-)
+@pytest.mark.parametrize(("claim", "verdict", "values"), CASES, ids=[f"{claim}-{verdict}" for claim, verdict, _ in CASES])
 def test_rows_decide_each_claim(claim, verdict, values):
     found, reason, _ = ledger.verdict(BY_ID[claim], made(values))
     assert found == verdict, reason
@@ -202,8 +200,6 @@ def full(row):
 def test_every_shipped_study_is_read_and_its_cells_have_configurations(path):
     found = study.read(path)
     assert found.name == path.stem
-    firsts = {
-        (place.task, place.method, place.axis, repr(place.at)): place for place in reversed(cells.cell_ids(found))
-    }
+    firsts = {(place.task, place.method, place.axis, repr(place.at)): place for place in reversed(cells.cell_ids(found))}
     for place in firsts.values():
         cells.resolve(found, path, place)

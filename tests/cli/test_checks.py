@@ -36,9 +36,7 @@ MITRAIN = ["torch>=2.13", 'bitsandbytes>=0.50; extra == "quant"', 'absent>=1; ex
 
 
 def test_versions_that_fit():
-    found = checks.versions(
-        distributions(mitrain=("1", MITRAIN), torch=("2.13.0+cpu", []), bitsandbytes=("0.50.2", []))
-    )
+    found = checks.versions(distributions(mitrain=("1", MITRAIN), torch=("2.13.0+cpu", []), bitsandbytes=("0.50.2", [])))
     assert found.ok and not found.fix
 
 
@@ -84,9 +82,7 @@ def test_the_kernels_are_ours_and_take_no_name(tmp_path, kernels, mitrain_kernel
     places = {"kernels": kernels, "mitrain_kernels": mitrain_kernels}
     specs = {name: SimpleNamespace(origin=str(tmp_path / place)) for name, place in places.items() if place}
     found = checks.kernels(specs.get, tmp_path / "mitrain/cli/checks.py")
-    assert (
-        found.ok == (says is None) and (says or "mitrain_kernels in") in found.detail and bool(found.fix) == bool(says)
-    )
+    assert found.ok == (says is None) and (says or "mitrain_kernels in") in found.detail and bool(found.fix) == bool(says)
 
 
 def test_a_lock_that_nobody_holds_any_more_is_named(tmp_path):
@@ -146,9 +142,7 @@ def test_names_resolve_to_what_others_reach(env, says):
         return known[name]
 
     found = checks.host_name(env, "here", look)
-    assert (
-        found.ok == (says is None) and (says or "here is 127.0.1.1") in found.detail and bool(found.fix) == bool(says)
-    )
+    assert found.ok == (says is None) and (says or "here is 127.0.1.1") in found.detail and bool(found.fix) == bool(says)
 
 
 def test_limits(tmp_path):
@@ -178,9 +172,7 @@ def test_a_containers_little_shared_memory_is_named():
 
 
 def test_a_full_disk_is_named(tmp_path):
-    red = checks.disk(
-        lambda path: SimpleNamespace(free=(1 << 30) if path == tmp_path else 1 << 40), tmp_path / "new/one"
-    )
+    red = checks.disk(lambda path: SimpleNamespace(free=(1 << 30) if path == tmp_path else 1 << 40), tmp_path / "new/one")
     assert not red.ok and f"{tmp_path / 'new/one'};" in red.fix and "1.0 GiB free for the cache" in red.detail
     assert checks.disk(lambda path: SimpleNamespace(free=3 << 30), tmp_path).ok
 

@@ -100,9 +100,7 @@ def test_counted_rows():
 
 def test_a_figure_per_cost_and_per_axis():
     plain = [
-        row(m, seed, trainable_parameters=n, step_ms=t)
-        for m, n, t in (("a", 10**3, 5), ("b", 10**6, 50))
-        for seed in (0, 1)
+        row(m, seed, trainable_parameters=n, step_ms=t) for m, n, t in (("a", 10**3, 5), ("b", 10**6, 50)) for seed in (0, 1)
     ]
     curve = [row("mope", s, 0.1 * k, axis="experts", at=k, saved_bytes=k * 2**20) for k in (1, 2, 4) for s in (0, 1)]
     found = plots(result(*plain, *curve, row("c", status="failed", value=None, axis="experts", at=9)))

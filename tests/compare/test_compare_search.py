@@ -57,9 +57,7 @@ def test_the_better_half_goes_on_and_the_best_is_trained_for_test(tmp_path):
     assert {ask[0] for ask in trials} == {"mit"} and {ask[4] for ask in trials} == {7}
     assert {lr for _, _, steps, lr, _ in trials if steps == 20} == {0.3, 0.4}
     final = [ask for ask in bench.asked if ask[1] == "test"]
-    assert final == [("mit", "test", 5, 0.4, 0), ("mit", "test", 5, 0.4, 1)] + [
-        ("none", "test", 5, 1e-3, s) for s in (0, 1)
-    ]
+    assert final == [("mit", "test", 5, 0.4, 0), ("mit", "test", 5, 0.4, 1)] + [("none", "test", 5, 1e-3, s) for s in (0, 1)]
     (chosen,) = found["search"]
     assert chosen["set"] == {"train.lr": 0.4, "adapter.base": 0} and chosen["value"] == 0.4
     assert (chosen["trials"], chosen["steps"], chosen["seconds"]) == (14, 8 * 10 + 4 * 20 + 2 * 40, 42)

@@ -78,18 +78,14 @@ def test_a_section_of_another_name_replaces_the_bases(folder):
 
 
 def test_items_of_lists_are_changed_by_their_number():
-    assert study.laid_over({"a": [{"size": 1, "x": 2}, 5]}, study.nested({"a.0.size": 3})) == {
-        "a": [{"size": 3, "x": 2}, 5]
-    }
+    assert study.laid_over({"a": [{"size": 1, "x": 2}, 5]}, study.nested({"a.0.size": 3})) == {"a": [{"size": 3, "x": 2}, 5]}
     with pytest.raises(ConfigError, match="has no item 2"):
         study.laid_over({"a": [1, 2]}, study.nested({"a.2": 3}))
 
 
 def test_points_with_settings_of_their_own(folder):
     axes = {
-        "depth": {
-            "values": [{"value": 1, "set": {"adapter.layers": [2]}}, {"value": 2, "set": {"adapter.layers": "1-2"}}]
-        }
+        "depth": {"values": [{"value": 1, "set": {"adapter.layers": [2]}}, {"value": 2, "set": {"adapter.layers": "1-2"}}]}
     }
     place = CellId("label", "mit", "depth", 1, 0)
     found, _ = made(folder, axes=axes)

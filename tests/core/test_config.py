@@ -203,9 +203,7 @@ def test_a_value_on_the_command_line_is_taken_whole_or_the_error_says_how_to_wri
 
 
 def test_values_on_the_command_line():
-    found = given(
-        "texts=[yes, no]", "whole=010", 'text="Question: {prompt} #1"', "number=1e-5", "layers=[1, 2]", "flag=on"
-    )
+    found = given("texts=[yes, no]", "whole=010", 'text="Question: {prompt} #1"', "number=1e-5", "layers=[1, 2]", "flag=on")
     assert found == Fields(
         texts=("yes", "no"), whole=10, text="Question: {prompt} #1", number=1e-5, layers=(1, 2), flag=True
     )

@@ -54,9 +54,7 @@ def test_atomic_folder_publishes_replaces_and_cleans_up(tmp_path):
     assert (target / "f").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
-@pytest.mark.parametrize(
-    ("mask", "file", "folder"), [(0o077, 0o600, 0o700), (0o002, 0o664, 0o775), (0o022, 0o644, 0o755)]
-)
+@pytest.mark.parametrize(("mask", "file", "folder"), [(0o077, 0o600, 0o700), (0o002, 0o664, 0o775), (0o022, 0o644, 0o755)])
 def test_what_is_written_has_the_mode_that_the_umask_gives(tmp_path, mask, file, folder):
     before = os.umask(mask)
     try:
@@ -126,9 +124,7 @@ def test_a_held_lock_says_for_whom_it_waits_and_ends_in_time(tmp_path, monkeypat
     marker = tmp_path / "l"
     marker.write_text(ELSEWHERE)
     monkeypatch.setattr(files, "SILENT_S", 0.0)
-    says = (
-        rf"process 71 on node-9 since [-0-9]+ [:0-9]+ holds {re.escape(str(marker))} .* in 0.3 s: .* remove that file"
-    )
+    says = rf"process 71 on node-9 since [-0-9]+ [:0-9]+ holds {re.escape(str(marker))} .* in 0.3 s: .* remove that file"
     with caplog.at_level(logging.WARNING), pytest.raises(UserError, match=says), files.file_lock(marker, seconds=0.3):
         pass
     (said,) = (record.getMessage() for record in caplog.records)

@@ -124,9 +124,7 @@ def a_list(path):
 
 
 DAMAGES = [(change, "a.npy") for change in (halved, moved, without_numbers, flipped, Path.unlink)]
-DAMAGES += [
-    (change, "index.json") for change in (halved, flipped, exchanged, without_an_array, far_away, senseless, a_list)
-]
+DAMAGES += [(change, "index.json") for change in (halved, flipped, exchanged, without_an_array, far_away, senseless, a_list)]
 
 
 def all_right(cache) -> bool:

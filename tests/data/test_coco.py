@@ -32,9 +32,7 @@ ANNOTATIONS = [
 ]
 
 
-def write(
-    root, questions=QUESTIONS, annotations=ANNOTATIONS, subset="train2014", folder="", name="COCO_{}_{:012d}.jpg"
-):
+def write(root, questions=QUESTIONS, annotations=ANNOTATIONS, subset="train2014", folder="", name="COCO_{}_{:012d}.jpg"):
     (root / folder).mkdir(exist_ok=True)
     path = root / folder / f"v2_OpenEnded_mscoco_{subset}_questions.json"
     path.write_text(json.dumps({"info": {}, "data_subtype": subset, "questions": questions}))
@@ -112,9 +110,7 @@ def test_two_files_of_a_subset_are_refused(tmp_path):
 
 def write_captions(root, images, annotations):
     (root / "annotations").mkdir(exist_ok=True)
-    (root / "annotations" / "captions_val2017.json").write_text(
-        json.dumps({"images": images, "annotations": annotations})
-    )
+    (root / "annotations" / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (root / "val2017").mkdir(exist_ok=True)
     (root / "val2017" / "000000000007.jpg").touch()
     return root

@@ -99,8 +99,7 @@ def test_labels_read_together_are_those_read_one_by_one(tmp_path, monkeypatch, a
 
 def test_records_and_targets_read_together_are_those_read_one_by_one(tmp_path, monkeypatch):
     asked = [
-        {"image": f"{i}.png", "prompt": f"which {i}", "answer": f"a{i % 2}", "candidates": ["a0", "a1"]}
-        for i in range(7)
+        {"image": f"{i}.png", "prompt": f"which {i}", "answer": f"a{i % 2}", "candidates": ["a0", "a1"]} for i in range(7)
     ]
     asked += [{"image": "x.png", "prompt": "many?", "answer": ["yes", "no", "no"]}, {**asked[0], "candidates": ["a0"]}]
     rated = [{"image": f"{i}.png", "text": f"t{i}", "target": value} for i, value in enumerate([1, 2.5, 0, -3e3])]
@@ -110,9 +109,7 @@ def test_records_and_targets_read_together_are_those_read_one_by_one(tmp_path, m
     found = list(read_records(written(records, asked))), list(read_targets(written(targets, rated)))
     one_by_one(monkeypatch)
     assert found == (list(read_records(records / "rows.jsonl")), list(read_targets(targets / "rows.jsonl")))
-    assert found[0][7] == AnswerSample(
-        "rows.jsonl:8", {"image": "x.png"}, "many?", "no", references=("yes", "no", "no")
-    )
+    assert found[0][7] == AnswerSample("rows.jsonl:8", {"image": "x.png"}, "many?", "no", references=("yes", "no", "no"))
     assert found[1][1] == TargetSample("rows.jsonl:2", {"image": "1.png"}, "t1", 2.5)
 
 

@@ -127,9 +127,7 @@ def test_a_broken_mask_is_named_and_counted_then_stops(world, caplog):
 
 
 def test_a_split_of_which_too_much_is_missing_is_refused(world):
-    samples = [
-        ReferSample(f"s{i}", {"image": f"images/gone{i}.png"}, "x", (20, 24), [[2, 1, 8, 1, 8, 5]]) for i in range(2)
-    ]
+    samples = [ReferSample(f"s{i}", {"image": f"images/gone{i}.png"}, "x", (20, 24), [[2, 1, 8, 1, 8, 5]]) for i in range(2)]
     samples += [ReferSample("s9", {"image": IMAGES[0]}, "x", (20, 24), [[2, 1, 8, 1, 8, 5]])]
     with pytest.raises(DataError, match=r"2 of 3 samples cannot be used.*bad_share=0.1: images/gone0\.png"):
         features(world, None, BadSamples(20)).readable(samples)
@@ -145,9 +143,7 @@ def test_a_picture_that_is_not_what_was_annotated_is_a_bad_sample(world, caplog)
     image.resize((20, 15)).save(folder / "half.png")
     image.crop((0, 0, 40, 20)).save(folder / "other.png")
     names = ["turned", "upright", "half", "other"]
-    samples = [
-        ReferSample(name, {"image": f"images/{name}.png"}, "x", (30, 40), [[2, 1, 8, 1, 8, 5]]) for name in names
-    ]
+    samples = [ReferSample(name, {"image": f"images/{name}.png"}, "x", (30, 40), [[2, 1, 8, 1, 8, 5]]) for name in names]
     found = features(world, None, BadSamples(1, 0.5))
     assert found.readable(samples) == samples[:3]
     assert "other.png' in" in caplog.text and "40 x 20 pixels, its annotation is made for 40 x 30" in caplog.text

@@ -214,9 +214,7 @@ def test_the_pixel_limit_is_exact(tmp_path):
     refused(tmp_path, name, r"30 x 20 pixels", max_pixels=599)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"no picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"GIF89a"]
-)
+@pytest.mark.parametrize("content", [b"", b"no picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"GIF89a"])
 def test_what_is_no_picture_is_refused(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     refused(tmp_path, "a.png", "not a readable picture")
@@ -308,9 +306,7 @@ def test_a_turn_that_the_size_does_not_tell_is_refused(tmp_path, size, turn):
 )
 def test_a_picture_that_is_not_what_was_annotated_is_refused(tmp_path, size, why):
     name = save(tmp_path, "a.png", Image.new("L", (40, 30)))
-    with pytest.raises(
-        DataError, match=rf"a\.png.*40 x 30 pixels, its annotation is made for {size[1]} x {size[0]}.*{why}"
-    ):
+    with pytest.raises(DataError, match=rf"a\.png.*40 x 30 pixels, its annotation is made for {size[1]} x {size[0]}.*{why}"):
         read_image(tmp_path, name).annotated(size)
 
 

@@ -92,9 +92,7 @@ def test_faults_of_several_labels_and_of_headers(tmp_path):
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_a_column_that_was_asked_for_must_be_there(tmp_path, suffix):
     path = write(tmp_path / f"a.{suffix}", *([ROW] if suffix == "jsonl" else ["image,text,label", "a.png,x,food"]))
-    with pytest.raises(
-        DataError, match=rf"a\.{suffix}' has no 'txt' \(did you mean 'text'\?\) in any record"
-    ) as caught:
+    with pytest.raises(DataError, match=rf"a\.{suffix}' has no 'txt' \(did you mean 'text'\?\) in any record") as caught:
         read_labels(path, {"text": "txt"})
     assert "image, label, text: correct columns.text=txt" in str(caught.value).replace("id, image", "image")
 
@@ -142,9 +140,7 @@ def test_labels_that_differ_in_case_alone_are_pointed_out(tmp_path, caplog):
     assert caplog.text.count("'Food' and 'food', which count as two") == 1 and "toy" not in caplog.text
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), st.lists, max_leaves=4
-)
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), st.lists, max_leaves=4)
 ROWS = st.dictionaries(st.sampled_from([*ROW, "kind", "other"]), VALUES)
 
 
@@ -208,9 +204,7 @@ def test_vectors_of_two_classes_are_no_labels(tmp_path, other):
 def test_what_programs_write_into_an_empty_cell_is_no_class_unless_it_is_meant(tmp_path, word, multilabel):
     (tmp_path / "train.csv").write_text(f"image,text,label\na.png,x,food\nb.png,{word},{word}\n")
     files = {"splits": {"train": "train.csv"}, "multilabel": multilabel}
-    with pytest.raises(
-        DataError, match=rf"train\.csv:3: 'label' is '{word}', .*fill it in, or give data\.missing=\[\]"
-    ):
+    with pytest.raises(DataError, match=rf"train\.csv:3: 'label' is '{word}', .*fill it in, or give data\.missing=\[\]"):
         section(**files).class_names(tmp_path)
     assert set(section(**files, missing=[]).class_names(tmp_path)) == {"food", word}
     assert section(**files, classes=["food", word]).read(tmp_path, "train")[1] == LabelSample(

@@ -31,13 +31,9 @@ def test_parquet_is_read_as_a_csv_of_the_same_columns(tmp_path):
     read = [read_labels(tmp_path / name, may_lack=("image",)) for name in ("a.parquet", "a.csv")]
     assert read[0] == read[1] and [s.inputs for s in read[0]] == [{"image": "a.png"}, {}]
     refused(lambda: read_labels(tmp_path / "a.parquet"), "a.parquet#1: no 'image'", "data.may_lack=[image]")
-    refused(
-        lambda: read_labels(tmp_path / "a.parquet", {"label": "lable"}), "no column 'lable' for label (did you mean"
-    )
+    refused(lambda: read_labels(tmp_path / "a.parquet", {"label": "lable"}), "no column 'lable' for label (did you mean")
     asked = {"object": "thing"}
-    refused(
-        lambda: read_labels(tmp_path / "a.parquet", asked, may_lack=["image"]), "no 'thing'", "columns.object=thing"
-    )
+    refused(lambda: read_labels(tmp_path / "a.parquet", asked, may_lack=["image"]), "no 'thing'", "columns.object=thing")
 
 
 def test_every_reader_takes_parquet(tmp_path):
@@ -53,9 +49,7 @@ def test_every_reader_takes_parquet(tmp_path):
 
 
 def test_an_empty_number_of_pandas_is_no_target(tmp_path):
-    parquet.write_table(
-        pyarrow.table({"image": ["a"], "text": ["t"], "target": [float("nan")]}), tmp_path / "a.parquet"
-    )
+    parquet.write_table(pyarrow.table({"image": ["a"], "text": ["t"], "target": [float("nan")]}), tmp_path / "a.parquet")
     refused(lambda: read_targets(tmp_path / "a.parquet"), "a.parquet#0: no 'target'")
 
 
@@ -101,9 +95,7 @@ def test_a_path_in_place_of_bytes_is_below_the_folder(tmp_path):
     kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
     paths = ["a.png", "../b.png", "a.parquet#0/image", None]
     cells = pyarrow.array([{"bytes": None, "path": path} for path in paths], kind)
-    parquet.write_table(
-        pyarrow.table({"image": cells, "text": ["t"] * 4, "label": list("abab")}), tmp_path / "a.parquet"
-    )
+    parquet.write_table(pyarrow.table({"image": cells, "text": ["t"] * 4, "label": list("abab")}), tmp_path / "a.parquet")
     (tmp_path / "a.png").write_bytes(png("red"))
     first, *others = [sample.inputs["image"] for sample in read_labels(tmp_path / "a.parquet")]
     assert read_image(tmp_path, first).digest == read_image(tmp_path, "a.png").digest

@@ -53,9 +53,7 @@ def test_arrays_end_with_their_clip_and_silence_is_no_infinity(tmp_path):
     audio = read_array(tmp_path, f"{NAME}#train/audio/0").values
     assert audio.tolist() == [[0, 2, 3], [4, 5, 6], [7, 8, 9]]  # of length 3; −∞ is 0
     assert read_array(tmp_path, f"{NAME}#train/audio/1").values.shape == (2, 3)
-    assert (
-        read_array(tmp_path, f"{NAME}#train/vision/0").values.tolist() == [[5, 5]] * 2
-    )  # no lengths: zeros are padding
+    assert read_array(tmp_path, f"{NAME}#train/vision/0").values.tolist() == [[5, 5]] * 2  # no lengths: zeros are padding
     assert read_array(tmp_path, f"{NAME}#train/vision/1").values.tolist() == [[0, 0]]  # nothing was found in that clip
 
 

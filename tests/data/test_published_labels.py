@@ -326,9 +326,7 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, data, noise):
         lambda: food101.read_food101(root, "train", 0.1),
     ):
         samples = read_or_refused(read, DataError)
-        assert samples is None or all(
-            s.labels and s.inputs["image"] and "/../" not in s.inputs["image"] for s in samples
-        )
+        assert samples is None or all(s.labels and s.inputs["image"] and "/../" not in s.inputs["image"] for s in samples)
 
 
 @settings(max_examples=30, deadline=None)

@@ -136,9 +136,7 @@ def test_other_faults(tmp_path):
         read_records(tmp_path / "latin.jsonl")
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), st.lists, max_leaves=4
-)
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), st.lists, max_leaves=4)
 ROWS = st.dictionaries(st.sampled_from([*ROW, "kind", "other"]), VALUES)
 
 

@@ -256,9 +256,7 @@ def test_a_polygon_that_reaches_outside_is_cut():
 def test_broken_segmentations_are_refused(segmentation):
     with pytest.raises(DataError, match="the segmentation of s is broken"):
         ReferSample("s", {"image": "a.jpg"}, "x", SIZE, segmentation).mask()
-    assert (
-        ReferSample("s", {"image": "a.jpg"}, "x", SIZE, segmentation).fault().startswith("its segmentation is broken: ")
-    )
+    assert ReferSample("s", {"image": "a.jpg"}, "x", SIZE, segmentation).fault().startswith("its segmentation is broken: ")
 
 
 # hostile and broken files
@@ -457,9 +455,7 @@ def check_read_or_refused(root, name: str, content: bytes) -> None:
 
 
 @settings(max_examples=400, deadline=None)
-@given(
-    text=st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=12), runs=st.lists(st.integers(-5, 200))
-)
+@given(text=st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=12), runs=st.lists(st.integers(-5, 200)))
 def test_any_run_lengths_are_decoded_or_refused(text, runs):
     for counts in (text, runs):
         mask = read_or_refused(lambda counts=counts: decode_mask({"size": [9, 12], "counts": counts}, SIZE), ValueError)
@@ -532,9 +528,7 @@ def test_a_sentence_that_stands_twice_is_refused_and_an_equal_annotation_counts_
 @pytest.mark.parametrize("name", ["refs(unc).json", "grefs(unc).json"])
 def test_references_as_json_of_several_targets_and_of_none(tmp_path, name, caplog):
     root = refer_folder(tmp_path, [ref(1, "val", "x")], [annotation(1, SQUARE), annotation(2, TOP)])
-    one, both, none, empty = (
-        ref(number, "val", text) for number, text in enumerate(["one", "both", "none", "empty"], 1)
-    )
+    one, both, none, empty = (ref(number, "val", text) for number, text in enumerate(["one", "both", "none", "empty"], 1))
     refs = [one | {"ann_id": [101]}, both | {"ann_id": [101, 102.0]}, none | {"ann_id": [-1]}, empty | {"ann_id": []}]
     (root / "refcoco" / name).write_text(json.dumps(refs))
     refused(

@@ -12,9 +12,7 @@ def written(path, text):
 
 
 def test_jsonl_and_csv_give_the_same_samples(tmp_path):
-    lines = (
-        '{"image": "a.png", "text": "bad", "target": -2.25, "id": "x"}\n{"image": "b.png", "target": 3, "kind": "k"}\n'
-    )
+    lines = '{"image": "a.png", "text": "bad", "target": -2.25, "id": "x"}\n{"image": "b.png", "target": 3, "kind": "k"}\n'
     expected = [
         TargetSample("x", {"image": "a.png"}, "bad", -2.25),
         TargetSample("a:2", {"image": "b.png"}, "", 3.0, kind="k"),

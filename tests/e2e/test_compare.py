@@ -29,9 +29,7 @@ def world(tmp_path_factory):
     colour_records(path / "data", train=24, val=8)
     for split in ("train", "val", "test"):
         rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
-        made = [
-            {"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows
-        ]
+        made = [{"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows]
         (path / "data" / f"labels-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     base = {
         "name": "labels",

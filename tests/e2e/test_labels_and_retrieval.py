@@ -23,9 +23,7 @@ def world(tmp_path_factory):
     colour_records(path / "data", train=24, val=8)
     for split in ("train", "val", "test"):
         rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
-        made = [
-            {"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows
-        ]
+        made = [{"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows]
         several = [row | {"label": [row["label"], "picture"]} for row in made]
         captions = [row | {"text": f"a {row['label']} square"} for row in made]
         for name, content in (("labels", made), ("several", several), ("captions", captions)):
@@ -81,8 +79,7 @@ def test_one_label(world, capsys):
     assert max(found[c]["accuracy"] for c in ("other-inputs", "frozen", "shuffle")) <= 0.5
     baselines = as_json(capsys, "eval", run, "--split", "test", "--baselines")["baselines"]
     assert (
-        baselines["majority label"]["accuracy"] == 0.25
-        and baselines["linear probe on the same features"]["accuracy"] >= 0.8
+        baselines["majority label"]["accuracy"] == 0.25 and baselines["linear probe on the same features"]["accuracy"] >= 0.8
     )
     (world / "data" / "labels-train.jsonl").rename(world / "data" / "gone.jsonl")  # the classes are the run's own
     try:
@@ -227,12 +224,8 @@ def test_captions(world, capsys):
     said = as_json(capsys, "predict", run, "--image", world / "data" / "images" / "32.png", "--text", "a red square")
     assert "square" in said["caption"] and said["log_likelihood"] < 0
     exported = as_json(capsys, "export", run, "--out", world / "export-described")["folder"]
-    again = as_json(
-        capsys, "predict", exported, "--image", world / "data" / "images" / "32.png", "--text", "a red square"
-    )
-    assert again["caption"] == said["caption"] and again["log_likelihood"] == pytest.approx(
-        said["log_likelihood"], abs=1e-5
-    )
+    again = as_json(capsys, "predict", exported, "--image", world / "data" / "images" / "32.png", "--text", "a red square")
+    assert again["caption"] == said["caption"] and again["log_likelihood"] == pytest.approx(said["log_likelihood"], abs=1e-5)
     table = as_json(capsys, "report", run, "--splits", "test", "--out", world / "report-described")["markdown"]
     assert "| CIDEr |" in table and (world / "report-described" / "described-test.png").is_file()
 

@@ -153,9 +153,7 @@ def test_each_encoder_can_be_a_modality_of_its_own(capsys, world):
     parts = adapter.modalities_of(normalize(features))
     assert [(name, x.shape[1]) for name, x in parts.items()] == [("coarse", 24), ("fine", 48)]
     with torch.no_grad():
-        outs = [
-            llm(ids, infused=shown).logits for shown in (parts, {**parts, "fine": None}, {**parts, "coarse": None}, {})
-        ]
+        outs = [llm(ids, infused=shown).logits for shown in (parts, {**parts, "fine": None}, {**parts, "coarse": None}, {})]
     assert all((a - b).abs().max() > 1e-6 for i, a in enumerate(outs) for b in outs[:i])
     with pytest.raises(ModelError, match="70 wide, but the adapter's modalities are"):
         adapter.modalities_of(features[:, 2:])
@@ -241,9 +239,7 @@ def test_a_merged_encoder_of_sound_or_text_is_a_plain_model_with_its_reader(caps
     made = said(capsys, "export", run, "--merge", "--out", out)
     assert made["files"] == sorted(["text", name, "head.safetensors", "merged.json"])
     adapted = runs.open_run(run).model.encoders[name]
-    merged, before = (
-        encoder_of(adapted.config.model_copy(update={"name": str(at)}), at) for at in (out / name, frozen)
-    )
+    merged, before = (encoder_of(adapted.config.model_copy(update={"name": str(at)}), at) for at in (out / name, frozen))
     item = (read_audio if takes == "audio" else read_text)(world / "data", f"1.{suffix}")
     found, expected, old = (e.encode([e.preprocess(item)])["pooled"] for e in (merged, adapted, before))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -87,9 +87,7 @@ def test_a_run_of_three_modalities_is_trained_scored_asked_and_published(world, 
     assert gone["accuracy"] == plain["accuracy_without_speech"]["100%"] and gone["without"] == {"speech": 1.0}
     assert as_json(capsys, "eval", run, "--split", "test", "--shuffle", "image")["shuffled"] == ["image"]
     files = {name: str(world / "data" / f"test0.{end}") for name, end in (("speech", "wav"), ("mine", "npy"))}
-    files["image"] = str(
-        world / "data" / json.loads((world / "data" / "test.jsonl").read_text().splitlines()[0])["image"]
-    )
+    files["image"] = str(world / "data" / json.loads((world / "data" / "test.jsonl").read_text().splitlines()[0])["image"])
     given = [part for name, file in files.items() for part in ("--input", f"{name}={file}")]
     said = as_json(capsys, "predict", run, *given, "--text", "this thing is")
     assert said["speech"] == files["speech"] and len(said["labels"]) == 1
@@ -139,9 +137,7 @@ def test_numbers_are_learned_from_speech_alone_without_a_text(world, capsys):
     data["splits"] = {split: f"heard-{split}.csv" for split in ("train", "val")}
     task = {"name": "regress", "readout": ["last", "speech"]}
     config = written(world, "heard", model={"encoders": encoders}, data=data, task=task)
-    run = as_json(capsys, "train", config, "--runs", world / "runs", "train.steps=40", "train.modality_dropout=0")[
-        "run"
-    ]
+    run = as_json(capsys, "train", config, "--runs", world / "runs", "train.steps=40", "train.modality_dropout=0")["run"]
     heard = as_json(capsys, "eval", run)
     other = as_json(capsys, "eval", run, "--shuffle", "speech")
     assert heard["mae"] < 0.5 < other["mae"]
@@ -154,13 +150,9 @@ def test_mit_without_any_input_scores_as_the_frozen_model(world, capsys):
     folder = next((world / "runs").glob("bare-*"))
     capsys.readouterr()
     frozen = as_json(capsys, "eval", folder, "--split", "test", "--control", "frozen")
-    gone = as_json(
-        capsys, "eval", folder, "--split", "test", *"--without image --without speech --without mine".split()
-    )
+    gone = as_json(capsys, "eval", folder, "--split", "test", *"--without image --without speech --without mine".split())
     plain = as_json(capsys, "eval", folder, "--split", "test")
-    measured = [
-        {name: value for name, value in said.items() if isinstance(value, float)} for said in (gone, frozen, plain)
-    ]
+    measured = [{name: value for name, value in said.items() if isinstance(value, float)} for said in (gone, frozen, plain)]
     assert measured[0] == measured[1] != measured[2], measured
 
 
@@ -228,9 +220,7 @@ def test_a_method_that_changes_an_encoder_does_so_for_speech(world, capsys):
     assert plain["samples"] == 8 and set(plain["accuracy_without_speech"]) == {"0%", "25%", "50%", "75%", "100%"}
     file = world / "data" / "test0.wav"
     said = as_json(capsys, "predict", run, "--input", f"speech={file}", "--text", "this thing is")
-    other = as_json(
-        capsys, "predict", run, "--input", f"speech={world / 'data' / 'test2.wav'}", "--text", "this thing is"
-    )
+    other = as_json(capsys, "predict", run, "--input", f"speech={world / 'data' / 'test2.wav'}", "--text", "this thing is")
     assert said["probabilities"] != other["probabilities"]
     out = as_json(capsys, "export", run, "--out", world / "published-pmf")["folder"]
     again = as_json(capsys, "predict", out, "--input", f"speech={file}", "--text", "this thing is")
@@ -253,9 +243,7 @@ def test_pictures_and_speech_find_one_another_without_a_text(world, capsys, adap
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     run = as_json(capsys, "train", path, "--runs", world / "runs")["run"]
     plain = as_json(capsys, "eval", run, "--split", "test", "--baselines")
-    assert {"image_to_speech_r1", "speech_to_image_median_rank"} <= plain.keys() and plain["samples"] == plain[
-        "images"
-    ] == 4
+    assert {"image_to_speech_r1", "speech_to_image_median_rank"} <= plain.keys() and plain["samples"] == plain["images"] == 4
     assert plain["baselines"]["random order"]["image_to_speech_r1"] == 0.25
     assert "image_to_speech_r1" in plain["baselines"]["ridge regression to the speech features"]
     other = as_json(capsys, "eval", run, "--split", "test", "--control", "shuffle")

@@ -159,9 +159,7 @@ def test_predict_answers_with_probabilities(world, trained, capsys):
     image = next((world / "data" / "images").glob("*.png"))
     prompt = "the colour of this picture is"
     found = as_json(capsys, "predict", trained, "--image", image, "--text", prompt)
-    assert found["answer"] in found["probabilities"] and sum(found["probabilities"].values()) == pytest.approx(
-        1, abs=1e-4
-    )
+    assert found["answer"] in found["probabilities"] and sum(found["probabilities"].values()) == pytest.approx(1, abs=1e-4)
     code, out, _ = command(capsys, "predict", trained, "--image", image, "--text", prompt, "--candidates", "red,blue")
     assert code == 0 and out.startswith("answer: ") and "red" in out
 
@@ -176,10 +174,7 @@ def test_an_export_is_asked_like_its_run(world, trained, capsys):
     scores = [as_json(capsys, "eval", folder, "--split", "test") for folder in (trained, world / "adapter")]
     assert scores[0].pop("run") != scores[1].pop("run") and scores[0] == scores[1]
     assert made["metrics"]["test"]["accuracy"] == scores[0]["accuracy"] and made["step"] == scores[0]["step"]
-    assert (
-        f"| test | {made['step']} | accuracy | {scores[0]['accuracy']:.4f} |"
-        in (world / "adapter/README.md").read_text()
-    )
+    assert f"| test | {made['step']} | accuracy | {scores[0]['accuracy']:.4f} |" in (world / "adapter/README.md").read_text()
 
 
 def test_chat_from_a_pipe_answers_as_predict_does(world, trained, capsys, monkeypatch):
@@ -321,9 +316,7 @@ def test_lists_name_licences_and_prepare_is_once(world, capsys):
     assert code == 2 and "'digits'" in err
 
 
-@pytest.mark.parametrize(
-    "override", ["model.dtype=bf16", "adapter.preset=released", "adapter.gate=token", "adapter.rank=4"]
-)
+@pytest.mark.parametrize("override", ["model.dtype=bf16", "adapter.preset=released", "adapter.gate=token", "adapter.rank=4"])
 def test_variants_train(world, capsys, override):
     layers = ["adapter.layers=[1, 2]", "train.steps=3", "--runs", world / "variants"]
     made = as_json(capsys, "train", world / "colours.yaml", override, *layers)

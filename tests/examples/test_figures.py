@@ -45,8 +45,7 @@ def manual(folder: Path, more: dict[str, bytes] | None = None) -> list[Path]:
         "bad.html": page("<p>no figures</p>"),
     }
     pages |= {
-        f"page{i}.html": page(figure(f"Figure 2.{i}. Figure {'abcdefghijkl'[i]}", f"images/p{i}.png"))
-        for i in range(12)
+        f"page{i}.html": page(figure(f"Figure 2.{i}. Figure {'abcdefghijkl'[i]}", f"images/p{i}.png")) for i in range(12)
     }
     pictures = {f"images/a{i}.png": tiny_packages.drawing(40 + i) for i in range(1, 6)}
     pictures |= {f"images/p{i}.png": tiny_packages.drawing(60 + i) for i in range(12)}
@@ -99,9 +98,7 @@ def games(folder: Path) -> list[Path]:
     known += [("odd", "odd one", "game::platform", "use::gameplaying"), ("no-genre", "none", "role::x", "game::TODO")]
     known += [("unseen", "without picture", "game::arcade", "game::board")]
     text = "\n".join(RECORD.format(*record) for record in known)
-    pictures = {
-        f"./{figures.THUMBNAILS}/{name}.png": tiny_packages.drawing(i) for i, (name, *_) in enumerate(known[:-1])
-    }
+    pictures = {f"./{figures.THUMBNAILS}/{name}.png": tiny_packages.drawing(i) for i, (name, *_) in enumerate(known[:-1])}
     pictures[f"./{figures.THUMBNAILS}/unknown.png"] = tiny_packages.drawing(99)
     (folder / "records.txt").write_text(text)
     return [tiny_deb.deb(folder / "games.deb", pictures), folder / "records.txt"]

@@ -38,9 +38,7 @@ def check(folder):
         names = [{s.answer for s in read_records(folder / f"questions_{split}.jsonl")} for split in (one, other)]
         assert other == "test_food" or not names[0] & names[1]
     prints = [
-        np.stack(
-            [fingerprint(open_image(folder, image)) for image in sorted({s.inputs["image"] for s in parts[split]})]
-        )
+        np.stack([fingerprint(open_image(folder, image)) for image in sorted({s.inputs["image"] for s in parts[split]})])
         for split in ("train", "val", "test")
     ]
     assert not any(near_pairs(*pair) for pair in combinations(prints, 2))

@@ -88,13 +88,11 @@ def test_expressions_hold(seed):
             "place": phrase.text == one.expression and names.count(names[i]) == 2,
             "size": phrase.text == one.expression and names.count(names[i]) == 2,
             "category": phrase.text == f"the {categories[i]}" and categories.count(categories[i]) == 1,
-            "category and place": categories.count(categories[i]) == 2
-            and phrase.text.startswith(f"the {categories[i]} "),
+            "category and place": categories.count(categories[i]) == 2 and phrase.text.startswith(f"the {categories[i]} "),
             "other": categories.count(categories[i]) == 2 and names[i] not in phrase.text,
             "odd": {categories.count(each) for each in categories} == {1, 3} and categories.count(categories[i]) == 1,
             "keyword": phrase.text == f"something about {names[i]}y",
-            "extreme": min(gap[int(phrase.text.split()[1] in ("topmost", "bottommost"))] for gap in away)
-            >= phrases.APART,
+            "extreme": min(gap[int(phrase.text.split()[1] in ("topmost", "bottommost"))] for gap in away) >= phrases.APART,
             "nearest": any(other.thing.name in phrase.text for other in others),
         }
         assert truth[phrase.kind], phrase

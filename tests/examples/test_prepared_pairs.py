@@ -56,9 +56,7 @@ def shared(folder: Path, splits: dict[str, list]) -> list[str]:
     """Everything that two splits share and must not."""
     found = []
     prints = {
-        split: np.stack(
-            [fingerprint(open_image(folder, image)) for image in sorted({s.inputs["image"] for s in samples})]
-        )
+        split: np.stack([fingerprint(open_image(folder, image)) for image in sorted({s.inputs["image"] for s in samples})])
         for split, samples in splits.items()
     }
     for one, other in combinations(splits, 2):
@@ -118,9 +116,7 @@ def test_variants_of_a_drawing_stay_together(built):
     twins = ["animals/twin_01", "animals/other", "animals/twin_02", "food/late"]
     assert len({samples[name].object for name in twins}) == 1
     assert samples["animals/other"].labels == ("animal", "food")
-    assert (
-        samples["animals/animaldx".replace("dx", "d0x")].text == "animal & daa"
-    )  # the packed one, its entities resolved
+    assert samples["animals/animaldx".replace("dx", "d0x")].text == "animal & daa"  # the packed one, its entities resolved
     assert not {"computer/icon", "animals/untitled", "animals/animalaax"} & set(samples)
     assert {label for s in samples.values() for label in s.labels} == {"animal", "food", "people"}
 
@@ -130,9 +126,7 @@ def test_one_vendor_is_never_trained_on(built):
     splits = rows_of(folder, False)
     vendors = {split: {s.id.partition("/")[0] for s in samples} for split, samples in splits.items()}
     assert vendors == {"train": {"google"}, "val": {"google"}, "test": {"twitter"}, "test_vendor": {"twitter"}}
-    assert not {label for samples in splits.values() for s in samples for label in s.labels} - set(
-        emoji.CATEGORIES.values()
-    )
+    assert not {label for samples in splits.values() for s in samples for label in s.labels} - set(emoji.CATEGORIES.values())
     alike = {f"twitter/{0x1F400 + i:x}-fe0f" for i in range(3)}
     assert not alike & {s.id for s in splits["test_vendor"]}
     both = [split for split, samples in splits.items() if any("juggling" in s.text for s in samples)]
@@ -183,15 +177,12 @@ def test_labels_follow_from_name_and_category(pairs_folder, tmp_path):
     for sample in read_snli_ve(pairs_folder, "train"):
         stamp = by_file[sample.object]
         true = any(
-            f"shows {phrase}" in sample.text
-            for phrase in (entailment.name_phrase(stamp), entailment.category_phrase(stamp))
+            f"shows {phrase}" in sample.text for phrase in (entailment.name_phrase(stamp), entailment.category_phrase(stamp))
         )
         plain = sample.text.endswith(
             tuple(f"{w}." for w in (entailment.name_phrase(stamp), entailment.category_phrase(stamp)))
         )
-        assert {"entailment": true and plain, "neutral": true and not plain, "contradiction": not true}[
-            sample.labels[0]
-        ]
+        assert {"entailment": true and plain, "neutral": true and not plain, "contradiction": not true}[sample.labels[0]]
 
 
 def test_a_text_alone_tells_at_most_what_is_not_entailed(pairs_folder):

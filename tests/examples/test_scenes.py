@@ -134,9 +134,7 @@ def test_held_out_objects_and_cartoons_are_never_trained_on(built, archive):
     assert {split_of[t.name] for t in things["train"]} == {"train"}
     assert {split_of[t.name] for t in things["testA"]} == {"val", "test"}  # of tuxpaint, with the same seed
     assert not {t.name for t in things["train"]} & {t.name for t in things["testA"]}
-    assert objects["train"] <= {t.name for t in things["train"]} and objects["testA"] <= {
-        t.name for t in things["testA"]
-    }
+    assert objects["train"] <= {t.name for t in things["train"]} and objects["testA"] <= {t.name for t in things["testA"]}
     cartoons = {stamp.image.tobytes() for stamp in stamps if stamp.cartoon}
     assert len(things["testB"]) == len(cartoons)
     assert not cartoons & {t.image.tobytes() for split in ("train", "testA") for t in things[split]}
@@ -173,9 +171,7 @@ def test_thin_soft_and_tiny_stamps_are_no_targets(archive):
 
 
 @pytest.mark.real
-@pytest.mark.skipif(
-    not PREPARED.is_dir(), reason="the real scenes are not prepared: mitrain data prepare tuxpaint-scenes"
-)
+@pytest.mark.skipif(not PREPARED.is_dir(), reason="the real scenes are not prepared: mitrain data prepare tuxpaint-scenes")
 def test_the_real_scenes_hold_what_is_promised():
     splits = {split: read_refer(PREPARED, "refcoco", "unc", split) for split in scenes.SCENES}
     for split, count in scenes.SCENES.items():

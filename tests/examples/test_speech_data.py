@@ -149,9 +149,7 @@ def test_voices_are_held_out_whole_with_groups_derived_from_events(tmp_path: Pat
     heard = rows(tmp_path / "out")
     assert all(heard.values()) and shared(heard, "id", "speech", "object") == []
     every = [row for part in heard.values() for row in part]
-    assert Counter(row["kind"] for row in every) == dict.fromkeys(
-        ("Stupid", "Incoming", "Laugh", "Hello", "Ow1"), 7
-    ) | {
+    assert Counter(row["kind"] for row in every) == dict.fromkeys(("Stupid", "Incoming", "Laugh", "Hello", "Ow1"), 7) | {
         "Ow2": 1  # which all voices share
     }
     assert {(row["kind"], row["label"]) for row in every} == {

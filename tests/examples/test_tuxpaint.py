@@ -148,8 +148,7 @@ def test_short_captions_are_asked_among_those_of_other_kinds_of_thing(built, arc
 def test_a_variant_of_the_right_thing_is_no_wrong_name():
     blank = Image.new("RGBA", (1, 1))
     shown = [
-        stamps.Stamp(f"food/{n}.png", n, n.split()[-1], "food", False, blank)
-        for n in ("red apple", "green apple", "leek")
+        stamps.Stamp(f"food/{n}.png", n, n.split()[-1], "food", False, blank) for n in ("red apple", "green apple", "leek")
     ]
     for seed in range(5):
         assert sorted(tuxpaint.name_question(shown[0], shown, Random(seed))["candidates"]) == ["leek", "red apple"]
@@ -207,9 +206,7 @@ def test_phrases_have_their_article():
 @pytest.mark.skipif(not PREPARED.is_dir(), reason="the real stamps are not prepared: mitrain data prepare tuxpaint")
 def test_the_real_data_set_holds_what_is_promised():
     splits = {split: read_records(PREPARED / f"{split}.jsonl") for split in SPLITS}
-    pictures = {
-        split: {s.inputs["image"]: s for s in samples if s.kind == "category"} for split, samples in splits.items()
-    }
+    pictures = {split: {s.inputs["image"]: s for s in samples if s.kind == "category"} for split, samples in splits.items()}
     total = sum(map(len, pictures.values()))
     assert total > 500
     assert len(pictures["train"]) / total == pytest.approx(0.7, abs=0.05)

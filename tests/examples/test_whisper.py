@@ -71,9 +71,7 @@ def written(made: dict[str, torch.Tensor], kind: str = "WhisperSpec") -> bytes:
         data = tensor.contiguous().numpy().tobytes()
         form = f"<B{tensor.ndim}IBI"
         parts += [text(name), struct.pack(form, tensor.ndim, *tensor.shape, numbers[tensor.dtype], len(data)), data]
-    return b"".join(
-        [*parts, struct.pack("<I", 1), text("decoder/projection/weight"), text("decoder/embeddings/weight")]
-    )
+    return b"".join([*parts, struct.pack("<I", 1), text("decoder/projection/weight"), text("decoder/embeddings/weight")])
 
 
 def folder(path: Path) -> Path:

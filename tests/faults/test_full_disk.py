@@ -79,9 +79,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
         pytest.skip("only root can mount a small disk")
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "small", place], capture_output=True, text=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "small", place], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"this root may not mount: {mounted.stderr.strip()[:80]}")
     try:

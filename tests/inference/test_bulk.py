@@ -40,9 +40,7 @@ def table(path, images, **columns):
     with open(path, "w", newline="") as file:
         rows = csv.DictWriter(file, ["image", *columns])
         rows.writeheader()
-        rows.writerows(
-            {"image": f"images/{p.name}", **{n: v[i] for n, v in columns.items()}} for i, p in enumerate(images)
-        )
+        rows.writerows({"image": f"images/{p.name}", **{n: v[i] for n, v in columns.items()}} for i, p in enumerate(images))
     return path
 
 
@@ -64,9 +62,7 @@ def test_the_rows_of_a_table_are_asked_and_gone_on_with(world, run, images, tmp_
     }
     found, opened = lines(tmp_path / "out.jsonl"), runs.open_run(run)
     for number, (line, path) in enumerate(zip(found, images, strict=True)):
-        alone = scoring.ask(
-            opened, {"image": path}, PROMPT, candidates=["red", "green"] if number == 0 else None
-        ).values
+        alone = scoring.ask(opened, {"image": path}, PROMPT, candidates=["red", "green"] if number == 0 else None).values
         assert line["id"] == f"ask.csv:{number + 2}" and line["image"] == f"images/{path.name}"
         assert line["answer"] == alone["answer"] and line["generated"] == alone["generated"]
         assert line["probabilities"] == pytest.approx(alone["probabilities"], abs=2e-6)
@@ -92,9 +88,7 @@ def test_conversations_are_asked_their_last_question(world, images, tmp_path, ca
     )
     shown = [{"type": "image", "image": f"images/{images[0].name}"}, {"type": "text", "text": PROMPT}]
     turns = [("user", shown), ("assistant", "red"), ("user", "is this red"), ("assistant", "yes")]
-    rows = [
-        {"id": str(n), "messages": [{"role": role, "content": words} for role, words in turns[:n]]} for n in (1, 3, 4)
-    ]
+    rows = [{"id": str(n), "messages": [{"role": role, "content": words} for role, words in turns[:n]]} for n in (1, 3, 4)]
     (source := world / "data" / "talks.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"messages": []}])))
     found = bulk.predict_rows(opened, source, tmp_path / "out.jsonl", {"max_new_tokens": 3})
     assert (found["asked"], found["bad_samples"]) == (3, 1)

@@ -229,9 +229,7 @@ def test_a_model_in_memory_of_other_weights_is_refused(world, exported, tmp_path
     assert torch.equal(model(IDS).logits, plain) and not hasattr(model, "mit")
     mitrain.load_adapter(model, exported, allow_changes=True)[0].detach()
     assert "was trained on other frozen models: text.weights differs" in caplog.text
-    moved = AutoModelForCausalLM.from_pretrained(
-        shutil.copytree(world / "llm", tmp_path / "same"), dtype=torch.bfloat16
-    )
+    moved = AutoModelForCausalLM.from_pretrained(shutil.copytree(world / "llm", tmp_path / "same"), dtype=torch.bfloat16)
     caplog.clear()
     mitrain.load_adapter(moved, exported)[0].detach()
     assert not caplog.records
@@ -249,11 +247,7 @@ def test_an_adapter_of_ones_own_loop_is_saved_and_attached_again(world, tmp_path
     assert mit.save_pretrained(tmp_path / "mit") == tmp_path / "mit"
     other = llm(world)
     again, norm = mitrain.load_adapter(other, tmp_path / "mit")
-    assert (
-        norm is None
-        and again.config == config
-        and torch.equal(other(IDS, infused={"image": features}).logits, expected)
-    )
+    assert norm is None and again.config == config and torch.equal(other(IDS, infused={"image": features}).logits, expected)
     assert "load_adapter" in (tmp_path / "mit" / "README.md").read_text()
     with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
         mit.save_pretrained(tmp_path / "mit")
@@ -298,15 +292,11 @@ def test_predictors_share_a_language_model_and_say_what_each_says_alone(world, p
         mask = second.predict(path, "red square").pop("mask")
         return first.predict(path, PROMPT), mask.tobytes()
 
-    expected = [
-        (predictor.predict(path, PROMPT), alone.predict(path, "red square")["mask"].tobytes()) for path in images
-    ]
+    expected = [(predictor.predict(path, PROMPT), alone.predict(path, "red square")["mask"].tobytes()) for path in images]
     assert [asked(path) for path in images] == expected
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(asked, images)) == expected
-    with pytest.raises(
-        ModelError, match="cannot share the language model of .*: model.dtype is 'bf16' here and 'fp32'"
-    ):
+    with pytest.raises(ModelError, match="cannot share the language model of .*: model.dtype is 'bf16' here and 'fp32'"):
         mitrain.from_pretrained(world / "another", beside=first, dtype="bf16")
     export(make_run(world, "segment", {"name": "lora", "rank": 2}), world / "lora")
     with pytest.raises(ModelError, match="lora cannot take turns with another adapter"):

@@ -75,9 +75,7 @@ def test_settings_that_imply_huge_tensors_are_refused_before_any_is_made(world, 
     forged(copied, lambda values: values["adapter"].update(settings))
     model = AutoModelForCausalLM.from_pretrained(world / "llm")
     before = model(torch.tensor([[1, 2]])).logits
-    with pytest.raises(
-        CheckpointError, match=r"describes [\d,]{9,} trained numbers, and its weights have [\d,]+ bytes"
-    ):
+    with pytest.raises(CheckpointError, match=r"describes [\d,]{9,} trained numbers, and its weights have [\d,]+ bytes"):
         mitrain.load_adapter(model, copied)
     assert torch.equal(model(torch.tensor([[1, 2]])).logits, before)
 
@@ -109,9 +107,7 @@ def test_sparse_weights_are_refused_unread(world, copied, monkeypatch):
         mitrain.load_adapter(model, copied)
 
 
-@pytest.mark.parametrize(
-    "values", [{"image_std": [0.0, 1, 1]}, {"image_std": [1e-9, 1, 1]}, {"image_mean": [1e9, 0, 0]}]
-)
+@pytest.mark.parametrize("values", [{"image_std": [0.0, 1, 1]}, {"image_std": [1e-9, 1, 1]}, {"image_mean": [1e9, 0, 0]}])
 def test_an_encoders_own_preprocessing_has_the_same_bounds(tmp_path, values):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
     with pytest.raises(ModelError, match="is malformed: image_mean and image_std"):

@@ -74,9 +74,7 @@ def test_what_was_pushed_is_opened_by_its_name(hub, world, capsys):
 
 
 def test_neither_folders_nor_answers_of_private_data_are_published(hub, world, tmp_path, capsys):
-    with pytest.raises(
-        ConfigError, match=r"base_model_name_or_path of the export is '.*llm', a folder of this machine"
-    ):
+    with pytest.raises(ConfigError, match=r"base_model_name_or_path of the export is '.*llm', a folder of this machine"):
         mitrain.push_to_hub(world / "exported", "me/colours")
     with pytest.raises(ConfigError, match=r"run.config.model.encoders.image.name .* one --encoder USER/NAME"):
         mitrain.push_to_hub(world / "exported", "me/colours", base="some/llm")
@@ -129,9 +127,7 @@ def classes_of(folder, source=None):
 def test_class_names_of_ones_own_data_are_asked_for(world):
     folder = world / "exported"
     for source in (None, "hf:user/private", f"hf:{world}"):
-        with pytest.raises(
-            ConfigError, match=r"names of 2 classes of data of your own \(patient A, patient B\).*--answers"
-        ):
+        with pytest.raises(ConfigError, match=r"names of 2 classes of data of your own \(patient A, patient B\).*--answers"):
             without_private(classes_of(folder, source), "some/llm", ["some/vision"], answers=False)
         assert without_private(classes_of(folder, source), "some/llm", ["some/vision"], answers=True)["run"]["answers"]
     kept = without_private(classes_of(folder, "tuxpaint"), "some/llm", ["some/vision"], answers=False)["run"]
@@ -170,9 +166,7 @@ def test_pefts_own_files_stay_pefts(hub, world, tmp_path):
 
 
 def test_what_the_hub_does_not_give_or_take_is_one_line(hub, world, tmp_path, monkeypatch, capsys):
-    with pytest.raises(
-        CheckpointError, match=r"'me/none' is no folder here, and the Hub does not give .*hf auth login"
-    ):
+    with pytest.raises(CheckpointError, match=r"'me/none' is no folder here, and the Hub does not give .*hf auth login"):
         mitrain.from_pretrained("me/none")
     assert main(["predict", "me/none", "--image", "a.png", "--text", "x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -200,8 +194,6 @@ def test_without_a_connection_what_was_brought_before_is_opened_and_nothing_is_w
     waits = []
     monkeypatch.setattr("time.sleep", waits.append)
     assert export_format.local("me/colours") == brought
-    with pytest.raises(
-        CheckpointError, match="'me/others' is no folder here, the Hub cannot be reached, and its cache"
-    ):
+    with pytest.raises(CheckpointError, match="'me/others' is no folder here, the Hub cannot be reached, and its cache"):
         export_format.local("me/others")
     assert not waits

@@ -29,9 +29,7 @@ def test_a_picture_that_was_replaced_since_it_was_scored_is_not_shown(world):
     other = next(s for s in chosen if (path / "data" / s.inputs["image"]).read_bytes() != before)
     try:
         file.write_bytes((path / "data" / other.inputs["image"]).read_bytes())
-        with pytest.raises(
-            DataError, match=f"'{chosen[0].inputs['image']}' in .* was replaced while it was being used"
-        ):
+        with pytest.raises(DataError, match=f"'{chosen[0].inputs['image']}' in .* was replaced while it was being used"):
             figure(run, images, chosen, found, len(chosen))
     finally:
         file.write_bytes(before)

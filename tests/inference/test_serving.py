@@ -71,8 +71,7 @@ def test_a_form_and_json_give_what_predict_gives(client, run, images):
         assert answer.status_code == 200
         alike(answer.json(), expected)
     off = [
-        client.post("/predict", json={**body, "inputs": {"image": coded(p)}, "infused": False}).json()
-        for p in images[:2]
+        client.post("/predict", json={**body, "inputs": {"image": coded(p)}, "infused": False}).json() for p in images[:2]
     ]
     assert off[0]["probabilities"] == off[1]["probabilities"] != answers[0].json()["probabilities"]
 
@@ -106,10 +105,7 @@ def test_the_chat_api(client, run, images):
     asked = {"model": "any", "messages": [{"role": "user", "content": content}], "stream": False}
     found = client.post("/v1/chat/completions", json=asked).json()
     assert found["choices"][0]["message"] == {"role": "assistant", "content": expected["answer"]}
-    assert (
-        found["object"] == "chat.completion"
-        and found["usage"]["total_tokens"] > found["usage"]["completion_tokens"] > 0
-    )
+    assert found["object"] == "chat.completion" and found["usage"]["total_tokens"] > found["usage"]["completion_tokens"] > 0
     alike(found["mitrain"], expected)
     for change, words in (
         ({"stream": True}, "'stream' cannot be set by a request"),
@@ -169,9 +165,7 @@ def test_a_request_and_the_command_say_how_the_model_speaks(run, images):
 
 def refused(answer, status, words):
     assert answer.status_code == status and words in answer.json()["error"]["message"], answer.text
-    assert (
-        "Traceback" not in answer.text and "\n" not in answer.json()["error"]["message"] and "/tmp" not in answer.text
-    )
+    assert "Traceback" not in answer.text and "\n" not in answer.json()["error"]["message"] and "/tmp" not in answer.text
 
 
 def test_what_is_refused(client, images, tmp_path):

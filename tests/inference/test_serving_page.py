@@ -77,9 +77,7 @@ def test_a_stranger_asks_about_two_pictures_and_sees_the_controls(served, world,
     assert "the text is empty" in page.inner_text(".fault")
     assert [fault for fault in faults if "400 (Bad Request)" not in fault] == []
     ask = runpy.run_path(str(ROOT / "docs" / "images" / "page.py"))["ask"]  # the picture in docs/
-    shot = Image.open(
-        io.BytesIO(ask(page, address, list(map(str, images)), PROMPT if task == "answer" else "red square"))
-    )
+    shot = Image.open(io.BytesIO(ask(page, address, list(map(str, images)), PROMPT if task == "answer" else "red square")))
     assert shot.format == "PNG" and shot.width == 1000 and shot.height > 500
 
 

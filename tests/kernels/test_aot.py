@@ -73,10 +73,7 @@ def test_a_small_dot_may_take_the_older_tensor_core_instruction_and_says_so(rows
 
 def test_spills_in_a_tensor_core_loop_are_caught(rows):
     assert rows["spills"]["spills_in_mma_loops"] > 100
-    assert (
-        only_reason(rows["spills"])
-        == f"{rows['spills']['spills_in_mma_loops']} spill instructions in tensor-core loops"
-    )
+    assert only_reason(rows["spills"]) == f"{rows['spills']['spills_in_mma_loops']} spill instructions in tensor-core loops"
 
 
 def test_too_much_shared_memory_is_caught(rows):
@@ -125,14 +122,10 @@ def test_occupancy_by_hand():
 def test_rules_that_the_compiler_does_not_break_on_demand():
     case = product(64, 64, 32)
     assert audit.violations(facts(spills=3), case, "gfx942")[0] == "3 spilled VGPRs"
-    assert audit.violations(facts(registers=255, warps=16), elementwise(dots=False), "sm_90")[0].startswith(
-        "no block fits"
-    )
+    assert audit.violations(facts(registers=255, warps=16), elementwise(dots=False), "sm_90")[0].startswith("no block fits")
     two_dots = facts(dot_rows=(64, 16), mma=Counter(HMMA=8))
     assert audit.dot_violations(two_dots, "sm_90") == ["no HGMMA: a dot misses the tensor cores"]
-    assert audit.dot_violations(facts(dot_rows=(64,), mma=Counter(HGMMA=1, HMMA=8)), "sm_90") == [
-        "HMMA where HGMMA is due"
-    ]
+    assert audit.dot_violations(facts(dot_rows=(64,), mma=Counter(HGMMA=1, HMMA=8)), "sm_90") == ["HMMA where HGMMA is due"]
 
 
 def test_families_of_tensor_core_instructions():

@@ -222,9 +222,7 @@ def test_cases_and_providers_that_do_not_fit_are_said():
 def test_a_measurement_from_end_to_end(tmp_path):
     shape = ["--op", "infused_attention", "--shape", "B=1,H=2,G=1,T=16,d=8", "--rounds", "1", "--samples", "2"]
     command = [sys.executable, ROOT / "kernels" / "bench", "--device", "cpu", *shape, "--providers", "sdpa"]
-    done = subprocess.run(
-        [*command, "--quick", "--json", "--out", tmp_path], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, "--quick", "--json", "--out", tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     rows = {(row["provider"], row["mode"]): row for row in printed["rows"]}
@@ -276,8 +274,6 @@ def test_a_worker_that_died_is_a_fault(tmp_path):
 
 
 def test_the_table_names_the_command_that_measures_it_again():
-    rows = [
-        {"op": "infused_swiglu", "provider": p, "rounds": "3", "samples": "18"} for p in ("plain", "torch", "plain")
-    ]
+    rows = [{"op": "infused_swiglu", "provider": p, "rounds": "3", "samples": "18"} for p in ("plain", "torch", "plain")]
     options = "--op infused_swiglu --providers plain,torch --rounds 3 --samples 6"
     assert report.command(rows) == f"python kernels/bench {options}"

@@ -120,15 +120,11 @@ def test_coefficients_are_as_precise_as_the_gate():
 
 def test_what_cannot_be_done_is_said_whole():
     inputs, _ = make(Case(k_add=True))
-    with pytest.raises(
-        ValueError, match=r"^gate 'prefx' is unknown: choose one of sequence, prefix, token, head, none$"
-    ):
+    with pytest.raises(ValueError, match=r"^gate 'prefx' is unknown: choose one of sequence, prefix, token, head, none$"):
         infused_attention_folded(**inputs, gate="prefx")
     with pytest.raises(ValueError, match=r"^k_add is alive under a softcap, .* does not take it: leave attend out$"):
         infused_attention_folded(**inputs, softcap=2.0, attend=lambda q, k, v: q)
-    heard = infused_attention_folded(
-        **inputs, gate="token", softcap=2.0, attend=lambda q, k, v: v
-    )  # k_add is in the keys
+    heard = infused_attention_folded(**inputs, gate="token", softcap=2.0, attend=lambda q, k, v: v)  # k_add is in the keys
     assert heard.shape == (2, 4, 9, 8)
 
 

@@ -55,9 +55,7 @@ def outputs_and_gradients(function, inputs, **options):
     output = function(**inputs, **options)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=output.dtype)
     gradients = torch.autograd.grad(output, list(inputs.values()), upstream, allow_unused=True)
-    return output, {
-        n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(inputs.items(), gradients, strict=True)
-    }
+    return output, {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(inputs.items(), gradients, strict=True)}
 
 
 def largest(x):
@@ -103,9 +101,7 @@ def written_out(i, gate, base, valid, window):
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("base", [0, 1])
-@pytest.mark.parametrize(
-    ("padding", "window", "tq"), [(None, None, 7), ("left", 3, 7), ("all", None, 7), ("right", 3, 2)]
-)
+@pytest.mark.parametrize(("padding", "window", "tq"), [(None, None, 7), ("left", 3, 7), ("all", None, 7), ("right", 3, 2)])
 def test_the_reference_is_the_definition(gate, base, padding, window, tq):
     inputs, valid = make(modalities=2, tq=tq), pad(7, padding)
     result = infused_attention_reference(**inputs, gate=gate, base=base, key_padding=valid, window=window)
@@ -226,11 +222,7 @@ def test_padding_and_batch_mates_change_nothing(gate, side, function):
     whole = make(2, seed=4)
     for row in range(B):
         alone = {
-            n: x.detach()
-            if n == "head_logit"
-            else x.detach()[row : row + 1]
-            if n in "qkv"
-            else x.detach()[:, row : row + 1]
+            n: x.detach() if n == "head_logit" else x.detach()[row : row + 1] if n in "qkv" else x.detach()[:, row : row + 1]
             for n, x in whole.items()
         }
         expected = function(**alone, gate=gate)

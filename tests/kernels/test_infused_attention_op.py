@@ -219,9 +219,7 @@ def test_a_state_remembers_values_that_are_gone(own, monkeypatch):
     early = {n: x[:, :, :6] if n in "qkv" else x for n, x in inputs.items()}
     _, state = infused_attention(**early, **options, return_state=True, backend="sdpa")
     late = {n: x[:, :, {"q": 6}.get(n, 4) :] if n in "qkv" else x for n, x in inputs.items()}
-    assert (
-        largest(infused_attention(**late, **options, state_in=state.last(), backend="sdpa") - whole[:, :, 6:]) < 1e-12
-    )
+    assert largest(infused_attention(**late, **options, state_in=state.last(), backend="sdpa") - whole[:, :, 6:]) < 1e-12
 
 
 @pytest.mark.parametrize("own", [True, False])

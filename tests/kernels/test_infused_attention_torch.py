@@ -107,9 +107,7 @@ def test_only_the_gradients_asked_for_leave_the_operator(asked, monkeypatch):
 def test_backward_meets_the_queries_that_forward_attended_with(monkeypatch):
     """In low precision the forward pass rounds q ⊙ α; weights of what was not rounded would be others."""
     seen, backward = [], "_scaled_dot_product_flash_attention_for_cpu_backward"
-    aten = SimpleNamespace(
-        _scaled_dot_product_flash_attention_for_cpu=sdpa.aten._scaled_dot_product_flash_attention_for_cpu
-    )
+    aten = SimpleNamespace(_scaled_dot_product_flash_attention_for_cpu=sdpa.aten._scaled_dot_product_flash_attention_for_cpu)
     setattr(aten, backward, lambda *a, **o: seen.append(a[1]) or getattr(torch.ops.aten, backward)(*a, **o))
     monkeypatch.setattr(sdpa, "aten", aten)
     inputs, options = make(Case(), torch.bfloat16)
@@ -250,9 +248,7 @@ def test_a_call_survives_packing():
     inputs["k_add"] = torch.zeros(2, 2, 4, 8)
     mask, state = torch.ones(1, 1, 9, 9, dtype=torch.bool), GateSums(*torch.ones(3, 1))
     for base, softcap in ((torch.tensor([0, 1]), None), (0.0, 2.0), (1.0, None)):
-        call = Call(
-            **inputs, **options | {"base": base, "softcap": softcap, "mask": mask, "state_in": state, "eps": 0.1}
-        )
+        call = Call(**inputs, **options | {"base": base, "softcap": softcap, "mask": mask, "state_in": state, "eps": 0.1})
         again = vars(op.unpack(*op.pack(call, "sdpa")))
         expected = vars(call) | {"k_add": call.k_add if softcap else None}
         assert [name for name in expected if not same(again[name], expected[name])] == []

@@ -134,9 +134,7 @@ def test_the_best_tile_passes_first_of_all_then_has_the_highest_wide_roof():
         *((smaller, "sm_86") for smaller in ((7, 5), (8, 6), (8, 9), (12, 0))),
     ],
 )
-def test_a_gpu_takes_tiles_that_fit_its_shared_memory_and_that_it_has_the_instructions_for(
-    capability, target, monkeypatch
-):
+def test_a_gpu_takes_tiles_that_fit_its_shared_memory_and_that_it_has_the_instructions_for(capability, target, monkeypatch):
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -36,9 +36,7 @@ print("triton.language" in sys.modules)
 
 
 def printed(script):
-    return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_without_triton_both_operators_run_and_say_what_is_missing():

@@ -48,8 +48,6 @@ def run_script(environment) -> Callable[..., subprocess.CompletedProcess]:
 
     def run(name: str, *arguments: object, timeout: float = 1800, **env: str) -> subprocess.CompletedProcess:
         command = ["bash", str(ROOT / "launch" / name), *map(str, arguments)]
-        return subprocess.run(
-            command, env={**environment, **env}, capture_output=True, text=True, timeout=timeout, cwd=ROOT
-        )
+        return subprocess.run(command, env={**environment, **env}, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
     return run

@@ -27,9 +27,7 @@ def test_the_steps_of_the_image_run_in_an_empty_folder(tmp_path):
     """Without a builder: the RUN lines with the image's folder elsewhere, as nothing but the system and a network; what
     installs Debian's packages is left to the system that runs this."""
     image = tmp_path / "opt" / "mitrain"
-    shutil.copytree(
-        ROOT, image, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"), symlinks=True
-    )
+    shutil.copytree(ROOT, image, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"), symlinks=True)
     kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "HTTP", "UV_"))}
     environment = {**kept, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
     ran = []

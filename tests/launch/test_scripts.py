@@ -101,9 +101,7 @@ def test_the_example_of_a_host_file_is_read(run_script):
 
 @has_deepspeed
 def test_neither_ranks_nor_hosts(run_script):
-    assert "neither a number of ranks nor a host file" in refused(
-        run_script("deepspeed.sh", "hosts", "train", "x.yaml")
-    )
+    assert "neither a number of ranks nor a host file" in refused(run_script("deepspeed.sh", "hosts", "train", "x.yaml"))
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

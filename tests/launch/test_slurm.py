@@ -54,9 +54,7 @@ def stopped_python(tmp_path) -> Path:
     return python
 
 
-def test_a_job_on_two_nodes_that_is_signalled_goes_on_where_it_stopped(
-    submit, cluster, world, same_losses, stopped_python
-):
+def test_a_job_on_two_nodes_that_is_signalled_goes_on_where_it_stopped(submit, cluster, world, same_losses, stopped_python):
     """Slurm signals the job's shell, the shell all ranks; the job puts itself back into the queue and finishes."""
     run = world / "slurm"
     number, log = submit(world / "config.yaml", PYTHON=str(stopped_python), RUN=str(run), STOPPED_BY=SIGNALLED)

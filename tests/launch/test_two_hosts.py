@@ -69,9 +69,7 @@ def ssh(hosts, tmp_path):
     settings = [f"HostKey={tmp_path}/host", f"AuthorizedKeysFile={tmp_path}/own.pub", "StrictModes=no", "UsePAM=no",
                 "PermitRootLogin=yes", "PidFile=none"]  # fmt: skip
     options = [word for setting in settings for word in ("-o", setting)]
-    servers = [
-        hosts.run(h, ["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", *options], dict(os.environ)) for h in (0, 1)
-    ]
+    servers = [hosts.run(h, ["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", *options], dict(os.environ)) for h in (0, 1)]
     yield f"-i {tmp_path}/own -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o ConnectionAttempts=30"
     for server in servers:
         server.terminate()

@@ -65,9 +65,7 @@ def test_features_that_nothing_reads_are_refused(mit, model):
     plain = tiny("llama")
     given = {"image": FEATURES[0]}
     for call in (lambda: plain(IDS, infused=given), lambda: model.base_model(IDS, infused=given)):
-        with pytest.raises(
-            ModelError, match=r"was called with infused=, which nothing reads: give infused= to the very"
-        ):
+        with pytest.raises(ModelError, match=r"was called with infused=, which nothing reads: give infused= to the very"):
             call()
     with pytest.raises(ModelError, match="called with infuse=, which"):
         model(IDS, infuse=given)

@@ -89,9 +89,7 @@ def test_visual_tokens_are_projected_averages_of_patches_before_the_text():
         visual = adapter.projector(patches.mean((2, 4)).flatten(1, 2))
         embedded = torch.cat([visual, model.get_input_embeddings()(words.ids)], 1)
         mask = torch.cat([torch.ones(3, 4, dtype=torch.long), words.mask], 1)
-        expected = (
-            tiny("llama", torch.float64).base_model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
-        )
+        expected = tiny("llama", torch.float64).base_model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
         close(adapter.encode(words, picture).text, expected[:, 4:])
         blind = adapter.encode(words, pictures(picture.feature, picture.states, picture.depth, infused=False))
         close(blind.text, whole(model, words))
@@ -175,9 +173,7 @@ def test_full_fine_tuning_trains_the_models_and_can_step_aside(layers):
     assert not torch.allclose(changed.text, frozen.text) and not torch.allclose(
         changed.vectors["image"], frozen.vectors["image"]
     )
-    inside = [
-        n for n, _ in model.base_model.named_parameters() if layers is None or n.startswith(("layers.3.", "norm"))
-    ]
+    inside = [n for n, _ in model.base_model.named_parameters() if layers is None or n.startswith(("layers.3.", "norm"))]
     assert sorted(k for k in adapter.weights if k.startswith("text/")) == sorted(
         "text/model/" + n.replace(".", "/") for n in inside if not n.startswith("full.")
     )

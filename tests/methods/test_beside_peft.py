@@ -65,9 +65,7 @@ def test_what_was_to_be_trained_is_frozen_with_a_line_and_can_be_trained_beside(
     for parameter in lora_of(model):
         parameter.requires_grad_(True)
     model(input_ids=IDS, labels=IDS, infused={"image": FEATURES}).loss.backward()
-    assert all(
-        p.grad is not None and p.grad.abs().sum() for p in (*mit.infused["1"].maps.parameters(), *lora_of(model))
-    )
+    assert all(p.grad is not None and p.grad.abs().sum() for p in (*mit.infused["1"].maps.parameters(), *lora_of(model)))
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         mitrain.attach(tiny(), CONFIG)

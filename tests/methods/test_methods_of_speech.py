@@ -148,7 +148,5 @@ def test_a_method_that_is_switched_off_is_the_plain_encoder(name):
 
 def test_a_prefix_of_patches_is_refused_where_there_are_none():
     adapter = made("visual-prefix")
-    with pytest.raises(
-        ConfigError, match="squares of a picture, which WhisperEncoder does not read: put an image encoder"
-    ):
+    with pytest.raises(ConfigError, match="squares of a picture, which WhisperEncoder does not read: put an image encoder"):
         adapter.attach({"text": tiny("llama"), "encoder": tiny_encoder("whisper")})

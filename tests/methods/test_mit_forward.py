@@ -307,9 +307,7 @@ def test_its_multiply_accumulates_are_those_of_the_maps_that_run(rank):
     counts = []
     for module in mit.modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(
-                lambda map, inputs, output: counts.append(inputs[0].numel() * output.shape[-1])
-            )
+            module.register_forward_hook(lambda map, inputs, output: counts.append(inputs[0].numel() * output.shape[-1]))
     bound = {name: features(3, width, dtype=torch.float64) for name, width in mit.feature_widths.items()}
     run(model, mit, text(3), **bound)
     assert sum(counts) == 3 * mit.attachment.macs > 0

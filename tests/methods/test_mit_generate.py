@@ -71,9 +71,7 @@ def test_generation_with_a_cache_equals_generation_without(name, beams):
 def test_every_gate_generates_the_same_with_a_cache(name, settings):
     model, mit = attached(name, **settings)
     with mit.bind({"image": features()}, copies=2):
-        results = [
-            model.generate(**text(padding="left"), **GREEDY, num_beams=2, use_cache=use) for use in (True, False)
-        ]
+        results = [model.generate(**text(padding="left"), **GREEDY, num_beams=2, use_cache=use) for use in (True, False)]
     assert torch.equal(results[0].sequences, results[1].sequences)
 
 
@@ -182,9 +180,7 @@ def test_a_cache_filled_without_features_is_summed_from_its_values():
     model, mit = attached()
     inputs, cache = text(padding="left"), DynamicCache(config=tiny().config)
     with torch.no_grad():
-        model(
-            input_ids=inputs["input_ids"][:, :6], attention_mask=inputs["attention_mask"][:, :6], past_key_values=cache
-        )
+        model(input_ids=inputs["input_ids"][:, :6], attention_mask=inputs["attention_mask"][:, :6], past_key_values=cache)
         values = cache.layers[1].values
         with mit.bind({"image": features()}):
             model(input_ids=inputs["input_ids"][:, 6:], attention_mask=inputs["attention_mask"], past_key_values=cache)

@@ -79,9 +79,7 @@ def test_score_caps_need_eager_attention_and_no_k_add():
 
 
 def test_other_attention_backends():
-    refused(
-        tiny("llama", attn_implementation="flex_attention"), "runs on the attention 'flex_attention': .*sdpa, eager"
-    )
+    refused(tiny("llama", attn_implementation="flex_attention"), "runs on the attention 'flex_attention': .*sdpa, eager")
 
 
 def test_encoder_decoders_and_other_things():
@@ -148,9 +146,7 @@ def test_transformers_own_checkpointing():
     model = tiny()
     mitrain.attach(model, MiTConfig(modalities={"image": 6}))
     model.activation_checkpointing_enable()
-    with pytest.raises(
-        ModelError, match=r"own activation checkpointing undoes the frozen trunk: use mit.set_checkpointing"
-    ):
+    with pytest.raises(ModelError, match=r"own activation checkpointing undoes the frozen trunk: use mit.set_checkpointing"):
         model(**text(), infused={"image": features()})
 
 

@@ -79,8 +79,7 @@ def test_one_modality_alone_does_without_what_depends_on_the_other(pair):
         both = found.encode()
     assert words.joint is None and not words.vectors and picture.joint is None and picture.text is None
     text_depends, image_depends = (
-        not torch.allclose(x, y)
-        for x, y in ((words.text, both.text), (picture.vectors["image"], both.vectors["image"]))
+        not torch.allclose(x, y) for x, y in ((words.text, both.text), (picture.vectors["image"], both.vectors["image"]))
     )
     assert (text_depends, image_depends) == (main == "text", main == "encoder")
     assert [p.shape[1] for p in prompts] == [2] * len(found.mope.prompts) + [5] * len(found.mope.prompts)
@@ -245,20 +244,14 @@ def test_every_switch_runs_and_says_something_else(settings, tokens):
     joint.square().sum().backward()
     conditioned = found.mope.config.dynamic or found.mope.config.mapped
     for name, parameter in found.mope.named_parameters():
-        needless = (settings.get("experts") == 1 and ".router." in name) or (
-            not conditioned and name.startswith("others")
-        )
+        needless = (settings.get("experts") == 1 and ".router." in name) or (not conditioned and name.startswith("others"))
         assert (parameter.grad is None or not parameter.grad.any()) == needless, name
     assert torch.allclose(joint, found.joint(infused=False)) != conditioned
 
 
 def test_a_main_encoder_without_prompts_of_its_own_stays_frozen():
     found = attached(static=False, dynamic=False, mapped=False)
-    assert (
-        found.mope.attachment.first_layers["encoder"] == 4
-        and len(found.mope.prompts) == 0
-        and found.mope.mapper is None
-    )
+    assert found.mope.attachment.first_layers["encoder"] == 4 and len(found.mope.prompts) == 0 and found.mope.mapper is None
     with torch.no_grad():
         expected = found.models["encoder"].layernorm(found.picture.states).mean(1)
         torch.testing.assert_close(found.joint(), expected, **EXACT)

@@ -82,9 +82,7 @@ def test_noise_is_added_in_training_alone_and_after_the_temperature():
     assert torch.equal(clean, still_clean)
     noise = used.log() - clean.log()  # up to each row's normaliser: centred, the variance is s² (1 - 1/k)
     noise = noise - noise.mean(-1, keepdim=True)
-    assert noise.square().mean().item() == pytest.approx(
-        0.3**2 * 3 / 4, rel=0.03
-    )  # 6 standard errors of 150 000 values
+    assert noise.square().mean().item() == pytest.approx(0.3**2 * 3 / 4, rel=0.03)  # 6 standard errors of 150 000 values
     assert torch.equal(*weigh(scores, config.model_copy(update={"noise": 0.0}), training=True))
 
 

@@ -81,9 +81,7 @@ def test_gated_cross_attention_is_its_equations():
 @pytest.mark.parametrize("reads", ["tokens", "vector"])
 def test_perceptual_weights_are_an_update_of_each_samples_own_model(reads):
     targets = ["q", "v", "mlp"]
-    adapter, model, image = attached(
-        "vlora", {"reads": reads, "layers": [1, 3], "targets": targets, "rank": 2, "width": 8}
-    )
+    adapter, model, image = attached("vlora", {"reads": reads, "layers": [1, 3], "targets": targets, "rank": 2, "width": 8})
     scramble(adapter)
     words, picture = inputs(adapter, model, image)
     with torch.no_grad():
@@ -172,9 +170,7 @@ def test_other_language_models_have_layers_for_them(name, kind):
     """BERT's are post-norm, GPT-2's projections are its own class, and queries, keys and values one of them."""
     shape = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 67, "n_positions": 64}
     model = (
-        bert()
-        if kind == "bert"
-        else GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=1, eos_token_id=2)).double().eval()
+        bert() if kind == "bert" else GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=1, eos_token_id=2)).double().eval()
     )
     adapter, _, image = attached(name, None, model)
     words, picture = inputs(adapter, model, image)
@@ -190,9 +186,7 @@ def test_an_adapter_of_other_widths_is_refused():
     for name in ("gated-xattn", "vlora", "uniadapter"):
         adapter, model, image = attached(name)
         adapter.detach()
-        with pytest.raises(
-            ModelError, match=f"this {name} was made for models of other widths or depth: make a new one"
-        ):
+        with pytest.raises(ModelError, match=f"this {name} was made for models of other widths or depth: make a new one"):
             adapter.attach(needed(adapter, tiny("llama", torch.float64, hidden_size=40), image))
         adapter.attach(needed(adapter, model, image))
 
@@ -219,9 +213,7 @@ def test_of_two_adapters_on_a_model_the_lora_of_the_one_that_acts_counts():
     model, ids = tiny(), torch.tensor([[3, 4, 5, 6]])
     frozen = model(ids).logits
     for number, name in enumerate(("one", "two")):
-        scramble(
-            mitrain.attach(model, MiTConfig(modalities={"image": 6}, layers=[1], lora_rank=2), name=name), seed=number
-        )
+        scramble(mitrain.attach(model, MiTConfig(modalities={"image": 6}, layers=[1], lora_rank=2), name=name), seed=number)
     with mitrain.using_adapter(model, "two"):
         second = model(ids).logits
     with mitrain.using_adapter(model, None):

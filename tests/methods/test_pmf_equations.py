@@ -62,11 +62,7 @@ def test_two_fusion_layers_are_the_equations():
         return [own[name].expand(batch, -1, -1) for name in names]
 
     def seen(x):  # padding is hidden in both passes, prompts are visible
-        return (
-            torch.cat([case.words.mask.bool(), ones], 1)[:, : x.shape[1]]
-            if x.shape[-1] == 32
-            else ones[:, : x.shape[1]]
-        )
+        return torch.cat([case.words.mask.bool(), ones], 1)[:, : x.shape[1]] if x.shape[-1] == 32 else ones[:, : x.shape[1]]
 
     for step in range(2):
         told, shown = text_layers[2 + step], image_layers[1 + step]

@@ -76,9 +76,7 @@ def test_each_says_to_the_bit_what_it_says_alone(architecture):
 def test_switched_off_means_that_features_are_refused():
     model, _ = both()
     mitrain.set_adapter(model, None)
-    with pytest.raises(
-        ModelError, match="a model none of whose adapters acts here: choose one with mitrain.set_adapter"
-    ):
+    with pytest.raises(ModelError, match="a model none of whose adapters acts here: choose one with mitrain.set_adapter"):
         model(IDS, infused={"image": FEATURES})
     with mitrain.using_adapter(model, "b"):
         assert not torch.equal(logits(model, infused={"image": FEATURES}), logits(model))

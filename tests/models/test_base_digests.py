@@ -88,9 +88,7 @@ def test_what_another_transformers_takes_for_granted_is_no_other_base(folder, tm
     names = ({f"text.{name}": digest([value]) for name, value in found.items()} for found in (first, upgraded))
     there, here = names
     assert differences(there, here) == []
-    before = {
-        name: value for name, value in there.items() if name != "text.config.json"
-    }  # as earlier versions wrote it
+    before = {name: value for name, value in there.items() if name != "text.config.json"}  # as earlier versions wrote it
     assert differences(before, there) == [] and differences(before, here) == ["text.settings differs"]
     edited = here | {"text.config.json": digest(["edited"])}
     assert differences(there, edited) == ["text.settings differs"]
@@ -100,9 +98,7 @@ def test_an_encoder_is_named_by_its_weights_configuration_and_preprocessing(tmp_
     folder = vision_folder(tmp_path / "one")
 
     def of(folder, **settings):
-        return ImageEncoder(
-            ImageConfig(name=str(folder), **settings), folder, settings.pop("dtype", torch.float32)
-        ).base()
+        return ImageEncoder(ImageConfig(name=str(folder), **settings), folder, settings.pop("dtype", torch.float32)).base()
 
     first = of(folder)
     assert of(folder, pool="cls", layer=2) == first  # what is read of it is the run's configuration to say

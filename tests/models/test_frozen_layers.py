@@ -45,11 +45,7 @@ def example(name, padding="right"):
     dtype = torch.float32 if name == "gemma2" else torch.float64
     model = tiny(name, dtype) if name in NAMES else tiny_encoder(name, dtype)
     inputs = (
-        text(padding=padding)
-        if name in WORDS
-        else sound(dtype=dtype, name=name)
-        if name in SOUNDS
-        else pixels(dtype=dtype)
+        text(padding=padding) if name in WORDS else sound(dtype=dtype, name=name) if name in SOUNDS else pixels(dtype=dtype)
     )
     mask = inputs.get("attention_mask")
     return model, inputs, None if mask is None else mask.bool()
@@ -70,9 +66,7 @@ def test_the_layers_one_by_one_are_the_model(name):
     torch.testing.assert_close(layers.finish(hidden)[shown], whole[shown], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    "name", ["dinov2", "dinov2_with_registers", "clip_vision_model", "audio-spectrogram-transformer"]
-)
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_with_registers", "clip_vision_model", "audio-spectrogram-transformer"])
 @torch.no_grad()
 def test_the_summary_is_the_class_token_that_the_model_reads_out(name):
     model, inputs, _ = example(name)

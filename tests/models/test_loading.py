@@ -93,9 +93,7 @@ def test_a_language_model_that_lacks_tensors_is_refused(llm, tmp_path, precision
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_tensors_of_another_shape_are_refused(llm, tmp_path, precision):
     folder = edited(llm, tmp_path / "other", lambda t: t, intermediate_size=48)
-    with pytest.raises(
-        ModelError, match=r"\(model.layers.0.mlp.\w+_proj.weight is \(.*64.*\), not \(.*48.*of other shapes"
-    ):
+    with pytest.raises(ModelError, match=r"\(model.layers.0.mlp.\w+_proj.weight is \(.*64.*\), not \(.*48.*of other shapes"):
         text(folder, precision)
 
 

@@ -100,9 +100,7 @@ def test_half_precision_rounds_the_result_alone(kind, dtype):
     y = layer(x)
     assert y.dtype == dtype
     half = torch.finfo(dtype).eps / 2
-    torch.testing.assert_close(
-        y.detach().double(), exact, rtol=1.01 * half, atol=1e-3 * float(exact.abs().max()) * half
-    )
+    torch.testing.assert_close(y.detach().double(), exact, rtol=1.01 * half, atol=1e-3 * float(exact.abs().max()) * half)
     (grad,) = torch.autograd.grad(y.float().sum(), x)
     truth = layer.dense(torch.float64).sum(0).expand_as(x)
     torch.testing.assert_close(grad.double(), truth, rtol=1.01 * half, atol=1e-4 * float(truth.abs().max()) * half)

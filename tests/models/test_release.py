@@ -70,9 +70,7 @@ def test_an_encoder_whose_tensors_transformers_renamed_is_found_by_content(tmp_p
     pixels = torch.rand(2, 3, 28, 28)
     before = encoder.encode(list(pixels))["pooled"]
     gone = release(encoder.model, folder, [encoder.model])
-    assert gone == sum(p.nbytes for p in encoder.model.parameters()) and all(
-        map(is_released, encoder.model.parameters())
-    )
+    assert gone == sum(p.nbytes for p in encoder.model.parameters()) and all(map(is_released, encoder.model.parameters()))
     assert torch.equal(encoder.encode(list(pixels))["pooled"], before)
 
 

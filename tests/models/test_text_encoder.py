@@ -37,9 +37,7 @@ def texts(text):
 
 def test_an_encoder_is_told_from_a_decoder():
     assert factory(BertConfig()) is AutoModel
-    assert (
-        factory(BertConfig(is_decoder=True)) is AutoModelForCausalLM and factory(LlamaConfig()) is AutoModelForCausalLM
-    )
+    assert factory(BertConfig(is_decoder=True)) is AutoModelForCausalLM and factory(LlamaConfig()) is AutoModelForCausalLM
 
 
 def test_it_is_loaded_without_a_head_and_its_separator_ends_a_text(folder):

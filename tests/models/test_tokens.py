@@ -126,9 +126,7 @@ def test_a_long_text_loses_its_end_and_not_its_closing_token():
 
 
 LONGEST = {
-    **dict.fromkeys(
-        (RobertaConfig, XLMRobertaConfig, CamembertConfig, MPNetConfig, Data2VecTextConfig, IBertConfig), 14
-    ),
+    **dict.fromkeys((RobertaConfig, XLMRobertaConfig, CamembertConfig, MPNetConfig, Data2VecTextConfig, IBertConfig), 14),
     **dict.fromkeys((BertConfig, OPTConfig, GPT2Config, LlamaConfig), 16),
 }
 

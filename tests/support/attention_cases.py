@@ -125,9 +125,7 @@ def make(case, dtype=torch.float64, seed=0, device="cpu"):
     names = NAMES + (("k_add",) if case.k_add else ())
     inputs = {}
     for name, shape in zip(names, shapes, strict=False):
-        x = torch.randn(shape, generator=generator, dtype=torch.float64) * (
-            1 if len(shape) < 4 or name in "qkv" else 0.6
-        )
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) * (1 if len(shape) < 4 or name in "qkv" else 0.6)
         x = laid_out(x, case.layout) if name in "qkv" else x
         inputs[name] = x.to(device, dtype).requires_grad_()
     return inputs, options_of(case, device)
@@ -155,9 +153,7 @@ def options_of(case, device="cpu"):
 
 def upstream_of(inputs, seed=9):
     q = inputs["q"]
-    return torch.randn(q.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        q.device, q.dtype
-    )
+    return torch.randn(q.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(q.device, q.dtype)
 
 
 def run(function, inputs, upstream, **options):

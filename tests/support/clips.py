@@ -75,9 +75,7 @@ def video(
     return out.getvalue()
 
 
-def add_sound(
-    file: av.container.OutputContainer, stream: av.AudioStream, samples: np.ndarray, rate: int = RATE
-) -> None:
+def add_sound(file: av.container.OutputContainer, stream: av.AudioStream, samples: np.ndarray, rate: int = RATE) -> None:
     whole = (samples * 32767).astype(np.int16)
     frame = av.AudioFrame.from_ndarray(whole[None], format="s16", layout="mono")
     frame.sample_rate, frame.pts = rate, 0

@@ -87,9 +87,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         if self.path == "/api/validate-yaml":
             faults = faults_of(json.loads(body)["content"])
-            return self.send(
-                {"errors": [{"message": fault} for fault in faults], "warnings": []}, 400 if faults else 200
-            )
+            return self.send({"errors": [{"message": fault} for fault in faults], "warnings": []}, 400 if faults else 200)
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.send({"error": "Invalid username or password."}, 401)
         if self.path == "/api/repos/create":

@@ -41,9 +41,7 @@ def make_world(path: Path) -> Path:
     colour_records(path / "data", train=12, val=4)
     for split in ("train", "val", "test"):
         rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
-        made = [
-            {"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows
-        ]
+        made = [{"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows]
         captions = [row | {"text": f"a {row['label']} square"} for row in made]
         for name, content in (("labels", made), ("captions", captions)):
             (path / "data" / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))

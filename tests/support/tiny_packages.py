@@ -21,9 +21,7 @@ def drawing(number: int) -> bytes:
     for part in range(6):
         bits = (number * 2654435761 + part * 40503) & 0xFFFFFF
         x, y = bits % 60, (bits >> 8) % 40
-        draw.rectangle(
-            (x, y, x + 8 + bits % 11, y + 6 + (bits >> 4) % 13), fill=(bits % 251, (bits >> 5) % 241, 40, 255)
-        )
+        draw.rectangle((x, y, x + 8 + bits % 11, y + 6 + (bits >> 4) % 13), fill=(bits % 251, (bits >> 5) % 241, 40, 255))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

@@ -57,10 +57,7 @@ def queen_files() -> dict[str, bytes]:
             clips = [f"{number:02d}SSSSJ1", f"{number:02d}XXXXP1", f"{number:02d}XXXXJ1", f"{number:02d}005AP1"]
             clips += [f"{number:02d}005BP1"]
             clips += [
-                f"{number:02d}{i:04X}{who}{k}"
-                for who, n in (("J", 4), ("P", 12))
-                for i in range(5, 5 + n)
-                for k in (2, 3)
+                f"{number:02d}{i:04X}{who}{k}" for who, n in (("J", 4), ("P", 12)) for i in range(5, 5 + n) for k in (2, 3)
             ]
             files |= {f"{clip}.SB": clip.encode() for clip in clips if clip != "010006P2"}  # which has no clip
     return files
@@ -94,9 +91,7 @@ def fillets(folder: Path, levels: int = 6) -> list[Path]:
             dialogs = [f'dialogId("{i}", "font_{who}", "{en}")\ndialogStr("{text}")\n\n' for i, who, en, text in said]
             texts[f"{game}script/level{n}/dialogs_{language}.lua"] = "\n".join(dialogs).encode()
             names = [name for name, *_ in said] + ["r-unsaid"]
-            clips[language] |= {
-                f"{game}sound/level{n}/{language}/{i}.ogg": f"{language} {n} {i}".encode() for i in names
-            }
+            clips[language] |= {f"{game}sound/level{n}/{language}/{i}.ogg": f"{language} {n} {i}".encode() for i in names}
     packages = {"fillets-ng-data": texts, **{f"fillets-ng-data-{language}": part for language, part in clips.items()}}
     return [
         tiny_deb.deb(folder / f"{name}.deb", {f"./usr/share/doc/{name}/copyright": f"GPL-2 {name}".encode(), **files})
@@ -114,9 +109,7 @@ def prompts(folder: Path, count: int = 8) -> list[Path]:
         name = f"asterisk-core-sounds-{language}"
         inside = {f"./usr/share/doc/{name}/core-sounds-{language}.txt.gz": gzip.compress(text.encode(), mtime=0)}
         found.append(tiny_deb.deb(folder / f"{name}.deb", inside))
-        clips = {
-            f"./usr/share/asterisk/sounds/{voice}/{key}.wav": f"{language} {key}" for key in (*keys, "again", "beep")
-        }
+        clips = {f"./usr/share/asterisk/sounds/{voice}/{key}.wav": f"{language} {key}" for key in (*keys, "again", "beep")}
         clips |= {f"./usr/share/doc/{name}-wav/copyright": f"CC {language}"}
         found.append(tiny_deb.deb(folder / f"{name}-wav.deb", {path: data.encode() for path, data in clips.items()}))
     return found

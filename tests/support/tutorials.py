@@ -51,9 +51,7 @@ def stand_ins(cache: Path) -> Path:
     vision_folder(models / "dinov2-vits14")
     whisper = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 60}
     whisper |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_mel_bins": 16}
-    WhisperModel(WhisperConfig(**whisper, max_source_positions=100, pad_token_id=0)).save_pretrained(
-        models / "whisper-base"
-    )
+    WhisperModel(WhisperConfig(**whisper, max_source_positions=100, pad_token_id=0)).save_pretrained(models / "whisper-base")
     WhisperFeatureExtractor(feature_size=16).save_pretrained(models / "whisper-base")
     for folder in models.iterdir():
         made = {"recipe_version": prepared.find("models", folder.name).version, "archives": []}

@@ -17,9 +17,7 @@ from mitrain.tasks.ranks import DEPTHS, Gallery, both_ways, chance, hit, rank_me
 def hit_rate(scores, right, depth):
     """``scores`` and ``right`` (queries, things)."""
     rows = torch.arange(len(scores)).repeat_interleave(scores.shape[1])
-    return float(
-        RetrievalHitRate(top_k=depth)(torch.tensor(scores).flatten(), torch.tensor(right).flatten(), indexes=rows)
-    )
+    return float(RetrievalHitRate(top_k=depth)(torch.tensor(scores).flatten(), torch.tensor(right).flatten(), indexes=rows))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -56,9 +54,7 @@ def test_chance_by_hand():
             assert found[f"{way}_r{depth}"] == pytest.approx((10 * depth / 12 + 2 * two) / 12)
         assert found[f"{way}_mean_rank"] == pytest.approx((10 * 13 / 2 + 2 * 13 / 3) / 12)
     assert found["recall_mean"] == pytest.approx(np.mean([found[f"i2t_r{depth}"] for depth in DEPTHS]))
-    assert set(found) == {f"{w}_{m}" for w in ("i2t", "t2i") for m in ("r1", "r5", "r10", "mean_rank")} | {
-        "recall_mean"
-    }
+    assert set(found) == {f"{w}_{m}" for w in ("i2t", "t2i") for m in ("r1", "r5", "r10", "mean_rank")} | {"recall_mean"}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -75,9 +71,7 @@ def test_masks(seed):
         overall.update(mask.int().flatten(), truth.int().flatten())
     assert values["oiou"] == pytest.approx(float(overall.compute()), abs=1e-6)
     assert values["miou"] == pytest.approx(np.mean(each), abs=1e-6)
-    assert values["dice"] == pytest.approx(
-        np.mean([float(BinaryF1Score()(m.int(), t.int())) for m, t in pairs]), abs=1e-6
-    )
+    assert values["dice"] == pytest.approx(np.mean([float(BinaryF1Score()(m.int(), t.int())) for m, t in pairs]), abs=1e-6)
     for threshold, share in values["precision"].items():
         assert share == np.mean(np.round(each, 5) >= float(threshold))
 

@@ -78,9 +78,7 @@ def test_without_candidates_the_training_answers_to_the_prompt_are_ranked(folder
     task.remember([*asked[:2], *opened(["green", "red"]), *opened(["no", "yes"], "is this red")])
     assert not task.must_generate(asked)
     found = [p.values for p in task.predict(Batch(asked, pictures(FEATURES)))]
-    assert all(
-        set(v["probabilities"]) == {"red", "blue", "green"} and v["scored_by"] == "training answers" for v in found
-    )
+    assert all(set(v["probabilities"]) == {"red", "blue", "green"} and v["scored_by"] == "training answers" for v in found)
     assert all(v["correct"] == (v["predicted"] == s.answer) for v, s in zip(found, asked, strict=True))
     assert found[2]["correct"] is False  # training never gave its answer: it is not slipped in
     wrong = opened([next(a for a in ("red", "blue") if a != v["predicted"]) for v in found])
@@ -127,9 +125,7 @@ def test_a_batch_of_both_kinds_keeps_its_order(folder):
 def test_ties_count_against_the_truth(folder, truth):
     sample = AnswerSample("0", {"image": "0.png"}, "p", truth, ("yellow", "blue", "red"))
     prediction = make(folder)._prediction(sample, torch.tensor([-1.0, -1.0, -1.0]), None)
-    assert prediction.values["correct"] is False and prediction.values["predicted"] == {"blue": "red"}.get(
-        truth, "blue"
-    )
+    assert prediction.values["correct"] is False and prediction.values["predicted"] == {"blue": "red"}.get(truth, "blue")
     best = make(folder)._prediction(
         sample,
         torch.tensor([-1.0, -1.0, -1.0]).index_fill(0, torch.tensor([sample.candidates.index(truth)]), -0.5),
@@ -219,9 +215,7 @@ def test_the_image_matters_and_a_missing_one_is_the_frozen_model(folder):
 def test_a_prompt_leaves_space_for_what_is_said_behind_it(folder):
     task = make(folder, max_new_tokens=62)  # of 64 positions
     assert task.texts(samples(), True) and len(task.parts.text.tokens(samples()[0].prompt)) == 6
-    with pytest.raises(
-        DataError, match=r"a prompt of 6 tokens leaves no room for 62 more in the model's 64: lower task\."
-    ):
+    with pytest.raises(DataError, match=r"a prompt of 6 tokens leaves no room for 62 more in the model's 64: lower task\."):
         task.texts(samples(candidates=False), True)
     with pytest.raises(DataError, match="a prompt of 6 tokens leaves no room for 62 more"):
         task.generate(Batch(samples(), pictures(FEATURES)))

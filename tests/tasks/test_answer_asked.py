@@ -71,9 +71,7 @@ def test_without_candidates_it_is_trainings_answers_or_what_is_said(folder):
 @pytest.mark.parametrize("candidates", [["red"], ["red", "red"], ["r" * 99]])
 def test_one_candidate_is_no_choice(folder, candidates):
     named = candidates[0][:60]
-    with pytest.raises(
-        ConfigError, match=f"^--candidates {named} leaves nothing to choose: give two or more, or none$"
-    ):
+    with pytest.raises(ConfigError, match=f"^--candidates {named} leaves nothing to choose: give two or more, or none$"):
         make(folder).ask(question(candidates)[0])
 
 

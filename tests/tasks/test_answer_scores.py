@@ -55,9 +55,7 @@ def test_many_candidates_are_scored_in_parts(folder, monkeypatch):
     expected = [p.values["probabilities"] for p in task.predict(Batch(samples(), pictures(FEATURES)))]
     whole = task.log_likelihood
     monkeypatch.setattr(module, "SCORE_ROWS", 4)
-    monkeypatch.setattr(
-        task, "log_likelihood", lambda pairs, features: sizes.append(len(pairs)) or whole(pairs, features)
-    )
+    monkeypatch.setattr(task, "log_likelihood", lambda pairs, features: sizes.append(len(pairs)) or whole(pairs, features))
     found = task.predict(Batch(samples(), pictures(FEATURES)))
     count = sum(len(s.candidates) for s in samples())
     assert sizes == [min(4, count - start) for start in range(0, count, 4)] and len(sizes) > 1
@@ -244,9 +242,7 @@ def test_a_prompt_stands_in_its_template(folder):
     task = make(folder, template="is {prompt} red")
     plain_task = make(folder)
     assert task.row("this thing", "yes") == plain_task.row("is this thing red", "yes")
-    short, long = (
-        Batch(opened(["a"], prompt), pictures(FEATURES[:1])) for prompt in ("this thing", "is this thing red")
-    )
+    short, long = (Batch(opened(["a"], prompt), pictures(FEATURES[:1])) for prompt in ("this thing", "is this thing red"))
     assert task.generate(short) == plain_task.generate(long)
 
 
@@ -269,9 +265,7 @@ def test_baselines_have_a_soft_accuracy_beside_their_accuracy(folder):
     asked = [replace(s, id=s.answer, references=(s.answer,) * 4 + ("grey",)) for s in opened(["red", "red", "blue"])]
     asked = [replace(s, id=str(i)) for i, s in enumerate(asked)]
     table = {s.id: torch.eye(3)[{"red": 0, "blue": 1}[s.answer]] for s in asked}
-    splits = Splits(
-        asked, lambda: (asked, asked), lambda: asked, lambda part: torch.stack([table[s.id] for s in part]), 0
-    )
+    splits = Splits(asked, lambda: (asked, asked), lambda: asked, lambda part: torch.stack([table[s.id] for s in part]), 0)
     found = make(folder).baselines(splits)
     assert found["majority answer"] == {"accuracy": 2 / 3, "samples": 3, "soft_accuracy": 2 / 3}
     assert found["linear probe on the same features"]["soft_accuracy"] == 1.0

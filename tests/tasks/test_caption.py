@@ -33,9 +33,7 @@ def make(folder, **config):
 
 def samples():
     pairs = zip(PICTURES, TEXTS, strict=True)
-    return with_captions(
-        [CaptionSample(str(i), {"image": image}, text, image) for i, (image, text) in enumerate(pairs)]
-    )
+    return with_captions([CaptionSample(str(i), {"image": image}, text, image) for i, (image, text) in enumerate(pairs)])
 
 
 def batch(some=None):
@@ -79,9 +77,7 @@ def test_beams_and_their_length_reach_the_search(folder):
     wide = make(folder, max_new_tokens=3, beams=6, length_penalty=-2.0)
     assert wide.config.options() == {"max_new_tokens": 3, "num_beams": 6, "length_penalty": -2.0}
     said = [p.values["predicted"] for p in wide.predict(batch())]
-    assert said == [
-        wide.predict(batch([s]))[0].values["predicted"] for s in samples()
-    ]  # rows of beams keep their picture
+    assert said == [wide.predict(batch([s]))[0].values["predicted"] for s in samples()]  # rows of beams keep their picture
 
 
 def test_drawn_words_depend_on_the_samples_alone(folder):

@@ -54,9 +54,7 @@ def samples(multilabel=False):
 
 
 def batch(multilabel=False, features=FEATURES):
-    return Batch(
-        samples(multilabel), pictures(FEATURES if features is None else features, infused=features is not None)
-    )
+    return Batch(samples(multilabel), pictures(FEATURES if features is None else features, infused=features is not None))
 
 
 def test_probabilities_that_are_no_numbers_are_reported(folder):
@@ -94,9 +92,7 @@ def test_the_loss_is_the_cross_entropy_of_the_heads_logits(folder, tmp_path, cac
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
-def test_a_loss_of_ones_own_has_the_logits_and_a_row_of_targets_for_each_sample(
-    folder, monkeypatch, tmp_path, multilabel
-):
+def test_a_loss_of_ones_own_has_the_logits_and_a_row_of_targets_for_each_sample(folder, monkeypatch, tmp_path, multilabel):
     (tmp_path / "own_ce.py").write_text("def half(outputs, targets):\n    return 0.5 * (outputs * targets).sum(), 7\n")
     monkeypatch.setenv(TRUSTED, str(tmp_path))
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -208,9 +204,7 @@ def onehot(labels, classes):
 
 def test_metrics_of_one_label_by_hand():
     truth = onehot([0, 0, 0, 1, 2], 4)  # the fourth class: nowhere
-    chances = np.array(
-        [[0.9, 0.1, 0, 0], [0.6, 0.3, 0.1, 0], [0.2, 0.7, 0.1, 0], [0.1, 0.8, 0.1, 0], [0.5, 0.1, 0.4, 0]]
-    )
+    chances = np.array([[0.9, 0.1, 0, 0], [0.6, 0.3, 0.1, 0], [0.2, 0.7, 0.1, 0], [0.1, 0.8, 0.1, 0], [0.5, 0.1, 0.4, 0]])
     found = label_metrics(truth, chances, multilabel=False)
     assert found["accuracy"] == pytest.approx(3 / 5) == found["f1_micro"] and found["majority"] == pytest.approx(3 / 5)
     f1 = [2 * 2 / (3 + 3), 2 * 1 / (2 + 1), 0.0]  # 2 tp / (predicted + true)
@@ -310,8 +304,6 @@ def test_neighbours_are_those_of_the_largest_cosine_as_many_as_val_asks_for():
     asked = np.array([[np.cos(0.09), np.sin(0.09)]])
     assert probe_neighbours([train, asked, asked], [targets, np.array([4.0])]) == pytest.approx([4.0])  # k = 1
     assert probe_neighbours([train, asked, asked], [targets, np.array([2.1])]) == pytest.approx([2.0])  # k = 3
-    assert probe_neighbours([train, asked[:0], asked], [targets, targets[:0]]) == pytest.approx(
-        [1.2]
-    )  # k = 5, unchosen
+    assert probe_neighbours([train, asked[:0], asked], [targets, targets[:0]]) == pytest.approx([1.2])  # k = 5, unchosen
     truth = np.array([[True, False]] * 3 + [[False, True]] * 2)
     assert probe_neighbours([train, asked, asked], [truth, truth[:1]]) == pytest.approx(np.array([[1.0, 0.0]]))

@@ -152,9 +152,7 @@ def test_expressions_are_seeded():
 
 
 def test_an_expression_without_words_names_nothing():
-    named = objects_named(
-        ["  ", "a Cat", "a dog", "the red-cup"], ["dog", "cat", "", "x"], {"", "cat", "red cup", "ca"}
-    )
+    named = objects_named(["  ", "a Cat", "a dog", "the red-cup"], ["dog", "cat", "", "x"], {"", "cat", "red cup", "ca"})
     assert named == [{"dog"}, {"cat"}, {""}, {"x", "red cup"}]
 
 
@@ -203,9 +201,7 @@ def test_the_pairings_are_those_of_earlier_versions():
 
 
 def test_a_single_scene_is_refused():
-    with pytest.raises(
-        DataError, match="^all samples are of the scene 's': the other-expression control needs two scenes$"
-    ):
+    with pytest.raises(DataError, match="^all samples are of the scene 's': the other-expression control needs two scenes$"):
         other_expressions(["a cat", "a dog"], ["cat", "dog"], ["s", "s"])
 
 

@@ -21,8 +21,7 @@ from mitrain.training.evaluate import CONTROLS, controlled, evaluate
 
 def answers(count=12):
     return [
-        AnswerSample(str(i), {"image": f"{i}.png"}, "p", "ab"[i % 2], ("a", "b"), "k", f"o{i // 2}")
-        for i in range(count)
+        AnswerSample(str(i), {"image": f"{i}.png"}, "p", "ab"[i % 2], ("a", "b"), "k", f"o{i // 2}") for i in range(count)
     ]
 
 
@@ -109,9 +108,7 @@ def test_a_plain_evaluation_shows_each_sample_its_own_picture_in_batches_of_32()
 @pytest.mark.parametrize("seed", range(5))
 def test_a_scene_with_another_reference_beside_it_is_no_other_scene(seed):
     """The control would show the decoder the true picture; without names nothing else keeps its expressions apart."""
-    both = [
-        replace(s, object="", expression=s.id, inputs={**s.inputs, "reference": f"{s.id}.png"}) for s in expressions()
-    ]
+    both = [replace(s, object="", expression=s.id, inputs={**s.inputs, "reference": f"{s.id}.png"}) for s in expressions()]
     _, shown, _ = images_of(both, "expressions", "other-inputs", seed)
     assert all(path != s.inputs["image"] for path, s in zip(shown, both, strict=True))
     swapped, _, _ = images_of(both, "expressions", "shuffle", seed)
@@ -175,8 +172,7 @@ def test_the_other_image_is_of_another_object():
 
 def labelled(count=12):
     return [
-        LabelSample(f"{i}", {"image": f"{i}.png"}, f"text {i // 3}", "ab"[i % 2], object=f"o{i // 3}")
-        for i in range(count)
+        LabelSample(f"{i}", {"image": f"{i}.png"}, f"text {i // 3}", "ab"[i % 2], object=f"o{i // 3}") for i in range(count)
     ]
 
 
@@ -298,9 +294,7 @@ def test_overlay_marks_the_mask_alone():
 
 
 def test_a_sheet_holds_every_panel_and_shortens_text():
-    panels = [
-        figures.Panel(Image.new("RGB", (50, 30), (i * 20, 0, 0)), ["word " * 40, "b"], i % 2 == 0) for i in range(5)
-    ]
+    panels = [figures.Panel(Image.new("RGB", (50, 30), (i * 20, 0, 0)), ["word " * 40, "b"], i % 2 == 0) for i in range(5)]
     sheet = figures.sheet(panels, columns=2, side=60)
     assert sheet.width == 2 * 68 + 8 and sheet.height == 3 * (60 + 2 * figures.LINE + 8 + 8) + 8
     corner = np.asarray(sheet)[8 + 30, 8 + 30]

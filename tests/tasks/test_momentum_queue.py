@@ -31,9 +31,7 @@ def queue(size=8, **settings):
 def test_a_queue_may_start_full_of_unit_vectors_that_are_nobodys_partner():
     full = queue(size=6, start="random")
     assert full.filled == 6 and queue(size=6).filled == 0
-    assert torch.allclose(full.images.norm(dim=-1), torch.ones(6)) and torch.allclose(
-        full.words.norm(dim=-1), torch.ones(6)
-    )
+    assert torch.allclose(full.images.norm(dim=-1), torch.ones(6)) and torch.allclose(full.words.norm(dim=-1), torch.ones(6))
     fast, slow = vectors(1), vectors(2)
     candidates = tuple(torch.cat(both) for both in zip(slow, (full.images.clone(), full.words.clone()), strict=True))
     right = torch.cat([right_of(KEYS, KEYS), torch.zeros(5, 6)], dim=1)
@@ -225,7 +223,5 @@ def test_vectors_of_less_precision_are_compared_in_the_fast_ones():
 
 
 def test_a_name_has_the_same_number_in_every_process():
-    assert (
-        number("a") == int.from_bytes(blake2b(b"a", digest_size=8).digest(), "big", signed=True) == 4681665781835383343
-    )
+    assert number("a") == int.from_bytes(blake2b(b"a", digest_size=8).digest(), "big", signed=True) == 4681665781835383343
     assert any(number(str(i)) < 0 for i in range(9)) and all(abs(number(str(i))) < 2**63 for i in range(99))

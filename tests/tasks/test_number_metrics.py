@@ -37,9 +37,7 @@ def test_scores_of_sentiment_are_counted_as_the_papers_count(seed):
     found = number_metrics(truth, predicted, FULL)
     for classes, most in ((7, 3), (5, 2)):
         kept = [(min(max(t, -most), most), min(max(p, -most), most)) for t, p in zip(truth, predicted, strict=True)]
-        assert (
-            found[f"acc{classes}"] == sum(round(t) == round(p) for t, p in kept) / 200
-        )  # Python rounds halves to even
+        assert found[f"acc{classes}"] == sum(round(t) == round(p) for t, p in kept) / 200  # Python rounds halves to even
     signs = [(t >= 0, p >= 0) for t, p in zip(truth, predicted, strict=True)]
     aside = [(t > 0, p > 0) for t, p in zip(truth, predicted, strict=True) if t != 0]
     assert 0 < len(aside) < 200

@@ -43,8 +43,7 @@ def make(folder, **config):
 
 def samples():
     return [
-        TargetSample(str(i), {"image": f"{i}.png"}, t, y, "o")
-        for i, (t, y) in enumerate(zip(TEXTS, TARGETS, strict=True))
+        TargetSample(str(i), {"image": f"{i}.png"}, t, y, "o") for i, (t, y) in enumerate(zip(TEXTS, TARGETS, strict=True))
     ]
 
 

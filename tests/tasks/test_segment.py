@@ -120,9 +120,7 @@ def test_late_fusion_conditions_by_the_vector_itself(folder):
     adapter = methods.build(adapters_none(), {"image": 6})
     adapter.attach({"text": text.model})
     parts = Parts(text, adapter, TextStates(text, adapter.attachment.first_layers["text"], None))
-    task = SegmentTask(
-        SegmentConfig(**SETTINGS, readout=["last", "image"]), parts, WIDTHS, GRID, PATCH, 1, {"image": 6}
-    )
+    task = SegmentTask(SegmentConfig(**SETTINGS, readout=["last", "image"]), parts, WIDTHS, GRID, PATCH, 1, {"image": 6})
     own = batch()
     found = task.condition([s.expression for s in own.samples], own.inputs)
     assert found.shape == (3, 32 + 6) and torch.equal(found[:, 32:], own.inputs.features["image"])
@@ -135,9 +133,7 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("built"))
 
 
-@pytest.mark.parametrize(
-    ("name", "readout"), [("uniadapter", ["image"]), ("gated-xattn", ["image"]), ("mope", ["joint"])]
-)
+@pytest.mark.parametrize(("name", "readout"), [("uniadapter", ["image"]), ("gated-xattn", ["image"]), ("mope", ["joint"])])
 def test_read_outs_that_need_files_are_standardised_over_samples(world, name, readout):
     config = make_config(world, "segment", {"name": name})
     task = config.task.model_copy(update={"readout": ("mean", *readout)})

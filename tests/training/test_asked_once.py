@@ -43,8 +43,7 @@ STRANGE = {  # layers that read more than what the layer below hands them
 }  # fmt: skip
 FEATURES = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
 SAMPLES = [
-    AnswerSample(str(i), {"image": "i.png"}, p, "red", ("red", "blue"))
-    for i, p in enumerate(["this thing is", "is this"])
+    AnswerSample(str(i), {"image": "i.png"}, p, "red", ("red", "blue")) for i, p in enumerate(["this thing is", "is this"])
 ]
 
 
@@ -135,9 +134,7 @@ def test_a_model_whose_cache_infusion_cannot_use_speaks_without(name, tokenizer,
         start = len(ids)
         with torch.no_grad(), task.parts.adapter.bind({"image": feature}):
             while len(ids) < start + 4 and ids[-1] != tokenizer.eos_token_id:
-                ids.append(
-                    int(task.parts.text.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-                )
+                ids.append(int(task.parts.text.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         assert words == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 

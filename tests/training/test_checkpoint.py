@@ -60,9 +60,7 @@ def test_it_holds_what_is_trained_and_little_more(tmp_path):
     model = tiny("llama")
     mit = mitrain.attach(model, mitrain.MiTConfig(modalities={"image": 64}, layers="all"))
     weights = checkpoint.only_trainable(mit)
-    moments = {
-        f"{slot}.{name}": torch.zeros_like(t) for name, t in weights.items() for slot in ("exp_avg", "exp_avg_sq")
-    }
+    moments = {f"{slot}.{name}": torch.zeros_like(t) for name, t in weights.items() for slot in ("exp_avg", "exp_avg_sq")}
     state = {"rng": [checkpoint.rng_state()]}
     path = checkpoint.save(tmp_path, 1, {"adapter": weights, "optimizer": moments}, state)
     numbers = sum(p.numel() for p in mit.parameters())

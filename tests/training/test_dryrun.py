@@ -74,9 +74,7 @@ def test_activations_of_a_changed_image_encoder_are_counted():
     layers = sum(costs.activation_bytes(shape, tokens, 2, 0) for tokens in (64, 197))
     head = 4 * 2 * (2 * 768 + 101)
     assert plan.activation_bytes_per_sample == 2 * layers + head
-    frozen = dry_run(
-        schema.load(ROOT / "configs" / "pmf-food101.yaml", ["adapter={name: none}"]), memory_gb=24, ranks=1
-    )
+    frozen = dry_run(schema.load(ROOT / "configs" / "pmf-food101.yaml", ["adapter={name: none}"]), memory_gb=24, ranks=1)
     assert frozen.activation_bytes_per_sample == head
 
 

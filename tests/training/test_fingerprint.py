@@ -84,9 +84,7 @@ def test_run_lengths_that_came_as_bytes_are_digested():
 
 def test_configuration_names_its_keys_and_values():
     other = {**CONFIG, "train": {"lr": 0.5, "steps": 10}, "wandb": {"project": "p"}}
-    assert differences(of(), of(config=other), ignoring=["config.wandb"]) == [
-        "config.train.lr is 0.001 there, 0.5 here"
-    ]
+    assert differences(of(), of(config=other), ignoring=["config.wandb"]) == ["config.train.lr is 0.001 there, 0.5 here"]
     assert 'config.wandb.project is absent there, "p" here' in differences(of(), of(config=other))
     assert flat(CONFIG)["model.encoders.image.name"] == '"v"'
 

@@ -132,9 +132,7 @@ def test_the_head_of_an_earlier_version_comes_along_though_settings_have_come_si
 
 def test_other_settings_of_the_adapter_are_named(world, tmp_path, caplog):
     task = {"name": "classify", "balance": True}
-    started(
-        world, tmp_path / "new", world / "run", adapter={"name": "mit", "layers": [1], "gate": "sequence"}, task=task
-    )
+    started(world, tmp_path / "new", world / "run", adapter={"name": "mit", "layers": [1], "gate": "sequence"}, task=task)
     assert "was trained with other settings: adapter.gate is" in caplog.text
 
 

@@ -90,9 +90,7 @@ def test_a_run_in_epochs_is_the_run_of_as_many_steps(world, tmp_path):
         one, other = ([line[key] for line in logged(tmp_path / name, "train")] for name in ("epochs", "steps"))
         assert one == other and len(one) == 5
     rates = [line["lr"] for line in logged(tmp_path / "epochs", "train")]
-    assert rates[:3] == [5e-4, 1e-3, 1e-3] and rates[3] == pytest.approx(
-        7.5e-4
-    )  # 0.4 of 5 steps of warm-up, then cosine
+    assert rates[:3] == [5e-4, 1e-3, 1e-3] and rates[3] == pytest.approx(7.5e-4)  # 0.4 of 5 steps of warm-up, then cosine
     whole = tensors(tmp_path / "steps")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors(tmp_path / "epochs").items())
 

@@ -70,15 +70,11 @@ def settings():
     """(assignments that choose the kind, key) for every setting of every kind of section."""
     yield from (((), key) for key in keys(schema.RunConfig))
     yield from (
-        ((f"adapter={{name: {name}}}",), f"adapter.{key}")
-        for name, kind in KINDS["adapter"].items()
-        for key in keys(kind)
+        ((f"adapter={{name: {name}}}",), f"adapter.{key}") for name, kind in KINDS["adapter"].items() for key in keys(kind)
     )
     tasks = [(name, task.settings) for name, task in TASKS.items()]  # KINDS may have other tests' tasks
     for name, kind in [*tasks, *KINDS["data"].items()]:
-        task = (
-            name if name in TASK_DATA else next(name for name, task in TASKS.items() if issubclass(kind, task.formats))
-        )
+        task = name if name in TASK_DATA else next(name for name, task in TASKS.items() if issubclass(kind, task.formats))
         data = TASK_DATA[task] if name in TASK_DATA else name
         chosen = (f"task={{name: {task}}}", f"data={{name: {data}, root: nowhere}}")
         yield from ((chosen, f"{'task' if name in TASK_DATA else 'data'}.{key}") for key in keys(kind))

@@ -101,9 +101,7 @@ def test_too_little_memory_is_told_with_a_table_before_the_first_step(world, mon
     trainer = made(world)
 
     def refuse(*_):
-        raise RuntimeError(
-            "[enforce fail at alloc.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
-        )
+        raise RuntimeError("[enforce fail at alloc.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
 
     monkeypatch.setattr(trainer, "_accumulate", refuse)
     with pytest.raises(preflight.OutOfMemory, match=r"3 samples of up to \d+ tokens on a rank.*train.batch") as caught:
@@ -136,9 +134,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_first_step(w
     usage = SimpleNamespace(free=2 * one)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage)
     trainer.config = configured(world, save_every=1)
-    with pytest.raises(
-        CheckpointError, match=rf"need {preflight.size(3 * one)} \(3 of .*make room there, lower train.keep"
-    ):
+    with pytest.raises(CheckpointError, match=rf"need {preflight.size(3 * one)} \(3 of .*make room there, lower train.keep"):
         trainer.fit()
     assert (trainer.folder / "metrics.jsonl").read_bytes() == b"" and not (trainer.folder / "checkpoints").exists()
     usage.free = 3 * one

@@ -37,8 +37,7 @@ def trainer(world, task="answer", method="mit", **more):
         for split in ("train", "val", "test"):
             rows = [json.loads(line) for line in (world / "data" / f"{split}.jsonl").read_text().splitlines()]
             lines = [
-                json.dumps({k: r[k] for k in ("id", "image")} | {"text": r["prompt"], "label": r["answer"]})
-                for r in rows
+                json.dumps({k: r[k] for k in ("id", "image")} | {"text": r["prompt"], "label": r["answer"]}) for r in rows
             ]
             (world / "data" / f"labelled-{split}.jsonl").write_text("\n".join(lines))
         splits = {split: f"labelled-{split}.jsonl" for split in ("train", "val", "test")}

@@ -25,9 +25,7 @@ def validator():
 def test_every_shipped_configuration_fits_the_schema_that_it_names(path, validator):
     assert not list(validator.iter_errors(config.read_file(path)))
     first = path.read_text().splitlines()[0]
-    assert (
-        path.parent / first.removeprefix("# yaml-language-server: $schema=")
-    ).resolve() == ROOT / "configs/schema.json"
+    assert (path.parent / first.removeprefix("# yaml-language-server: $schema=")).resolve() == ROOT / "configs/schema.json"
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,6 @@ def test_exit_codes():
     interrupted.number = signal.SIGTERM
     memory = RuntimeError("[enforce fail at x] DefaultCPUAllocator: can't allocate memory")
     assert [exit_code(error) for error in (interrupted, KeyboardInterrupt())] == [143, 130]
-    mapped = RuntimeError(
-        "unable to mmap 9 bytes from file <model.safetensors>: Cannot allocate memory (12)"
-    )  # torch's
+    mapped = RuntimeError("unable to mmap 9 bytes from file <model.safetensors>: Cannot allocate memory (12)")  # torch's
     assert {exit_code(error) for error in (UserError("x"), OSError(), memory, mapped, MemoryError())} == {2}
     assert [exit_code(error) for error in (BrokenPipeError(), KeyError(), RuntimeError())] == [141, 1, 1]

@@ -189,9 +189,7 @@ def test_a_run_that_applied_no_step_has_failed(world, monkeypatch):
     trainer = Trainer(config, runs.create(config, world / "runs"), quiet=True)
     loss = trainer.loss
     trainer.loss = lambda batch: (loss(batch)[0] * torch.nan, loss(batch)[1])
-    with pytest.raises(
-        UserError, match=r"none of 3 steps was applied \(non-finite loss 3 times\): nothing was learned"
-    ):
+    with pytest.raises(UserError, match=r"none of 3 steps was applied \(non-finite loss 3 times\): nothing was learned"):
         trainer.fit()
     assert not checkpoint.any_published(trainer.folder) and not (trainer.folder / "summary.json").exists()
 
@@ -200,9 +198,7 @@ def test_a_run_that_applied_no_step_has_failed(world, monkeypatch):
 def test_best_is_replaced_by_what_is_better_alone(world, monkeypatch, minimises):
     scores = iter([0.5, 0.5, 0.25, 0.25, 0.75] if minimises else [0.5, 0.5, 0.75, 0.75, 0.25])
     monkeypatch.setattr(AnswerTask, "minimises", minimises)
-    monkeypatch.setattr(
-        "mitrain.training.trainer.evaluate", lambda *_, **__: Evaluation({"accuracy": next(scores)}, [])
-    )
+    monkeypatch.setattr("mitrain.training.trainer.evaluate", lambda *_, **__: Evaluation({"accuracy": next(scores)}, []))
     config = configured(world, steps=5, batch=4, lr=1e-3, eval_every=1, save_every=1, keep=5)
     outcome = Trainer(config, runs.create(config, world / "runs"), quiet=True).fit()
     assert (outcome.best, outcome.best_step) == (0.25 if minimises else 0.75, 3)
@@ -274,9 +270,7 @@ def test_the_last_line_counts_the_bad_samples(world, tmp_path, capsys):
     config = configured(world).to_dict()
     shutil.copytree(world / "data", tmp_path / "data")
     (tmp_path / "data" / "images" / "3.png").unlink()
-    (tmp_path / "config.yaml").write_text(
-        json.dumps(config | {"data": config["data"] | {"root": str(tmp_path / "data")}})
-    )
+    (tmp_path / "config.yaml").write_text(json.dumps(config | {"data": config["data"] | {"root": str(tmp_path / "data")}}))
     assert main(["train", str(tmp_path / "config.yaml"), "data.bad_share=0.2", "--run-dir", str(tmp_path / "run")]) == 0
     assert "at step 1 (1 bad samples skipped); next" in capsys.readouterr().out.splitlines()[-1]
     assert main(["train", str(tmp_path / "config.yaml"), "data.bad_share=0.05", "--run-dir", str(tmp_path / "no")]) == 2

@@ -55,9 +55,7 @@ CASES = [
     small("prefix", lengths=(4, 18), window=4, base="mixed", layout="tokens first"),
     small("prefix", layout="columns", tq=7, scale=0.5),
     small("token", layout="tokens first", d=5, tk=12),
-    *(
-        small("prefix", B=1, H=1, tq=4, tk=tk) for tk in (18, 19)
-    ),  # the first query sees one key less than a tile, or all
+    *(small("prefix", B=1, H=1, tq=4, tk=tk) for tk in (18, 19)),  # the first query sees one key less than a tile, or all
 ]
 
 

@@ -199,9 +199,7 @@ def test_an_inner_layer_is_read_before_the_last_norm(saved, name, layer):
     model, extractor = made(name)
     inner = model.model.encoder if name == "whisper" else model
     layers, seen = (inner if name == "whisper" else inner.encoder).layers if name != "ast" else inner.layers, []
-    layers[layer - 1].register_forward_hook(
-        lambda _, inputs, out: seen.append(out[0] if isinstance(out, tuple) else out)
-    )
+    layers[layer - 1].register_forward_hook(lambda _, inputs, out: seen.append(out[0] if isinstance(out, tuple) else out))
     inputs = extractor(sound.at(16_000), sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         inner(inputs[extractor.model_input_names[0]])

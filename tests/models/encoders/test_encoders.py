@@ -19,9 +19,7 @@ FACTS = {"digest": "", "where": "", "stored_size": (1, 1)}
 SAMPLES = {
     "audio": [Sound(samples=np.ones(n, np.float32), rate=16_000, **FACTS) for n in (800, 1600, 800)],
     "features": [Array(values=np.full((2, 3), n, np.float32), **FACTS) for n in range(3)],
-    "video": [
-        Video(frames=(Image.new("RGB", (28, 28), c),) * 2, times=(0, 1), **FACTS) for c in ("red", "blue", "red")
-    ],
+    "video": [Video(frames=(Image.new("RGB", (28, 28), c),) * 2, times=(0, 1), **FACTS) for c in ("red", "blue", "red")],
 }
 
 

@@ -47,9 +47,7 @@ def test_noise_in_the_padding_reaches_nothing(saved):  # noqa: F811
     together = batch(listener.entering(1, [clip(seconds) for seconds in LENGTHS]), 1)
     noisy = torch.where(together.visible[..., None], together.states, torch.randn_like(together.states))
     layers = Layers.of(listener.model)
-    vectors = [
-        layers.encode_tokens(ModalityInputs(**{**vars(together), "states": s}))[1] for s in (together.states, noisy)
-    ]
+    vectors = [layers.encode_tokens(ModalityInputs(**{**vars(together), "states": s}))[1] for s in (together.states, noisy)]
     assert torch.equal(*vectors)
 
 

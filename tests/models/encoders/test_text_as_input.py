@@ -42,9 +42,7 @@ def bert(tmp_path):
 def sentence(path, pooling: str, *more: str, longest: int = 20, lower: bool = False) -> None:
     """Writes the files of sentence-transformers."""
     (path / "1_Pooling").mkdir(exist_ok=True)
-    modes = {
-        f"pooling_mode_{name}": name == pooling for name in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
-    }
+    modes = {f"pooling_mode_{name}": name == pooling for name in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")}
     (path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **modes}))
     types = [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", *more)]
     (path / "modules.json").write_text(json.dumps([{"idx": i, "type": name} for i, name in enumerate(types)]))

@@ -117,9 +117,7 @@ def test_an_inner_layer_is_read_before_the_last_norm(saved, name, layer):
     found = encoder(saved(name), layer=layer)
     model, seen = AutoModel.from_pretrained(saved(name)).eval(), []
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3]
-    lists[0][layer - 1].register_forward_hook(
-        lambda _, inputs, out: seen.append(out if torch.is_tensor(out) else out[0])
-    )
+    lists[0][layer - 1].register_forward_hook(lambda _, inputs, out: seen.append(out if torch.is_tensor(out) else out[0]))
     with torch.no_grad():
         model(pixel_values=found.preprocess(shown())[None])
     expected = seen[0][0, 0] if name == "vivit" else seen[0][0].mean(0)
