@@ -157,9 +157,12 @@ class Interruptible(Handlers):
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         before, self._heard = self._heard, time.monotonic()
         if self._heard - before > AGAIN_S:
-            error = Interrupted(number)
-            self._raised = weakref.ref(error)  # dead as soon as nobody handles it
-            raise error
+            raise self._noted(Interrupted(number))
+
+    def _noted(self, error: Interrupted) -> Interrupted:
+        """The error, which a variable of the frame that raises it would keep alive by its traceback."""
+        self._raised = weakref.ref(error)  # dead as soon as nobody handles it
+        return error
 
     def _watch(self) -> None:
         with open(self._read, "rb", buffering=0) as signals:
