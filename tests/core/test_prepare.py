@@ -81,7 +81,7 @@ def test_prepared_once_with_provenance(toy: Toy, cache: Path, capsys: pytest.Cap
 def test_what_is_damaged_afterwards_is_named_and_made_again_when_asked(toy: Toy, ensure, damage):
     folder = ensure("toy")
     damage(folder / "half")
-    prepared.intact.compared.cache_clear()  # another process
+    prepared.compared.cache_clear()  # another process
     with pytest.raises(PrepareError, match=r"toy.*/half is damaged .* with mitrain (models|data) prepare toy$"):
         ensure("toy")
     assert toy.builds == 1 and ensure("toy", repair=True) == folder
@@ -99,7 +99,7 @@ def flip(path: Path) -> None:
 def test_a_bit_that_turned_over_before_this_process_is_noticed_though_size_and_time_stay(toy: Toy):
     folder = ensure_model("toy")
     flip(folder / "model")
-    prepared.intact.compared.cache_clear()  # another process
+    prepared.compared.cache_clear()  # another process
     with pytest.raises(PrepareError, match="/model is damaged"):
         ensure_model("toy")
 
