@@ -108,18 +108,15 @@ def score_run(
     without: Sequence[str] = (),
     shuffled: Sequence[str] = (),
     missing: Sequence[str] = (),
-    which: str = "best",
     samples: int | None = None,
     generate: bool = False,
     seed: int = 0,
     baselines: bool = False,
-    allow_changes: bool = False,
     root: str | None = None,
-    base: str | None = None,
-    encoders: Sequence[str] | None = None,
     out: str | Path | None = None,
     generation: Mapping[str, Any] | None = None,
     details: bool = False,
+    **opened: Any,
 ) -> dict[str, Any]:
     """The metrics of a run's checkpoint on a split under a control, and those of the ``baselines`` if asked for.
 
@@ -127,14 +124,14 @@ def score_run(
 
     ``without``, ``shuffled``: inputs that no sample is shown, or another sample's; ``missing``: inputs for each of which the
     score is also told where a growing share of the samples lacks it.
-    ``root``: the folder of the data, where it is another than the run's; ``base``, ``encoders`` as in `runs.open_run`.
+    ``root``: the folder of the data, where it is another than the run's; ``opened`` as of `runs.open_run`.
     ``out``: a new file for each sample's prediction. ``generation``: as in `ask_all`, told beside the metrics.
     """
     if out is not None and Path(out).exists():
         raise ConfigError(f"--out {str(out)!r} exists: give a new file for the predictions")
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples {samples} scores nothing: give at least 1")
-    run = runs.open_run(folder, which, allow_changes, base, encoders)
+    run = runs.open_run(folder, **opened)
     for name in (*without, *shuffled, *missing):
         if name not in run.config.data.inputs:
             raise ConfigError(f"{name!r} is none of this run's inputs: it reads {', '.join(run.config.data.inputs)}")
@@ -176,17 +173,13 @@ def predict_one(
     *,
     candidates: Sequence[str] | None = None,
     out: str | None = None,
-    which: str = "best",
-    allow_changes: bool = False,
-    base: str | None = None,
-    encoders: Sequence[str] | None = None,
     generation: Mapping[str, Any] | None = None,
+    **opened: Any,
 ) -> Answer:
-    """Answer a prompt about files, or segment an expression in a picture; ``base``, ``encoders`` as in `runs.open_run`,
-    ``generation`` as in `ask_all`."""
+    """Answer a prompt about files, or segment an expression in a picture; ``opened`` as of `runs.open_run`, ``generation``
+    as in `ask_all`."""
     glance.words(text, candidates)
-    run = runs.open_run(folder, which, allow_changes, base, encoders)
-    return ask(run, files, text, candidates=candidates, out=out, generation=generation)
+    return ask(runs.open_run(folder, **opened), files, text, candidates=candidates, out=out, generation=generation)
 
 
 @dataclass(frozen=True)

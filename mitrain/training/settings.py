@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import groupby
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -18,6 +19,7 @@ from pydantic.json_schema import models_json_schema
 from mitrain.core import config
 from mitrain.core.config import KINDS, Section, section_in
 from mitrain.core.errors import ConfigError
+from mitrain.core.markdown import table
 from mitrain.models.encoders import ENCODERS
 from mitrain.training.schema import RunConfig
 
@@ -163,32 +165,25 @@ def find(part: str) -> list[Setting]:
 
 def as_text(found: list[Setting]) -> str:
     """A setting a line, under a heading for each kind of section."""
-    lines, before = [], None
-    for setting in found:
-        head = heading(setting)
-        if head != before:
-            lines += ["", head] if lines else [head]
-            before = head
-        given = "required" if setting.required else f"= {shown(setting.default)}"
-        lines.append(f"  {setting.key:34s} {given:28s} {setting.type}{': ' if setting.meaning else ''}{setting.meaning}")
+    lines = []
+    for head, group in groupby(found, heading):
+        lines += ["", head] if lines else [head]
+        for one in group:
+            given = "required" if one.required else f"= {shown(one.default)}"
+            lines.append(f"  {one.key:34s} {given:28s} {one.type}{': ' if one.meaning else ''}{one.meaning}")
     return "\n".join(lines)
 
 
 def as_markdown(found: list[Setting]) -> str:
     """Tables for the documentation."""
-    lines, before = [], None
-    for setting in found:
-        head = heading(setting)
-        if head != before:
-            lines += ["", f"## {head}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
-            before = head
+    lines = []
+    for head, group in groupby(found, heading):
         cells = [
-            f"`{setting.key}`",
-            setting.type,
-            "required" if setting.required else f"`{shown(setting.default)}`",
-            setting.meaning,
+            (f"`{one.key}`", one.type, "required" if one.required else f"`{shown(one.default)}`", one.meaning)
+            for one in group
         ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+        lines += ["", f"## {head}", "", *table(("setting", "type", "default", "meaning"), rows)]
     return "\n".join(lines).lstrip()
 
 
