@@ -32,9 +32,7 @@ def picture_features(encoder: str, paths: list[Path]) -> Tensor:
 
 def batch_of(tokenizer: AutoTokenizer, answers: list[str]) -> dict[str, Tensor]:
     """Prompt and answer as one text; only the answer's tokens, and the end behind them, are learned (-100 is not)."""
-    given = tokenizer(
-        [f"{PROMPT} {answer}{tokenizer.eos_token}" for answer in answers], return_tensors="pt", padding=True
-    )
+    given = tokenizer([f"{PROMPT} {answer}{tokenizer.eos_token}" for answer in answers], return_tensors="pt", padding=True)
     asked = len(tokenizer(PROMPT)["input_ids"])
     labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
     labels[:, :asked] = -100
@@ -50,9 +48,7 @@ def said(model: torch.nn.Module, tokenizer: AutoTokenizer, mit: mitrain.MiT, fea
             asked["input_ids"], attention_mask=asked["attention_mask"], max_new_tokens=8, do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
-    return [
-        text.strip() for text in tokenizer.batch_decode(out[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-    ]
+    return [text.strip() for text in tokenizer.batch_decode(out[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)]
 
 
 def train(

@@ -23,9 +23,7 @@ COUNTED = ("mutants", "tried", "noticed", "equivalent", "survived")
 def main() -> None:
     reasons = json.loads((OUT / "equivalent.json").read_text(encoding="utf-8"))
     chosen = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["mutmut"]["only_mutate"]
-    verdicts = {
-        path: json.loads(Path(f"mutants/{path}.meta").read_text("utf-8"))["exit_code_by_key"] for path in chosen
-    }
+    verdicts = {path: json.loads(Path(f"mutants/{path}.meta").read_text("utf-8"))["exit_code_by_key"] for path in chosen}
     if sys.argv[1:] == ["--left"]:
         print(
             *(name for codes in verdicts.values() for name, code in codes.items() if again(name, code, reasons)),

@@ -69,9 +69,7 @@ def swiglu(B: int, T: int, F: int, **options: Any) -> Case:
 
 def cases_for(op: str, device: str, quick: bool = False) -> list[Case]:
     """CPU: shapes of SmolLM2-135M (H9 G3 d64, F1536) and LLaMA-2-7B in fp32. CUDA: of a Llama-3-8B layer in bf16."""
-    small = (
-        [attention(4, 9, 3, T, 64) for T in (128, 512)] if op == OPS[0] else [swiglu(4, T, 1536) for T in (128, 512)]
-    )
+    small = [attention(4, 9, 3, T, 64) for T in (128, 512)] if op == OPS[0] else [swiglu(4, T, 1536) for T in (128, 512)]
     if device == "cpu":
         return small if quick else small + larger_on_cpu(op)
     lengths = (128, 512) if quick else (128, 256, 512, 1024, 2048, 4096, 8192)

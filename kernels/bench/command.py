@@ -54,9 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where CSV files go (default: kernels/bench/results for whole measurements, nowhere for partial ones)",
     )
-    parser.add_argument(
-        "--report", action="store_true", help="measure nothing: make tables and figures of the CSV files"
-    )
+    parser.add_argument("--report", action="store_true", help="measure nothing: make tables and figures of the CSV files")
     parser.add_argument("--providers", metavar="NAMES", help="comma-separated; file.py:function is one of your own")
     parser.add_argument("--shape", metavar="B=1,H=4,…", help="this shape instead of the listed ones; needs --op")
     parser.add_argument("--rounds", type=positive, help=f"fresh processes per provider ({USUAL[0]}; quick: {QUICK[0]})")

@@ -55,9 +55,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     add_places(sub)
     add_trust(sub)
     sub.add_argument("--data", metavar="DIR", help="the data's folder, where it is another than the run's data.root")
-    sub.add_argument(
-        "--out", metavar="FILE", help="also write each sample's prediction to this new file, a JSON line each"
-    )
+    sub.add_argument("--out", metavar="FILE", help="also write each sample's prediction to this new file, a JSON line each")
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over the split")
     sub.add_argument(
         "--generate",
@@ -137,16 +135,10 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--image", metavar="FILE", help="a picture, of any size: short for --input image=FILE")
     sub.add_argument(
-        "--input",
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        help="the file of one of the run's inputs, as speech",
+        "--input", action="append", default=[], metavar="NAME=FILE", help="the file of one of the run's inputs, as speech"
     )
     sub.add_argument("--text", default="", help="the prompt, or the expression to segment")
-    sub.add_argument(
-        "--candidates", metavar="A,B,…", help="answers to choose among (answer; default: the training answers)"
-    )
+    sub.add_argument("--candidates", metavar="A,B,…", help="answers to choose among (answer; default: the training answers)")
     sub.add_argument(
         "--data",
         metavar="FILE",

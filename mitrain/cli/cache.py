@@ -16,12 +16,8 @@ EXAMPLES = """  mitrain cache                          how much there is of each
 def add_cache(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_cache, EXAMPLES)
     sub.add_argument("kinds", nargs="*", metavar="KIND", help="models, data, features, archives, … (default: all)")
-    sub.add_argument(
-        "--prune", action="store_true", help="remove what nothing refers to; all is made again when needed"
-    )
-    sub.add_argument(
-        "--older", type=float, metavar="DAYS", help="with --prune: also what was not read for so many days"
-    )
+    sub.add_argument("--prune", action="store_true", help="remove what nothing refers to; all is made again when needed")
+    sub.add_argument("--older", type=float, metavar="DAYS", help="with --prune: also what was not read for so many days")
 
 
 def run_cache(arguments: argparse.Namespace) -> Any:
@@ -33,16 +29,8 @@ def run_cache(arguments: argparse.Namespace) -> Any:
     gone = cached.prune(entries, arguments.older) if arguments.prune else []
     rows = cached.table([one for one in entries if one not in gone])
     for row in rows:
-        say(
-            arguments,
-            f"{row['kind']:12s} {row['entries']:7d} {row['bytes'] / 1e6:10.1f} MB  last read {row['last_read']}",
-        )
+        say(arguments, f"{row['kind']:12s} {row['entries']:7d} {row['bytes'] / 1e6:10.1f} MB  last read {row['last_read']}")
     freed = sum(one.bytes for one in gone)
     if arguments.prune:
         say(arguments, f"removed {len(gone)} entries, {freed / 1e6:.1f} MB")
-    return {
-        "folder": str(cached.cache_home()),
-        "kinds": rows,
-        "removed": [str(one.path) for one in gone],
-        "freed": freed,
-    }
+    return {"folder": str(cached.cache_home()), "kinds": rows, "removed": [str(one.path) for one in gone], "freed": freed}

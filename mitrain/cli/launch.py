@@ -28,9 +28,7 @@ def add_launch(sub: argparse.ArgumentParser) -> None:
     slurm.add_argument("config", metavar="CONFIG", help="a YAML file or a shipped configuration's name")
     slurm.add_argument("overrides", nargs="*", metavar="key=value", help="as of mitrain train")
     slurm.add_argument("--nodes", type=int, default=1, metavar="N", help="how many machines")
-    slurm.add_argument(
-        "--gpus-per-node", type=int, default=0, metavar="N", help="GPUs of each, a rank for each of them"
-    )
+    slurm.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="GPUs of each, a rank for each of them")
     slurm.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on each, if not one for each GPU")
     slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a rank")
     slurm.add_argument(
@@ -41,10 +39,7 @@ def add_launch(sub: argparse.ArgumentParser) -> None:
         "--grace", type=int, default=120, metavar="SECONDS", help="before the limit at which the run saves and requeues"
     )
     slurm.add_argument(
-        "--run-dir",
-        dest="at",
-        metavar="RUN_DIR",
-        help="of the run; with --array -SEED is added (default: runs/slurm-JOB)",
+        "--run-dir", dest="at", metavar="RUN_DIR", help="of the run; with --array -SEED is added (default: runs/slurm-JOB)"
     )
     slurm.add_argument(
         "--sbatch",
@@ -74,9 +69,7 @@ def run_slurm(arguments: argparse.Namespace) -> dict[str, Any]:
 def submit(script: str) -> str:
     """The number that Slurm gives the job."""
     if shutil.which("sbatch") is None:
-        raise UserError(
-            "there is no sbatch here: call this where jobs are submitted, or print the script with --dry-run"
-        )
+        raise UserError("there is no sbatch here: call this where jobs are submitted, or print the script with --dry-run")
     done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"sbatch refuses the job ({done.stderr.strip()[:300]}): change the options, or see sinfo")

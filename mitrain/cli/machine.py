@@ -10,17 +10,7 @@ import torch
 from mitrain.core.provenance import machine, versions
 from mitrain.models import quant
 
-PACKAGES = (
-    "mitrain",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "triton",
-    "bitsandbytes",
-    "deepspeed",
-    "peft",
-)
+PACKAGES = ("mitrain", "torch", "transformers", "tokenizers", "safetensors", "triton", "bitsandbytes", "deepspeed", "peft")
 VECTORS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "neon", "asimd", "sve")
 
 
@@ -37,9 +27,7 @@ def examine() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "environment": {
-            name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS") if name in os.environ
-        },
+        "environment": {name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS") if name in os.environ},
         "faults": [fault for fault in (quant.nf4_fault(),) if fault is not None],
     }
 

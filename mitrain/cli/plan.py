@@ -20,15 +20,10 @@ def add_plan(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--gpus", type=int, metavar="N", help="of each node (default: 1, several nodes 8)")
     sub.add_argument("--nodes", type=int, default=1, metavar="M", help="(default: 1)")
     sub.add_argument(
-        "--network",
-        default="infiniband",
-        choices=["infiniband", "ethernet"],
-        help="between nodes (default: infiniband)",
+        "--network", default="infiniband", choices=["infiniband", "ethernet"], help="between nodes (default: infiniband)"
     )
     sub.add_argument("--memory", type=float, metavar="GB", help="GiB of a rank, in place of the machine's")
-    sub.add_argument(
-        "--tokens", type=int, default=64, metavar="N", help="of a text where no data is at hand (default: 64)"
-    )
+    sub.add_argument("--tokens", type=int, default=64, metavar="N", help="of a text where no data is at hand (default: 64)")
     sub.add_argument("--samples", type=int, metavar="N", help="of an epoch where no data is at hand")
     sub.add_argument("--price", type=float, metavar="X", help="of a GPU-hour, for the cost of an epoch")
     sub.add_argument("--picture", metavar="FILE", help="draw the memory by part, as plan.svg")

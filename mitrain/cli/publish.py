@@ -22,9 +22,7 @@ def add_report(sub: argparse.ArgumentParser) -> None:
         "run_dirs", nargs="+", metavar="RUN_DIR", help="runs of one task; the same name with other seeds is averaged"
     )
     sub.add_argument(
-        "--out",
-        metavar="DIR",
-        help="where the HTML, Markdown, JSON and PNG files go (default: a single run's folder)",
+        "--out", metavar="DIR", help="where the HTML, Markdown, JSON and PNG files go (default: a single run's folder)"
     )
     sub.add_argument("--splits", default="test", help="comma-separated splits to score (default: test)")
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over each split")
@@ -77,9 +75,7 @@ def add_push(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("name", metavar="USER/NAME", help="the repository; made where it is not there")
     sub.add_argument("--private", action="store_true", help="make a private repository")
     sub.add_argument("--license", metavar="ID", help="of the adapter, as the Hub names licences: apache-2.0")
-    sub.add_argument(
-        "--base", metavar="USER/NAME", help="the language model on the Hub, where the export names a folder"
-    )
+    sub.add_argument("--base", metavar="USER/NAME", help="the language model on the Hub, where the export names a folder")
     sub.add_argument(
         "--encoder",
         action="append",

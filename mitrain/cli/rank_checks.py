@@ -69,9 +69,7 @@ def smoke_step() -> Check:
         return Check("step", False, f"the step was skipped: {result.reason}", "report this with the text above")
     odd = [rank for rank, found in enumerate(digests) if found != digests[0]]
     fix = "the ranks' versions, processors or GPUs differ: compare mitrain doctor on each machine"
-    detail = (
-        f"ranks {odd} hold other weights than rank 0 after one step" if odd else f"loss {result.loss:.4f} on all ranks"
-    )
+    detail = f"ranks {odd} hold other weights than rank 0 after one step" if odd else f"loss {result.loss:.4f} on all ranks"
     return Check("step", not odd, detail, fix * bool(odd))
 
 

@@ -80,9 +80,7 @@ def together(served: Sequence["Run"], limits: "Limits") -> Any:
     names = [run.config.name for run in served]
     taken = {"run", "predict", "health", "metrics", "v1"}
     if wrong := [name for name in names if names.count(name) > 1 or name in taken]:
-        raise ConfigError(
-            f"no two addresses for {wrong[0]!r}: serve runs of different names, none of them {sorted(taken)}"
-        )
+        raise ConfigError(f"no two addresses for {wrong[0]!r}: serve runs of different names, none of them {sorted(taken)}")
     apps = {name: app_of(run, limits) for name, run in zip(names, served, strict=True)}
     return Starlette(routes=[*(Mount(f"/{name}", app) for name, app in apps.items()), Mount("/", apps[names[0]])])
 
@@ -91,6 +89,4 @@ def listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"cannot listen at {host} port {port} ({error}): give others with --host and --port"
-        ) from None
+        raise ConfigError(f"cannot listen at {host} port {port} ({error}): give others with --host and --port") from None

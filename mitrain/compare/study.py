@@ -111,9 +111,7 @@ class Axis(Section):
     def _points(self) -> "Axis":
         own = [isinstance(item, Mapping) and set(item) == {"value", "set"} for item in self.values]
         if not self.keys and not all(own):
-            raise ValueError(
-                "an axis without keys changes nothing: name keys, or give each value as {value: …, set: …}"
-            )
+            raise ValueError("an axis without keys changes nothing: name keys, or give each value as {value: …, set: …}")
         known = [item["value"] if isinstance(item, Mapping) and "value" in item else item for item in self.values]
         for number, value in enumerate(known):
             if any(same(value, other) for other in known[:number]):

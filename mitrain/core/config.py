@@ -31,9 +31,7 @@ WORDS = {"string_type": "text", "bool_type": "true or false", "bool_parsing": "t
 WORDS |= dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number")
 WORDS |= dict.fromkeys(("float_type", "float_parsing"), "a number")
 WORDS |= dict.fromkeys(("tuple_type", "list_type"), "a list, as [a, b]")
-WORDS |= dict.fromkeys(
-    ("dict_type", "mapping_type", "model_type", "model_attributes_type"), "a mapping, as {key: value}"
-)
+WORDS |= dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type"), "a mapping, as {key: value}")
 
 KINDS: dict[str, dict[str, type["Section"]]] = {}
 SHIPPED = Path(__file__).parents[1] / "configs"  # a link to the clone's, a folder in a wheel
@@ -84,9 +82,7 @@ def choose(kind: str, value: Any) -> "Section":
     if isinstance(value, Section):
         return value
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"{kind} must be a mapping with a 'name' key, not {value!r}: choose one of {sorted(KINDS[kind])}"
-        )
+        raise ConfigError(f"{kind} must be a mapping with a 'name' key, not {value!r}: choose one of {sorted(KINDS[kind])}")
     name = value.get("name")
     if not isinstance(name, str) or name not in KINDS[kind]:
         raise ConfigError(
@@ -148,9 +144,7 @@ def explained(schema: type[Section], error: ValidationError, where: str) -> Conf
         hint = nearest(str(loc[-1]), known)
         return ConfigError(f"unknown key {path!r}{hint}: the keys here are {', '.join(sorted(known))}")
     if first["type"] == "missing":
-        return ConfigError(
-            f"missing key {path!r}: add it to the configuration or give {path}=VALUE on the command line"
-        )
+        return ConfigError(f"missing key {path!r}: add it to the configuration or give {path}=VALUE on the command line")
     same_place = [e for e in (first, *others) if place_of(schema, e["loc"]) == loc]
     reason = str(cause) if cause else wanted(same_place)
     if first["type"] == "string_type" and isinstance(first["input"], int | float):
@@ -200,9 +194,7 @@ def known_keys(schema: Any, path: tuple) -> list[str]:
 
 def section_in(annotation: Any) -> Any:
     """The section that an annotation such as ``dict[str, Section]`` or ``Section | None`` speaks of, or None."""
-    if isinstance(annotation, type) and hasattr(
-        annotation, "model_fields"
-    ):  # an Annotated has its type's attributes, too
+    if isinstance(annotation, type) and hasattr(annotation, "model_fields"):  # an Annotated has its type's attributes, too
         return annotation
     return next((section for inner in get_args(annotation) if (section := section_in(inner))), None)
 

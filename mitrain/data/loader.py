@@ -45,9 +45,7 @@ class Loader(Generic[T]):
 
     def _grouped(self, order: list[int], epoch: int, draw: random.Random) -> list[int]:
         pool = self.batch * POOL
-        pools = [
-            sorted(order[start : start + pool], key=self.lengths.__getitem__) for start in range(0, len(order), pool)
-        ]
+        pools = [sorted(order[start : start + pool], key=self.lengths.__getitem__) for start in range(0, len(order), pool)]
         ordered = [index for part in pools for index in part]
         cut = draw.randrange(len(ordered))  # or the ends of an epoch would always be the shortest and the longest ones
         ordered = ordered[cut:] + ordered[:cut]

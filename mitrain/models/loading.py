@@ -261,9 +261,7 @@ def elements(parameter: Tensor) -> int:
 def device_of(device: str) -> torch.device:
     """The device that ``auto``, ``cpu`` or ``cuda`` means here; ConfigError for a GPU that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "model.device=cuda, but torch sees no GPU: set model.device=cpu or install a CUDA build of torch"
-        )
+        raise ConfigError("model.device=cuda, but torch sees no GPU: set model.device=cpu or install a CUDA build of torch")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -92,12 +92,7 @@ class SegmentTask(Task):
         width = sum(width_of(parts, name, widths) for name in config.readout)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
-        shape = {
-            "level_widths": level_widths,
-            "condition_width": width,
-            "classes": self.classes,
-            "prefix_tokens": prefix,
-        }
+        shape = {"level_widths": level_widths, "condition_width": width, "classes": self.classes, "prefix_tokens": prefix}
         if config.decoder == "unet":
             self.decoder: nn.Module = decoders.UnetDecoder(width=config.unet_width, **shape)
         elif config.decoder == "ground":
@@ -259,9 +254,7 @@ class SegmentTask(Task):
         masks = [sample.mask() for sample in samples if not sample.fault()]
         empty, full = sum(not mask.any() for mask in masks), sum(bool(mask.all()) for mask in masks)
         if empty == len(masks):
-            raise DataError(
-                f"{split}: no mask has an object in it, so that every IoU is 0: give annotations with objects"
-            )
+            raise DataError(f"{split}: no mask has an object in it, so that every IoU is 0: give annotations with objects")
         lines = [f"{split}: {empty} of {len(masks)} masks are empty; their IoU is 0 whatever is found"] if empty else []
         if full == len(masks):
             lines.append(f"{split}: every mask covers its whole picture, so that marking all is right every time")

@@ -67,7 +67,10 @@ class TestEngine:
         assert (found, users) == (trained, 77)
 
     def test_a_batch_that_is_tried_before_the_first_step_leaves_no_trace(self, engines, spread):
-        for tried, whole in ((engines[0][spread]["tried"], engines[0][spread]["whole"]), (engines[0]["plain tried"], engines[0]["plain"])):
+        for tried, whole in (
+            (engines[0][spread]["tried"], engines[0][spread]["whole"]),
+            (engines[0]["plain tried"], engines[0]["plain"]),
+        ):
             assert repr(tried) == repr(whole)
 
     @pytest.mark.parametrize("way", ["from plain", "to plain"])

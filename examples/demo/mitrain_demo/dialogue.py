@@ -94,9 +94,7 @@ def build(archives: Sequence[Path], target: Path, seed: int) -> None:
         tables["character-"][split] = [record(c, "", c.speaker) for c in part if c.speaker in asked]
     for prefix, table in tables.items():
         write_splits(target, {prefix + split: rows for split, rows in table.items()})
-    write_json(
-        target / "summary.json", {p + s: counted(rows) for p, table in tables.items() for s, rows in table.items()}
-    )
+    write_json(target / "summary.json", {p + s: counted(rows) for p, table in tables.items() for s, rows in table.items()})
 
 
 def record(clip: Clip, text: str, label: str) -> dict[str, str]:

@@ -128,9 +128,7 @@ def drawn_nearly_alike(found: Sequence[Emoji]) -> list[tuple[int, int]]:
 
 def read_emoji(archives: Sequence[Path]) -> list[Emoji]:
     """`read_cut_outs`, on a plain ground."""
-    return [
-        replace(e, pictures={v: on_plain_ground(p) for v, p in e.pictures.items()}) for e in read_cut_outs(archives)
-    ]
+    return [replace(e, pictures={v: on_plain_ground(p) for v, p in e.pictures.items()}) for e in read_cut_outs(archives)]
 
 
 def read_cut_outs(archives: Sequence[Path]) -> list[Emoji]:
@@ -148,14 +146,11 @@ def read_cut_outs(archives: Sequence[Path]) -> list[Emoji]:
                 words = tuple(known.get("default", ()))
                 wanted[entry["image"]] = (name, entry["category"], entry.get("subcategory", ""), words)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PrepareError(
-            f"{google.name} or {cldr.name} has an unknown layout ({error!r}): get the originals"
-        ) from None
+        raise PrepareError(f"{google.name} or {cldr.name} has an unknown layout ({error!r}): get the originals") from None
     drawn = {v: read_pictures(path, f"img/{v}/64/", wanted) for v, path in zip(VENDORS, archives, strict=False)}
     both = sorted(drawn[VENDORS[0]].keys() & drawn[VENDORS[1]].keys())
     return [
-        Emoji(file.removesuffix(".png"), *wanted[file], {vendor: drawn[vendor][file] for vendor in VENDORS})
-        for file in both
+        Emoji(file.removesuffix(".png"), *wanted[file], {vendor: drawn[vendor][file] for vendor in VENDORS}) for file in both
     ]
 
 

@@ -51,9 +51,7 @@ Row = dict[str, object]
 def build_help(archives: Sequence[Path], target: Path, seed: int) -> None:
     """Fill the empty folder ``target`` from gimp-help-en and gimp-help-common, in this order. Raises PrepareError."""
     if len(archives) != 2:
-        raise PrepareError(
-            "gimp-help is made from two packages, gimp-help-en and gimp-help-common: leave --archive out"
-        )
+        raise PrepareError("gimp-help is made from two packages, gimp-help-en and gimp-help-common: leave --archive out")
     files = dict(members(archives[0], HELP, (".html", ".png", ".jpg")))
     rows = list(figures(files, archives[0]))
     keys = [[str(row[key]) for row in rows] for key in ("object", "image", "text")]
@@ -160,9 +158,7 @@ def records(text: str) -> dict[str, tuple[str, list[str]]]:
     for paragraph in re.split(r"\n\s*\n", re.sub(r"\n[ \t]+(?!\.)", " ", text)):
         fields = dict(re.findall(r"^([\w-]+): *(.*)$", paragraph, re.M))
         said = fields.get("Description-en") or fields.get("Description") or ""
-        genres = sorted(
-            {g.rpartition(":")[2] for g in re.findall(r"game::([\w:-]+)", fields.get("Tag", ""))} - {"TODO"}
-        )
+        genres = sorted({g.rpartition(":")[2] for g in re.findall(r"game::([\w:-]+)", fields.get("Tag", ""))} - {"TODO"})
         if said and genres and "Package" in fields:
             found.setdefault(fields["Package"], (said, genres))
     return found

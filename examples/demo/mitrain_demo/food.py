@@ -83,9 +83,7 @@ def build(archives: Sequence[Path], target: Path, seed: int) -> None:
     write_atomic(target / "README.txt", README)
     write_photos(photos, target)
     splits = split_classes(grouped(photos), [photo.group for photo in photos], f"{NAME} {seed}")
-    parts = {
-        split: [p for p, s in zip(photos, splits, strict=True) if s == split] for split in ("train", "val", "test")
-    }
+    parts = {split: [p for p, s in zip(photos, splits, strict=True) if s == split] for split in ("train", "val", "test")}
     rows = {split: [record(photo) for photo in part] for split, part in parts.items()}
     asked = {split: ask(part, Random(f"questions {seed} {split}")) for split, part in parts.items()}
     write_splits(target, rows)
@@ -189,9 +187,7 @@ def read_photos(archives: Sequence[Path]) -> list[Photo]:
     except (KeyError, ValueError) as error:
         raise PrepareError(f"{str(table)!r} has an unknown layout ({error!r}): get the original package") from None
     if len(photos) < 10:
-        raise PrepareError(
-            f"{pictures.name} and {table.name} hold {len(photos)} photographs: get the original packages"
-        )
+        raise PrepareError(f"{pictures.name} and {table.name} hold {len(photos)} photographs: get the original packages")
     return photos
 
 

@@ -77,9 +77,7 @@ class Drawing:
 def build(archives: Sequence[Path], target: Path, seed: int) -> None:
     """Fill the empty folder ``target`` from the stamps' package, two vendors' emoji and CLDR's. Raises PrepareError."""
     if len(archives) != 4:
-        raise PrepareError(
-            f"{NAME} is made from four packages, stamps, two vendors' emoji and CLDR: leave --archive out"
-        )
+        raise PrepareError(f"{NAME} is made from four packages, stamps, two vendors' emoji and CLDR: leave --archive out")
     collection = read_stamps(archives[0])
     drawings = drawings_of(collection.stamps, read_cut_outs(archives[1:]))
     write_atomic(target / "README.txt", README)
@@ -123,9 +121,7 @@ def share_drawings(drawings: Sequence[Drawing], seed: int) -> dict[str, list[Thi
     return things | {"val": things["train"]}
 
 
-def write_objects(
-    target: Path, things: dict[str, list[Thing]], scenes: dict[str, int], style: Style, seed: int
-) -> None:
+def write_objects(target: Path, things: dict[str, list[Thing]], scenes: dict[str, int], style: Style, seed: int) -> None:
     """Compose ``scenes[split]`` scenes of ``things[split]`` for each split, with all sets of expressions, and a summary."""
     writer, refs = RefCocoWriter(target), {name: [] for name in EACH}
     pictures = References(writer, [thing for part in ("train", "testA", "testB") for thing in things.get(part, ())])
@@ -146,9 +142,7 @@ def write_objects(
                 random.shuffle(found)
                 for phrase in balances[name].pick(found, EACH[name]):
                     shows = pictures.of(phrase, shown, random)
-                    writer.refer(
-                        refs[name], split, [numbers[i] for i in phrase.targets], phrase.text, phrase.kind, shows
-                    )
+                    writer.refer(refs[name], split, [numbers[i] for i in phrase.targets], phrase.text, phrase.kind, shows)
     writer.finish(**refs)
     write_json(target / "summary.json", {split: summarise(refs, split, things[split]) for split in scenes})
 

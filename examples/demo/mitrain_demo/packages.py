@@ -109,9 +109,7 @@ def npm_package(name: str, version: str, sha256: str, folder: Path) -> Path:
         if npm is None:
             raise PrepareError(f"no npm to download {name} with: install Node.js")
         command = [npm, "pack", "--ignore-scripts", "--silent", f"{name}@{version}"]
-        run_client(
-            command, f"npm could not download {name} {version}", "check the network and npm's configuration,", work
-        )
+        run_client(command, f"npm could not download {name} {version}", "check the network and npm's configuration,", work)
 
     plain = name.removeprefix("@").replace("/", "-")  # what npm calls the archive of a package with a scope
     return kept_or_brought(folder, plain, f"{plain}-{version}.tgz", bring, lambda file: sha256)

@@ -55,9 +55,7 @@ def build(archives: Sequence[Path], target: Path, seed: int) -> None:
     write_json(target / "summary.json", {split: food.answers(part) for split, part in rows.items()})
 
 
-def together(
-    collection: Collection, photos: Sequence[food.Photo], pictures: Sequence[Image.Image], seed: int
-) -> list[str]:
+def together(collection: Collection, photos: Sequence[food.Photo], pictures: Sequence[Image.Image], seed: int) -> list[str]:
     """The split of each stamp, then of each photograph: all of one kind, one species, or nearly one picture share it."""
     prints = [fingerprint(picture) for picture in pictures] + [food.print_of(photo) for photo in photos]
     kinds = [stamp.kind for stamp in collection.stamps] + [food.kind_of(photo) for photo in photos]

@@ -63,9 +63,7 @@ class RefCocoWriter:
         )
         return number
 
-    def refer(
-        self, refs: list[dict], split: str, targets: list[int], text: str, kind: str, reference: str = ""
-    ) -> None:
+    def refer(self, refs: list[dict], split: str, targets: list[int], text: str, kind: str, reference: str = "") -> None:
         """Append to ``refs`` that ``text`` means the annotations ``targets``; ``reference``: a second picture's file."""
         number, annotation = len(refs) + 1, self.annotations[targets[0] - 1]  # each with one sentence
         file_name = self.images[annotation["image_id"] - 1]["file_name"]

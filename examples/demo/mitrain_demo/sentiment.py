@@ -43,8 +43,7 @@ def build(archives: Sequence[Path], target: Path, seed: int) -> None:
     words = [plain(row["text"]) for row in films]
     splits = split_groups(merged(len(films), [], words), f"sentiment {seed}")
     rows = {
-        split: [row for row, its in zip(films, splits, strict=True) if its == split]
-        for split in ("train", "val", "test")
+        split: [row for row, its in zip(films, splits, strict=True) if its == split] for split in ("train", "val", "test")
     }
     rows["test_amazon"] = [row for row in products if plain(row["text"]) not in set(words)]
     write_atomic(target / "README.txt", README)

@@ -54,9 +54,7 @@ def build(archives: Sequence[Path], target: Path, seed: int) -> None:
             clips[voice, event] = content
     voices = [voice for voice, _ in clips]
     if len(set(voices)) < len(SHARES):
-        raise PrepareError(
-            f"{archives[0].name} holds {len(set(voices))} of the game's voices: get the original package"
-        )
+        raise PrepareError(f"{archives[0].name} holds {len(set(voices))} of the game's voices: get the original package")
     rows: dict[str, list[dict]] = {split: [] for split in ("train", "val", "test")}
     splits = split_groups(voices, f"{HEDGEWARS} {seed}", SHARES)
     for split, ((voice, event), content) in zip(splits, clips.items(), strict=True):

@@ -46,9 +46,7 @@ def parser() -> Parser:
     parser.add_argument("--quick", action="store_true", help="a dozen cases instead of the whole table of tiles")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--no-cache", action="store_true", help="compile everything anew")
-    parser.add_argument(
-        "--roofline", action="store_true", help="bytes and FLOPs beside the GPUs' limits; compiles nothing"
-    )
+    parser.add_argument("--roofline", action="store_true", help="bytes and FLOPs beside the GPUs' limits; compiles nothing")
     other = parser.add_mutually_exclusive_group()
     for name, module, text in (
         (

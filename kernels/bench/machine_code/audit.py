@@ -207,13 +207,9 @@ def violations(facts: Facts, case: Case, target: str) -> list[str]:
     if case.dots:
         found += dot_violations(facts, target)
         if facts.macs > facts.macs_needed and not case.bound_by_memory:
-            found.append(
-                f"tensor cores do {facts.macs / facts.macs_needed:.2f} × what is needed: warps repeat each other"
-            )
+            found.append(f"tensor cores do {facts.macs / facts.macs_needed:.2f} × what is needed: warps repeat each other")
     elif case.dtype == "fp32":
-        found += [
-            f"{facts.mma[name]} {name} in an fp32 kernel: not IEEE arithmetic" for name in facts.mma if name != "FP32"
-        ]
+        found += [f"{facts.mma[name]} {name} in an fp32 kernel: not IEEE arithmetic" for name in facts.mma if name != "FP32"]
     return found
 
 

@@ -87,6 +87,4 @@ def roofs(clocks: dict[str, float], macs: int, target: str) -> tuple[float, floa
     dots = max(clocks[name] for name in DOTS)
     others = max(x for name, x in clocks.items() if name not in DOTS and name != "shared")
     wide = max(clocks.values())
-    return tuple(
-        round(100 * ideal / x, 1) for x in (max(clocks[name] for name in NARROW), wide, max(wide, dots + others))
-    )
+    return tuple(round(100 * ideal / x, 1) for x in (max(clocks[name] for name in NARROW), wide, max(wide, dots + others)))

@@ -60,9 +60,7 @@ NETWORK_TEXT = {"infiniband": "400 Gb/s for each rank", "ethernet": "100 Gb/s fo
 def machine_of(name: str | None, memory_gb: float | None = None) -> Machine:
     """The GPU ``name``; without one, the CPU here. ``memory_gb``: GiB of a rank, in place of the machine's own."""
     if name not in (None, "cpu", *GPUS):
-        raise ConfigError(
-            f"--gpu {name} is not known: choose one of cpu, {', '.join(GPUS)}, and set --memory to change it"
-        )
+        raise ConfigError(f"--gpu {name} is not known: choose one of cpu, {', '.join(GPUS)}, and set --memory to change it")
     if memory_gb is not None and not 0 < memory_gb < 1e6:
         raise ConfigError(f"--memory {memory_gb} must be positive: give the GiB of a rank")
     found = cpu() if name in (None, "cpu") else GPUS[name]

@@ -96,9 +96,7 @@ class Asked:
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.nodes < 1 or self.ranks % self.nodes:
-            raise ConfigError(
-                f"--gpus {self.ranks} on --nodes {self.nodes}: give as many GPUs to every node, at least 1"
-            )
+            raise ConfigError(f"--gpus {self.ranks} on --nodes {self.nodes}: give as many GPUs to every node, at least 1")
         if self.tokens < 2 or (self.samples or 1) < 1 or (self.price or 0) < 0:
             raise ConfigError("--tokens, --samples and --price: give at least 2 tokens, a sample, and no price below 0")
 
@@ -179,9 +177,7 @@ def plan(config: RunConfig, asked: Asked, *, remedies: bool = True, found: Measu
     """What ``config`` takes; where it does not fit, with what it would (each tried). ``found``: `measured` already, of as
     many samples a rank."""
     found = found or measured(config, asked)
-    sent = traffic(
-        config.zero, asked.ranks, bytes_of(trained(found.model)), found.traced.order, config.train.accumulate
-    )
+    sent = traffic(config.zero, asked.ranks, bytes_of(trained(found.model)), found.traced.order, config.train.accumulate)
     parts, moments = memory(config, asked, found, sent)
     total, budget = max(moments.values()), asked.machine.memory
     times = step_ms(config, asked, found, sent)
@@ -351,11 +347,7 @@ def assumptions(config: RunConfig, asked: Asked) -> list[str]:
     machine, rate = asked.machine, asked.machine.flops[config.model.dtype]
     lines = [
         f"{machine.name}: {rate / 1e12:,.4g} TFLOP/s in {config.model.dtype}, {machine.bandwidth / 1e9:,.0f} GB/s"
-        + (
-            " (measured now on one thread's share)"
-            if machine.name == "cpu"
-            else " (data sheet, dense; no GPU was used)"
-        ),
+        + (" (measured now on one thread's share)" if machine.name == "cpu" else " (data sheet, dense; no GPU was used)"),
         f"longest: {FAR:.0%} of that, {SLOW:.0%} of memory's, {BUSY:.0%} of a link's, {LAUNCH_S * 1e6:g} µs an operator",
     ]
     if config.cache:

@@ -171,9 +171,7 @@ def attention_flops(q: Any, k: Any, v: Any, *others: Any, out_shape: Any = None,
     return sdpa_flop_count(q, (k[0], q[1], *k[2:]), (v[0], q[1], *v[2:]))
 
 
-def attention_backward_flops(
-    upstream: Any, q: Any, k: Any, v: Any, *others: Any, out_shape: Any = None, **more: Any
-) -> int:
+def attention_backward_flops(upstream: Any, q: Any, k: Any, v: Any, *others: Any, out_shape: Any = None, **more: Any) -> int:
     upstream, q, k, v = map(shape_of, (upstream, q, k, v))
     return sdpa_backward_flop_count(upstream, q, (k[0], q[1], *k[2:]), (v[0], q[1], *v[2:]))
 
