@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 FAILED = "failed: "
@@ -36,14 +36,6 @@ def main(lines: Iterable[str]) -> int:
     return 0
 
 
-class Run(Protocol):
-    """wandb's surface."""
-
-    def log(self, values: Mapping[str, Any], step: int) -> None: ...
-
-    def finish(self) -> None: ...
-
-
 def serve(lines: Iterable[str]) -> None:
     messages = (json.loads(line) for line in lines)
     first = next(messages)
@@ -53,7 +45,7 @@ def serve(lines: Iterable[str]) -> None:
     run.finish()
 
 
-def start_wandb(name: str, folder: str, mode: str, step: int, **options: Any) -> Run:
+def start_wandb(name: str, folder: str, mode: str, step: int, **options: Any) -> Any:
     """A run folder's name is its id, so that a resumed run goes on in the same place."""
     import wandb
 
@@ -105,13 +97,14 @@ class MLflow:
         self.package.end_run()
 
 
-def start_trackio(project: str, name: str, config: dict[str, Any], **_: Any) -> Run:
+def start_trackio(project: str, name: str, config: dict[str, Any], **_: Any) -> Any:
     import trackio
 
     return trackio.init(project, name=name, config=config, resume="allow", embed=False)
 
 
 TRACKERS = {"wandb": start_wandb, "tensorboard": TensorBoard, "mlflow": MLflow, "trackio": start_trackio}
+"""Each makes a run with wandb's surface, ``log(values, step)`` and ``finish()``."""
 
 
 def identifier(name: str) -> str:

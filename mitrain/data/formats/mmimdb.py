@@ -12,7 +12,7 @@ from typing import Any
 
 from mitrain.core.errors import DataError
 from mitrain.data.formats.labels import LabelSample, check_known, counted
-from mitrain.data.formats.rows import read_table, unique
+from mitrain.data.formats.rows import folder_in, read_table, unique
 
 GENRES = (
     *("Drama", "Comedy", "Romance", "Thriller", "Crime", "Action", "Adventure", "Horror", "Documentary", "Mystery"),
@@ -50,7 +50,8 @@ def films(root: Path, split: str, left_out: Counter) -> Iterator[tuple[str, Labe
     ids = read_table(where).get(split)
     if not isinstance(ids, list):
         raise DataError(f"{str(where)!r} has no list {split!r}: get the original file")
-    notes, pictures = (folder_of(root, names) for names in (ANNOTATIONS, PICTURES))
+    mend = "put the original files there"
+    notes, pictures = (folder_in(root, names, mend, "folder") for names in (ANNOTATIONS, PICTURES))
     for number, film in enumerate(ids):
         film = id_of(film, f"{where}: {split} {number}")
         path = root / notes / f"{film}.json"
@@ -65,13 +66,6 @@ def films(root: Path, split: str, left_out: Counter) -> Iterator[tuple[str, Labe
             continue
         labels = tuple(genre for genre in GENRES if genre in genres)
         yield (f"{where}: {split} {number}", LabelSample(film, {"image": f"{pictures}/{film}.jpeg"}, plot.strip(), labels))
-
-
-def folder_of(root: Path, names: tuple[str, ...]) -> str:
-    for name in names:
-        if (root / name).is_dir():
-            return name
-    raise DataError(f"no folder {' or '.join(names)} in {str(root)!r}: put the original files there")
 
 
 def id_of(value: Any, where: str) -> str:

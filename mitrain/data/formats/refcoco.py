@@ -19,6 +19,7 @@ import numpy as np
 from mitrain.core.errors import DataError
 from mitrain.data.formats.references import Reference, field, id_of, once, read_json, read_refs, refs_file
 from mitrain.data.formats.rle import check_segmentation, decode_mask
+from mitrain.data.formats.rows import folder_in
 from mitrain.data.samples import Sample
 
 MAX_PIXELS = 1 << 28  # of a mask
@@ -108,10 +109,7 @@ def split_names(root: Path, dataset: str, split_by: str | None = None) -> list[s
 def image_folder(root: Path, dataset: str, images: str | None = None) -> Path:
     """Where the pictures are: ``images`` (absolute or below ``root``), else the first usual folder that exists."""
     places = (images,) if images else IMAGE_FOLDERS.get(dataset, COCO_FOLDERS)
-    for place in places:
-        if (Path(root) / place).is_dir():
-            return Path(root) / place
-    raise DataError(f"no picture folder {' or '.join(places)} in {str(root)!r}: put it there or set data.images=FOLDER")
+    return Path(root) / folder_in(Path(root), places, "put it there or set data.images=FOLDER")
 
 
 def selects(split: str, of_ref: str) -> bool:

@@ -152,6 +152,14 @@ def read_table(path: Path) -> dict[str, Any]:
     return value
 
 
+def folder_in(root: Path, names: Sequence[str], mend: str, what: str = "picture folder") -> str:
+    """The first of the ``names`` that is a folder in ``root``; DataError, which ends in ``mend``, where none is."""
+    found = next((name for name in names if (root / name).is_dir()), None)
+    if found is None:
+        raise DataError(f"no {what} {' or '.join(names)} in {str(root)!r}: {mend}")
+    return found
+
+
 def list_in(path: Path, key: str, table: Mapping[str, Any] | None = None) -> list[Any]:
     """The list ``key``, with something in it, of the object that a file holds (``table``, where it has been read)."""
     value = (read_table(path) if table is None else table).get(key)

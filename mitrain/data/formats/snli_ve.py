@@ -14,7 +14,7 @@ from typing import Any
 from mitrain.core.errors import DataError
 from mitrain.data.formats.labels import LabelSample, check_known, counted
 from mitrain.data.formats.manifest import read_rows
-from mitrain.data.formats.rows import unique
+from mitrain.data.formats.rows import folder_in, unique
 
 CLASSES = ("entailment", "neutral", "contradiction")
 UNDECIDED = "-"  # the annotators' votes have no majority
@@ -34,7 +34,8 @@ def read_snli_ve(root: Path, split: str, images: str | None = None, known: Colle
         raise DataError(f"SNLI-VE has no split {split!r}: choose one of {', '.join(SPLITS)}")
     path = Path(root) / file_of(split)
     left_out: Counter[str] = Counter()
-    samples = unique(hypotheses(path, image_folder(Path(root), images), left_out, known))
+    folder = folder_in(Path(root), (images,) if images else FOLDERS, "set data.images=FOLDER")
+    samples = unique(hypotheses(path, folder, left_out, known))
     return counted(samples, left_out, str(path), f"{str(path)!r} holds no decided pair: get the original file")
 
 
@@ -78,11 +79,3 @@ def text_at(row: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: no {key!r}: get the original file")
     return value
-
-
-def image_folder(root: Path, images: str | None) -> str:
-    """The pictures' folder below ``root``."""
-    for name in (images,) if images else FOLDERS:
-        if (root / name).is_dir():
-            return name
-    raise DataError(f"no picture folder {images or ' or '.join(FOLDERS)} in {str(root)!r}: set data.images=FOLDER")

@@ -1,6 +1,6 @@
 """Features of one's own: arrays that other programs made, pooled over time. Nothing is computed but that."""
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,12 +9,6 @@ from torch import Tensor, nn
 
 from mitrain.models.encoders.base import Encoder
 from mitrain.models.encoders.config import EncoderConfig
-
-
-class Array(Protocol):
-    """What is read of a file: `mitrain.data.arrays.Array`."""
-
-    values: np.ndarray
 
 
 class ArrayConfig(EncoderConfig):
@@ -41,8 +35,8 @@ class ArrayEncoder(Encoder):
         self.config, self.model, self.settings, self.source, self.depth = config, nn.Module(), None, None, 0
         self.width = config.width * (2 if config.pool == "mean+std" else 1)
 
-    def preprocess(self, decoded: Array, view: int = 0) -> Tensor:
-        """(e,) float32: the rows pooled."""
+    def preprocess(self, decoded: Any, view: int = 0) -> Tensor:
+        """(e,) float32: the rows of a `mitrain.data.arrays.Array`, pooled."""
         rows = torch.from_numpy(np.atleast_2d(decoded.values)).double()
         parts = {
             "mean": lambda: [rows.mean(0)],

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,14 +44,6 @@ FILES = ("preprocessor_config.json", "processor_config.json")
 LONGEST = 30.0  # seconds, of encoders that take any length
 STEP = 0.5
 """Seconds: Whisper reads clips whose length is a multiple, so that many have one."""
-
-
-class Sound(Protocol):
-    """What is decoded of a file: `mitrain.data.audio.Sound`."""
-
-    where: str
-
-    def at(self, rate: int) -> np.ndarray: ...
 
 
 class AudioConfig(EncoderConfig):
@@ -171,8 +163,9 @@ class AudioEncoder(Encoder):
             samples = (samples - 1) * stride + kernel
         return samples
 
-    def preprocess(self, decoded: Sound, view: int = 0) -> Tensor:
-        """What the model takes of a clip, but for Whisper: its samples (n,). A clip shorter than a frame ends in silence."""
+    def preprocess(self, decoded: Any, view: int = 0) -> Tensor:
+        """What the model takes of a clip (`mitrain.data.audio.Sound`), but for Whisper: its samples (n,). One shorter than a
+        frame ends in silence."""
         samples = decoded.at(self.rate)
         if len(samples) > self.longest and not self._told:
             self._told = True

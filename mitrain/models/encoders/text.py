@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -27,13 +27,6 @@ log = logging.getLogger(__name__)
 
 POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
 STEP = 16  # tokens: texts whose lengths round up to the same multiple run together
-
-
-class Text(Protocol):
-    """What is read of a file: `mitrain.data.texts.Text`."""
-
-    where: str
-    text: str
 
 
 class TextEncoderConfig(EncoderConfig):
@@ -72,8 +65,9 @@ class TextEncoder(Encoder):
         self.tokens = self.longest or 512  # the most that are assumed of a text
         self._told = False
 
-    def preprocess(self, decoded: Text, view: int = 0) -> Tensor:
-        """(T,) int64: token ids, with the tokenizer's own opening and closing ones; control tokens in a text are plain."""
+    def preprocess(self, decoded: Any, view: int = 0) -> Tensor:
+        """(T,) int64: token ids of a `mitrain.data.texts.Text`, with the tokenizer's own opening and closing ones; control
+        tokens in it are plain."""
         text = decoded.text.lower() if self.lower else decoded.text
         ids = self.backbone.tokens(text, most=self.longest)
         if self.longest == len(ids) and not self._told:

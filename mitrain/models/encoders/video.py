@@ -5,10 +5,9 @@ Shapes: B videos, N frames, S side in pixels, T tokens, D hidden width, e featur
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from PIL import Image
 from pydantic import Field
 from torch import Tensor
 from transformers import AutoModel
@@ -22,13 +21,6 @@ CLASS_TOKENS = {"videomae": 0, "vivit": 1}
 """The families that read frames together, and how many tokens stand before those of the frames."""
 FRAMES = 8  # of a video that an image encoder reads
 TOGETHER = 64  # frames that are read at once, but for a video that has more
-
-
-class Video(Protocol):
-    """What is decoded of a file: `mitrain.data.video.Video`."""
-
-    where: str
-    frames: tuple[Image.Image, ...]
 
 
 class VideoConfig(EncoderConfig):
@@ -85,8 +77,8 @@ class VideoEncoder(Encoder):
         self.depth, self._wide, self.frames = self.vision.depth, self.vision.width, self.config.frames or FRAMES
         self.pool = "mean+std" if self.config.pool == "auto" else self.config.pool
 
-    def preprocess(self, decoded: Video, view: int = 0) -> Tensor:
-        """(N, 3, S, S) float32: the frames, all in one variant."""
+    def preprocess(self, decoded: Any, view: int = 0) -> Tensor:
+        """(N, 3, S, S) float32: the frames of a `mitrain.data.video.Video`, all in one variant."""
         if len(decoded.frames) != self.frames:
             raise ModelError(f"{self.config.label} takes {self.frames} frames, not {len(decoded.frames)}")
         return torch.stack([self._of_frame(frame, view) for frame in decoded.frames])
