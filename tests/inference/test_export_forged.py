@@ -173,4 +173,4 @@ def test_many_answers_are_not_exported(monkeypatch, world):
     monkeypatch.setattr(mitrain.inference.export, "ANSWERS_KEPT", 3)
     assert mitrain.inference.export.training_answers(make_config(world)) == {}
     with pytest.raises(ConfigError, match="is no multiple|patches of a picture"):
-        preprocessing(ImageConfig(name="x", size=4088), type("S", (), {"patch_size": 14}), None, "vit")
+        preprocessing(ImageConfig(name="x", size=4088), type("S", (), {"patch_size": 14}), "x", "vit")
