@@ -1,6 +1,6 @@
 """Quantising a loaded model in place, one matrix at a time."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,15 +55,15 @@ def frozen_kind(precision: str) -> tuple[type[FrozenLinear], dict[str, bool]]:
     raise ConfigError(f"precision {precision!r} is no low-bit format: choose one of {', '.join(PRECISIONS[1:])}")
 
 
-def quantise(model: PreTrainedModel, precision: str, skip: Collection[str] = (), embedding: bool = False) -> PreTrainedModel:
+def quantise(model: PreTrainedModel, precision: str, embedding: bool = False) -> PreTrainedModel:
     """Replace the frozen linear layers of ``model``'s decoder layers, in place; names of modules stay.
 
-    skip: last parts of names to leave alone (``down_proj``). embedding: the input embedding goes to int8 too, and so
-    does a head that is tied to it, onto the same payload. Everything else stays as it is. Above the model's own bytes
-    no more than the payload of one matrix is held, and one piece of it in fp32.
+    embedding: the input embedding goes to int8 too, and so does a head that is tied to it, onto the same payload.
+    Everything else stays as it is. Above the model's own bytes no more than the payload of one matrix is held, and one
+    piece of it in fp32.
     """
     frozen_kind(precision)
-    refs = list(linear_refs(model, skip))
+    refs = list(linear_refs(model))
     if not refs:
         others = sorted({type(m).__name__ for m in layouts.layers_of(model).modules() if is_matrix(m)} - {"Linear"})
         why = f"its layers' matrices are {' and '.join(others)}" if others else "none of its layers' matrices is frozen"
@@ -84,16 +84,16 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(weight, torch.Tensor) and weight.ndim == 2
 
 
-def linear_refs(model: PreTrainedModel, skip: Collection[str] = ()) -> Iterator[ModuleRef]:
+def linear_refs(model: PreTrainedModel) -> Iterator[ModuleRef]:
     """The frozen ``nn.Linear`` modules inside the decoder's layers; subclasses compute something else and stay."""
     owner, name = layouts.layer_owner(model)
     prefix = next(n for n, module in model.named_modules() if module is owner)
     prefix = f"{prefix}.{name}" if prefix else name
     layers = getattr(owner, name)
     for path, module in list(layers.named_modules()):
-        last = path.rpartition(".")[2]
-        if type(module) is nn.Linear and not module.weight.requires_grad and last not in skip:
-            yield ModuleRef(f"{prefix}.{path}", layers.get_submodule(path.rpartition(".")[0]), last)
+        above, _, last = path.rpartition(".")
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            yield ModuleRef(f"{prefix}.{path}", layers.get_submodule(above), last)
 
 
 def quantise_embedding(model: PreTrainedModel) -> None:
