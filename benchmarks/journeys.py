@@ -189,10 +189,7 @@ finally:
 
 @journey("the page in a browser (headless Chromium)", "docs/guide/serve.md")
 def browser(one: Traveller) -> str:
-    if (
-        one.sh("python -c 'import importlib.util as u; print(u.find_spec(\"playwright\") is not None)'").strip()
-        != "True"
-    ):
+    if one.sh("python -c 'import importlib.util as u; print(u.find_spec(\"playwright\") is not None)'").strip() != "True":
         raise Skipped("the package playwright is not installed")
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         raise Skipped("there is no Chromium")
@@ -261,15 +258,11 @@ def bare(one: Traveller) -> str:
         "cd /work && export PATH=/opt/mitrain/.venv/bin:$PATH MITRAIN_CACHE=/work/cache HOME=/root && python make.py &&"
         " mitrain init --data birds.csv && mitrain train birds.yaml train.epochs=1 --run-dir runs/birds && " + ASK
     )
-    said = one.sh(
-        f"env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin chroot {shlex.quote(one.root)} bash -c {shlex.quote(inside)}"
-    )
+    said = one.sh(f"env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin chroot {shlex.quote(one.root)} bash -c {shlex.quote(inside)}")
     return f"trained in the chroot; {said.splitlines()[-1][:60]}"
 
 
-def measured(
-    only: list[str], python: str | None, root: str | None, say: Callable[[str], object]
-) -> list[dict[str, Any]]:
+def measured(only: list[str], python: str | None, root: str | None, say: Callable[[str], object]) -> list[dict[str, Any]]:
     """A row for each journey whose title holds one of ``only`` (none: all): seconds, its success, or why there is none."""
     rows = []
     with prepared_models() as cache:

@@ -129,9 +129,7 @@ def parser(words: Sequence[str] | None = None) -> Parser:
     )
     top.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK counts
     top.add_argument("--version", action="version", version=f"mitrain {__version__}")
-    commands = top.add_subparsers(
-        dest="command", prog="mitrain", required=True, metavar="COMMAND", help=argparse.SUPPRESS
-    )
+    commands = top.add_subparsers(dest="command", prog="mitrain", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     known = {name: one for group in COMMANDS.values() for name, one in group.items()}
     asked = known if words is None else [next((word for word in words if word in known), None)]
     for name, (place, text) in known.items():

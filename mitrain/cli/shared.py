@@ -64,9 +64,7 @@ def describe(sub: argparse.ArgumentParser, run: Any, examples: str = "") -> argp
     sub.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
     said = sub.add_mutually_exclusive_group()
     said.add_argument("-v", "--verbose", action="store_true", help="also say what is chosen, as kernels, and why")
-    said.add_argument(
-        "-q", "--quiet", action="store_true", help="say only results and errors: no progress, no warnings"
-    )
+    said.add_argument("-q", "--quiet", action="store_true", help="say only results and errors: no progress, no warnings")
     sub.set_defaults(run=run, parser=sub)
     return sub
 
@@ -141,9 +139,7 @@ def say(arguments: argparse.Namespace, text: str) -> None:
 
 
 def add_checkpoint(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--checkpoint", default="best", choices=["best", "latest"], help="which one of the run (default: best)"
-    )
+    sub.add_argument("--checkpoint", default="best", choices=["best", "latest"], help="which one of the run (default: best)")
 
 
 GENERATION = {"max_new_tokens": int, "beams": int, "temperature": float, "top_p": float}

@@ -42,9 +42,7 @@ def add_train(sub: argparse.ArgumentParser) -> None:
         metavar="RUN_DIR",
         help="the run itself, for job scripts: made if it is not there, else resumed",
     )
-    sub.add_argument(
-        "--dry-run", action="store_true", help="count parameters and bytes without weights or data, and stop"
-    )
+    sub.add_argument("--dry-run", action="store_true", help="count parameters and bytes without weights or data, and stop")
     sub.add_argument(
         "--memory", type=float, default=24.0, metavar="GB", help="per-rank memory for --dry-run's largest batch"
     )
@@ -161,15 +159,11 @@ def resolve_run(arguments: argparse.Namespace) -> tuple[Path, Any]:
     if arguments.resume:
         changes = [*filter(None, [arguments.config]), *arguments.overrides]
         if arguments.at or arguments.dry_run or any("=" not in change for change in changes):
-            raise ConfigError(
-                "--resume takes the run folder's own configuration: leave out CONFIG, --run-dir and --dry-run"
-            )
+            raise ConfigError("--resume takes the run folder's own configuration: leave out CONFIG, --run-dir and --dry-run")
         config = schema.with_resume_overrides(runs.read_config(arguments.resume), changes, arguments.allow_changes)
         return runs.require_started(arguments.resume), config
     if not arguments.config:
-        raise ConfigError(
-            "give a configuration (quickstart is one; mitrain config names the others) or --resume RUN_DIR"
-        )
+        raise ConfigError("give a configuration (quickstart is one; mitrain config names the others) or --resume RUN_DIR")
     config = resolved(schema.load(arguments.config, arguments.overrides))
     if arguments.at:
         return runs.create_or_find(config, arguments.at, arguments.allow_changes), config

@@ -292,9 +292,7 @@ def check(result: dict[str, Any]) -> None:
         raise CompareError(f"{len(failed)} of {len(result['rows'])} cells failed: {shown}{more}; see table.md")
 
 
-def listed(
-    job: Job, seeds: Sequence[int] | None, only: Sequence[str], limit_s: float | None = None
-) -> list[dict[str, Any]]:
+def listed(job: Job, seeds: Sequence[int] | None, only: Sequence[str], limit_s: float | None = None) -> list[dict[str, Any]]:
     """The chosen cells: whether each is finished, and about how many seconds it takes or took.
 
     An estimate is the median of measured cells of the same task and method, else of the task; else the limit.
@@ -311,8 +309,7 @@ def listed(
         known = row["seconds"] if done and row else estimate(kept.values(), cell_id)
         bound = known is None
         entries.append(
-            {"cell": cell_id.name, "done": done, "seconds": limit_s if bound else known, "at_most": bound}
-            | asdict(cell_id)
+            {"cell": cell_id.name, "done": done, "seconds": limit_s if bound else known, "at_most": bound} | asdict(cell_id)
         )
     return entries
 

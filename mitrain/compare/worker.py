@@ -98,9 +98,7 @@ def scored(run: Run, part: TaskPart, shown: int, folder: Path) -> dict[str, Any]
     metrics = flatten(plain.metrics)
     metric = part.metric or run.model.task.metric
     if metric not in metrics:
-        raise ConfigError(
-            f"metric={metric!r} is no metric of this task{nearest(metric, metrics)}: {', '.join(metrics)}"
-        )
+        raise ConfigError(f"metric={metric!r} is no metric of this task{nearest(metric, metrics)}: {', '.join(metrics)}")
     beside = {
         name: flatten(score_split(run, chosen, files, name, seed=run.config.seed).metrics).get(metric)
         for name in part.controls

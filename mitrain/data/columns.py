@@ -192,9 +192,7 @@ def input_names(samples: Sequence[Any]) -> list[str]:
 
 def bytes_of(samples: Sequence[Any]) -> Iterator[int]:
     """Of each sample the bytes of what a model may read of it, at least; a text has no more tokens than bytes."""
-    names = (
-        samples.texts() if isinstance(samples, Columns) else [n for n, v in vars(samples[0]).items() if type(v) is str]
-    )
+    names = samples.texts() if isinstance(samples, Columns) else [n for n, v in vars(samples[0]).items() if type(v) is str]
     names = [name for name in names if name not in NAMES]
     if not names:
         yield from (0 for _ in samples)

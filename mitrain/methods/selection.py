@@ -20,9 +20,7 @@ def parse_layers(spec: str | list[int]) -> str | list[int]:
 LayersSetting = Annotated[
     str | list[int],
     # layers=5 is the layer '5'
-    BeforeValidator(
-        lambda spec: str(spec) if type(spec) is int else spec, json_schema_input_type=str | list[int] | int
-    ),
+    BeforeValidator(lambda spec: str(spec) if type(spec) is int else spec, json_schema_input_type=str | list[int] | int),
     AfterValidator(parse_layers),
 ]
 

@@ -49,9 +49,7 @@ class Released:
                 parameter.data = stored.to(self.device, parameter.dtype, copy=True)
 
 
-def release(
-    model: nn.Module, source: str | Path | None, parts: Iterable[nn.Module], keep: Collection[Tensor] = ()
-) -> int:
+def release(model: nn.Module, source: str | Path | None, parts: Iterable[nn.Module], keep: Collection[Tensor] = ()) -> int:
     """Let go of the weights of ``parts`` of a ``model`` that was loaded from ``source``; returns how many bytes those were.
 
     What could not be read again alike stays: a module whose tensors the checkpoint does not hold as the model does (an

@@ -147,9 +147,7 @@ def load(
             fill(model, weights, device, after, reads)
             return with_generation(model, source)
     if stored:
-        raise ModelError(
-            f"the {stored} checkpoint {str(source)!r} has names that its model has not: give float weights"
-        )
+        raise ModelError(f"the {stored} checkpoint {str(source)!r} has names that its model has not: give float weights")
     log.info("%s is loaded whole, on every rank, before it is quantised or sharded", source)
     model = loading.load_model(factory, source, "language model", used, config=config, dtype="auto", **kwargs)
     loading.freeze(model)

@@ -60,8 +60,7 @@ def resolved(config: RunConfig) -> RunConfig:
     classification, the model's chat template, and how its texts' vectors are made."""
     data = config.data.model_copy(update={"root": absolute_if_there(config.data.root)} if config.data.root else {})
     encoders = {
-        name: part.model_copy(update={"name": absolute_if_there(part.name)})
-        for name, part in config.model.encoders.items()
+        name: part.model_copy(update={"name": absolute_if_there(part.name)}) for name, part in config.model.encoders.items()
     }
     model = config.model.model_copy(update={"llm": absolute_if_there(config.model.llm), "encoders": encoders})
     data = data.with_class_names(lambda: resolve_data(data))
