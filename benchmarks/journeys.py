@@ -64,6 +64,7 @@ class Traveller:
         done = subprocess.run(words, **options)
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            said = [line for line in said if line.startswith("mitrain: ")] or said  # libraries speak at the end, too
             raise Failed(f"{line.splitlines()[0][:80]}: {said[-1][:200] if said else done.returncode}")
         return done.stdout
 
@@ -120,7 +121,7 @@ def wheel(one: Traveller) -> str:
     one.env = {**one.env, "PYTHONPATH": "", "PATH": f"{one.folder}/other/bin{os.pathsep}{one.env['PATH']}"}
     models = Path(one.env["MITRAIN_CACHE"]) / "models"
     one.script(one.blocks("docs/tutorials/own-pictures.md")[0])
-    places = f"--llm {models}/smollm2-135m-instruct --encoder file={models}/dinov2-vits14"
+    places = f"--llm {models}/smollm2-135m-instruct --encoder image={models}/dinov2-vits14"
     one.sh(f"mitrain init --data birds.csv {places} && mitrain train birds.yaml train.epochs=1 --run-dir runs/birds")
     version = one.sh("python -c 'import sys; print(sys.version.split()[0])'").strip()
     return f"Python {version} from the wheel: {one.sh(ASK).splitlines()[0][:60]}"
