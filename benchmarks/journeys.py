@@ -86,7 +86,7 @@ def own_pictures(one: Traveller) -> str:
     table, init, _, train, *_ = one.blocks("docs/tutorials/own-pictures.md")
     one.script(table)
     one.sh(init + train)
-    return f"`predict` names a bird: {one.sh(ASK).splitlines()[0][:60]}"
+    return f"predict names a bird: {one.sh(ASK).splitlines()[0][:60]}"
 
 
 @journey("questions in LLaVA's JSON", "docs/tutorials/own-questions.md")
@@ -94,7 +94,7 @@ def own_questions(one: Traveller) -> str:
     table, train, _, ask = one.blocks("docs/tutorials/own-questions.md")
     one.script(table)
     one.sh(train)
-    return f"`predict` answers a question: {one.sh(ask.splitlines()[0]).splitlines()[0][:60]}"
+    return f"predict answers a question: {one.sh(ask.splitlines()[0]).splitlines()[0][:60]}"
 
 
 @journey("without triton", "docs/guide/install.md")
@@ -105,7 +105,7 @@ def without_triton(one: Traveller) -> str:
     (hidden / "__init__.py").write_text("raise ImportError('no triton here')\n", encoding="utf-8")
     one.env["PYTHONPATH"] = f"{hidden.parent}{os.pathsep}{one.env['PYTHONPATH']}"
     one.birds()
-    return f"trained, and `predict` says {one.sh(ASK).splitlines()[0][:60]}"
+    return f"trained, and predict says {one.sh(ASK).splitlines()[0][:60]}"
 
 
 @journey("a wheel in another Python", "docs/guide/install.md")
@@ -308,15 +308,20 @@ def environment(folder: Path, cache: Path) -> dict[str, str]:
     return {**os.environ, **own}
 
 
+def to(page: str) -> str:
+    """A page of the repository as docs/results/journeys.md links to it."""
+    return f"../{page.removeprefix('docs/')}" if page.startswith("docs/") else f"../../{page}"
+
+
 def page(rows: list[dict[str, Any]], command: str) -> str:
     """docs/results/journeys.md."""
     lines = [
         [
             *(
                 row["journey"],
-                f"[{Path(row['page']).name}](../../{row['page']})",
+                f"[{Path(row['page']).name}]({to(row['page'])})",
                 row["outcome"],
-                f"{row['seconds']:.0f}",
+                f"{row['seconds']:.0f}" if row["outcome"] == "works" else "–",
             ),
             markdown.plain(row["first success"]),
         ]
