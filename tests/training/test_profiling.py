@@ -24,7 +24,8 @@ def test_a_profile_has_a_trace_and_a_page_by_part(world, capsys):
     page = (world / "run/profile/summary.md").read_text()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")][2:]
     ms = {part: (float(forward), float(backward)) for part, forward, backward, _ in cells}
-    assert all(ms[part][0] > 0 for part in ("changed layers", "adapter", "head", "optimizer", "input"))
+    assert all(ms[part][0] > 0 for part in ("changed layers", "adapter", "head", "optimizer"))
+    assert ms["input"][0] >= 0 == ms["input"][1]  # a batch that was made ahead is waited for in no time
     assert ms["changed layers"][1] > 0 and ms["head"][1] > 0
     assert ms["communication"] == (0, 0) and page in capsys.readouterr().out
 
