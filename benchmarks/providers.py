@@ -4,7 +4,8 @@ Each provider is an adapter of `mitrain.methods` (LoRA is PEFT's) with the same 
 same texts of so many tokens and the same pictures, which the frozen encoder has seen before. They take turns, each time in a
 fresh process of one thread, so that whatever else the machine does falls on all of them. ``mit-cached`` has the states that
 enter the first infused layer from the cache, and holds no weights below it; ``mit-cached-recomputed`` also computes what is
-in the infused layers again for the backward pass. Bytes are counted on tensors (`mitrain.compare.measures`).
+in the infused layers again for the backward pass. ``lora-all-hf-loop`` is ``lora-all`` in the loop of transformers' Trainer.
+Bytes are counted on tensors (`mitrain.compare.measures`).
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ranks
+from benchmarks import hf_loop, ranks
 from benchmarks.faults import world
 from mitrain.compare import measures
 from mitrain.core import markdown
@@ -34,6 +35,7 @@ FIRST = "lora-all"  # what the ratios are to
 ALL = ["q", "k", "v", "o", "mlp"]
 PROVIDERS: Mapping[str, Mapping[str, Any]] = {
     FIRST: {"name": "lora", "targets": ALL, "rank": 16, "alpha": 32},
+    "lora-all-hf-loop": {"name": "lora", "targets": ALL, "rank": 16, "alpha": 32},
     "lora-qv": {"name": "lora", "targets": ["q", "v"], "rank": 16, "alpha": 32},
     "mit": {"name": "mit", "layers": "last third"},
     "mit-cached": {"name": "mit", "layers": "last third"},
@@ -113,7 +115,7 @@ def made(folder: Path, length: int, batch: int, models: Mapping[str, Any]) -> No
         "model": {"llm": models["llm"], "encoders": {"image": {"name": models["encoder"], "size": models["size"]}}},
         "task": {"name": "classify", "readout": ["mean"], "max_tokens": length + 8},
         "data": {"name": "labelled", "root": str(folder / "data"), "classes": ["kind 0", "kind 1"]},
-        "train": {"steps": 100, "batch": batch, "check_largest": "off"},
+        "train": {"steps": 100, "batch": batch, "check_largest": "off", "schedule": {"name": "constant"}},
     }
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
 
@@ -125,14 +127,19 @@ def work(folder: str, name: str, steps: int, out: Path) -> None:
     values |= {"adapter": dict(PROVIDERS[name]), "train": {**values["train"], **TRAIN.get(name, {})}}
     with uncached_texts() if name == "mit" else nullcontext():
         trainer = Trainer(schema.from_dict(values), Path(), quiet=True)
-    taken = [trainer._step() for _ in range(WARM_UP + steps)]
+    if name == "lora-all-hf-loop":
+        taken = hf_loop.steps(trainer, WARM_UP + steps, folder)
+        tokens = sum(trainer.model.task.tokens([sample]) for sample in trainer.train[: values["train"]["batch"]])
+    else:
+        taken = [(result.loss, seconds) for result, seconds in (trainer._step() for _ in range(WARM_UP + steps))]
+        tokens = trainer.tokens
     rows = trainer.model.texts(trainer.train, False)
     found = {
         "times": [1e3 * seconds for _, seconds in taken[WARM_UP:]],
-        "tokens": trainer.tokens,
+        "tokens": tokens,
         "texts": digest(rows),
         "files": digest(trainer.fingerprint[f"data.train.{part}"] for part in ("image.content", "labels")),
-        "losses": [result.loss for result, _ in taken],
+        "losses": [loss for loss, _ in taken],
     }
     write_json(out, found | measures.parameters(trainer.model) | measures.of_step(trainer))
 

@@ -54,3 +54,10 @@ def test_unequal_work_is_refused():
     rows = [{"provider": name, "tokens": 4, "batch": 2, "texts": "a", "files": name} for name in "xy"]
     with pytest.raises(UserError, match="^y and x do not do the same work: files y and x$"):
         providers.require_equal(rows)
+
+
+def test_the_loop_of_transformers_takes_the_same_steps(tiny):
+    found = providers.measured(["lora-all-hf-loop"], 12, 4, 1, 3, "command", print, tiny)
+    own, theirs = found["rows"]
+    assert theirs["provider"] == "lora-all-hf-loop" and theirs["losses"] == pytest.approx(own["losses"], rel=1e-5)
+    assert theirs["losses"][-1] != theirs["losses"][0] and theirs["bytes"] == own["bytes"]
