@@ -46,6 +46,7 @@ class Measured(Trainer):
         """Without a cache of texts, in which the lower layers' outputs would be; the images' is the model's own."""
         model = self._load(self.config.model_copy(update={"cache": False}))
         model.config = self.config
+        model.release = lambda: None  # what all frozen weights take is measured
         return model
 
     def _load(self, config: RunConfig) -> Model:

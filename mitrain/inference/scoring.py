@@ -248,8 +248,8 @@ def ask_all(
             glance.words(one.text, one.candidates)
             check_asked(one.files, one.text, run.config.data, run.model.task.reads_no_text)
             # what was said before is read by task.turn, or from lines of text as training had them
-            converses = getattr(run.model.task.config, "turn", "") or isinstance(run.config.data, ConversationsConfig)
-            if one.turns and not converses:
+            turn = getattr(run.config.task, "turn", "")
+            if one.turns and not turn and not isinstance(run.config.data, ConversationsConfig):
                 raise ConfigError(
                     "this run was trained on single questions, without a chat template or task.turn for what was said"
                     " before: ask one question"

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from mitrain.data.cache import NotKept, reading_ahead
@@ -23,18 +25,23 @@ class Batches(Generic[B]):
 
     def __init__(self, loader: Loader[Any] | StreamLoader, make: Callable[[Draws], B], ahead: bool):
         self.loader, self.make = loader, make
-        self.pool = ThreadPoolExecutor(1, "next batch") if ahead else None
+        self.ahead = ahead
+        self._pool: ThreadPoolExecutor | None = None
         self._coming: Future[Made] | None = None
         self._made: Made = ((), None, None)
 
     def next(self) -> Draws:
         """The draws of the next batch."""
-        if self.pool is None:
+        if not self.ahead:
             self._made = (self.loader.next(), None, None)
         else:
-            coming = self._coming or self.pool.submit(self._next)
-            self._made, self._coming = coming.result(), self.pool.submit(self._next)
+            coming = self._coming or self._begin()
+            self._made, self._coming = coming.result(), self._begin()
         return self._made[0]
+
+    def _begin(self) -> "Future[Made]":
+        self._pool = self._pool or ThreadPoolExecutor(1, "next batch")
+        return self._pool.submit(self._next)
 
     def of(self, draws: Draws) -> B:
         """The batch of these draws, which was made already where they are the last ones."""
@@ -47,9 +54,11 @@ class Batches(Generic[B]):
     def _next(self) -> Made:
         draws = self.loader.next()
         cursor = self.loader.state()
+        # Of copies: a batch that must be made again, in another order or by a frozen model, begins with the same choices.
+        copies = [replace(draw, random=copy(draw.random)) for draw in draws]
         try:
             with reading_ahead():
-                return draws, self.make(draws), cursor
+                return draws, self.make(copies), cursor
         except NotKept:
             return draws, None, cursor
 
@@ -64,5 +73,7 @@ class Batches(Generic[B]):
         self.loader.load_state(state, other_samples)
 
     def close(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+        """End the thread; a batch that was made ahead is kept, should another be asked for."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None

@@ -356,7 +356,7 @@ def wait_for(path, seconds=300):
 
 def test_a_process_that_was_stopped_interrupts(job, monkeypatch, tmp_path):
     cell = compare.resolve(job.study, job.path, compare.cell_ids(job.study)[0])
-    monkeypatch.setattr(processes, "run", lambda *_, **__: compare.STOPPED)
+    monkeypatch.setattr(processes, "run", lambda *_, **__: compare.PREEMPTED)
     with pytest.raises(KeyboardInterrupt):
         compare.in_process(cell, tmp_path, 9)
 

@@ -142,10 +142,11 @@ def test_a_run_folder_and_its_data_in_another_place_are_scored_alike(world, tmp_
         return {k: v for k, v in json.loads(printed.out).items() if k != "run"} if not code else printed.err
 
     before = scored(world / "run")
-    shutil.copytree(world / "run", tmp_path / "run")
+    run = tmp_path / "elsewhere" / "run"  # beside one another both would be found
+    shutil.copytree(world / "run", run)
     (world / "data").rename(tmp_path / "data")
     try:
-        assert "is not there: give the data's folder with --data" in scored(tmp_path / "run")
-        assert scored(tmp_path / "run", "--data", tmp_path / "data") == before
+        assert "is not there: give the data's folder with --data" in scored(run)
+        assert scored(run, "--data", tmp_path / "data") == before
     finally:
         (tmp_path / "data").rename(world / "data")

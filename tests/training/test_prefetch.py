@@ -113,3 +113,25 @@ def test_ahead_a_cache_computes_nothing_and_changes_nothing(tmp_path):
     assert file.exists() and "b" in damaged
     assert damaged.read(["b"], lambda keys: {key: {"x": [[5.0, 6.0]]} for key in keys})[0]["x"].tolist() == [[5, 6]]
     assert not file.exists()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_batch_that_is_made_again_begins_with_the_same_choices(kept):
+    def choices(draws):
+        found = [draw.random.random() for draw in draws]
+        if threading.current_thread() is not threading.main_thread() and not kept:
+            raise NotKept  # after some choices were made
+        return found
+
+    made, plain = batches(choices), batches(choices, ahead=False)
+    for _ in range(4):
+        assert made.of(list(made.next())) == plain.of(plain.next())  # a list of its own, as of a permuted batch
+        assert made.of(made.next()) == plain.of(plain.next())
+    made.close()
+
+
+def test_after_its_end_the_order_goes_on():
+    made, plain = batches(), Loader(SAMPLES, 3, 1)
+    assert [numbers(made.next()), made.close(), numbers(made.next())][::2] == [numbers(plain.next()) for _ in range(2)]
+    made.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("next batch")]
