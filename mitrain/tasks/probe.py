@@ -29,8 +29,8 @@ def probe_answers(
 ) -> tuple[dict[str, str], dict[str, float]]:
     """The answers to ``samples`` by their ids, and the inverse regularisation chosen for each prompt.
 
-    ``features`` maps samples to (B, e). A prompt that training asked fewer than two different answers to is answered
-    with its commonest training answer, or with nothing.
+    ``features`` maps samples to (B, e). A prompt that training asked fewer than two different answers to, or none of those
+    that are right on val (as names of objects held out), is answered with its commonest training answer, or with nothing.
     """
     said, chosen = {}, {}
     for prompt in sorted({s.prompt for s in samples}):
@@ -45,7 +45,7 @@ def answers_for_prompt(
     features: Any, train: Sequence[Any], val: Sequence[Any], samples: Sequence[Any]
 ) -> tuple[list[str], float]:
     labels = [s.answer for s in train]
-    if len(set(labels)) < 2:
+    if len(set(labels)) < 2 or (val and not {s.answer for s in val} & set(labels)):  # nothing that could be chosen or right
         usual = Counter(labels).most_common(1)[0][0] if labels else ""
         return [usual] * len(samples), 0.0
     x, asked = features(train).numpy(), features(samples).numpy()

@@ -281,6 +281,9 @@ def test_the_probe_learns_separable_features_and_falls_back():
     single = [replace(s, answer="a") for s in train]
     assert set(probe_answers(features, single, val, test)[0].values()) == {"a"}
     assert set(probe_answers(features, [], [], test)[0].values()) == {""}
+    unseen = [replace(s, answer=f"new {s.answer}") for s in val]  # as names of objects held out: no probe could say them
+    said, chosen = probe_answers(features, train, unseen, test)
+    assert set(said.values()) == {"a"} and set(chosen.values()) == {0.0}
 
 
 def test_overlay_marks_the_mask_alone():
