@@ -194,16 +194,25 @@ def cell(r: dict[str, Any], key: str) -> str:
 
 
 def figure(run: Run, files: Features, samples: Sequence[Any], evaluation: Evaluation, count: int) -> bytes:
-    """A PNG of the predictions of ``count`` samples spread evenly over ``samples``: not picked.
+    """A PNG of the predictions of ``count`` samples spread evenly over each kind of ``samples``: not picked.
 
     DataError where a picture was replaced since it was scored.
     """
-    step = max(1, len(samples) // count)
-    pairs = list(zip(samples, evaluation.predictions, strict=True))[::step][:count]
+    pairs = spread(list(zip(samples, evaluation.predictions, strict=True)), count)
     panels = [run.model.task.panel(sample, prediction, picture_of(sample, files)) for sample, prediction in pairs]
     with BytesIO() as buffer:
         figures.sheet(panels).save(buffer, format="PNG")
         return buffer.getvalue()
+
+
+def spread(pairs: list[tuple[Any, Any]], count: int) -> list[tuple[Any, Any]]:
+    """About ``count`` samples with their predictions, kind by kind, as many of each. In files kinds often take turns, so
+    that one step through all of them would meet the same kind again and again."""
+    kinds: dict[str, list[tuple[Any, Any]]] = {}
+    for pair in pairs:
+        kinds.setdefault(getattr(pair[0], "kind", None) or "", []).append(pair)
+    share = max(1, count // len(kinds)) if kinds else 0
+    return [pair for own in kinds.values() for pair in own[:: max(1, len(own) // share)][:share]][:count]
 
 
 def picture_of(sample: Any, files: Features) -> Image.Image:

@@ -1,11 +1,13 @@
 """What is shown and compared beside a score is what was scored."""
 
+from types import SimpleNamespace
+
 import pytest
 from exported import make_run, make_world
 
 from mitrain.core import dist
 from mitrain.core.errors import DataError, RankError
-from mitrain.inference.report import figure, rows_of
+from mitrain.inference.report import figure, rows_of, spread
 from mitrain.inference.scoring import score_split, split_of
 from mitrain.training import runs
 from mitrain.training.baselines import baselines_of
@@ -56,3 +58,12 @@ def test_a_column_that_no_row_has_is_left_out():
         ["split", "", "accuracy", "samples", "seeds"],
         [["test", "run", "0.500", "4", "1"]],
     )
+
+
+def test_a_sheet_shows_every_kind_also_where_kinds_take_turns():
+    samples = [(SimpleNamespace(kind=kind), i) for i, kind in enumerate(["name", "yes", "yes", "category"] * 16)]
+    found = spread(samples, 6)
+    assert [sample.kind for sample, _ in found] == ["name"] * 2 + ["yes"] * 2 + ["category"] * 2
+    assert [i for _, i in found] == [0, 32, 1, 33, 3, 35]
+    assert [i for _, i in spread([(SimpleNamespace(), i) for i in range(7)], 3)] == [0, 2, 4]
+    assert spread([], 3) == []
