@@ -211,8 +211,13 @@ def spread(pairs: list[tuple[Any, Any]], count: int) -> list[tuple[Any, Any]]:
     kinds: dict[str, list[tuple[Any, Any]]] = {}
     for pair in pairs:
         kinds.setdefault(getattr(pair[0], "kind", None) or "", []).append(pair)
-    share = max(1, count // len(kinds)) if kinds else 0
-    return [pair for own in kinds.values() for pair in own[:: max(1, len(own) // share)][:share]][:count]
+    share, found = max(1, count // len(kinds)) if kinds else 0, []
+    for number, own in enumerate(kinds.values()):
+        step = max(1, len(own) // share)  # each kind begins elsewhere: not all at the first picture
+        found += own[step * number // len(kinds) :: step][
+            :share
+        ]
+    return found[:count]
 
 
 def picture_of(sample: Any, files: Features) -> Image.Image:
