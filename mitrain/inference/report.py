@@ -214,9 +214,7 @@ def spread(pairs: list[tuple[Any, Any]], count: int) -> list[tuple[Any, Any]]:
     share, found = max(1, count // len(kinds)) if kinds else 0, []
     for number, own in enumerate(kinds.values()):
         step = max(1, len(own) // share)  # each kind begins elsewhere: not all at the first picture
-        found += own[step * number // len(kinds) :: step][
-            :share
-        ]
+        found += own[step * number // len(kinds) :: step][:share]
     return found[:count]
 
 
