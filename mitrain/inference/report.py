@@ -206,14 +206,18 @@ def figure(run: Run, files: Features, samples: Sequence[Any], evaluation: Evalua
 
 
 def spread(pairs: list[tuple[Any, Any]], count: int) -> list[tuple[Any, Any]]:
-    """About ``count`` samples with their predictions, kind by kind, as many of each. In files kinds often take turns, so
-    that one step through all of them would meet the same kind again and again."""
+    """About ``count`` samples with their predictions, kind by kind, as many of each.
+
+    In files kinds often take turns, so that one step through all of them would meet the same kind again and again. Each
+    begins elsewhere, or all would show the first picture.
+    """
     kinds: dict[str, list[tuple[Any, Any]]] = {}
     for pair in pairs:
         kinds.setdefault(getattr(pair[0], "kind", None) or "", []).append(pair)
     share, found = max(1, count // len(kinds)) if kinds else 0, []
     for number, own in enumerate(kinds.values()):
-        step = max(1, len(own) // share)  # each kind begins elsewhere: not all at the first picture
+        step = max(1, len(own) // share)
+        step -= step > 3 and step % 2 == 0  # an odd one, as yes and no take turns, too
         found += own[step * number // len(kinds) :: step][:share]
     return found[:count]
 
