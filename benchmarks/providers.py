@@ -127,21 +127,25 @@ def work(folder: str, name: str, steps: int, out: Path) -> None:
     values |= {"adapter": dict(PROVIDERS[name]), "train": {**values["train"], **TRAIN.get(name, {})}}
     with uncached_texts() if name == "mit" else nullcontext():
         trainer = Trainer(schema.from_dict(values), Path(), quiet=True)
+        taken, tokens = taken_by(trainer, name, steps, folder)
+        rows = trainer.model.texts(trainer.train, False)
+        found = {
+            "times": [1e3 * seconds for _, seconds in taken[WARM_UP:]],
+            "tokens": tokens,
+            "texts": digest(rows),
+            "files": digest(trainer.fingerprint[f"data.train.{part}"] for part in ("image.content", "labels")),
+            "losses": [loss for loss, _ in taken],
+        }
+        write_json(out, found | measures.parameters(trainer.model) | measures.of_step(trainer))
+
+
+def taken_by(trainer: Trainer, name: str, steps: int, folder: str) -> tuple[list[tuple[float, float]], int]:
+    """Loss and seconds of each step, and the tokens of one."""
     if name == "lora-all-hf-loop":
-        taken = hf_loop.steps(trainer, WARM_UP + steps, folder)
-        tokens = sum(trainer.model.task.tokens([sample]) for sample in trainer.train[: values["train"]["batch"]])
-    else:
-        taken = [(result.loss, seconds) for result, seconds in (trainer._step() for _ in range(WARM_UP + steps))]
-        tokens = trainer.tokens
-    rows = trainer.model.texts(trainer.train, False)
-    found = {
-        "times": [1e3 * seconds for _, seconds in taken[WARM_UP:]],
-        "tokens": tokens,
-        "texts": digest(rows),
-        "files": digest(trainer.fingerprint[f"data.train.{part}"] for part in ("image.content", "labels")),
-        "losses": [loss for loss, _ in taken],
-    }
-    write_json(out, found | measures.parameters(trainer.model) | measures.of_step(trainer))
+        tokens = sum(trainer.model.task.tokens([sample]) for sample in trainer.train[: trainer.config.train.batch])
+        return hf_loop.steps(trainer, WARM_UP + steps, folder), tokens
+    taken = [(result.loss, seconds) for result, seconds in (trainer._step() for _ in range(WARM_UP + steps))]
+    return taken, trainer.tokens
 
 
 @contextmanager
