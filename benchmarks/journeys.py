@@ -251,12 +251,12 @@ def bare(one: Traveller) -> str:
         raise Skipped("--root names no system that the Dockerfile's steps were run in")
     if os.geteuid():
         raise Skipped("chroot needs root")
-    work = Path(one.root, "work")
+    work = Path(one.root, "birds")
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(one.env["MITRAIN_CACHE"], work / "cache")
     (work / "make.py").write_text(one.blocks("docs/tutorials/own-pictures.md")[0], encoding="utf-8")
     inside = (
-        "cd /work && export PATH=/opt/mitrain/.venv/bin:$PATH MITRAIN_CACHE=/work/cache HOME=/root && python make.py &&"
+        "cd /birds && export PATH=/opt/mitrain/.venv/bin:$PATH MITRAIN_CACHE=/birds/cache HOME=/birds && python make.py &&"
         " mitrain init --data birds.csv && mitrain train birds.yaml train.epochs=1 --run-dir runs/birds && " + ASK
     )
     said = one.sh(f"env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin chroot {shlex.quote(one.root)} bash -c {shlex.quote(inside)}")

@@ -1,7 +1,10 @@
 """Folders as users have them: a tiny language model with its tokenizer, a tiny image encoder, a small data set."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
@@ -11,6 +14,17 @@ from benchmarks.faults.world import language_model as llm_folder
 from benchmarks.faults.world import picture as colour_image
 
 __all__ = ["COLOURS", "WORDS", "colour_image", "colour_records", "llm_folder", "vision_folder", "whisper_folder"]
+
+
+@contextmanager
+def colour_world(path: Path) -> Iterator[Path]:
+    """A folder with tiny models and 12 coloured pictures, whose cache is its own while the context lasts."""
+    llm_folder(path / "llm")
+    vision_folder(path / "vision")
+    colour_records(path / "data", train=12, val=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+        yield path
 
 
 def colour_records(path: Path, train: int = 48, val: int = 16) -> Path:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_world
 
 from mitrain.core.errors import CheckpointError
 from mitrain.training import checkpoint, preflight, runs, schema
@@ -16,12 +16,7 @@ TRAIN = {"steps": 6, "batch": 3, "accumulate": 2, "lr": 1e-2, "eval_every": 3, "
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = tmp_path_factory.mktemp("preflight")
-    llm_folder(path / "llm")
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=12, val=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("preflight")) as path:
         yield path
 
 

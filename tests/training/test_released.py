@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_world
 
 from mitrain.compare import measures
 from mitrain.inference.scoring import score_run
@@ -16,12 +16,7 @@ from mitrain.training.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = tmp_path_factory.mktemp("released")
-    llm_folder(path / "llm")
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=12, val=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("released")) as path:
         yield path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_world
 
 from mitrain import methods
 from mitrain.cli import main
@@ -35,12 +35,7 @@ class Pulled(MiT):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = tmp_path_factory.mktemp("trainer")
-    llm_folder(path / "llm")
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=12, val=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("trainer")) as path:
         yield path
 
 
