@@ -42,6 +42,19 @@ def test_rows_have_ratios_and_the_same_work(tiny):
     assert providers.table(found).count("| mit") == 3
 
 
+def test_texts_run_through_all_layers_while_steps_are_timed(tiny, monkeypatch):
+    cached, taken_by = {}, providers.taken_by
+
+    def noted(trainer, name, *given):
+        found = taken_by(trainer, name, *given)
+        cached[name] = trainer.model.states.cached
+        return found
+
+    monkeypatch.setattr(providers, "taken_by", noted)
+    providers.measured(["mit", "mit-cached"], 6, 2, 1, 1, "command", print, tiny)
+    assert not cached["mit"] and cached["mit-cached"]
+
+
 def test_a_provider_that_cannot_be_is_named_with_its_reason(tiny, monkeypatch):
     monkeypatch.setattr(providers, "PROVIDERS", {**providers.PROVIDERS, "mit": {"name": "mit", "layers": [7]}})
     found = providers.measured(["mit"], 6, 2, 1, 1, "command", print, tiny)
