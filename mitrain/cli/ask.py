@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mitrain.cli.shared import (
     add_allow_changes,
@@ -17,6 +17,9 @@ from mitrain.cli.shared import (
 from mitrain.core import glance
 from mitrain.core.errors import ConfigError
 from mitrain.core.files import writing
+
+if TYPE_CHECKING:
+    from mitrain.training.runs import Opening
 
 EVALUATING = """  mitrain eval runs/quickstart-TIME --split test
   mitrain eval runs/quickstart-TIME --split test --control shuffle    with another picture: it has to be worse
@@ -94,18 +97,15 @@ def scored(arguments: argparse.Namespace) -> dict[str, Any]:
         without=arguments.without,
         shuffled=arguments.shuffle,
         missing=arguments.missing,
-        which=arguments.checkpoint,
         samples=arguments.samples,
         generate=arguments.generate,
         seed=arguments.seed,
         baselines=arguments.baselines,
-        allow_changes=arguments.allow_changes,
-        base=arguments.base,
-        encoders=arguments.encoder,
         root=arguments.data,
         out=arguments.out,
         generation=generation_of(arguments),
         details=True,
+        **opening_of(arguments),
     )
 
 
@@ -166,6 +166,16 @@ def add_places(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def opening_of(arguments: argparse.Namespace) -> "Opening":
+    """What these options say of how a run is opened."""
+    return {
+        "which": arguments.checkpoint,
+        "allow_changes": arguments.allow_changes,
+        "base": arguments.base,
+        "encoders": arguments.encoder,
+    }
+
+
 def choices_of(arguments: argparse.Namespace) -> list[str] | None:
     """The answers to choose among, where some are given."""
     return [c.strip() for c in arguments.candidates.split(",") if c.strip()] if arguments.candidates else None
@@ -193,10 +203,7 @@ def run_bulk(arguments: argparse.Namespace) -> Any:
         raise ConfigError("with --data, candidates are a column, and --out names the file of the answers")
     from mitrain.inference.bulk import predict_file
 
-    places = {"allow_changes": arguments.allow_changes, "base": arguments.base, "encoders": arguments.encoder}
-    found = predict_file(
-        arguments.run_dir, arguments.data, arguments.out, arguments.checkpoint, generation_of(arguments), **places
-    )
+    found = predict_file(arguments.run_dir, arguments.data, arguments.out, generation_of(arguments), **opening_of(arguments))
     for line in metric_lines(found):
         say(arguments, line)
     return found
@@ -214,11 +221,8 @@ def run_predict(arguments: argparse.Namespace) -> Any:
         arguments.text,
         candidates=choices_of(arguments),
         out=arguments.out,
-        which=arguments.checkpoint,
-        allow_changes=arguments.allow_changes,
-        base=arguments.base,
-        encoders=arguments.encoder,
         generation=generation_of(arguments),
+        **opening_of(arguments),
     )
     for line in result.lines:
         say(arguments, line)

@@ -1,6 +1,7 @@
 """``mitrain bench NAME``: the benchmarks, which lie in the repository and not in the wheel."""
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -17,9 +18,8 @@ def add_bench(sub: argparse.ArgumentParser) -> None:
         return
     if str(REPOSITORY) not in sys.path:
         sys.path.append(str(REPOSITORY))
-    from benchmarks.command import add_benchmarks
-
-    add_benchmarks(sub.add_subparsers(dest="verb", required=True, metavar="NAME"))
+    command = importlib.import_module("benchmarks.command")  # by its name: no import of the library leads out of it
+    command.add_benchmarks(sub.add_subparsers(dest="verb", required=True, metavar="NAME"))
 
 
 def refuse(arguments: argparse.Namespace) -> NoReturn:

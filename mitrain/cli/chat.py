@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.ask import add_places, choices_of, files_of
+from mitrain.cli.ask import add_places, choices_of, files_of, opening_of
 from mitrain.cli.shared import add_allow_changes, add_checkpoint, add_generation, describe, generation_of, say
 from mitrain.core import glance
 from mitrain.core.errors import ConfigError, UserError, nearest
@@ -37,8 +37,7 @@ def run_chat(arguments: argparse.Namespace) -> list[Any]:
     from mitrain.inference.scoring import ask
     from mitrain.training import runs
 
-    places = {"base": arguments.base, "encoders": arguments.encoder, "allow_changes": arguments.allow_changes}
-    run = runs.open_run(arguments.run_dir, arguments.checkpoint, **places)
+    run = runs.open_run(arguments.run_dir, **opening_of(arguments))
     takes = {section.input: section.takes for section in run.config.model.encoders.values()}
     print(f"mitrain: {run.config.name} reads {', '.join(takes)}; {WORDS}", file=sys.stderr)
     answers = []

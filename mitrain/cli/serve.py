@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mitrain.cli.ask import add_places
+from mitrain.cli.ask import add_places, opening_of
 from mitrain.cli.shared import add_allow_changes, add_checkpoint, add_generation, describe, generation_of
 from mitrain.core.errors import ConfigError, need_extra
 
@@ -54,9 +54,9 @@ def run_serve(arguments: argparse.Namespace) -> None:
     from mitrain.inference.serving import Limits
     from mitrain.training import runs
 
-    places = {"base": arguments.base, "encoders": arguments.encoder, "allow_changes": arguments.allow_changes}
-    run = runs.open_run(arguments.run_dirs[0], arguments.checkpoint, **places)
-    others = [runs.open_run(each, arguments.checkpoint, **places, beside=run) for each in arguments.run_dirs[1:]]
+    opening = opening_of(arguments)
+    run = runs.open_run(arguments.run_dirs[0], **opening)
+    others = [runs.open_run(each, **opening, beside=run) for each in arguments.run_dirs[1:]]
     limits = Limits(arguments.max_mb, arguments.batch, arguments.wait_ms, generation_of(arguments))
     app = together([run, *others], limits)
     host, port = listening.getsockname()[:2]

@@ -11,22 +11,20 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mitrain.compare import processes
 from mitrain.compare.cells import MATTERS, Cell, CellId, cell_ids, chosen, resolve
 from mitrain.compare.plots import plots
-from mitrain.compare.search import searched, trial_count
-from mitrain.compare.study import Study
+from mitrain.compare.search import Job, Row, searched, trial_count
 from mitrain.compare.table import table
 from mitrain.core import parsing
 from mitrain.core.errors import PREEMPTED, ConfigError, MissingExtraError, UserError
 from mitrain.core.files import file_lock, write_atomic, write_json
 from mitrain.core.provenance import made_with
 
-Row = dict[str, Any]
 Measure = Callable[[Cell, Path, float], Row]
 Say = Callable[[str], object]
 OK, FAILED, TOO_LONG = "ok", "failed", "too long"
@@ -39,23 +37,6 @@ class CompareError(UserError):
     """Cells failed; everything has been written."""
 
     exit_code = 1
-
-
-@dataclass(frozen=True)
-class Job:
-    """A study from its file, and the folder of its results. ``chosen``: what its search has found; ``undecided``: tasks and
-    methods whose trials are not finished, or all failed."""
-
-    study: Study
-    path: Path
-    out: Path
-    chosen: tuple[dict[str, Any], ...] = ()
-    undecided: frozenset[tuple[str, str]] = frozenset()
-
-    @property
-    def kept(self) -> list[Row]:
-        """The rows of an earlier call."""
-        return read_rows(self.out)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,7 +123,7 @@ def left(job: Job, only: Sequence[str], seeds: Sequence[int] | None) -> list[Cel
 def still_true(job: Job, say: Say) -> dict[str, Row]:
     """Kept rows by cell, but those that the study has no longer or that were measured for other settings."""
     kept: dict[str, Row] = {}
-    for row in job.kept:
+    for row in read_rows(job.out):
         try:
             cell_id = CellId.of(row)
             there = is_complete(row) and cell_id in cell_ids(job.study, [cell_id.seed])
@@ -299,7 +280,7 @@ def listed(job: Job, seeds: Sequence[int] | None, only: Sequence[str], limit_s: 
     """
     limit_s = job.study.limit_s if limit_s is None else limit_s
     job = searched(job, kept_rows)
-    kept = {CellId.of(row).key(): row for row in job.kept}
+    kept = {CellId.of(row).key(): row for row in read_rows(job.out)}
     entries = [search_entry(job, pair, limit_s) for pair in sorted(job.undecided)]
     entries = [entry for entry in entries if CellId(entry["task"], entry["method"]).named_by(only)]
     for cell_id in left(job, only, seeds):

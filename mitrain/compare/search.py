@@ -8,25 +8,37 @@ and for longer. What is best after the last rung is laid over the method's setti
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mitrain.compare.cells import cell_ids, resolve
 from mitrain.compare.study import Also, Axis, Search, Study
 from mitrain.core import user_code
 from mitrain.tasks import TASKS
 
-if TYPE_CHECKING:
-    from mitrain.compare.compare import Job
-
 Row = dict[str, Any]
-Rows = Callable[["Job"], Sequence[Row]]
-"""Of a job's cells: measured now, or as they were kept."""
 LEAST = ("mae", "_rank")  # how metrics end whose lowest value is the best, where no task says it
 
 
-def searched(job: "Job", rows: Rows) -> "Job":
+@dataclass(frozen=True)
+class Job:
+    """A study from its file, and the folder of its results. ``chosen``: what its search has found; ``undecided``: tasks and
+    methods whose trials are not finished, or all failed."""
+
+    study: Study
+    path: Path
+    out: Path
+    chosen: tuple[dict[str, Any], ...] = ()
+    undecided: frozenset[tuple[str, str]] = frozenset()
+
+
+Rows = Callable[[Job], Sequence[Row]]
+"""Of a job's cells: measured now, or as they were kept."""
+
+
+def searched(job: Job, rows: Rows) -> Job:
     """The job with the settings that its search has chosen, by the ``rows`` of the trials of one method on one task."""
     search = job.study.search
     if search is None:
@@ -45,7 +57,7 @@ def searched(job: "Job", rows: Rows) -> "Job":
     return replace(job, study=study, chosen=tuple(found), undecided=frozenset(undecided))
 
 
-def halved(job: "Job", search: Search, task: str, method: str, rows: Rows) -> Row | None:
+def halved(job: Job, search: Search, task: str, method: str, rows: Rows) -> Row | None:
     """The best point of the last rung, with what it cost to find; None where there is none."""
     points, tried = grid(search, method), []
     for steps in search.rungs:
@@ -99,7 +111,7 @@ def trials_of(study: Study, task: str, method: str, steps: int, points: Mapping[
     return study.model_copy(update=changes | alone)
 
 
-def lower_is_better(trials: "Job") -> bool:
+def lower_is_better(trials: Job) -> bool:
     """Of the task's own metric and of the user's it is what they say; what else a study names is judged by its name."""
     cell = resolve(trials.study, trials.path, cell_ids(trials.study)[0])
     kind, own = TASKS[cell.config.task.section_name], getattr(cell.config.task, "metric", None)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from mitrain.core import parsing
 from mitrain.core.errors import ConfigError, DataError, UserError
@@ -36,16 +36,15 @@ def predict_file(
     folder: str | Path,
     table: str | Path,
     out: str | Path,
-    which: str = "best",
     generation: Mapping[str, Any] | None = None,
-    **opened: Any,
+    **opening: Unpack[runs.Opening],
 ) -> dict:
-    """Ask a run about every row of ``table`` and write its answers to ``out``; ``opened`` as of `runs.open_run`,
+    """Ask a run about every row of ``table`` and write its answers to ``out``; ``opening``: as `runs.open_run` takes it,
     ``generation`` as of `ask_all`."""
     if Path(out).is_dir():
         raise ConfigError(f"--out {str(out)!r} is a folder: with --data it is the file of the answers, as answers.jsonl")
     with writing(out):
-        return predict_rows(runs.open_run(folder, which, **opened), Path(table), Path(out), generation)
+        return predict_rows(runs.open_run(folder, **opening), Path(table), Path(out), generation)
 
 
 def predict_rows(run: Run, table: Path, out: Path, generation: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
@@ -116,7 +116,7 @@ def score_run(
     out: str | Path | None = None,
     generation: Mapping[str, Any] | None = None,
     details: bool = False,
-    **opened: Any,
+    **opening: Unpack[runs.Opening],
 ) -> dict[str, Any]:
     """The metrics of a run's checkpoint on a split under a control, and those of the ``baselines`` if asked for.
 
@@ -124,14 +124,14 @@ def score_run(
 
     ``without``, ``shuffled``: inputs that no sample is shown, or another sample's; ``missing``: inputs for each of which the
     score is also told where a growing share of the samples lacks it.
-    ``root``: the folder of the data, where it is another than the run's; ``opened`` as of `runs.open_run`.
+    ``root``: the folder of the data, where it is another than the run's; ``opening``: as `runs.open_run` takes it.
     ``out``: a new file for each sample's prediction. ``generation``: as in `ask_all`, told beside the metrics.
     """
     if out is not None and Path(out).exists():
         raise ConfigError(f"--out {str(out)!r} exists: give a new file for the predictions")
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples {samples} scores nothing: give at least 1")
-    run = runs.open_run(folder, **opened)
+    run = runs.open_run(folder, **opening)
     for name in (*without, *shuffled, *missing):
         if name not in run.config.data.inputs:
             raise ConfigError(f"{name!r} is none of this run's inputs: it reads {', '.join(run.config.data.inputs)}")
@@ -174,12 +174,12 @@ def predict_one(
     candidates: Sequence[str] | None = None,
     out: str | None = None,
     generation: Mapping[str, Any] | None = None,
-    **opened: Any,
+    **opening: Unpack[runs.Opening],
 ) -> Answer:
-    """Answer a prompt about files, or segment an expression in a picture; ``opened`` as of `runs.open_run`, ``generation``
-    as in `ask_all`."""
+    """Answer a prompt about files, or segment an expression in a picture; ``opening``: as `runs.open_run` takes it,
+    ``generation`` as in `ask_all`."""
     glance.words(text, candidates)
-    return ask(runs.open_run(folder, **opened), files, text, candidates=candidates, out=out, generation=generation)
+    return ask(runs.open_run(folder, **opening), files, text, candidates=candidates, out=out, generation=generation)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 from mitrain import methods
 from mitrain.core import config, dist, parsing
@@ -144,6 +144,18 @@ class Run:
     saved: Checkpoint
     answers: Mapping[str, Sequence[str]] | None = None
     turn: Any = field(default_factory=threading.RLock, repr=False)
+
+
+class Opening(TypedDict, total=False):
+    """What `open_run` takes besides a run's folder, for those that open one themselves (``**opening: Unpack[Opening]``)."""
+
+    which: str
+    allow_changes: bool
+    base: str | Path | None
+    encoders: Sequence[str | Path] | None
+    dtype: str
+    quantize: str
+    device: str
 
 
 def open_run(
