@@ -167,7 +167,7 @@ def add_stream(verbs: Any) -> None:
 def add_transcribe(verbs: Any) -> None:
     text = "the word error rate of whisper-base on the lines of dialogue, beside a limit"
     sub = benchmark(verbs, "transcribe", run_transcribe, text, "20 clips")
-    sub.add_argument("--clips", type=int, metavar="N", help="(default: 200)")
+    sub.add_argument("--clips", type=int, metavar="N", help="(default: 100)")
     sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
@@ -311,7 +311,7 @@ def run_stream(arguments: argparse.Namespace) -> Any:
 def run_transcribe(arguments: argparse.Namespace) -> Any:
     from benchmarks import results, transcribe
 
-    clips = (20 if arguments.quick else 200) if arguments.clips is None else arguments.clips
+    clips = (20 if arguments.quick else 100) if arguments.clips is None else arguments.clips
     if clips < 1:
         raise ConfigError(f"--clips {clips} measures nothing: give at least 1")
     found = transcribe.measured(clips, again(arguments), say=aside)

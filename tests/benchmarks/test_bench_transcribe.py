@@ -16,7 +16,12 @@ def test_a_word_error_is_a_word_in_place_of_another_too_many_or_left_out():
 
 def test_lines_spread_over_the_split_are_heard_and_written(monkeypatch, capsys, tmp_path):
     rows = [
-        {"id": str(i), "speech": f"{i}.mp3", "text": f"This is the line {i}." if i % 2 else "Too short."} for i in range(8)
+        {
+            "id": str(i),
+            "speech": f"{i}.mp3",
+            "text": f"This is the line {i}." if i % 2 else ("Ha ha ha ha ha!", "Too short.")[i % 4 // 2],
+        }
+        for i in range(8)
     ]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(transcribe, "ensure_data", lambda name: tmp_path)
@@ -35,7 +40,7 @@ def test_lines_spread_over_the_split_are_heard_and_written(monkeypatch, capsys, 
     assert "word error rate is 0.200, 0.15 are allowed" in capsys.readouterr().err
     transcribe.check({"clips": [{"words": 20, "wrong": 3}]})
     assert main([*words, "5"]) == 2
-    assert "has 4 lines of 4 words or more in its test split" in capsys.readouterr().err
+    assert "has 4 lines of 4 different words or more in its test split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("clips", ["0", "-3"])
