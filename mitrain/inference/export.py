@@ -268,7 +268,7 @@ def load_adapter(
         raise CheckpointError(f"{published.path}: {error}") from None
     if adapter.traits.backbones != ("text",):
         raise ModelError(
-            f"{published.path}: {adapter.traits.name} attaches to the image encoder too, not to a language model alone:"
+            f"{published.path}: {adapter.traits.name} attaches to the first encoder too, not to a language model alone:"
             " open a run's export with mitrain.from_pretrained"
         )
     check_base(model, contents, folder, allow_changes)

@@ -124,7 +124,7 @@ def test_a_fifth_method_needs_its_own_file_and_an_entry(capsys, world, monkeypat
     assert [cell["cell"] for cell in cells] == ["label-gated-seed0", "label-gated-width-4-seed0"]
     assert count(schema.load(task["label"]["config"]), {})["adapter_parameters"] == 897
     assert "load_adapter" not in (Path(exported) / "README.md").read_text()
-    with pytest.raises(ModelError, match=r"gated attaches to the image encoder too.*from_pretrained"):
+    with pytest.raises(ModelError, match=r"gated attaches to the first encoder too.*from_pretrained"):
         mitrain.load_adapter(AutoModelForCausalLM.from_pretrained(world / "llm"), exported)
 
 
