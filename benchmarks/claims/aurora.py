@@ -30,7 +30,7 @@ def a1(rows: Rows, found: SimpleNamespace) -> Conditions:
     "Aurora is at least as good as full fine-tuning and as UniAdapter",
     expected="open; public attempts with the release lie below UniAdapter's published numbers",
     data=TUXPAINT,
-    note=f"UniAdapter is not part of this project; {NOT_TRAINED}",
+    note=NOT_TRAINED,
     study="retrieval",
 )
 def a2(rows: Rows, found: SimpleNamespace) -> Conditions:
