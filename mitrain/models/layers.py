@@ -24,11 +24,11 @@ from transformers.masking_utils import (
 
 from mitrain.core.errors import ModelError
 from mitrain.models.batch import ModalityInputs, mean_over
-from mitrain.models.layouts import CLASS_TOKENS, ENCODERS, LAYOUTS, LLAMA, NORMS, ROTARY, layer_lists
+from mitrain.models.layouts import CACHES, CLASS_TOKENS, ENCODERS, LAYOUTS, LLAMA, NORMS, ROTARY, layer_lists
 
 SERVED = f"the layers of {{}} cannot be run one by one: use one of {', '.join(ENCODERS)} or a decoder of the Llama kind"
 GIVEN = ("attention_mask", "position_ids", "position_embeddings")
-LEFT_OUT = ("past_key_values", "layer_past", "use_cache", "encoder_hidden_states", "encoder_attention_mask")
+LEFT_OUT = (*CACHES, "layer_past", "use_cache", "encoder_hidden_states", "encoder_attention_mask")
 MASKS = {
     (True, "full_attention"): create_causal_mask,
     (True, "sliding_attention"): create_sliding_window_causal_mask,
@@ -163,9 +163,8 @@ class Layers:
         rotary embeddings, 0, 1, … where None; a model without them ignores it.
         """
         layer, pattern = self.modules[index], self._pattern(index)
-        mask = MASKS[self.causal, pattern](
-            config=self.model.config, inputs_embeds=hidden, attention_mask=visible, past_key_values=None
-        )
+        # By position: the fourth is the KV cache, or in models of both directions another model's states; none is given.
+        mask = MASKS[self.causal, pattern](self.model.config, hidden, visible, None)
         given: dict[str, Any] = {"attention_mask": mask}
         if self.rotary is not None:
             if positions is None:

@@ -151,6 +151,7 @@ BLOCKS = (*_once(row.mlp[-1].rpartition(".")[0] for row in ROWS if row.mlp), "")
 LAST = _once(row.mlp[-1].rpartition(".")[2] for row in ROWS if row.mlp)
 NORMS = _once(name for row in ROWS for name in row.norms)
 CLASS_TOKENS = _once(row.class_token for row in ROWS)
+CACHES = ("cache", "past_key_values")  # the argument that takes a KV cache, from transformers 5.24 and before it
 
 
 def layer_lists(model: nn.Module) -> list[tuple[nn.Module, str]]:

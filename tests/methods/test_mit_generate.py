@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from mitrain_kernels.infused_attention import prefix_sums
-from tiny import NAMES, WINDOW, features, scramble, text, tiny
+from tiny import CACHE, NAMES, WINDOW, features, scramble, text, tiny
 from transformers import DynamicCache, StaticCache
 
 import mitrain
@@ -42,7 +42,7 @@ def steps(model, inputs, sizes, cache=None):
                     input_ids=inputs["input_ids"][:, new],
                     attention_mask=inputs["attention_mask"][:, : start + size],
                     position_ids=positions[:, new],
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 ).logits
             )
         start += size
@@ -139,7 +139,7 @@ def test_whatever_is_done_to_the_cache_is_done_to_the_gate(name):
                 input_ids=picked["input_ids"][:, 5:],
                 attention_mask=picked["attention_mask"],
                 position_ids=position,
-                past_key_values=cache,
+                **{CACHE: cache},
             ).logits
     assert (rest - whole[:, 5:]).abs().max() < ROUNDED
 
@@ -155,7 +155,7 @@ def test_a_cache_filled_under_other_features_is_summed_again_from_its_values():
     other = feature.flip(0)
     values = cache.layers[1].values
     with mit.bind({"image": other}), torch.no_grad():
-        model(input_ids=inputs["input_ids"][:, 6:], past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, 6:], **{CACHE: cache})
         maps = mit.infused["1"]({"image": other}, {})
     fresh = prefix_sums(values, maps.v_add)
     assert (history[0].sums.dot[..., :6] - fresh.dot).abs().max() < 1e-11
@@ -166,24 +166,24 @@ def test_a_window_that_dropped_values_cannot_change_features():
     inputs, cache = text(), DynamicCache(config=tiny("mistral").config)
     with torch.no_grad():
         with mit.bind({"image": features()}):
-            model(input_ids=inputs["input_ids"], past_key_values=cache)
+            model(input_ids=inputs["input_ids"], **{CACHE: cache})
         with mit.bind({"image": features()}):  # equal features, bound again: another turn of a conversation
-            model(input_ids=inputs["input_ids"][:, :2], past_key_values=cache)
+            model(input_ids=inputs["input_ids"][:, :2], **{CACHE: cache})
         with (
             mit.bind({"image": features(seed=7)}),
             pytest.raises(ModelError, match="filled under other features and its window has dropped values"),
         ):
-            model(input_ids=inputs["input_ids"][:, :2], past_key_values=cache)
+            model(input_ids=inputs["input_ids"][:, :2], **{CACHE: cache})
 
 
 def test_a_cache_filled_without_features_is_summed_from_its_values():
     model, mit = attached()
     inputs, cache = text(padding="left"), DynamicCache(config=tiny().config)
     with torch.no_grad():
-        model(input_ids=inputs["input_ids"][:, :6], attention_mask=inputs["attention_mask"][:, :6], past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, :6], attention_mask=inputs["attention_mask"][:, :6], **{CACHE: cache})
         values = cache.layers[1].values
         with mit.bind({"image": features()}):
-            model(input_ids=inputs["input_ids"][:, 6:], attention_mask=inputs["attention_mask"], past_key_values=cache)
+            model(input_ids=inputs["input_ids"][:, 6:], attention_mask=inputs["attention_mask"], **{CACHE: cache})
             maps = mit.infused["1"]({"image": features().double()}, {})
     expected = prefix_sums(values, maps.v_add, inputs["attention_mask"][:, :6] == 1)
     entry = next(x for x in cache.layers if isinstance(x, GateHistory))
@@ -226,7 +226,7 @@ def test_a_cache_of_fixed_size_is_refused(settings):
         model.generate(**text(), **GREEDY, cache_implementation="static")
     cache = StaticCache(config=model.config, max_cache_len=20)
     with mit.bind({"image": features()}), pytest.raises(ModelError, match="StaticCache cannot be used"):
-        model(**text(), past_key_values=cache)
+        model(**text(), **{CACHE: cache})
 
 
 def test_forgotten_copies_are_named():

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import NAMES, features, scramble, text, tiny
+from tiny import CACHE, NAMES, features, scramble, text, tiny
 from torch import nn
 from transformers import DynamicCache, Trainer, TrainingArguments
 
@@ -285,7 +285,7 @@ def test_checkpointing_refuses_a_cache():
     model, mit = attached()
     mit.set_checkpointing(True)
     with pytest.raises(ModelError, match="checkpointing cannot fill a KV cache"):
-        loss_of(model, past_key_values=DynamicCache())
+        loss_of(model, **{CACHE: DynamicCache()})
 
 
 def test_attach_with_checkpointing():

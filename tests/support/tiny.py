@@ -1,5 +1,7 @@
 """Tiny random language models of every architecture that infusion is tested on, and small inputs for them."""
 
+import inspect
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -9,6 +11,7 @@ from transformers import (
     GemmaConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -16,6 +19,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from mitrain.models.layouts import CACHES
+
+CACHE = next(name for name in CACHES if name in inspect.signature(LlamaForCausalLM.forward).parameters)
 VOCABULARY, WIDTH, DEPTH, WINDOW = 67, 32, 4, 4
 COMMON = {
     "vocab_size": VOCABULARY,

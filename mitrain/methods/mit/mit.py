@@ -30,7 +30,7 @@ from mitrain.methods.mit.lora import LowRank, sizes_of
 from mitrain.methods.mit.maps import LayerInfusion, attention_maps, inputs_of
 from mitrain.methods.selection import select_layers
 from mitrain.models import loading
-from mitrain.models.layouts import projections
+from mitrain.models.layouts import CACHES, projections
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,8 @@ class MiT(BoundFeatures):
         return None
 
     def _check_inputs(self, decoder: nn.Module, given: Mapping[str, Any]) -> None:
-        mask, cache, positions = (given.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
+        mask, positions = (given.get(name) for name in ("attention_mask", "position_ids"))
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         if self.config.kernel_gate == "sequence" and (cache is not None or inside_generate()):
             raise ModelError("the gate 'sequence' reads the whole text at once and cannot generate: set adapter.gate=prefix")
         if cache is not None:
@@ -233,7 +234,7 @@ class MiT(BoundFeatures):
                 "transformers' own activation checkpointing undoes the frozen trunk: use mit.set_checkpointing(True)"
             )
         if cache is not None and self._checkpointing and torch.is_grad_enabled():
-            raise ModelError("activation checkpointing cannot fill a KV cache: give no past_key_values in training")
+            raise ModelError("activation checkpointing cannot fill a KV cache: give none in training")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ModelError("infused layers need the attention mask as (batch, tokens): 1 for a token, 0 for padding")
         alone = mask is None and cache is None and positions is not None and positions.ndim == 2
