@@ -1,7 +1,7 @@
 """``mitrain init``: a configuration for a user's own table."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +46,27 @@ def run_init(arguments: argparse.Namespace) -> Any:
         arguments.llm,
         pairs("--encoder", arguments.encoder),
     )
-    counts = ", ".join(f"{count} {split}" for split, count in made["samples"].items())
-    say(
-        arguments,
-        f"{made['task']}: {counts}; files: {', '.join(f'{name} ({kind})' for name, kind in made['inputs'].items())}",
-    )
-    if made["columns"]:
-        say(arguments, "columns: " + ", ".join(f"{field} is {name!r}" for field, name in made["columns"].items()))
-    if made["unused"]:
-        say(arguments, f"left out: {', '.join(made['unused'])} (--column FIELD=NAME takes one)")
-    say(
-        arguments,
-        f"wrote {made['config']}; next: mitrain data inspect {made['config']}, then mitrain train {made['config']}",
-    )
+    for line in told(made):
+        say(arguments, line)
     return made
+
+
+def told(made: Mapping[str, Any]) -> list[str]:
+    """What was found, a line each, and the next command."""
+    named = {column: field for field, column in made["columns"].items() if column in made["inputs"]}
+    own = {column: kind if kind == column else f"{column} ({kind} files)" for column, kind in made["inputs"].items()}
+    inputs = [f"{named[column]} from column {column!r}" if column in named else own[column] for column in own]
+    learned = [f"{field} from column {name!r}" for field, name in made["columns"].items() if name not in named]
+    lines = [
+        f"task: {made['task']}",
+        f"samples: {', '.join(f'{count} {split}' for split, count in made['samples'].items())}",
+        f"inputs: {', '.join(inputs)}",
+        *([f"beside them: {', '.join(learned)}"] if learned else []),
+    ]
+    if made["unused"]:
+        lines.append(f"columns that are not used: {', '.join(made['unused'])} (--column FIELD=NAME takes one)")
+    config = made["config"]
+    return [*lines, f"wrote {config}; next: mitrain data inspect {config}, then mitrain train {config}"]
 
 
 def pairs(option: str, given: Sequence[str]) -> dict[str, str]:

@@ -83,7 +83,7 @@ def begin(
         "config": str(out),
         "task": found.task,
         "inputs": found.inputs,
-        "columns": data.get("columns", {}),
+        "columns": {**data.get("columns", {}), **found.fields},
         "unused": sorted(found.unused),
         "samples": counts,
     }

@@ -86,7 +86,14 @@ def test_questions_with_answers_in_json_lines(here, capsys):
     lines = [{"img": n, "question": "what is it?", "answer": "ab"[i % 2]} for i, n in enumerate(pictures(here))]
     (here / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = made(capsys, "--data", "all.jsonl")
-    assert found["task"] == "answer" and found["columns"] == {"image": "img", "prompt": "question"}
+    assert found["task"] == "answer"
+    assert found["columns"] == {"image": "img", "prompt": "question", "answer": "answer"}
+    (here / "all.yaml").unlink()
+    capsys.readouterr()
+    assert main(["init", "--data", "all.jsonl"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "inputs: image from column 'img'" in said
+    assert "beside them: prompt from column 'question', answer from column 'answer'" in said
 
 
 def test_sound_pictures_and_arrays_in_one_table_some_of_them_missing(here, capsys):
