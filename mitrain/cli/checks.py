@@ -86,11 +86,14 @@ def find(distribution: Callable[[str], Any], name: str) -> Any:
 
 
 def wanted(here: Any) -> Iterable[Requirement]:
-    """What a distribution needs here; of mitrain the extras too, which count where they are installed."""
+    """What a distribution needs here; of mitrain the extras too, which count where they are installed.
+
+    pip does not: it is in every environment, and only the extra [demo] asks for a new one.
+    """
     own = canonicalize_name(here.metadata["Name"]) == "mitrain"
     for need in map(Requirement, here.requires or ()):
         extras = ["", *(here.metadata.get_all("Provides-Extra") or ())] if own else [""]
-        if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in extras):
+        if need.name != "pip" and (need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in extras)):
             yield need
 
 

@@ -36,7 +36,8 @@ MITRAIN = ["torch>=2.13", 'bitsandbytes>=0.50; extra == "quant"', 'absent>=1; ex
 
 
 def test_versions_that_fit():
-    found = checks.versions(distributions(mitrain=("1", MITRAIN), torch=("2.13.0+cpu", []), bitsandbytes=("0.50.2", [])))
+    there = {"torch": ("2.13.0+cpu", []), "bitsandbytes": ("0.50.2", []), "pip": ("23.0.1", [])}
+    found = checks.versions(distributions(mitrain=("1", [*MITRAIN, 'pip>=23.2; extra == "quant"']), **there))
     assert found.ok and not found.fix
 
 
