@@ -127,8 +127,8 @@ def add_journeys(verbs: Any) -> None:
     sub = benchmark(verbs, "journeys", run_journeys, text, "the first journey alone")
     sub.add_argument("--only", nargs="+", default=[], metavar="WORD", help="journeys whose titles hold one of these")
     sub.add_argument("--python", metavar="PATH", help="another interpreter, for the wheel's journey")
-    sub.add_argument("--root", metavar="DIR", help="a bare system with the Dockerfile's steps done, for a chroot's")
-    sub.add_argument("--out", metavar="FILE", help="for the page (default: print only)")
+    sub.add_argument("--root", metavar="DIR", help="a folder in which debootstrap makes a bare system, for the Dockerfile's")
+    sub.add_argument("--out", metavar="FILE", help="for the page, where rows of other journeys stay (default: print only)")
 
 
 def run_journeys(arguments: argparse.Namespace) -> Any:
@@ -136,10 +136,12 @@ def run_journeys(arguments: argparse.Namespace) -> Any:
 
     only = arguments.only or ["own pictures"] * arguments.quick
     rows = journeys.measured(only, arguments.python, arguments.root, say=aside)
-    shown = journeys.page(rows, again(arguments))
+    out = Path(arguments.out) if arguments.out else None
+    earlier = out.read_text(encoding="utf-8") if out and out.exists() else ""
+    shown = journeys.page(rows, again(arguments), earlier)
     say(arguments, shown)
-    if arguments.out:
-        Path(arguments.out).write_text(shown, encoding="utf-8")
+    if out:
+        out.write_text(shown, encoding="utf-8")
     return rows
 
 

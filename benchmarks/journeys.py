@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import bare_system
 from mitrain.core import markdown
 from mitrain.core.provenance import made_with, sentence
 
@@ -50,7 +51,7 @@ def journey(title: str, page: str) -> Callable[[Any], Any]:
 
 @dataclass
 class Traveller:
-    """Somebody in an empty ``folder``; ``python``: another interpreter, ``root``: a bare system's folder, or None."""
+    """Somebody in an empty ``folder``; ``python``: another interpreter, ``root``: a folder for a bare system, or None."""
 
     folder: Path
     env: dict[str, str]
@@ -246,21 +247,25 @@ def trainer(one: Traveller) -> str:
 
 @journey("a bare system, as in a container", "Dockerfile")
 def bare(one: Traveller) -> str:
-    """``root``: a folder of debootstrap in which the Dockerfile's RUN lines have been run; what it is for is asked of it."""
-    if not one.root or not Path(one.root, "opt/mitrain/.venv/bin/mitrain").exists():
-        raise Skipped("--root names no system that the Dockerfile's steps were run in")
-    if os.geteuid():
-        raise Skipped("chroot needs root")
-    work = Path(one.root, "birds")
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(one.env["MITRAIN_CACHE"], work / "cache")
-    (work / "make.py").write_text(one.blocks("docs/tutorials/own-pictures.md")[0], encoding="utf-8")
-    inside = (
-        "cd /birds && export PATH=/opt/mitrain/.venv/bin:$PATH MITRAIN_CACHE=/birds/cache HOME=/birds && python make.py &&"
-        " mitrain init --data birds.csv && mitrain train birds.yaml train.epochs=1 --run-dir runs/birds && " + ASK
-    )
-    said = one.sh(f"env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin chroot {shlex.quote(one.root)} bash -c {shlex.quote(inside)}")
-    return f"trained in the chroot; {said.splitlines()[-1][:60]}"
+    """The Dockerfile's steps in a Debian that debootstrap makes in ``root``, with folders in place of prepared models."""
+    if not one.root:
+        raise Skipped("--root names no folder for a bare system")
+    if lacking := bare_system.missing():
+        raise Skipped(lacking)
+    root = Path(one.root)
+    work = root / "work"
+    try:
+        image = bare_system.build(root)
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(Path(one.env["MITRAIN_CACHE"]) / "models", work / "models")
+        (work / "make.py").write_text(one.blocks("docs/tutorials/own-pictures.md")[0], encoding="utf-8")
+        models = "--llm models/smollm2-135m-instruct --encoder image=models/dinov2-vits14"
+        trained = f"mitrain init --data birds.csv {models} && mitrain train birds.yaml train.epochs=1 --run-dir runs/birds"
+        bare_system.run(root, f"cd /work && python make.py && {trained}", image)
+        said = bare_system.run(root, f"cd /work && {ASK}", image)
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        raise Failed(str(error)[-200:]) from error
+    return f"the Dockerfile's steps ran in a chroot, and predict says {said.splitlines()[0][:60]}"
 
 
 def measured(only: list[str], python: str | None, root: str | None, say: Callable[[str], object]) -> list[dict[str, Any]]:
@@ -313,30 +318,17 @@ def to(page: str) -> str:
     return f"../{page.removeprefix('docs/')}" if page.startswith("docs/") else f"../../{page}"
 
 
-def page(rows: list[dict[str, Any]], command: str) -> str:
-    """docs/results/journeys.md."""
-    lines = [
-        [
-            *(
-                row["journey"],
-                f"[{Path(row['page']).name}]({to(row['page'])})",
-                row["outcome"],
-                f"{row['seconds']:.0f}" if row["outcome"] == "works" else "–",
-            ),
-            markdown.plain(row["first success"]),
-        ]
-        for row in rows
-    ]
+def page(rows: list[dict[str, Any]], command: str, earlier: str = "") -> str:
+    """docs/results/journeys.md; of journeys that are not in ``rows`` it keeps the lines of the ``earlier`` page."""
     made = {"command": command, **made_with(("torch", "transformers"))}
-    return "\n".join(
-        [
-            "# Ten journeys of a stranger",
-            "",
-            *textwrap.wrap(INTRODUCTION, 120),
-            "",
-            *markdown.table(("journey", "by", "", "seconds", "first success"), lines),
-            "",
-            sentence(made),
-            "",
-        ]
-    )
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in earlier.splitlines() if line.startswith("| ")}
+    for row in rows:
+        seconds = f"{row['seconds']:.0f}" if row["outcome"] == "works" else "–"
+        link = f"[{Path(row['page']).name}]({to(row['page'])})"
+        words = markdown.plain(row["first success"])
+        cells = (row["journey"], link, row["outcome"], seconds, words, f"{made['commit']}, {made['date']}")
+        lines[row["journey"]] = f"| {' | '.join(cells)} |"
+    head = markdown.table(("journey", "by", "", "seconds", "first success", "commit, date"), [])
+    shown = [lines[title] for title in JOURNEYS if title in lines]
+    text = ["# Ten journeys of a stranger", "", *textwrap.wrap(INTRODUCTION, 120), "", *head, *shown]
+    return "\n".join([*text, "", f"Each row is of its own call; the last one: {sentence(made)}", ""])

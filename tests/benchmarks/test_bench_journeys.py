@@ -53,3 +53,7 @@ def test_the_first_success_a_failure_and_a_lack_are_rows(rows):
     ]
     shown = journeys.page(found, "mitrain bench journeys")
     assert "| that fails | [README.md](../../README.md) | fails | – | echo so far so good: mitrain: no such thing |" in shown
+    again = journeys.page([{**found[0], "first success": "b"}], "mitrain bench journeys --only works", shown)
+    titles = [line.split(" | ")[0] for line in again.splitlines() if line.startswith("| that ")]
+    assert titles == ["| that works", "| that fails", "| that lacks something"]
+    assert " | b | " in again and "no such thing" in again and " | a | " not in again
