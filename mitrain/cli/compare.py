@@ -15,13 +15,19 @@ EXAMPLES = """  mitrain compare configs/studies/fusion.yaml --list      the cell
 
 def add_compare(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_compare, EXAMPLES)
-    sub.add_argument("study", metavar="STUDY", help="a YAML file of a study, as those in configs/studies/")
+    sub.add_argument("study", metavar="STUDY", help="a YAML file as those in configs/studies/, or a shipped one's name")
     sub.add_argument(
-        "--out", metavar="DIR", help="for the results (default: runs/compare/NAME), whose finished cells are kept"
+        "--out",
+        metavar="DIR",
+        help="folder of the results (default: runs/compare/NAME); called again, finished cells are kept",
     )
-    sub.add_argument("--seeds", metavar="N,N,…", help="measure these seeds in place of the study's; measured rows stay")
+    sub.add_argument("--seeds", metavar="N,N,…", help="these seeds in place of the study's; rows that were measured stay")
     sub.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="tasks, methods, axes or beginnings of cells' names"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only cells of these tasks, methods or axes, or whose names begin so",
     )
     sub.add_argument("--limit", type=float, metavar="S", help="seconds that a cell may take (default: the study's)")
     sub.add_argument("--list", action="store_true", help="show the cells with the time each takes, and stop")
@@ -30,14 +36,15 @@ def add_compare(sub: argparse.ArgumentParser) -> None:
 def run_compare(arguments: argparse.Namespace) -> Any:
     from mitrain.core import config
 
-    config.read_file(arguments.study)  # before torch is imported, which takes seconds
+    path = config.located(arguments.study)  # whose cells name configurations as seen from it
+    config.read_file(path)  # before torch is imported, which takes seconds
     from mitrain.compare import compare, study
 
-    asked = study.read(arguments.study)
+    asked = study.read(path)
     if arguments.limit is not None and not arguments.limit > 0:
         raise ConfigError(f"--limit {arguments.limit} leaves no time: give seconds above 0")
     out = Path(arguments.out or Path("runs/compare") / asked.name)
-    job, seeds = compare.Job(asked, Path(arguments.study), out), seeds_of(arguments.seeds)
+    job, seeds = compare.Job(asked, path, out), seeds_of(arguments.seeds)
     if arguments.list:
         cells = compare.listed(job, seeds, arguments.only, arguments.limit)
         say(arguments, list_text(cells))

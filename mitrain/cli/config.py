@@ -19,9 +19,9 @@ def add_config(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_config, EXAMPLES)
     sub.add_argument("config", nargs="?", help="a YAML file or a shipped configuration's name")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
-    sub.add_argument("--keys", nargs="?", const="", metavar="PART", help="every setting, or those that begin with PART")
+    sub.add_argument("--keys", nargs="?", const="", metavar="PART", help="show every setting, or those that begin with PART")
     sub.add_argument("--markdown", action="store_true", help="with --keys: as tables")
-    sub.add_argument("--schema", action="store_true", help="the JSON schema of a configuration")
+    sub.add_argument("--schema", action="store_true", help="print the JSON schema of a configuration")
 
 
 def run_config(arguments: argparse.Namespace) -> Any:

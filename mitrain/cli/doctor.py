@@ -19,8 +19,8 @@ def add_doctor(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--smoke",
         action="store_true",
-        help="also start two ranks here: their bandwidth, and a step of training (ranks that torchrun or srun started do"
-        " so without being asked)",
+        help="also start two ranks here, measure their bandwidth and train a step (ranks that torchrun or srun started"
+        " always do)",
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from mitrain.cli.shared import describe, say
 from mitrain.core.errors import ConfigError
 
-EXAMPLES = """  mitrain init --data photos.csv                      what is there is looked at: files, labels, texts
-  mitrain init regress --data clips/train.csv         val.csv and test.csv beside it are taken, too
+EXAMPLES = """  mitrain init --data photos.csv                      the columns are looked at: files, labels, texts
+  mitrain init regress --data clips/train.csv         val.csv and test.csv beside it are used, too
   mitrain init --data all.csv --files my/photos --column label=species
 """
 
@@ -17,21 +17,29 @@ EXAMPLES = """  mitrain init --data photos.csv                      what is ther
 def add_init(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_init, EXAMPLES)
     tasks = ["answer", "classify", "regress", "caption", "retrieve", "segment"]
-    sub.add_argument("task", nargs="?", choices=tasks, help="what is to be learned (default: what the columns speak of)")
+    sub.add_argument("task", nargs="?", choices=tasks, help="the task (default: guessed from the columns)")
     sub.add_argument(
         "--data",
         required=True,
         metavar="FILE",
-        help="a table with a sample a row (CSV, TSV, JSONL, JSON), a folder with one for each class, or COCO's JSON with"
-        " referring expressions",
+        help="a table with one sample per row (CSV, TSV, JSONL, JSON), a folder with a subfolder for each class, LLaVA's or"
+        " ShareGPT's JSON, or COCO's JSON with referring expressions",
     )
-    sub.add_argument("--files", metavar="DIR", help="the folder that the paths in the table are below")
+    sub.add_argument("--files", metavar="DIR", help="the folder that paths in the table are relative to")
     sub.add_argument(
-        "--column", action="append", default=[], metavar="FIELD=NAME", help="which column is a field, as label=class"
+        "--column", action="append", default=[], metavar="FIELD=NAME", help="which column holds a field, e.g. label=species"
     )
-    sub.add_argument("--llm", metavar="MODEL", help="a prepared model's name, a folder or a Hugging Face id")
-    sub.add_argument("--encoder", action="append", default=[], metavar="NAME=MODEL", help="of an input, as image=DIR")
-    sub.add_argument("--out", metavar="FILE", help="what is written (default: the table's name with .yaml)")
+    sub.add_argument(
+        "--llm", metavar="MODEL", help="the language model: a prepared one's name, a folder or a Hugging Face id"
+    )
+    sub.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="the encoder of an input, likewise, e.g. image=DIR",
+    )
+    sub.add_argument("--out", metavar="FILE", help="the configuration to write (default: the table's name with .yaml)")
 
 
 def run_init(arguments: argparse.Namespace) -> Any:

@@ -26,27 +26,30 @@ def add_launch(sub: argparse.ArgumentParser) -> None:
     verbs = sub.add_subparsers(dest="verb", required=True, metavar="WHERE")
     slurm = command(verbs, "slurm", run_slurm, "submit a run to Slurm, which saves and resumes on preemption", EXAMPLES)
     slurm.add_argument("config", metavar="CONFIG", help="a YAML file or a shipped configuration's name")
-    slurm.add_argument("overrides", nargs="*", metavar="key=value", help="as of mitrain train")
+    slurm.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as with mitrain train")
     slurm.add_argument("--nodes", type=int, default=1, metavar="N", help="how many machines")
-    slurm.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="GPUs of each, a rank for each of them")
-    slurm.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on each, if not one for each GPU")
-    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a rank")
+    slurm.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="GPUs of each machine; each has a rank")
+    slurm.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on each machine, if not one per GPU")
+    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores per rank")
     slurm.add_argument(
-        "--time", metavar="[D-]HH:MM:SS", help="limit of one start; a run that reaches it goes on in the next"
+        "--time", metavar="[D-]HH:MM:SS", help="time limit of the job; a run that reaches it is requeued and goes on"
     )
     slurm.add_argument("--array", metavar="SEEDS", help="a run for each seed: 0-4, or 1,2,7; 0-9%%2 has two at a time")
     slurm.add_argument(
-        "--grace", type=int, default=120, metavar="SECONDS", help="before the limit at which the run saves and requeues"
+        "--grace", type=int, default=120, metavar="SECONDS", help="how long before the limit the run saves and requeues"
     )
     slurm.add_argument(
-        "--run-dir", dest="at", metavar="RUN_DIR", help="of the run; with --array -SEED is added (default: runs/slurm-JOB)"
+        "--run-dir",
+        dest="at",
+        metavar="RUN_DIR",
+        help="the run's folder; with --array -SEED is added (default: runs/slurm-JOB)",
     )
     slurm.add_argument(
         "--sbatch",
         action="append",
         default=[],
         metavar="OPTION",
-        help="any other option of sbatch, as --sbatch=--partition=long",
+        help="any other option of sbatch, e.g. --sbatch=--partition=long",
     )
     slurm.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
 

@@ -16,17 +16,26 @@ def add_plan(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_plan, EXAMPLES)
     sub.add_argument("config", help="a YAML file or a shipped configuration's name, as quickstart")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch=8 model.quantize=nf4")
-    sub.add_argument("--gpu", metavar="NAME", help="as h100-80g or a100-40g (default: the CPU here)")
-    sub.add_argument("--gpus", type=int, metavar="N", help="of each node (default: 1, several nodes 8)")
-    sub.add_argument("--nodes", type=int, default=1, metavar="M", help="(default: 1)")
+    sub.add_argument("--gpu", metavar="NAME", help="e.g. h100-80g or a100-40g (default: the CPU here)")
+    sub.add_argument("--gpus", type=int, metavar="N", help="GPUs per node (default: 1, or 8 with several nodes)")
+    sub.add_argument("--nodes", type=int, default=1, metavar="M", help="number of nodes (default: 1)")
     sub.add_argument(
-        "--network", default="infiniband", choices=["infiniband", "ethernet"], help="between nodes (default: infiniband)"
+        "--network",
+        default="infiniband",
+        choices=["infiniband", "ethernet"],
+        help="network between the nodes (default: infiniband)",
     )
-    sub.add_argument("--memory", type=float, metavar="GB", help="GiB of a rank, in place of the machine's")
-    sub.add_argument("--tokens", type=int, default=64, metavar="N", help="of a text where no data is at hand (default: 64)")
-    sub.add_argument("--samples", type=int, metavar="N", help="of an epoch where no data is at hand")
-    sub.add_argument("--price", type=float, metavar="X", help="of a GPU-hour, for the cost of an epoch")
-    sub.add_argument("--picture", metavar="FILE", help="draw the memory by part, as plan.svg")
+    sub.add_argument("--memory", type=float, metavar="GB", help="GiB per rank, in place of the machine's")
+    sub.add_argument(
+        "--tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="tokens per text, if the data is not on this machine (default: 64)",
+    )
+    sub.add_argument("--samples", type=int, metavar="N", help="samples per epoch, if the data is not on this machine")
+    sub.add_argument("--price", type=float, metavar="X", help="price of a GPU-hour, for the cost of an epoch")
+    sub.add_argument("--picture", metavar="FILE", help="draw where the memory goes, e.g. plan.svg")
     sub.set_defaults(resume=None)
 
 

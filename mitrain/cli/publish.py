@@ -19,7 +19,7 @@ PUSHING = """  mitrain push my-adapter USER/NAME --license apache-2.0
 def add_report(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_report, REPORTING)
     sub.add_argument(
-        "run_dirs", nargs="+", metavar="RUN_DIR", help="runs of one task; the same name with other seeds is averaged"
+        "run_dirs", nargs="+", metavar="RUN_DIR", help="runs of one task; runs of one name and several seeds are averaged"
     )
     sub.add_argument(
         "--out", metavar="DIR", help="where the HTML, Markdown, JSON and PNG files go (default: a single run's folder)"
@@ -72,20 +72,20 @@ def run_export(arguments: argparse.Namespace) -> Any:
 def add_push(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_push, PUSHING)
     sub.add_argument("folder", metavar="EXPORT", help="a folder that mitrain export wrote")
-    sub.add_argument("name", metavar="USER/NAME", help="the repository; made where it is not there")
+    sub.add_argument("name", metavar="USER/NAME", help="the repository on the Hub; created if it is not there")
     sub.add_argument("--private", action="store_true", help="make a private repository")
-    sub.add_argument("--license", metavar="ID", help="of the adapter, as the Hub names licences: apache-2.0")
-    sub.add_argument("--base", metavar="USER/NAME", help="the language model on the Hub, where the export names a folder")
+    sub.add_argument("--license", metavar="ID", help="the adapter's licence by its name on the Hub, e.g. apache-2.0")
+    sub.add_argument("--base", metavar="USER/NAME", help="the language model on the Hub, if the export names a folder")
     sub.add_argument(
         "--encoder",
         action="append",
         metavar="USER/NAME",
-        help="an encoder on the Hub, likewise; of several encoders one option each, in order",
+        help="an encoder on the Hub, likewise; for several encoders once each, in their order",
     )
     sub.add_argument(
         "--answers",
         action="store_true",
-        help="publish the training answers and class names of data of your own, too (default: not)",
+        help="also publish the training answers and class names of your own data (default: not)",
     )
 
 

@@ -13,8 +13,10 @@ EXAMPLES = """  mitrain runs                                   every run in runs
 
 def add_runs(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_runs, EXAMPLES)
-    sub.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="folders of runs, or runs (default: runs)")
-    sub.add_argument("--diff", action="store_true", help="also the settings that differ between them")
+    sub.add_argument(
+        "folders", nargs="*", default=["runs"], metavar="DIR", help="run folders, or folders that hold some (default: runs)"
+    )
+    sub.add_argument("--diff", action="store_true", help="also show the settings that differ between them")
 
 
 def run_runs(arguments: argparse.Namespace) -> Any:

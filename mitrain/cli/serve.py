@@ -30,12 +30,14 @@ def add_serve(sub: argparse.ArgumentParser) -> None:
         " answers at /NAME/, the first also at /",
     )
     sub.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1, this machine)")
-    sub.add_argument("--port", type=int, default=8000, help="0 takes any free one (default: 8000)")
-    sub.add_argument("--batch", type=int, default=8, metavar="N", help="samples answered together (default: 8)")
+    sub.add_argument("--port", type=int, default=8000, help="port; 0 takes any free one (default: 8000)")
+    sub.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="most samples that are answered together (default: 8)"
+    )
     sub.add_argument(
         "--wait-ms", type=float, default=10, metavar="MS", help="how long a batch waits for more requests (default: 10)"
     )
-    sub.add_argument("--max-mb", type=float, default=64, metavar="MB", help="of a request (default: 64)")
+    sub.add_argument("--max-mb", type=float, default=64, metavar="MB", help="largest request (default: 64)")
     add_generation(sub)
     add_checkpoint(sub)
     add_allow_changes(sub)

@@ -61,10 +61,17 @@ def command(commands: Any, name: str, run: Any, text: str, examples: str = "") -
 def describe(sub: argparse.ArgumentParser, run: Any, examples: str = "") -> argparse.ArgumentParser:
     """What every command has: what it runs, its examples (a command line each), and the options of all."""
     sub.epilog = f"examples:\n{examples}" if examples else None
-    sub.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
+    sub.add_argument(
+        "--json", action="store_true", help="print the result as one JSON document on stdout, and nothing else there"
+    )
     said = sub.add_mutually_exclusive_group()
-    said.add_argument("-v", "--verbose", action="store_true", help="also say what is chosen, as kernels, and why")
-    said.add_argument("-q", "--quiet", action="store_true", help="say only results and errors: no progress, no warnings")
+    said.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="also print what is decided along the way, e.g. which kernels run, and why",
+    )
+    said.add_argument("-q", "--quiet", action="store_true", help="print only results and errors: no progress, no warnings")
     sub.set_defaults(run=run, parser=sub)
     return sub
 
@@ -139,7 +146,9 @@ def say(arguments: argparse.Namespace, text: str) -> None:
 
 
 def add_checkpoint(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--checkpoint", default="best", choices=["best", "latest"], help="which one of the run (default: best)")
+    sub.add_argument(
+        "--checkpoint", default="best", choices=["best", "latest"], help="which checkpoint of the run (default: best)"
+    )
 
 
 GENERATION = {"max_new_tokens": int, "beams": int, "temperature": float, "top_p": float}
@@ -148,10 +157,10 @@ GENERATION = {"max_new_tokens": int, "beams": int, "temperature": float, "top_p"
 def add_generation(sub: argparse.ArgumentParser) -> None:
     """Options that change how the model speaks; what is not given stays as the run's configuration has it."""
     for name, meaning in (
-        ("max_new_tokens", "the most tokens that are generated"),
-        ("beams", "how many texts a search keeps; 1: none is searched"),
-        ("temperature", "above 0 words are drawn, from logits divided by it"),
-        ("top_p", "of the likeliest words that have this share together"),
+        ("max_new_tokens", "maximum number of generated tokens"),
+        ("beams", "number of beams in beam search; 1: greedy"),
+        ("temperature", "sampling temperature; 0: no sampling"),
+        ("top_p", "nucleus sampling: draw from the likeliest tokens up to this probability"),
     ):
         option = f"--{name.replace('_', '-')}"
         sub.add_argument(option, type=GENERATION[name], metavar="N", help=f"{meaning} (default: as the run says)")
@@ -165,7 +174,7 @@ def generation_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_allow_changes(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--allow-changes", action="store_true", help="also on frozen models with other weights than it was trained on"
+        "--allow-changes", action="store_true", help="go on though frozen models have other weights than in training"
     )
 
 
@@ -185,7 +194,7 @@ def add_trust(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--trust-code",
         metavar="FOLDER",
-        help="run the functions that the run names as task.metric and task.loss, from modules in FOLDER or on PYTHONPATH",
+        help="let the run call its own task.metric and task.loss: Python code in FOLDER or on PYTHONPATH",
     )
 
 

@@ -27,29 +27,33 @@ def add_train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--resume",
         metavar="RUN_DIR",
-        help="continue this run from its newest usable checkpoint; key=value may change how it is spread, as zero.stage=1",
+        help="continue this run from its newest usable checkpoint; key=value may change its ranks, e.g. zero.stage=1",
     )
     sub.add_argument(
         "--allow-changes",
         action="store_true",
-        help="with --resume or --run-dir: go on though configuration, data or frozen weights are not those of the"
-        " checkpoint, as train.steps=400; each difference is named",
+        help="with --resume or --run-dir: continue though configuration, data or frozen weights differ from the"
+        " checkpoint's, e.g. train.steps=400; each difference is printed",
     )
     sub.add_argument("--runs", default="runs", metavar="DIR", help="where new run folders are made (default: runs)")
     sub.add_argument(
         "--run-dir",
         dest="at",
         metavar="RUN_DIR",
-        help="the run itself, for job scripts: made if it is not there, else resumed",
+        help="the run's own folder: created if it is not there, else resumed (for job scripts)",
     )
-    sub.add_argument("--dry-run", action="store_true", help="count parameters and bytes without weights or data, and stop")
+    sub.add_argument("--dry-run", action="store_true", help="only count parameters and bytes; needs no weights and no data")
     sub.add_argument(
-        "--memory", type=float, default=24.0, metavar="GB", help="per-rank memory for --dry-run's largest batch"
+        "--memory",
+        type=float,
+        default=24.0,
+        metavar="GB",
+        help="with --dry-run: memory of a rank, for the largest batch that fits",
     )
     sub.add_argument(
         "--profile", action="store_true", help="write a Chrome trace and a summary of steps 3 to 5 to RUN_DIR/profile"
     )
-    sub.add_argument("--ranks", type=int, default=1, help="number of ranks for --dry-run (default: 1)")
+    sub.add_argument("--ranks", type=int, default=1, help="with --dry-run: number of ranks (default: 1)")
     add_trust(sub)
 
 
@@ -57,12 +61,12 @@ def add_resume(sub: argparse.ArgumentParser) -> None:
     describe(sub, on_ranks(run_train), RESUMING)
     sub.set_defaults(config=None, runs="runs", at=None, dry_run=False, memory=24.0, ranks=1, profile=False)
     sub.add_argument("resume", metavar="RUN_DIR", help="the run folder, as runs/NAME-TIME")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="what may change, as zero.stage=1")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. zero.stage=1")
     sub.add_argument(
         "--allow-changes",
         action="store_true",
-        help="go on though configuration, data or frozen weights are not those of the checkpoint, as train.steps=400;"
-        " each difference is named",
+        help="continue though configuration, data or frozen weights differ from the checkpoint's, e.g. train.steps=400;"
+        " each difference is printed",
     )
     add_trust(sub)
 

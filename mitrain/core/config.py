@@ -218,14 +218,18 @@ def summary(path: Path) -> str:
     return text.partition(". ")[0].rstrip(".") + "."
 
 
+def located(path: str | Path) -> Path:
+    """The file itself, or the shipped configuration of that name where there is no such file."""
+    return Path(path) if Path(path).exists() else shipped().get(str(path), Path(path))
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """The plain mapping in a YAML file, or in the shipped configuration of that name."""
+    path = located(path)
     try:
-        if not Path(path).exists() and str(path) in (ours := shipped()):
-            path = ours[str(path)]
         text = parsing.read_bytes(path, parsing.YAML_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
-        hint = nearest(Path(path).stem, ours)
+        hint = nearest(Path(path).stem, shipped())
         raise ConfigError(f"no configuration file {str(path)!r}{hint}: mitrain config names the shipped ones") from None
     except (OSError, ValueError) as error:
         reason = error if isinstance(error, parsing.Unreadable) else f"cannot be read ({error})"

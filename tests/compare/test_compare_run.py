@@ -383,6 +383,13 @@ def test_the_command_lists_without_measuring(job, capsys):
     assert code == 0 and "label-mit-seed0" in told.out and "4 cells, 0 finished" in told.out and not job.out.exists()
 
 
+def test_a_shipped_study_goes_by_its_name_wherever_one_is(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MITRAIN_CACHE", str(tmp_path / "cache"))
+    code, told = command(capsys, "studies/fusion", "--list")
+    assert code == 0 and "classify-mit-seed0" in told.out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
