@@ -331,4 +331,4 @@ def page(rows: list[dict[str, Any]], command: str, earlier: str = "") -> str:
     head = markdown.table(("journey", "by", "", "seconds", "first success", "commit, date"), [])
     shown = [lines[title] for title in JOURNEYS if title in lines]
     text = ["# Ten journeys of a stranger", "", *textwrap.wrap(INTRODUCTION, 120), "", *head, *shown]
-    return "\n".join([*text, "", f"Each row is of its own call; the last one: {sentence(made)}", ""])
+    return "\n".join([*text, "", "Each row is of its own call; of the last one:", "", sentence(made), ""])
