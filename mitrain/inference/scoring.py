@@ -235,12 +235,17 @@ def masked_input(run: Run) -> str:
 
 
 def ask_all(
-    run: Run, asked: Sequence[Asked], infused: bool = True, generation: Mapping[str, Any] | None = None
+    run: Run,
+    asked: Sequence[Asked],
+    infused: bool = True,
+    generation: Mapping[str, Any] | None = None,
+    hear: Callable[[str], None] | None = None,
 ) -> list[Answer | UserError]:
     """What an opened run says of several samples, asked together; of each that it cannot be asked about, why.
 
     ``infused`` False: the text is answered without the other inputs. ``generation``: settings of the task by which it
-    speaks, in place of the run's. Threads may share the run: they take turns.
+    speaks, in place of the run's. ``hear`` is told piece by piece what is said of a sample that is asked about alone.
+    Threads may share the run: they take turns.
     """
     found: dict[int, Answer | UserError] = {}
     for i, one in enumerate(asked):
@@ -279,7 +284,7 @@ def ask_all(
         seen = lambda sample: see([sample])  # noqa: E731
         what, choices = str(run.folder), [paths[i, n] for n in others[i]] or one.candidates or ()
         questions[i] = Question(names, inputs, shown, one.text, choices, seen, decoded, what, one.turns)
-    with run.turn, speaking(run.model.task, generation or {}), run.model.adapter.conditioned(None):  # not a caller's
+    with run.turn, speaking(run.model.task, generation or {}, hear), run.model.adapter.conditioned(None):  # not a caller's
         if run.model.task.remembers and not all(question.candidates for question in questions.values()):
             recall(run)
         found |= answered(run.model.task, questions, see)

@@ -5,15 +5,14 @@ to a folder of their own and read as any file of a sample: no request can name a
 """
 
 import base64
-import binascii
 import io
+import itertools
 import json
 import logging
 import queue
 import tempfile
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -27,15 +26,15 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive
 
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.core.version import __version__
-from mitrain.data.formats.conversations import asked_behind
 from mitrain.data.images import open_image
 from mitrain.data.sources import limit
+from mitrain.inference.chats import Chats, decoded
 from mitrain.inference.export import SUFFIXES
 from mitrain.inference.scoring import Asked, ask_all, masked_input
 from mitrain.tasks import figures
@@ -49,13 +48,10 @@ log = logging.getLogger(__name__)
 WAITING = 256  # requests in the queue; more are turned away
 GALLERY = 200  # texts of the data that a retrieval run finds matches among
 NEAREST = 10
-IGNORED = ("model", "messages", "user", "metadata")  # of a chat request: change no answer
-FIXED = {"stream": False, "n": 1}
-SPOKEN = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-SPOKEN |= {name: name for name in ("temperature", "top_p")}
-"""What a chat request may set, and the setting of the task that it is."""
-How = tuple[bool, tuple[tuple[str, Any], ...]]
-"""Whether the inputs are infused, and the settings by which the model speaks: alike for all samples of a batch."""
+Hear = Callable[[str], None]
+How = tuple[bool, tuple[tuple[str, Any], ...], Hear | None]
+"""Whether the inputs are infused, the settings by which the model speaks, and who hears what it says: alike for all samples
+of a batch, so that what somebody hears is said alone."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +92,15 @@ class Batcher:
                 self._answer([one for one in batch if one[1] == how], *how)
 
     def _answer(
-        self, batch: Sequence[tuple[Asked, How, Future[Answer]]], infused: bool, generation: tuple[tuple[str, Any], ...]
+        self,
+        batch: Sequence[tuple[Asked, How, Future[Answer]]],
+        infused: bool,
+        generation: tuple[tuple[str, Any], ...],
+        hear: Hear | None,
     ) -> None:
         begun = time.monotonic()
         try:
-            found: list[Any] = ask_all(self.run, [asked for asked, _, _ in batch], infused, dict(generation))
+            found: list[Any] = ask_all(self.run, [asked for asked, _, _ in batch], infused, dict(generation), hear)
         except BaseException as error:  # the asking threads raise it again; this one goes on
             found = [error] * len(batch)
         self.counts.update(batches=1, samples=len(batch))
@@ -153,9 +153,10 @@ class Service:
         infused: bool,
         turns: tuple[str, ...] = (),
         generation: Mapping[str, Any] | None = None,
+        hear: Hear | None = None,
     ) -> dict[str, Any]:
         """The JSON values of an answer. UserError for what cannot be asked."""
-        how = infused, tuple(sorted({**self.limits.generation, **(generation or {})}.items()))
+        how = infused, tuple(sorted({**self.limits.generation, **(generation or {})}.items())), hear
         if self.task == "retrieve" and not candidates:
             candidates = self.gallery
         with tempfile.TemporaryDirectory() as folder:
@@ -180,64 +181,6 @@ class Service:
         path.write_bytes(content)
         return path
 
-    def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """An answer as OpenAI's API has it."""
-        if self.task not in ("answer", "caption"):
-            raise ConfigError(f"this run's task is {self.task!r}, which does not speak: ask /predict")
-        contents, said, generation = self._conversation(body)
-        text, turns = asked_behind(said)
-        asked = text or ("?" if self.task == "caption" else "")
-        values = self.predict(contents, asked, (), True, turns, generation)
-        said = values.get("answer", values.get("caption"))
-        counts = [len(self.run.model.text.plain(words)) for words in (text, said)]
-        usage = {"prompt_tokens": counts[0], "completion_tokens": counts[1], "total_tokens": sum(counts)}
-        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-        made = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
-        return {**made, "model": self.run.config.name, "choices": [choice], "usage": usage, "mitrain": values}
-
-    def _conversation(self, body: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str], dict[str, Any]]:
-        """A chat request's files, its turns up to the question now, and the settings by which the model is to speak."""
-        generation = {}
-        for name, value in body.items():
-            if name in SPOKEN and value is not None:
-                generation[SPOKEN[name]] = value
-            elif name not in IGNORED and not (name in (*FIXED, *SPOKEN) and value in (FIXED.get(name), None)):
-                raise ConfigError(f"{name[:40]!r} cannot be set by a request, the run's configuration says it: leave it out")
-        messages, contents = body.get("messages"), {}
-        roles = ("user", "assistant")
-        if not (
-            isinstance(messages, list)
-            and len(messages) % 2
-            and all(is_a(m, "role", roles[i % 2]) for i, m in enumerate(messages))
-        ):
-            raise ConfigError(
-                "give messages=[{role: user, content: …}], the user's and the assistant's in turn, the user's last; a system"
-                " prompt is the run's (task.system)"
-            )
-        return contents, [self._text(message, contents) for message in messages], generation
-
-    def _text(self, message: Mapping[str, Any], contents: dict[str, bytes]) -> str:
-        """What a message says; its files go into ``contents``."""
-        parts, texts = message.get("content"), []
-        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
-        for part in parts if isinstance(parts, list) else [None]:
-            if is_a(part, "type", "text") and isinstance(part.get("text"), str):
-                texts.append(part["text"])
-            elif is_a(part, "type", "image_url") and isinstance(part.get("image_url"), dict):
-                contents[self._free("image", contents)] = decoded(part["image_url"].get("url"), uri=True)
-            elif is_a(part, "type", "input_audio") and isinstance(part.get("input_audio"), dict):
-                contents[self._free("audio", contents)] = decoded(part["input_audio"].get("data"))
-            else:
-                raise ConfigError("content is text, or a list of parts of the types text, image_url and input_audio")
-        return "\n".join(texts).strip()
-
-    def _free(self, takes: str, given: Mapping[str, bytes]) -> str:
-        """The run's next input for a file of a kind."""
-        free = [name for name, kind in self.takes.items() if kind == takes and name not in given]
-        if not free:
-            raise ConfigError(f"this run has no input for this {takes}: it reads {', '.join(self.takes)}")
-        return free[0]
-
     def metrics(self) -> str:
         """Counts in Prometheus' text format."""
         counts = self.batcher.counts
@@ -249,24 +192,10 @@ class Service:
         return "\n".join(lines) + "\n"
 
 
-def is_a(value: Any, key: str, wanted: str) -> bool:
-    return isinstance(value, dict) and value.get(key) == wanted
-
-
 def as_uri(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def decoded(value: Any, uri: bool = False) -> bytes:
-    """The bytes that base64, or a data: URI, stands for."""
-    if not isinstance(value, str) or (uri and not value.startswith("data:")):
-        raise ConfigError("files come with the request, as base64 or data: URIs; nothing is fetched, and no path is read")
-    try:
-        return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ConfigError(f"a file is not valid base64 ({error})") from None
 
 
 def bounded(receive: Receive, most: int) -> Receive:
@@ -327,12 +256,18 @@ def app_of(run: Run, limits: Limits) -> Starlette:
     from starlette.concurrency import run_in_threadpool
 
     service = Service(run, limits)
+    chats = Chats(service)
 
     async def predict(request: Request) -> Any:
         return await run_in_threadpool(service.predict, *await asked(request))
 
     async def chat(request: Request) -> Any:
-        return await run_in_threadpool(service.chat, await body_of(request))
+        body = await body_of(request)
+        if not chats.streams(body):
+            return await run_in_threadpool(chats.answer, body)
+        events = chats.events(body)
+        first = await run_in_threadpool(next, events)  # a fault before the first word has a status of its own
+        return StreamingResponse(itertools.chain([first], events), media_type="text/event-stream")
 
     async def about(request: Request) -> Any:
         return service.about()

@@ -8,7 +8,7 @@ Shapes: B samples, R rows (a prompt and what follows it), T tokens, V vocabulary
 import contextlib
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, lru_cache, partial
 from typing import Any, Self
 
@@ -71,6 +71,8 @@ class LanguageTask(Task):
     """loss = − Σ_t log p(text_t | prompt, text_<t, image) over the tokens behind the prompt and the end."""
 
     speaks = True
+    hear: Callable[[str], None] | None = None
+    """Is told, piece by piece, what the model says of a sample that is asked about alone."""
 
     def __init__(self, config: Any, parts: Parts):
         super().__init__(parts)
@@ -153,6 +155,8 @@ class LanguageTask(Task):
         with self.parts.adapter.conditioned(inputs, copies=self.config.beams), torch.random.fork_rng(devices):
             torch.manual_seed(zlib.crc32(samples[0].id.encode()))
             options = {**self.config.options(), **self.decoding}
+            if self.hear and len(samples) == 1 and self.config.beams == 1 and self.must_generate(samples):
+                options["streamer"] = Heard(text.tokenizer, self.hear)
             out = generated(self.parts, ids, mask, logits_processor=[numbers], **options)
         said = text.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return list(zip([words.strip() for words in said], numbers.all, strict=True))
@@ -168,16 +172,16 @@ def told_to_speak(task: Task, given: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def speaking(task: Task, given: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, ``task`` speaks by the settings ``given`` in place of the run's."""
-    if not given:
+def speaking(task: Task, given: Mapping[str, Any], hear: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Inside, ``task`` speaks by the settings ``given`` in place of the run's, and ``hear`` is told what it says."""
+    if not given and hear is None:
         yield
         return
-    before, task.config = task.config, told_to_speak(task, given)
+    before, task.config, task.hear = task.config, told_to_speak(task, given), hear
     try:
         yield
     finally:
-        task.config = before
+        task.config, task.hear = before, None
 
 
 def chatting(config: LanguageConfig, tokenizer: Any, name: str) -> LanguageConfig:
@@ -216,3 +220,24 @@ class Numbers:
         broken = logits.isnan().reshape(len(self.all), -1).any(1).tolist()  # −inf forbids a token, NaN is none
         self.all = [good and not bad for good, bad in zip(self.all, broken, strict=True)]
         return logits
+
+
+class Heard:
+    """A streamer of transformers' ``generate`` for one row: ``tell`` gets each piece of text that no later token changes."""
+
+    def __init__(self, tokenizer: Any, tell: Callable[[str], None]):
+        self.tokenizer, self.tell, self.ids, self.told = tokenizer, tell, None, ""
+
+    def put(self, ids: Tensor) -> None:
+        if self.ids is None:  # the prompt comes first
+            self.ids = []
+            return
+        self.ids += ids.flatten().tolist()
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True).strip()
+        # Held back: half a character, and blanks at the end, which an answer does not have.
+        if len(text) > len(self.told) and text.startswith(self.told) and not text.endswith("\ufffd"):
+            self.tell(text[len(self.told) :])
+            self.told = text
+
+    def end(self) -> None:
+        """Nothing is held back that would be told."""

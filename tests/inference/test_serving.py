@@ -16,7 +16,7 @@ from PIL import Image
 
 from mitrain.cli import main
 from mitrain.cli.serve import together
-from mitrain.core.errors import ConfigError
+from mitrain.core.errors import ConfigError, UserError
 from mitrain.inference import scoring
 from mitrain.training import runs, schema
 from mitrain.training.build import build
@@ -24,6 +24,7 @@ from mitrain.training.checkpoint import Checkpoint
 
 pytest.importorskip("python_multipart", reason="needs the extra [serve]")
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra [serve]")
+chats = pytest.importorskip("mitrain.inference.chats", reason="needs the extra [serve]")
 serving = pytest.importorskip("mitrain.inference.serving", reason="needs the extra [serve]")
 
 
@@ -108,7 +109,8 @@ def test_the_chat_api(client, run, images):
     assert found["object"] == "chat.completion" and found["usage"]["total_tokens"] > found["usage"]["completion_tokens"] > 0
     alike(found["mitrain"], expected)
     for change, words in (
-        ({"stream": True}, "'stream' cannot be set by a request"),
+        ({"stream": 1}, "stream is true or false"),
+        ({"stream": True, "seed": 1}, "'seed' cannot be set"),
         ({"seed": 1}, "'seed' cannot be set"),
         ({"temperature": "hot"}, "temperature='hot'"),
         ({"top_p": 0.5}, "set temperature, too"),
@@ -122,6 +124,45 @@ def test_the_chat_api(client, run, images):
         ),
     ):
         refused(client.post("/v1/chat/completions", json={**asked, **change}), 400, words)
+
+
+def streamed(client, asked):
+    """The events of an answer, and the text of their pieces."""
+    found = client.post("/v1/chat/completions", json={**asked, "stream": True})
+    assert found.status_code == 200 and found.headers["content-type"].startswith("text/event-stream")
+    *lines, last = [line.removeprefix("data: ") for line in found.text.split("\n\n") if line]
+    assert last == "[DONE]"
+    events = [json.loads(line) for line in lines]
+    return events, [e["choices"][0]["delta"]["content"] for e in events if e["choices"] and e["choices"][0]["delta"]]
+
+
+@pytest.mark.parametrize("tokens", [None, 1])
+def test_an_answer_is_streamed_piece_by_piece(client, images, tokens):
+    content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded(images[0])}"}}]
+    content.append({"type": "text", "text": "this thing is"})  # a new question: the model speaks
+    asked = {"messages": [{"role": "user", "content": content}], "max_tokens": tokens}
+    whole = client.post("/v1/chat/completions", json=asked).json()
+    events, pieces = streamed(client, {**asked, "stream_options": {"include_usage": True}})
+    assert "".join(pieces) == whole["choices"][0]["message"]["content"]
+    assert len(pieces) > 2 if tokens is None else len(pieces) == 1
+    assert events[0]["choices"][0]["delta"]["role"] == "assistant" and events[0]["object"] == "chat.completion.chunk"
+    assert events[-2]["choices"][0]["finish_reason"] == "stop" and events[-1]["usage"] == whole["usage"]
+    assert len({event["id"] for event in events}) == 1
+    content[1]["text"] = PROMPT  # a known one, whose answer is chosen: in one piece
+    assert streamed(client, asked)[1] == [
+        client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
+    ]
+
+
+def test_a_streamed_answer_that_breaks_off_says_so(client, images, monkeypatch):
+    def breaks(service, contents, text, candidates, infused, turns, generation, hear):
+        hear("so far")
+        raise UserError("no more")
+
+    monkeypatch.setattr(serving.Service, "predict", breaks)
+    found = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": PROMPT}], "stream": True})
+    first, second = [json.loads(line.removeprefix("data: ")) for line in found.text.split("\n\n") if line]
+    assert first["choices"][0]["delta"]["content"] == "so far" and second["error"]["message"] == "no more"
 
 
 def said(answer, content):
@@ -278,7 +319,7 @@ def test_parts_of_a_chat_message_go_to_the_inputs_that_take_them(run):
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
     sound = {"type": "input_audio", "input_audio": {"data": "bbbb", "format": "wav"}}
     parts = [picture, {"type": "text", "text": "one"}, sound, picture, {"type": "text", "text": "two"}]
-    contents, turns, _ = service._conversation({"messages": [{"role": "user", "content": parts}]})
+    contents, turns, _ = chats.Chats(service)._conversation({"messages": [{"role": "user", "content": parts}]})
     assert list(contents) == ["image", "speech", "second"] and turns == ["one\ntwo"]
     assert contents["speech"] == base64.b64decode("bbbb")
 
