@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mitrain.core.provenance import digest
-from mitrain.models import loading
+from mitrain.models import loading, release
 from mitrain.models.stream import Weights
 
 PEFT = "text.peft"
@@ -29,9 +29,10 @@ PROBE = "Zwölf Boxkämpfer: 2048 «naïve» foxes, didn't they?\n\tdef f(x): re
 def frozen_digest(module: nn.Module) -> str:
     """sha256 over a frozen module's tensors as they are held: the name of its weights in the caches."""
     seen = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
-        with loading.gathered([tensor]):
-            add(seen, name, tensor)
+    with release.whole(module):
+        for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
+            with loading.gathered([tensor]):
+                add(seen, name, tensor)
     return seen.hexdigest()
 
 
@@ -60,7 +61,8 @@ def stored_digest(source: str, stamps: tuple) -> str:
     weights = Weights.of(source)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         names = sorted(weights.names)  # `map`, unlike `submit`, leaves the rest undone on an interruption
-        return hashlib.sha256(b"".join(pool.map(tensor_digest, names, map(weights.read, names)))).hexdigest()
+        digests = pool.map(lambda name: tensor_digest(name, weights.read(name)), names)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def settings_of(config: PretrainedConfig, source: str | Path | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Checkpoints in which bitsandbytes' int8 or nf4 stands beside the names are taken
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 After = Callable[[str, nn.Module], object]
 Shard = Callable[[nn.Module], object]
 """Spreads a module's weights over all ranks; those of rank 0 count."""
+Unread = Callable[[PreTrainedModel], Collection[nn.Module]]
+"""Of an empty model, the modules whose own weights are left in the checkpoint until they are called."""
 Stamp = tuple[str, int, int, int]
 FILES = ("model.safetensors.index.json", "model.safetensors")
 
@@ -38,12 +40,16 @@ def keep(name: str, module: nn.Module) -> None:
     """Leave a loaded layer as it is."""
 
 
+def nothing(model: nn.Module) -> Collection[nn.Module]:
+    """Every weight is read."""
+    return ()
+
+
 class Weights:
     """The tensors of a safetensors checkpoint by name, each read when it is asked for."""
 
     def __init__(self, files: dict[str, Path]):
         self.files = files
-        self._open: dict[Path, Any] = {}
 
     @classmethod
     def of(cls, source: str | Path) -> "Weights | None":
@@ -64,19 +70,16 @@ class Weights:
         return set(self.files)
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in the memory map of its file: copy what is to stay."""
-        path = self.files[name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, "pt")
-        return self._open[path].get_tensor(name)
+        """A tensor, in a memory map of its file: copy what is to stay.
+
+        Each has a map of its own (.6 ms), or all pages that were ever read would count as the process's memory.
+        """
+        with safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(name)
 
     def stamps(self) -> list[Stamp]:
         """What tells that a file was replaced."""
         return [stamp(path) for path in sorted(set(self.files.values()))]
-
-    def close(self) -> None:
-        """Let go of the files' maps; they are opened again when they are read."""
-        self._open.clear()
 
     def checked(self, name: str, shape: Sequence[int]) -> Tensor:
         """`read`; ModelError where it is of another shape or not finite."""
@@ -131,12 +134,14 @@ def load(
     after: After = keep,
     reads: bool = True,
     used: Callable[[str], bool] = lambda name: True,
+    unread: Unread = nothing,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A frozen model in ``precision`` on ``device``; everything that is not low-bit is in ``dtype``.
 
     A checkpoint whose names are not the model's own is loaded whole by transformers and quantised then (``used``: see
-    `mitrain.models.loading.load_model`). ``kwargs`` go to the model's constructor.
+    `mitrain.models.loading.load_model`). What is ``unread`` holds placeholders, which `mitrain.models.release.watch` has
+    filled. ``kwargs`` go to the model's constructor.
     """
     config = loading.read_config(source, "language model")
     stored, weights = stored_precision(config, source), Weights.of(source)
@@ -144,11 +149,11 @@ def load(
         model = empty(factory, config, weights, precision, embedding, dtype=dtype, **kwargs)
         if fits(model, weights):
             loading.tell_unplaced(unplaced(model, weights), source, "language model")
-            fill(model, weights, device, after, reads)
+            fill(model, weights, device, after, reads, unread(model))
             return with_generation(model, source)
     if stored:
         raise ModelError(f"the {stored} checkpoint {str(source)!r} has names that its model has not: give float weights")
-    log.info("%s is loaded whole, on every rank, before it is quantised or sharded", source)
+    log.info("%s is loaded whole, on every rank: its tensors have other names than its model's", source)
     model = loading.load_model(factory, source, "language model", used, config=config, dtype="auto", **kwargs)
     loading.freeze(model)
     model = (model if precision == "none" else quantise(model, precision, embedding=embedding)).to(device, dtype)
@@ -254,17 +259,21 @@ def fill(
     device: torch.device | str = "cpu",
     after: After = keep,
     reads: bool = True,
+    unread: Collection[nn.Module] = (),
 ) -> None:
     """Read every tensor of the empty ``model`` that `fits`, layer by layer; ``after(name, layer)`` once each is whole.
 
     Without ``reads`` parameters get memory and no content; buffers, which are small and never sharded, are read.
+    ``unread``: modules whose own parameters `mitrain.models.release` reads when they are called.
     """
     done: dict[int, nn.Parameter] = {}
     layers = layers_of(model)
     for name, unit in units(model):
         inside = unit.named_modules(prefix=name) if unit in layers else [(name, unit)]
         for path, module in inside:
-            if reads:
+            if module in unread and can_wait(path, module, weights):
+                make_room(module, torch.device(device), done, placeholder)
+            elif reads:
                 fill_parameters(path, module, weights, torch.device(device), done)
             else:
                 make_room(module, torch.device(device), done)
@@ -272,13 +281,30 @@ def fill(
         after(name, unit)
 
 
-def make_room(module: nn.Module, device: torch.device, done: dict[int, nn.Parameter]) -> None:
+def make_room(
+    module: nn.Module, device: torch.device, done: dict[int, nn.Parameter], room: Callable[..., Tensor] = torch.empty_like
+) -> None:
     """Memory for one module's parameters, tied ones once; ``done`` as in `fill_parameters`."""
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.is_meta:
             if id(parameter) not in done:
-                done[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                done[id(parameter)] = nn.Parameter(room(parameter, device=device), requires_grad=False)
             module._parameters[name] = done[id(parameter)]
+
+
+def placeholder(like: Tensor, device: torch.device) -> Tensor:
+    """NaN (of integers 0) in the shape and type of ``like``, in the memory of one element."""
+    fill = torch.nan if like.is_floating_point() else 0
+    return torch.full((1,), fill, dtype=like.dtype, device=device).expand(like.shape)
+
+
+def can_wait(path: str, module: nn.Module, weights: Weights) -> bool:
+    """Whether a module's own parameters can be read later: each is in the checkpoint, and large enough to be told from one
+    that was read."""
+    low_bit = isinstance(module, FrozenLinear)
+    own = [name for name, parameter in module._parameters.items() if parameter is not None]
+    names = {f"{path}.weight" if low_bit and name != "bias" else f"{path}.{name}" for name in own}
+    return names <= weights.names and all(p.numel() > 1 for p in module.parameters(recurse=False))
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:

@@ -23,11 +23,11 @@ from transformers import (
 
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError, ModelError
-from mitrain.models import blip, frozen, layouts, loading, quant, stream
+from mitrain.models import blip, frozen, layouts, loading, quant, release, stream
 from mitrain.models.batch import TextBatch
 from mitrain.models.chunked_loss import chunked_cross_entropy
 from mitrain.models.digests import frozen_digest, settings_of, tokenizer_of, weights_of
-from mitrain.models.stream import Shard
+from mitrain.models.stream import Shard, Unread
 from mitrain.models.tokens import WHOLE, Tokens, Words, last_of
 
 log = logging.getLogger(__name__)
@@ -89,15 +89,17 @@ class TextBackbone:
         quantize: str = "none",
         quantize_embedding: bool = False,
         shard: Shard | None = None,
+        unread: Unread = stream.nothing,
     ) -> "TextBackbone":
-        """``shard``: spreads the weights over the ranks, layer by layer as rank 0 reads them."""
+        """``shard``: spreads the weights over the ranks, layer by layer as rank 0 reads them. ``unread``: what is read when
+        it is called, where the checkpoint's names are the model's own."""
         config = cls.read_config(source)
         quantize = checked_precision(quantize, quantize_embedding, config, source)
         if blip.is_blip(config):
             if quantize != "none" or shard is not None:
                 raise ConfigError("BLIP's encoders are held whole and in floats: set model.quantize=none, zero.stage=0")
             model = blip.load(source, "text_encoder", dtype)
-        elif quantize == "none" and shard is None:
+        elif quantize == "none" and shard is None and unread is stream.nothing:
             options = {"config": config, "dtype": dtype, "attn_implementation": attention}
             model = loading.load_model(factory(config), source, "language model", is_read, **options)
         else:
@@ -111,8 +113,10 @@ class TextBackbone:
                 after=stream.keep if shard is None else lambda name, unit: shard(unit),
                 reads=shard is None or dist.is_main(),
                 used=is_read,
+                unread=unread,
                 attn_implementation=attention,
             )
+            release.watch(model, source)
         tokenizer = read_tokenizer(source)
         if tokenizer.eos_token_id is None and factory(config) is AutoModel:
             tokenizer.eos_token = tokenizer.sep_token
@@ -269,7 +273,8 @@ class TextBackbone:
 
     def replays(self, depth: int) -> bool:
         """Whether the model can go on from what leaves its ``depth`` bottom layers."""
-        return frozen.reproduces(self.model, depth, *self.probe())
+        with release.passing(self.model):
+            return frozen.reproduces(self.model, depth, *self.probe())
 
     def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]:
         """``input_ids`` and ``attention_mask``, both (B, T).

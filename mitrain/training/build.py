@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mitrain import methods
 from mitrain.core import hub, prepared, user_code
@@ -25,11 +25,12 @@ from mitrain.data.loader import Draw
 from mitrain.data.media import Limits
 from mitrain.data.samples import BadSamples
 from mitrain.methods.base import Adapter, turn_takers
-from mitrain.models import Encoder, ModelConfig, Shard, TextBackbone, encoder_of, layouts, loading
+from mitrain.models import Encoder, ModelConfig, Shard, TextBackbone, encoder_of, loading
 from mitrain.models.batch import ModalityInputs
 from mitrain.models.digests import named_digests
 from mitrain.models.encoders.text import pooling
-from mitrain.models.release import release
+from mitrain.models.release import below, release
+from mitrain.models.stream import Unread, nothing
 from mitrain.models.text import read_tokenizer
 from mitrain.tasks import TASKS
 from mitrain.tasks.base import Batch, Given, Parts, Task
@@ -122,19 +123,19 @@ class Model:
         named = {"text": self.text.base(), **{name: e.base() for name, e in numbered(self.encoders).items()}}
         return {key: value for name, parts in named.items() for key, value in named_digests(name, parts).items()}
 
-    def release(self) -> None:
-        """Let go of the frozen weights that no step reads once the cache holds what they make of the samples.
+    def unread(self, cached: bool) -> list[tuple[TextBackbone | Encoder, list[nn.Module]]]:
+        """The modules whose frozen weights no step reads once the cache holds what they make of the samples, by backbone.
 
-        What runs them all the same, as generation does, reads them again (`mitrain.models.release`).
+        ``cached``: it holds the states of texts, too.
         """
-        text, head = self.text, self.text.model.get_output_embeddings()
-        speaks = self.task.speaks and head is not None
-        if self.states.cached:
-            below = layouts.layers_of(text.model)[: self.states.depth]
-            parts = [*below, text.model.get_input_embeddings(), *([] if speaks or head is None else [head])]
-            release(text.model, text.source, parts, [*head.parameters()] if speaks else [])
-        for encoder in self.encoders.values() if not self.adapter.traits.changes_encoder else ():
-            release(encoder.model, encoder.source, [encoder.model])
+        text, unchanged = self.text, () if self.adapter.traits.changes_encoder else self.encoders.values()
+        parts = [(text, below(text.model, self.states.depth, self.task.speaks))] if cached else []
+        return [*parts, *((encoder, [*encoder.model.modules()]) for encoder in unchanged)]
+
+    def release(self) -> None:
+        """Let go of `unread` weights. What runs them all the same, as generation does, reads them again."""
+        for backbone, modules in self.unread(self.states.cached):
+            release(backbone.model, backbone.source, modules)
 
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         """`Task.texts`; where a text cannot be read, the error names its sample."""
@@ -256,20 +257,40 @@ def build(
     shard: Shard | None = None,
     encoders: dict[str, Encoder] | None = None,
     text: TextBackbone | None = None,
+    lean: bool = False,
 ) -> Model:
     """Load the backbones, attach the adapter, make the head.
 
     ``empty`` builds everything without weights (meta device), for counting; models are then described by their shapes
     or their configurations alone. ``shard`` spreads the frozen weights over the ranks while they are read. ``encoders``,
-    ``text``: where they are loaded already; the adapter then takes turns with those on the language model.
+    ``text``: where they are loaded already; the adapter then takes turns with those on the language model. ``lean``: what of
+    the language model a filled cache stands for is read when it is run.
     """
     if text is None:
-        text = text_of(config, empty, shard)
+        text = text_of(config, empty, shard, unread_of(config) if lean else nothing)
     encoders = encoders or encoders_of(config.model, torch.device("cpu") if empty else text.device, shard)
     return assemble(config, text, encoders, empty=empty)
 
 
-def text_of(config: RunConfig, empty: bool, shard: Shard | None) -> TextBackbone:
+def unread_of(config: RunConfig) -> Unread:
+    """What of a language model no step reads once texts' states are cached: below the first layer that the method changes,
+    which is found by attaching it to a model without weights."""
+    if not config.cache:
+        return nothing
+
+    def unread(model: PreTrainedModel) -> list[nn.Module]:
+        with torch.device("meta"):
+            widths = getattr(config.adapter, "modalities", {}) or dict.fromkeys(config.model.modalities, 1)
+            twin = methods.build(config.adapter, widths)
+            if twin.traits.changes_encoder:
+                return []
+            twin.attach({"text": loading.weightless(model)})
+        return below(model, twin.attachment.first_layers["text"], TASKS[config.task.section_name].speaks)
+
+    return unread
+
+
+def text_of(config: RunConfig, empty: bool, shard: Shard | None, unread: Unread = nothing) -> TextBackbone:
     """The language model, loaded, or without weights."""
     if empty:
         return TextBackbone.empty(described(config.model))
@@ -286,6 +307,7 @@ def text_of(config: RunConfig, empty: bool, shard: Shard | None) -> TextBackbone
         config.model.quantize,
         config.model.quantize_embedding,
         shard,
+        unread,
     )
 
 

@@ -82,7 +82,8 @@ class Setup:
         self.pace = Pace(config.train.log_every, self.engine.lockstep)
 
     def _build(self) -> Model:
-        return build(self.config, shard=sharding(self.config.zero, self.config.train.optimizer))
+        shard = sharding(self.config.zero, self.config.train.optimizer)
+        return build(self.config, shard=shard, lean=shard is None and not self.config.data.buffer)
 
     def _batch(self, draws: Draws) -> Batch | None:
         """This rank's share of drawn samples; one that does not count where it has none and the ranks run in step."""

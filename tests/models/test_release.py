@@ -13,7 +13,7 @@ from mitrain.core.errors import ModelError
 from mitrain.models import ImageConfig, ImageEncoder, TextBackbone
 from mitrain.models.frozen import replay, trunk_states
 from mitrain.models.layouts import layers_of
-from mitrain.models.release import is_released, release
+from mitrain.models.release import below, is_released, release
 
 
 def held_bytes(model):
@@ -27,9 +27,8 @@ def test_layers_below_are_gone_and_come_back_when_they_are_run(name, dtype, tmp_
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).requires_grad_(False).eval()
     inputs, before = text(padding="right"), {n: p.clone() for n, p in model.named_parameters()}
     states, whole = trunk_states(model, 2, **inputs), model(**inputs, use_cache=False).logits
-    below = [*layers_of(model)[:2], model.get_input_embeddings()]
     tied = [*model.get_output_embeddings().parameters()]
-    gone = release(model, tmp_path, below, keep=tied)
+    gone = release(model, tmp_path, below(model, 2, speaks=True))
     layers = {n: p for n, p in model.named_parameters() if ".layers.0." in n or ".layers.1." in n}
     assert layers and all(map(is_released, layers.values())) and not any(map(is_released, tied))
     assert gone >= sum(before[n].nbytes for n in layers)
@@ -46,7 +45,7 @@ def test_layers_below_are_gone_and_come_back_when_they_are_run(name, dtype, tmp_
 def test_one_layer_that_is_run_brings_back_no_other(tmp_path):
     tiny().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
-    release(model, tmp_path, layers_of(model))
+    release(model, tmp_path, layers_of(model).modules())
     trunk_states(model, 1, **text())
     assert [any(map(is_released, layer.parameters())) for layer in layers_of(model)] == [False] + [True] * (DEPTH - 1)
 
@@ -57,7 +56,7 @@ def test_low_bit_layers_come_back(quantize, tmp_path):
     rows = [backbone.tokens("the picture shows a red square")]
     before = backbone.trunk(rows, 2)[0]
     held = held_bytes(backbone.model)
-    gone = release(backbone.model, tmp_path, layers_of(backbone.model)[:2])
+    gone = release(backbone.model, tmp_path, layers_of(backbone.model)[:2].modules())
     assert gone > 2 * 32 * 64 and held_bytes(backbone.model) < held - gone / 2
     assert torch.equal(backbone.trunk(rows, 2)[0], before)
 
@@ -69,7 +68,7 @@ def test_an_encoder_whose_tensors_transformers_renamed_is_found_by_content(tmp_p
     assert set(stored) - {n for n, _ in encoder.model.named_parameters()}  # or this shows nothing
     pixels = torch.rand(2, 3, 28, 28)
     before = encoder.encode(list(pixels))["pooled"]
-    gone = release(encoder.model, folder, [encoder.model])
+    gone = release(encoder.model, folder, encoder.model.modules())
     assert gone == sum(p.nbytes for p in encoder.model.parameters()) and all(map(is_released, encoder.model.parameters()))
     assert torch.equal(encoder.encode(list(pixels))["pooled"], before)
 
@@ -80,18 +79,56 @@ def test_what_is_not_as_it_is_stored_stays(tmp_path):
     changed, trained = layers_of(model)[0].mlp.up_proj.weight, layers_of(model)[1].mlp.up_proj.weight
     changed[-1, -1] += 1
     trained.requires_grad_(True)
-    release(model, tmp_path, layers_of(model)[:2])
+    release(model, tmp_path, layers_of(model)[:2].modules())
     assert not is_released(changed) and not is_released(trained)
     assert is_released(layers_of(model)[0].mlp.down_proj.weight)
-    assert release(model, None, [model]) == release(model, tmp_path / "none", [model]) == 0
+    assert release(model, None, model.modules()) == release(model, tmp_path / "none", model.modules()) == 0
 
 
 def test_a_checkpoint_that_was_replaced_is_not_read(tmp_path):
     tiny().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
-    release(model, tmp_path, layers_of(model)[:2])
+    release(model, tmp_path, layers_of(model)[:2].modules())
     file = tmp_path / "model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, tmp_path / "other", {"format": "pt"})
     os.replace(tmp_path / "other", file)
     with pytest.raises(ModelError, match="were replaced while they were being used: start again"):
         model(**text())
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"quantize": "int8"}, {"quantize": "nf4"}])
+def test_what_is_left_in_the_checkpoint_is_the_same_model(options, tmp_path):
+    options = {"dtype": torch.float32} | options
+    whole = TextBackbone.load(llm_folder(tmp_path), **options)
+    lean = TextBackbone.load(tmp_path, **options, unread=lambda model: below(model, 2, speaks=False))
+    expected = dict(whole.model.named_parameters())
+    gone = {n for n, p in lean.model.named_parameters() if is_released(p)}
+    assert {n.split(".")[2] for n in gone if ".layers." in n} == {"0", "1"} and any("embed_tokens" in n for n in gone)
+    assert all(torch.equal(p, expected[n]) for n, p in lean.model.named_parameters() if n not in gone)
+    held = held_bytes(lean.model)
+    assert held < held_bytes(whole.model) - sum(expected[n].nbytes for n in gone) / 2
+    # Neither the caches' address nor whether the model can go on from cached states brings anything back.
+    assert lean.identity(2) == whole.identity(2) and lean.replays(2) is whole.replays(2) is True
+    assert held_bytes(lean.model) == held
+    rows = [whole.tokens("the picture shows a red square")]
+    assert torch.equal(lean.hidden(*lean.pad(rows)), whole.hidden(*whole.pad(rows)))
+    assert all(torch.equal(p, expected[n]) for n, p in lean.model.named_parameters() if ".layers." in n)
+
+
+def test_a_tied_embedding_stays_with_the_head_that_speaks(tmp_path):
+    llm_folder(tmp_path)
+    lean = TextBackbone.load(tmp_path, torch.float32, unread=lambda model: below(model, 1, speaks=True))
+    head = lean.model.get_output_embeddings().weight
+    tied = head is lean.model.get_input_embeddings().weight
+    assert not is_released(head) and is_released(lean.model.get_input_embeddings().weight) is not tied
+    assert is_released(layers_of(lean.model)[0].mlp.down_proj.weight)
+
+
+def test_weights_that_are_not_finite_are_told_when_they_are_read(tmp_path):
+    llm_folder(tmp_path)
+    values = load_file(tmp_path / "model.safetensors")
+    values["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
+    lean = TextBackbone.load(tmp_path, torch.float32, unread=lambda model: below(model, 1, speaks=True))
+    with pytest.raises(ModelError, match="not finite .the first in model.layers.0.mlp.down_proj.weight"):
+        lean.identity(1)

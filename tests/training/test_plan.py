@@ -8,6 +8,7 @@ from methods_world import configured, make_world
 from torch.utils.flop_counter import FlopCounterMode
 
 from mitrain.cli import main
+from mitrain.compare.resident import frozen_parameters, frozen_tensors, storages
 from mitrain.methods import METHODS
 from mitrain.training import schema
 from mitrain.training.build import resolved
@@ -53,10 +54,14 @@ def test_a_step_without_storage_counts_what_a_real_one_takes(world, method):
     slack = 0.1 if method == "prompt" else 0.05
     assert found.traced.peak == pytest.approx(real.peak, rel=slack)
     assert sum(found.traced.kept.values()) == pytest.approx(sum(real.kept.values()), rel=slack)
-    parts = plan(config, ASKED).per_rank_bytes
-    counted = {id(p): p for module in trainer.model.frozen.values() for p in module.parameters() if not p.requires_grad}
-    own = sum(p.numel() * p.element_size() for p in counted.values())
-    assert parts["frozen language model"] + parts["frozen encoders"] == pytest.approx(own, rel=0.02)
+    made, frozen = plan(config, ASKED, found=found), trainer.model.frozen
+    parts = [made.per_rank_bytes.get(f"frozen {name}", 0) for name in ("language model", "encoders")]
+    assert sum(parts) == pytest.approx(sum(storages(frozen_tensors(frozen)).values()), rel=0.02, abs=1024)
+    whole = sum(p.nbytes for p in frozen_parameters(frozen))
+    if sum(parts) < 0.98 * whole:  # what the cache stands for is there while it is filled
+        assert made.moments["encoding"] >= ASKED.machine.reserve + whole + found.encoding
+    else:
+        assert "encoding" not in made.moments and method not in ("mit", "gated-xattn")
 
 
 def said(capsys, *arguments):
@@ -69,8 +74,8 @@ def said(capsys, *arguments):
 def test_what_does_not_fit_is_told_what_would(world, capsys):
     """Between what a batch of one and the configured batch take: a smaller batch is the remedy, and it fits."""
     path = configured(world, "mit", "classify", train={"steps": 2, "batch": 8, "accumulate": 2})
-    one, whole = (said(capsys, path, "--gpu", "h100-80g", f"train.batch={n}") for n in (1, 8))
-    memory = ("--gpu", "h100-80g", "--memory", (one["total_bytes"] + whole["total_bytes"]) / 2**31)
+    one, whole = (said(capsys, path, "--gpu", "h100-80g", "cache=false", f"train.batch={n}") for n in (1, 8))
+    memory = ("cache=false", "--gpu", "h100-80g", "--memory", (one["total_bytes"] + whole["total_bytes"]) / 2**31)
     tight = said(capsys, path, *memory)
     assert one["fits"] and whole["fits"] and not tight["fits"] and 1 <= tight["largest_batch"] < 8
     changes = tight["remedies"][0].split()
@@ -79,8 +84,20 @@ def test_what_does_not_fit_is_told_what_would(world, capsys):
     assert "DOES NOT FIT" in (text := capsys.readouterr().out) and "train.batch=" in text
 
 
+def test_what_fills_the_cache_must_fit_too(world, capsys):
+    """Of a run with a cache the steps hold a part of the model, and the first fill of the cache all of it."""
+    path, gpu = configured(world, "mit", "classify"), ("--gpu", "h100-80g")
+    found, whole = said(capsys, path, *gpu), said(capsys, path, *gpu, "cache=false")
+    held, kept = (plan["per_rank_bytes"]["frozen language model"] for plan in (whole, found))
+    assert kept < held and "frozen encoders" not in found["per_rank_bytes"]
+    steps, filled = (found["moments"][name] for name in ("backward", "encoding"))
+    assert steps < filled == found["total_bytes"] and "encoding" not in whole["moments"]
+    tight = said(capsys, path, *gpu, "--memory", (steps + filled) / 2**31)
+    assert not tight["fits"] and tight["largest_batch"] == 0
+
+
 def test_a_rank_of_stage_3_holds_a_share_and_gathers(world, capsys):
-    path, asked = configured(world, "mit", "classify"), ("--gpu", "h100-80g", "--gpus", 2)
+    path, asked = configured(world, "mit", "classify"), ("cache=false", "--gpu", "h100-80g", "--gpus", 2)
     whole, shared = (said(capsys, path, *asked, f"zero.stage={stage}") for stage in (0, 3))
     weights = 4 * whole["trainable_parameters"]
     assert whole["communication"] == {"gathers": 0, "scatters": 0, "reductions": weights}

@@ -7,6 +7,7 @@ from folders import colour_world
 
 from mitrain.compare import measures
 from mitrain.inference.scoring import score_run
+from mitrain.models import stream
 from mitrain.models.layouts import layers_of
 from mitrain.models.release import is_released
 from mitrain.training import build, runs, schema
@@ -41,6 +42,12 @@ def trainer(world, task="answer", method="mit", **more):
     return Trainer(config, runs.create(config, world / "runs"), quiet=True)
 
 
+def keep_all(monkeypatch):
+    """From here on runs load everything and let go of nothing."""
+    monkeypatch.setattr(build.Model, "release", lambda self: None)
+    monkeypatch.setattr(build, "unread_of", lambda config: stream.nothing)
+
+
 def gone(module):
     return {is_released(p) for p in module.parameters()} == {True}
 
@@ -54,13 +61,22 @@ def test_steps_run_without_what_the_cache_stands_for(world, monkeypatch):
     assert gone(model.text.model.get_input_embeddings()) is not tied and gone(model.encoders["image"].model)
     losses = [own._step()[0].loss for _ in range(3)]
     assert [gone(layer) for layer in layers] == [True, True, False]
-    monkeypatch.setattr(build.Model, "release", lambda self: None)
+    keep_all(monkeypatch)
     other = trainer(world)
     assert not gone(layers_of(other.model.text.model)[0])
     assert losses == [other._step()[0].loss for _ in range(3)]
     saved = [measures.of_step(each)["bytes"]["weights"] for each in (own, other)]
     below = sum(p.nbytes for layer in layers_of(other.model.text.model)[:2] for p in layer.parameters())
     assert saved[1] - saved[0] >= below
+
+
+def test_a_second_run_never_has_what_the_cache_stands_for(world, monkeypatch):
+    trainer(world, "classify")
+    seen = []
+    monkeypatch.setattr(build.Model, "release", lambda self: seen.append(self.text.model))
+    layers = layers_of(trainer(world, "classify").model.text.model)
+    assert [gone(layer) for layer in layers] == [True, True, False]
+    assert gone(seen[0].get_input_embeddings()) and gone(seen[0].get_output_embeddings())
 
 
 def test_a_head_that_is_not_read_goes_too(world):
@@ -82,7 +98,7 @@ def test_what_speaks_after_training_speaks_as_a_run_that_kept_all(world, monkeyp
     own.fit()
     said = [p.values for p in evaluate(own.model, own.features, own.val, generate=True).predictions]
     assert not gone(layers_of(own.model.text.model)[0])  # it was read again
-    monkeypatch.setattr(build.Model, "release", lambda self: None)
+    keep_all(monkeypatch)
     other = trainer(world)
     other.fit()
     assert said == [p.values for p in evaluate(other.model, other.features, other.val, generate=True).predictions]

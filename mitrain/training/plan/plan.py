@@ -15,17 +15,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mitrain.core.config import override
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import TextBackbone, loading
+from mitrain.models.release import releasable
 from mitrain.models.text import read_tokenizer
 from mitrain.training import schema
 from mitrain.training.build import Model, assemble, described, encoders_of, resolve_model
 from mitrain.training.engine.deepspeed_config import PERSIST
 from mitrain.training.plan import batch as batches
 from mitrain.training.plan.machines import NETWORK_TEXT, NETWORKS, Machine
-from mitrain.training.plan.tracing import Traced, traced, without_storage
+from mitrain.training.plan.tracing import Traced, passed, traced, without_storage
 from mitrain.training.plan.traffic import Traffic, traffic
 from mitrain.training.schema import RunConfig
 
 TOKENS = 64
+ENCODED = 32  # texts that are run together while the cache is filled
 MANY = 16
 """Samples of a batch whose activations, not the gradients, make the peak."""
 ROW = 2000
@@ -103,13 +105,17 @@ class Asked:
 
 @dataclass
 class Measured:
-    """A configuration's step on one rank: ``traced`` of ``share`` samples; ``peaks``: bytes by the number of samples."""
+    """A configuration's step on one rank: ``traced`` of ``share`` samples; ``peaks``: bytes by the number of samples.
+
+    ``encoding``: bytes that the frozen layers below the changed ones make of the longest texts while the cache is filled.
+    """
 
     model: Model
     traced: Traced
     share: int
     peaks: list[tuple[int, int]]
     samples: int | None
+    encoding: int = 0
     assumptions: list[str] = field(default_factory=list)
 
 
@@ -143,10 +149,13 @@ def measured(config: RunConfig, asked: Asked) -> Measured:
         model.text.tokenizer = model.text.tokenizer or batches.Words()
         drawn = [batches.stand_in(model, i, asked.tokens) for i in range(many)]
         said = [f"texts of {asked.tokens} tokens (--tokens), since {why or 'the tokenizer is not at hand'}"]
+    filled = drawn[:ENCODED] if keeps_states(config, model) else []
+    rows = model.texts(filled, False) if filled else []
+    encoding = passed(model, lambda: model.text.trunk(rows, model.states.depth), mode) if rows else 0
     sizes = sorted({1, share, share + MANY, many})
     steps = {size: traced(model, batches.batch_of(model, drawn[:size], mode), mode) for size in sizes}
     peaks = [(size, step.peak) for size, step in steps.items()]
-    return Measured(model, steps[share], share, peaks, len(samples) or asked.samples, said)
+    return Measured(model, steps[share], share, peaks, len(samples) or asked.samples, encoding, said)
 
 
 def largest(peaks: Sequence[tuple[int, int]], room: float) -> int:
@@ -250,6 +259,19 @@ def frozen(model: Model, *names: str) -> list[Tensor]:
     return [t for key, t in held.items() if key not in own]
 
 
+def keeps_states(config: RunConfig, model: Model) -> bool:
+    """Whether the cache is to hold what leaves the layers below the changed ones."""
+    return bool(config.cache) and not config.data.buffer and model.states.depth > 0
+
+
+def unread(config: RunConfig, model: Model) -> set[int]:
+    """The ids of the frozen weights that a run does not hold in its steps, since the cache stands for them."""
+    if not config.cache or config.data.buffer or config.zero.stage == 3:
+        return set()
+    modules = [module for _, part in model.unread(keeps_states(config, model)) for module in releasable(part)]
+    return {id(p) for module in modules for p in module.parameters(recurse=False)}
+
+
 def bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -266,11 +288,13 @@ def per_rank(tensors: Sequence[Tensor], config: RunConfig, ranks: int) -> int:
 def memory(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> tuple[dict[str, int], dict[str, int]]:
     """(bytes by part at the fullest moment of the passes, the whole at each moment)."""
     model, on_cpu = found.model, asked.machine.name == "cpu"
-    weights = bytes_of(trained(model))
+    weights, gone = bytes_of(trained(model)), unread(config, model)
+    text, encoders = frozen(model, "text"), frozen(model, *(model.frozen.keys() - {"text"}))
+    of_rank = lambda tensors: per_rank([t for t in tensors if id(t) not in gone], config, asked.ranks)  # noqa: E731
     fixed = {
         "process": asked.machine.reserve,
-        "frozen language model": per_rank(frozen(model, "text"), config, asked.ranks),
-        "frozen encoders": per_rank(frozen(model, *(model.frozen.keys() - {"text"})), config, asked.ranks),
+        "frozen language model": of_rank(text),
+        "frozen encoders": of_rank(encoders),
         "gathered frozen weights": sent.held,
         "trained weights": weights,
         "optimizer": optimizer(config, asked.ranks, weights),
@@ -284,7 +308,10 @@ def memory(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> t
         "activations": found.traced.peak - found.traced.gradients,
     }
     flat = 2 * weights if asked.ranks > 1 else 0
+    whole = base + bytes_of([t for t in (*text, *encoders) if id(t) in gone]) - fixed["optimizer"]
     moments = {"backward": base + sum(step.values()), "reduction": base + weights + flat}
+    if gone:
+        moments["encoding"] = whole + found.encoding
     if on_cpu:
         files = [bytes_of(list(module.state_dict().values())) for module in model.trainable.values()]
         moments["save"] = base + saving([*files, optimizer(config, 1, weights)])

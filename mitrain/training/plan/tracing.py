@@ -6,7 +6,7 @@ that no formula has to know them. Shapes: B samples of one rank.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -246,15 +246,29 @@ def told_parts(meter: Meter, model: Model, order: list[tuple[nn.Module, bool]]) 
         yield
 
 
-def traced(model: Model, batch: Batch, mode: FakeTensorMode | None = None) -> Traced:
-    """A step of ``model``, whose weights are `without_storage` in ``mode``; without it, one that is computed."""
-    model.train()
-    meter, order = Meter(mode), []
+def metered(model: Model, mode: FakeTensorMode | None) -> tuple[Meter, list[Tensor]]:
+    """A meter that knows the model's weights, and these."""
+    meter = Meter(mode)
     modules = [*model.frozen.values(), *model.trainable.values()]
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers()) if meter.counts(t)}
     meter.known(*tensors.values())
+    return meter, list(tensors.values())
+
+
+def passed(model: Model, run: Callable[[], object], mode: FakeTensorMode | None = None) -> int:
+    """The most bytes that live at once beside the weights while ``run`` computes without gradients."""
+    meter, _ = metered(model, mode)
+    with torch.no_grad(), meter:
+        run()
+    return meter.peak
+
+
+def traced(model: Model, batch: Batch, mode: FakeTensorMode | None = None) -> Traced:
+    """A step of ``model``, whose weights are `without_storage` in ``mode``; without it, one that is computed."""
+    model.train()
+    (meter, weights), order = metered(model, mode), []
     with ExitStack() as undo:
-        for weight in tensors.values():
+        for weight in weights:
             if weight.requires_grad:
                 undo.callback(weight.register_post_accumulate_grad_hook(meter.gradient_made).remove)
                 undo.callback(setattr, weight, "grad", None)
