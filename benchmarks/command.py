@@ -1,6 +1,7 @@
 """The benchmarks behind ``mitrain bench NAME``."""
 
 import argparse
+import itertools
 import json
 import shlex
 import subprocess
@@ -29,6 +30,7 @@ def add_benchmarks(verbs: Any) -> None:
     add_faults(verbs)
     add_load(verbs)
     add_step(verbs)
+    add_memory(verbs)
     add_generate(verbs)
     add_start(verbs)
     add_data(verbs)
@@ -39,12 +41,15 @@ def add_benchmarks(verbs: Any) -> None:
     add_journeys(verbs)
     add_ledger(verbs)
     kernels = "the operators beside plain ones: times and bytes, if they are right; python kernels/bench has more options"
-    benchmark(verbs, "kernels", run_kernels, kernels, "two shapes an operator, about a minute")
+    benchmark(verbs, "kernels", run_kernels, kernels, "two shapes an operator, about a minute", out=False)
 
 
-def benchmark(verbs: Any, name: str, run: Any, text: str, quick: str) -> argparse.ArgumentParser:
+def benchmark(verbs: Any, name: str, run: Any, text: str, quick: str, out: bool = True) -> argparse.ArgumentParser:
+    """``out``: what it prints can be written, too."""
     sub = command(verbs, name, run, text)
     sub.add_argument("--quick", action="store_true", help=quick)
+    if out:
+        sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
     return sub
 
 
@@ -64,7 +69,7 @@ def add_parity(verbs: Any) -> None:
         "ZeRO stages × precisions × ranks: losses, bytes, step times",
         "ZeRO 0 and 3, fp32 and int8, 5 updates, no peers",
     )
-    sub = benchmark(verbs, "parity", run_parity, text, quick)
+    sub = benchmark(verbs, "parity", run_parity, text, quick, out=False)
     add_out(sub)
     sub.add_argument("--config", default="configs/quickstart.yaml", help="what is trained (default: %(default)s)")
     sub.add_argument("--only", nargs="+", metavar="NAME", help="cells whose names begin so, as ours-int8 peft")
@@ -75,7 +80,7 @@ def add_parity(verbs: Any) -> None:
 
 def add_faults(verbs: Any) -> None:
     text = "kills, damage, hostile inputs: what comes of each, on tiny models"
-    sub = benchmark(verbs, "faults", run_faults, text, "a dozen of them")
+    sub = benchmark(verbs, "faults", run_faults, text, "a dozen of them", out=False)
     add_out(sub)
     sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="faults whose names begin so, as cache rank")
 
@@ -84,7 +89,6 @@ def add_load(verbs: Any) -> None:
     text = "peak bytes of loading a random model of 2 GB in shards, beside their limit"
     sub = benchmark(verbs, "load", run_load, text, "a model of a tenth of the size")
     sub.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
-    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
 def add_step(verbs: Any) -> None:
@@ -96,10 +100,28 @@ def add_step(verbs: Any) -> None:
     sub.add_argument("--steps", type=int, metavar="N", help="of which times are taken (default: 20, quick 5)")
     against = "instead, MiT beside LoRA, a visual prefix and others on one model: these, or all (lora-all always)"
     sub.add_argument("--providers", nargs="*", metavar="NAME", help=against)
-    sub.add_argument("--length", type=int, default=128, metavar="N", help="words of a provider's texts (default: 128)")
-    sub.add_argument("--batch", type=int, default=8, metavar="N", help="texts of a provider's step (default: 8)")
-    sub.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each provider (default: 3)")
-    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
+    add_shapes(sub)
+
+
+def add_memory(verbs: Any) -> None:
+    text = "what a step of MiT holds beside LoRA's, a visual prefix's and others': counted tensors, and the process"
+    sub = benchmark(verbs, "memory", run_step, text, "a process of each")
+    sub.add_argument("--providers", nargs="*", default=[], metavar="NAME", help="(default: all; lora-all always)")
+    sub.set_defaults(steps=1)  # memory is the same in each
+    add_shapes(sub)
+
+
+def add_shapes(sub: argparse.ArgumentParser) -> None:
+    """What providers are compared at; of several values each is taken with each."""
+    add = lambda name, usual, text: sub.add_argument(  # noqa: E731
+        name, type=type(usual), nargs="+", default=[usual], help=f"of providers: {text} (default: {usual})"
+    )
+    add("--length", 128, "words of a text")
+    add("--batch", 8, "texts of a step")
+    add("--layers", "last third", "MiT's layers")
+    add("--dtype", "fp32", "precision of the models")
+    add("--ranks", 1, "processes that share a step")
+    sub.add_argument("--rounds", type=int, metavar="N", help="processes of each provider (default: 3, quick 1)")
 
 
 def add_generate(verbs: Any) -> None:
@@ -110,7 +132,6 @@ def add_generate(verbs: Any) -> None:
     sub.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of a prompt (default: %(default)s)")
     sub.add_argument("--tokens", type=int, default=24, metavar="N", help="tokens behind it (default: %(default)s)")
     sub.add_argument("--rounds", type=int, metavar="N", help="(default: 7, quick 2)")
-    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
 def add_start(verbs: Any) -> None:
@@ -119,12 +140,11 @@ def add_start(verbs: Any) -> None:
     sub.add_argument("--pictures", type=int, metavar="N", help="(default: 2000)")
     sub.add_argument("--runs", type=int, metavar="N", help="starts of each kind (default: 3)")
     sub.add_argument("--before", metavar="DIR", help="a checkout of another commit, to compare with")
-    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
 def add_journeys(verbs: Any) -> None:
     text = "what a stranger does by the documentation alone, timed to the first success"
-    sub = benchmark(verbs, "journeys", run_journeys, text, "the first journey alone")
+    sub = benchmark(verbs, "journeys", run_journeys, text, "the first journey alone", out=False)
     sub.add_argument("--only", nargs="+", default=[], metavar="WORD", help="journeys whose titles hold one of these")
     sub.add_argument("--python", metavar="PATH", help="another interpreter, for the wheel's journey")
     sub.add_argument("--root", metavar="DIR", help="a folder in which debootstrap makes a bare system, for the Dockerfile's")
@@ -149,40 +169,35 @@ def add_data(verbs: Any) -> None:
     text = "what many rows cost before the first step: reading, tokens, names of pictures, controls, memory"
     sub = benchmark(verbs, "data", run_data, text, "1,000 rows")
     sub.add_argument("--rows", type=int, nargs="+", metavar="N", help="(default: 1000 10000 100000 1000000)")
-    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
 def add_encode(verbs: Any) -> None:
     text = "seconds from files of sound to their features, beside the encoder's bare passes and a limit"
     sub = benchmark(verbs, "encode", run_encode, text, "120 clips, a smaller encoder")
     sub.add_argument("--clips", type=int, metavar="N", help="(default: 1000)")
-    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
 def add_stream(verbs: Any) -> None:
     text = "memory and seconds of an epoch of streamed rows of features, beside a limit"
     sub = benchmark(verbs, "stream", run_stream, text, "2,000 and 4,000 rows")
     sub.add_argument("--rows", type=int, nargs="+", metavar="N", help="(default: 100000 1000000)")
-    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
 def add_transcribe(verbs: Any) -> None:
     text = "the word error rate of whisper-base on the lines of dialogue, beside a limit"
     sub = benchmark(verbs, "transcribe", run_transcribe, text, "20 clips")
     sub.add_argument("--clips", type=int, metavar="N", help="(default: 100)")
-    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
 def add_plan(verbs: Any) -> None:
     text = "what mitrain plan says of memory and gathers, beside what runs take; tables for large models"
     sub = benchmark(verbs, "plan", run_plan, text, "gathers of one precision")
     sub.add_argument("--configs", nargs="*", default=["quickstart"], metavar="NAME", help="(default: quickstart)")
-    sub.add_argument("--out", metavar="DIR", help="for results.json and table.md (default: print only)")
 
 
 def add_ledger(verbs: Any) -> None:
     text = "what the rows of mitrain compare say of the papers' claims"
-    sub = benchmark(verbs, "ledger", run_ledger, text, "measure the counted cells alone, which take seconds each")
+    sub = benchmark(verbs, "ledger", run_ledger, text, "measure the counted cells alone, which take seconds each", out=False)
     sub.add_argument("--measure", action="store_true", help="first measure the cells that the claims lack")
     sub.add_argument("--results", metavar="DIR", help="of the studies, NAME/results.json (default: docs/results/compare)")
     sub.add_argument("--out", metavar="DIR", help="for ledger.json and ledger.md (default: print only)")
@@ -228,15 +243,18 @@ def run_load(arguments: argparse.Namespace) -> Any:
 def run_step(arguments: argparse.Namespace) -> Any:
     from benchmarks import providers, results, step
 
-    steps = arguments.steps or (5 if arguments.quick else 20)
-    shape = (arguments.length, arguments.batch, arguments.rounds, steps)
-    if min(shape) < 1:
-        raise ConfigError(f"--length, --batch, --rounds, --steps {shape} measure nothing: give at least 1 of each")
+    steps, rounds = arguments.steps or (5 if arguments.quick else 20), arguments.rounds or (1 if arguments.quick else 3)
+    values = (arguments.length, arguments.batch, arguments.layers, arguments.dtype, arguments.ranks)
+    shapes = [providers.Shape(*each) for each in itertools.product(*values)]
+    counts = (*arguments.length, *arguments.batch, *arguments.ranks, rounds, steps)
+    if min(counts) < 1:
+        raise ConfigError(f"--length, --batch, --ranks, --rounds, --steps {counts} measure nothing: give at least 1 of each")
     if arguments.providers is None:
         found, table = step.measured(arguments.configs, steps, again(arguments), say=aside), step.table
     else:
         names = arguments.providers or list(providers.PROVIDERS)
-        found, table = providers.measured(names, *shape, again(arguments), say=aside), providers.table
+        table = providers.memory_table if arguments.verb == "memory" else providers.table
+        found = providers.measured(names, shapes, rounds, steps, again(arguments), say=aside)
     say(arguments, table(found))
     if arguments.out:
         results.write(Path(arguments.out), found, table(found))
@@ -376,7 +394,7 @@ def aside(text: str) -> None:
 def again(arguments: argparse.Namespace) -> str:
     """The command that makes these results again: the benchmark with the options that are not at their defaults."""
     words = arguments.parser.prog.split()
-    for action in arguments.parser._actions:
+    for action in sorted(arguments.parser._actions, key=lambda action: action.dest == "out"):  # the last, as people write it
         value = getattr(arguments, action.dest, None)
         if action.dest not in ("help", "json") and value != action.default:
             words.append(action.option_strings[0])

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from mitrain.core import dist
 from mitrain.core.errors import ModelError
 from mitrain.models import layouts, loading
 from mitrain.models.quant.linear import FrozenLinear
@@ -24,33 +26,67 @@ START = 16
 
 
 class Released:
-    """One module's own parameters, gone until it is called. ``sources``: what each is called in ``weights``."""
+    """Parameters of one module's own, gone until it is called. ``sources``: what each is called in ``weights``.
+
+    ``lent``: they come back for a moment, as they lie in the checkpoint's file where they have its type. ``group``: shards
+    come back together, since DeepSpeed gathers those of the next modules ahead of their calls.
+    """
 
     def __init__(self, name: str, module: nn.Module, weights: Weights, sources: Mapping[str, str]):
         self.name, self.module, self.weights, self.sources = name, module, weights, sources
-        self.stamps = weights.stamps()
-        self.let_go()
+        self.stamps, self.group = weights.stamps(), [self]
+        self.hook: RemovableHandle | None = None
+        self.lent = False
+        self._let_go()
 
     def let_go(self, *_: Any) -> None:
-        self.held = {own: p for own, p in self.module._parameters.items() if p is not None}
-        self.device = next(iter(self.held.values())).device
-        for parameter in self.held.values():
-            parameter.data = placeholder(parameter, self.device)
-        self.hook = self.module.register_forward_pre_hook(self.take_back)
+        for member in self.group:
+            member._let_go()
 
     @torch.no_grad()
     def take_back(self, *_: Any) -> None:
+        for member in self.group:
+            member._take_back()
+
+    def _let_go(self) -> None:
+        if self.hook is None:
+            self.held = {own: p for own, p in self.module._parameters.items() if p is not None and can_go(p)}
+            self.device = next(held_in(p) for p in self.held.values()).device
+            for parameter in self.held.values():
+                if loading.is_sharded(parameter) and parameter.numel():  # gathered
+                    parameter.partition([parameter])
+                held_in(parameter).data = placeholder(held_in(parameter), self.device)
+            # First of all hooks: DeepSpeed's gather the shards.
+            self.hook = self.module.register_forward_pre_hook(self.take_back, prepend=True)
+
+    def _take_back(self) -> None:
+        if self.hook is None:
+            return
         if self.weights.stamps() != self.stamps:
             folder = next(iter(self.weights.files.values())).parent
             raise ModelError(f"the weights in {str(folder)!r} were replaced while they were being used: start again")
         self.hook.remove()
+        self.hook = None
         if isinstance(self.module, FrozenLinear):
             fill_low_bit(self.name, self.module, self.weights, self.device)
         for own, parameter in self.held.items():
             # A tied parameter may have been taken back by the other module that has it, low-bit ones are filled anew.
             if self.module._parameters[own] is parameter and is_released(parameter):
-                stored = self.weights.checked(self.sources[own], parameter.shape)
-                parameter.data = stored.to(self.device, parameter.dtype, copy=True)
+                self._read(own, parameter)
+
+    def _read(self, own: str, parameter: Tensor) -> None:
+        held = held_in(parameter)
+        if self.lent and not loading.is_sharded(parameter):
+            held.data = self.weights.read(self.sources[own]).to(self.device, held.dtype)
+            return
+        share = share_of(self.weights.checked(self.sources[own], shape_of(parameter)), parameter)
+        held.data = torch.empty(held.shape, dtype=held.dtype, device=self.device)
+        held.flatten()[: share.numel()] = share.flatten()
+
+    def check(self) -> None:
+        """ModelError where what is stored is not finite."""
+        for own, source in self.sources.items():
+            self.weights.checked(source, shape_of(self.module._parameters[own]))
 
 
 def released_in(module: nn.Module) -> list[Released]:
@@ -62,25 +98,40 @@ def released_in(module: nn.Module) -> list[Released]:
 @contextmanager
 def passing(module: nn.Module) -> Iterator[None]:
     """Inside, what is gone of ``module`` is there while its owner runs, and gone again behind it."""
-    undo = [gone.module.register_forward_hook(gone.let_go) for gone in released_in(module)]
-    try:
-        yield
-    finally:
-        for hook in undo:
-            hook.remove()
+    there = released_in(module)
+    undo = [gone.module.register_forward_hook(gone.let_go) for gone in there]
+    with lending(there):
+        try:
+            yield
+        finally:
+            for hook in undo:
+                hook.remove()
 
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
     """Inside, everything of ``module`` is there, to be looked at."""
     there = released_in(module)
+    with lending(there):
+        for gone in there:
+            gone.check()
+            gone.take_back()
+        try:
+            yield
+        finally:
+            for gone in there:
+                gone.let_go()
+
+
+@contextmanager
+def lending(there: Iterable[Released]) -> Iterator[None]:
     for gone in there:
-        gone.take_back()
+        gone.lent = True
     try:
         yield
     finally:
         for gone in there:
-            gone.let_go()
+            gone.lent = False
 
 
 def below(model: nn.Module, depth: int, speaks: bool) -> list[nn.Module]:
@@ -105,28 +156,34 @@ def watch(model: nn.Module, source: str | Path) -> nn.Module:
     return model
 
 
-def releasable(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those that own parameters and train none. One of a single element would not be told from one that is gone."""
-    own = {module: [*module.parameters(recurse=False)] for module in modules}
-    return [m for m, held in own.items() if held and not any(p.requires_grad or p.numel() == 1 for p in held)]
+def releasable(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters that can be let go of; none where one is trained."""
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    low_bit_shards = isinstance(module, FrozenLinear) and any(map(loading.is_sharded, own.values()))
+    stays = low_bit_shards or any(p.requires_grad for p in own.values())
+    return [] if stays else [name for name, p in own.items() if can_go(p)]
 
 
 def release(model: nn.Module, source: str | Path | None, modules: Iterable[nn.Module]) -> int:
     """Let go of the own weights of ``modules`` of a ``model`` that was loaded from ``source``; returns how many bytes those
-    were.
+    were on this rank.
 
-    What could not be read again alike stays: what is not `releasable`, or sharded, or what the checkpoint does not hold as
-    the model does (an adapter may have changed it).
+    What could not be read again alike stays: what is not `releasable`, or what the checkpoint does not hold as the model
+    does (an adapter may have changed it).
     """
     weights = None if source is None else Weights.of(source)
-    if weights is None or loading.holds_shards(model):
+    if weights is None:
         return 0
-    stored, size, wanted = Stored(weights, model), 0, set(releasable(modules))
+    stored, size, wanted, shards = Stored(weights, model), 0, set(modules), []
     for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if not is_released(p)] if module in wanted else []
-        if own and (sources := stored.sources(name, module)) is not None:
-            size += sum(p.nbytes for p in own)
-            Released(name, module, weights, sources)
+        names = releasable(module) if module in wanted else []
+        own = {key: p for key in names if not is_released(p := module._parameters[key])}
+        if own and (sources := stored.sources(name, module, own)) is not None:
+            size += sum(held_in(p).nbytes for p in own.values())
+            gone = Released(name, module, weights, sources)
+            shards += [gone] if any(map(loading.is_sharded, own.values())) else []
+    for gone in shards:
+        gone.group = shards
     log.info("%d MB of frozen weights were let go of: the cache holds what they make of the samples", size // 10**6)
     return size
 
@@ -142,23 +199,22 @@ class Stored:
         for name in sorted(weights.names - own):
             self.shapes.setdefault(weights.read(name).shape, []).append(name)
 
-    def sources(self, name: str, module: nn.Module) -> dict[str, str] | None:
-        """What each of a module's own parameters is called in the checkpoint; None where one is not in it as it is.
+    def sources(self, name: str, module: nn.Module, own: Mapping[str, Tensor]) -> dict[str, str] | None:
+        """What a module's parameters ``own`` are called in the checkpoint; None where one is not in it as it is.
 
         Of low-bit weights only the name is looked at.
         """
-        found: dict[str, str] = {}
-        for own, parameter in module._parameters.items():
-            if parameter is not None and not (isinstance(module, FrozenLinear) and own != "bias"):
-                if (place := self.place(f"{name}.{own}", parameter)) is None:
+        low_bit, found = isinstance(module, FrozenLinear), {}
+        for key, parameter in own.items():
+            if not low_bit or key == "bias":
+                if (place := self.place(f"{name}.{key}", parameter)) is None:
                     return None
-                found[own] = place
-        low_bit = isinstance(module, FrozenLinear)
+                found[key] = place
         return None if low_bit and f"{name}.weight" not in self.weights.names else found
 
     def place(self, name: str, parameter: Tensor) -> str | None:
         if id(parameter) not in self.found:
-            names = [name] if name in self.weights.names else self.shapes.get(parameter.shape, ())
+            names = [name] if name in self.weights.names else self.shapes.get(shape_of(parameter), ())
             same = (other for other in names if equal(self.weights.read(other), parameter))
             if (place := next(same, None)) is None:
                 return None
@@ -166,13 +222,42 @@ class Stored:
         return self.found[id(parameter)]
 
 
-def equal(stored: Tensor, held: Tensor) -> bool:
-    """Whether ``held`` is what is ``stored``, rounded to its type."""
-    if stored.shape != held.shape:
+def equal(stored: Tensor, parameter: Tensor) -> bool:
+    """Whether ``parameter``, or this rank's shard of it, is what is ``stored``, rounded to its type."""
+    if stored.shape != shape_of(parameter):
         return False
-    parts = ([t.detach().flatten()[:START], t.detach()] for t in (stored, held))
-    return all(torch.equal(there.to(here.dtype), here.cpu()) for there, here in zip(*parts, strict=True))
+    there, here = share_of(stored, parameter).flatten(), held_in(parameter).detach().flatten()
+    parts = ([t[:START], t] for t in (there, here[: there.numel()]))
+    return all(torch.equal(t.to(u.dtype), u.cpu()) for t, u in zip(*parts, strict=True))
+
+
+def can_go(parameter: Tensor) -> bool:
+    """One of a single element would not be told from one that is gone; of shards, small ones stay whole on every rank, and
+    there may be copies that are not ours."""
+    if not loading.is_sharded(parameter):
+        return parameter.numel() > 1
+    own = parameter.ds_tensor
+    alone = own.final_location is None and getattr(parameter, "ds_secondary_tensor", None) is None
+    return alone and not parameter.ds_persist and own.numel() > 1
+
+
+def held_in(parameter: Tensor) -> Tensor:
+    """What holds it on this rank: its shard, where it lies in shards."""
+    return parameter.ds_tensor if loading.is_sharded(parameter) else parameter
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    return parameter.ds_shape if loading.is_sharded(parameter) else parameter.shape
+
+
+def share_of(stored: Tensor, parameter: Tensor) -> Tensor:
+    """Of a whole tensor, what this rank holds of ``parameter``: the last shards end before their memory does."""
+    if not loading.is_sharded(parameter):
+        return stored
+    size = parameter.ds_tensor.numel()
+    return stored.flatten()[dist.rank() * size :][:size]
 
 
 def is_released(parameter: Tensor) -> bool:
-    return parameter.numel() > 1 and parameter.untyped_storage().nbytes() == parameter.element_size()
+    held = held_in(parameter)
+    return held.numel() > 1 and held.untyped_storage().nbytes() == held.element_size()

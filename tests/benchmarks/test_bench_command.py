@@ -71,11 +71,11 @@ def test_the_kernels_have_a_command_of_their_own(code, printed, monkeypatch, cap
 
 def test_the_command_that_makes_results_again():
     words = ["bench", "parity", "--quick", "--only", "ours-int8", "peft", "--steps", "3", "--out", "a b", "--json"]
-    assert command.again(parser().parse(words)) == "mitrain bench parity --quick --out 'a b' --only ours-int8 peft --steps 3"
+    assert command.again(parser().parse(words)) == "mitrain bench parity --quick --only ours-int8 peft --steps 3 --out 'a b'"
     assert command.again(parser().parse(["bench", "load"])) == "mitrain bench load"
 
 
-@pytest.mark.parametrize("name", ["parity", "faults", "load", "step", "ledger", "kernels"])
+@pytest.mark.parametrize("name", ["parity", "faults", "load", "step", "memory", "ledger", "kernels"])
 def test_every_benchmark_takes_quick_and_json(name):
     found = parser().parse(["bench", name, "--quick", "--json"])
     assert found.quick and found.json and found.verb == name

@@ -27,7 +27,9 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_rows_have_ratios_and_the_same_work(tiny):
-    found = providers.measured(["mit", "mit-cached", "mit-cached-recomputed"], 12, 4, 1, 1, "command", print, tiny)
+    found = providers.measured(
+        ["mit", "mit-cached", "mit-cached-recomputed"], [providers.Shape(12, 4)], 1, 1, "command", print, tiny
+    )
     first, full, cached, again = found["rows"]
     assert [row["provider"] for row in found["rows"]] == [
         "lora-all",
@@ -39,7 +41,19 @@ def test_rows_have_ratios_and_the_same_work(tiny):
     assert cached["flops_per_sample"] < full["flops_per_sample"] < first["flops_per_sample"] * 1.2
     assert cached["bytes"]["weights"] < full["bytes"]["weights"] and again["saved_bytes"] < cached["saved_bytes"]
     assert cached["losses"] == pytest.approx(full["losses"], rel=1e-5) and again["losses"] == cached["losses"]
-    assert providers.table(found).count("| mit") == 3
+    assert providers.table(found).count("| mit") == providers.memory_table(found).count("| mit") == 3
+    assert all(row["process_bytes"] > 0 < row["start_bytes"] for row in found["rows"])
+
+
+def test_each_shape_has_rows_and_a_first_one_of_its_own(tiny):
+    shapes = [providers.Shape(6, 2, "2"), providers.Shape(12, 4, "1-2", "bf16")]
+    found = providers.measured(["mit-cached"], shapes, 1, 1, "command", print, tiny)
+    small, large = found["rows"][1::2]
+    assert [row["ratio_to_lora_all"] for row in found["rows"][::2]] == [1, 1] and found["rows"][0] != found["rows"][2]
+    assert (small["tokens"], large["tokens"]) == (2 * 6, 4 * 12) and small["dtype"] == "fp32" != large["dtype"]
+    assert large["trainable_parameters"] > 1.5 * small["trainable_parameters"]  # two layers, of one
+    text = providers.table(found)
+    assert "\n4 texts of 12 words a step, bf16, MiT in layers: 1-2:\n" in text and text.count("| lora-all") == 2
 
 
 def test_texts_run_through_all_layers_while_steps_are_timed(tiny, monkeypatch):
@@ -51,16 +65,16 @@ def test_texts_run_through_all_layers_while_steps_are_timed(tiny, monkeypatch):
         return found
 
     monkeypatch.setattr(providers, "taken_by", noted)
-    providers.measured(["mit", "mit-cached"], 6, 2, 1, 1, "command", print, tiny)
+    providers.measured(["mit", "mit-cached"], [providers.Shape(6, 2)], 1, 1, "command", print, tiny)
     assert not cached["mit"] and cached["mit-cached"]
 
 
 def test_a_provider_that_cannot_be_is_named_with_its_reason(tiny, monkeypatch):
     monkeypatch.setattr(providers, "PROVIDERS", {**providers.PROVIDERS, "mit": {"name": "mit", "layers": [7]}})
-    found = providers.measured(["mit"], 6, 2, 1, 1, "command", print, tiny)
+    found = providers.measured(["mit"], [providers.Shape(6, 2)], 1, 1, "command", print, tiny)
     assert list(found["refused"]) == ["mit"] and "mit is not here: " in providers.table(found)
     with pytest.raises(ConfigError, match="'lora' is no provider: choose of lora-all, "):
-        providers.measured(["lora"], 6, 2, 1, 1, "command", print, tiny)
+        providers.measured(["lora"], [providers.Shape(6, 2)], 1, 1, "command", print, tiny)
 
 
 def test_unequal_work_is_refused():
@@ -70,7 +84,7 @@ def test_unequal_work_is_refused():
 
 
 def test_the_loop_of_transformers_takes_the_same_steps(tiny):
-    found = providers.measured(["lora-all-hf-loop"], 12, 4, 1, 3, "command", print, tiny)
+    found = providers.measured(["lora-all-hf-loop"], [providers.Shape(12, 4)], 1, 3, "command", print, tiny)
     own, theirs = found["rows"]
     assert theirs["provider"] == "lora-all-hf-loop" and theirs["losses"] == pytest.approx(own["losses"], rel=1e-5)
     assert theirs["losses"][-1] != theirs["losses"][0] and theirs["bytes"] == own["bytes"]

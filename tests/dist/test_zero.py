@@ -157,6 +157,18 @@ def test_no_rank_holds_more_than_its_shard_and_what_is_small(shards, precision):
             assert held["gathered"] <= held["whole"]
 
 
+def test_shards_that_the_cache_stands_for_are_let_go_of_until_something_runs_them(forge, world, tmp_path):
+    """As large models' weights do, none stays whole on every rank. What is said runs all layers."""
+    none = "zero.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
+    found = launch(forge, world, tmp_path, 2, str(world / "config.yaml"), "zero.stage=3", none, "name=lean", "--runs", tmp_path)
+    for rank in found:
+        vision, text = (rank["first"][name] for name in ("encoder0", "text"))
+        assert vision["shards"] == vision["slack"]  # an element of each parameter
+        assert text["shards"] == rank["held"]["text"]["shards"] < 0.8 * text["whole"] / 2
+        assert rank["run"] == rank["loaded"]
+    assert losses(run_folder(tmp_path, "lean")) == pytest.approx(losses(run_folder(world, "fp32")), rel=1e-5)
+
+
 def cut_run(shards, tmp_path):
     """The sharded run without its checkpoint of the last step."""
     folder = tmp_path / "cut"

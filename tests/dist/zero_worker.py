@@ -16,6 +16,9 @@ from benchmarks.parity.gathers import counted_gathers
 from mitrain.training.engine.zero import ZeroEngine, checked_json, sharding
 from mitrain.core.errors import ConfigError
 from mitrain.models import loading
+from mitrain.models.digests import tensor_digest
+from mitrain.training.build import Model
+from mitrain.training.evaluate import evaluate
 from mitrain.training.trainer import Trainer
 
 CLIP = OptimizerConfig(clip=0.5)
@@ -190,20 +193,33 @@ def compare(out: str) -> int:
 
 
 def train(world: str, out: str, *arguments: str) -> int:
-    """``mitrain train ARGUMENTS``; OUT/RANK.json has what the frozen weights took at the run's end."""
+    """``mitrain train ARGUMENTS``; OUT/RANK.json has what the frozen weights took before the first step and at the end, and
+    digests of the language model's shards as they were loaded and after all layers have run."""
     torch.set_num_threads(1)
-    finished, found = Trainer.fit, {}
+    finished, release, found = Trainer.fit, Model.release, {}
+
+    def shards(model: Model) -> list[str]:
+        parameters = [p for p in model.text.model.parameters() if not p.requires_grad]
+        ends = [min(p.ds_tensor.numel(), p.ds_numel - dist.rank() * p.ds_tensor.numel()) for p in parameters]
+        return [tensor_digest("", p.ds_tensor[:end]).hex() for p, end in zip(parameters, ends, strict=True)]
+
+    def noted(model: Model) -> None:
+        found["loaded"] = shards(model) if loading.holds_shards(model.text.model) else []
+        release(model)
 
     def counted(trainer: Trainer) -> Any:
-        outcome = finished(trainer)
-        if trainer.config.zero.stage == 3:
-            found.update({name: held(module) for name, module in trainer.model.frozen.items()})
+        count = lambda: {name: held(module) for name, module in trainer.model.frozen.items()}  # noqa: E731
+        if trainer.config.zero.stage != 3:
+            return finished(trainer)
+        found["first"], outcome, found["held"] = count(), finished(trainer), count()
+        evaluate(trainer.model, trainer.features, trainer.val, generate=True)
+        found["run"] = shards(trainer.model)
         return outcome
 
-    Trainer.fit = counted
+    Trainer.fit, Model.release = counted, noted
     code = main(["train", *arguments])
     rank = os.environ["RANK"]
-    (Path(out) / f"{rank}.json").write_text(json.dumps({"held": found, "extensions": extensions()}))
+    (Path(out) / f"{rank}.json").write_text(json.dumps({"held": {}, **found, "extensions": extensions()}))
     return code
 
 

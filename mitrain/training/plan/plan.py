@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mitrain.core.config import override
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import TextBackbone, loading
+from mitrain.models.quant.linear import FrozenLinear
 from mitrain.models.release import releasable
 from mitrain.models.text import read_tokenizer
 from mitrain.training import schema
@@ -265,11 +266,16 @@ def keeps_states(config: RunConfig, model: Model) -> bool:
 
 
 def unread(config: RunConfig, model: Model) -> set[int]:
-    """The ids of the frozen weights that a run does not hold in its steps, since the cache stands for them."""
-    if not config.cache or config.data.buffer or config.zero.stage == 3:
+    """The ids of the frozen weights that a run does not hold in its steps, since the cache stands for them.
+
+    At stage 3 small ones stay whole on every rank, and low-bit ones in their shards.
+    """
+    if not config.cache or config.data.buffer:
         return set()
-    modules = [module for _, part in model.unread(keeps_states(config, model)) for module in releasable(part)]
-    return {id(p) for module in modules for p in module.parameters(recurse=False)}
+    sharded = config.zero.stage == 3
+    modules = [m for _, part in model.unread(keeps_states(config, model)) for m in part]
+    own = [m._parameters[n] for m in modules for n in releasable(m) if not (sharded and isinstance(m, FrozenLinear))]
+    return {id(p) for p in own if not sharded or p.numel() > PERSIST}
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
@@ -308,10 +314,10 @@ def memory(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> t
         "activations": found.traced.peak - found.traced.gradients,
     }
     flat = 2 * weights if asked.ranks > 1 else 0
-    whole = base + bytes_of([t for t in (*text, *encoders) if id(t) in gone]) - fixed["optimizer"]
+    missing = per_rank([t for t in (*text, *encoders) if id(t) in gone], config, asked.ranks)
     moments = {"backward": base + sum(step.values()), "reduction": base + weights + flat}
     if gone:
-        moments["encoding"] = whole + found.encoding
+        moments["encoding"] = base + missing - fixed["optimizer"] + found.encoding
     if on_cpu:
         files = [bytes_of(list(module.state_dict().values())) for module in model.trainable.values()]
         moments["save"] = base + saving([*files, optimizer(config, 1, weights)])
