@@ -184,8 +184,9 @@ def add_stream(verbs: Any) -> None:
 
 
 def add_transcribe(verbs: Any) -> None:
-    text = "the word error rate of whisper-base on the lines of dialogue, beside a limit"
+    text = "the word error rate of a prepared Whisper on the lines of dialogue, beside a limit"
     sub = benchmark(verbs, "transcribe", run_transcribe, text, "20 clips")
+    sub.add_argument("--model", default="whisper-base", metavar="NAME", help="(default: whisper-base)")
     sub.add_argument("--clips", type=int, metavar="N", help="(default: 100)")
 
 
@@ -334,7 +335,7 @@ def run_transcribe(arguments: argparse.Namespace) -> Any:
     clips = (20 if arguments.quick else 100) if arguments.clips is None else arguments.clips
     if clips < 1:
         raise ConfigError(f"--clips {clips} measures nothing: give at least 1")
-    found = transcribe.measured(clips, again(arguments), say=aside)
+    found = transcribe.measured(arguments.model, clips, again(arguments), say=aside)
     say(arguments, transcribe.table(found))
     if arguments.out:
         results.write(Path(arguments.out), found, transcribe.table(found))

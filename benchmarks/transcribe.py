@@ -20,9 +20,8 @@ from mitrain.core.provenance import made_with, sentence
 from mitrain.data.audio import read_audio
 from mitrain.models import loading
 
-MODEL, DATA = "whisper-base", "dialogue"
+DATA, LIMIT = "dialogue", 0.15
 FEWEST = 4  # different words of a line that is taken: laughter ("ha ha ha ha") has no spelling to be right about
-LIMIT = 0.15
 COLUMNS = ("clips", "words", "wrong", "word error rate", "verdict")
 
 
@@ -32,13 +31,13 @@ class TranscribeError(UserError):
     exit_code = 1
 
 
-def measured(clips: int, command: str, say: Callable[[str], object]) -> dict[str, Any]:
-    """What is heard in so many ``clips`` of the test split, spread evenly over it."""
+def measured(name: str, clips: int, command: str, say: Callable[[str], object]) -> dict[str, Any]:
+    """What the prepared Whisper ``name`` hears in so many ``clips`` of the test split, spread evenly over it."""
     folder = ensure_data(DATA)
     rows = [row for row in lines(folder) if len(set(plain(row["text"]).split())) >= FEWEST]
     if clips > len(rows):
         raise DataError(f"{DATA} has {len(rows)} lines of {FEWEST} different words or more in its test split: ask for fewer")
-    path = ensure_model(MODEL)
+    path = ensure_model(name)
     model = loading.load(WhisperForConditionalGeneration, path, "whole Whisper", dtype=torch.float32).eval()
     processor = loading.load(WhisperProcessor, path, "processor")
     heard = []
@@ -47,7 +46,7 @@ def measured(clips: int, command: str, say: Callable[[str], object]) -> dict[str
         truth = plain(row["text"])
         heard.append({"id": row["id"], "heard": words, "words": len(truth.split()), "wrong": wrong(words, truth)})
         say(f"{row['id']}: {words}")
-    return {"made": {"command": command, **made_with(("torch", "transformers"))}, "clips": heard}
+    return {"model": name, "made": {"command": command, **made_with(("torch", "transformers"))}, "clips": heard}
 
 
 def lines(folder: Path) -> list[dict[str, str]]:
@@ -65,7 +64,8 @@ def transcribed(model: Any, processor: Any, folder: Path, file: str) -> str:
     rate = processor.feature_extractor.sampling_rate
     samples = read_audio(folder, file).at(rate)
     frames = processor.feature_extractor(samples, sampling_rate=rate, return_tensors="pt").input_features
-    said = model.generate(frames, language="en", task="transcribe")
+    asked = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
+    said = model.generate(frames, **asked)
     return processor.batch_decode(said, skip_special_tokens=True)[0]
 
 
@@ -88,8 +88,8 @@ def table(found: dict[str, Any]) -> str:
     sums = [f"{sum(one[key] for one in heard):,}" for key in ("words", "wrong")]
     row = [str(len(heard)), *sums, f"{rate:.3f}", "ok" if rate <= LIMIT else f"above {LIMIT}"]
     note = (
-        f"{MODEL} on lines of {FEWEST} different words or more of the test split of {DATA}, by greedy steps, told that they"
-        f" are English. Limit: {LIMIT}. {sentence(found['made'])}"
+        f"{found['model']} on lines of {FEWEST} different words or more of the test split of {DATA}, by greedy steps, told"
+        f" that they are English. Limit: {LIMIT}. {sentence(found['made'])}"
     )
     return "\n".join([*markdown.table(COLUMNS, [row]), "", note, ""])
 

