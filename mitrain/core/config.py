@@ -229,7 +229,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         text = parsing.read_bytes(path, parsing.YAML_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
-        hint = nearest(Path(path).stem, shipped())
+        beside = sorted(str(other) for other in Path(path).parent.glob("*.yaml"))
+        hint = nearest(str(path), beside) or nearest(Path(path).stem, shipped())
         raise ConfigError(f"no configuration file {str(path)!r}{hint}: mitrain config names the shipped ones") from None
     except (OSError, ValueError) as error:
         reason = error if isinstance(error, parsing.Unreadable) else f"cannot be read ({error})"

@@ -62,7 +62,7 @@ class MissingExtraError(UserError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The known word that ``word`` may have been meant to be, as the end of a message; empty where none is alike."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 

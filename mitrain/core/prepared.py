@@ -106,6 +106,7 @@ def not_here(name: str) -> str:
     return (
         f"is no prepared model, no folder, and not in Hugging Face's local cache{hint}:"
         " give a prepared name (mitrain models list), a folder written by save_pretrained, or an id that is in that cache"
+        " (hf download ID brings it there)"
     )
 
 

@@ -5,7 +5,9 @@ import logging
 import math
 import os
 import tempfile
+import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = {"image": ".png", "audio": ".wav", "video": ".mp4", "text": ".txt", "features": ".npy"}
 """Of files whose bytes are given: what is in them decides how they are read, but for arrays."""
+
+WEB = ("http://", "https://")
+FETCH_S, FETCHED = 60, 256 << 20  # seconds without an answer, and bytes of one file, after which an address is given up
 
 QUEUE = "slow."
 """Of retrieval's head what serves training alone: the momentum copies and their queue."""
@@ -171,10 +176,11 @@ class Pretrained:
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """What ``mitrain predict --json`` prints for one picture and a prompt or expression.
 
-        image: a file, its bytes, a PIL image, or an array (H, W, 3) of uint8; of other modalities, or several: a mapping
-        of a run's inputs to such, as {"speech": "a.wav", "image": "a.png"}, of arrays of one's own to arrays, too. A list of
-        mappings {"image": …, "text": …, "candidates": […]} is asked together, and its answers come as a list. Of the task
-        `segment` also ``mask``, (H, W) bool. Raises a `mitrain.core.errors.UserError` for what cannot be read.
+        image: a file, its bytes, its address on the web, a PIL image, or an array (H, W, 3) of uint8; of other modalities,
+        or several: a mapping of a run's inputs to such, as {"speech": "a.wav", "image": "a.png"}, of arrays of one's own to
+        arrays, too. A list of mappings {"image": …, "text": …, "candidates": […]} is asked together, and its answers come as
+        a list. Of the task `segment` also ``mask``, (H, W) bool. Raises a `mitrain.core.errors.UserError` for what cannot be
+        read.
         """
         first = self.run.config.data.inputs[0]
         many = isinstance(image, list | tuple)
@@ -184,11 +190,13 @@ class Pretrained:
             asked, in_memory = [], []
             for number, row in enumerate(rows):
                 files = {name: value for name, value in row.items() if name not in ("text", "candidates")}
+                at = {name: v for name, v in files.items() if isinstance(v, str) and v.startswith(WEB)}
+                files |= {name: fetched(address) for name, address in at.items()}
                 held = {name: v for name, v in files.items() if not isinstance(v, str | Path)}
                 place = Path(folder) / str(number)
                 files |= {name: self._saved(place, name, value) for name, value in held.items()}
                 asked.append(scoring.Asked(files, row.get("text") or "", row.get("candidates")))
-                in_memory.append(dict.fromkeys(held))
+                in_memory.append(dict.fromkeys(held) | at)
             found: list[dict[str, Any]] = []
             size = self.run.config.train.eval_batch
             for start in range(0, len(asked), size):
@@ -219,6 +227,18 @@ class Pretrained:
             raise DataError(f"the picture has no pixels ({value.width} × {value.height}): give another")
         value.convert("RGBA" if value.has_transparency_data else "RGB").save(folder / f"{name}.png")
         return folder / f"{name}.png"
+
+
+def fetched(address: str) -> bytes:
+    """What is at an address on the web; DataError where nothing is, or more than `FETCHED` bytes are."""
+    try:
+        with urllib.request.urlopen(address, timeout=FETCH_S) as answer:
+            content = answer.read(FETCHED + 1)
+    except (OSError, ValueError, HTTPException) as error:
+        raise DataError(f"{address[:200]!r} cannot be fetched ({error}): give a file, or its bytes") from None
+    if len(content) > FETCHED:
+        raise DataError(f"{address[:200]!r} holds more than {FETCHED >> 20} MiB: give a file")
+    return content
 
 
 def from_pretrained(

@@ -68,7 +68,7 @@ def attempt(read: Callable[[str], Any], source: str | Path, what: str) -> Any:
         reason = " ".join(str(error).split()).rstrip(".")[:240] or type(error).__name__
         raise ModelError(
             f"cannot load the {what} {source!r}: {reason}. Give a prepared name (mitrain models list), a folder"
-            " written by save_pretrained, or a Hugging Face id that is already in the local cache"
+            " written by save_pretrained, or a Hugging Face id that hf download has brought"
         ) from None
 
 

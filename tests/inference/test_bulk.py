@@ -1,7 +1,10 @@
 """Many samples at once: a table's rows from the command line, lists in Python, and every prediction of an evaluation."""
 
 import csv
+import functools
 import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from mitrain.core import config
 from mitrain.core.errors import DataError
 from mitrain.core.files import file_lock
 from mitrain.data.formats.rle import decode_mask, encode_mask
-from mitrain.inference import bulk, scoring
+from mitrain.inference import bulk, export, scoring
 from mitrain.inference.export import Pretrained
 from mitrain.training import runs
 
@@ -187,6 +190,23 @@ def test_python_takes_lists_arrays_bytes_and_pictures(run, images):
     assert predictor.predict([]) == []
     with pytest.raises(DataError, match="image: a array of float64 is no image file"):
         predictor.predict(np.zeros((4, 4, 3)), PROMPT)
+
+
+def test_python_fetches_what_has_an_address(run, images, monkeypatch):
+    served = functools.partial(SimpleHTTPRequestHandler, directory=images[0].parent)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    predictor = Pretrained(runs.open_run(run))
+    with ThreadingHTTPServer(("127.0.0.1", 0), served) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/{images[0].name}"
+        found = predictor.predict(address, PROMPT)
+        assert found == {**predictor.predict(images[0], PROMPT), "image": address}
+        with pytest.raises(DataError, match=r"nothing.png' cannot be fetched \(HTTP Error 404.*\): give a file"):
+            predictor.predict(address.replace(images[0].name, "nothing.png"), PROMPT)
+        monkeypatch.setattr(export, "FETCHED", 10)
+        with pytest.raises(DataError, match="holds more than 0 MiB"):
+            predictor.predict(address, PROMPT)
+        server.shutdown()
 
 
 def test_eval_writes_every_prediction(world, run, tmp_path, capsys):
