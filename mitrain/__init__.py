@@ -1,4 +1,4 @@
-"""mitrain: frozen language models that see and hear, by training one or two percent of their weights.
+"""mitrain: frozen language models that see and hear, by training a small adapter beside them.
 
     import mitrain
     mit = mitrain.attach(model, mitrain.MiTConfig(modalities={"image": 768}, layers="last third"))

@@ -123,7 +123,7 @@ def parser(words: Sequence[str] | None = None) -> Parser:
     top = Parser(
         prog="mitrain",
         usage="mitrain [-h] [--version] COMMAND ...",
-        description="Make a frozen language model see and hear: train one or two percent of its weights.",
+        description="Make a frozen language model see and hear, by training a small adapter beside it.",
         epilog=overview(),
         formatter_class=Help,
     )

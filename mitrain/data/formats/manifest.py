@@ -46,7 +46,7 @@ class Manifest:
         return source if isinstance(source, cls) else cls(Path(source).parent, Path(source).name)
 
     def __str__(self) -> str:
-        return str(Path(self.root) / self.file)
+        return os.path.normpath(Path(self.root) / self.file)  # `init` writes a table beside its pictures as ../table.csv
 
     @property
     def parted(self) -> bool:
