@@ -253,10 +253,11 @@ class AnswerTask(LanguageTask):
         ranked = [sample for sample in without if 1 < len(known.get(sample.prompt, ())) <= MOST_ANSWERS]
         unseen = sum(sample.answer not in known[sample.prompt] for sample in ranked)
         one = sum(len(sample.candidates) > 0 for sample in without)
+        single = f" ({one} have one, which cannot be wrong)" if one else ""
         lines.append(
-            f"{split}: {len(without)} of {len(samples)} samples offer no choice ({one} have one candidate, which cannot be"
-            f" wrong): {len(ranked)} are ranked among the training answers to their prompt, {len(without) - len(ranked)} are"
-            " right where the model says the answer"
+            f"{split}: {len(without)} of {len(samples)} samples have no candidates to choose from{single}: {len(ranked)} are"
+            f" ranked among the training answers to their prompt, {len(without) - len(ranked)} are right where the generated"
+            " text is the answer"
         )
         if unseen:
             lines.append(f"{split}: {unseen} samples have an answer that training never gave to their prompt: always wrong")

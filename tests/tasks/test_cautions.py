@@ -51,8 +51,8 @@ def test_answers_without_a_choice_say_how_they_are_scored():
     samples = [answer("a"), answer("b", ("b",)), answer("c", ("c", "d")), answer("e", prompt="q")]
     (line,) = cautions(samples, "val", {"p": ("a", "b")})
     assert line == (
-        "val: 3 of 4 samples offer no choice (1 have one candidate, which cannot be wrong): 2 are ranked among the training"
-        " answers to their prompt, 1 are right where the model says the answer"
+        "val: 3 of 4 samples have no candidates to choose from (1 have one, which cannot be wrong): 2 are ranked among the"
+        " training answers to their prompt, 1 are right where the generated text is the answer"
     )
     assert cautions(samples, "val", {"p": ("a", "z")})[1].startswith(
         "val: 1 samples have an answer that training never gave"

@@ -223,7 +223,7 @@ def test_an_answer_without_candidates_can_be_wrong(world, caplog):
         (world / "data" / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     config = config.model_copy(update={"data": config.data.model_copy(update={"splits": splits})})
     outcome = Trainer(config, runs.create(config, world / "runs"), quiet=True).fit()
-    assert "4 of 4 samples offer no choice (0 have one candidate" in caplog.text
+    assert "4 of 4 samples have no candidates to choose from: 4 are ranked" in caplog.text
     for control in ("none", "shuffle", "frozen"):
         found = score_run(outcome.folder, split="val", control=control)
         assert found["scored_by"] == {"training answers": 4} and found["samples"] == 4
