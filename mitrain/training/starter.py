@@ -23,6 +23,7 @@ ENCODERS = {
     "text": ("all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2"),
 }
 """Small models: the name of a prepared one, and the same on the Hugging Face Hub."""
+SIZE = 224  # pixels: DINOv2's own 518 are five times as many patches to encode
 FORMATS = {
     "answer": "records",
     "classify": "labelled",
@@ -119,7 +120,8 @@ def values_of(
         task["chat"] = True  # the models taken by default are instruct models, with a chat template
     kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in out.stem if c.isascii()).lstrip("._-")
     values = {"name": kept[:64] or "run", "model": {"llm": llm or available(LLM), "encoders": ours}}
-    return values | {"adapter": {"name": "mit"}, "task": task, "data": data}, data
+    features = {"normalize": "standardize", "norm": 8.0}
+    return values | {"adapter": {"name": "mit", "rank": 64}, "features": features, "task": task, "data": data}, data
 
 
 def modality_names(inputs: Mapping[str, str]) -> dict[str, str]:
@@ -135,8 +137,12 @@ def modality_names(inputs: Mapping[str, str]) -> dict[str, str]:
 def encoder(name: str, kind: str, given: str | None, found: Guess, column: str) -> Any:
     if kind == "features":
         return {"takes": "features", "width": int(read_array(found.root, found.first[column]).values.shape[-1])}
-    model = given or available(ENCODERS[kind])
-    return model if name == kind else {"name": model, "takes": kind}
+    own: dict[str, Any] = {"name": given or available(ENCODERS[kind])}
+    if name != kind:
+        own["takes"] = kind
+    if kind in ("image", "video") and not given:
+        own["size"] = SIZE
+    return own if len(own) > 1 else own["name"]
 
 
 def seeing(given: str | None) -> dict[str, Any]:
@@ -181,4 +187,4 @@ def training(samples: int) -> dict[str, Any]:
     """More epochs of few samples, so that there are some hundred steps."""
     batch = max(1, min(BATCH, samples // 4))
     epochs = min(MOST, max(FEWEST, STEPS * batch // max(1, samples)))
-    return {"epochs": epochs, "batch": batch, "lr": 5e-4, "schedule": {"name": "cosine", "warmup": 0.1}}
+    return {"epochs": epochs, "batch": batch, "lr": 2e-3, "schedule": {"name": "cosine", "warmup": 0.1}}
