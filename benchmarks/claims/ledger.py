@@ -11,8 +11,8 @@ from benchmarks.claims import CLAIMS
 from benchmarks.claims.claim import Claim
 from benchmarks.claims.rows import Estimate, Missing, Rows
 from mitrain.compare.cells import CellId, cell_ids, resolve
-from mitrain.compare.compare import FAILED, Job, compare, kept_rows
-from mitrain.compare.search import searched
+from mitrain.compare.compare import FAILED, compare, kept_rows, read_rows
+from mitrain.compare.search import Job, searched
 from mitrain.compare.study import Study, read
 from mitrain.core import markdown
 from mitrain.core.errors import ConfigError
@@ -95,7 +95,7 @@ def expected(job: Job) -> list[Row]:
     """A row for every cell of a study, and for every further seed that was measured; unmeasured ones say so."""
     job = searched(job, kept_rows)
     kept: dict[str, Row] = {}
-    for row in job.kept:
+    for row in read_rows(job.out):
         try:
             kept[CellId.of(row).key()] = row
         except KeyError:

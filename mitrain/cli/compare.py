@@ -38,13 +38,13 @@ def run_compare(arguments: argparse.Namespace) -> Any:
 
     path = config.located(arguments.study)  # whose cells name configurations as seen from it
     config.read_file(path)  # before torch is imported, which takes seconds
-    from mitrain.compare import compare, study
+    from mitrain.compare import compare, search, study
 
     asked = study.read(path)
     if arguments.limit is not None and not arguments.limit > 0:
         raise ConfigError(f"--limit {arguments.limit} leaves no time: give seconds above 0")
     out = Path(arguments.out or Path("runs/compare") / asked.name)
-    job, seeds = compare.Job(asked, path, out), seeds_of(arguments.seeds)
+    job, seeds = search.Job(asked, path, out), seeds_of(arguments.seeds)
     if arguments.list:
         cells = compare.listed(job, seeds, arguments.only, arguments.limit)
         say(arguments, list_text(cells))

@@ -13,7 +13,8 @@ from studies import BASE, NUMBERS, STUDY
 
 from mitrain.cli import main
 from mitrain.compare import compare, plots, processes, study
-from mitrain.compare.compare import FAILED, OK, TOO_LONG, Job
+from mitrain.compare.compare import FAILED, OK, TOO_LONG
+from mitrain.compare.search import Job
 
 FIELDS = ("method", "task", "seed", "metric", "value", "trainable_parameters", "share", "peak_bytes", "saved_bytes",
           "step_ms", "flops_per_sample", "adapter_bytes", "controls", "status")  # fmt: skip

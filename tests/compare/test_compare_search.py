@@ -8,7 +8,8 @@ import yaml
 from studies import BASE, NUMBERS, STUDY
 
 from mitrain.compare import compare, study
-from mitrain.compare.compare import FAILED, OK, Job
+from mitrain.compare.compare import FAILED, OK
+from mitrain.compare.search import Job
 from mitrain.compare.table import table
 from mitrain.core.errors import ConfigError
 

@@ -7,8 +7,8 @@ import yaml
 from methods_world import configured, make_world
 
 from mitrain.compare import compare, study, worker
-from mitrain.compare.compare import Job
 from mitrain.compare.intervals import outcomes_of
+from mitrain.compare.search import Job
 
 SPACE = {"none": {"train.head_lr": [1e-5, 3e-1]}}
 
