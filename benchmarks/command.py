@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,7 @@ def add_load(verbs: Any) -> None:
 def add_step(verbs: Any) -> None:
     text = "time, bytes and operations of a training step of configurations, each in a process of its own"
     sub = benchmark(verbs, "step", run_step, text, "5 steps")
-    sub.add_argument(
-        "--configs", nargs="+", default=["configs/quickstart.yaml"], metavar="FILE", help="(default: quickstart)"
-    )
+    sub.add_argument("--configs", nargs="+", default=["quickstart"], metavar="NAME", help="(default: quickstart)")
     sub.add_argument("--steps", type=int, metavar="N", help="of which times are taken (default: 20, quick 5)")
     against = "instead, MiT beside LoRA, a visual prefix and others on one model: these, or all (lora-all always)"
     sub.add_argument("--providers", nargs="*", metavar="NAME", help=against)
@@ -113,14 +112,16 @@ def add_memory(verbs: Any) -> None:
 
 def add_shapes(sub: argparse.ArgumentParser) -> None:
     """What providers are compared at; of several values each is taken with each."""
-    add = lambda name, usual, text: sub.add_argument(  # noqa: E731
-        name, type=type(usual), nargs="+", default=[usual], help=f"of providers: {text} (default: {usual})"
-    )
-    add("--length", 128, "words of a text")
-    add("--batch", 8, "texts of a step")
-    add("--layers", "last third", "MiT's layers")
-    add("--dtype", "fp32", "precision of the models")
-    add("--ranks", 1, "processes that share a step")
+    for name, usual, text in (
+        ("length", 128, "words of a text"),
+        ("batch", 8, "texts of a step"),
+        ("layers", "last third", "MiT's layers"),
+        ("dtype", "fp32", "precision of the models"),
+        ("ranks", 1, "processes that share a step"),
+        ("modalities", 1, "how many, each with an encoder"),
+    ):
+        text = f"of providers: {text} (default: {usual})"
+        sub.add_argument(f"--{name}", type=type(usual), nargs="+", default=[usual], help=text)
     sub.add_argument("--rounds", type=int, metavar="N", help="processes of each provider (default: 3, quick 1)")
 
 
@@ -245,11 +246,10 @@ def run_step(arguments: argparse.Namespace) -> Any:
     from benchmarks import providers, results, step
 
     steps, rounds = arguments.steps or (5 if arguments.quick else 20), arguments.rounds or (1 if arguments.quick else 3)
-    values = (arguments.length, arguments.batch, arguments.layers, arguments.dtype, arguments.ranks)
-    shapes = [providers.Shape(*each) for each in itertools.product(*values)]
-    counts = (*arguments.length, *arguments.batch, *arguments.ranks, rounds, steps)
-    if min(counts) < 1:
-        raise ConfigError(f"--length, --batch, --ranks, --rounds, --steps {counts} measure nothing: give at least 1 of each")
+    names = [field.name for field in fields(providers.Shape)]
+    shapes = [providers.Shape(*each) for each in itertools.product(*(getattr(arguments, name) for name in names))]
+    if any(n < 1 for shape in shapes for n in (*vars(shape).values(), rounds, steps) if isinstance(n, int)):
+        raise ConfigError("--rounds, --steps and the numbers of a shape measure nothing below 1: give at least 1 of each")
     if arguments.providers is None:
         found, table = step.measured(arguments.configs, steps, again(arguments), say=aside), step.table
     else:

@@ -74,18 +74,21 @@ MEMORY = (
 
 @dataclass(frozen=True)
 class Shape:
-    """What a comparison is made at: words of a text, texts of a step (of all ranks), MiT's layers, the models' precision."""
+    """What a comparison is made at: words of a text, texts of a step (of all ranks), MiT's layers, the models' precision,
+    and how many modalities, each with an encoder of its own (of the same pictures)."""
 
     length: int = 128
     batch: int = 8
     layers: str = "last third"
     dtype: str = "fp32"
     ranks: int = 1
+    modalities: int = 1
 
     @property
     def text(self) -> str:
-        ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
-        return f"{self.batch} texts of {self.length} words a step, {self.dtype}, MiT in layers: {self.layers}{ranks}"
+        several = [f", {n} {what}" for n, what in ((self.ranks, "ranks"), (self.modalities, "modalities")) if n > 1]
+        what = f"{self.batch} texts of {self.length} words a step, {self.dtype}"
+        return f"{what}, MiT in layers: {self.layers}{''.join(several)}"
 
 
 class UnequalError(UserError):
@@ -158,7 +161,10 @@ def made(folder: Path, shape: Shape, models: Mapping[str, Any]) -> None:
     values = {
         "model": {
             "llm": models["llm"],
-            "encoders": {"image": {"name": models["encoder"], "size": models["size"]}},
+            "encoders": {
+                name: {"name": models["encoder"], "size": models["size"], "takes": "image", "input": "image"}
+                for name in ["image", *(f"image{n}" for n in range(2, shape.modalities + 1))]
+            },
             "dtype": shape.dtype,
         },
         "layers": shape.layers,

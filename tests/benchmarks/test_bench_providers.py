@@ -46,14 +46,16 @@ def test_rows_have_ratios_and_the_same_work(tiny):
 
 
 def test_each_shape_has_rows_and_a_first_one_of_its_own(tiny):
-    shapes = [providers.Shape(6, 2, "2"), providers.Shape(12, 4, "1-2", "bf16")]
+    shapes = [providers.Shape(6, 2, "2"), providers.Shape(12, 4, "1-2", "bf16", modalities=2)]
     found = providers.measured(["mit-cached"], shapes, 1, 1, "command", print, tiny)
     small, large = found["rows"][1::2]
     assert [row["ratio_to_lora_all"] for row in found["rows"][::2]] == [1, 1] and found["rows"][0] != found["rows"][2]
     assert (small["tokens"], large["tokens"]) == (2 * 6, 4 * 12) and small["dtype"] == "fp32" != large["dtype"]
-    assert large["trainable_parameters"] > 1.5 * small["trainable_parameters"]  # two layers, of one
+    assert large["trainable_parameters"] > 2.5 * small["trainable_parameters"]  # two layers of two modalities
     text = providers.table(found)
-    assert "\n4 texts of 12 words a step, bf16, MiT in layers: 1-2:\n" in text and text.count("| lora-all") == 2
+    assert (
+        "\n4 texts of 12 words a step, bf16, MiT in layers: 1-2, 2 modalities:\n" in text and text.count("| lora-all") == 2
+    )
 
 
 def test_texts_run_through_all_layers_while_steps_are_timed(tiny, monkeypatch):
