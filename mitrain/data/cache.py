@@ -12,7 +12,8 @@ An item is checked whenever it is read, and no sooner. A segment in which anythi
 taken away; its items are computed again as they are asked for, and stored by the next process that fills the cache.
 """
 
-import json
+import bisect
+import itertools
 import logging
 import shutil
 import uuid
@@ -20,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from mitrain.core import dist
 from mitrain.core.config import digest
 from mitrain.core.errors import DataError, ModelError
 from mitrain.core.files import atomic_folder, write_json
-from mitrain.data.segments import Index, Item, read_item, write_segment
+from mitrain.data.segments import BEFORE, INDEX, Item, key_of, keys_in, read_index, read_item, write_segment
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,14 @@ class FeatureCache:
         self.dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
         self.folder: Path | None = None
         self._memory: dict[str, Item] = {}  # all of it where there is no folder, else what the next segment will hold
-        self._lost: set[str] = set()  # keys whose segments were found damaged
-        self._where: dict[str, dict[Path, list[Any]]] = {}  # key → the segments that hold it, and where
+        self._lost: set[bytes] = set()  # of items whose segments were found damaged
+        # A million items are a number each: that of the entry, counted through the segments, as `_starts` has them.
+        self._where: dict[bytes, int] = {}
+        self._again: dict[bytes, list[int]] = {}  # further entries of items that several segments hold
+        self._segments: list[tuple[Path, np.ndarray]] = []
+        self._starts = [0]
         self._known: set[Path] = set()  # segments, sound or not, that were looked at
-        self._checked: set[str] = set()  # keys that this process has read before
+        self._checked: set[bytes] = set()  # of items that this process has read before
         if root is not None:
             self.folder, before = (root / digest({**identity, "stored as": dtypes, "layout": n}) for n in (2, 1))
             if before.is_dir():
@@ -74,33 +78,39 @@ class FeatureCache:
 
     def refresh(self) -> None:
         """Take in the segments that other processes have published."""
-        for index in sorted(self.folder.glob("[!.]*/index.json")):
-            if index.parent not in self._known:
-                try:
-                    self._take_in(index.parent, json.loads(index.read_bytes()))
-                except (OSError, ValueError, AttributeError, RecursionError) as error:
-                    self._discard(index.parent, error)
+        found = {path.parent for name in (INDEX, BEFORE) for path in self.folder.glob(f"[!.]*/{name}")}
+        for segment in sorted(found - self._known):
+            try:
+                self._take_in(segment, read_index(segment))
+            except (OSError, ValueError) as error:
+                self._discard(segment, error)
 
-    def _take_in(self, segment: Path, index: Index) -> None:
+    def _take_in(self, segment: Path, index: np.ndarray) -> None:
         self._known.add(segment)
-        for key, entry in index.items():
-            self._where.setdefault(key, {})[segment] = entry
+        new = dict(zip(keys_in(index), itertools.count(self._starts[-1])))
+        for key in new.keys() & self._where.keys():
+            self._again.setdefault(key, []).append(new.pop(key))
+        self._where |= new
+        self._segments.append((segment, index))
+        self._starts.append(self._starts[-1] + len(index))
 
     def __contains__(self, key: str) -> bool:
-        return key in self._where or key in self._memory
+        return key_of(key) in self._where or key in self._memory
 
     def get(self, key: str) -> Item | None:
         """The item; None where there is none, or none that is undamaged."""
-        while segments := self._where.get(key):
-            segment, entry = next(iter(segments.items()))
+        own = key_of(key)
+        while (number := self._where.get(own)) is not None:
+            place = bisect.bisect(self._starts, number) - 1
+            segment, index = self._segments[place]
             try:
-                item = read_item(segment, key, entry, self.dtypes)
+                item = read_item(segment, key, index[number - self._starts[place]], self.dtypes)
             except (OSError, ValueError) as error:
                 if AHEAD.get():
                     raise NotKept from None  # it is the main thread that forgets the segment
                 self._discard(segment, error)
             else:
-                self._checked.add(key)
+                self._checked.add(own)
                 return item
         return self._memory.get(key)
 
@@ -108,14 +118,20 @@ class FeatureCache:
         """Forget a damaged segment, and delete it, but not where the disk or its permissions are at fault."""
         log.warning("cache segment %s is damaged (%s): its items are computed again", segment, error)
         self._known.add(segment)
-        for key in [key for key, segments in self._where.items() if segment in segments]:
-            self._checked.discard(key)
-            self._lost.add(key)
-            del self._where[key][segment]
-            if not self._where[key]:
-                del self._where[key]
+        for (path, index), start in zip(self._segments, self._starts, strict=False):
+            if path == segment:
+                self._forget(index, range(start, start + len(index)))
         if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
             shutil.rmtree(segment, ignore_errors=True)
+
+    def _forget(self, index: np.ndarray, numbers: range) -> None:
+        self._lost.update(keys_in(index))
+        self._checked.difference_update(keys_in(index))
+        for key in keys_in(index):
+            left = [number for number in (self._where.pop(key), *self._again.pop(key, [])) if number not in numbers]
+            if left:
+                self._where[key], *more = left
+                self._again |= {key: more} if more else {}
 
     def read(self, keys: Sequence[str], compute: Compute, together: bool = False) -> list[Item]:
         """The items of ``keys``, in their order; what is not there, or no longer whole, is computed and not stored.
@@ -134,7 +150,7 @@ class FeatureCache:
         if absent:
             new = {key: self.rounded(item) for key, item in compute(absent).items()}
             if len(self._memory) < SEGMENT_ITEMS:
-                self._memory.update({key: item for key, item in new.items() if key in self._lost})
+                self._memory.update({key: item for key, item in new.items() if key_of(key) in self._lost})
             held.update(new)
         return [held[key] for key in keys]
 
@@ -167,7 +183,7 @@ class FeatureCache:
         """
         keys = list(keys)
         for key in keys if together and dist.world() > 1 else ():
-            if key in self._where and key not in self._checked:
+            if (own := key_of(key)) in self._where and own not in self._checked:
                 self.get(key)
         return [key for key in keys if key not in self]
 

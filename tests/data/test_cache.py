@@ -1,7 +1,9 @@
 """The feature cache: equal to what was computed, whole after an interruption, shared between processes."""
 
+import io
 import json
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +125,31 @@ def a_list(path):
     path.write_text("[1, 2]")
 
 
+def as_before(segment):
+    """Its index as earlier versions wrote it."""
+    table, names = segments.read_index(segment), {segments.key_of(key): key for key in KEYS}
+    index = {
+        names[key]: [int(row["sum"]), {name: [int(row[f"{part} {name}"]) for part in segments.PARTS] for name in "ab"}]
+        for key, row in zip(segments.keys_in(table), table, strict=True)
+    }
+    (segment / "index.json").write_text(json.dumps(index))
+    (segment / "index.bin").unlink()
+
+
+def beyond(path):
+    """A whole index that places an item behind the end of its file."""
+    content = path.read_bytes()[: -segments.CRC]
+    table = np.load(io.BytesIO(content))
+    table["first a"][4] = 1 << 40
+    with io.BytesIO() as file:
+        np.save(file, table)
+        content = file.getvalue()
+    path.write_bytes(content + zlib.crc32(content).to_bytes(segments.CRC, "little"))
+
+
 DAMAGES = [(change, "a.npy") for change in (halved, moved, without_numbers, flipped, Path.unlink)]
 DAMAGES += [(change, "index.json") for change in (halved, flipped, exchanged, without_an_array, far_away, senseless, a_list)]
+DAMAGES += [(change, "index.bin") for change in (halved, flipped, beyond)]
 
 
 def all_right(cache) -> bool:
@@ -134,7 +159,10 @@ def all_right(cache) -> bool:
 
 @pytest.mark.parametrize(("change", "name"), DAMAGES)
 def test_a_damaged_segment_is_named_once_and_computed_again(tmp_path, caplog, change, name):
-    change(next(open_cache_with_all(tmp_path).folder.glob(f"*/{name}")))
+    (segment,) = open_cache_with_all(tmp_path).folder.glob("*/")
+    if name == "index.json":
+        as_before(segment)
+    change(segment / name)
     again, compute = open_cache(tmp_path), Computer()
     again.fill(KEYS, compute)
     for _ in range(2):
@@ -218,7 +246,7 @@ def test_more_segments_than_files_are_held_open(tmp_path):
     cache, compute = open_cache(tmp_path), Computer()
     for key in KEYS:
         cache.fill([key], compute)
-    assert all_right(cache) and len(list(cache.folder.glob("*/index.json"))) == 11
+    assert all_right(cache) and len(list(cache.folder.glob("*/index.bin"))) == 11
     segments.opened.cache_clear()
     before = len(os.listdir("/proc/self/fd"))
     assert all_right(cache)
@@ -232,7 +260,7 @@ def test_values_that_are_not_finite_as_they_are_kept_are_refused(tmp_path, value
     cache = open_cache(tmp_path)
     with pytest.raises(ModelError, match="b are not finite in float16"):
         cache.fill(["k0"], lambda keys: {k: {**item(k), "b": np.full((1, 2), value, np.float32)} for k in keys})
-    assert not list(cache.folder.glob("*/index.json"))
+    assert not list(cache.folder.glob("*/index.bin"))
 
 
 def test_ranks_that_hold_the_weights_together_do_not_compute_alone(tmp_path, monkeypatch):
@@ -247,6 +275,13 @@ def test_items_left_out_stay_missing(tmp_path):
     cache = open_cache(tmp_path)
     cache.fill(KEYS, lambda keys: {k: item(k) for k in keys if k != "k5"})
     assert "k5" not in cache and "k4" in cache
+
+
+def test_an_index_of_before_is_read(tmp_path):
+    (segment,) = open_cache_with_all(tmp_path).folder.glob("*/")
+    as_before(segment)
+    again = open_cache(tmp_path)
+    assert again.fill(KEYS, Computer()) == 0 and all_right(again)
 
 
 def test_two_writers_do_not_disturb_each_other(tmp_path):

@@ -105,7 +105,7 @@ def cache(world: Path) -> list:
     store = FeatureCache(world / "shared-cache", {"of": "the test"}, {"a": "float32"})
     keys = [str(i) for i in range(11)]
     computed = store.fill(keys, lambda some: {key: {"a": torch.full((1, 2), float(key)).numpy()} for key in some})
-    return [computed, [store.get(key)["a"].tolist() for key in keys], len(list(store.folder.glob("*/index.json")))]
+    return [computed, [store.get(key)["a"].tolist() for key in keys], len(list(store.folder.glob("*/index.bin")))]
 
 
 def stop(world: Path) -> list:
