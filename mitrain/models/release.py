@@ -4,9 +4,10 @@ What is not there keeps its shape, type and device, and holds NaN in the memory 
 tensors reads them from the checkpoint, bit for bit, when it is called, and then keeps them.
 """
 
+import ctypes
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,8 @@ def release(model: nn.Module, source: str | Path | None, modules: Iterable[nn.Mo
             shards += [gone] if any(map(loading.is_sharded, own.values())) else []
     for gone in shards:
         gone.group = shards
+    with suppress(OSError, AttributeError):  # glibc alone; it keeps a gigabyte of what was freed, as mitrain tells it to
+        ctypes.CDLL(None).malloc_trim(0)
     log.info("%d MB of frozen weights were let go of: the cache holds what they make of the samples", size // 10**6)
     return size
 

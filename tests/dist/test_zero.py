@@ -164,7 +164,7 @@ def test_shards_that_the_cache_stands_for_are_let_go_of_until_something_runs_the
     for rank in found:
         vision, text = (rank["first"][name] for name in ("encoder0", "text"))
         assert vision["shards"] == vision["slack"]  # an element of each parameter
-        assert text["shards"] == rank["held"]["text"]["shards"] < 0.8 * text["whole"] / 2
+        assert text["shards"] == rank["last"]["text"]["shards"] < 0.8 * text["whole"] / 2
         assert rank["run"] == rank["loaded"]
     assert losses(run_folder(tmp_path, "lean")) == pytest.approx(losses(run_folder(world, "fp32")), rel=1e-5)
 

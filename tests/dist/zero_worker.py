@@ -193,8 +193,8 @@ def compare(out: str) -> int:
 
 
 def train(world: str, out: str, *arguments: str) -> int:
-    """``mitrain train ARGUMENTS``; OUT/RANK.json has what the frozen weights took before the first step and at the end, and
-    digests of the language model's shards as they were loaded and after all layers have run."""
+    """``mitrain train ARGUMENTS``; OUT/RANK.json has what the frozen weights took when they were loaded, before the first
+    step and at the end, and digests of the language model's shards as they were loaded and after all layers have run."""
     torch.set_num_threads(1)
     finished, release, found = Trainer.fit, Model.release, {}
 
@@ -203,15 +203,18 @@ def train(world: str, out: str, *arguments: str) -> int:
         ends = [min(p.ds_tensor.numel(), p.ds_numel - dist.rank() * p.ds_tensor.numel()) for p in parameters]
         return [tensor_digest("", p.ds_tensor[:end]).hex() for p, end in zip(parameters, ends, strict=True)]
 
+    def count(model: Model) -> dict[str, dict[str, int]]:
+        return {name: held(module) for name, module in model.frozen.items()}
+
     def noted(model: Model) -> None:
-        found["loaded"] = shards(model) if loading.holds_shards(model.text.model) else []
+        if loading.holds_shards(model.text.model):
+            found.update(held=count(model), loaded=shards(model))
         release(model)
 
     def counted(trainer: Trainer) -> Any:
-        count = lambda: {name: held(module) for name, module in trainer.model.frozen.items()}  # noqa: E731
         if trainer.config.zero.stage != 3:
             return finished(trainer)
-        found["first"], outcome, found["held"] = count(), finished(trainer), count()
+        found["first"], outcome, found["last"] = count(trainer.model), finished(trainer), count(trainer.model)
         evaluate(trainer.model, trainer.features, trainer.val, generate=True)
         found["run"] = shards(trainer.model)
         return outcome
