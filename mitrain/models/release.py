@@ -92,8 +92,13 @@ class Released:
 
 def released_in(module: nn.Module) -> list[Released]:
     """What is gone of a module and those in it."""
-    hooks = [hook for each in module.modules() for hook in each._forward_pre_hooks.values()]
-    return [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Released)]
+    return [gone for each in module.modules() for gone in watching(each)]
+
+
+def watching(module: nn.Module) -> list[Released]:
+    """What is gone of a module's own."""
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, Released)]
 
 
 @contextmanager
@@ -177,10 +182,10 @@ def release(model: nn.Module, source: str | Path | None, modules: Iterable[nn.Mo
         return 0
     stored, size, wanted, shards = Stored(weights, model), 0, set(modules), []
     for name, module in model.named_modules():
-        names = releasable(module) if module in wanted else []
-        own = {key: p for key in names if not is_released(p := module._parameters[key])}
+        names = releasable(module) if module in wanted and not watching(module) else []
+        own = {key: module._parameters[key] for key in names}
         if own and (sources := stored.sources(name, module, own)) is not None:
-            size += sum(held_in(p).nbytes for p in own.values())
+            size += sum(held_in(p).nbytes for p in own.values() if not is_released(p))
             gone = Released(name, module, weights, sources)
             shards += [gone] if any(map(loading.is_sharded, own.values())) else []
     for gone in shards:

@@ -42,6 +42,18 @@ def test_layers_below_are_gone_and_come_back_when_they_are_run(name, dtype, tmp_
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_tied_head_comes_back_by_itself(tmp_path):
+    llm_folder(tmp_path)
+    whole, model = (TextBackbone.load(tmp_path, torch.float32).model for _ in range(2))
+    model.tie_weights()
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    release(model, tmp_path, below(model, 1, speaks=False))
+    states = torch.ones(1, whole.config.hidden_size)
+    expected = states @ whole.get_input_embeddings().weight.T
+    assert is_released(model.get_output_embeddings().weight)
+    assert torch.equal(model.get_output_embeddings()(states), expected)
+
+
 def test_one_layer_that_is_run_brings_back_no_other(tmp_path):
     tiny().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
