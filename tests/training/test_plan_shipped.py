@@ -23,5 +23,5 @@ def test_a_shipped_configuration_is_planned(path, tmp_path, monkeypatch, capsys)
     assert code == 0 or (not shaped and code == 2 and captured.err.count("\n") == 1), captured.err
     if code == 0:
         found = json.loads(captured.out)
-        assert found["fits"] and found["largest_batch"] >= 2 and found["per_rank_bytes"]["activations"] > 0
+        assert found["fits"] and 2 <= found["largest_batch"] < 10**8 and found["per_rank_bytes"]["activations"] > 0
         assert found["flops_step"] >= 4 * found["macs_forward"] > 0

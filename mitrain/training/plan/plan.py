@@ -106,7 +106,8 @@ class Asked:
 
 @dataclass
 class Measured:
-    """A configuration's step on one rank: ``traced`` of ``share`` samples; ``peaks``: bytes by the number of samples.
+    """A configuration's step on one rank: ``traced`` of ``share`` samples; ``peaks``: bytes by the number of samples,
+    ``kept``: likewise when the forward pass has ended.
 
     ``encoding``: bytes that the frozen layers below the changed ones make of the longest texts while the cache is filled.
     """
@@ -115,6 +116,7 @@ class Measured:
     traced: Traced
     share: int
     peaks: list[tuple[int, int]]
+    kept: list[tuple[int, int]]
     samples: int | None
     encoding: int = 0
     assumptions: list[str] = field(default_factory=list)
@@ -156,7 +158,8 @@ def measured(config: RunConfig, asked: Asked) -> Measured:
     sizes = sorted({1, share, share + MANY, many})
     steps = {size: traced(model, batches.batch_of(model, drawn[:size], mode), mode) for size in sizes}
     peaks = [(size, step.peak) for size, step in steps.items()]
-    return Measured(model, steps[share], share, peaks, len(samples) or asked.samples, encoding, said)
+    kept = [(size, sum(step.kept.values())) for size, step in steps.items()]
+    return Measured(model, steps[share], share, peaks, kept, len(samples) or asked.samples, encoding, said)
 
 
 def largest(peaks: Sequence[tuple[int, int]], room: float) -> int:
@@ -191,7 +194,8 @@ def plan(config: RunConfig, asked: Asked, *, remedies: bool = True, found: Measu
     parts, moments = memory(config, asked, found, sent)
     total, budget = max(moments.values()), asked.machine.memory
     times = step_ms(config, asked, found, sent)
-    most = largest(found.peaks, budget - moments["backward"] + found.traced.peak) * asked.ranks
+    room = budget - moments["backward"] + found.traced.peak
+    most = min(largest(sizes, room) for sizes in (found.peaks, found.kept)) * asked.ranks  # peaks may be gradients' alone
     fits = total <= budget
     per_step = config.train.batch * config.train.accumulate
     made = Plan(
