@@ -279,7 +279,14 @@ def test_inspect_reports_and_draws(world, capsys):
 def test_lists_name_licences_and_prepare_is_once(world, capsys):
     models, data = as_json(capsys, "models", "list"), as_json(capsys, "data", "list")
     assert {m["name"] for m in models} == {
-        *("smollm2-135m-instruct", "all-minilm-l6-v2", "dinov2-vits14", "efficientnet-lite0", "whisper-base"),
+        *(
+            "smollm2-135m-instruct",
+            "all-minilm-l6-v2",
+            "dinov2-vits14",
+            "efficientnet-lite0",
+            "whisper-base",
+            "whisper-tiny.en",
+        ),
         "qwen2.5-coder-0.5b",
     }
     assert {d["name"] for d in data} == {

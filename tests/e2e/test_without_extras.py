@@ -52,7 +52,7 @@ print(sorted(set({without}) & set(sys.modules)))
 """
 
 MACOS = """
-import contextlib, ctypes, io, multiprocessing, os, sysconfig
+import contextlib, ctypes.util, io, multiprocessing, os, sysconfig  # ctypes.util as on this system: some lack macOS's part
 
 sysconfig.get_config_vars()  # of the Python that runs this
 

