@@ -149,6 +149,14 @@ def test_the_largest_batch_is_read_from_the_peaks_in_pieces():
     assert largest([(1, 10), (16, 10), (32, 10)], 20) == 26  # no slope: at least a byte a sample
 
 
+def test_what_the_forward_pass_keeps_bounds_the_batch_where_gradients_make_every_peak(world):
+    config = schema.load(configured(world, "mit", "classify"))
+    found = measured(config, ASKED)
+    found.peaks = [(size, found.traced.peak) for size, _ in found.peaks]
+    (few, low), (many, high) = found.kept[-2:]
+    assert 0 < plan(config, ASKED, found=found).largest_batch <= ASKED.machine.memory * (many - few) / (high - low)
+
+
 def test_a_batch_twice_the_largest_does_not_fit(world, capsys):
     path = configured(world, "mit", "classify", train={"steps": 2, "batch": 4})
     room = said(capsys, path, "--gpu", "h100-80g")["total_bytes"] + 2**20
