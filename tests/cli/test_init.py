@@ -64,7 +64,7 @@ def test_one_table_of_labelled_pictures_becomes_a_run_that_trains(here, models, 
     assert found["samples"] == {"train": 32, "val": 4, "test": 4}
     text = (here / "birds.yaml").read_text()
     assert "# of the training file, drawn for val" in text and "root: photos" in text
-    assert "rank: 64" in text  # of maps that are trained: without it a third of a small model's weights
+    assert "rank: 64" in text  # what maps are trained with: without a limit they are many times as large
     assert main(["train", "birds.yaml", "train.epochs=8", "adapter.layers=[1]", "train.lr=1e-2"]) == 0
     (run,) = (here / "runs").iterdir()
     capsys.readouterr()
