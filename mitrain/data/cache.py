@@ -28,7 +28,7 @@ from mitrain.core import dist
 from mitrain.core.config import digest
 from mitrain.core.errors import DataError, ModelError
 from mitrain.core.files import atomic_folder, write_json
-from mitrain.data.segments import BEFORE, INDEX, Item, key_of, keys_in, read_index, read_item, write_segment
+from mitrain.data.segments import INDEX, Item, key_of, keys_in, read_index, read_item, write_segment
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ class FeatureCache:
         self._known: set[Path] = set()  # segments, sound or not, that were looked at
         self._checked: set[bytes] = set()  # of items that this process has read before
         if root is not None:
-            self.folder, before = (root / digest({**identity, "stored as": dtypes, "layout": n}) for n in (2, 1))
-            if before.is_dir():
+            self.folder, *earlier = (root / digest({**identity, "stored as": dtypes, "layout": n}) for n in (3, 2, 1))
+            for before in filter(Path.is_dir, earlier):
                 log.warning("removing the cache %s, which an earlier version wrote and nothing reads any more", before)
                 shutil.rmtree(before, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ class FeatureCache:
 
     def refresh(self) -> None:
         """Take in the segments that other processes have published."""
-        found = {path.parent for name in (INDEX, BEFORE) for path in self.folder.glob(f"[!.]*/{name}")}
+        found = {path.parent for path in self.folder.glob(f"[!.]*/{INDEX}")}
         for segment in sorted(found - self._known):
             try:
                 self._take_in(segment, read_index(segment))

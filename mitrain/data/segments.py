@@ -1,7 +1,7 @@
 """A segment of the feature cache: the rows of many items, one file an array, and an index that says what is where.
 
     index.bin      a table of NumPy: a digest of each item's key, a checksum, of each array the first byte, rows and width,
-                   -1 where the item has none; behind it crc32 of all before. Earlier versions wrote index.json
+                   -1 where the item has none; behind it crc32 of all before
     <array>.npy    the rows of all the items that have this array, one item after another
 
 The checksum covers an item's key, what its arrays are and all their rows, so that damaged, moved and exchanged rows are
@@ -14,7 +14,6 @@ an error like any other, and no more is in memory than was asked for.
 
 import hashlib
 import io
-import json
 import os
 import weakref
 import zlib
@@ -30,7 +29,7 @@ OPEN_FILES = 64  # held open at most: a large cache has more files than a proces
 
 Item = dict[str, np.ndarray]
 Places = dict[str, tuple[int, dict[str, list[int]]]]
-INDEX, BEFORE = "index.bin", "index.json"
+INDEX = "index.bin"
 CRC = 4  # bytes
 PARTS, NONE = ("first", "rows", "width"), (-1, 0, 0)
 
@@ -81,11 +80,6 @@ def index_of(places: Places) -> np.ndarray:
 
 def read_index(segment: Path) -> np.ndarray:
     """OSError or ValueError where there is none, or none that is whole."""
-    if not (segment / INDEX).exists() and (segment / BEFORE).exists():
-        try:
-            return index_of(json.loads((segment / BEFORE).read_bytes()))
-        except (TypeError, AttributeError, OverflowError, RecursionError):
-            raise ValueError("its index makes no sense") from None
     content = (segment / INDEX).read_bytes()
     if zlib.crc32(content[:-CRC]).to_bytes(CRC, "little") != content[-CRC:]:
         raise ValueError("its index is not as it was written")
