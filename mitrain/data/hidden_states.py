@@ -109,7 +109,9 @@ class EncoderStates:
     @property
     def width(self) -> int:
         """c; of a Swin's first stage it is not that of its last."""
-        settings = self.encoder.settings
+        encoder, settings = self.encoder, self.encoder.settings
+        if encoder.feature_map:
+            return encoder.width
         return settings.embed_dim if hasattr(settings, "depths") and not self.depth else settings.hidden_size
 
     def encode(self, contents: Sequence[Any], views: Sequence[int]) -> list[Item]:

@@ -22,7 +22,7 @@ from mitrain.methods.reading import Reading
 from mitrain.methods.selection import LayersSetting, select_layers
 from mitrain.models import layouts
 from mitrain.models.batch import ModalityInputs
-from mitrain.models.layers import Layers
+from mitrain.models.layers import FeatureMap, Layers, readable
 
 
 class GatedCrossAttentionConfig(Section, kind="adapter", name="gated-xattn"):
@@ -79,16 +79,16 @@ class Block(nn.Module):
 class GatedCrossAttention(Reading):
     """A `Block` before each of the chosen text layers, which reads the encoder's final tokens: ``blocks.<index>``."""
 
-    traits = Traits("gated-xattn", backbones=("text", "encoder"), text_depends_on_input=True, conditions_text=True)
+    traits = Traits("gated-xattn", ("text", "encoder"), text_depends_on_input=True, conditions_text=True, reads_tokens=True)
 
     def __init__(self, config: GatedCrossAttentionConfig):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleDict()
-        self._picture: Layers | None = None
+        self._picture: Layers | FeatureMap | None = None
 
     def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
-        text, self._picture = backbones["text"], Layers.of(backbones["encoder"])
+        text, self._picture = backbones["text"], readable(backbones["encoder"])
         layers = layouts.layers_of(text)
         indices = select_layers(self.config.layers, len(layers))
         shape = text.config.get_text_config().hidden_size, self._picture.width

@@ -27,7 +27,7 @@ from mitrain.methods.reading import Reading
 from mitrain.methods.selection import LayersSetting, select_layers
 from mitrain.models import layouts
 from mitrain.models.batch import ModalityInputs
-from mitrain.models.layers import Layers
+from mitrain.models.layers import FeatureMap, Layers, readable
 from mitrain.models.layouts import Projection
 
 
@@ -82,7 +82,7 @@ class VLoRA(Reading):
     its A (into, r).
     """
 
-    traits = Traits("vlora", backbones=("text", "encoder"), text_depends_on_input=True, conditions_text=True)
+    traits = Traits("vlora", ("text", "encoder"), text_depends_on_input=True, conditions_text=True, reads_tokens=True)
 
     def __init__(self, config: VLoRAConfig):
         super().__init__()
@@ -93,14 +93,14 @@ class VLoRA(Reading):
                 raise ConfigError("adapter.modalities is empty: name each modality and its feature width, as {image: 768}")
         self.generator: Generator | None = None
         self.ups = nn.ParameterList()
-        self._picture: Layers | None = None
+        self._picture: Layers | FeatureMap | None = None
 
     def _install(self, backbones: Mapping[str, PreTrainedModel]) -> Attachment:
         text, config = backbones["text"], self.config
         indices = select_layers(config.layers, len(layouts.layers_of(text)))
         modules = [module for *_, module in layouts.projections(text, config.targets, indices)]
         sizes = [sizes_of(module) for module in modules]
-        self._picture = Layers.of(backbones["encoder"]) if config.reads == "tokens" else None
+        self._picture = readable(backbones["encoder"]) if config.reads == "tokens" else None
         widths = config.modalities if self._picture is None else {"tokens": self._picture.width}
         self._make_parameters(text, sizes, widths)
         for place, module in enumerate(modules):

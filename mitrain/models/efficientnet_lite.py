@@ -135,6 +135,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         """Keep ``count`` blocks, whose output then is the last hidden state."""
         del self.blocks[count:]
         self.head = nn.Identity()
+        self.config.hidden_size = self.config.hidden_sizes[count - 1]
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, return_dict: bool = True

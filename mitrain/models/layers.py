@@ -209,9 +209,7 @@ class Layers:
 
     def encode_tokens(self, inputs: ModalityInputs) -> tuple[Tensor, Tensor]:
         """The encoder's final tokens (B, N, D) and its `summary` (B, D), from the layer that the states enter."""
-        if inputs.states is None:
-            raise ModelError("this method reads the encoder's tokens: give the states that enter its first layer")
-        hidden = inputs.states.to(self.model.device, self.model.dtype)
+        hidden = given_states(inputs).to(self.model.device, self.model.dtype)
         for index in range(inputs.depth, self.depth):
             hidden = self.run(index, hidden, inputs.visible)
         return self.finish(hidden), self.summary(hidden, inputs.shown)
@@ -222,6 +220,43 @@ class Layers:
         if types:
             return types[index]
         return "sliding_attention" if getattr(config, "sliding_window", None) is not None else "full_attention"
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """The places of a convolutional encoder's last feature map (B, c, h, w), read as its final tokens (B, h·w, c).
+
+    ``depth`` 0: there are no layers to run. ``width``: c. It holds the model but is no module.
+    """
+
+    model: PreTrainedModel
+    depth = 0
+
+    @property
+    def width(self) -> int:
+        return map_width(self.model.config)
+
+    def encode_tokens(self, inputs: ModalityInputs) -> tuple[Tensor, Tensor]:
+        """The tokens (B, N, c) and their mean (B, c)."""
+        tokens = given_states(inputs).to(self.model.device, self.model.dtype)
+        return tokens, tokens.mean(1)
+
+
+def map_width(config: Any) -> int:
+    """c of a convolutional encoder's last feature map; 0 of another model's."""
+    stages = getattr(config, "hidden_sizes", None)
+    return 0 if not stages or hasattr(config, "num_hidden_layers") else getattr(config, "hidden_size", stages[-1])
+
+
+def readable(model: PreTrainedModel) -> Layers | FeatureMap:
+    """What a method reads the final tokens of ``model`` with; ModelError where it has none."""
+    return FeatureMap(model) if map_width(model.config) else Layers.of(model)
+
+
+def given_states(inputs: ModalityInputs) -> Tensor:
+    if inputs.states is None:
+        raise ModelError("this method reads the encoder's tokens: give the states that enter its first layer")
+    return inputs.states
 
 
 def path_to(base: nn.Module, owner: nn.Module) -> list[nn.Module]:

@@ -362,6 +362,8 @@ def changeable(encoder: Encoder | None, adapter: Adapter) -> nn.Module:
             f"the method {adapter.traits.name!r} changes the first encoder, which infused=false leaves to the decoder alone:"
             " put another encoder first in model.encoders"
         )
+    if encoder is not None and adapter.traits.reads_tokens and encoder.feature_map:
+        return encoder.model
     if encoder is None or not encoder.depth:
         raise ConfigError(
             f"the method {adapter.traits.name!r} changes an encoder's transformer layers, and"

@@ -11,12 +11,14 @@ from exported import PROMPT, make_config
 from methods_world import make_world
 from tiny import scramble, tiny
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetModel
 
 import mitrain
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.inference import scoring
 from mitrain.methods.mit.mit import MiTConfig
+from mitrain.models import ImageConfig
+from mitrain.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 from mitrain.models.frozen import trunk_states
 from mitrain.training.build import build
 from mitrain.training.checkpoint import Checkpoint
@@ -237,15 +239,34 @@ def test_lora_that_one_thread_switches_off_acts_in_the_others():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     path = make_world(tmp_path_factory.mktemp("opponents"))
+    stages = ((1, 3, 1, 1, 8), (2, 5, 2, 6, 16), (1, 3, 1, 6, 24))
+    seeing = EfficientNetLiteModel(EfficientNetLiteConfig(stem_channels=8, hidden_size=24, stages=stages))
+    scramble(seeing, spread=0.5)
+    seeing.save_pretrained(path / "convolutional")
+    (path / "convolutional" / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MITRAIN_CACHE", str(path / "cache"))
         yield path
 
 
-@pytest.mark.parametrize("values", [{"name": "gated-xattn"}, {"name": "vlora"}, {"name": "vlora", "reads": "vector"}])
-def test_a_frozen_language_head_speaks_of_what_they_show_it(world, values):
+TOKENS = [
+    {"name": "gated-xattn", "layers": "all"},
+    {"name": "vlora", "layers": "all"},
+    {"name": "visual-prefix", "tokens": 4},
+]
+
+
+@pytest.mark.parametrize("map_of", [False, True], ids=["patches", "map"])
+@pytest.mark.parametrize("values", [*TOKENS, {**TOKENS[1], "reads": "vector"}], ids=lambda values: values["name"])
+def test_a_frozen_language_head_speaks_of_what_they_show_it(world, values, map_of):
     """Candidates are scored, and words are said by a beam search, whose rows are several for each picture."""
-    model = build(make_config(world, adapter={**values, "layers": "all"}))
+    config = make_config(world, adapter=values)
+    if map_of:
+        seeing = ImageConfig(name=str(world / "convolutional"), size=64, layer=2, input="image")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"encoders": {"image": seeing}})})
+    model = build(config)
     scramble(model.adapter, spread=0.5)
     model.train(False)
     run = Run(world, model.config, model, Checkpoint(world, 1, None, {}, {}), {PROMPT: ("red", "green", "blue")})
@@ -264,3 +285,17 @@ def test_a_frozen_language_head_speaks_of_what_they_show_it(world, values):
     assert together == [
         scoring.ask(run, {"image": path}, "one never heard", generation=generation).values["answer"] for path in paths
     ]
+
+
+@pytest.mark.parametrize(("name", "layer"), [("uniadapter", None), ("pmf", None), ("gated-xattn", 1)])
+def test_a_convolutional_encoder_serves_those_that_read_its_map_alone(world, name, layer, tmp_path):
+    """ResNet's inner maps are read by their mean alone, since what comes after them runs all the same."""
+    folder = world / "convolutional"
+    if layer:
+        folder = tmp_path / "resnet"
+        ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(folder)
+    config = make_config(world, "answer", {"name": name})
+    seeing = ImageConfig(name=str(folder), size=64, layer=layer, input="image")
+    changed = {"model": config.model.model_copy(update={"encoders": {"image": seeing}})}
+    with pytest.raises(ConfigError, match=f"the method '{name}' changes an encoder's transformer layers, and .* has none"):
+        build(config.model_copy(update=changed))

@@ -222,6 +222,22 @@ def test_an_inner_layer_of_a_convolutional_encoder_is_the_mean_of_its_feature_ma
         assert len(found.model.blocks) == layer  # what is not read does not run
 
 
+@pytest.mark.parametrize(("config", "layer"), [(RESNET, None), (LITE, None), (LITE, 1)])
+def test_the_places_of_a_feature_map_are_tokens(tmp_path, config, layer):
+    model = convolutional(config, tmp_path)
+    found = encoder(tmp_path, size=64, layer=layer)
+    pixels = torch.stack([found.preprocess(i) for i in images()])
+    with torch.no_grad():
+        out = model(pixel_values=pixels, output_hidden_states=True)
+        expected = out.hidden_states[layer] if layer else out.last_hidden_state
+    tokens = found.entering(0, images())
+    assert found.feature_map and tokens.shape == (3, found.tokens, found.width)
+    side = expected.shape[-1]
+    torch.testing.assert_close(tokens[:, 1 * side + 2], expected[:, :, 1, 2])
+    torch.testing.assert_close(tokens.mean(1), found.encode(images())["pooled"])
+    assert not encoder(tmp_path, size=64, layer=2).feature_map or config is LITE
+
+
 @pytest.mark.parametrize(("layer", "words"), [(4, "has 3 layers, not a layer 4: give one of 1..3")])
 def test_a_layer_that_a_convolutional_encoder_has_not_is_one_line(tmp_path, layer, words):
     convolutional(RESNET, tmp_path)

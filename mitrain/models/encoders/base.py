@@ -37,6 +37,8 @@ class Encoder(nn.Module):
     """
 
     views, enters = 1, False
+    feature_map = False
+    """Whether it has no layers but a feature map, whose places are read as tokens: `entering` layer 0 gives them."""
     config: Any
     model: nn.Module
     settings: Any

@@ -176,9 +176,24 @@ class ImageEncoder(Encoder):
     def grid(self) -> int:
         return self.preprocess.size // self.settings.patch_size
 
-    @property
+    @cached_property
     def tokens(self) -> int:
-        return self.prefix_tokens + self.grid**2
+        if not self.feature_map:
+            return self.prefix_tokens + self.grid**2
+        size, weight = self.preprocess.size, next(self.model.parameters())
+        return self._map(weight.new_zeros(1, 3, size, size)).shape[1]
+
+    @property
+    def feature_map(self) -> bool:
+        return bool(self._channels) and (self.config.layer is None or hasattr(self.model, "cut"))
+
+    @torch.no_grad()
+    def _map(self, pixels: Tensor) -> Tensor:
+        """(B, h·w, c): the places of a convolutional encoder's last feature map, row by row."""
+        found = self.model(pixel_values=pixels).last_hidden_state
+        if found.ndim != 4:
+            raise ModelError(f"the image encoder {self.config.name!r} has no feature map to read as tokens: take another")
+        return found.flatten(2).transpose(1, 2)
 
     @property
     def patch(self) -> int:
@@ -255,7 +270,9 @@ class ImageEncoder(Encoder):
 
     @torch.no_grad()
     def entering(self, depth: int, images: Sequence[Image.Image | Tensor], views: Sequence[View] | None = None) -> Tensor:
-        """(B, prefix + N, c): what enters layer ``depth``."""
+        """(B, prefix + N, c): what enters layer ``depth``; (B, h·w, c) of a `feature_map`."""
+        if self.feature_map:
+            return self._map(self._batch(self._items(images, views)))
         return frozen.trunk_states(self.model, depth, pixel_values=self._batch(self._items(images, views)))
 
     def _global(self, output: Any) -> Tensor:
