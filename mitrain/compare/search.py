@@ -103,7 +103,9 @@ def trial_count(search: Search) -> int:
 def trials_of(study: Study, task: str, method: str, steps: int, points: Mapping[str, dict[str, Any]]) -> Study:
     """The study of a rung's trials: on val alone, without what is shown beside a score."""
     search = study.search
-    part = study.tasks[task].model_copy(update={"split": "val", "controls": (), "baselines": False, "also_on": ()})
+    part = study.tasks[task]
+    scored = {"split": "val", "samples": search.samples or part.samples, "controls": (), "baselines": False, "also_on": ()}
+    part = part.model_copy(update=scored)
     settings = {name: {**point, **search.set, "train.steps": steps} for name, point in points.items()}
     axis = Axis(values=tuple({"value": name, "set": own} for name, own in settings.items()))
     changes = {"tasks": {task: part}, "methods": {method: study.methods[method]}, "axes": {f"steps-{steps}": axis}}

@@ -3,8 +3,11 @@
 Shapes: B batch, T tokens, D hidden width, V vocabulary.
 """
 
+import copy
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -52,6 +56,40 @@ def factory(config: PretrainedConfig) -> Any:
 def is_read(name: str) -> bool:
     """Whether a tensor of a text model counts: an encoder's pooler is read by no method and no task."""
     return "pooler" not in name.split(".")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Texts that go on from what the model has read: its KV ``cache`` of that, and the ``mask`` (B, L), left-padded."""
+
+    cache: Cache
+    mask: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """Of the cache's keys and values."""
+        held = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
+        return sum(x.nbytes for x in held if x is not None)
+
+    def rows(self, index: Tensor) -> "Begun":
+        """The texts ``index``, repeatedly where they are there several times."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_select_indices(index)
+        return Begun(cache, self.mask[index])
+
+    def goes_on(self, mask: Tensor) -> dict[str, Any]:
+        """What a pass over the tokens behind, (B, T) with their ``mask``, is told."""
+        whole = torch.cat([self.mask, mask], 1)
+        return {
+            "past_key_values": self.cache,
+            "attention_mask": whole,
+            "position_ids": places_of(whole)[:, -mask.shape[1] :],
+        }
+
+
+def places_of(mask: Tensor) -> Tensor:
+    """(B, T): the position of each token among those that ``mask`` (B, T) shows."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
 
 
 class TextBackbone:
@@ -291,6 +329,17 @@ class TextBackbone:
             mask.append([1] * len(own) + [0] * hidden if side == "right" else [0] * hidden + [1] * len(own))
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
+    @torch.no_grad()
+    def begin(self, ids: Tensor, mask: Tensor) -> Begun:
+        """The beginnings of texts, (B, L) padded on the left, read."""
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": places_of(mask)}
+        return Begun(self.model.base_model(**given, use_cache=True).past_key_values, mask)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it can `begin` texts: it is told the tokens' positions."""
+        return "position_ids" in inspect.signature(self.model.base_model.forward).parameters
+
     def logits(self, ids: Tensor, mask: Tensor, keep: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor:
         """(B, len(keep), V): what the frozen head says at the positions ``keep`` (a 1-D index tensor)."""
         options = {"attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
@@ -308,17 +357,29 @@ class TextBackbone:
         targets: Tensor,
         states: Tensor | None = None,
         depth: int = 0,
+        begun: Begun | None = None,
     ) -> Tensor:
         """(n,) float: log p of the tokens ``targets`` at ``positions`` of the texts ``rows``, all (n,).
 
-        Logits of more than `LARGE_LOGITS` bytes are never held whole; smaller ones cost one product, not two.
+        ``begun``: what stands before the texts. Logits of more than `LARGE_LOGITS` bytes are never held whole; smaller ones
+        cost one product, not two.
         """
-        keep, columns = positions.unique(return_inverse=True)
         head = self.model.get_output_embeddings()
-        if 4 * len(ids) * len(keep) * head.out_features > LARGE_LOGITS and is_plain_head(self.model):
-            hidden = self.hidden(ids, mask, states, depth)[rows, positions]
-            return -chunked_cross_entropy(hidden, head, targets)
-        logits = self.logits(ids, mask, keep, states, depth)[rows, columns]
+        plain, given = is_plain_head(self.model), None
+        if begun is not None:
+            given = {"input_ids": ids, "use_cache": True, **begun.goes_on(mask)}
+        keep, columns = positions.unique(return_inverse=True)
+        large = 4 * len(ids) * len(keep) * head.out_features > LARGE_LOGITS
+        if plain and (large or given):  # of texts of several lengths, no logits of padding
+            whole = self.model.base_model(**given).last_hidden_state if given else self.hidden(ids, mask, states, depth)
+            hidden = whole[rows, positions]
+            if large:
+                return -chunked_cross_entropy(hidden, head, targets)
+            logits = head(hidden)
+        elif given:
+            logits = self.model(**given).logits[rows, positions]
+        else:
+            logits = self.logits(ids, mask, keep, states, depth)[rows, columns]
         return -F.cross_entropy(logits.float(), targets, reduction="none")
 
     def hidden(self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor:

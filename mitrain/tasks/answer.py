@@ -113,17 +113,21 @@ class AnswerTask(LanguageTask):
         """For each sample the log-likelihood of each answer that it is `offered`."""
         offered = [self.offered(s) for s in batch.samples]
         pairs = [(self.words(s), c) for s, names in zip(batch.samples, offered, strict=True) for c in names]
-        owner = torch.tensor([i for i, names in enumerate(offered) for _ in names] or [0])
+        device = self.parts.text.device
+        owner = torch.tensor([i for i, names in enumerate(offered) for _ in names] or [0], device=device)
+        begun = self.beginnings(pairs, batch.inputs, owner, SCORE_ROWS) if pairs else None
         spare = [self.pair(batch.samples[0])]  # for a rank that only keeps the others company
-        scores: list[Tensor] = []
+        scores = torch.zeros(len(pairs), dtype=torch.float64)
+        order = sorted(range(len(pairs)), key=lambda i: len(self.row(*pairs[i])))  # little padding
         for start, own in dist.lockstep(range(0, len(pairs), SCORE_ROWS), 0):
-            part = slice(start, start + SCORE_ROWS)
-            inputs = batch.inputs and batch.inputs.rows(owner[part].to(batch.inputs.device))
-            log_likelihoods = self.log_likelihood((pairs or spare)[part], inputs)
-            for token_scores in log_likelihoods if own else ():
-                scores.append(token_scores.double().mean() if self.config.normalize else token_scores.double().sum())
-        values = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64)
-        return list(values.split([len(names) for names in offered]))
+            part = order[start : start + SCORE_ROWS]
+            index = torch.tensor(part or [0], device=device)
+            inputs = batch.inputs and batch.inputs.rows(owner[index].to(batch.inputs.device))
+            read = begun and begun[0].rows(begun[1][index])
+            found = self.log_likelihood([pairs[i] for i in part] or spare, inputs, read)
+            for i, tokens in zip(part, found, strict=True) if own else ():
+                scores[i] = tokens.double().mean() if self.config.normalize else tokens.double().sum()
+        return list(scores.split([len(names) for names in offered]))
 
     def generate(self, batch: Batch) -> list[str]:
         """What the model says of each sample on its own."""

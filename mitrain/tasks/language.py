@@ -20,6 +20,7 @@ from mitrain.core.config import Section, parse
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.core.user_code import FunctionName
 from mitrain.models.batch import ModalityInputs
+from mitrain.models.text import Begun
 from mitrain.models.tokens import Words
 from mitrain.tasks.base import Batch, Given, Parts, Task
 from mitrain.tasks.chat import earlier_turn, in_chat
@@ -67,6 +68,10 @@ class LanguageConfig(Section):
         return {"max_new_tokens": self.max_new_tokens, "num_beams": self.beams, **drawn}
 
 
+LARGE_CACHE = 2**30
+"""Bytes of a KV cache beyond which prompts are rather read again for each of their answers."""
+
+
 class LanguageTask(Task):
     """loss = − Σ_t log p(text_t | prompt, text_<t, image) over the tokens behind the prompt and the end."""
 
@@ -112,20 +117,64 @@ class LanguageTask(Task):
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self.row(*self.pair(s))) for s in samples)
 
-    def log_likelihood(self, pairs: Sequence[tuple[Words, str]], inputs: ModalityInputs | None) -> list[Tensor]:
-        """log p of each answer's tokens (its end included) for each (prompt, answer), with R rows of ``inputs``."""
+    def log_likelihood(
+        self, pairs: Sequence[tuple[Words, str]], inputs: ModalityInputs | None, begun: Begun | None = None
+    ) -> list[Tensor]:
+        """log p of each answer's tokens (its end included) for each (prompt, answer), with R rows of ``inputs``.
+
+        ``begun``: R prompts but for their last token, where they are read already (`beginnings`).
+        """
         text, states = self.parts.text, self.parts.states
         rows, starts = zip(*(self._answered(*pair) for pair in pairs), strict=True)
+        if begun is not None:
+            rows, starts = [row[start - 1 :] for row, start in zip(rows, starts, strict=True)], [1] * len(rows)
         answers = [[*row[start:], text.tokenizer.eos_token_id] for row, start in zip(rows, starts, strict=True)]
         ids, mask = text.pad(rows)
         spans = [range(start - 1, len(row)) for row, start in zip(rows, starts, strict=True)]
         row_index = torch.tensor([r for r, span in enumerate(spans) for _ in span], device=ids.device)
         positions = torch.tensor([p for span in spans for p in span], device=ids.device)
         targets = torch.tensor([token for answer in answers for token in answer], device=ids.device)
-        below = states.batch(rows)
+        below = states.batch(rows) if begun is None else None
         with self.parts.adapter.conditioned(inputs):
-            picked = text.log_likelihood(ids, mask, row_index, positions, targets, below, states.depth)
+            picked = text.log_likelihood(ids, mask, row_index, positions, targets, below, states.depth, begun)
         return list(picked.split([len(answer) for answer in answers]))
+
+    @cached_property
+    def begins(self) -> bool:
+        """Whether prompts that several answers stand behind are read once: by a model that goes on from its KV cache as it
+        does from the text, and without states of its lower layers, which spare more."""
+        text = self.parts.text
+        if text.sharded or self.parts.states.cached or not text.goes_on:
+            return False
+        try:
+            return not self.decoding
+        except ModelError:  # a method that cannot generate, as a gate over whole sequences
+            return False
+
+    @torch.no_grad()
+    def beginnings(
+        self, pairs: Sequence[tuple[Words, str]], inputs: ModalityInputs | None, owner: Tensor, most: int
+    ) -> tuple[Begun, Tensor] | None:
+        """The prompts of ``pairs`` but for their last tokens, each read once, and (R,) which of them is each pair's.
+
+        ``owner`` (R,): the rows of ``inputs`` that they are for. None where nothing is spared by it, or where the cache of
+        ``most`` pairs would hold more than `LARGE_CACHE` bytes.
+        """
+        if not self.begins:
+            return None
+        heads = []
+        for sample, pair in zip(owner.tolist(), pairs, strict=True):
+            row, start = self._answered(*pair)
+            heads.append((sample, *row[: start - 1]))
+        places = {head: place for place, head in enumerate(dict.fromkeys(heads))}
+        if len(places) == len(pairs) or min(map(len, places)) < 2:
+            return None
+        samples = owner.new_tensor([sample for sample, *_ in places])
+        with self.parts.adapter.conditioned(inputs and inputs.rows(samples)):
+            begun = self.parts.text.begin(*self.parts.text.pad([head for _, *head in places], side="left"))
+        if most * begun.bytes > LARGE_CACHE * len(places):
+            return None
+        return begun, owner.new_tensor([places[head] for head in heads])
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         likelihood = torch.cat(self.log_likelihood([self.pair(s) for s in batch.samples], batch.inputs))

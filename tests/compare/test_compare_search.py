@@ -7,7 +7,7 @@ import pytest
 import yaml
 from studies import BASE, NUMBERS, STUDY
 
-from mitrain.compare import compare, study
+from mitrain.compare import compare, search, study
 from mitrain.compare.compare import FAILED, OK
 from mitrain.compare.search import Job
 from mitrain.compare.table import table
@@ -82,6 +82,14 @@ def test_an_interrupted_search_goes_on_and_a_finished_one_is_not_repeated(tmp_pa
     path.write_text(json.dumps(kept))
     run(job, again)
     assert [ask[1:3] for ask in again.asked] == [("val", 40)]
+
+
+@pytest.mark.parametrize("samples", [None, 5])
+def test_trials_are_scored_on_as_many_samples_of_val_as_the_search_says(tmp_path, samples):
+    job = make(tmp_path, samples=samples)
+    part = job.study.tasks["label"].model_copy(update={"samples": 9})
+    found = search.trials_of(job.study.model_copy(update={"tasks": {"label": part}}), "label", "mit", 10, {"point": {}})
+    assert found.tasks["label"].samples == (samples or 9) and found.tasks["label"].split == "val"
 
 
 def test_a_method_whose_trials_all_fail_has_no_row_and_the_others_go_on(tmp_path):

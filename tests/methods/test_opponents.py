@@ -277,6 +277,11 @@ def test_a_frozen_language_head_speaks_of_what_they_show_it(world, values, map_o
     for one, other in zip(together, alone, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
     assert together[0] != pytest.approx(together[1], abs=1e-3)
+    assert model.task.begins
+    model.task.begins = False
+    for one, other in zip(together, scoring.ask_all(run, asked), strict=True):
+        assert one == pytest.approx(other.values["probabilities"], abs=1e-5), "with prompts read for each answer"
+    model.task.begins = True
     blind = [answer.values["probabilities"] for answer in scoring.ask_all(run, asked, infused=False)]
     assert blind[0] == pytest.approx(blind[1], abs=1e-6) != together[0]
     generation = {"beams": 2, "max_new_tokens": 4}

@@ -10,6 +10,7 @@ from modalities import pictures
 
 from mitrain.core.errors import DataError
 from mitrain.data.formats.records import AnswerSample
+from mitrain.tasks import language
 from mitrain.tasks.answer import same_text
 from mitrain.tasks.base import Batch
 
@@ -71,6 +72,27 @@ def test_candidates_are_ranked_by_likelihood(folder, normalize):
         expected = dict(zip(sample.candidates, scores.softmax(0).tolist(), strict=True))
         assert prediction.values["probabilities"] == pytest.approx(expected, abs=1e-5)
         assert prediction.values["predicted"] == max(expected, key=expected.get)
+
+
+def test_prompts_that_several_answers_stand_behind_are_read_once(folder, monkeypatch):
+    """Prompts and answers of several lengths in one batch: scores as of whole rows, from fewer tokens."""
+    seen, found = [], {}
+    batch = Batch(samples(), pictures(FEATURES))
+    for case in ("once", "again", "large"):
+        task = make(folder)
+        task.begins = case != "again" and task.begins
+        monkeypatch.setattr(language, "LARGE_CACHE", 0 if case == "large" else 2**30)
+        embedding = task.parts.text.model.get_input_embeddings()
+        seen.append(0)
+        embedding.register_forward_hook(lambda _, args, out: seen.append(seen.pop() + args[0].numel()))
+        found[case] = task.candidate_scores(batch)
+    for case in ("again", "large"):
+        torch.testing.assert_close(found["once"], found[case], rtol=0, atol=1e-5)
+    assert 0 < seen[0] < seen[1] < seen[2], "too large a cache is found out by reading the prompts"
+
+
+def test_a_gate_that_sees_the_whole_sequence_has_its_prompts_read_with_each_answer(folder):
+    assert make(folder, gate="prefix").begins and not make(folder, gate="sequence").begins
 
 
 def test_without_candidates_the_training_answers_to_the_prompt_are_ranked(folder):
