@@ -7,6 +7,7 @@ again. Shapes: N positions, D hidden width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,15 +112,17 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk
             weight = DenseWeight(head.weight, (head.out_features, head.in_features))
         return ChunkedCrossEntropy.apply(hidden, labels, Head(weight, head.bias, chunk))
 
-    return call_as(head, loss, hidden)
+    with called_as(head, loss):
+        return head(hidden)
 
 
-def call_as(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``module(x)`` with another forward function for this one call; its hooks run."""
+@contextmanager
+def called_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, a call of ``module`` is one of another ``forward`` function; its hooks run."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
-        return module(x)
+        yield
     finally:
         if before is None:
             del module.forward

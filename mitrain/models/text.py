@@ -29,7 +29,7 @@ from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError, ModelError
 from mitrain.models import blip, frozen, layouts, loading, quant, release, stream
 from mitrain.models.batch import TextBatch
-from mitrain.models.chunked_loss import chunked_cross_entropy
+from mitrain.models.chunked_loss import called_as, chunked_cross_entropy
 from mitrain.models.digests import frozen_digest, settings_of, tokenizer_of, weights_of
 from mitrain.models.stream import Shard, Unread
 from mitrain.models.tokens import WHOLE, Tokens, Words, last_of
@@ -340,9 +340,13 @@ class TextBackbone:
         """Whether it can `begin` texts: it is told the tokens' positions."""
         return "position_ids" in inspect.signature(self.model.base_model.forward).parameters
 
-    def logits(self, ids: Tensor, mask: Tensor, keep: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor:
-        """(B, len(keep), V): what the frozen head says at the positions ``keep`` (a 1-D index tensor)."""
-        options = {"attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
+    def logits(
+        self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0, begun: Begun | None = None
+    ) -> Tensor:
+        """(B, T, V): what the frozen head says, behind what is ``begun``."""
+        if begun is not None:
+            return self.model(input_ids=ids, use_cache=True, **begun.goes_on(mask)).logits
+        options = {"attention_mask": mask, "use_cache": False}
         if states is None:
             return self.model(input_ids=ids, **options).logits
         with frozen.replay(self.model, depth, states):
@@ -361,29 +365,24 @@ class TextBackbone:
     ) -> Tensor:
         """(n,) float: log p of the tokens ``targets`` at ``positions`` of the texts ``rows``, all (n,).
 
-        ``begun``: what stands before the texts. Logits of more than `LARGE_LOGITS` bytes are never held whole; smaller ones
-        cost one product, not two.
+        The head runs at these positions alone. Logits of more than `LARGE_LOGITS` bytes are never held whole, nor any
+        without gradients; smaller ones cost one product with them, not two. The rest as of `logits`.
         """
-        head = self.model.get_output_embeddings()
-        plain, given = is_plain_head(self.model), None
-        if begun is not None:
-            given = {"input_ids": ids, "use_cache": True, **begun.goes_on(mask)}
-        keep, columns = positions.unique(return_inverse=True)
-        large = 4 * len(ids) * len(keep) * head.out_features > LARGE_LOGITS
-        if plain and (large or given):  # of texts of several lengths, no logits of padding
-            whole = self.model.base_model(**given).last_hidden_state if given else self.hidden(ids, mask, states, depth)
-            hidden = whole[rows, positions]
-            if large:
-                return -chunked_cross_entropy(hidden, head, targets)
-            logits = head(hidden)
-        elif given:
-            logits = self.model(**given).logits[rows, positions]
-        else:
-            logits = self.logits(ids, mask, keep, states, depth)[rows, columns]
+        head, given = self.model.get_output_embeddings(), (ids, mask, states, depth, begun)
+        large = 4 * len(targets) * head.out_features > LARGE_LOGITS or not torch.is_grad_enabled()
+        if large and is_plain_head(self.model):
+            return -chunked_cross_entropy(self.hidden(*given)[rows, positions], head, targets)
+        whole = head.forward
+        with called_as(head, lambda hidden: whole(hidden[rows, positions])):
+            logits = self.logits(*given)
         return -F.cross_entropy(logits.float(), targets, reduction="none")
 
-    def hidden(self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0) -> Tensor:
+    def hidden(
+        self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0, begun: Begun | None = None
+    ) -> Tensor:
         """(B, T, D): the hidden states after the final norm."""
+        if begun is not None:
+            return self.model.base_model(input_ids=ids, use_cache=True, **begun.goes_on(mask)).last_hidden_state
         return frozen.last_hidden(self.model, TextBatch(ids, mask, states, depth))
 
     def trunk(self, rows: Sequence[Sequence[int]], depth: int) -> list[Tensor]:

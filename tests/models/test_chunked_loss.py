@@ -75,17 +75,23 @@ def test_capped_logits_keep_the_models_own_way(name, plain):
     assert text.is_plain_head(tiny(name)) is plain
 
 
-@pytest.mark.parametrize("precision", ["none", "int8"])
-def test_the_answers_likelihood_is_the_same_either_way(precision, monkeypatch):
-    model = tiny(dtype=torch.float64)
+@pytest.mark.parametrize(("name", "precision"), [("llama", "none"), ("llama", "int8"), ("gemma2", "none")])
+def test_the_answers_likelihood_is_the_same_every_way(name, precision, monkeypatch):
+    """With gradients, without, and a part of the vocabulary at a time: what the whole logits say. The head reads no other
+    positions."""
+    model = tiny(name, dtype=torch.float64)
     backbone = text.TextBackbone(model, None)
     if precision != "none":
         quant.quantise(model, precision, embedding=True)
     ids = torch.randint(3, 60, (3, 8), generator=torch.Generator().manual_seed(0))
     rows, positions, targets = torch.tensor([0, 0, 1, 2]), torch.tensor([5, 6, 3, 6]), torch.tensor([4, 9, 66, 0])
-    found = []
-    for limit in (text.LARGE_LOGITS, 0):
+    mask, read = torch.ones_like(ids), []
+    expected = model(input_ids=ids, attention_mask=mask).logits[rows, positions].log_softmax(-1)[range(4), targets]
+    model.get_output_embeddings().register_forward_hook(lambda head, given, out: read.append(out.shape))
+    for limit, grad in ((text.LARGE_LOGITS, True), (text.LARGE_LOGITS, False), (0, True)):
         monkeypatch.setattr(text, "LARGE_LOGITS", limit)
-        with torch.no_grad():
-            found.append(backbone.log_likelihood(ids, torch.ones_like(ids), rows, positions, targets))
-    torch.testing.assert_close(found[1].double(), found[0].double(), rtol=1e-5, atol=1e-5)
+        with torch.set_grad_enabled(grad):
+            found = backbone.log_likelihood(ids, mask, rows, positions, targets)
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    chunked = text.is_plain_head(model)
+    assert [tuple(shape) for shape in read] == [(4, 67), (4,) if chunked else (4, 67), (4,) if chunked else (4, 67)]
