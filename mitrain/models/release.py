@@ -4,10 +4,9 @@ What is not there keeps its shape, type and device, and holds NaN in the memory 
 tensors reads them from the checkpoint, bit for bit, when it is called, and then keeps them.
 """
 
-import ctypes
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mitrain.core import dist
+from mitrain.core import allocator, dist
 from mitrain.core.errors import ModelError
 from mitrain.models import layouts, loading
 from mitrain.models.quant.linear import FrozenLinear
@@ -115,6 +114,17 @@ def passing(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def borrowed(module: nn.Module) -> Iterator[None]:
+    """Inside, what is gone of ``module`` comes back when it runs, and stays; it is gone again afterwards."""
+    there = released_in(module)
+    try:
+        yield
+    finally:
+        for gone in there:
+            gone.let_go()
+
+
+@contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
     """Inside, everything of ``module`` is there, to be looked at."""
     there = released_in(module)
@@ -190,8 +200,7 @@ def release(model: nn.Module, source: str | Path | None, modules: Iterable[nn.Mo
             shards += [gone] if any(map(loading.is_sharded, own.values())) else []
     for gone in shards:
         gone.group = shards
-    with suppress(OSError, AttributeError):  # glibc alone; it keeps a gigabyte of what was freed, as mitrain tells it to
-        ctypes.CDLL(None).malloc_trim(0)
+    allocator.give_back()
     log.info("%d MB of frozen weights were let go of: the cache holds what they make of the samples", size // 10**6)
     return size
 

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from mitrain import methods
-from mitrain.core import dist, user_code
+from mitrain.core import allocator, dist, user_code
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.columns import bytes_of, take
 from mitrain.data.features import Features
@@ -125,6 +125,7 @@ class Setup:
             total = sum(self.features.work(part, views[name]) for name, part in splits.items())
             with self._bar(total, "encode inputs") as bar:
                 splits = {name: self._usable(part, name, views[name], bar) for name, part in splits.items()}
+        allocator.give_back()  # of pictures and encoders, before the language model's layers come
         self.train, self.val = splits.values()
         self.fingerprint = fingerprint(config.to_dict(), splits, self.features.contents, self.model.base) | self.own
         if self.drawn is not None:

@@ -23,10 +23,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mitrain.core import dist
+from mitrain.core import allocator, dist
 from mitrain.core.errors import PREEMPTED, CheckpointError, ConfigError
 from mitrain.core.files import write_json
 from mitrain.core.ownership import Standing, owned
+from mitrain.models import release
 from mitrain.tasks.base import Batch
 from mitrain.training import checkpoint, preflight, resume, runs
 from mitrain.training.checkpoint import Checkpoint
@@ -228,11 +229,13 @@ class Trainer(Setup):
     def _evaluate(self, step: int, metrics: Metrics | NoMetrics) -> bool:
         """Score val; whether this is the best so far."""
         self.model.train(False)
+        allocator.give_back()  # of activations: what scoring holds has other sizes
         with self.engine.gathered():
             self._require_finite(step, self._trained())
         with self.watch.phase("evaluate"):
             options = {"batch": self.config.train.eval_batch, "what": f"val at step {step}"}
-            scores = evaluate(self.model, self.features, self.val, **options).metrics
+            with release.borrowed(self.model.text.model):
+                scores = evaluate(self.model, self.features, self.val, **options).metrics
         metrics.event("val", step, scores)
         value = float(scores[self.model.task.metric])
         if not math.isfinite(value):

@@ -1,6 +1,7 @@
 """mitrain plan: what it counts without storage is what a step with storage takes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_a_step_without_storage_counts_what_a_real_one_takes(world, method):
     assert sum(parts) == pytest.approx(sum(storages(frozen_tensors(frozen)).values()), rel=0.02, abs=1024)
     whole = sum(p.nbytes for p in frozen_parameters(frozen))
     if sum(parts) < 0.98 * whole:  # what the cache stands for is there while it is filled
-        assert made.moments["encoding"] >= ASKED.machine.reserve + whole + found.encoding
+        assert made.moments["encoding"] >= ASKED.machine.reserve + whole + found.held["encoding"]
     else:
         assert "encoding" not in made.moments and method not in ("mit", "gated-xattn")
 
@@ -133,28 +134,37 @@ def test_a_mistake_is_one_line(world, capsys, words, told):
     assert told in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
-def test_the_largest_batch_is_read_from_the_peaks_in_pieces():
-    """Gradients make the peak of few samples, so that a line through one and two would promise far too many."""
-    peaks = [(1, 100), (2, 101), (16, 160), (32, 320)]
-    assert [largest(peaks, room) for room in (99, 100, 100.9, 101, 160, 240, 320, 1000)] == [
-        0,
-        1,
-        1,
-        2,
-        16,
-        24,
-        32,
-        100,
-    ]
-    assert largest([(1, 10), (16, 10), (32, 10)], 20) == 26  # no slope: at least a byte a sample
+class Stepped:
+    """Steps of 8 samples whose bytes are functions of the size; by default each size makes other tensors."""
+
+    def __init__(self, peak, kept, course=lambda size: [0] * size):
+        self.sizes = []
+        self.share, self.peak, self.kept, self.course = 8, peak, kept, course
+
+    def step(self, size):
+        self.sizes.append(size)
+        return SimpleNamespace(peak=self.peak(size), kept={"layer": self.kept(size)}, course=self.course(size))
+
+    @property
+    def traced(self):
+        return self.step(self.share)
 
 
-def test_what_the_forward_pass_keeps_bounds_the_batch_where_gradients_make_every_peak(world):
-    config = schema.load(configured(world, "mit", "classify"))
-    found = measured(config, ASKED)
-    found.peaks = [(size, found.traced.peak) for size, _ in found.peaks]
-    (few, low), (many, high) = found.kept[-2:]
-    assert 0 < plan(config, ASKED, found=found).largest_batch <= ASKED.machine.memory * (many - few) / (high - low)
+def test_the_largest_batch_follows_from_what_lives_at_each_moment():
+    """100 bytes of gradients at one moment, 10 a sample at another: two sizes tell both, whichever makes their peaks."""
+    course = lambda size: [30, 10 * size, 100]  # noqa: E731
+    found = Stepped(lambda size: max(course(size)), lambda size: 0, course)
+    assert [largest(found, room) for room in (99, 100, 105, 400, 5000)] == [0, 10, 10, 40, 500]
+    assert set(found.sizes) == {1, 8, 64}
+
+
+def test_where_steps_run_otherwise_the_largest_batch_follows_from_their_peaks():
+    """From 64 samples on a part of them is run at a time: a line through 8 and 64 would promise too few."""
+    peak = lambda size: 10 * size if size < 64 else 500 + size  # noqa: E731
+    found = Stepped(peak, lambda size: 0)
+    assert [largest(found, room) for room in (5, 50, 80, 322, 600, 5000)] == [0, 5, 8, 36, 100, 4500]
+    gradients = Stepped(lambda size: 100, lambda size: 2 * size)  # they make every peak of those tried
+    assert largest(gradients, 1000) == 500
 
 
 def test_a_batch_twice_the_largest_does_not_fit(world, capsys):

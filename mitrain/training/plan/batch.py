@@ -17,9 +17,11 @@ from mitrain.data.formats.labels import LabelSample
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.formats.refcoco import ReferSample
 from mitrain.data.formats.targets import TargetSample
+from mitrain.data.sources import limit, portion
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch
 from mitrain.training.build import Model
+from mitrain.training.preflight import LOOKED_AT
 from mitrain.training.schema import RunConfig
 
 SIDE = 64  # pixels of a stand-in's mask
@@ -43,15 +45,16 @@ def words(count: int) -> str:
     return " ".join(["w"] * count)
 
 
-def at_hand(config: RunConfig) -> tuple[list[Any], str]:
-    """The training samples, where the data's folder is there already; else none, and why."""
+def at_hand(config: RunConfig) -> tuple[Sequence[Any], Sequence[Any], str]:
+    """The samples of training and of val, where the data's folder is there already; else none, and why."""
     folder = data_folder(config)
     if folder is None:
-        return [], "the data is not at hand"
+        return [], [], "the data is not at hand"
     try:
-        return config.data.read(folder, "train"), ""
+        train, val = (config.data.read(folder, split) for split in ("train", "val"))
+        return portion(train, config.train.fraction), limit(val, config.train.eval_samples), ""
     except UserError as error:
-        return [], f"the data cannot be read ({error})"
+        return [], [], f"the data cannot be read ({error})"
 
 
 def data_folder(config: RunConfig) -> Path | None:
@@ -83,9 +86,15 @@ def stand_in(model: Model, number: int, tokens: int) -> Any:
 
 
 def longest(samples: Sequence[Any], tokens: Callable[[Sequence[Any]], int], count: int) -> list[Any]:
-    """The ``count`` samples of most tokens, repeated where there are fewer: no batch takes more."""
-    ordered = sorted(samples, key=lambda sample: -tokens([sample]))
+    """The ``count`` samples of most tokens, of many of `LOOKED_AT`, repeated where there are fewer."""
+    ordered = sorted(limit(samples, LOOKED_AT), key=lambda sample: -tokens([sample]))
     return [ordered[i % len(ordered)] for i in range(count)]
+
+
+def largest_batch(samples: Sequence[Any], tokens: Callable[[Sequence[Any]], int], size: int) -> Sequence[Any]:
+    """Of the batches in which ``samples`` are scored, of many of some, the one of most tokens."""
+    starts = limit(range(0, len(samples), size), max(1, LOOKED_AT // size))
+    return max((samples[start : start + size] for start in starts), key=tokens)
 
 
 def batch_of(model: Model, samples: Sequence[Any], mode: FakeTensorMode) -> Batch:

@@ -21,7 +21,7 @@ PER_NODE = 8
 @dataclass(frozen=True)
 class Machine:
     """``memory`` in bytes; ``flops`` a second in 16 bits and in fp32; ``bandwidth``, of its memory, and ``link``, to its
-    neighbours in the node, in bytes a second. ``reserve``: bytes that are not for tensors."""
+    neighbours in the node, in bytes a second. ``reserve``: bytes of a GPU that are not for tensors."""
 
     name: str
     memory: int
@@ -75,7 +75,7 @@ def cpu() -> Machine:
     source = torch.zeros(1 << 23)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes * often(lambda: target.copy_(source))
-    return Machine("cpu", memory_here(), rates, bandwidth, bandwidth / 4, resident())
+    return Machine("cpu", memory_here(), rates, bandwidth, bandwidth / 4, 0)
 
 
 def products(dtype: torch.dtype, side: int = 512) -> float:
@@ -104,6 +104,6 @@ def memory_here() -> int:
 
 
 def resident() -> int:
-    """Bytes of this process that lie in memory: the interpreter with all that training imports."""
+    """Bytes of this process that lie in memory."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.is_file() else 0

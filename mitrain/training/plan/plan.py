@@ -3,11 +3,14 @@
 Everything is counted on the models without weights that the configuration describes; what is assumed is listed.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,15 +25,16 @@ from mitrain.training import schema
 from mitrain.training.build import Model, assemble, described, encoders_of, resolve_model
 from mitrain.training.engine.deepspeed_config import PERSIST
 from mitrain.training.plan import batch as batches
-from mitrain.training.plan.machines import NETWORK_TEXT, NETWORKS, Machine
+from mitrain.training.plan.evaluation import generating, scoring
+from mitrain.training.plan.machines import NETWORK_TEXT, NETWORKS, Machine, resident
 from mitrain.training.plan.tracing import Traced, passed, traced, without_storage
 from mitrain.training.plan.traffic import Traffic, traffic
 from mitrain.training.schema import RunConfig
 
 TOKENS = 64
 ENCODED = 32  # texts that are run together while the cache is filled
-MANY = 16
-"""Samples of a batch whose activations, not the gradients, make the peak."""
+MOST = 10**9
+"""Samples of a batch, where nothing grows with them."""
 ROW = 2000
 """Bytes of a sample that stay in memory: its fields, token ids, entries of the caches' indices (measured)."""
 FAR, SLOW, BUSY, LAUNCH_S = 0.4, 0.6, 0.7, 10e-6
@@ -106,20 +110,24 @@ class Asked:
 
 @dataclass
 class Measured:
-    """A configuration's step on one rank: ``traced`` of ``share`` samples; ``peaks``: bytes by the number of samples,
-    ``kept``: likewise when the forward pass has ended.
+    """A configuration's ``step`` on one rank, of any number of samples: it has ``share`` of them.
 
-    ``encoding``: bytes that the frozen layers below the changed ones make of the longest texts while the cache is filled.
+    ``process``: bytes of this process, with all that training imports, its models without weights and their tokenizer.
+    ``held``: bytes beside the weights at other moments (0: they do not come): while the frozen layers below the changed
+    ones fill the cache with the longest texts, while val is scored, and while the model speaks.
     """
 
     model: Model
-    traced: Traced
+    step: Callable[[int], Traced]
     share: int
-    peaks: list[tuple[int, int]]
-    kept: list[tuple[int, int]]
+    process: int
     samples: int | None
-    encoding: int = 0
+    held: dict[str, int] = field(default_factory=dict)
     assumptions: list[str] = field(default_factory=list)
+
+    @property
+    def traced(self) -> Traced:
+        return self.step(self.share)
 
 
 def empty_model(config: RunConfig) -> tuple[Model, FakeTensorMode]:
@@ -136,42 +144,57 @@ def empty_model(config: RunConfig) -> tuple[Model, FakeTensorMode]:
 
 
 def measured(config: RunConfig, asked: Asked) -> Measured:
-    """A step on the rank with the most samples, and steps of other sizes.
-
-    With few samples the gradients make the peak, with many the activations: a line through two small sizes is too flat.
-    """
+    """Steps of the longest samples, and what is held at other moments."""
     share = -(-config.train.batch // asked.ranks)
-    many = share + 2 * MANY
-    samples, why = batches.at_hand(config)
     model, mode = empty_model(config)
     model.text.tokenizer = tokenizer = tokenizer_at_hand(config)
-    if samples and tokenizer:
-        drawn = batches.longest(samples, model.task.tokens, many)
+    process = resident()
+    samples, val, why = batches.at_hand(config)
+    if samples and val and tokenizer:
+        drawn = batches.longest(samples, model.task.tokens, max(share, ENCODED))
+        scored = batches.largest_batch(val, model.task.tokens, config.train.eval_batch)
         said = [f"the {share} longest of {len(samples):,} training samples"]
+        model.task.remember(samples)
     else:
         model.text.tokenizer = model.text.tokenizer or batches.Words()
-        drawn = [batches.stand_in(model, i, asked.tokens) for i in range(many)]
+        drawn, scored = (
+            [batches.stand_in(model, i, asked.tokens) for i in range(count)]
+            for count in (max(share, ENCODED), config.train.eval_batch)
+        )
         said = [f"texts of {asked.tokens} tokens (--tokens), since {why or 'the tokenizer is not at hand'}"]
     filled = drawn[:ENCODED] if keeps_states(config, model) else []
     rows = model.texts(filled, False) if filled else []
-    encoding = passed(model, lambda: model.text.trunk(rows, model.states.depth), mode) if rows else 0
-    sizes = sorted({1, share, share + MANY, many})
-    steps = {size: traced(model, batches.batch_of(model, drawn[:size], mode), mode) for size in sizes}
-    peaks = [(size, step.peak) for size, step in steps.items()]
-    kept = [(size, sum(step.kept.values())) for size, step in steps.items()]
-    return Measured(model, steps[share], share, peaks, kept, len(samples) or asked.samples, encoding, said)
+    encoding = passed(model, lambda _: model.text.trunk(rows, model.states.depth), mode) if rows else 0
+    step = lambda size: traced(  # noqa: E731
+        model, batches.batch_of(model, [drawn[i % share] for i in range(size)], mode), mode
+    )
+    speaks = model.task.must_generate(val or scored)
+    held = {"evaluation": scoring(model, scored, mode), "generation": generating(model, scored, mode) if speaks else 0}
+    held["encoding"] = encoding
+    return Measured(model, cache(step), share, process, len(samples) or asked.samples, held, said)
 
 
-def largest(peaks: Sequence[tuple[int, int]], room: float) -> int:
-    """The most samples whose peak leaves ``room`` bytes, from ``peaks`` of some numbers of them.
+def alike(one: Traced, other: Traced) -> bool:
+    """Whether both made the same tensors, of other sizes."""
+    return len(one.course) == len(other.course)
 
-    The peak grows ever faster or evenly: between two numbers it lies below the chord, and beyond the last two on their line.
+
+def largest(found: Measured, room: float) -> int:
+    """The most samples whose step takes no more than ``room`` bytes, from steps of fewer and more of them.
+
+    Where both make the same tensors, what lives at each moment grows evenly. Else, as where a part of the samples is run at
+    a time, it is the peak that does, and what the forward pass keeps: with few samples the gradients may make every peak.
     """
-    if room < peaks[0][1]:
-        return 0
-    pairs = list(pairwise(peaks))
-    (few, low), (more, high) = next((pair for pair in pairs if room < pair[1][1]), pairs[-1])
-    return int(few + (room - low) * (more - few) / max(high - low, more - few))
+    share = found.share
+    few, more = (share, 4 * share + 32) if room >= found.traced.peak else (1, share)
+    if room >= found.step(more).peak and not alike(found.step(few), found.step(more)):
+        few, more = more, 2 * more
+    one, other = found.step(few), found.step(more)
+    courses = [step.course if alike(one, other) else [step.peak, sum(step.kept.values())] for step in (one, other)]
+    low, high = np.asarray(courses, dtype=float)
+    slope, fixed = (high - low) / max(more - few, 1), np.where(low <= room, np.inf, -np.inf)
+    most = few + np.divide(room - low, slope, out=fixed, where=slope > 0).min()
+    return math.floor(min(max(0, most), MOST))
 
 
 def tokenizer_at_hand(config: RunConfig) -> Any:
@@ -195,7 +218,7 @@ def plan(config: RunConfig, asked: Asked, *, remedies: bool = True, found: Measu
     total, budget = max(moments.values()), asked.machine.memory
     times = step_ms(config, asked, found, sent)
     room = budget - moments["backward"] + found.traced.peak
-    most = min(largest(sizes, room) for sizes in (found.peaks, found.kept)) * asked.ranks  # peaks may be gradients' alone
+    most = largest(found, room) * asked.ranks
     fits = total <= budget
     per_step = config.train.batch * config.train.accumulate
     made = Plan(
@@ -302,7 +325,7 @@ def memory(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> t
     text, encoders = frozen(model, "text"), frozen(model, *(model.frozen.keys() - {"text"}))
     of_rank = lambda tensors: per_rank([t for t in tensors if id(t) not in gone], config, asked.ranks)  # noqa: E731
     fixed = {
-        "process": asked.machine.reserve,
+        "process": found.process if on_cpu else asked.machine.reserve,
         "frozen language model": of_rank(text),
         "frozen encoders": of_rank(encoders),
         "gathered frozen weights": sent.held,
@@ -321,7 +344,12 @@ def memory(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> t
     missing = per_rank([t for t in (*text, *encoders) if id(t) in gone], config, asked.ranks)
     moments = {"backward": base + sum(step.values()), "reduction": base + weights + flat}
     if gone:
-        moments["encoding"] = base + missing - fixed["optimizer"] + found.encoding
+        moments["encoding"] = base + missing - fixed["optimizer"] + found.held["encoding"]
+    moments["evaluation"] = base + found.held["evaluation"]
+    if found.held["generation"]:
+        moments["generation"] = (
+            base + per_rank([t for t in text if id(t) in gone], config, asked.ranks) + found.held["generation"]
+        )
     if on_cpu:
         files = [bytes_of(list(module.state_dict().values())) for module in model.trainable.values()]
         moments["save"] = base + saving([*files, optimizer(config, 1, weights)])

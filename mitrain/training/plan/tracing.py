@@ -6,9 +6,10 @@ that no formula has to know them. Shapes: B samples of one rank.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,18 +36,22 @@ class Traced:
     ``flops``: of matrix products, convolutions and attention (over all pairs of tokens), 2 for each multiply-accumulate;
     ``forward_flops``: of them, the forward pass's. ``kept``: bytes that live when the forward pass has ended, by the part of
     the model that made them; ``peak``: the most bytes that lived at once beside the weights, ``gradients`` of them the
-    gradients'. ``operators``:
-    (flops, bytes read and written) of each operator that touches memory. ``order``: the modules with frozen weights in the
-    order in which they run, and whether the backward pass comes by.
+    gradients'. ``course``: the bytes that lived so, each time an operator had made a tensor.
+    ``operators``: (flops, bytes read and written) of each operator that touches memory. ``order``: the modules with frozen
+    weights in the order in which they run, and whether the backward pass comes by.
     """
 
     flops: int
     forward_flops: int
     kept: dict[str, int]
-    peak: int
     gradients: int
+    course: list[int]
     operators: list[tuple[int, int]]
     order: list[tuple[nn.Module, bool]]
+
+    @property
+    def peak(self) -> int:
+        return max(self.course)
 
 
 class Meter(TorchDispatchMode):
@@ -58,28 +63,32 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, mode: FakeTensorMode | None = None):
         super().__init__()
-        self.mode = mode
+        self.mode, self.counts = mode, Tensor if mode is None else FakeTensor
         self.flops = self.now = self.peak = self.gradients = self.gradients_at_peak = 0
+        self.course: list[int] = []
         self.operators: list[tuple[int, int]] = []
         self.parts = [ELSEWHERE]
-        self.live: dict[int, tuple[int, str]] = {}
+        self.live: dict[int, tuple[int, str, Any]] = {}
+        self.formulas = {**flop_registry, **own_operators()}
 
     def known(self, *outside: Tensor) -> None:
         """These tensors were there before: views and changes of them are nothing new."""
         for tensor in outside:
-            self.live[tensor.untyped_storage()._cdata] = (0, "")
+            self.live[tensor.untyped_storage()._cdata] = (0, "", None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = unknown(func, args)
-        if answer is not None:
-            return answer
-        args, kwargs = tree_map(filled, (args, kwargs or {}))
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        kwargs = kwargs or {}
+        if func in UNKNOWN and isinstance(args[0], FakeTensor):
+            return UNKNOWN[func](args[0])
+        given = [*tensors_of(args), *tensors_of(kwargs.values())]
+        if any(not isinstance(tensor, FakeTensor) and tensor.is_meta for tensor in given):
+            args, kwargs = tree_map(filled, (args, kwargs))
         out = func(*args, **kwargs) if given or self.mode is None else self._new(func, args, kwargs)
-        results = [t for t in tree_leaves(out) if self.counts(t)]
+        results = [tensor for tensor in tensors_of((out,)) if isinstance(tensor, self.counts)]
         if not results:
             return out
-        count = flops_of(func, args, kwargs, out)
+        formula = self.formulas.get(func._overloadpacket)
+        count = formula(*args, **kwargs, out_val=out) if formula else 0
         self.flops += count
         if not func.is_view:
             self.operators.append((count, sum(map(size_of, given)) + sum(map(size_of, results))))
@@ -96,44 +105,50 @@ class Meter(TorchDispatchMode):
                 return out
         return func(*args, **kwargs)
 
-    def counts(self, value: Any) -> bool:
-        return isinstance(value, Tensor if self.mode is None else FakeTensor)
-
     def _hold(self, storage: Any) -> None:
         key = storage._cdata
         if key in self.live:
             return
-        self.live[key] = (storage.nbytes(), self.parts[-1])
+        gone = weakref.ref(storage, partial(self._release, key))
+        self.live[key] = (storage.nbytes(), self.parts[-1], gone)
         self.now += storage.nbytes()
+        self.course.append(self.now)
         if self.now > self.peak:
             self.peak, self.gradients_at_peak = self.now, self.gradients
-        weakref.finalize(storage, self._release, key)
 
-    def _release(self, key: int) -> None:
-        self.now -= self.live.pop(key, (0, ""))[0]
+    def _release(self, key: int, _: Any) -> None:
+        self.now -= self.live.pop(key, (0,))[0]
 
     def gradient_made(self, parameter: Tensor) -> None:
         self.gradients += size_of(parameter.grad)
 
     def by_part(self) -> dict[str, int]:
         found: Counter[str] = Counter()
-        for size, part in self.live.values():
+        for size, part, _ in self.live.values():
             found[part] += size
         return {part: size for part, size in found.items() if size}
 
 
-def unknown(func: Any, args: Sequence[Any]) -> Any:
-    """An answer where an operator asks for numbers that tensors without storage have not: any will do, and all differ."""
-    if not args or not isinstance(args[0], FakeTensor):
-        return None
-    if func is ATEN._local_scalar_dense.default:
-        return 1.0 if args[0].is_floating_point() else 0
-    if func is ATEN.equal.default:
-        return False
-    if func is ATEN._unique2.default:
-        places = torch.arange(args[0].numel()).view(args[0].shape)
-        return args[0].flatten(), places, torch.ones_like(places)
-    return None
+def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among ``values`` and in lists of them: what an operator takes and gives is no deeper."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_of(value)
+
+
+def different(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    places = torch.arange(values.numel()).view(values.shape)
+    return values.flatten(), places, torch.ones_like(places)
+
+
+UNKNOWN: dict[Any, Callable[[Tensor], Any]] = {
+    ATEN._local_scalar_dense.default: lambda value: 1.0 if value.is_floating_point() else 0,
+    ATEN.equal.default: lambda _: False,
+    ATEN._unique2.default: different,
+}
+"""Answers where an operator asks for numbers that tensors without storage have not: any will do, and all differ."""
 
 
 def filled(value: Any) -> Any:
@@ -146,16 +161,9 @@ def size_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
-    """By torch's own formulas, and ours for what it has none for."""
-    packet = func._overloadpacket
-    formula = own_operators().get(packet) or flop_registry.get(packet)
-    return formula(*args, **kwargs, out_val=out) if formula else 0
-
-
 def own_operators() -> dict[Any, Any]:
-    """What torch has no formula for, in its counter's terms: attention as its CPU computes it, and infused attention, as
-    both products of attention."""
+    """By operator, what torch has no formula for, in its counter's terms: attention as its CPU computes it, and infused
+    attention, as both products of attention."""
     ours = torch.ops.mitrain_kernels
     found = {
         ATEN._scaled_dot_product_flash_attention_for_cpu: attention_flops,
@@ -250,16 +258,17 @@ def metered(model: Model, mode: FakeTensorMode | None) -> tuple[Meter, list[Tens
     """A meter that knows the model's weights, and these."""
     meter = Meter(mode)
     modules = [*model.frozen.values(), *model.trainable.values()]
-    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers()) if meter.counts(t)}
+    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers()) if isinstance(t, meter.counts)}
     meter.known(*tensors.values())
     return meter, list(tensors.values())
 
 
-def passed(model: Model, run: Callable[[], object], mode: FakeTensorMode | None = None) -> int:
-    """The most bytes that live at once beside the weights while ``run`` computes without gradients."""
+def passed(model: Model, run: Callable[[Meter], object], mode: FakeTensorMode | None = None) -> int:
+    """The most bytes that live at once beside the weights while ``run``, which is given the meter, computes without
+    gradients."""
     meter, _ = metered(model, mode)
     with torch.no_grad(), meter:
-        run()
+        run(meter)
     return meter.peak
 
 
@@ -277,4 +286,4 @@ def traced(model: Model, batch: Batch, mode: FakeTensorMode | None = None) -> Tr
             total, _ = regularised(model.task.loss(batch), model.adapter.extra_loss())
         forward, kept = meter.flops, meter.by_part()
         total.backward()
-    return Traced(meter.flops, forward, kept, meter.peak, meter.gradients_at_peak, meter.operators, order)
+    return Traced(meter.flops, forward, kept, meter.gradients_at_peak, meter.course, meter.operators, order)
