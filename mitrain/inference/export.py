@@ -65,14 +65,16 @@ def export(
         metrics[split] = {key: value for key, value in scores.items() if key not in ("split", "step", "run", "control")}
     counts = export_format.count(model.trainable.values(), model.text.model)
     base = export_format.without_home(run_config.model.llm)
-    fields = export_format.method_fields(model.adapter, model.text.model.config, base, counts)
+    adapter = model.adapter
+    fields = export_format.method_fields(adapter.traits.name, adapter.config, model.text.model.config, base, counts)
     fields["run"] = run_part(run_config, model, saved, metrics, Path(out)).to_dict()
     fields["frozen"] = runs.frozen_of(saved) or None
     tensors = {name: saved.tensors[name] for name in model.trainable}
     tensors["head"] = {n: t for n, t in tensors["head"].items() if not n.startswith(QUEUE)}
-    alone = model.adapter.traits.backbones == ("text",)
+    alone = adapter.traits.backbones == ("text",)
     encoder = next((section["name"] for section in fields["run"]["config"]["model"]["encoders"].values()), "")
-    peft = export_format.peft_files(model.adapter, tensors["adapter"], {"text": base, "encoder": encoder})
+    names = {"text": base, "encoder": encoder}
+    peft = export_format.peft_files(adapter.attachment.peft, alone, tensors["adapter"], names)
     card = lambda contents: export_format.model_card(contents, licences(), alone)  # noqa: E731
     folder = export_format.publish(out, fields, tensors, card, peft)
     models = [base, *(encoder["name"] for encoder in fields["run"]["config"]["model"]["encoders"].values())]

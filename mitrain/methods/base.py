@@ -31,6 +31,7 @@ from mitrain.core.errors import ModelError
 from mitrain.methods import export_format
 from mitrain.models import frozen, quant
 from mitrain.models.batch import ModalityInputs, Outputs, TextBatch
+from mitrain.models.digests import stored_digests
 from mitrain.models.layers import Layers
 
 log = logging.getLogger(__name__)
@@ -225,7 +226,13 @@ class Adapter(nn.Module, ABC):
         """
         if "text" not in self._backbones:
             raise ModelError(f"this {self.traits.name} adapter is not attached to a language model: call attach() first")
-        return export_format.publish_adapter(folder, self, self._backbones["text"])
+        model, tensors, alone = self._backbones["text"], self.state_dict(), self.traits.backbones == ("text",)
+        names = {side: export_format.without_home(each.name_or_path) for side, each in self._backbones.items()}
+        counts = export_format.count([self], model, self._others(model))
+        fields = export_format.method_fields(self.traits.name, self.config, model.config, names["text"], counts)
+        fields["frozen"] = stored_digests(model, self) or None
+        peft = export_format.peft_files(self.attachment.peft, alone, tensors, names)
+        return export_format.publish(folder, fields, {"adapter": tensors}, export_format.model_card, peft)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self._backbones:  # a copy's hooks would be the original's

@@ -30,7 +30,6 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from mitrain import methods
 from mitrain.core import parsing, safe_io
 from mitrain.methods import export_format
 from mitrain.methods.mit.mit import MiTConfig
@@ -166,7 +165,7 @@ def export(folder: Path, at: int) -> int:
     """Publish the step's content in the new folder ``FOLDER/adapter``."""
     base = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=20)
     counts = export_format.Parameters(trainable=1, frozen=2)
-    fields = export_format.method_fields(methods.build(MiTConfig(), {"image": 4}), base, "base", counts)
+    fields = export_format.method_fields("mit", MiTConfig(modalities={"image": 4}), base, "base", counts)
     with Killer(at):
         tensors = {"adapter": content(1)["adapter"]}
         export_format.publish(folder / "adapter", fields, tensors, export_format.model_card, {})

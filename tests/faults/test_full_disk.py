@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from mitrain import methods
 from mitrain.core.errors import CheckpointError
 from mitrain.core.files import file_lock
 from mitrain.core.ownership import owned
@@ -31,8 +30,8 @@ def save(run: Path, step: int) -> Path:
 
 def publish(folder: Path) -> Path:
     base = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=20)
-    adapter, counts = methods.build(MiTConfig(), {"image": 4}), export_format.Parameters(trainable=1, frozen=2)
-    fields = export_format.method_fields(adapter, base, "base", counts)
+    counts = export_format.Parameters(trainable=1, frozen=2)
+    fields = export_format.method_fields("mit", MiTConfig(modalities={"image": 4}), base, "base", counts)
     return export_format.publish(folder, fields, {"adapter": {"w": torch.zeros(NUMBERS)}}, export_format.model_card, {})
 
 

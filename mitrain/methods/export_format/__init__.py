@@ -28,7 +28,6 @@ from mitrain.methods.export_format.folder import (
     method_fields,
     peft_files,
     publish,
-    publish_adapter,
     read,
     read_contents,
 )

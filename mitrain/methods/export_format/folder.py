@@ -8,28 +8,23 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from mitrain.core import config
+from mitrain.core.config import Section
 from mitrain.core.errors import CheckpointError, ConfigError
 from mitrain.core.files import atomic_folder, remedy
 from mitrain.core.safe_io import first_of, is_finite, parse_json, parse_tensors, read_regular, regular_size, unlike
 from mitrain.core.version import __version__
-from mitrain.methods.export_format.card import model_card
 from mitrain.methods.export_format.contents import Contents, FileSum, Parameters
-from mitrain.methods.export_format.paths import without_home
 from mitrain.models import loading
-from mitrain.models.digests import stored_digests
 from mitrain.models.shapes import base_shape
-
-if TYPE_CHECKING:
-    from mitrain.methods.base import Adapter
 
 FORMAT = 3
 CONFIG, WEIGHTS, CARD = "mitrain.json", "mitrain.safetensors", "README.md"
@@ -126,35 +121,33 @@ def count(trained: Iterable[nn.Module], base: nn.Module, others: Iterable[nn.Mod
     return Parameters(trainable=sum(map(loading.count_parameters, modules)), frozen=sum(own.values()))
 
 
-def publish_adapter(folder: str | Path, adapter: "Adapter", model: PreTrainedModel) -> Path:
-    """`publish` an ``adapter`` alone, which is attached to the language ``model``."""
-    base, tensors = without_home(model.name_or_path), adapter.state_dict()
-    names = {side: without_home(each.name_or_path) for side, each in adapter._backbones.items()}
-    fields = method_fields(adapter, model.config, base, count([adapter], model, adapter._others(model)))
-    fields["frozen"] = stored_digests(model, adapter) or None
-    return publish(folder, fields, {"adapter": tensors}, model_card, peft_files(adapter, tensors, names))
+def peft_files(
+    peft: Mapping[str, tuple[Any, Callable[[str], str | None]]],
+    alone: bool,
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, str],
+) -> PeftFiles:
+    """An adapter's ``tensors`` as PEFT saves them, by ``Attachment.peft``; nothing where that is empty.
 
-
-def peft_files(adapter: "Adapter", tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> PeftFiles:
-    """``tensors`` of an attached ``adapter`` as PEFT saves them, nothing where it cannot; ``names``: of its backbones."""
+    ``alone``: it is attached to the language model alone. ``names``: of its backbones.
+    """
     files = {}
-    for side, (settings, name_of) in adapter.attachment.peft.items():
+    for side, (settings, name_of) in peft.items():
         with tempfile.TemporaryDirectory() as folder:
             settings.save_pretrained(folder)
             values = json.loads((Path(folder) / PEFT_CONFIG).read_text())
         own = {ours: tensor for name, tensor in tensors.items() if (ours := name_of(name))}
-        place = "" if adapter.traits.backbones == ("text",) else PEFT_FOLDERS[side]
-        files[place] = {**values, "base_model_name_or_path": names[side]}, own
+        files["" if alone else PEFT_FOLDERS[side]] = {**values, "base_model_name_or_path": names[side]}, own
     return files
 
 
-def method_fields(adapter: "Adapter", base: PretrainedConfig, name: str, counts: Parameters) -> dict[str, Any]:
-    """The fields of `Contents` that every adapter has; ``name``: of the language model, whose settings are ``base``."""
-    method = adapter.traits.name
+def method_fields(method: str, settings: Section, base: PretrainedConfig, name: str, counts: Parameters) -> dict[str, Any]:
+    """The fields of `Contents` that every adapter has: of a ``method`` with ``settings`` on the language model ``name``,
+    whose own are ``base``."""
     return {
         "base_model_name_or_path": name,
         "base": base_shape(base).to_dict(),
-        "adapter": {"name": method, **adapter.config.to_dict()},
+        "adapter": {"name": method, **settings.to_dict()},
         "parameters": counts.to_dict(),
         "run": None,
     }
