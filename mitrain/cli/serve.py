@@ -11,7 +11,7 @@ from mitrain.cli.shared import add_allow_changes, add_checkpoint, add_generation
 from mitrain.core.errors import ConfigError, need_extra
 
 if TYPE_CHECKING:
-    from mitrain.inference.serving import Limits
+    from mitrain.inference.service import Limits
     from mitrain.training.runs import Run
 
 EXAMPLES = """  mitrain serve runs/birds-TIME                       a page at http://127.0.0.1:8000
@@ -53,7 +53,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     if arguments.encoder and len(arguments.run_dirs) > 1:
         raise ConfigError("--encoder is about one run's encoders: serve one run, or leave it out")
     listening = listener(arguments.host, arguments.port)
-    from mitrain.inference.serving import Limits
+    from mitrain.inference.service import Limits
     from mitrain.training import runs
 
     opening = opening_of(arguments)

@@ -9,13 +9,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.data.formats.conversations import asked_behind
-
-if TYPE_CHECKING:
-    from mitrain.inference.serving import Service
+from mitrain.inference.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +27,7 @@ SPOKEN |= {name: name for name in ("temperature", "top_p")}
 class Chats:
     """``service`` asked in OpenAI's form."""
 
-    def __init__(self, service: "Service"):
+    def __init__(self, service: Service):
         self.service = service
 
     def streams(self, body: Mapping[str, Any]) -> bool:

@@ -17,14 +17,14 @@ from PIL import Image
 from mitrain.cli import main
 from mitrain.cli.serve import together
 from mitrain.core.errors import ConfigError, UserError
-from mitrain.inference import scoring
+from mitrain.inference import chats, scoring, service
+from mitrain.inference.service import Limits
 from mitrain.training import runs, schema
 from mitrain.training.build import build
 from mitrain.training.checkpoint import Checkpoint
 
 pytest.importorskip("python_multipart", reason="needs the extra [serve]")
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra [serve]")
-chats = pytest.importorskip("mitrain.inference.chats", reason="needs the extra [serve]")
 serving = pytest.importorskip("mitrain.inference.serving", reason="needs the extra [serve]")
 
 
@@ -43,7 +43,7 @@ def run(world):
 
 @pytest.fixture(scope="module")
 def client(run):
-    return testclient.TestClient(serving.app_of(run, serving.Limits(megabytes=0.2, batch=4, milliseconds=30)))
+    return testclient.TestClient(serving.app_of(run, Limits(megabytes=0.2, batch=4, milliseconds=30)))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_a_streamed_answer_that_breaks_off_says_so(client, images, monkeypatch):
         hear("so far")
         raise UserError("no more")
 
-    monkeypatch.setattr(serving.Service, "predict", breaks)
+    monkeypatch.setattr(service.Service, "predict", breaks)
     found = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": PROMPT}], "stream": True})
     first, second = [json.loads(line.removeprefix("data: ")) for line in found.text.split("\n\n") if line]
     assert first["choices"][0]["delta"]["content"] == "so far" and second["error"]["message"] == "no more"
@@ -173,7 +173,7 @@ def said(answer, content):
 
 def test_what_was_said_before_stands_as_turns_before_the_question(world, images, monkeypatch):
     run = runs.open_run(make_run(world, "dialogue"))
-    client = testclient.TestClient(serving.app_of(run, serving.Limits()))
+    client = testclient.TestClient(serving.app_of(run, Limits()))
     parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded(images[0])}"}}]
     parts.append({"type": "text", "text": PROMPT})
     prompt, read = run.model.text.prompt, []
@@ -196,11 +196,11 @@ def test_a_request_and_the_command_say_how_the_model_speaks(run, images):
         found = client.post("/v1/chat/completions", json={**asked, **more}).json()
         return found["usage"]["completion_tokens"], found["choices"][0]["message"]["content"]
 
-    short = serving.Limits(generation={"max_new_tokens": 2})
-    assert length(serving.Limits())[0] == 8 and length(short)[0] == 2 and length(short, max_tokens=3)[0] == 3
-    likeliest = length(serving.Limits())[1]
-    drawn = {length(serving.Limits(), temperature=t, top_p=0.9)[1] for t in (20.0, 90.0)}
-    assert drawn != {likeliest} and length(serving.Limits(), temperature=0)[1] == likeliest
+    short = Limits(generation={"max_new_tokens": 2})
+    assert length(Limits())[0] == 8 and length(short)[0] == 2 and length(short, max_tokens=3)[0] == 3
+    likeliest = length(Limits())[1]
+    drawn = {length(Limits(), temperature=t, top_p=0.9)[1] for t in (20.0, 90.0)}
+    assert drawn != {likeliest} and length(Limits(), temperature=0)[1] == likeliest
     assert run.model.task.config.temperature == 0 and run.model.task.config.max_new_tokens == 8
 
 
@@ -244,7 +244,7 @@ def test_what_is_refused(client, images, tmp_path):
 def test_a_fault_of_the_server_is_no_traceback_and_the_next_request_is_answered(client, images, monkeypatch, caplog):
     body = {"inputs": {"image": coded(images[0])}, "text": PROMPT}
     with monkeypatch.context() as patch:
-        patch.setattr(serving, "ask_all", lambda *_: 1 / 0)
+        patch.setattr(service, "ask_all", lambda *_: 1 / 0)
         refused(client.post("/predict", json=body), 500, "its log says more")
     assert "ZeroDivisionError" in caplog.text and client.post("/predict", json=body).status_code == 200
 
@@ -261,7 +261,7 @@ def test_health_the_page_and_metrics(client):
 
 def test_segmentation_shows_its_mask(world, images):
     run = runs.open_run(make_run(world, "segment"))
-    client = testclient.TestClient(serving.app_of(run, serving.Limits()))
+    client = testclient.TestClient(serving.app_of(run, Limits()))
     found = client.post("/predict", data={"text": "red square"}, files={"image": images[0].read_bytes()}).json()
     mask = scoring.ask(run, {"image": images[0]}, "red square").mask
     png = base64.b64decode(found["mask"].partition(",")[2])
@@ -274,7 +274,7 @@ def test_several_runs_share_a_language_model_each_below_its_name(world, images):
     second = runs.open_run(folder, beside=first)
     assert second.model.text is first.model.text
     second.config = second.config.model_copy(update={"name": "squares"})
-    client = testclient.TestClient(together([first, second], serving.Limits()))
+    client = testclient.TestClient(together([first, second], Limits()))
     body = {"inputs": {"image": coded(images[0])}}
     expected = [scoring.ask(runs.open_run(folder), {"image": images[0]}, "red square").values["mask_share"]]
     for _ in range(2):  # in turn
@@ -285,7 +285,7 @@ def test_several_runs_share_a_language_model_each_below_its_name(world, images):
         assert client.post("/colours/predict", json={**body, "text": PROMPT}).json() == answer
     assert client.get("/squares/run").json()["task"] == "segment" and "mitrain serve" in client.get("/squares/").text
     with pytest.raises(ConfigError, match="no two addresses for 'colours'"):
-        together([first, first], serving.Limits())
+        together([first, first], Limits())
 
 
 def test_a_port_in_use_and_odd_limits_are_one_line(world, run, capsys):
@@ -304,7 +304,7 @@ def test_retrieval_finds_the_nearest_texts_of_the_data(tmp_path_factory, monkeyp
     config = schema.from_dict(methods_world.settings(path, "mit", ["last"], "retrieve"))
     run = runs.Run(path, config, build(config), Checkpoint(path, 1, None, {}, {}))
     run.model.train(False)
-    client = testclient.TestClient(serving.app_of(run, serving.Limits()))
+    client = testclient.TestClient(serving.app_of(run, Limits()))
     files = {"image": next((path / "data").rglob("*.png")).read_bytes()}
     texts = {json.loads(line)["text"] for line in (path / "data" / "captions-val.jsonl").read_text().splitlines()}
     found = client.post("/predict", data={"text": "a red square"}, files=files).json()["scores"]
@@ -314,12 +314,12 @@ def test_retrieval_finds_the_nearest_texts_of_the_data(tmp_path_factory, monkeyp
 
 
 def test_parts_of_a_chat_message_go_to_the_inputs_that_take_them(run):
-    service = serving.Service(run, serving.Limits())
-    service.takes = {"speech": "audio", "image": "image", "second": "image"}
+    asked = service.Service(run, Limits())
+    asked.takes = {"speech": "audio", "image": "image", "second": "image"}
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
     sound = {"type": "input_audio", "input_audio": {"data": "bbbb", "format": "wav"}}
     parts = [picture, {"type": "text", "text": "one"}, sound, picture, {"type": "text", "text": "two"}]
-    contents, turns, _ = chats.Chats(service)._conversation({"messages": [{"role": "user", "content": parts}]})
+    contents, turns, _ = chats.Chats(asked)._conversation({"messages": [{"role": "user", "content": parts}]})
     assert list(contents) == ["image", "speech", "second"] and turns == ["one\ntwo"]
     assert contents["speech"] == base64.b64decode("bbbb")
 
