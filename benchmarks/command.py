@@ -6,12 +6,13 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.shared import command, refused, say
+from mitrain.cli import started
+from mitrain.cli.shared import Help, Parser, command, refused, say
 from mitrain.core.errors import ConfigError, UserError
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "bench"
@@ -25,8 +26,16 @@ class KernelsError(UserError):
         self.exit_code = code
 
 
-def add_benchmarks(verbs: Any) -> None:
-    """The benchmarks as commands below ``verbs``."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one benchmark; returns the exit code."""
+    return started(lambda: parser().parse(words))
+
+
+def parser() -> Parser:
+    text = "Benchmarks: shards, faults, loading, steps, encoding, kernels, and the papers' claims."
+    top = Parser(prog="mitrain bench", description=text, formatter_class=Help)
+    top.set_defaults(command="bench")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="NAME")
     add_parity(verbs)
     add_faults(verbs)
     add_load(verbs)
@@ -43,6 +52,7 @@ def add_benchmarks(verbs: Any) -> None:
     add_ledger(verbs)
     kernels = "the operators beside plain ones: times and bytes, if they are right; python kernels/bench has more options"
     benchmark(verbs, "kernels", run_kernels, kernels, "two shapes an operator, about a minute", out=False)
+    return top
 
 
 def benchmark(verbs: Any, name: str, run: Any, text: str, quick: str, out: bool = True) -> argparse.ArgumentParser:

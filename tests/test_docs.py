@@ -10,7 +10,8 @@ from folders import llm_folder
 from source_tree import ROOT
 
 import mitrain
-from mitrain.cli import parser
+from benchmarks import command as benchmarks
+from mitrain import cli
 from mitrain.core.config import read_yaml
 
 PAGES = {
@@ -24,10 +25,15 @@ RESULTS = re.compile(r"<!-- results: (\S+) -->\n(.*?)<!-- end -->", re.S)
 PYTHON = [page for page, text in PAGES.items() if "<!-- python -->" in text]
 
 
+def known_by(words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
+    """Who reads the words of a command, and which of them."""
+    return (benchmarks.parser(), words[1:]) if words[0] == "bench" else (cli.parser(), words)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command):
-    arguments = parser().parse_args(shlex.split(command)[1:])
-    assert callable(arguments.run)
+    known, words = known_by(shlex.split(command)[1:])
+    assert callable(known.parse_args(words).run)
     for word in shlex.split(command):
         if word.startswith(("configs/", "launch/")):
             assert (ROOT / word).is_file()
@@ -40,7 +46,7 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("command", INLINE)
 def test_commands_in_the_text_exist(command):
     """They may lack what they need (`mitrain export`), but their words and options are known."""
-    known, words = parser(), shlex.split(command.replace("…", ""))[1:]
+    known, words = known_by(shlex.split(command.replace("…", ""))[1:])
     while (below := [a for a in known._actions if isinstance(a, argparse._SubParsersAction)]) and not words[0].isupper():
         known = below[0].choices[words.pop(0)]
     options = {word.partition("=")[0] for word in words if word.startswith("--")}

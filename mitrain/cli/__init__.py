@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -32,10 +32,19 @@ SMALLER = "lower train.batch, train.eval_batch or the data's picture size, take 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["bench"]:
+        from mitrain.cli.bench import bench
+
+        return bench(words[1:])
+    return started(lambda: parser(words).parse(words))
+
+
+def started(parse: Callable[[], argparse.Namespace]) -> int:
+    """Run the command that ``parse`` finds on the command line; returns the exit code."""
     with terminal.safe(), Interruptible():
         try:
-            words = sys.argv[1:] if argv is None else list(argv)
-            return run(parser(words).parse(words))
+            return run(parse())
         except KeyboardInterrupt as error:
             number = getattr(error, "number", signal.SIGINT)
             with contextlib.suppress(OSError):  # a terminal that was closed

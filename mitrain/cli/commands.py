@@ -4,9 +4,6 @@ A new command is a line here and a function ``add_NAME(sub)`` in a module of thi
 adds the options. Its module is imported when the command is asked for, so that no other one pays for it.
 """
 
-HIDDEN = ""
-"""The heading of what serves the project's own evidence: it is run from a clone, is not in the wheel, and is not listed."""
-
 COMMANDS = {
     "begin with your own data": {
         "init": ("init:add_init", "write a configuration for a table or folder of your own"),
@@ -38,12 +35,6 @@ COMMANDS = {
         "completion": ("completion:add_completion", "print a script that completes commands, options and files in a shell"),
         "doctor": ("doctor:add_doctor", "check versions, CPU, GPU and whatever would keep a run from starting here"),
     },
-    HIDDEN: {
-        "bench": (
-            "bench:add_bench",
-            "benchmarks: parity of shards, faults, loading, steps, encoding, kernels, and the papers' claims",
-        ),
-    },
 }
 
 EXAMPLES = """examples:
@@ -57,6 +48,6 @@ EXAMPLES = """examples:
 def overview() -> str:
     """The commands under their headings, a line each, and examples."""
     parts = []
-    for heading, commands in ((heading, group) for heading, group in COMMANDS.items() if heading != HIDDEN):
+    for heading, commands in COMMANDS.items():
         parts.append(f"{heading}:\n" + "".join(f"  {name:11s}{text}\n" for name, (_, text) in commands.items()))
     return "\n".join([*parts, EXAMPLES])

@@ -24,7 +24,7 @@ def run_completion(arguments: argparse.Namespace) -> Any:
     top = parser()
     for action in actions(top):
         if isinstance(action, argparse._SubParsersAction):
-            action.help = None  # mitrain --help lists the commands in its own way; shtab leaves out what is hidden
+            action.help = None  # mitrain --help lists the commands in its own way, and shtab would leave out what is hidden
         if action.metavar in ("FILE", "PATH") or action.dest in ("config", "study"):
             action.complete = shtab.FILE
         elif action.metavar in ("DIR", "RUN_DIR", "EXPORT"):

@@ -6,10 +6,10 @@ import json
 import pytest
 
 from benchmarks import results
+from benchmarks.command import main
 from benchmarks.faults import cases, suite
 from benchmarks.faults.lab import Ended, Left
 from benchmarks.faults.suite import Case, Found, verdict
-from mitrain.cli import main
 from mitrain.core import provenance
 from mitrain.core.errors import ConfigError
 
@@ -113,5 +113,5 @@ def test_cases_are_chosen_by_name_and_the_quick_ones_touch_every_theme():
 
 
 def test_a_misspelt_name_is_refused_before_anything_is_made(tmp_path, capsys):
-    assert main(["bench", "faults", "--only", "nothing-like-it", "--out", str(tmp_path / "out")]) == 2
+    assert main(["faults", "--only", "nothing-like-it", "--out", str(tmp_path / "out")]) == 2
     assert "names no fault" in capsys.readouterr().err and not (tmp_path / "out").exists()

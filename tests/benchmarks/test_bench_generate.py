@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import generate, ranks
+from benchmarks.command import main
 from benchmarks.faults import world
-from mitrain.cli import main
 from mitrain.models import loading
 
 
@@ -34,7 +34,7 @@ def test_both_do_the_same_work_in_turns(llm, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(generate, "generated", noting)
     monkeypatch.setattr(generate, "timed", lambda call: (timed.append(1), measure(call) + 1e-6)[1])
     words = ["--llm", llm, "--batch", "3", "--prompt", "5", "--tokens", "4", "--rounds", "2", "--out", str(tmp_path / "r")]
-    assert main(["bench", "generate", *words, "--json"]) == 0
+    assert main(["generate", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["work"] for row in found["rows"]] == list(generate.WORK) and len(timed) == 2 * 3 * 3
     assert {shape for _, shape in said} == {(3, 9)}
@@ -62,5 +62,5 @@ def test_evaluation_asks_for_the_tokens_behind_the_prompt(llm):
 
 
 def test_nothing_to_measure_is_one_line(capsys):
-    assert main(["bench", "generate", "--tokens", "-1"]) == 2
+    assert main(["generate", "--tokens", "-1"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -5,12 +5,12 @@ from dataclasses import asdict
 
 import pytest
 
+from benchmarks.command import main
 from benchmarks.parity import cells, judge
 from benchmarks.parity import run as parity
 from benchmarks.parity.cells import EXACT, OURS, Cell, Plan
 from benchmarks.parity.steps import Measured, permuted
 from benchmarks.parity.table import COLUMNS, table
-from mitrain.cli import main
 from mitrain.core.config import digest
 
 PLAN = Plan("x.yaml", steps=2)
@@ -227,12 +227,12 @@ def test_a_cell_whose_ranks_fail_says_why(work, seconds, error):
     ],
 )
 def test_bad_arguments_are_one_line_and_2(arguments, told, capsys):
-    assert main(["bench", "parity", *arguments]) == 2
+    assert main(["parity", *arguments]) == 2
     said = capsys.readouterr()
     assert told in said.err and said.err.count("\n") == 1 and not said.out
 
 
 def test_without_deepspeed_it_is_refused(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
-    assert main(["bench", "parity", "--quick"]) == 2
+    assert main(["parity", "--quick"]) == 2
     assert "pip install 'mitrain[deepspeed]'" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import stream
-from mitrain.cli import main
+from benchmarks.command import main
 from mitrain.data.encoded import InputFeatures
 
 
@@ -39,7 +39,7 @@ def test_an_epoch_decodes_a_row_once_as_far_as_a_block_may_be_held(monkeypatch, 
 
 
 def test_rows_are_measured_in_a_process_of_their_own_and_written(capsys, tmp_path):
-    assert main(["bench", "stream", "--rows", "40", "--json", "--out", str(tmp_path)]) == 0
+    assert main(["stream", "--rows", "40", "--json", "--out", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "results.json").read_text())
     assert [row["rows"] for row in found["rows"]] == [40] and "| 40 |" in (tmp_path / "table.md").read_text()
@@ -49,7 +49,7 @@ def test_above_the_limit_is_an_error_after_everything_is_written(monkeypatch, ca
     found = {"made": {}, "rows": [{"rows": 9, "bytes": 1, "peak": 501e6, "seconds": 2.0}]}
     monkeypatch.setattr(stream, "measured", lambda *_, **__: found)
     monkeypatch.setattr(stream, "sentence", lambda made: "")
-    assert main(["bench", "stream", "--out", str(tmp_path)]) == 1
+    assert main(["stream", "--out", str(tmp_path)]) == 1
     assert "9 rows holds 501 MB, 500 allowed" in capsys.readouterr().err
     assert "above 500 MB" in (tmp_path / "table.md").read_text()
     stream.check({**found, "rows": [{**found["rows"][0], "peak": 500e6}]})
@@ -57,5 +57,5 @@ def test_above_the_limit_is_an_error_after_everything_is_written(monkeypatch, ca
 
 @pytest.mark.parametrize("rows", ["0", "-3", "9"])
 def test_no_rows_are_one_line(rows, capsys):
-    assert main(["bench", "stream", "--rows", rows]) == 2
+    assert main(["stream", "--rows", rows]) == 2
     assert capsys.readouterr().err.count("\n") == 1

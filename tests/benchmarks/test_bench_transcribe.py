@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import transcribe
-from mitrain.cli import main
+from benchmarks.command import main
 
 
 def test_a_word_error_is_a_word_in_place_of_another_too_many_or_left_out():
@@ -45,5 +45,5 @@ def test_lines_spread_over_the_split_are_heard_and_written(monkeypatch, capsys, 
 
 @pytest.mark.parametrize("clips", ["0", "-3"])
 def test_no_clips_are_one_line(clips, capsys):
-    assert main(["bench", "transcribe", "--clips", clips]) == 2
+    assert main(["transcribe", "--clips", clips]) == 2
     assert capsys.readouterr().err.count("\n") == 1

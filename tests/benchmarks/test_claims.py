@@ -12,7 +12,7 @@ from studies import BASE, NUMBERS, STUDY
 from benchmarks.claims import ledger, rows
 from benchmarks.claims.claim import Conditions, claim
 from benchmarks.claims.rows import Missing, Rows, difference
-from mitrain.cli import main
+from benchmarks.command import main
 from mitrain.compare import cells, study
 from mitrain.compare.intervals import kept
 from mitrain.core.errors import ConfigError
@@ -176,7 +176,7 @@ def test_the_table_is_markdown(world):
 
 
 def test_the_command(tmp_path, capsys):
-    assert main(["bench", "ledger", "--quick", "--json", "--out", str(tmp_path)]) == 0
+    assert main(["ledger", "--quick", "--json", "--out", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)["rows"]
     assert json.loads((tmp_path / "ledger.json").read_text())["rows"] == found
     committed = ROOT / "docs" / "results" / "ledger" / "ledger.md"
@@ -184,16 +184,16 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_results_that_are_not_there_leave_all_untested(tmp_path, capsys):
-    assert main(["bench", "ledger", "--results", str(tmp_path), "--json"]) == 0
+    assert main(["ledger", "--results", str(tmp_path), "--json"]) == 0
     assert {row["verdict"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"not tested"}
 
 
 def test_measuring_takes_the_counted_studies_alone_when_it_is_to_be_quick(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(ledger, "compare", lambda job, command, say: asked.append(job.study.name) or {"rows": []})
-    assert main(["bench", "ledger", "--measure", "--quick", "--results", str(tmp_path)]) == 0
+    assert main(["ledger", "--measure", "--quick", "--results", str(tmp_path)]) == 0
     assert asked == ["m1", "m2", "m3", "p1", "c1", "a1"]
-    assert main(["bench", "ledger", "--measure", "--results", str(tmp_path)]) == 0
+    assert main(["ledger", "--measure", "--results", str(tmp_path)]) == 0
     assert asked[6:] == ["m1", "m2", "m3", "m4", "p1", "p2", "p3", "fusion", "c1", "c2", "c3", "c4", "c5", "a1",
                          "retrieval", "a3", "a4"]  # fmt: skip
 

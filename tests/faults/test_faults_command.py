@@ -2,11 +2,11 @@
 
 import json
 
-from mitrain.cli import main
+from benchmarks.command import main
 
 
 def test_the_short_suite_is_all_ok(tmp_path, capsys):
-    code = main(["bench", "faults", "--quick", "--json", "--out", str(tmp_path / "out")])
+    code = main(["faults", "--quick", "--json", "--out", str(tmp_path / "out")])
     captured = capsys.readouterr()
     rows = {row["fault"]: row for row in json.loads(captured.out)["rows"]}
     assert code == 0, captured.err
