@@ -44,13 +44,6 @@ def add_train(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--dry-run", action="store_true", help="only count parameters and bytes; needs no weights and no data")
     sub.add_argument(
-        "--memory",
-        type=float,
-        default=24.0,
-        metavar="GB",
-        help="with --dry-run: memory of a rank, for the largest batch that fits",
-    )
-    sub.add_argument(
         "--profile", action="store_true", help="write a Chrome trace and a summary of steps 3 to 5 to RUN_DIR/profile"
     )
     sub.add_argument("--ranks", type=int, default=1, help="with --dry-run: number of ranks (default: 1)")
@@ -59,7 +52,7 @@ def add_train(sub: argparse.ArgumentParser) -> None:
 
 def add_resume(sub: argparse.ArgumentParser) -> None:
     describe(sub, on_ranks(run_train), RESUMING)
-    sub.set_defaults(config=None, runs="runs", at=None, dry_run=False, memory=24.0, ranks=1, profile=False)
+    sub.set_defaults(config=None, runs="runs", at=None, dry_run=False, ranks=1, profile=False)
     sub.add_argument("resume", metavar="RUN_DIR", help="the run folder, as runs/NAME-TIME")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. zero.stage=1")
     sub.add_argument(
@@ -179,6 +172,6 @@ def run_dry(arguments: argparse.Namespace) -> Any:
     from mitrain.training.dryrun import dry_run
 
     config = schema.load(arguments.config, arguments.overrides)
-    report = dry_run(config, memory_gb=arguments.memory, ranks=arguments.ranks)
+    report = dry_run(config, arguments.ranks)
     say(arguments, report.text())
     return report.to_dict()

@@ -1,5 +1,6 @@
 """Counted cells: parameters and multiply-accumulates of a configuration, on models without weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
@@ -8,7 +9,7 @@ from mitrain.compare.measures import parameters
 from mitrain.core import config
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models import costs
+from mitrain.models.layouts import LAYOUTS, LLAMA
 from mitrain.training.build import Model, build
 from mitrain.training.schema import RunConfig
 
@@ -61,18 +62,17 @@ def macs(model: Model, asked: CountOptions) -> dict[str, Any]:
     method_macs    the three together: what the configuration takes
     prepended_macs vision, and the language model over the text behind one token for each of the picture's patches
     """
-    llm = costs.LlmShape.from_config(model.text.model.config.get_text_config().to_dict())
-    views = [costs.VitShape.from_config(encoder.model.config.to_dict()) for encoder in model.encoders.values()]
+    llm = model.text.model.config.get_text_config().to_dict()
+    views = [vit_macs(encoder.model.config.to_dict(), asked.side) for encoder in model.encoders.values()]
     if not views:
         raise ConfigError("model.encoders is empty: give an encoder whose multiply-accumulates can be counted")
-    vision = sum(view.macs(asked.side) for view in views)
-    patches = sum(view.tokens(asked.side or view.image) - 1 for view in views)
-    text = llm.macs(asked.text_tokens)
+    vision, patches = (sum(part) for part in zip(*views, strict=True))
+    text = llm_macs(llm, asked.text_tokens)
     adapter = model.adapter.attachment.macs
     if adapter is None:
         name = model.adapter.traits.name
         raise ModelError(f"the multiply-accumulates of {name} are not known: leave out count.macs")
-    prepended = llm.macs(asked.text_tokens + patches)
+    prepended = llm_macs(llm, asked.text_tokens + patches)
     return {
         "text_tokens": asked.text_tokens,
         "image_tokens": patches,
@@ -84,3 +84,40 @@ def macs(model: Model, asked: CountOptions) -> dict[str, Any]:
         "prepended_language_macs": prepended,
         "prepended_macs": prepended + vision,
     }
+
+
+def llm_macs(config: Mapping[str, Any], tokens: int) -> int:
+    """Of one text of ``tokens`` tokens through a decoder as Llama or Mistral, from its configuration.
+
+    In each layer every projection once a token, and the causal scores and their sums: 2 H d T (T + 1) / 2.
+    """
+    hidden, heads, ffn = (integer(config, key) for key in ("hidden_size", "num_attention_heads", "intermediate_size"))
+    width = integer(config, "head_dim", hidden // heads)
+    matrices = 3 if LAYOUTS.get(config.get("model_type"), LLAMA).gated else 2
+    weights = 2 * hidden * width * (heads + integer(config, "num_key_value_heads", heads)) + matrices * hidden * ffn
+    return integer(config, "num_hidden_layers") * (tokens * weights + heads * width * tokens * (tokens + 1))
+
+
+def vit_macs(config: Mapping[str, Any], side: int | None = None) -> tuple[int, int]:
+    """(of one picture of ``side`` pixels, or the native size, through CLIP's projected encoder or DINOv2; its patches)."""
+    config = config.get("vision_config", config)
+    kind = config.get("model_type")
+    if kind not in ("clip_vision_model", "dinov2"):
+        raise ConfigError(f"model_type={kind!r} is no vision transformer whose cost is known: use CLIP or DINOv2")
+    width, patch = integer(config, "hidden_size"), integer(config, "patch_size")
+    clip = kind == "clip_vision_model"
+    ffn = integer(config, "intermediate_size") if clip else width * integer(config, "mlp_ratio", 4)
+    patches = ((side or integer(config, "image_size")) // patch) ** 2
+    tokens = 1 + patches
+    layer = tokens * (4 * width**2 + 2 * width * ffn) + 2 * tokens**2 * width
+    ends = patches * integer(config, "num_channels", 3) * patch**2 * width
+    ends += width * integer(config, "projection_dim") if clip else 0
+    return integer(config, "num_hidden_layers") * layer + ends, patches
+
+
+def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"the model configuration has {key}={value!r}: give a whole number of at least 1")
+    return value

@@ -48,9 +48,8 @@ class Traits:
     changed layer. ``wraps_text_model``: ``encode`` goes through a model around the text model, which the language head
     knows nothing of. ``text_depends_on_input``: so does ``Outputs.text``; ``infused=False`` of the inputs leaves them out
     while the rest stays. ``conditions_text``: `conditioned` gives passes of the text model alone all that the method reads,
-    though it attaches to the encoder, too, so that the language head sees it. ``passes``: how often ``encode`` runs each
-    changed layer, for estimates of memory. ``reads_tokens``: of the encoder it attaches to it reads the final tokens and
-    changes nothing, so that a convolutional one serves, too.
+    though it attaches to the encoder, too, so that the language head sees it. ``reads_tokens``: of the encoder it attaches
+    to it reads the final tokens and changes nothing, so that a convolutional one serves, too.
     ``checkpointing``: it can keep only the inputs of the changed layers for backward and compute the rest again.
     """
 
@@ -61,7 +60,6 @@ class Traits:
     text_depends_on_input: bool = False
     conditions_text: bool = False
     reads_tokens: bool = False
-    passes: int = 1
     checkpointing: bool = False
 
     @property

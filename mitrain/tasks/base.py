@@ -229,10 +229,6 @@ class Task(nn.Module):
         """(sum, count) over the batch."""
         raise NotImplementedError
 
-    def activation_bytes(self) -> int:
-        """Bytes per sample that a backward pass needs of the task's own head and loss."""
-        return 0
-
     def predict(self, batch: Batch) -> list[Prediction]:
         raise NotImplementedError
 

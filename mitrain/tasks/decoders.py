@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models import costs
 
 NORM_EPS = 1e-6
 FILM_PLACES = ("first", "every")
@@ -110,22 +109,6 @@ class FilmDecoder(nn.Module):
             tokens = self.layers[i](tokens)
         return self.enlarge(to_map(tokens, self.prefix_tokens, grid))
 
-    def activation_bytes(self, grid: tuple[int, int]) -> int:
-        """Bytes per sample that a backward pass needs."""
-        layer, film = self.layers[0], self.film[0].multiply
-        return costs.film_decoder_activations(
-            [reduce.in_features for reduce in self.reduce],
-            film.in_features,
-            grid=grid,
-            prefix_tokens=self.prefix_tokens,
-            dim=film.out_features,
-            heads=layer.self_attn.num_heads,
-            ffn=layer.linear1.out_features,
-            film="every" if len(self.film) == len(self.reduce) else "first",
-            patch=4 * self.enlarge[2].stride[0],
-            coords=self.position is not None,
-        )
-
 
 class UnetDecoder(nn.Module):
     """Convolutional decoder: z is tiled over the patch grid and concatenated with the deepest level.
@@ -149,7 +132,7 @@ class UnetDecoder(nn.Module):
     ):
         super().__init__()
         check_shape(level_widths, classes)
-        self.prefix_tokens, self.inputs = prefix_tokens, (list(level_widths), condition_width)
+        self.prefix_tokens = prefix_tokens
         before = [condition_width] + [width] * (len(level_widths) - 1)
         self.pairs = nn.ModuleList(conv_pair(b + level, width) for b, level in zip(before, level_widths, strict=True))
         self.classify = nn.Conv2d(width, classes, 1)
@@ -163,11 +146,6 @@ class UnetDecoder(nn.Module):
             skip = to_map(level.to(condition), self.prefix_tokens, grid)
             x = pair(torch.cat([resize(x, size), resize(skip, size)], dim=1))
         return self.classify(x)
-
-    def activation_bytes(self, grid: tuple[int, int]) -> int:
-        """Bytes per sample that a backward pass needs."""
-        sizes = unet_sizes(grid, len(self.pairs))
-        return costs.unet_decoder_activations(*self.inputs, sizes=sizes, width=self.classify.in_channels)
 
 
 class GroundDecoder(nn.Module):
@@ -235,21 +213,6 @@ class GroundDecoder(nn.Module):
         """(B, N, 3): the cosines, and how far they are below their largest and from their mean, of the patches."""
         patches = meant[:, self.prefix_tokens :]
         return torch.stack([meant, meant - patches.amax(1, True), meant - patches.mean(1, True)], -1)
-
-    def activation_bytes(self, grid: tuple[int, int]) -> int:
-        """Bytes per sample that a backward pass needs."""
-        layer, width = self.layers[0], self.reduce.in_features
-        return costs.film_decoder_activations(
-            [width, width, 2 * self.key.out_features + 5, 0],  # levels, beside context, keys, peaks; four layers
-            self.query.in_features,
-            grid=grid,
-            prefix_tokens=self.prefix_tokens,
-            dim=self.reduce.out_features,
-            heads=layer.self_attn.num_heads,
-            ffn=layer.linear1.out_features,
-            patch=4 * self.enlarge[2].stride[0],
-            coords=True,
-        )
 
 
 def grounding_loss(meant: Tensor, target: Tensor) -> Tensor:

@@ -131,10 +131,6 @@ class HeadTask(ReadTask):
             )
         return total, torch.as_tensor(count, dtype=torch.float64)
 
-    def activation_bytes(self) -> int:
-        linear = [module for module in self.head.modules() if isinstance(module, nn.Linear)]
-        return sum(4 * (2 * module.in_features + 2 * module.out_features) for module in linear)
-
 
 def is_count(value: Any) -> bool:
     """Whether ``value`` is one finite number above 0; of a tensor without storage, as plans have, nothing is known."""

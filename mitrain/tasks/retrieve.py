@@ -257,9 +257,6 @@ class RetrieveTask(ReadTask):
         losses = F.softplus(other_text - right) + F.softplus(other_file - right)
         return 0.5 * (losses * known).sum()
 
-    def activation_bytes(self) -> int:
-        return 4 * (self.partner_map.in_features + self.file_map.in_features + 4 * self.config.dim)
-
     # evaluation
 
     @torch.no_grad()

@@ -24,7 +24,6 @@ from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.user_code import FunctionName
 from mitrain.data.expressions import ExpressionsConfig, RefcocoConfig
 from mitrain.data.formats.refcoco import ReferSample
-from mitrain.models import costs
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import decoders, masks
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task
@@ -156,10 +155,6 @@ class SegmentTask(Task):
         targets = torch.stack([self._target(s) for s in batch.samples]).to(logits.device)
         total, count = masks.mask_loss(self.config.loss, logits, targets)
         return total + (count * decoders.grounding_loss(meant, targets).mean() if grounds else 0), count
-
-    def activation_bytes(self) -> int:
-        loss = costs.mask_loss_activations(self.config.loss, self.config.loss_size**2)
-        return self.decoder.activation_bytes(self.grid) + loss
 
     def _target(self, sample: Any) -> Tensor:
         """(size, size) bool: the pixels of which at least half are covered."""

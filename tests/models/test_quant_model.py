@@ -11,7 +11,6 @@ from tracked import Tracked
 from mitrain import MiTConfig, attach
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import loading, quant
-from mitrain.models.costs import frozen_bytes
 from mitrain.models.quant import FrozenInt8Embedding, FrozenInt8Linear, FrozenNF4Linear, formats
 
 LOW = quant.PRECISIONS[1:]
@@ -64,10 +63,10 @@ def test_one_matrix_is_held_twice_at_a_time(monkeypatch):
     """Above what is there: all payloads so far, and pieces of one matrix in fp32 (the old ones are freed unseen)."""
     monkeypatch.setattr(formats, "PIECE", 2048)
     model = frozen(hidden_size=128, intermediate_size=512, num_hidden_layers=3)
-    layers, _ = quant.split_of(model)
+    expected = quant.bytes_in([ref.module.weight for ref in quant.linear_refs(model)], "int8")
     with Tracked() as found:
         quant.quantise(model, "int8")
-    assert found.live == frozen_bytes(layers, "int8")
+    assert found.live == expected
     assert found.peak <= found.live + 6 * 4 * 2048 < found.live + 4 * 128 * 512
 
 
@@ -75,9 +74,10 @@ def test_one_matrix_is_held_twice_at_a_time(monkeypatch):
 @pytest.mark.parametrize("embedding", [False, True])
 def test_bytes_are_what_the_arithmetic_says(precision, embedding):
     model = frozen(tie_word_embeddings=embedding)
-    layers, table = quant.split_of(model, embedding)
-    rest = 4 * (loading.count_parameters(model) - layers.linear - table.linear)
-    expected = frozen_bytes(layers, quant.storage(precision)) + frozen_bytes(table, "int8") + rest
+    layers = [ref.module.weight for ref in quant.linear_refs(model)]
+    table = [model.get_input_embeddings().weight] if embedding else []
+    rest = 4 * (loading.count_parameters(model) - sum(weight.numel() for weight in (*layers, *table)))
+    expected = quant.bytes_in(layers, quant.storage(precision)) + quant.bytes_in(table, "int8") + rest
     quant.quantise(model, precision, embedding=embedding)
     held = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     assert sum(held.values()) == expected

@@ -11,10 +11,9 @@ from mitrain.methods.mit.decoder import LayerShape
 from mitrain.methods.mit.maps import attention_maps
 from mitrain.methods.mope.config import MoPEConfig, Shape, mapper_width
 from mitrain.methods.pmf.pmf import LINKS, PMFConfig
-from mitrain.models.costs import LlmShape
 
 
-def mit_layer_parameters(features: Sequence[int], llm: LayerShape | LlmShape, *, maps: int = 3, ffn: bool = True) -> int:
+def mit_layer_parameters(features: Sequence[int], llm: LayerShape, *, maps: int = 3, ffn: bool = True) -> int:
     """Parameters that MiT adds to one infused layer, summed over modalities of the given feature widths e.
 
         Σ_m [ a (e_m · H d + H d) + (e_m f + f) + H ]        a = 3 affine ``maps``, or 4 with the release's additive key map
@@ -26,7 +25,7 @@ def mit_layer_parameters(features: Sequence[int], llm: LayerShape | LlmShape, *,
     return sum((e + 1) * outputs + llm.heads for e in features)
 
 
-def mit_layer_macs(features: Sequence[int], llm: LayerShape | LlmShape, *, maps: int = 3, ffn: bool = True) -> int:
+def mit_layer_macs(features: Sequence[int], llm: LayerShape, *, maps: int = 3, ffn: bool = True) -> int:
     """MACs of one infused layer's maps, once per sample whatever its length: its weights without the biases."""
     outputs = maps * llm.heads * llm.head_dim + (llm.ffn if ffn else 0)
     return sum(e * outputs for e in features)

@@ -4,11 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closed_forms import film_decoder_parameters
-from saved import saved_bytes
 from torch import Tensor
 
 from mitrain.core.errors import ConfigError, ModelError
-from mitrain.models.costs import mask_loss_activations
 from mitrain.tasks.decoders import (
     FilmDecoder,
     GroundDecoder,
@@ -19,7 +17,6 @@ from mitrain.tasks.decoders import (
     to_map,
     unet_sizes,
 )
-from mitrain.tasks.masks import LOSSES, mask_loss
 
 GRID = (3, 4)
 WIDTHS = [10, 6, 8]
@@ -59,42 +56,6 @@ def test_parameters_equal_the_formula(film, classes, patch, coords):
     options = {"film": film, "classes": classes, "patch": patch, "coords": coords}
     expected = film_decoder_parameters(WIDTHS, CONDITION, dim=8, ffn=12, **options)
     assert count(film_decoder(**options)) == expected
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(
-    ("kind", "widths", "options"),
-    [
-        (FilmDecoder, WIDTHS, {}),
-        (FilmDecoder, WIDTHS, {"dim": 16, "heads": 2, "ffn": 24, "film": "every", "patch": 8, "coords": True}),
-        (FilmDecoder, WIDTHS[:1], {"dim": 32, "ffn": 16, "patch": 32, "classes": 1}),
-        (UnetDecoder, WIDTHS, {"width": 7}),
-        (UnetDecoder, WIDTHS[:2], {"width": 16}),
-    ],
-)
-def test_activations_are_what_autograd_saves(kind, widths, options, batch):
-    """Within a hundredth: a batch norm's statistics are left out."""
-    decoder, grid = kind(widths, CONDITION, **options), (9, 11)
-    levels, condition = [torch.randn(batch, 100, width) for width in widths], torch.randn(batch, CONDITION)
-    own = [*decoder.parameters(), *decoder.buffers()]
-    actual = saved_bytes(lambda: decoder(levels, condition, grid), own)
-    assert batch * decoder.activation_bytes(grid) == pytest.approx(actual, rel=0.01)
-
-
-@pytest.mark.parametrize("options", [{"dim": 8, "heads": 2, "ffn": 12}, {"dim": 32, "ffn": 64, "patch": 8}])
-def test_activations_of_grounding_are_what_autograd_saves(options):
-    decoder, grid = GroundDecoder(WIDTHS, CONDITION, **options), (9, 11)
-    levels, condition = [torch.randn(2, 100, width) for width in WIDTHS], torch.randn(2, CONDITION)
-    both = lambda: sum(part.sum() for part in decoder.grounded(levels, condition, grid))  # noqa: E731
-    assert 2 * decoder.activation_bytes(grid) == pytest.approx(saved_bytes(both, [*decoder.parameters()]), rel=0.01)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_activations_of_the_losses_are_what_autograd_saves(loss):
-    logits = torch.randn(2, 2 if loss.startswith("ce") else 1, 16, 16).requires_grad_()
-    target = torch.zeros(2, 16, 16, dtype=torch.bool)
-    actual = saved_bytes(lambda: mask_loss(loss, 1 * logits, target)[0], [logits])
-    assert 2 * mask_loss_activations(loss, 256) == pytest.approx(actual, rel=0.1)
 
 
 def naive_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:

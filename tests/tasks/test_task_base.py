@@ -19,7 +19,6 @@ def test_a_plain_task_is_built_of_its_settings_and_the_parts():
     task = Plain.build(config, SimpleNamespace(parts=parts))
     assert isinstance(task, Plain) and task.config is config and task.parts is parts
     assert task.must_generate([]) is False
-    assert task.activation_bytes() == 0
 
 
 def test_scores_that_are_not_finite_are_refused_with_the_first_eighty_characters_of_the_first():

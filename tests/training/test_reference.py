@@ -66,7 +66,7 @@ def ours() -> dict[str, dict[str, type[Section]]]:
 def test_a_reference_is_a_configuration_at_its_defaults(path):
     config = schema.load(path)
     assert config.name == path.stem
-    plan = dry_run(config, memory_gb=80, ranks=1)
+    plan = dry_run(config)
     assert plan.trainable_parameters > 0 and plan.config_hash == config.hash
 
 

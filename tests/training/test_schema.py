@@ -22,7 +22,7 @@ def test_every_shipped_configuration_is_valid(path):
 @pytest.mark.parametrize("path", LLAMA, ids=lambda p: p.stem)
 def test_the_papers_setting_is_counted_without_weights(path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    plan = dry_run(schema.load(path), memory_gb=80, ranks=2)
+    plan = dry_run(schema.load(path), 2)
     assert plan.infusion_parameters_per_layer == 21_064_480
     assert plan.head_parameters == 1_620_642
     assert plan.infused_layers == [13, 17, 21, 25, 29]

@@ -158,7 +158,7 @@ class PMF(Adapter):
     Names in the state dict: ``fusion.<0 … L_f - 1>.<text_to_image|image_to_text>.<query|context|fusion|map.…>``.
     """
 
-    traits = Traits("pmf", ("text", "encoder"), runs_layers=True, text_depends_on_input=True, passes=2, checkpointing=True)
+    traits = Traits("pmf", ("text", "encoder"), runs_layers=True, text_depends_on_input=True, checkpointing=True)
 
     def __init__(self, config: PMFConfig):
         super().__init__()

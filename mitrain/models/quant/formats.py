@@ -9,6 +9,7 @@ addressed by it. Shapes: (out, in) matrices, n = out · in weights.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ NF4_BLOCK = 64
 TINY = torch.finfo(torch.float32).tiny
 PIECE = 2**20
 """Weights that are held in full precision at a time."""
+
+
+def bytes_in(matrices: Iterable[Tensor], precision: str) -> int:
+    """Bytes of ``matrices`` in int8, with an fp32 step a row, or in nf4, with one a block."""
+    if precision == "int8":
+        return sum(m.numel() + 4 * len(m) for m in matrices)
+    return sum(-(-m.numel() // 2) + 4 * -(-m.numel() // NF4_BLOCK) for m in matrices)
 
 
 def piece_rows(columns: int, block: int = 1, piece: int | None = None) -> int:

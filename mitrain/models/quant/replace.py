@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.models import layouts
-from mitrain.models.costs import Split
 from mitrain.models.quant.linear import FrozenInt8Embedding, FrozenInt8Linear, FrozenLinear, FrozenNF4Linear
 
 Precision = Literal["none", "int8", "int8-activations", "nf4"]
@@ -114,11 +113,3 @@ def quantise_embedding(model: PreTrainedModel) -> None:
 def empty_embedding(embedding: nn.Embedding) -> FrozenInt8Embedding:
     width, dtype = embedding.embedding_dim, embedding.weight.dtype
     return FrozenInt8Embedding(embedding.num_embeddings, width, dtype, torch.device("meta"))
-
-
-def split_of(model: PreTrainedModel, embedding: bool = False) -> tuple[Split, Split]:
-    """What low-bit formats would hold of a model that is *not* quantised: its layers' matrices, and the embedding's."""
-    linears = [ref.module for ref in linear_refs(model)]
-    layers = Split(sum(m.weight.numel() for m in linears), sum(m.out_features for m in linears), 0)
-    table = model.get_input_embeddings().weight
-    return layers, Split(table.numel(), len(table), 0) if embedding else Split(0, 0, 0)
