@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mitrain.cli.shared import (
-    add_allow_changes,
     add_checkpoint,
     add_generation,
     add_trust,
@@ -33,9 +32,7 @@ ASKING = """  mitrain predict runs/birds-TIME --image photo.jpg --text "which bi
 
 def add_eval(sub: argparse.ArgumentParser) -> None:
     describe(sub, on_ranks(run_eval), EVALUATING)
-    sub.add_argument(
-        "run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, an export, or USER/NAME on the Hub"
-    )
+    add_run(sub)
     sub.add_argument("--split", default="val", help="a split of the run's data (default: val)")
     sub.add_argument(
         "--control",
@@ -52,10 +49,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         ("--missing", "also score with this input removed from 0, 25, 50, 75 and 100 %% of the samples"),
     ):
         sub.add_argument(option, action="append", default=[], metavar="INPUT", help=help)
-    add_generation(sub)
-    add_checkpoint(sub)
-    add_allow_changes(sub)
-    add_places(sub)
+    add_opening(sub)
     add_trust(sub)
     sub.add_argument("--data", metavar="DIR", help="the data's folder, if it is no longer the run's data.root")
     sub.add_argument("--out", metavar="FILE", help="also write a JSON line with each sample's prediction to this new file")
@@ -130,9 +124,7 @@ def metric_lines(metrics: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 def add_predict(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_predict, ASKING)
-    sub.add_argument(
-        "run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, an export, or USER/NAME on the Hub"
-    )
+    add_run(sub)
     sub.add_argument("--image", metavar="FILE", help="a picture, of any size: short for --input image=FILE")
     sub.add_argument(
         "--input",
@@ -156,13 +148,21 @@ def add_predict(sub: argparse.ArgumentParser) -> None:
         help="with --data: the file for the answers, a JSON line each; called again, it continues where it stopped. Without:"
         " the folder for image, overlay, expression and mask (segment)",
     )
+    add_opening(sub)
+
+
+def add_run(sub: argparse.ArgumentParser) -> None:
+    text = "a run folder, as runs/NAME-TIME, an export, or USER/NAME on the Hub"
+    sub.add_argument("run_dir", metavar="RUN_DIR", help=text)
+
+
+def add_opening(sub: argparse.ArgumentParser) -> None:
+    """How the run is opened, and how its model speaks."""
     add_generation(sub)
     add_checkpoint(sub)
-    add_allow_changes(sub)
-    add_places(sub)
-
-
-def add_places(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--allow-changes", action="store_true", help="go on though frozen models have other weights than in training"
+    )
     sub.add_argument("--base", metavar="DIR", help="the language model's folder, if it is not where it was in training")
     sub.add_argument(
         "--encoder",

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mitrain.cli.ask import add_places, choices_of, files_of, opening_of
-from mitrain.cli.shared import add_allow_changes, add_checkpoint, add_generation, describe, generation_of, say
+from mitrain.cli.ask import add_opening, add_run, choices_of, files_of, opening_of
+from mitrain.cli.shared import describe, generation_of, say
 from mitrain.core import glance
 from mitrain.core.errors import ConfigError, UserError, nearest
 
@@ -20,16 +20,11 @@ KINDS = {"image": "image", "picture": "image", "sound": "audio", "audio": "audio
 
 def add_chat(sub: argparse.ArgumentParser) -> None:
     describe(sub, run_chat, EXAMPLES)
-    sub.add_argument(
-        "run_dir", metavar="RUN_DIR", help="a run folder, as runs/NAME-TIME, an export, or USER/NAME on the Hub"
-    )
+    add_run(sub)
     sub.add_argument("--image", metavar="FILE", help="the first picture: short for --input image=FILE")
     sub.add_argument("--input", action="append", default=[], metavar="NAME=FILE", help="the first file of an input")
     sub.add_argument("--candidates", metavar="A,B,…", help="answers to choose among (default: the training answers)")
-    add_checkpoint(sub)
-    add_allow_changes(sub)
-    add_places(sub)
-    add_generation(sub)
+    add_opening(sub)
 
 
 def run_chat(arguments: argparse.Namespace) -> list[Any]:

@@ -1,6 +1,7 @@
 """``mitrain config``: the shipped configurations, one of them resolved, and every setting that there is."""
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from mitrain.cli.shared import describe, say
@@ -25,13 +26,26 @@ def add_config(sub: argparse.ArgumentParser) -> None:
 
 
 def run_config(arguments: argparse.Namespace) -> Any:
-    if (arguments.keys is not None) + arguments.schema + bool(arguments.config) > 1:
+    asked = (arguments.keys is not None) + arguments.schema + bool(arguments.config)
+    if asked > 1:
         raise ConfigError("give one of CONFIG, --keys and --schema")
-    if arguments.keys is not None:
-        return show_keys(arguments)
+    if not asked:
+        return show_shipped(arguments)
+    from mitrain.core.parsing import dump_yaml
+    from mitrain.training import schema, settings
+
+    if arguments.config:
+        values = schema.load(arguments.config, arguments.overrides).to_dict()
+        say(arguments, dump_yaml(values).rstrip())
+        return values
     if arguments.schema:
-        return show_schema(arguments)
-    return show_one(arguments) if arguments.config else show_shipped(arguments)
+        found = settings.json_schema()
+        if not arguments.json:
+            say(arguments, settings.schema_text(found).rstrip())
+        return found
+    shown = settings.find(arguments.keys) if arguments.keys else list(settings.settings())
+    say(arguments, settings.as_markdown(shown) if arguments.markdown else settings.as_text(shown))
+    return [asdict(setting) for setting in shown]
 
 
 def show_shipped(arguments: argparse.Namespace) -> Any:
@@ -44,29 +58,3 @@ def show_shipped(arguments: argparse.Namespace) -> Any:
     for folder, use in (("reference", "every setting, explained"), ("studies", "for mitrain compare")):
         say(arguments, f"\n{use}: " + ", ".join(name for name in about if name.startswith(folder)))
     return about
-
-
-def show_one(arguments: argparse.Namespace) -> Any:
-    from mitrain.core.parsing import dump_yaml
-    from mitrain.training import schema
-
-    values = schema.load(arguments.config, arguments.overrides).to_dict()
-    say(arguments, dump_yaml(values).rstrip())
-    return values
-
-
-def show_keys(arguments: argparse.Namespace) -> Any:
-    from mitrain.training import settings
-
-    found = settings.find(arguments.keys) if arguments.keys else list(settings.settings())
-    say(arguments, settings.as_markdown(found) if arguments.markdown else settings.as_text(found))
-    return settings.as_dicts(found)
-
-
-def show_schema(arguments: argparse.Namespace) -> Any:
-    from mitrain.training import settings
-
-    found = settings.json_schema()
-    if not arguments.json:
-        say(arguments, settings.schema_text(found).rstrip())
-    return found

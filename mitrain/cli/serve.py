@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mitrain.cli.ask import add_places, opening_of
-from mitrain.cli.shared import add_allow_changes, add_checkpoint, add_generation, describe, generation_of
+from mitrain.cli.ask import add_opening, opening_of
+from mitrain.cli.shared import describe, generation_of
 from mitrain.core.errors import ConfigError, need_extra
 
 if TYPE_CHECKING:
@@ -38,10 +38,7 @@ def add_serve(sub: argparse.ArgumentParser) -> None:
         "--wait-ms", type=float, default=10, metavar="MS", help="how long a batch waits for more requests (default: 10)"
     )
     sub.add_argument("--max-mb", type=float, default=64, metavar="MB", help="largest request (default: 64)")
-    add_generation(sub)
-    add_checkpoint(sub)
-    add_allow_changes(sub)
-    add_places(sub)
+    add_opening(sub)
 
 
 def run_serve(arguments: argparse.Namespace) -> None:

@@ -172,12 +172,6 @@ def generation_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def add_allow_changes(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--allow-changes", action="store_true", help="go on though frozen models have other weights than in training"
-    )
-
-
 def trust(arguments: argparse.Namespace) -> None:
     """A configuration that a command is given may name code of the user's; a run or an export only with --trust-code."""
     given = vars(arguments)

@@ -13,22 +13,22 @@ from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from random import Random
+from textwrap import wrap
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from mitrain.core.errors import DataError
 from mitrain.core.files import write_atomic
+from mitrain.data import figures
 from mitrain.data.images import Decoded, Facts, Size, annotated_image, open_image
 from mitrain.data.index import FileIndex, ahead
 from mitrain.data.media import MEDIA, Limits
 
 EXAMPLES, LONGEST = 5, 200  # named of each kind of trouble; characters of a name
-THUMBNAIL, COLUMNS, LINES = 176, 6, 4  # of the sheet: pixels, samples of a split, lines of text under each
+THUMBNAIL, COLUMNS, LINES, LETTERS = 176, 6, 4, 26  # of the sheet: pixels, samples of a split, lines under each, letters
 USUAL = Limits()
-RED = np.array([230, 30, 30])
 
 Samples = Sequence[Any]
 
@@ -191,60 +191,32 @@ def as_text(report: Mapping[str, Any]) -> str:
 def write_sheet(
     kind: Any, splits: Mapping[str, Samples], root: Path, path: Path, max_pixels: int, seed: int, pictures: Sequence[str]
 ) -> None:
-    """A PNG with a row of samples drawn from each split: pictures with question and answer, or mask and expression; other
-    files by their names. ``pictures``: the inputs that are such."""
-    rows = [row_of(kind, split, samples, root, max_pixels, seed, pictures) for split, samples in splits.items()]
-    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
-    for number, row in enumerate(rows):
-        sheet.paste(row, (0, number * row.height))
+    """A PNG with samples drawn from each split: pictures with question and answer, or mask and expression; other files by
+    their names. ``pictures``: the inputs that are such."""
+    panels = [
+        panel(kind, split, sample, root, max_pixels, pictures)
+        for split, samples in splits.items()
+        for sample in Random(f"{seed} {split}").sample(list(samples), min(COLUMNS, len(samples)))
+    ]
     buffer = BytesIO()
-    sheet.save(buffer, format="PNG")
+    figures.sheet(panels, COLUMNS, THUMBNAIL).save(buffer, format="PNG")
     write_atomic(path, buffer.getvalue())
 
 
-def row_of(
-    kind: Any, split: str, samples: Samples, root: Path, max_pixels: int, seed: int, pictures: Sequence[str]
-) -> Image.Image:
-    chosen = Random(f"{seed} {split}").sample(list(samples), min(COLUMNS, len(samples)))
-    row = Image.new("RGB", (COLUMNS * (THUMBNAIL + 8), THUMBNAIL + 14 * LINES + 8), "white")
-    draw = ImageDraw.Draw(row)
-    for number, sample in enumerate(chosen):
-        left = number * (THUMBNAIL + 8) + 4
-        try:
-            seen = next((name for name in pictures if name in sample.inputs), "")
-            picture = shown(sample, seen, root, max_pixels)
-            scale = THUMBNAIL / max(picture.size)
-            row.paste(picture.resize([max(1, round(scale * side)) for side in picture.size]), (left, 4))
-            text = kind.caption(sample)
-            names = [f"{name}: {path}" for name, path in sample.inputs.items() if name != seen]
-            text = " | ".join([text, *names])
-        except DataError as error:
-            text = str(error)
-        for line, words in enumerate(wrapped(f"{split}: {text}", draw)[:LINES]):
-            draw.text((left, THUMBNAIL + 6 + 14 * line), words, fill="black")
-    return row
+def panel(kind: Any, split: str, sample: Any, root: Path, max_pixels: int, pictures: Sequence[str]) -> figures.Panel:
+    seen = next((name for name in pictures if name in sample.inputs), "")
+    try:
+        picture, text = shown(sample, seen, root, max_pixels), kind.caption(sample)
+        text = " | ".join([text, *(f"{name}: {path}" for name, path in sample.inputs.items() if name != seen)])
+    except DataError as error:
+        picture, text = figures.card([]), str(error)
+    return figures.Panel(picture, wrap(f"{split}: {text[: LINES * LONGEST]}", LETTERS)[:LINES])
 
 
 def shown(sample: Any, name: str, root: Path, max_pixels: int) -> Image.Image:
     """The sample's picture ``name``, the target's mask in red; white where it has none."""
     if not name:
-        return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
+        return figures.card([])
     if not hasattr(sample, "mask"):
         return open_image(root, sample.inputs[name], max_pixels)
-    pixels, mask = np.array(annotated_image(root, sample.inputs[name], sample.size, max_pixels)), sample.mask()
-    pixels[mask] = (pixels[mask] + RED) // 2
-    return Image.fromarray(pixels)
-
-
-def wrapped(text: str, draw: ImageDraw.ImageDraw) -> list[str]:
-    """Lines that fit under a thumbnail: the first, of a long text."""
-    lines = [""]
-    for word in text[: LINES * LONGEST].encode("latin-1", "replace").decode("latin-1").split():
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer) <= THUMBNAIL:
-            lines[-1] = longer
-        elif len(lines) < LINES:
-            lines.append(word)
-        else:
-            break
-    return lines
+    return figures.overlay(annotated_image(root, sample.inputs[name], sample.size, max_pixels), sample.mask())

@@ -20,11 +20,11 @@ from mitrain.core.errors import ConfigError
 from mitrain.core.files import as_json, remedy, write_atomic
 from mitrain.core.markdown import plain
 from mitrain.core.provenance import made_with, sentence
+from mitrain.data import figures
 from mitrain.data.features import Features
 from mitrain.data.images import to_size
 from mitrain.inference import webpage
 from mitrain.inference.scoring import masked_input, score_split, split_of
-from mitrain.tasks import figures
 from mitrain.training import runs
 from mitrain.training.baselines import baselines_of
 from mitrain.training.evaluate import Evaluation

@@ -15,6 +15,7 @@ from PIL import Image
 from mitrain.core import dist, glance
 from mitrain.core.errors import ConfigError, DataError, UserError
 from mitrain.core.files import atomic_folder, write_atomic
+from mitrain.data import figures
 from mitrain.data.features import Features
 from mitrain.data.formats.rle import encode_mask
 from mitrain.data.images import open_image
@@ -23,7 +24,7 @@ from mitrain.data.media import Limits
 from mitrain.data.samples import BadSamples, Sample
 from mitrain.data.sources import ConversationsConfig, DataSection, limit, portion
 from mitrain.models.digests import frozen_digest
-from mitrain.tasks import TASKS, figures
+from mitrain.tasks import TASKS
 from mitrain.tasks.answer import answers_by_prompt
 from mitrain.tasks.base import Answer, Batch, Prediction, Question, Task, cautions
 from mitrain.tasks.language import speaking, told_to_speak

@@ -23,11 +23,11 @@ from PIL import Image
 
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.core.version import __version__
+from mitrain.data import figures
 from mitrain.data.images import open_image
 from mitrain.data.sources import limit
 from mitrain.inference.export import SUFFIXES
 from mitrain.inference.scoring import Asked, ask_all, masked_input
-from mitrain.tasks import figures
 from mitrain.tasks.base import Answer
 from mitrain.tasks.language import told_to_speak
 from mitrain.training.build import resolve_data

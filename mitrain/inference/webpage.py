@@ -15,7 +15,7 @@ from PIL import Image
 from mitrain.core.errors import MissingExtraError
 from mitrain.core.files import remedy, write_atomic
 from mitrain.core.provenance import made_with
-from mitrain.tasks.figures import Panel
+from mitrain.data.figures import Panel
 from mitrain.training import curves, listing
 
 log = logging.getLogger(__name__)

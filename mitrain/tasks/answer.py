@@ -20,13 +20,13 @@ from torch import Tensor
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError
 from mitrain.data.columns import column
+from mitrain.data.figures import Panel
 from mitrain.data.formats.records import AnswerSample, commonest
 from mitrain.data.released import VqaConfig
 from mitrain.data.sources import ConversationsConfig, RecordsConfig
 from mitrain.models.tokens import Words
 from mitrain.tasks import details
 from mitrain.tasks.base import Answer, Batch, Parts, Prediction, Question, Splits, look_alike, only_one
-from mitrain.tasks.figures import Panel
 from mitrain.tasks.language import LanguageConfig, LanguageTask
 from mitrain.tasks.probe import probe_answers
 from mitrain.tasks.soft_accuracy import AGREE, soft_accuracy

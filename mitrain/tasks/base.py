@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError, UserError
+from mitrain.data.figures import Panel
 from mitrain.data.formats.labels import look_alikes
 from mitrain.data.hidden_states import TextStates
 from mitrain.data.sources import DataSection
 from mitrain.methods.base import Adapter
 from mitrain.models import Encoder, TextBackbone
 from mitrain.models.batch import ModalityInputs
-from mitrain.tasks.figures import Panel
 
 ALIKE = 5  # pairs that `caution` names
 

@@ -10,12 +10,12 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 
 from mitrain.core.errors import ConfigError, DataError
+from mitrain.data.figures import Panel
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.formats.records import commonest
 from mitrain.data.sources import CaptionSection
 from mitrain.tasks.base import Answer, Batch, Prediction, Question, Splits
 from mitrain.tasks.caption_metrics import caption_metrics
-from mitrain.tasks.figures import Panel
 from mitrain.tasks.language import LanguageConfig, LanguageTask
 from mitrain.tasks.probe import unit
 from mitrain.tasks.template import LONGEST, frame_of

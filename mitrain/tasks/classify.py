@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.user_code import FunctionName
 from mitrain.data.columns import column
+from mitrain.data.figures import Panel
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.sources import ClassSection
 from mitrain.tasks import details
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, look_alike, only_one
-from mitrain.tasks.figures import Panel
 from mitrain.tasks.heads import HeadConfig, HeadTask
 from mitrain.tasks.label_metrics import label_metrics
 from mitrain.tasks.probe import probe_labels, probe_neighbours

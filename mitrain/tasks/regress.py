@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.user_code import FunctionName
 from mitrain.data.columns import column
+from mitrain.data.figures import Panel
 from mitrain.data.formats.targets import TargetSample
 from mitrain.data.sources import TargetSection
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, only_one
-from mitrain.tasks.figures import Panel
 from mitrain.tasks.heads import HeadConfig, HeadTask
 from mitrain.tasks.number_metrics import number_metrics
 from mitrain.tasks.probe import probe_neighbours, probe_numbers

@@ -23,13 +23,13 @@ from torch.nn import functional as F
 
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError
+from mitrain.data.figures import Panel
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.sources import CaptionSection
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, require_finite
 from mitrain.tasks.caption import described
 from mitrain.tasks.contrast import Everyone
-from mitrain.tasks.figures import Panel
 from mitrain.tasks.heads import ReadTask
 from mitrain.tasks.momentum import MomentumQueue
 from mitrain.tasks.probe import retrieved

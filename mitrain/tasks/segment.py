@@ -23,11 +23,11 @@ from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.user_code import FunctionName
 from mitrain.data.expressions import ExpressionsConfig, RefcocoConfig
+from mitrain.data.figures import Panel, outlined, overlay
 from mitrain.data.formats.refcoco import ReferSample
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks import decoders, masks
 from mitrain.tasks.base import Answer, Batch, Given, Parts, Prediction, Question, Splits, Task
-from mitrain.tasks.figures import Panel, outlined, overlay
 from mitrain.tasks.readout import See, read_out, runs_text, statistics, width_of
 from mitrain.tasks.template import frame_of, template_with
 

@@ -7,7 +7,7 @@ Types and defaults are the sections' own (pydantic); what a setting means stands
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from types import NoneType, UnionType
@@ -196,10 +196,6 @@ def heading(setting: Setting) -> str:
 
 def shown(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-
-
-def as_dicts(found: list[Setting]) -> list[dict[str, Any]]:
-    return [asdict(setting) for setting in found]
 
 
 def json_schema() -> dict[str, Any]:

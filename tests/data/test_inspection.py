@@ -12,7 +12,6 @@ from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.formats.refcoco import ReferSample
-from mitrain.data.inspection import wrapped
 from mitrain.tasks.answer import AnswerTask
 from mitrain.tasks.classify import ClassifyTask
 from mitrain.tasks.retrieve import RetrieveTask
@@ -55,17 +54,6 @@ def expressions(folder, split: str, count: int, first: int) -> list[ReferSample]
         )
         for number in range(count)
     ]
-
-
-class Words:
-    """A drawing that notes what it is asked to measure."""
-
-    def __init__(self, drawn: list[str]):
-        self.drawn = drawn
-
-    def textlength(self, text: str) -> float:
-        self.drawn.append(text)
-        return 6.0 * len(text)
 
 
 def inspect_splits(splits, *rest, **options):
@@ -147,8 +135,8 @@ def test_the_sheet_shows_pictures_and_masks(tmp_path):
     Image.new("RGB", (8, 6), (0, 0, 240)).save(tmp_path / "train1.png")
     inspect_splits({"train": train}, tmp_path, sheet=tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
-    blue = (np.abs(sheet - (0, 0, 240)).sum(2) < 12).sum()
-    tinted = (np.abs(sheet - (115, 15, 135)).sum(2) < 12).sum()
+    blue = (np.abs(sheet - (40, 40, 220)).sum(2) < 12).sum()
+    tinted = (np.abs(sheet - (127, 20, 140)).sum(2) < 12).sum()
     assert tinted > 1000 and 0.8 < blue / tinted < 1.25  # half of each picture is masked
     assert (sheet.sum(2) < 200).any()  # the expression
 
@@ -162,9 +150,9 @@ def test_the_sheet_is_drawn_from_the_seed(tmp_path):
 
 
 def test_a_text_of_any_length_costs_the_sheet_and_the_report_a_few_words(tmp_path):
-    long = LabelSample("a", picture(tmp_path, "a.png", 0), "word " * 2_000_000, ("x",))
-    drawn = []
-    assert len(wrapped(long.text, Words(drawn))) <= 5 and len(drawn) < 200
+    long = LabelSample("a", {"image": picture(tmp_path, "a.png", 0)}, "word " * 2_000_000, ("x",))
+    shown = inspection.panel(ClassifyTask, "train", long, tmp_path, 1 << 20, ["image"])
+    assert len(shown.lines) <= 4 and max(map(len, shown.lines)) < 40
     report, text = inspect_splits({"train": [long], "val": [replace(long, id="b")]}, tmp_path)
     assert len(text) < 5000 and len(json.dumps(report)) < 5000
 

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mitrain.core.config import Section
+from mitrain.data.figures import Panel
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.sources import RecordsConfig
 from mitrain.tasks.base import Answer, Batch, Parts, Prediction, Question, Splits, Task
-from mitrain.tasks.figures import Panel
 from mitrain.tasks.readout import read_out
 
 

@@ -10,12 +10,12 @@ from modalities import pictures
 from PIL import Image
 
 from mitrain.core.errors import ModelError
+from mitrain.data.figures import Panel
 from mitrain.data.formats.records import AnswerSample
 from mitrain.tasks import answer as module
 from mitrain.tasks import language
 from mitrain.tasks.answer import AnswerTask, answers_by_prompt, plain
 from mitrain.tasks.base import Batch, Prediction, Splits
-from mitrain.tasks.figures import Panel
 from mitrain.tasks.language import Numbers
 
 

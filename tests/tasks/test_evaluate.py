@@ -10,10 +10,10 @@ from PIL import Image
 from mitrain.cli import parser
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError, UserError
+from mitrain.data import figures
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.formats.refcoco import ReferSample
-from mitrain.tasks import figures
 from mitrain.tasks.base import Batch, Prediction
 from mitrain.tasks.probe import probe_answers
 from mitrain.training.evaluate import CONTROLS, controlled, evaluate
