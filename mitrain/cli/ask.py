@@ -37,7 +37,6 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--control",
         default="none",
-        type=lambda name: "other-inputs" if name == "no-image" else name,  # its name before there were other inputs
         choices=["none", "shuffle", "other-inputs", "other-text", "frozen"],
         help="a negative control: shuffle = any other sample's files (segment: another scene's expression), other-inputs ="
         " files of another object, other-text = another sample's text (classify, regress), frozen = without the adapter"

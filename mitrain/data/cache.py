@@ -67,10 +67,7 @@ class FeatureCache:
         self._known: set[Path] = set()  # segments, sound or not, that were looked at
         self._checked: set[bytes] = set()  # of items that this process has read before
         if root is not None:
-            self.folder, *earlier = (root / digest({**identity, "stored as": dtypes, "layout": n}) for n in (3, 2, 1))
-            for before in filter(Path.is_dir, earlier):
-                log.warning("removing the cache %s, which an earlier version wrote and nothing reads any more", before)
-                shutil.rmtree(before, ignore_errors=True)
+            self.folder = root / digest({**identity, "stored as": dtypes, "layout": 3})
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "identity.json").exists():
                 write_json(self.folder / "identity.json", identity)

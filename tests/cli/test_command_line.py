@@ -20,10 +20,6 @@ def test_settings_may_stand_behind_options(words):
     assert found.overrides == ["train.steps=3", "model.dtype=bf16"] and found.dry_run and found.json
 
 
-def test_the_control_of_other_files_is_also_read_by_its_earlier_name():
-    assert parser().parse(["eval", "run", "--control", "no-image"]).control == "other-inputs"
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from mitrain.core import dist
-from mitrain.core.config import digest
 from mitrain.core.errors import DataError, ModelError
 from mitrain.data import cache as cache_module
 from mitrain.data import segments
@@ -242,19 +241,3 @@ def test_two_writers_do_not_disturb_each_other(tmp_path):
     again = open_cache(tmp_path)
     for key in KEYS:
         np.testing.assert_array_equal(again.get(key)["a"], item(key)["a"])
-
-
-def test_what_an_earlier_layout_left_of_the_same_values_is_removed_and_named_once(tmp_path, caplog):
-    identity, dtypes = {"weights": "w"}, {"a": "float32", "b": "float16"}
-    old, older, others = (
-        tmp_path / digest({**found, "stored as": dtypes, "layout": layout})
-        for found, layout in ((identity, 2), (identity, 1), ({"x": 1}, 2))
-    )
-    for folder in (old, older, others):
-        (folder / "segment").mkdir(parents=True)
-        (folder / "identity.json").write_text("{}")
-    open_cache(tmp_path).fill(KEYS, Computer())
-    assert not old.exists() and not older.exists() and others.exists()
-    assert caplog.text.count("which an earlier version wrote") == 2
-    caplog.clear()
-    assert all(key in open_cache(tmp_path) for key in KEYS) and not caplog.records

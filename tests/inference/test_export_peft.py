@@ -175,25 +175,3 @@ def test_files_of_peft_that_were_changed_or_forged_are_refused(folder, tmp_path)
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="adapter_model.safetensors was changed after the export"):
         export_format.read(tmp_path / "saved")
-
-
-def test_an_export_that_peft_would_load_as_zeros_is_pointed_out(folder, tmp_path, caplog):
-    """As the first versions wrote it: our tensors under PEFT's name of the method."""
-    adapter, model = attached(folder, {"name": "lora", "layers": [1]})
-    saved = adapter.save_pretrained(tmp_path / "new")
-    values = json.loads((saved / "mitrain.json").read_text())
-    values |= {"peft_type": "LORA"}
-    del values["peft"]
-    values["checksum"] = export_format.folder.checksum(values)
-    old = tmp_path / "old"
-    old.mkdir()
-    (old / "adapter_config.json").write_text(json.dumps(values))
-    (old / "adapter_model.safetensors").write_bytes((saved / "mitrain.safetensors").read_bytes())
-    caplog.clear()
-    again, _ = mitrain.load_adapter(other := llm(folder), old)
-    assert "an export of an earlier version, which PEFT would load as an adapter of zeros" in caplog.text
-    assert torch.equal(other(IDS).logits, model(IDS).logits)
-    caplog.clear()
-    again.save_pretrained(tmp_path / "again")
-    assert torch.allclose(by_peft(folder, tmp_path / "again")(IDS).logits, model(IDS).logits, atol=1e-6)
-    assert "adapter of zeros" not in caplog.text

@@ -127,7 +127,8 @@ def get(values: Any, path: tuple) -> Any:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": 4}, "format 4, written by mitrain 0.1.0; this version reads up to 3: upgrade mitrain"),
+        ({"format": 4}, "format 4, written by mitrain 0.1.0; this version reads format 3: upgrade mitrain"),
+        ({"format": 2}, "this version reads format 3: export it again"),
         ({"format": True}, "names no format"),
         ({"format": 0}, "names no format"),
         ({"note": 1}, "unknown key 'note'"),

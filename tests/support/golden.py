@@ -1,4 +1,4 @@
-"""What the golden checkpoints in tests/golden hold, made anew from a formula; ``python golden.py`` writes the newest format.
+"""What the golden checkpoint in tests/golden holds, made anew from a formula; ``python golden.py`` writes the format.
 
 A format's golden folder is written once, by the code that introduced the format, and never again.
 """
@@ -33,17 +33,16 @@ def tensors() -> dict[str, dict[str, Tensor]]:
     }
 
 
-def state(version: int) -> dict[str, Any]:
-    """The JSON state; format 1 was written before runs had several ranks."""
-    checkpoint.seed_rank(SEED, STEP, 0)
-    rng: Any = checkpoint.rng_state()
-    if version > 1:
-        checkpoint.seed_rank(SEED, STEP, 1)
-        rng = [rng, checkpoint.rng_state()]
+def state() -> dict[str, Any]:
+    """The JSON state of two ranks."""
+    rng = []
+    for rank in range(RANKS):
+        checkpoint.seed_rank(SEED, STEP, rank)
+        rng.append(checkpoint.rng_state())
     return {"loader": {"epoch": 1, "position": 24}, "best": 0.625, "best_step": STEP, "rng": rng, "note": "naïve"}
 
 
 if __name__ == "__main__":
     run = GOLDEN / f"format-{checkpoint.FORMAT}"
     assert not Path(run).exists(), "a golden checkpoint is never written again"
-    checkpoint.save(run, STEP, tensors(), state(checkpoint.FORMAT), best=True)
+    checkpoint.save(run, STEP, tensors(), state(), best=True)

@@ -44,7 +44,7 @@ def entry(**changes) -> dict:
         ({"sequence": "1"}, "no checkpoint manifest"),
         ({"best": 1}, "no checkpoint manifest"),
         ({"files": [1]}, "no checkpoint manifest"),
-        ({"format": 1}, "not the keys of format 1"),
+        ({"format": 2}, "format 2.*take another checkpoint"),
         ({"note": "x"}, "not the keys of format 3"),
         ({"mitrain": None}, "not the keys of format 3"),
         ({"files": {}}, "lists no state.json"),

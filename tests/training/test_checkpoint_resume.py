@@ -146,14 +146,6 @@ def test_another_number_of_ranks_starts_anew_from_seed_step_and_rank(place):
     assert drawn[0] == drawn[6] and len({str(numbers) for numbers in drawn}) == 4
 
 
-def test_one_process_takes_over_the_single_state_of_format_1(place):
-    place(0, 1)
-    state = checkpoint.rng_state()
-    expected = draw()
-    assert checkpoint.resume_rng(state, 0, 1) is True and draw() == expected
-    assert checkpoint.rng_of_ranks() == [checkpoint.rng_state()]
-
-
 @pytest.mark.parametrize("saved", [None, [], "x", 3, [None], [{"python": 1}]])
 def test_what_is_no_list_of_states_is_one_line(place, saved):
     place(0, 1)

@@ -11,8 +11,6 @@ changed, those of each model in a folder of its own, llm/ and encoder/:
 
         adapter_config.json, adapter_model.safetensors
 
-Formats 1 and 2 had ours under these two names where PEFT cannot load the method; they are still read.
-
 docs/guide/checkpoints.md has the format. Written whole or not at all; read as what a stranger may have made.
 """
 

@@ -69,7 +69,7 @@ class Contents(Strict):
     """mitrain.json. ``adapter``: the method's name and settings. ``tensors``: mitrain.safetensors.
 
     ``frozen``: digests of the models that it was trained on, by name (`Model.base`). ``peft``: the files beside it that
-    PEFT reads, of a method that PEFT can load. ``peft_type``: of formats 1 and 2. ``checksum`` covers everything but
+    PEFT reads, of a method that PEFT can load. ``checksum`` covers everything but
     itself and ``base_model_name_or_path``, which may be edited.
     """
 
@@ -81,13 +81,10 @@ class Contents(Strict):
     parameters: Parameters
     tensors: FileSum
     run: RunPart | None
-    peft_type: str | None = None
     frozen: dict[str, str] | None = None
     peft: dict[str, FileSum] | None = None
     checksum: str
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        return {
-            name: value for name, value in values.items() if name not in ("peft_type", "frozen", "peft") or value is not None
-        }
+        return {name: value for name, value in values.items() if name not in ("frozen", "peft") or value is not None}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -29,17 +28,12 @@ from mitrain.models.shapes import base_shape
 FORMAT = 3
 CONFIG, WEIGHTS, CARD = "mitrain.json", "mitrain.safetensors", "README.md"
 PEFT_CONFIG, PEFT_WEIGHTS = PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""PEFT's own; until format 2 also ours of what PEFT cannot load."""
 PEFT_FOLDERS = {"text": "llm/", "encoder": "encoder/"}
 """Where they lie, by backbone; those of the language model alone at the top: PEFT would load its half without a word."""
 CONFIG_LIMIT = 1 << 24
-PEFTS = ("LORA", "IA3")
-"""Of the first exports' ``peft_type``, what PEFT takes for its own."""
 GROUPS = ("adapter", "head", "features")
 EDITABLE = ("checksum", "base_model_name_or_path")
 MEND = "export it again or take another copy"
-
-log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -57,7 +51,7 @@ class Published:
 
 
 def is_published(folder: str | Path) -> bool:
-    return any(os.path.lexists(Path(folder) / name) for name in (CONFIG, PEFT_CONFIG))
+    return os.path.lexists(Path(folder) / CONFIG)
 
 
 def check_target(folder: str | Path) -> Path:
@@ -169,7 +163,7 @@ def checksum(fields: Mapping[str, Any]) -> str:
 
 
 def read(folder: str | Path, shapes: Shapes | None = None) -> Published:
-    """Read a published adapter; CheckpointError, in one line, for whatever is torn, forged or of a later format.
+    """Read a published adapter; CheckpointError, in one line, for whatever is torn, forged or of another format.
 
     ``shapes``: what the tensors must be (group.name → shape); others are refused before any is read.
     """
@@ -188,27 +182,20 @@ def read_contents(folder: Path) -> tuple[Contents, Path]:
         run = (folder / "config.yaml").is_file()
         mend = f"mitrain export {folder} --out DIR makes one of this run" if run else "give one from mitrain export"
         raise CheckpointError(f"{str(folder)!r} is no exported adapter (it has no {CONFIG}): {mend}")
-    names = (CONFIG, WEIGHTS) if os.path.lexists(folder / CONFIG) else PEFT_FILES
-    path, weights = (real(folder, name) for name in names)
+    path, weights = (real(folder, name) for name in (CONFIG, WEIGHTS))
     values = parse_json(read_regular(path, CONFIG_LIMIT, MEND), path, MEND, finite=True)
     version = values.get("format")
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{path} was not written by mitrain (it names no format): give one from mitrain export")
-    if version > FORMAT:
+    if version != FORMAT:
         raise CheckpointError(
             f"{path} has format {version}, written by mitrain {str(values.get('mitrain_version'))[:20]}; this version"
-            f" reads up to {FORMAT}: upgrade mitrain"
+            f" reads format {FORMAT}: {'upgrade mitrain' if version > FORMAT else MEND}"
         )
     contents = parse_contents(values, path)
     if contents.checksum != checksum(values):
         raise CheckpointError(
             f"{path} is corrupted or was edited (its checksum differs; only base_model_name_or_path may change): {MEND}"
-        )
-    if names is PEFT_FILES and contents.peft_type in PEFTS:
-        log.warning(
-            "%s is an export of an earlier version, which PEFT would load as an adapter of zeros: load it by mitrain alone,"
-            " or write it anew with save_pretrained of what mitrain.load_adapter attached",
-            folder,
         )
     return contents, weights
 

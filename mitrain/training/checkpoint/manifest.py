@@ -1,7 +1,6 @@
 """manifest.json: what a checkpoint holds, and whether it still does.
 
-Format 2 adds ``checksum``, over everything else in the manifest, so that a flipped byte in a counter is seen too.
-Format 1, which has none, is read as before.
+``checksum`` is over everything else in the manifest, so that a flipped byte in a counter is seen too.
 """
 
 import hashlib
@@ -20,11 +19,7 @@ from mitrain.core.safe_io import parse_json, parse_tensors, read_regular, regula
 from mitrain.training.checkpoint.modules import not_finite
 
 FORMAT = 3
-KEYS = {
-    1: {"format", "mitrain", "step", "sequence", "best", "files"},
-    2: {"format", "mitrain", "step", "sequence", "best", "files", "checksum"},
-    3: {"format", "mitrain", "step", "sequence", "best", "files", "checksum"},
-}
+KEYS = {"format", "mitrain", "step", "sequence", "best", "files", "checksum"}
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MANIFEST_LIMIT = 1 << 20
@@ -107,18 +102,18 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{path} is not a complete checkpoint (it has no {MANIFEST}): {OTHER}")
     values = parse_json(read_regular(path / MANIFEST, MANIFEST_LIMIT, OTHER), path / MANIFEST, OTHER)
     version = values.get("format")
-    if type(version) is int and version > FORMAT:
+    if type(version) is int and 0 < version != FORMAT:
         raise CheckpointError(
             f"{path} has checkpoint format {version}, written by mitrain {str(values.get('mitrain'))[:20]}; "
-            f"this version reads up to {FORMAT}: upgrade mitrain"
+            f"this version reads format {FORMAT}: {'upgrade mitrain' if version > FORMAT else OTHER}"
         )
     step, sequence, files = (values.get(key) for key in ("step", "sequence", "files"))
     counters = all(type(value) is int and value >= 0 for value in (version, step, sequence))
     if not counters or version < 1 or type(values.get("best")) is not bool or not isinstance(files, dict):
         raise CheckpointError(f"{path / MANIFEST} is no checkpoint manifest: {OTHER}")
-    if values.keys() != KEYS[version]:
-        raise CheckpointError(f"{path / MANIFEST} has not the keys of format {version}: {OTHER}")
-    if version > 1 and values["checksum"] != checksum(values):
+    if values.keys() != KEYS:
+        raise CheckpointError(f"{path / MANIFEST} has not the keys of format {FORMAT}: {OTHER}")
+    if values["checksum"] != checksum(values):
         raise CheckpointError(f"{path / MANIFEST} is corrupted (its own checksum differs): {OTHER}")
     if STATE not in files:
         raise CheckpointError(f"{path / MANIFEST} lists no {STATE}: {OTHER}")

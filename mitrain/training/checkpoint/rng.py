@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -48,16 +48,15 @@ def rng_of_ranks() -> list[dict[str, Any]]:
 
 
 def resume_rng(saved: Any, seed: int, step: int) -> bool:
-    """Continue every rank's generators from ``saved``, what ``rng_of_ranks`` gave (or ``rng_state``, of one process).
+    """Continue every rank's generators from ``saved``, what ``rng_of_ranks`` gave.
 
     Where as many ranks run now, each takes over its own state and True is returned; otherwise each starts anew from
     (``seed``, ``step``, its rank), the same on every resume of that step, and False is returned.
     """
-    states = [saved] if isinstance(saved, Mapping) else saved
-    if not isinstance(states, Sequence) or isinstance(states, str) or not states:
+    if not isinstance(saved, list) or not saved:
         raise CheckpointError(f"the saved random state is a {type(saved).__name__}, not a list by rank: {OTHER}")
-    if len(states) == dist.world():
-        set_rng_state(states[dist.rank()])
+    if len(saved) == dist.world():
+        set_rng_state(saved[dist.rank()])
         return True
     seed_rank(seed, step, dist.rank())
     return False
