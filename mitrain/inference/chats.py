@@ -40,12 +40,12 @@ class Chats:
     def answer(self, body: Mapping[str, Any], hear: Callable[[str], None] | None = None) -> dict[str, Any]:
         """The whole answer; ``hear`` is told its pieces as they come, where the model says it word by word."""
         service = self.service
-        if service.task not in ("answer", "caption"):
-            raise ConfigError(f"this run's task is {service.task!r}, which does not speak: ask /predict")
+        if not service.run.model.task.speaks:
+            name = service.run.config.task.section_name
+            raise ConfigError(f"this run's task is {name!r}, which does not speak: ask /predict")
         contents, said, generation = self._conversation(body)
         text, turns = asked_behind(said)
-        asked = text or ("?" if service.task == "caption" else "")
-        values = service.predict(contents, asked, (), True, turns, generation, hear)
+        values = service.predict(contents, text, (), True, turns, generation, hear)
         said = values.get("answer", values.get("caption"))
         counts = [len(service.run.model.text.plain(words)) for words in (text, said)]
         usage = {"prompt_tokens": counts[0], "completion_tokens": counts[1], "total_tokens": sum(counts)}

@@ -108,9 +108,8 @@ class Service:
     def __init__(self, run: Run, limits: Limits):
         told_to_speak(run.model.task, limits.generation)  # or say what is wrong before anybody asks
         self.run, self.limits, self.batcher = run, limits, Batcher(run, limits)
-        self.task = run.config.task.section_name
         self.takes = {part.input: part.takes for part in reversed(run.config.model.encoders.values())}
-        self.gallery = self._texts() if self.task == "retrieve" else []
+        self.gallery = self._texts() if run.model.task.searches else []
 
     def _texts(self) -> list[str]:
         try:
@@ -126,12 +125,12 @@ class Service:
         inputs = {name: {"takes": self.takes[name], "may_lack": name in data.may_lack} for name in data.inputs}
         return {
             "name": self.run.config.name,
-            "task": self.task,
+            "task": self.run.config.task.section_name,
             "step": self.run.saved.step,
             "inputs": inputs,
             "asks": task.asks,
             "needs_text": not task.reads_no_text,
-            "candidates": self.task in ("answer", "retrieve"),
+            "candidates": task.takes_candidates,
             "version": __version__,
         }
 
@@ -147,8 +146,7 @@ class Service:
     ) -> dict[str, Any]:
         """The JSON values of an answer. UserError for what cannot be asked."""
         how = infused, tuple(sorted({**self.limits.generation, **(generation or {})}.items())), hear
-        if self.task == "retrieve" and not candidates:
-            candidates = self.gallery
+        candidates = candidates or self.gallery
         with tempfile.TemporaryDirectory() as folder:
             files = {name: self._written(Path(folder), name, content) for name, content in contents.items()}
             try:

@@ -73,6 +73,7 @@ class AnswerTask(LanguageTask):
     metric = "accuracy"
     remembers = True
     asks = "prompt"
+    takes_candidates = True
     asking = {"generate": True}
     columns = (("accuracy", "accuracy"), ("exact match", "exact_match"), ("soft accuracy", "soft_accuracy"))
 

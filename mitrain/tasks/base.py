@@ -140,8 +140,10 @@ class Task(nn.Module):
     ``settings``: its section of the configuration. ``formats``: the data sections whose samples it takes. ``metric``: what
     the best step is chosen by, the highest or, where the task ``minimises`` it, the lowest. ``decodes``: reads patch tokens
     and predicts masks. ``speaks``: can generate text. ``remembers``: predicts from the answers that training gave
-    (`remember`). ``reads_no_text``: a sample may have none. ``shuffles``: what the negative control of that name exchanges
-    (`evaluate`). ``columns``: title and metric of a table's columns; ``controls``: which negative controls it has rows for.
+    (`remember`). ``reads_no_text``: a sample may have none. ``takes_candidates``: chooses among those that a question gives;
+    ``searches``: finds matches among them, or among the data's. ``shuffles``: what the negative control of that name
+    exchanges (`evaluate`). ``columns``: title and metric of a table's columns; ``controls``: which negative controls it has
+    rows for.
     ``keeps``: the input that ``shuffle`` leaves to its sample, of a task between two inputs. ``texts_apart``: the samples'
     field of which two splits had better share nothing. ``asks``: their field that holds a question's text; ``asking``:
     what else `predict` is told where there is no truth.
@@ -158,6 +160,8 @@ class Task(nn.Module):
     speaks: bool = False
     remembers: bool = False
     reads_no_text: bool = False
+    takes_candidates: bool = False
+    searches: bool = False
     shuffles: Literal["samples", "files", "expressions"] = "samples"
     columns: tuple[tuple[str, str], ...] = ()
     controls: tuple[str, ...] = ("other-inputs", "frozen")

@@ -45,6 +45,7 @@ class CaptionTask(LanguageTask):
     formats = (CaptionSection,)
     truth = ("text", "captions")
     metric = "cider"
+    reads_no_text = True
     shuffles = "files"
     texts_apart = "text"
     columns = (("CIDEr", "cider"), ("BLEU-4", "bleu4"), ("ROUGE-L", "rouge_l"), ("different", "different"))

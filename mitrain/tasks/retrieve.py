@@ -58,6 +58,7 @@ class RetrieveTask(ReadTask):
     metric = "recall_mean"
     shuffles = "files"
     texts_apart = "text"
+    takes_candidates = searches = True
 
     def __init__(self, config: RetrieveConfig, parts: Parts, widths: Mapping[str, int]):
         super().__init__(parts)

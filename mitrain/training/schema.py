@@ -136,8 +136,8 @@ class RunConfig(Section):
         if self.zero.stage == 3 and (self.data.may_lack or self.train.modality_dropout):
             # A rank whose samples lack a modality would not run that encoder's shards, and the others would wait for it.
             raise ValueError("samples may lack an input where weights are whole on each rank: set zero.stage to at most 2")
-        if self.task.section_name == "retrieve" and self.train.modality_dropout:
-            raise ValueError("what is searched for would be lost: retrieve takes no train.modality_dropout")
+        if TASKS[self.task.section_name].searches and self.train.modality_dropout:
+            raise ValueError(f"what {self.task.section_name} searches for would be lost: leave out train.modality_dropout")
         if lost := [name for name in self.data.may_lack if name not in self.data.inputs]:
             raise ValueError(f"data.may_lack names {lost[0]!r}, which is none of data.inputs={list(self.data.inputs)}")
         return self
