@@ -32,15 +32,16 @@ __all__ = [
 ]
 
 
+PLACES = {
+    "push_to_hub": "inference.hub",
+    "AdapterCallback": "methods.trainer_callback",
+    **dict.fromkeys(("MiT", "MiTConfig", "attach"), "methods.mit.mit"),
+    **dict.fromkeys(("set_adapter", "using_adapter"), "methods.mit.bound"),
+    **dict.fromkeys(("from_pretrained", "load_adapter"), "inference.export"),
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "push_to_hub":
-        return import_module("mitrain.inference.hub").push_to_hub
-    if name == "AdapterCallback":
-        return import_module("mitrain.methods.trainer_callback").AdapterCallback
-    if name in ("MiT", "MiTConfig", "attach"):
-        return getattr(import_module("mitrain.methods.mit.mit"), name)
-    if name in ("set_adapter", "using_adapter"):
-        return getattr(import_module("mitrain.methods.mit.bound"), name)
-    if name in ("from_pretrained", "load_adapter"):
-        return getattr(import_module("mitrain.inference.export"), name)
-    raise AttributeError(f"module 'mitrain' has no attribute {name!r}")
+    if name not in PLACES:
+        raise AttributeError(f"module 'mitrain' has no attribute {name!r}")
+    return getattr(import_module(f"mitrain.{PLACES[name]}"), name)

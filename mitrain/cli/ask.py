@@ -218,17 +218,11 @@ def run_predict(arguments: argparse.Namespace) -> Any:
     if arguments.data:
         return run_bulk(arguments)
     files = files_of(arguments)
-    from mitrain.inference.scoring import predict_one
+    from mitrain.inference.scoring import ask
+    from mitrain.training import runs
 
-    result = predict_one(
-        arguments.run_dir,
-        files,
-        arguments.text,
-        candidates=choices_of(arguments),
-        out=arguments.out,
-        generation=generation_of(arguments),
-        **opening_of(arguments),
-    )
+    run, said = runs.open_run(arguments.run_dir, **opening_of(arguments)), generation_of(arguments)
+    result = ask(run, files, arguments.text, candidates=choices_of(arguments), out=arguments.out, generation=said)
     for line in result.lines:
         say(arguments, line)
     return result.values

@@ -33,7 +33,7 @@ def run_doctor(arguments: argparse.Namespace) -> dict[str, Any]:
     if dist.world() > 1:
         from mitrain.cli import rank_checks
 
-        found = rank_checks.of_all_ranks(found)
+        found = [*rank_checks.united(found), rank_checks.bandwidth(), rank_checks.smoke_step()]
     rows = [vars(check) for check in found] + (of_two_ranks() if arguments.smoke and dist.world() == 1 else [])
     report["checks"] = rows
     arguments.code = 0 if all(row["ok"] for row in rows) else 1

@@ -18,11 +18,6 @@ SIZE, TIMES = 4 << 20, 3  # float32 numbers of one all-reduce, and how many are 
 LEAST_MB_S = 50.0
 
 
-def of_all_ranks(checks: Sequence[Check]) -> list[Check]:
-    """This machine's ``checks`` with those of the others, and what the ranks find together."""
-    return [*united(checks), bandwidth(), smoke_step()]
-
-
 def united(checks: Sequence[Check]) -> list[Check]:
     """Every rank's checks as one list: a fault of any rank is the check's, with the machines that have it."""
     host = socket.gethostname()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,14 +53,9 @@ class Saved:
         self._hooks.__exit__(*error)
 
 
-def trained_parameters(model: Model) -> list[nn.Parameter]:
-    parts = [*model.trainable.values(), *model.frozen.values()]
-    return list({id(p): p for part in parts for p in part.parameters() if p.requires_grad}.values())
-
-
 def parameters(model: Model) -> dict[str, Any]:
     """Counts. ``share``: of the trained parameters among all, frozen ones included."""
-    trained = trained_parameters(model)
+    trained = model.trained()
     own = {id(p) for part in (*model.trainable.values(),) for p in part.parameters()} | {id(p) for p in trained}
     frozen = {id(p): p for part in model.frozen.values() for p in part.parameters() if id(p) not in own}
     numbers = [sum(loading.elements(p) for p in group) for group in (trained, frozen.values())]
@@ -79,7 +74,7 @@ def weights(model: Model) -> Iterator[Tensor]:
     for part in model.trainable.values():
         yield from part.parameters()
         yield from part.buffers()
-    yield from trained_parameters(model)
+    yield from model.trained()
 
 
 def of_step(trainer: Trainer) -> dict[str, Any]:
@@ -92,7 +87,7 @@ def of_step(trainer: Trainer) -> dict[str, Any]:
         loss = trainer.loss(batch)  # held: what it has saved lives as long
         kept = saved.bytes
     del loss
-    trained = trained_parameters(model)
+    trained = model.trained()
     parts = {
         "weights": sum(storages(weights(model)).values()),
         "gradients": sum(p.numel() * p.element_size() for p in trained),

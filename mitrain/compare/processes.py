@@ -74,7 +74,6 @@ def end_with(parent: int) -> bool:
 
 
 def last_line(path: Path) -> str:
-    """What a process said last."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -52,7 +52,6 @@ def entry_of(kind: str, path: Path) -> Entry:
 
 
 def table(found: Sequence[Entry]) -> list[dict[str, Any]]:
-    """A row for each kind."""
     rows = []
     for kind in dict.fromkeys(one.kind for one in found):
         those = [one for one in found if one.kind == kind]

@@ -263,7 +263,6 @@ def sum_across(tensor: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` holds on any rank."""
     return bool(sum_across(torch.tensor(float(flag))) > 0)
 
 

@@ -54,7 +54,6 @@ def save(name: str, target: Path) -> None:
 
 
 def main(name: str, target: str) -> None:
-    """What the process does."""
     import datasets
 
     name, _, configuration = (name, "", "") if Path(name).exists() else name.partition(":")

@@ -18,7 +18,6 @@ def plain(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """In the typeface of code."""
     shown = one_line(text)
     return f"<code>{plain(shown)}</code>" if NO_CODE.search(shown) or not shown else f"`{shown}`"
 

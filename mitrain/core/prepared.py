@@ -111,7 +111,6 @@ def not_here(name: str) -> str:
 
 
 def folder_of(what: str, recipe: Recipe, seed: int) -> Path:
-    """The folder that ``recipe`` is prepared in."""
     if what == "models":
         return cache_home() / "models" / recipe.name
     return cache_home() / "data" / f"{recipe.name}-{recipe.version}-seed{seed}"

@@ -54,7 +54,6 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor, and how many cores of it."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

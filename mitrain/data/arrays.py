@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import safe_open
@@ -37,10 +37,6 @@ class Array(Facts):
     """
 
     values: np.ndarray
-
-    def content(self) -> Self:
-        """What encoders are given."""
-        return self
 
 
 def read_array(

@@ -10,7 +10,7 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -68,10 +68,6 @@ class Sound(Facts):
     @property
     def nbytes(self) -> int:
         return self.samples.nbytes
-
-    def content(self) -> Self:
-        """What encoders are given."""
-        return self
 
     def at(self, rate: int) -> np.ndarray:
         """(n',) float32: resampled to ``rate`` samples per second."""

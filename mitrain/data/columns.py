@@ -143,7 +143,6 @@ class Columns(Sequence[Any]):
         return [name for name in self._inputs if any(self.paths(name))]
 
     def texts(self) -> list[str]:
-        """The fields that are texts."""
         return [name for name, values in self._columns.items() if isinstance(values, Texts)]
 
     def settled(self) -> Sequence[Any]:

@@ -32,7 +32,6 @@ class RefcocoConfig(DataSection, kind="data", name="refcoco"):
         return read_objects(root, self.dataset, self.split_by, split)
 
     def split_names(self, root: Path) -> list[str]:
-        """The splits that the references name."""
         return split_names(root, self.dataset, self.split_by)
 
     def file_root(self, root: Path) -> Path:
@@ -62,7 +61,6 @@ class ExpressionsConfig(DrawnSection, kind="data", name="expressions"):
         return [sample for sample in samples if sample.id in kept]
 
     def split_names(self, root: Path) -> list[str]:
-        """The splits whose files are there, and those that are drawn."""
         own = [split for split, name in self.splits.items() if (root / name).exists()]
         return [*(own or self.splits), *self.shares]
 

@@ -315,5 +315,4 @@ class Features:
 
 
 def files_of(samples: Sequence[Any], source: str) -> set[str]:
-    """The different files that ``samples`` have of an input."""
     return {*paths(samples, source)} - {None}

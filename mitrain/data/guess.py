@@ -65,7 +65,9 @@ def guess(table: Path, task: str | None, said: Mapping[str, str], files: Path | 
 
     Raises DataError for what cannot be told.
     """
-    rows = first_rows(table)
+    rows = [row for _, row in islice(all_rows(table, {}, ()), ROWS)]
+    if not rows:
+        raise DataError(f"{table} holds no rows: give a CSV, TSV, JSONL or JSON file with one sample a row")
     if isinstance(rows[0].get("conversations", rows[0].get("messages")), list):
         if task not in (None, "answer") or said:
             raise DataError(f"{table} holds conversations, whose answers are learned: leave out the task and --column")
@@ -156,13 +158,6 @@ def starts_as_object(path: Path) -> bool:
         return False  # whoever reads it says what is wrong
 
 
-def first_rows(table: Path) -> list[dict[str, Any]]:
-    rows = [row for _, row in islice(all_rows(table, {}, ()), ROWS)]
-    if not rows:
-        raise DataError(f"{table} holds no rows: give a CSV, TSV, JSONL or JSON file with one sample a row")
-    return rows
-
-
 def filled(value: Any) -> bool:
     return value is not None and str(value).strip() not in ("", *MISSING)
 
@@ -175,7 +170,6 @@ def kind_of(values: Sequence[str]) -> str:
 
 
 def task_of(others: Mapping[str, Sequence[str]], said: Mapping[str, str], table: Path) -> str:
-    """The task that the columns speak of."""
     by_said = [task for task, fields in FIELDS.items() if set(said) & ({*fields} - {"text"})]
     if by_said:
         return by_said[0]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -60,6 +60,10 @@ class Facts:
     def nbytes(self) -> int:
         """Bytes of the decoded content: 4 for each pixel or number."""
         return 4 * self.stored_size[0] * self.stored_size[1]
+
+    def content(self) -> Any:
+        """What encoders are given: of a picture its pixels, else itself."""
+        return self
 
     def annotated(self, size: Size, max_pixels: int = MAX_PIXELS) -> Self:
         """The picture as an annotation of ``size`` means it: of this size, or evenly scaled.

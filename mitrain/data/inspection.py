@@ -169,7 +169,6 @@ def compare(
 
 
 def as_text(report: Mapping[str, Any]) -> str:
-    """The report in lines for people."""
     lines = []
     for split, facts in report["splits"].items():
         lines.append(f"{split}:")

@@ -55,7 +55,6 @@ class DataSection(Section):
         return ()
 
     def file_root(self, root: Path) -> Path:
-        """The folder that the samples' files are in."""
         return root
 
     @model_validator(mode="after")
@@ -294,7 +293,6 @@ def split_file(splits: Mapping[str, str], split: str, setting: str = "splits", a
 
 
 def there(splits: Mapping[str, str], root: Path) -> list[str]:
-    """The splits whose files are there; all of them where none is."""
     return [split for split, name in splits.items() if (root / name).exists()] or list(splits)
 
 

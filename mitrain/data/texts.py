@@ -3,7 +3,6 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from mitrain.core.errors import DataError
 from mitrain.data.contents import read_content
@@ -18,10 +17,6 @@ class Text(Facts):
     """``stored_size``: (characters, 1)."""
 
     text: str
-
-    def content(self) -> Self:
-        """What encoders are given."""
-        return self
 
 
 def read_text(root: Path, relative: str) -> Text:

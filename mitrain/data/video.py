@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from PIL import Image
 
@@ -48,10 +48,6 @@ class Video(Facts):
     @property
     def nbytes(self) -> int:
         return 4 * self.stored_size[0] * len(self.frames)
-
-    def content(self) -> Self:
-        """What encoders are given."""
-        return self
 
 
 def read_video(root: Path, relative: str, frames: int, limits: VideoLimits | None = None) -> Video:

@@ -167,22 +167,6 @@ Files = Mapping[str, str | Path]
 """One file for each of a run's inputs, by their names."""
 
 
-def predict_one(
-    folder: str | Path,
-    files: Files,
-    text: str,
-    *,
-    candidates: Sequence[str] | None = None,
-    out: str | None = None,
-    generation: Mapping[str, Any] | None = None,
-    **opening: Unpack[runs.Opening],
-) -> Answer:
-    """Answer a prompt about files, or segment an expression in a picture; ``opening``: as `runs.open_run` takes it,
-    ``generation`` as in `ask_all`."""
-    glance.words(text, candidates)
-    return ask(runs.open_run(folder, **opening), files, text, candidates=candidates, out=out, generation=generation)
-
-
 @dataclass(frozen=True)
 class Asked:
     """A file for each of a run's inputs, a text about them, and what the user lets the model choose among.
@@ -356,15 +340,10 @@ def inspect_data(config: str, assignments: Sequence[str], out: Path) -> tuple[di
     limits, folder = Limits(data.max_pixels), data.file_root(root)
     report, text = inspect_splits(task, splits, folder, sheet, limits, media, cache=cache)
     known = answers_by_prompt(splits.get("train", ())) if task.remembers else None
-    report["cautions"] = [line for split, samples in splits.items() for line in cautions_of(task, samples, split, known)]
+    report["cautions"] = []
+    for split, samples in splits.items():
+        try:
+            report["cautions"] += cautions(task, samples, split, known)
+        except DataError as error:  # it cannot be scored at all
+            report["cautions"].append(str(error))
     return report, "\n".join([text, *report["cautions"]])
-
-
-def cautions_of(
-    task: type[Task], samples: Sequence[Any], split: str, known: Mapping[str, Sequence[str]] | None
-) -> list[str]:
-    """The cautions about a split, or why it cannot be scored at all."""
-    try:
-        return cautions(task, samples, split, known)
-    except DataError as error:
-        return [str(error)]

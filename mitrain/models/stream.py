@@ -150,7 +150,9 @@ def load(
         if fits(model, weights):
             loading.tell_unplaced(unplaced(model, weights), source, "language model")
             fill(model, weights, device, after, reads, unread(model))
-            return with_generation(model, source)
+            if loading.find(source, "generation_config.json"):
+                model.generation_config = loading.load(GenerationConfig, source, "generation settings")
+            return model
     if stored:
         raise ModelError(f"the {stored} checkpoint {str(source)!r} has names that its model has not: give float weights")
     log.info("%s is loaded whole, on every rank: its tensors have other names than its model's", source)
@@ -159,13 +161,6 @@ def load(
     model = (model if precision == "none" else quantise(model, precision, embedding=embedding)).to(device, dtype)
     for name, unit in units(model):
         after(name, unit)
-    return model
-
-
-def with_generation(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
-    """With the generation settings that stand beside the weights, if any do."""
-    if loading.find(source, "generation_config.json"):
-        model.generation_config = loading.load(GenerationConfig, source, "generation settings")
     return model
 
 

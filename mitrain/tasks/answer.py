@@ -188,7 +188,9 @@ class AnswerTask(LanguageTask):
         probed, chosen = probe_answers(splits.features, *splits.parts)
         most = commonest([s.answer for s in splits.chosen])
         rows = {"majority answer": [most] * len(splits.chosen)}
-        by_kind = answers_by_kind(splits.chosen)
+        by_kind: dict[str, list[str]] = defaultdict(list)
+        for sample in splits.chosen:
+            by_kind[sample.kind].append(sample.answer)
         if len(by_kind) > 1:
             usual = {kind: commonest(answers) for kind, answers in by_kind.items()}
             rows["majority answer to each kind of question"] = [usual[s.kind] for s in splits.chosen]
@@ -275,13 +277,6 @@ def answers_by_prompt(samples: Sequence[Any]) -> dict[str, tuple[str, ...]]:
     for prompt, choices, answer in zip(*(column(samples, n) for n in ("prompt", "candidates", "answer")), strict=True):
         answers_of[prompt] |= {*choices, answer}
     return {prompt: tuple(sorted(answers)) for prompt, answers in answers_of.items()}
-
-
-def answers_by_kind(samples: Sequence[Any]) -> dict[str, list[str]]:
-    answers: dict[str, list[str]] = defaultdict(list)
-    for sample in samples:
-        answers[sample.kind].append(sample.answer)
-    return answers
 
 
 def accuracies(kinds: Sequence[str], hits: Sequence[bool]) -> dict[str, float]:

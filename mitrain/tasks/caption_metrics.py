@@ -78,7 +78,6 @@ def rouge_l(words: Tokens, references: Sequence[Tokens]) -> float:
 
 
 def longest_common(one: Tokens, other: Tokens) -> int:
-    """Length of the longest common subsequence."""
     row = [0] * (len(other) + 1)
     for word in one:
         before = row

@@ -57,7 +57,6 @@ class Gallery:
         return member[:, self.codes]
 
     def depths(self) -> list[str]:
-        """The names of all recalls."""
         return [f"{name}_r{k}" for name in self.ways for k in DEPTHS]
 
     def decided(self) -> list[str]:

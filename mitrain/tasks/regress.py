@@ -120,7 +120,6 @@ class RegressTask(HeadTask):
         return TargetSample(question.id, question.inputs, question.text, 0.0)
 
     def told(self, question: Question, prediction: Prediction) -> Answer:
-        """The number."""
         number = prediction.vector
         return Answer({**question.files, "text": question.text, "predicted": number}, [f"predicted: {number:.4f}"])
 

@@ -114,6 +114,11 @@ class Model:
     def frozen(self) -> dict[str, nn.Module]:
         return {"text": self.text.model, **numbered(self.encoders)}
 
+    def trained(self) -> list[nn.Parameter]:
+        """What training changes, each once: also weights of a backbone, where the method trains those."""
+        parts = [*self.trainable.values(), *self.frozen.values()]
+        return list({id(p): p for part in parts for p in part.parameters() if p.requires_grad}.values())
+
     @cached_property
     def base(self) -> dict[str, str]:
         """Digests of the frozen models by name (text.weights, encoder0.settings, …), for `mitrain.training.fingerprint`.
@@ -321,7 +326,7 @@ def described(config: ModelConfig) -> PretrainedConfig:
 def assemble(config: RunConfig, text: TextBackbone, encoders: dict[str, Encoder], *, empty: bool = False) -> Model:
     """Adapter, head and statistics on loaded backbones; their start values follow from ``config.seed``."""
     seed_everything(config.seed)
-    widths = modality_widths(config.model, encoders)
+    widths = {name: sum(encoders[one].width for one in names) for name, names in config.model.modalities.items()}
     device = torch.device("meta") if empty else text.device
     pretrained = loading.count_parameters(nn.ModuleList([text.model, *encoders.values()]))
     with torch.device(device):
@@ -348,11 +353,6 @@ def assemble(config: RunConfig, text: TextBackbone, encoders: dict[str, Encoder]
             task.metric, task.minimises = task.own_metric.partition(":")[2], lowest
     norm = FeatureNorm(widths, config.features)
     return Model(config, text, encoders, adapter, norm, task, states, entering, pretrained)
-
-
-def modality_widths(config: ModelConfig, encoders: Mapping[str, Encoder]) -> dict[str, int]:
-    """e of each modality: its encoders' widths together."""
-    return {modality: sum(encoders[name].width for name in names) for modality, names in config.modalities.items()}
 
 
 def changeable(encoder: Encoder | None, adapter: Adapter) -> nn.Module:

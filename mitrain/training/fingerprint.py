@@ -52,7 +52,6 @@ def fingerprint(
 
 
 def digests_of(splits: Mapping[str, Sequence[Any]], content: Callable[[Any], Mapping[str, str | None]]) -> dict[str, str]:
-    """The parts of ``splits`` alone."""
     return {
         f"data.{split}.{name}": value for split, samples in splits.items() for name, value in of_samples(samples, content)
     }

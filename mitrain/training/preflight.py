@@ -4,14 +4,12 @@ A run that cannot end then says so in its first minute, with what it needs, and 
 """
 
 import logging
-import os
 import resource
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import cycle, islice
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -24,6 +22,7 @@ from mitrain.data.loader import Draw
 from mitrain.data.sources import limit
 from mitrain.models import loading
 from mitrain.training import checkpoint
+from mitrain.training.plan import machines
 from mitrain.training.telemetry import memory_bytes
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,6 @@ LOOKED_AT = 20_000
 STATES = {"adamw": 2, "adam": 2, "sgd": 1}
 SHOWN = {"frozen_weights": "frozen weights", "trained_weights": "trained weights", "gradients": "their gradients"}
 SHOWN |= {"optimizer": "optimizer's states", "in_use_before": "in use before the batch", "there": "memory there is"}
-CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class OutOfMemory(UserError):
@@ -187,12 +185,8 @@ def memory_there() -> int:
     """Bytes of this GPU, or of what the machine, its control group and the process's limit leave, the least of them."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[1]
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in CGROUPS:
-        with suppress(OSError, ValueError):  # "max", or no such group
-            found.append(int(Path(path).read_text()))
     bound = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return min(found + ([bound] if bound != resource.RLIM_INFINITY else []))
+    return min(machines.memory_here(), bound if bound != resource.RLIM_INFINITY else sys.maxsize)
 
 
 def size(count: float) -> str:

@@ -376,7 +376,6 @@ def with_base(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def encoder_shape(encoder: Encoder) -> EncoderShape:
-    """The fingerprint of an encoder."""
     channels, patch = (getattr(encoder.settings, name, None) for name in ("hidden_size", "patch_size"))
     return EncoderShape(
         model_type=encoder.family,

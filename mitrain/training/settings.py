@@ -175,7 +175,6 @@ def as_text(found: list[Setting]) -> str:
 
 
 def as_markdown(found: list[Setting]) -> str:
-    """Tables for the documentation."""
     lines = []
     for head, group in groupby(found, heading):
         cells = [

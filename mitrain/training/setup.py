@@ -124,7 +124,10 @@ class Setup:
             views = {"train": config.features.views, "val": config.features.eval_views}
             total = sum(self.features.work(part, views[name]) for name, part in splits.items())
             with self._bar(total, "encode inputs") as bar:
-                splits = {name: self._usable(part, name, views[name], bar) for name, part in splits.items()}
+                for name, part in splits.items():
+                    splits[name] = self.features.readable(part, views[name], bar.update)
+                    if not splits[name]:
+                        raise DataError(f"no sample of the split {name!r} can be read: check data.root")
         allocator.give_back()  # of pictures and encoders, before the language model's layers come
         self.train, self.val = splits.values()
         self.fingerprint = fingerprint(config.to_dict(), splits, self.features.contents, self.model.base) | self.own
@@ -186,12 +189,6 @@ class Setup:
 
     def _bar(self, total: int, text: str) -> tqdm:
         return tqdm(total=total, desc=text, disable=self.quiet or None, file=sys.stderr, leave=False)
-
-    def _usable(self, samples: Sequence[Any], split: str, views: int, bar: tqdm) -> list[Any]:
-        kept = self.features.readable(samples, views, bar.update)
-        if not kept:
-            raise DataError(f"no sample of the split {split!r} can be read: check data.root")
-        return kept
 
     def _groups(self) -> list[Group]:
         train = self.config.train

@@ -12,7 +12,8 @@ from zero_worker import NARROW, POISONED, SPREADS
 import mitrain
 from mitrain.training.checkpoint.folder import complete_checkpoints
 from mitrain.cli import main
-from mitrain.inference.scoring import predict_one
+from mitrain.inference.scoring import ask
+from mitrain.training import runs
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
@@ -204,7 +205,7 @@ def test_a_model_that_diverges_on_one_rank_fails_on_all_and_is_not_saved(forge, 
 def test_an_adapter_of_int8_shards_loads_in_one_line_without_deepspeed(world, shards, tmp_path, monkeypatch):
     folder, picture = shards("int8")[0], next((world / "data").rglob("*.png"))
     assert main(["export", str(folder), "--out", str(tmp_path / "adapter")]) == 0
-    expected = predict_one(folder, {"image": str(picture)}, "what colour ?", candidates=["red", "blue"]).values
+    expected = ask(runs.open_run(folder), {"image": str(picture)}, "what colour ?", candidates=["red", "blue"]).values
     for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "deepspeed", None)

@@ -20,6 +20,7 @@ from mitrain.cli import main
 from mitrain.core.errors import CheckpointError, ConfigError, DataError, ModelError
 from mitrain.inference import scoring
 from mitrain.inference.export import export
+from mitrain.training import runs
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 
@@ -60,7 +61,7 @@ def llm(world):
 def test_it_predicts_what_the_run_predicts(run, exported, predictor, images, capsys):
     answers = []
     for path in images:
-        expected = scoring.predict_one(run, {"image": str(path)}, PROMPT).values
+        expected = scoring.ask(runs.open_run(run), {"image": str(path)}, PROMPT).values
         assert predictor.predict(path, PROMPT) == expected
         answers.append(tuple(expected["probabilities"].values()))
     assert len(set(answers)) == len(images)
@@ -127,7 +128,7 @@ def test_segmentation_comes_with_its_head(world, images):
     names = load_file(world / "masks" / "mitrain.safetensors").keys()
     assert {name.split(".")[0] for name in names} == {"adapter", "head", "features"}
     found = mitrain.from_pretrained(world / "masks").predict(images[0], "red square")
-    expected = scoring.predict_one(run, {"image": str(images[0])}, "red square")
+    expected = scoring.ask(runs.open_run(run), {"image": str(images[0])}, "red square")
     assert np.array_equal(found.pop("mask"), expected.mask) and found == expected.values
     assert found["mask_share"] not in (0, 1)
 
@@ -172,7 +173,7 @@ def test_the_saved_preprocessing_is_used_whatever_the_encoders_folder_says(world
     other = shutil.copytree(world / "vision", world / "regrained")
     (other / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}))
     found = mitrain.from_pretrained(exported, encoders=[other])
-    assert found.predict(images[0], PROMPT) == scoring.predict_one(run, {"image": str(images[0])}, PROMPT).values
+    assert found.predict(images[0], PROMPT) == scoring.ask(runs.open_run(run), {"image": str(images[0])}, PROMPT).values
 
 
 def test_a_base_of_another_shape_is_refused_with_every_difference(world, exported):

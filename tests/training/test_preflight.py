@@ -150,7 +150,7 @@ def test_how_many_checkpoints_stand_at_once(world):
 def test_memory_there_is_the_least_of_what_bounds_a_process(monkeypatch, tmp_path):
     whole = preflight.memory_there()
     group = tmp_path / "memory.max"
-    monkeypatch.setattr(preflight, "CGROUPS", (str(group), str(tmp_path / "absent")))
+    monkeypatch.setattr(preflight.machines, "CGROUPS", (str(group), str(tmp_path / "absent")))
     group.write_text("max\n")
     assert preflight.memory_there() >= whole
     group.write_text("4096\n")

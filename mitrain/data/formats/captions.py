@@ -108,7 +108,6 @@ def read_karpathy(root: Path, file: str | None, split: str, images: str | None =
 
 
 def karpathy_splits(root: Path, file: str | None) -> list[str]:
-    """The splits that the file has images of."""
     there = {image[0] for image in read_images(karpathy_file(Path(root), file))}
     return [split for split, names in SPLITS.items() if there & set(names)] or list(SPLITS)
 
@@ -128,7 +127,6 @@ Image = tuple[str, str, str, list[tuple[str, str]]]  # split, path, object, capt
 
 @once
 def read_images(path: Path) -> list[Image]:
-    """Every image of the file."""
     return [read_image(image, n, f"{path}: image {n}") for n, image in enumerate(list_in(path, "images"))]
 
 

@@ -114,7 +114,6 @@ def read_rows(
 def rows_in(
     path: Path, root: Path, columns: Mapping[str, str], required: Sequence[str], inputs: Sequence[str]
 ) -> Iterator[Row]:
-    """Every record of one file."""
     if path.suffix not in (".parquet", ".arrow", ".tar"):
         whole, name = str(path), path.name
         for line, cells in all_rows(path, columns, required):

@@ -40,7 +40,6 @@ def read_mmimdb(root: Path, split: str, known: Collection[str] = GENRES) -> list
 
 
 def split_names(root: Path) -> list[str]:
-    """The splits that ``split.json`` has."""
     there = read_table(root / "split.json")
     return [split for split in ("train", "val", "test") if SPLITS[split] in there]
 

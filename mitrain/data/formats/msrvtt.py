@@ -67,6 +67,5 @@ def sentences_in(
 
 
 def splits_in(root: Path) -> list[str]:
-    """The splits that the files have videos of."""
     there = {part for path, table in tables_in(root) for _, part in videos_in(path, table)}
     return [split for split, name in SPLITS.items() if name in there]

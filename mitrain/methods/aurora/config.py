@@ -80,16 +80,13 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
         return self
 
     def tuned(self, part: Part) -> tuple[Projection, ...]:
-        """The projections of ``part`` that are tuned."""
         return getattr(self, part)
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """Names of the sets of factors."""
         return ("shared",) if self.factors == "shared" else PARTS
 
     def set_of(self, part: Part) -> str:
-        """The set of factors that ``part`` is tuned by."""
         return "shared" if self.factors == "shared" else part
 
     @property

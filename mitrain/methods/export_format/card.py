@@ -29,14 +29,14 @@ def model_card(contents: Contents, licences: Mapping[str, str] | None = None, al
     ``alone``: the adapter can also be attached to a language model by itself.
     """
     licences = licences or {}
-    run = contents.run
+    run, settings = contents.run, [[plain(key), code(json.dumps(value))] for key, value in contents.adapter.items()]
     blocks = [
         front_matter(contents),
         f"# {plain(title(contents))}",
         f"A {plain(contents.adapter['name'])} adapter trained with mitrain {plain(contents.mitrain_version)}. The frozen"
         " weights are not in this folder.",
         "\n".join(["## Base", "", *base_lines(contents, licences)]),
-        "\n".join(["## Method", "", *settings_lines(contents.adapter), "", parameter_line(contents)]),
+        "\n".join(["## Method", "", *table(["setting", "value"], settings), "", parameter_line(contents)]),
     ]
     if run:
         blocks += [
@@ -106,10 +106,6 @@ def base_lines(contents: Contents, licences: Mapping[str, str]) -> list[str]:
         "",
         *table(["", ""], [[key.replace("_", " "), plain(value)] for key, value in base.to_dict().items()]),
     ]
-
-
-def settings_lines(settings: Mapping[str, Any]) -> list[str]:
-    return table(["setting", "value"], [[plain(key), code(json.dumps(value))] for key, value in settings.items()])
 
 
 def parameter_line(contents: Contents) -> str:

@@ -72,5 +72,4 @@ class MiTConfig(Section, kind="adapter", name="mit"):
 
     @property
     def kernel_gate(self) -> str:
-        """The gate by the operators' names."""
         return self.gate if self.gate == "none" or self.cosine else "head"

@@ -56,7 +56,6 @@ class PMFConfig(Section, kind="adapter", name="pmf"):
 
     @property
     def links(self) -> list[str]:
-        """The names of LINKS that exist."""
         return [name for name, sides in LINKS.items() if self.direction in ("both", "-to-".join(sides))]
 
     def inner_width(self, widths: Mapping[str, int]) -> int:

@@ -106,5 +106,4 @@ def modalities_of(encoders: Mapping[str, EncoderConfig]) -> dict[str, list[str]]
 
 
 def inputs_of(encoders: Mapping[str, EncoderConfig]) -> tuple[str, ...]:
-    """The inputs of a sample that encoders read."""
     return tuple(dict.fromkeys(section.input for section in encoders.values()))

@@ -78,7 +78,6 @@ def quantise(model: PreTrainedModel, precision: str, embedding: bool = False) ->
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a module has a matrix of its own."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.ndim == 2
 
@@ -104,12 +103,11 @@ def quantise_embedding(model: PreTrainedModel) -> None:
             " set model.quantize_embedding=false"
         )
     tied = head is not None and head.weight is before.weight
-    table = empty_embedding(before) if before.weight.is_meta else FrozenInt8Embedding.of(before)
+    if before.weight.is_meta:
+        rows, width = before.weight.shape
+        table = FrozenInt8Embedding(rows, width, before.weight.dtype, torch.device("meta"))
+    else:
+        table = FrozenInt8Embedding.of(before)
     model.set_input_embeddings(table)
     if tied:
         model.set_output_embeddings(table.head(head.bias))
-
-
-def empty_embedding(embedding: nn.Embedding) -> FrozenInt8Embedding:
-    width, dtype = embedding.embedding_dim, embedding.weight.dtype
-    return FrozenInt8Embedding(embedding.num_embeddings, width, dtype, torch.device("meta"))

@@ -6,6 +6,7 @@ No GPU was used to check these numbers. Rates are dense (no sparsity), bandwidth
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mitrain.models.loading import DTYPES
 
 GB = 10**9
 PER_NODE = 8
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ def often(work: Callable[[], object], seconds: float = 0.1) -> float:
 def memory_here() -> int:
     """Bytes of this machine, or of the control group that this process may use."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text() if Path(path).is_file() else ""
-        sizes += [int(text)] if text.strip().isdigit() else []
+    for path in CGROUPS:
+        with suppress(OSError, ValueError):  # "max", or no such group
+            sizes.append(int(Path(path).read_text()))
     return min(sizes)
 
 

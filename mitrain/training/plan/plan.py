@@ -213,7 +213,7 @@ def plan(config: RunConfig, asked: Asked, *, remedies: bool = True, found: Measu
     """What ``config`` takes; where it does not fit, with what it would (each tried). ``found``: `measured` already, of as
     many samples a rank."""
     found = found or measured(config, asked)
-    sent = traffic(config.zero, asked.ranks, bytes_of(trained(found.model)), found.traced.order, config.train.accumulate)
+    sent = traffic(config.zero, asked.ranks, bytes_of(found.model.trained()), found.traced.order, config.train.accumulate)
     parts, moments = memory(config, asked, found, sent)
     total, budget = max(moments.values()), asked.machine.memory
     times = step_ms(config, asked, found, sent)
@@ -232,7 +232,7 @@ def plan(config: RunConfig, asked: Asked, *, remedies: bool = True, found: Measu
         moments=moments,
         activations_by_part=found.traced.kept,
         largest_batch=most if max(value for key, value in moments.items() if key != "backward") <= budget else 0,
-        trainable_parameters=sum(p.numel() for p in trained(found.model)),
+        trainable_parameters=sum(p.numel() for p in found.model.trained()),
         frozen_parameters=sum(p.numel() for p in frozen(found.model, *found.model.frozen)),
         macs_forward=round(found.traced.forward_flops / 2 / found.share),
         flops_step=round(found.traced.flops / found.share * per_step),
@@ -272,11 +272,6 @@ def with_remedies(made: Plan, config: RunConfig, asked: Asked) -> Plan:
 
 
 # Memory
-
-
-def trained(model: Model) -> list[Tensor]:
-    parts = [*model.trainable.values(), *model.frozen.values()]
-    return list({id(p): p for part in parts for p in part.parameters() if p.requires_grad}.values())
 
 
 def frozen(model: Model, *names: str) -> list[Tensor]:
@@ -321,7 +316,7 @@ def per_rank(tensors: Sequence[Tensor], config: RunConfig, ranks: int) -> int:
 def memory(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> tuple[dict[str, int], dict[str, int]]:
     """(bytes by part at the fullest moment of the passes, the whole at each moment)."""
     model, on_cpu = found.model, asked.machine.name == "cpu"
-    weights, gone = bytes_of(trained(model)), unread(config, model)
+    weights, gone = bytes_of(model.trained()), unread(config, model)
     text, encoders = frozen(model, "text"), frozen(model, *(model.frozen.keys() - {"text"}))
     of_rank = lambda tensors: per_rank([t for t in tensors if id(t) not in gone], config, asked.ranks)  # noqa: E731
     fixed = {
@@ -381,15 +376,11 @@ def step_ms(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> 
     """A step's milliseconds: at the machine's stated rates, all communication hidden; and at shares of them, none hidden."""
     machine, operators = asked.machine, found.traced.operators
     rate, width = machine.flops[config.model.dtype], machine.bandwidth
-    states = 7 * bytes_of(trained(found.model)) / width  # weights, two moments: read and written; gradients: read
-    link = min(link_ms(asked, sent)[link_of(asked)] / 1e3, 1e6)
+    states = 7 * bytes_of(found.model.trained()) / width  # weights, two moments: read and written; gradients: read
+    link = min(link_ms(asked, sent)["node" if asked.nodes == 1 else asked.network] / 1e3, 1e6)
     low = config.train.accumulate * sum(max(f / rate, b / width) for f, b in operators) + states
     high = config.train.accumulate * sum(max(f / rate / FAR, b / width / SLOW) + LAUNCH_S for f, b in operators)
     return 1e3 * max(low, link), 1e3 * (high + states / SLOW + link / BUSY)
-
-
-def link_of(asked: Asked) -> str:
-    return "node" if asked.nodes == 1 else asked.network
 
 
 def link_ms(asked: Asked, sent: Traffic) -> dict[str, float]:

@@ -48,14 +48,10 @@ def traffic(
         return Traffic(reductions=trained)
     if zero.stage < 3:
         return Traffic(gathers=trained, reductions=trained)
-    frozen, held = gathered(order, reuse_of(zero))
-    return Traffic(trained + accumulate * frozen, trained, 0, held)
-
-
-def reuse_of(zero: ZeroConfig) -> int:
     own: Any = zero.config if isinstance(zero.config, dict) else {}
-    value = own.get("zero_optimization", {}).get("stage3_max_reuse_distance", REUSE)
-    return REUSE if value == "auto" else int(value)
+    reuse = own.get("zero_optimization", {}).get("stage3_max_reuse_distance", REUSE)
+    frozen, held = gathered(order, REUSE if reuse == "auto" else int(reuse))
+    return Traffic(trained + accumulate * frozen, trained, 0, held)
 
 
 def gathered(order: Sequence[tuple[nn.Module, bool]], reuse: int = REUSE) -> tuple[int, int]:
