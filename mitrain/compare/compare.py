@@ -39,17 +39,9 @@ class CompareError(UserError):
     exit_code = 1
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = parsing.read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def read_rows(out: Path) -> list[Row]:
     """The rows of results.json; none where there is no file or it is damaged."""
-    rows = read_json(out / "results.json").get("rows")
+    rows = parsing.object_in(out / "results.json").get("rows")
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     for row in rows:
         if isinstance(row.get("controls"), dict) and "no-image" in row["controls"]:  # the name before other inputs
@@ -66,7 +58,7 @@ def is_complete(row: Row) -> bool:
 def put_aside(out: Path, say: Say) -> None:
     """Rename a results.json that cannot be read: the next write would take its place."""
     path = out / "results.json"
-    if path.exists() and not isinstance(read_json(path).get("rows"), list):
+    if path.exists() and not isinstance(parsing.object_in(path).get("rows"), list):
         path.replace(path.with_name("results.json.damaged"))
         say(f"{path} is damaged: kept as {path.name}.damaged, its cells are measured again")
 
@@ -165,7 +157,7 @@ def beside(out: Path) -> list[Row]:
 def cell_row(cell: Cell, job: Job, limit_s: float, measure: Measure) -> Row:
     """The cell as measured now; what it left is removed unless a later call can go on with it."""
     folder = job.out / "cells" / cell.id.name
-    if read_json(folder / "cell.json").get("identity") != cell.identity:
+    if parsing.object_in(folder / "cell.json").get("identity") != cell.identity:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "cell.json", cell.to_dict())
@@ -193,7 +185,7 @@ def in_process(cell: Cell, folder: Path, limit_s: float) -> Row:
         return {"status": TOO_LONG, "reason": f"not finished after {limit_s:g} s", "seconds": seconds}
     if code == PREEMPTED:
         raise KeyboardInterrupt
-    row = read_json(folder / "row.json")
+    row = parsing.object_in(folder / "row.json")
     if code or row.get("identity") != cell.identity:
         said = processes.last_line(folder / "said.txt").removeprefix("mitrain: ")
         how = "" if code > 0 else f"killed by signal {-code}: " if code else "ended without its row: "

@@ -10,7 +10,6 @@ flops        of one sample in a training step's forward pass: matrix products, c
              once and the run keeps (features of pictures, states of texts below the first changed layer) is not in it.
 """
 
-import json
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mitrain.compare.resident import frozen_tensors, optimizer_bytes, storages
 from mitrain.models import loading
 from mitrain.tasks.base import Batch
+from mitrain.training import curves
 from mitrain.training.build import Model
 from mitrain.training.plan.tracing import attention_flops
 from mitrain.training.trainer import Trainer
@@ -117,8 +117,7 @@ def own_operators() -> dict[Any, Any]:
     return {} if operator is None else {operator: attention_flops}
 
 
-def step_ms(metrics: Path) -> float | None:
-    """Median over the training steps in a run's metrics.jsonl."""
-    lines = [json.loads(text) for text in metrics.read_text(encoding="utf-8").splitlines()]
-    times = [line["seconds"] for line in lines if line["kind"] == "train" and line["seconds"] is not None]
+def step_ms(run: Path) -> float | None:
+    """Median over the training steps that a run has logged."""
+    times = [seconds for _, seconds in curves.series(curves.logged(run), "train", "seconds")]
     return round(1e3 * statistics.median(times), 2) if times else None

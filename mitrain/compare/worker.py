@@ -74,7 +74,7 @@ def trained(folder: Path, part: TaskPart) -> dict[str, Any]:
     return {
         **measures.parameters(trainer.model),
         **measures.of_step(trainer),
-        "step_ms": measures.step_ms(folder / "metrics.jsonl"),
+        "step_ms": measures.step_ms(folder),
         "steps": outcome.step,
         "best_step": outcome.best_step,
         **exported(folder),

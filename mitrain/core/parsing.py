@@ -14,6 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TextIO
@@ -123,6 +124,14 @@ def plain_objects(lines: Sequence[str]) -> list[dict[str, Any]] | None:
 def read_json(path: str | Path, limit: int = JSON_BYTES) -> Any:
     """The value in a JSON file. Raises Unreadable, and OSError where the file cannot be opened."""
     return parse_json(read_bytes(path, limit))
+
+
+def object_in(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file; nothing where the file is not there, torn, or holds something else."""
+    with suppress(OSError, ValueError):
+        value = read_json(path)
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Publishing a run's adapter, and loading it again with or without the rest of mitrain around it."""
 
-import json
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ from mitrain.models import Encoder, loading
 from mitrain.models.digests import PEFT, stored_digests
 from mitrain.tasks import TASKS
 from mitrain.tasks.answer import answers_by_prompt
-from mitrain.training import checkpoint, runs, schema
+from mitrain.training import checkpoint, curves, runs, schema
 from mitrain.training.build import Model, build, resolve_data
 from mitrain.training.checkpoint import Checkpoint
 from mitrain.training.schema import RunConfig
@@ -59,7 +58,7 @@ def export(
     model = build(run_config, empty=True)
     for name, module in model.trainable.items():
         checkpoint.check_fit(module, saved.tensors.get(name, {}), f"{name} in {saved.path}")
-    metrics = recorded(Path(run_dir) / "metrics.jsonl", saved.step)
+    metrics = recorded(Path(run_dir), saved.step)
     for split in splits:
         scores = scoring.score_run(run_dir, split=split, control="none", which=which, samples=samples)
         metrics[split] = {key: value for key, value in scores.items() if key not in ("split", "step", "run", "control")}
@@ -137,19 +136,11 @@ def training_answers(run_config: RunConfig) -> dict[str, list[str]] | None:
     return {prompt: given for prompt, given in few.items() if max(map(len, given), default=0) <= ANSWER_LENGTH}
 
 
-def recorded(path: Path, step: int) -> dict[str, dict[str, Any]]:
-    """The metrics of ``val`` that a run's metrics.jsonl has of a step; none where the file is missing or damaged."""
+def recorded(run_dir: Path, step: int) -> dict[str, dict[str, Any]]:
+    """The metrics of ``val`` that a run has logged of a step; none where its file is missing or damaged."""
     metrics: dict[str, dict[str, Any]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    except (OSError, UnicodeDecodeError):
-        return metrics
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(values, dict) and values.get("kind") == "val" and values.get("step") == step:
+    for values in curves.logged(run_dir):
+        if values.get("kind") == "val" and values.get("step") == step:
             metrics["val"] = {k: v for k, v in values.items() if k not in ("kind", "step", "time", "control") and sane(v)}
     return metrics
 

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ SMOOTH = 0.05  # of the run, over which the smoothed loss is a mean
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none where there is no such file."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
+    """The lines of metrics.jsonl, but those that are torn; none where there is no such file."""
+    found: list[dict[str, Any]] = []
+    with suppress(OSError, UnicodeDecodeError):
+        for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
+            with suppress(ValueError, RecursionError):
+                value = json.loads(line)
+                found += [value] if isinstance(value, dict) else []
+    return found
 
 
 def series(lines: Sequence[dict[str, Any]], kind: str, name: str) -> list[tuple[int, float]]:

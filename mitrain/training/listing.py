@@ -36,11 +36,14 @@ def runs_in(folder: Path) -> list[Path]:
 
 def described(run: Path) -> dict[str, Any]:
     """One run; what it cannot say is None."""
-    config = read(run / "config.yaml", lambda path: parsing.parse_yaml(path.read_text("utf-8")))
-    ended = read(run / "summary.json", parsing.read_json)
+    config = {}
+    with suppress(OSError, ValueError):
+        config = parsing.parse_yaml((run / "config.yaml").read_text("utf-8"))
+    config = config if isinstance(config, dict) else {}
+    ended = parsing.object_in(run / "summary.json")
     known = complete_checkpoints(run / "checkpoints")  # by their sizes: nothing is read that is large
     kept = max(known, key=lambda item: item[1].sequence)[0] if known else None
-    reached = read(kept / "state.json", parsing.read_json) if kept else {}
+    reached = parsing.object_in(kept / "state.json") if kept else {}
     newest = max((path.stat().st_mtime for path in (run, *run.glob("*.json*"), *run.glob("checkpoints/*"))), default=0.0)
     steps = reached.get("steps") or ended.get("steps")
     return {
@@ -56,14 +59,6 @@ def described(run: Path) -> dict[str, Any]:
         "changed": time.strftime("%Y-%m-%d %H:%M", time.localtime(newest)),
         "config": config,
     }
-
-
-def read(path: Path, reader: Any) -> dict[str, Any]:
-    """The mapping in a file; nothing where it is not there, or torn."""
-    with suppress(OSError, UnicodeDecodeError, parsing.Unreadable):
-        value = reader(path)
-        return value if isinstance(value, dict) else {}
-    return {}
 
 
 def state_of(run: Path, ended: dict[str, Any], saved: bool) -> str:

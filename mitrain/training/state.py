@@ -71,10 +71,7 @@ class RunState:
 
 def read(folder: Path) -> dict[str, Any]:
     """What the file says; nothing where there is none, or it is torn."""
-    with suppress(OSError, UnicodeDecodeError, parsing.Unreadable):
-        value = parsing.read_json(folder / STATE)
-        return value if isinstance(value, dict) else {}
-    return {}
+    return parsing.object_in(folder / STATE)
 
 
 def line_of(error: BaseException) -> str:

@@ -45,9 +45,9 @@ def test_step_times_are_the_median_of_training_steps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [f'{{"kind": "train", "step": {i}, "seconds": {s}}}' for i, s in enumerate((9.0, 0.01, 0.03, 0.02, 0.04))]
     path.write_text("\n".join([*lines, '{"kind": "val", "step": 5, "accuracy": 1}']) + "\n")
-    assert step_ms(path) == 30.0
+    assert step_ms(tmp_path) == 30.0
     path.write_text("")
-    assert step_ms(path) is None
+    assert step_ms(tmp_path) is None
 
 
 def counted(name, **point):
