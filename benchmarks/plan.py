@@ -19,7 +19,7 @@ from mitrain.core import markdown
 from mitrain.core.files import write_json
 from mitrain.core.provenance import made_with, sentence
 from mitrain.training import schema
-from mitrain.training.plan import Asked, machine_of, plan
+from mitrain.training.plan import PlanRequest, machine_of, plan
 from mitrain.training.plan.plan import measured as step_of
 
 Row = dict[str, Any]
@@ -58,7 +58,7 @@ def measured(configs: Sequence[str], quick: bool, command: str, say: Callable[[s
 
 
 def planned(config: str, out: Path) -> None:
-    found = plan(schema.load(config, SHORT), Asked(machine_of("cpu")), remedies=False)
+    found = plan(schema.load(config, SHORT), PlanRequest(machine_of("cpu")), remedies=False)
     write_json(out, {"planned": found.total_bytes, "moments": found.moments})
 
 
@@ -75,7 +75,7 @@ def gathers(precision: str) -> Row:
     """The quickstart at stage 3 on two ranks, every layer run in every step."""
     setting = f"model.quantize={precision}" if precision in ("int8", "nf4") else f"model.dtype={precision}"
     config = schema.load("quickstart", ["cache=false", "train.batch=4", "zero.stage=3", setting])
-    found = plan(config, Asked(machine_of("h100-80g"), 2), remedies=False)
+    found = plan(config, PlanRequest(machine_of("h100-80g"), 2), remedies=False)
     rows = json.loads(PARITY.read_text(encoding="utf-8"))["rows"]
     wanted = {"who": "ours", "precision": precision, "zero": 3, "ranks": 2, "accumulate": 1, "order": 0}
     counted = next(row["gathered_bytes_per_step"] for row in rows if wanted.items() <= row.items())
@@ -89,7 +89,7 @@ def scale(size: str) -> list[Row]:
         for gpus in GPUS:
             values = schema.load("mit-7b-snli-ve", [f"train.batch={SHARE * gpus}", f"zero.stage={stage}"]).to_dict()
             config = schema.from_dict({**values, "model": {**values["model"], **SIZES[size]}})
-            asked = Asked(machine_of("h100-80g"), gpus, max(1, gpus // 8), samples=529_527)
+            asked = PlanRequest(machine_of("h100-80g"), gpus, max(1, gpus // 8), samples=529_527)
             found = found or step_of(config, asked)
             rows.append(
                 {

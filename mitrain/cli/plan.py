@@ -42,13 +42,13 @@ def add_plan(sub: argparse.ArgumentParser) -> None:
 def run_plan(arguments: argparse.Namespace) -> Any:
     glance(arguments)
     from mitrain.training import schema
-    from mitrain.training.plan import Asked, machine_of, plan, report
+    from mitrain.training.plan import PlanRequest, machine_of, plan, report
 
     if arguments.picture and Path(arguments.picture).suffix != ".svg":
         raise ConfigError(f"--picture {arguments.picture}: pictures are drawn as SVG, name it so, as plan.svg")
     config = schema.load(arguments.config, arguments.overrides)
     per_node = (1 if arguments.nodes == 1 else 8) if arguments.gpus is None else arguments.gpus
-    asked = Asked(
+    asked = PlanRequest(
         machine_of(arguments.gpu, arguments.memory),
         per_node * arguments.nodes,
         arguments.nodes,

@@ -11,7 +11,7 @@ from mitrain.cli.shared import describe, generation_of
 from mitrain.core.errors import ConfigError, need_extra
 
 if TYPE_CHECKING:
-    from mitrain.inference.service import Limits
+    from mitrain.inference.service import ServiceLimits
     from mitrain.training.runs import Run
 
 EXAMPLES = """  mitrain serve runs/birds-TIME                       a page at http://127.0.0.1:8000
@@ -50,13 +50,13 @@ def run_serve(arguments: argparse.Namespace) -> None:
     if arguments.encoder and len(arguments.run_dirs) > 1:
         raise ConfigError("--encoder is about one run's encoders: serve one run, or leave it out")
     listening = listener(arguments.host, arguments.port)
-    from mitrain.inference.service import Limits
+    from mitrain.inference.service import ServiceLimits
     from mitrain.training import runs
 
     opening = opening_of(arguments)
     run = runs.open_run(arguments.run_dirs[0], **opening)
     others = [runs.open_run(each, **opening, beside=run) for each in arguments.run_dirs[1:]]
-    limits = Limits(arguments.max_mb, arguments.batch, arguments.wait_ms, generation_of(arguments))
+    limits = ServiceLimits(arguments.max_mb, arguments.batch, arguments.wait_ms, generation_of(arguments))
     app = together([run, *others], limits)
     host, port = listening.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -67,7 +67,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     uvicorn.Server(config).run(sockets=[listening])
 
 
-def together(served: Sequence["Run"], limits: "Limits") -> Any:
+def together(served: Sequence["Run"], limits: "ServiceLimits") -> Any:
     """The application of one run; of several that of each below its name, and of the first at the top."""
     from starlette.applications import Starlette
     from starlette.routing import Mount

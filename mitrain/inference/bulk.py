@@ -24,7 +24,7 @@ from mitrain.training.runs import Run
 
 
 @dataclass(frozen=True)
-class Row:
+class AskedRow:
     """A table's row: ``shown`` is what of it the line of its answer repeats."""
 
     id: str
@@ -76,7 +76,7 @@ def predict_rows(run: Run, table: Path, out: Path, generation: Mapping[str, Any]
     return {"out": str(out), "rows": count, "kept": len(done), "asked": asked, "bad_samples": len(bad)}
 
 
-def rows_of(run: Run, table: Path, bad: BadSamples) -> Iterator[Row]:
+def rows_of(run: Run, table: Path, bad: BadSamples) -> Iterator[AskedRow]:
     """The rows, under the column names of the run's data, or a conversation each; targets are not looked at."""
     if isinstance(run.config.data, ConversationsConfig) and is_of_conversations(table):
         yield from conversations_of(run, table, bad)
@@ -99,7 +99,7 @@ def rows_of(run: Run, table: Path, bad: BadSamples) -> Iterator[Row]:
         candidates = [str(choice) for choice in given] if isinstance(given, list) else []
         files = {key: file_of(run, source.root, path) for key, path in inputs.items()}
         shown = {**inputs, task.asks: text, **({"candidates": candidates} if candidates else {})}
-        yield Row(own, Asked(files, text, candidates or None), shown)
+        yield AskedRow(own, Asked(files, text, candidates or None), shown)
 
 
 def file_of(run: Run, folder: Path, path: str) -> Path:
@@ -116,7 +116,7 @@ def is_of_conversations(table: Path) -> bool:
     return first is not None and not first.cells.keys().isdisjoint(("conversations", "messages"))
 
 
-def conversations_of(run: Run, table: Path, bad: BadSamples) -> Iterator[Row]:
+def conversations_of(run: Run, table: Path, bad: BadSamples) -> Iterator[AskedRow]:
     """The last question of every conversation, with what was said before."""
     data, source = run.config.data, Manifest.of(table)
     for record in read_rows(source, COLUMNS, ()):
@@ -127,10 +127,10 @@ def conversations_of(run: Run, table: Path, bad: BadSamples) -> Iterator[Row]:
             continue
         prompt, turns = asked_behind(turns)
         files = {key: file_of(run, source.root, path) for key, path in inputs.items()}
-        yield Row(name, Asked(files, prompt, turns=turns), {**inputs, "prompt": prompt})
+        yield AskedRow(name, Asked(files, prompt, turns=turns), {**inputs, "prompt": prompt})
 
 
-def kept(out: Path, rows: dict[str, Row], model: str) -> set[str]:
+def kept(out: Path, rows: dict[str, AskedRow], model: str) -> set[str]:
     """The ids of the lines that ``out`` has; half a line at its end, as an interruption leaves one, is cut off.
 
     ConfigError for a line that another model has written, or of another row.

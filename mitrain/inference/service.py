@@ -45,7 +45,7 @@ of a batch, so that what somebody hears is said alone."""
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServiceLimits:
     """``megabytes`` of a request; a batch has at most ``batch`` samples and waits ``milliseconds`` for more.
     ``generation``: settings of the task by which it speaks, in place of the run's."""
 
@@ -58,7 +58,7 @@ class Limits:
 class Batcher:
     """One thread that answers what any thread asks, several samples together."""
 
-    def __init__(self, run: Run, limits: Limits):
+    def __init__(self, run: Run, limits: ServiceLimits):
         self.run, self.limits = run, limits
         self.waiting: queue.Queue[tuple[Asked, How, Future[Answer]]] = queue.Queue(WAITING)
         self.counts: Counter[str] = Counter()
@@ -105,7 +105,7 @@ class Batcher:
 class Service:
     """What the routes do; they run in threads of the server's pool, but for the reading of requests."""
 
-    def __init__(self, run: Run, limits: Limits):
+    def __init__(self, run: Run, limits: ServiceLimits):
         told_to_speak(run.model.task, limits.generation)  # or say what is wrong before anybody asks
         self.run, self.limits, self.batcher = run, limits, Batcher(run, limits)
         self.takes = {part.input: part.takes for part in reversed(run.config.model.encoders.values())}

@@ -18,7 +18,7 @@ from starlette.types import Message, Receive
 
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.inference.chats import Chats, decoded
-from mitrain.inference.service import WAITING, Limits, Service
+from mitrain.inference.service import WAITING, Service, ServiceLimits
 from mitrain.training.runs import Run
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ async def asked_by_form(request: Request) -> tuple[dict[str, bytes], str, list[s
     return files, text, choices, infused.lower() not in ("false", "0", "off")
 
 
-def app_of(run: Run, limits: Limits) -> Starlette:
+def app_of(run: Run, limits: ServiceLimits) -> Starlette:
     """The application; `Starlette` runs it under any ASGI server."""
     from starlette.concurrency import run_in_threadpool
 

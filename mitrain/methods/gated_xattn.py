@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from mitrain.core.config import Section
 from mitrain.core.errors import ModelError
 from mitrain.methods.base import Attachment, Traits
-from mitrain.methods.reading import Reading
+from mitrain.methods.conditioned import ConditionedAdapter
 from mitrain.methods.selection import LayersSetting, select_layers
 from mitrain.models import layouts
 from mitrain.models.batch import ModalityInputs
@@ -76,7 +76,7 @@ class Block(nn.Module):
         return x.to(states.dtype)
 
 
-class GatedCrossAttention(Reading):
+class GatedCrossAttention(ConditionedAdapter):
     """A `Block` before each of the chosen text layers, which reads the encoder's final tokens: ``blocks.<index>``."""
 
     traits = Traits("gated-xattn", ("text", "encoder"), text_depends_on_input=True, conditions_text=True, reads_tokens=True)

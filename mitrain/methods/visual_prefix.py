@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.base import Attachment, Traits
+from mitrain.methods.conditioned import ConditionedAdapter
 from mitrain.methods.peft import LoRA, LoRAConfig, check_positions
-from mitrain.methods.reading import Reading
 from mitrain.models.batch import ModalityInputs
 from mitrain.models.layers import FeatureMap, Layers, beside, readable
 
@@ -44,7 +44,7 @@ class VisualPrefixConfig(Section, kind="adapter", name="visual-prefix"):
         return tokens
 
 
-class VisualPrefix(Reading):
+class VisualPrefix(ConditionedAdapter):
     """[projector(patches) ; text embeddings] through the whole language model; the text's final states are read.
 
     projector(x) = W_2 GELU(W_1 x + b_1) + b_2 with inner width D, on the image encoder's final, normalised patch tokens.

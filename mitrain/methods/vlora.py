@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.base import Attachment, Traits
+from mitrain.methods.conditioned import ConditionedAdapter
 from mitrain.methods.mit.lora import sizes_of
-from mitrain.methods.reading import Reading
 from mitrain.methods.selection import LayersSetting, select_layers
 from mitrain.models import layouts
 from mitrain.models.batch import ModalityInputs
@@ -75,7 +75,7 @@ class Generator(nn.Module):
         return self.factor(self.decoder(self.queries.expand(len(memory), -1, -1), memory, memory_key_padding_mask=hidden))
 
 
-class VLoRA(Reading):
+class VLoRA(ConditionedAdapter):
     """h = W x + B_i A_i(picture)ᵀ x for each tuned matrix i; B_i (out, r) is trained and 0 at the start: the frozen model.
 
     ``ups.<i>``: B_i, in the order of the layers and of the projections in them. A narrower matrix takes the leading rows of

@@ -32,7 +32,7 @@ from mitrain.models.batch import TextBatch
 from mitrain.models.chunked_loss import called_as, chunked_cross_entropy
 from mitrain.models.digests import frozen_digest, settings_of, tokenizer_of, weights_of
 from mitrain.models.stream import Shard, Unread
-from mitrain.models.tokens import WHOLE, Tokens, Words, last_of
+from mitrain.models.tokens import WHOLE, TextOrTurns, Tokens, last_of
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class TextBackbone:
         self._embedded(ids, text)
         return ids
 
-    def prompt(self, text: Words, frame: Sequence[str] = WHOLE, speaks: int = 1) -> list[int]:
+    def prompt(self, text: TextOrTurns, frame: Sequence[str] = WHOLE, speaks: int = 1) -> list[int]:
         """`Tokens.prompt` of a text that the model can read and say ``speaks`` tokens behind; else DataError."""
         ids = self._readable(self.texts.prompt(text, frame), last_of(text))
         if self.positions and len(ids) + speaks - 1 > self.positions:  # the last token that is said is not read
@@ -250,7 +250,7 @@ class TextBackbone:
             )
         return ids
 
-    def answered(self, text: Words, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
+    def answered(self, text: TextOrTurns, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
         """`Tokens.answered` of texts that the model can read; else DataError."""
         row, start = self.texts.answered(text, answer, frame)
         return self._readable(row, last_of(text)), start

@@ -11,11 +11,11 @@ from typing import Any
 WHOLE = ("", "")
 """The frame of a text that stands alone."""
 
-Words = str | tuple[str, ...]
+TextOrTurns = str | tuple[str, ...]
 """What stands between the parts of a frame: one text in each place, or one for each."""
 
 
-def last_of(words: Words) -> str:
+def last_of(words: TextOrTurns) -> str:
     """What was said last, which a message names."""
     return words if isinstance(words, str) else words[-1]
 
@@ -36,7 +36,7 @@ class Tokens:
         longest_first = sorted(special, key=len, reverse=True)
         self.control = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
-    def ids(self, text: Words, frame: Sequence[str] = WHOLE, after: str = "", strip: str | None = " ") -> list[int]:
+    def ids(self, text: TextOrTurns, frame: Sequence[str] = WHOLE, after: str = "", strip: str | None = " ") -> list[int]:
         """Ids of ``text`` between the parts of ``frame``, and of ``after`` behind them, without opening and closing.
 
         ``strip``: characters that are dropped at the ends, before ``after`` is added; None: all white space.
@@ -54,11 +54,11 @@ class Tokens:
         ]
         return [token for part in parts for token in part]
 
-    def prompt(self, text: Words, frame: Sequence[str] = WHOLE) -> list[int]:
+    def prompt(self, text: TextOrTurns, frame: Sequence[str] = WHOLE) -> list[int]:
         """Ids of a text that an answer follows: opened, not closed."""
         return [*self.opening, *self.ids(text, frame)]
 
-    def answered(self, text: Words, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
+    def answered(self, text: TextOrTurns, answer: str, frame: Sequence[str] = WHOLE) -> tuple[list[int], int]:
         """Ids of a prompt with a blank and its answer behind it, tokenized as one text; and where the answer begins.
 
         Behind a special token or a line's end at the frame's end there is no blank. Where the tokenizer joins the prompt's
@@ -67,7 +67,7 @@ class Tokens:
         row = [*self.opening, *self.ids(text, frame, f" {answer}")]
         return row, max(1, shared_start(row, self.prompt(text, frame)))
 
-    def _pieces(self, text: Words, frame: Sequence[str]) -> list[str]:
+    def _pieces(self, text: TextOrTurns, frame: Sequence[str]) -> list[str]:
         """Plain text and the frame's special tokens in turn; plain text is first and last."""
         pieces = [""]
         for i, part in enumerate(frame):

@@ -24,7 +24,7 @@ from mitrain.data.figures import Panel
 from mitrain.data.formats.records import AnswerSample, commonest
 from mitrain.data.released import VqaConfig
 from mitrain.data.sources import ConversationsConfig, RecordsConfig
-from mitrain.models.tokens import Words
+from mitrain.models.tokens import TextOrTurns
 from mitrain.tasks import details
 from mitrain.tasks.base import Answer, Batch, Parts, Prediction, Question, Splits, look_alike, only_one
 from mitrain.tasks.language import LanguageConfig, LanguageTask
@@ -81,10 +81,10 @@ class AnswerTask(LanguageTask):
         super().__init__(config, parts)
         self.known: Mapping[str, Sequence[str]] = {}
 
-    def pair(self, sample: Any) -> tuple[Words, str]:
+    def pair(self, sample: Any) -> tuple[TextOrTurns, str]:
         return self.words(sample), sample.answer
 
-    def words(self, sample: Any) -> Words:
+    def words(self, sample: Any) -> TextOrTurns:
         """The prompt, or the turns of a conversation where the settings say how they are put to the model."""
         return sample.turns if sample.turns and self.config.turn else sample.prompt
 

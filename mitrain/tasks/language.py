@@ -21,7 +21,7 @@ from mitrain.core.errors import ConfigError, ModelError
 from mitrain.core.user_code import FunctionName
 from mitrain.models.batch import ModalityInputs
 from mitrain.models.text import Begun
-from mitrain.models.tokens import Words
+from mitrain.models.tokens import TextOrTurns
 from mitrain.tasks.base import Batch, Given, Parts, Task
 from mitrain.tasks.chat import earlier_turn, in_chat
 from mitrain.tasks.generation import decoding, generated
@@ -102,15 +102,15 @@ class LanguageTask(Task):
             config = chatting(config, text.tokenizer, str(text.source))
         return cls(config, given.parts)
 
-    def pair(self, sample: Any) -> tuple[Words, str]:
+    def pair(self, sample: Any) -> tuple[TextOrTurns, str]:
         """What a sample says to the model, its prompt or its turns, and what training says behind it."""
         raise NotImplementedError
 
-    def prompt_ids(self, words: Words) -> list[int]:
+    def prompt_ids(self, words: TextOrTurns) -> list[int]:
         """DataError where what the model may say would not fit behind them."""
         return self._prompt_ids(words, self.config.max_new_tokens)
 
-    def row(self, prompt: Words, answer: str) -> list[int]:
+    def row(self, prompt: TextOrTurns, answer: str) -> list[int]:
         """Token ids of a prompt with an answer, without the end, which predicts nothing."""
         return self._answered(prompt, answer)[0]
 
@@ -118,7 +118,7 @@ class LanguageTask(Task):
         return sum(len(self.row(*self.pair(s))) for s in samples)
 
     def log_likelihood(
-        self, pairs: Sequence[tuple[Words, str]], inputs: ModalityInputs | None, begun: Begun | None = None
+        self, pairs: Sequence[tuple[TextOrTurns, str]], inputs: ModalityInputs | None, begun: Begun | None = None
     ) -> list[Tensor]:
         """log p of each answer's tokens (its end included) for each (prompt, answer), with R rows of ``inputs``.
 
@@ -153,7 +153,7 @@ class LanguageTask(Task):
 
     @torch.no_grad()
     def beginnings(
-        self, pairs: Sequence[tuple[Words, str]], inputs: ModalityInputs | None, owner: Tensor, most: int
+        self, pairs: Sequence[tuple[TextOrTurns, str]], inputs: ModalityInputs | None, owner: Tensor, most: int
     ) -> tuple[Begun, Tensor] | None:
         """The prompts of ``pairs`` but for their last tokens, each read once, and (R,) which of them is each pair's.
 
@@ -244,7 +244,7 @@ def chatting(config: LanguageConfig, tokenizer: Any, name: str) -> LanguageConfi
     return config.model_copy(update={**update, "chat": False, "system": ""})
 
 
-def count(words: Words) -> int:
+def count(words: TextOrTurns) -> int:
     """How many earlier questions and answers there are before the question now."""
     return 0 if isinstance(words, str) else len(words) // 2
 

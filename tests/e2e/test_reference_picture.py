@@ -16,7 +16,7 @@ from PIL import Image
 
 from mitrain.cli import main
 from mitrain.data.expressions import RefcocoConfig
-from mitrain.inference.service import Limits
+from mitrain.inference.service import ServiceLimits
 from mitrain.training import runs
 
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra [serve]")
@@ -99,7 +99,7 @@ def test_a_users_own_photo_is_the_reference(world, capsys):
         assert mask.size == picture.size == (90, 60)
     assert main([*map(str, asked)]) == 2 and "give --input reference=FILE" in capsys.readouterr().err
     opened = runs.open_run(run)
-    page = testclient.TestClient(serving.app_of(opened, Limits()))
+    page = testclient.TestClient(serving.app_of(opened, ServiceLimits()))
     assert {n: part["takes"] for n, part in page.get("/run").json()["inputs"].items()} == dict.fromkeys(PAIR, "image")
     files = {name: (world / file).read_bytes() for name, file in PAIR.items()}
     shown = page.post("/predict", data={"text": "the same thing"}, files=files).json()["mask"]

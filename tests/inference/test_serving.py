@@ -18,7 +18,7 @@ from mitrain.cli import main
 from mitrain.cli.serve import together
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.inference import chats, scoring, service
-from mitrain.inference.service import Limits
+from mitrain.inference.service import ServiceLimits
 from mitrain.training import runs, schema
 from mitrain.training.build import build
 from mitrain.training.checkpoint import Checkpoint
@@ -43,7 +43,7 @@ def run(world):
 
 @pytest.fixture(scope="module")
 def client(run):
-    return testclient.TestClient(serving.app_of(run, Limits(megabytes=0.2, batch=4, milliseconds=30)))
+    return testclient.TestClient(serving.app_of(run, ServiceLimits(megabytes=0.2, batch=4, milliseconds=30)))
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def said(answer, content):
 
 def test_what_was_said_before_stands_as_turns_before_the_question(world, images, monkeypatch):
     run = runs.open_run(make_run(world, "dialogue"))
-    client = testclient.TestClient(serving.app_of(run, Limits()))
+    client = testclient.TestClient(serving.app_of(run, ServiceLimits()))
     parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded(images[0])}"}}]
     parts.append({"type": "text", "text": PROMPT})
     prompt, read = run.model.text.prompt, []
@@ -196,11 +196,11 @@ def test_a_request_and_the_command_say_how_the_model_speaks(run, images):
         found = client.post("/v1/chat/completions", json={**asked, **more}).json()
         return found["usage"]["completion_tokens"], found["choices"][0]["message"]["content"]
 
-    short = Limits(generation={"max_new_tokens": 2})
-    assert length(Limits())[0] == 8 and length(short)[0] == 2 and length(short, max_tokens=3)[0] == 3
-    likeliest = length(Limits())[1]
-    drawn = {length(Limits(), temperature=t, top_p=0.9)[1] for t in (20.0, 90.0)}
-    assert drawn != {likeliest} and length(Limits(), temperature=0)[1] == likeliest
+    short = ServiceLimits(generation={"max_new_tokens": 2})
+    assert length(ServiceLimits())[0] == 8 and length(short)[0] == 2 and length(short, max_tokens=3)[0] == 3
+    likeliest = length(ServiceLimits())[1]
+    drawn = {length(ServiceLimits(), temperature=t, top_p=0.9)[1] for t in (20.0, 90.0)}
+    assert drawn != {likeliest} and length(ServiceLimits(), temperature=0)[1] == likeliest
     assert run.model.task.config.temperature == 0 and run.model.task.config.max_new_tokens == 8
 
 
@@ -261,7 +261,7 @@ def test_health_the_page_and_metrics(client):
 
 def test_segmentation_shows_its_mask(world, images):
     run = runs.open_run(make_run(world, "segment"))
-    client = testclient.TestClient(serving.app_of(run, Limits()))
+    client = testclient.TestClient(serving.app_of(run, ServiceLimits()))
     found = client.post("/predict", data={"text": "red square"}, files={"image": images[0].read_bytes()}).json()
     mask = scoring.ask(run, {"image": images[0]}, "red square").mask
     png = base64.b64decode(found["mask"].partition(",")[2])
@@ -274,7 +274,7 @@ def test_several_runs_share_a_language_model_each_below_its_name(world, images):
     second = runs.open_run(folder, beside=first)
     assert second.model.text is first.model.text
     second.config = second.config.model_copy(update={"name": "squares"})
-    client = testclient.TestClient(together([first, second], Limits()))
+    client = testclient.TestClient(together([first, second], ServiceLimits()))
     body = {"inputs": {"image": coded(images[0])}}
     expected = [scoring.ask(runs.open_run(folder), {"image": images[0]}, "red square").values["mask_share"]]
     for _ in range(2):  # in turn
@@ -285,7 +285,7 @@ def test_several_runs_share_a_language_model_each_below_its_name(world, images):
         assert client.post("/colours/predict", json={**body, "text": PROMPT}).json() == answer
     assert client.get("/squares/run").json()["task"] == "segment" and "mitrain serve" in client.get("/squares/").text
     with pytest.raises(ConfigError, match="no two addresses for 'colours'"):
-        together([first, first], Limits())
+        together([first, first], ServiceLimits())
 
 
 def test_a_port_in_use_and_odd_limits_are_one_line(world, run, capsys):
@@ -304,7 +304,7 @@ def test_retrieval_finds_the_nearest_texts_of_the_data(tmp_path_factory, monkeyp
     config = schema.from_dict(methods_world.settings(path, "mit", ["last"], "retrieve"))
     run = runs.Run(path, config, build(config), Checkpoint(path, 1, None, {}, {}))
     run.model.train(False)
-    client = testclient.TestClient(serving.app_of(run, Limits()))
+    client = testclient.TestClient(serving.app_of(run, ServiceLimits()))
     files = {"image": next((path / "data").rglob("*.png")).read_bytes()}
     texts = {json.loads(line)["text"] for line in (path / "data" / "captions-val.jsonl").read_text().splitlines()}
     found = client.post("/predict", data={"text": "a red square"}, files=files).json()["scores"]
@@ -314,7 +314,7 @@ def test_retrieval_finds_the_nearest_texts_of_the_data(tmp_path_factory, monkeyp
 
 
 def test_parts_of_a_chat_message_go_to_the_inputs_that_take_them(run):
-    asked = service.Service(run, Limits())
+    asked = service.Service(run, ServiceLimits())
     asked.takes = {"speech": "audio", "image": "image", "second": "image"}
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
     sound = {"type": "input_audio", "input_audio": {"data": "bbbb", "format": "wav"}}

@@ -14,13 +14,13 @@ from mitrain.methods import METHODS
 from mitrain.training import schema
 from mitrain.training.build import resolved
 from mitrain.training.engine import ZeroConfig
-from mitrain.training.plan import Asked, machine_of, plan
+from mitrain.training.plan import PlanRequest, machine_of, plan
 from mitrain.training.plan.plan import largest, measured
 from mitrain.training.plan.tracing import own_operators, traced
 from mitrain.training.plan.traffic import gathered, traffic
 from mitrain.training.trainer import Trainer
 
-ASKED = Asked(machine_of("h100-80g"))
+ASKED = PlanRequest(machine_of("h100-80g"))
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def model_card(contents: Contents, licences: Mapping[str, str] | None = None, al
     ]
     if run:
         blocks += [
-            "\n".join(["## Image encoders", "", *encoder_lines(run, licences)]),
+            "\n".join(["## Encoders", "", *encoder_lines(run, licences)]),
             "\n".join(["## Data", "", *data_lines(run, licences)]),
             "\n".join(["## Metrics", "", metric_line(run), "", *metric_table(run)]),
             "\n".join(["## Training", "", "```json", training(run), "```"]),

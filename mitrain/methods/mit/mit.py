@@ -34,7 +34,7 @@ from mitrain.models.layouts import CACHES, projections
 
 
 @dataclass(frozen=True)
-class Call:
+class PassState:
     """What the infused layers need during one forward pass, also when they are computed again in backward.
 
     ``versions`` tell whether the adapter's parameters changed since the last pass; only for passes without gradients.
@@ -69,7 +69,7 @@ class MiT(BoundFeatures):
         self.infused = nn.ModuleDict()
         self.projections = nn.ModuleDict()
         self.lora: LowRank | None = None
-        self._calls: dict[int, Call] = {}  # by thread
+        self._calls: dict[int, PassState] = {}  # by thread
         self._decoder: Decoder | None = None
         self._checkpointing = False
 
@@ -169,12 +169,12 @@ class MiT(BoundFeatures):
             raise ModelError(f"{decoder.name} does not use Hugging Face's attention interface: not supported")
 
     @property
-    def _call(self) -> Call | None:
+    def _call(self) -> PassState | None:
         """The forward pass that this thread is in."""
         return self._calls.get(threading.get_ident())
 
     @_call.setter
-    def _call(self, call: Call | None) -> None:
+    def _call(self, call: PassState | None) -> None:
         if call is None:
             self._calls.pop(threading.get_ident(), None)
         else:
@@ -194,7 +194,7 @@ class MiT(BoundFeatures):
         return partial(self._during, self._call)
 
     @contextmanager
-    def _during(self, call: Call | None) -> Iterator[None]:
+    def _during(self, call: PassState | None) -> Iterator[None]:
         before, self._call = self._call, call
         try:
             yield
@@ -217,7 +217,7 @@ class MiT(BoundFeatures):
         padding = given.get("attention_mask")
         padding = None if padding is None else padding.to(torch.bool)
         versions = () if torch.is_grad_enabled() else tuple(map(version, self.parameters()))
-        self._call = Call(condition, inputs, present, padding, versions)
+        self._call = PassState(condition, inputs, present, padding, versions)
         if self._checkpointing and torch.is_grad_enabled():
             return args, {**kwargs, "use_cache": False}
         return None
@@ -244,7 +244,7 @@ class MiT(BoundFeatures):
     def _leave_decoder(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         self._call = None
 
-    def _recall(self, call: Call, index: int, what: str) -> Any:
+    def _recall(self, call: PassState, index: int, what: str) -> Any:
         """What the maps of layer ``index`` give for ``call``; in generation they are computed once, not per token."""
         layer = self.infused[str(index)]
         compute = layer if what == "attention" else layer.ffn_factor

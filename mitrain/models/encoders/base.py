@@ -174,25 +174,31 @@ def read_settings(config: EncoderConfig, source: str | Path) -> PretrainedConfig
     return found
 
 
-def load_encoder(
-    factory: Any,
+def load(
+    config: EncoderConfig,
     source: str | Path,
-    config: PretrainedConfig,
+    factory: Any,
+    settings: PretrainedConfig,
     used: Callable[[str], bool],
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | str,
     shard: stream.Shard | None,
-    what: str = "image encoder",
 ) -> nn.Module:
-    """The encoder on ``device``; in shards, layer by layer as rank 0 reads them, where its names allow that."""
+    """The frozen model, without weights where ``config`` gives a shape; in shards, layer by layer as rank 0 reads them,
+    where its names allow that."""
+    what = f"{config.takes} encoder"
+    if config.shape:
+        model = empty_vision(factory, settings)
+        loading.freeze(model)
+        return model
     if shard and (weights := stream.Weights.of(source)):
-        model = empty_vision(factory, config).to(dtype)
+        model = empty_vision(factory, settings).to(dtype)
         loading.freeze(model)
         if stream.fits(model, weights):
             loading.tell_unplaced(stream.unplaced(model, weights), source, what)
             stream.fill(model, weights, device, lambda name, unit: shard(unit), reads=dist.is_main())
             return model
-    model = loading.load_model(factory, source, what, used, config=config, dtype=dtype).to(device)
+    model = loading.load_model(factory, source, what, used, config=settings, dtype=dtype).to(device)
     loading.freeze(model)
     for _, unit in stream.units(model) if shard else ():
         shard(unit)
@@ -204,26 +210,6 @@ def empty_vision(factory: Any, config: Any) -> nn.Module:
         with torch.device("meta"), loading.quiet():
             return factory(config)
     return loading.empty_model(factory, config)
-
-
-def load(
-    config: EncoderConfig,
-    source: str | Path,
-    factory: Any,
-    settings: PretrainedConfig,
-    used: Callable[[str], bool],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    shard: stream.Shard | None,
-) -> nn.Module:
-    """The frozen model; without weights where ``config`` gives a shape."""
-    if config.shape:
-        model = empty_vision(factory, settings)
-    else:
-        what = f"{config.takes} encoder"
-        model = load_encoder(factory, source, settings, used, dtype, torch.device(device), shard, what)
-    loading.freeze(model)
-    return model
 
 
 def cut_to_layer(model: nn.Module, config: EncoderConfig, depth: int) -> None:

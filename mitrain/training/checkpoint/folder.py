@@ -22,7 +22,7 @@ from mitrain.training.checkpoint.manifest import (
     MANIFEST,
     STATE,
     Checkpoint,
-    Manifest,
+    CheckpointManifest,
     check_sizes,
     checksum,
     load,
@@ -126,7 +126,7 @@ def free_name(folder: Path, step: int) -> Path:
     return target
 
 
-def rotate(known: list[tuple[Path, Manifest]], keep: int) -> None:
+def rotate(known: list[tuple[Path, CheckpointManifest]], keep: int) -> None:
     """Remove the oldest of ``known``, all of them whole by size; the newest ``keep`` (at least 1) and the best stay.
 
     The newest was read back just now, so a good one always stays. One that turns out corrupted is named and kept.
@@ -151,7 +151,7 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def complete_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
+def complete_checkpoints(folder: Path) -> list[tuple[Path, CheckpointManifest]]:
     """All checkpoints whose manifest reads and whose files have their sizes; each other one is named in a warning."""
     complete = []
     for path in sorted(folder.glob("step-*")):

@@ -39,7 +39,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """The parsed manifest.json. ``sequence`` counts the checkpoints of a run in the order of their publication."""
 
     step: int
@@ -54,7 +54,7 @@ def checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def verify(path: str | Path) -> Manifest:
+def verify(path: str | Path) -> CheckpointManifest:
     """Read every byte of a checkpoint and compare it with the manifest; CheckpointError names what differs."""
     manifest = read_manifest(Path(path))
     for name in manifest.files:
@@ -78,7 +78,7 @@ def load(path: str | Path) -> Checkpoint:
     return Checkpoint(path, manifest.step, manifest.best, tensors, state)
 
 
-def check_sizes(path: Path) -> Manifest:
+def check_sizes(path: Path) -> CheckpointManifest:
     if path.is_symlink():
         raise CheckpointError(f"{path} is a link: give the folder that it points to")
     manifest = read_manifest(path)
@@ -88,7 +88,7 @@ def check_sizes(path: Path) -> Manifest:
     return manifest
 
 
-def read_checked(path: Path, name: str, manifest: Manifest) -> bytes:
+def read_checked(path: Path, name: str, manifest: CheckpointManifest) -> bytes:
     digest, size = manifest.files[name]
     content = read_regular(path / name, size, OTHER)
     if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
@@ -96,7 +96,7 @@ def read_checked(path: Path, name: str, manifest: Manifest) -> bytes:
     return content
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> CheckpointManifest:
     """The manifest of the checkpoint at ``path``, every field checked; CheckpointError if it is not one we can read."""
     if not os.path.lexists(path / MANIFEST):
         raise CheckpointError(f"{path} is not a complete checkpoint (it has no {MANIFEST}): {OTHER}")
@@ -117,7 +117,7 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{path / MANIFEST} is corrupted (its own checksum differs): {OTHER}")
     if STATE not in files:
         raise CheckpointError(f"{path / MANIFEST} lists no {STATE}: {OTHER}")
-    return Manifest(step, sequence, values["best"], {n: parse_entry(n, e, path) for n, e in files.items()})
+    return CheckpointManifest(step, sequence, values["best"], {n: parse_entry(n, e, path) for n, e in files.items()})
 
 
 def parse_entry(name: str, entry: Any, path: Path) -> tuple[str, int]:

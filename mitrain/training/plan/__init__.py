@@ -6,6 +6,6 @@ the ranks send one another; ``machines`` holds what GPUs and links are said to d
 """
 
 from mitrain.training.plan.machines import GPUS, Machine, machine_of
-from mitrain.training.plan.plan import Asked, Plan, plan
+from mitrain.training.plan.plan import Plan, PlanRequest, plan
 
-__all__ = ["GPUS", "Asked", "Machine", "Plan", "machine_of", "plan"]
+__all__ = ["GPUS", "Machine", "Plan", "PlanRequest", "machine_of", "plan"]

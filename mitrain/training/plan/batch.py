@@ -28,7 +28,7 @@ SIDE = 64  # pixels of a stand-in's mask
 SAID = 8  # a stand-in's answer is one token in so many
 
 
-class Words:
+class WordTokenizer:
     """Stands in for a tokenizer that is not at hand: a word is a token."""
 
     eos_token_id, pad_token_id, unk_token_id, word = 1, 1, None, 2

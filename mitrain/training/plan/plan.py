@@ -90,7 +90,7 @@ class Plan:
 
 
 @dataclass
-class Asked:
+class PlanRequest:
     """``ranks``: all of them; ``samples``: how many there are where the data is not at hand; ``price``: of a GPU-hour."""
 
     machine: Machine
@@ -143,7 +143,7 @@ def empty_model(config: RunConfig) -> tuple[Model, FakeTensorMode]:
     return made, mode
 
 
-def measured(config: RunConfig, asked: Asked) -> Measured:
+def measured(config: RunConfig, asked: PlanRequest) -> Measured:
     """Steps of the longest samples, and what is held at other moments."""
     share = -(-config.train.batch // asked.ranks)
     model, mode = empty_model(config)
@@ -156,7 +156,7 @@ def measured(config: RunConfig, asked: Asked) -> Measured:
         said = [f"the {share} longest of {len(samples):,} training samples"]
         model.task.remember(samples)
     else:
-        model.text.tokenizer = model.text.tokenizer or batches.Words()
+        model.text.tokenizer = model.text.tokenizer or batches.WordTokenizer()
         drawn, scored = (
             [batches.stand_in(model, i, asked.tokens) for i in range(count)]
             for count in (max(share, ENCODED), config.train.eval_batch)
@@ -209,7 +209,7 @@ def tokenizer_at_hand(config: RunConfig) -> Any:
     return tokenizer
 
 
-def plan(config: RunConfig, asked: Asked, *, remedies: bool = True, found: Measured | None = None) -> Plan:
+def plan(config: RunConfig, asked: PlanRequest, *, remedies: bool = True, found: Measured | None = None) -> Plan:
     """What ``config`` takes; where it does not fit, with what it would (each tried). ``found``: `measured` already, of as
     many samples a rank."""
     found = found or measured(config, asked)
@@ -249,7 +249,7 @@ def plan(config: RunConfig, asked: Asked, *, remedies: bool = True, found: Measu
     return made if fits or not remedies else with_remedies(made, config, asked)
 
 
-def with_remedies(made: Plan, config: RunConfig, asked: Asked) -> Plan:
+def with_remedies(made: Plan, config: RunConfig, asked: PlanRequest) -> Plan:
     tried, batch = [], made.largest_batch
     for _ in range(2):  # several micro-batches keep their gradients meanwhile, so that the first may be too large
         if not asked.ranks <= batch < config.train.batch:
@@ -313,7 +313,7 @@ def per_rank(tensors: Sequence[Tensor], config: RunConfig, ranks: int) -> int:
     return sum(-(-t.numel() // ranks) * t.element_size() if t.numel() > PERSIST else bytes_of([t]) for t in tensors)
 
 
-def memory(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> tuple[dict[str, int], dict[str, int]]:
+def memory(config: RunConfig, asked: PlanRequest, found: Measured, sent: Traffic) -> tuple[dict[str, int], dict[str, int]]:
     """(bytes by part at the fullest moment of the passes, the whole at each moment)."""
     model, on_cpu = found.model, asked.machine.name == "cpu"
     weights, gone = bytes_of(model.trained()), unread(config, model)
@@ -372,7 +372,7 @@ def optimizer(config: RunConfig, ranks: int, weights: int) -> int:
 # Time
 
 
-def step_ms(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> Range:
+def step_ms(config: RunConfig, asked: PlanRequest, found: Measured, sent: Traffic) -> Range:
     """A step's milliseconds: at the machine's stated rates, all communication hidden; and at shares of them, none hidden."""
     machine, operators = asked.machine, found.traced.operators
     rate, width = machine.flops[config.model.dtype], machine.bandwidth
@@ -383,12 +383,12 @@ def step_ms(config: RunConfig, asked: Asked, found: Measured, sent: Traffic) -> 
     return 1e3 * max(low, link), 1e3 * (high + states / SLOW + link / BUSY)
 
 
-def link_ms(asked: Asked, sent: Traffic) -> dict[str, float]:
+def link_ms(asked: PlanRequest, sent: Traffic) -> dict[str, float]:
     speeds = {"node": asked.machine.link, **NETWORKS}
     return {name: 1e3 * sent.sent(asked.ranks) / speed for name, speed in speeds.items()}
 
 
-def epoch(asked: Asked, times: Range, samples: int | None, per_step: int) -> dict[str, Any] | None:
+def epoch(asked: PlanRequest, times: Range, samples: int | None, per_step: int) -> dict[str, Any] | None:
     """What one pass over the training samples takes; evaluation, encoding and saving are not in it."""
     if not samples:
         return None
@@ -399,7 +399,7 @@ def epoch(asked: Asked, times: Range, samples: int | None, per_step: int) -> dic
     return {"samples": samples, "steps": steps, "hours": hours, "gpu_hours": of_all, "cost": cost}
 
 
-def assumptions(config: RunConfig, asked: Asked) -> list[str]:
+def assumptions(config: RunConfig, asked: PlanRequest) -> list[str]:
     machine, rate = asked.machine, asked.machine.flops[config.model.dtype]
     lines = [
         f"{machine.name}: {rate / 1e12:,.4g} TFLOP/s in {config.model.dtype}, {machine.bandwidth / 1e9:,.0f} GB/s"

@@ -12,7 +12,7 @@ from mitrain.methods.base import Adapter
 from mitrain.models.batch import ModalityInputs
 
 
-class Reading(Adapter):
+class ConditionedAdapter(Adapter):
     """`conditioned` keeps what `_perceive` makes of the inputs for the passes of its thread; hooks find it in ``_seen``,
     None where nothing is to be read: they then leave the frozen model as it is."""
 
