@@ -69,8 +69,26 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
 
 def run_eval(arguments: argparse.Namespace) -> Any:
     with writing(arguments.out if not arguments.rank else None):
-        metrics = scored(arguments)
-    from mitrain.training.listing import aligned
+        from mitrain.inference.scoring import score_run
+        from mitrain.training.listing import aligned
+
+        metrics = score_run(
+            arguments.run_dir,
+            split=arguments.split,
+            control=arguments.control,
+            without=arguments.without,
+            shuffled=arguments.shuffle,
+            missing=arguments.missing,
+            samples=arguments.samples,
+            generate=arguments.generate,
+            seed=arguments.seed,
+            baselines=arguments.baselines,
+            root=arguments.data,
+            out=arguments.out,
+            generation=generation_of(arguments),
+            details=True,
+            **opening_of(arguments),
+        )
 
     classes = metrics.get("per_class", {})
     for line in metric_lines({k: v for k, v in metrics.items() if k not in ("per_class", "confusion")}):
@@ -78,28 +96,6 @@ def run_eval(arguments: argparse.Namespace) -> Any:
     if 0 < len(classes) <= MOST_SHOWN:
         say(arguments, aligned([("class", *HEAD), *((name, *map(number, c.values())) for name, c in classes.items())]))
     return metrics
-
-
-def scored(arguments: argparse.Namespace) -> dict[str, Any]:
-    from mitrain.inference.scoring import score_run
-
-    return score_run(
-        arguments.run_dir,
-        split=arguments.split,
-        control=arguments.control,
-        without=arguments.without,
-        shuffled=arguments.shuffle,
-        missing=arguments.missing,
-        samples=arguments.samples,
-        generate=arguments.generate,
-        seed=arguments.seed,
-        baselines=arguments.baselines,
-        root=arguments.data,
-        out=arguments.out,
-        generation=generation_of(arguments),
-        details=True,
-        **opening_of(arguments),
-    )
 
 
 HEAD = ("precision", "recall", "F1", "samples")

@@ -230,13 +230,9 @@ def lines(cells: Iterable[CellId]) -> list[str]:
 
 def joined(rows: Sequence[Row], command: str) -> dict[str, Any]:
     """Everything that the rows were made with, several values joined."""
-
-    def all_of(key: str) -> str:
-        return ", ".join(sorted({row["made"][key] for row in rows}))
-
     used = {f"{name} {version}" for row in rows for name, version in row["made"]["versions"].items()}
-    keys = ("date", "commit", "machine")
-    return {"command": command, **{key: all_of(key) for key in keys}, "versions": ", ".join(sorted(used))}
+    shared = {key: ", ".join(sorted({row["made"][key] for row in rows})) for key in ("date", "commit", "machine")}
+    return {"command": command, **shared, "versions": ", ".join(sorted(used))}
 
 
 def draw(job: Job, result: dict[str, Any], say: Say) -> None:
@@ -273,8 +269,11 @@ def listed(job: Job, seeds: Sequence[int] | None, only: Sequence[str], limit_s: 
     limit_s = job.study.limit_s if limit_s is None else limit_s
     job = searched(job, kept_rows)
     kept = {CellId.of(row).key(): row for row in read_rows(job.out)}
-    entries = [search_entry(job, pair, limit_s) for pair in sorted(job.undecided)]
-    entries = [entry for entry in entries if CellId(entry["task"], entry["method"]).named_by(only)]
+    entries, trials_s = [], limit_s * trial_count(job.study.search) if job.undecided else 0
+    for task, method in sorted(job.undecided):  # searches that are not finished: their cells are known after them
+        if (cell_id := CellId(task, method)).named_by(only):
+            name = f"{task}-{method}, search on val"
+            entries.append({"cell": name, "done": False, "seconds": trials_s, "at_most": True} | asdict(cell_id))
     for cell_id in left(job, only, seeds):
         cell = resolve(job.study, job.path, cell_id)
         row = kept.get(cell_id.key())
@@ -285,13 +284,6 @@ def listed(job: Job, seeds: Sequence[int] | None, only: Sequence[str], limit_s: 
             {"cell": cell_id.name, "done": done, "seconds": limit_s if bound else known, "at_most": bound} | asdict(cell_id)
         )
     return entries
-
-
-def search_entry(job: Job, pair: tuple[str, str], limit_s: float) -> dict[str, Any]:
-    """A search that is not finished, as `listed` has it: its cells are known after it."""
-    task, method = pair
-    name, seconds = f"{task}-{method}, search on val", limit_s * trial_count(job.study.search)
-    return {"cell": name, "done": False, "seconds": seconds, "at_most": True} | asdict(CellId(task, method))
 
 
 def estimate(rows: Any, cell_id: CellId) -> float | None:

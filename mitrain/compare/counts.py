@@ -33,7 +33,9 @@ def count(run_config: RunConfig, options: dict[str, Any]) -> dict[str, Any]:
     asked = config.parse(CountOptions, options, "count")
     model = build(run_config, empty=True)
     numbers = parameters(model)
-    numbers["backbone_parameters"] = numbers["frozen_parameters"] - language_head(model)
+    head = getattr(model.text.model, "get_output_embeddings", lambda: None)()
+    tied = head is None or head.weight is model.text.model.get_input_embeddings().weight
+    numbers["backbone_parameters"] = numbers["frozen_parameters"] - (0 if tied else head.weight.numel())
     numbers["parts"] = parts(model)
     return numbers | (macs(model, asked) if asked.macs else {})
 
@@ -44,13 +46,6 @@ def parts(model: Model) -> dict[str, int]:
         kind = ".".join(word for word in name.split(".") if not word.isdigit())
         counts[kind] = counts.get(kind, 0) + parameter.numel() * parameter.requires_grad
     return counts
-
-
-def language_head(model: Model) -> int:
-    """Parameters of a head that is not the embedding again."""
-    get = getattr(model.text.model, "get_output_embeddings", lambda: None)
-    head, inputs = get(), model.text.model.get_input_embeddings()
-    return head.weight.numel() if head is not None and head.weight is not inputs.weight else 0
 
 
 def macs(model: Model, asked: CountOptions) -> dict[str, Any]:

@@ -38,7 +38,10 @@ SHIPPED = Path(__file__).parents[1] / "configs"  # a link to the clone's, a fold
 
 
 class Section(BaseModel):
-    """One component's configuration: immutable, no unknown keys, no silent truncation."""
+    """One component's configuration: immutable, no unknown keys, no silent truncation.
+
+    What a setting means stands once, as the comment beside it in ``configs/reference``; a class says what is not told there.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
     section_name: ClassVar[str] = ""

@@ -39,9 +39,7 @@ class RefcocoConfig(DataSection, kind="data", name="refcoco"):
 
 
 class ExpressionsConfig(DrawnSection, kind="data", name="expressions"):
-    """Referring expressions of one's own in COCO's JSON (`mitrain.data.formats.expressions`). ``expression``: the key of an
-    annotation that has them, where it is none of the usual ones; ``images``: the pictures' folder. ``inputs``: image, and
-    reference where the annotations name a second picture."""
+    """Referring expressions of one's own in COCO's JSON (`mitrain.data.formats.expressions`)."""
 
     takes_inputs = True
 

@@ -33,13 +33,7 @@ AT_ONCE = 1 << 16  # files whose features are in memory at a time for their stat
 
 
 class FeatureConfig(Section):
-    """How a modality's feature is made from its encoders' output.
-
-    ``normalize``: per dimension to zero mean and unit variance over the training files, then scaled so that the vector's
-    norm is about ``norm``; or to that length (l2). ``views``: deterministic variants of each training image (1 = the image
-    itself); other kinds of files have none. ``eval_views``: how many of them are averaged at evaluation. ``noise``: standard
-    deviation of Gaussian noise and ``dropout``: share of dimensions zeroed, in training only.
-    """
+    """How a modality's feature is made from its encoders' output. Only image and video encoders have ``views``."""
 
     normalize: Literal["standardize", "l2", "none"] = "standardize"
     norm: float = Field(4.0, gt=0)

@@ -50,11 +50,8 @@ class SnliVeConfig(ClassSection, kind="data", name="snli-ve"):
 
 
 class MmsaConfig(TargetSection, kind="data", name="mmsa"):
-    """Clips with a sentiment in MMSA's files: CMU-MOSI, CMU-MOSEI, CH-SIMS.
-
-    ``file``: the table of the clips below ``clips``, each of which has a sample's video and sound, or a pickle of features,
-    whose arrays (audio, vision) are the inputs; ``labels``: the numbers' name in it, where it is not the usual one.
-    """
+    """Clips with a sentiment in MMSA's files: CMU-MOSI, CMU-MOSEI, CH-SIMS. A clip is both a sample's video and its sound;
+    a pickle's arrays are audio and vision."""
 
     takes_inputs = True
 
@@ -72,8 +69,7 @@ class MmsaConfig(TargetSection, kind="data", name="mmsa"):
 
 
 class KarpathyConfig(CaptionSection, kind="data", name="karpathy"):
-    """COCO or Flickr30k in Karpathy's ``dataset_*.json``. ``file`` is its name; ``images`` the pictures' folder below the
-    data's, where it is not a usual one."""
+    """COCO or Flickr30k in Karpathy's ``dataset_*.json``."""
 
     file: str | None = None
     images: str | None = None
@@ -86,11 +82,7 @@ class KarpathyConfig(CaptionSection, kind="data", name="karpathy"):
 
 
 class VqaConfig(DataSection, kind="data", name="vqa"):
-    """VQA's questions about COCO's pictures and their answers (VQA v1, v2, OK-VQA), in their own files.
-
-    ``subsets``: what each split is called in the files' names; ``images``: the pictures' folder, where it is not
-    SUBSET/ or images/SUBSET/; ``kinds`` keeps only those kinds of answer (yes/no, number, other).
-    """
+    """VQA's questions about COCO's pictures and their answers (VQA v1, v2, OK-VQA), in their own files."""
 
     subsets: dict[str, str] = {"train": "train2014", "val": "val2014"}
     images: str | None = None

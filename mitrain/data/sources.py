@@ -24,13 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class DataSection(Section):
-    """What every kind of data has: where it is, and how much may be wrong with it.
-
-    ``source`` names a prepared data set (mitrain data prepare); ``root`` is a folder of one's own. ``bad_samples`` is how
-    many unreadable samples are skipped (and named) before a run stops, and ``bad_share`` which part of a split's samples
-    may be missing. ``max_pixels`` bounds every image. ``inputs``: the names of a sample's files, and of their
-    columns; left out, those that ``model.encoders`` read. ``may_lack``: those of them that some samples may go without.
-    """
+    """What every kind of data has: where it is, and how much may be wrong with it."""
 
     source: str | None = None
     root: str | None = None
@@ -75,11 +69,8 @@ class DataSection(Section):
 
 
 class DrawnSection(DataSection):
-    """Data in files or folders for each split, named by ``splits``.
-
-    ``val_share``, ``test_share``: where ``splits`` has nothing for them, of the training samples that are drawn for them;
-    what shares an object, a file or nearly its picture stays together.
-    """
+    """Data in files or folders for each split, named by ``splits``. What shares an object, a file or nearly its picture
+    stays together where val or test are drawn."""
 
     splits: dict[str, str]
     val_share: float = Field(0.0, ge=0, lt=1)
@@ -105,12 +96,7 @@ class DrawnSection(DataSection):
 
 
 class TableSection(DrawnSection):
-    """Samples in tables, whose ``columns`` maps our names to the file's own; ``splits`` names each split's file, files or
-    folder (`Manifest`).
-
-    ``stream``: so many training records are in memory at a time, shuffled among themselves (`mitrain.data.streaming`), and
-    the first of them stand for all where statistics of training are asked for.
-    """
+    """Samples in tables. The first ``stream`` records stand for all where statistics of training are asked for."""
 
     takes_inputs = True
 
@@ -160,11 +146,8 @@ class TableSection(DrawnSection):
 
 
 class RecordsConfig(TableSection, kind="data", name="records"):
-    """Questions about files in tables with columns image, prompt, answer, candidates.
-
-    ``kinds`` keeps only those kinds of question. ``missing``: words that stand for an empty cell, so that no prompt and no
-    answer is one of them, unless among the candidates.
-    """
+    """Questions about files in tables with columns image, prompt, answer, candidates. No prompt, and no answer but among
+    candidates, is one of the words ``missing``."""
 
     kinds: tuple[str, ...] = ()
     missing: tuple[str, ...] = MISSING
@@ -206,11 +189,8 @@ class ClassSection(DataSection):
 
 
 class LabelledConfig(TableSection, ClassSection, kind="data", name="labelled"):
-    """Labelled files and texts in tables with columns image, text, label.
-
-    ``separator`` parts several labels in a CSV cell. ``missing``: words that stand for an empty cell, so that no label is
-    one of them, unless ``classes`` names it.
-    """
+    """Labelled files and texts in tables with columns image, text, label. A label is one of the words ``missing`` only
+    where ``classes`` names it."""
 
     separator: str = Field("|", min_length=1)
     missing: tuple[str, ...] = MISSING
@@ -264,8 +244,7 @@ class CaptionSection(DataSection):
 
 
 class CaptionsConfig(TableSection, CaptionSection, kind="data", name="captions"):
-    """Files with captions in tables with columns image and text. ``missing``: words that stand for an empty cell, and are
-    no caption. ``texts`` False: there is no such column, a sample is files that belong together."""
+    """Files with captions in tables with columns image and text."""
 
     texts: bool = True
     missing: tuple[str, ...] = MISSING

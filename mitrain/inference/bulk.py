@@ -78,9 +78,11 @@ def predict_rows(run: Run, table: Path, out: Path, generation: Mapping[str, Any]
 
 def rows_of(run: Run, table: Path, bad: BadSamples) -> Iterator[AskedRow]:
     """The rows, under the column names of the run's data, or a conversation each; targets are not looked at."""
-    if isinstance(run.config.data, ConversationsConfig) and is_of_conversations(table):
-        yield from conversations_of(run, table, bad)
-        return
+    if isinstance(run.config.data, ConversationsConfig):
+        first = next(iter(read_rows(table, COLUMNS, ())), None)
+        if first is not None and not first.cells.keys().isdisjoint(("conversations", "messages")):
+            yield from conversations_of(run, table, bad)
+            return
     data, task, source = run.config.data, run.model.task, Manifest.of(table)
     named = getattr(data, "columns", {})
     columns = {field: named.get(field, field) for field in (*data.inputs, task.asks, "id", "candidates")}
@@ -108,12 +110,6 @@ def file_of(run: Run, folder: Path, path: str) -> Path:
     if trained and not (folder / plain).exists() and (Path(trained) / plain).exists():
         return Path(trained) / path
     return folder / path
-
-
-def is_of_conversations(table: Path) -> bool:
-    """Whether the first record of ``table`` has messages, or conversations as LLaVA's."""
-    first = next(iter(read_rows(table, COLUMNS, ())), None)
-    return first is not None and not first.cells.keys().isdisjoint(("conversations", "messages"))
 
 
 def conversations_of(run: Run, table: Path, bad: BadSamples) -> Iterator[AskedRow]:

@@ -18,9 +18,7 @@ from mitrain.models.layers import Layers
 
 
 class FullConfig(Section, kind="adapter", name="full"):
-    """``where``: which models are trained. ``layers``: how many of the topmost layers of each; none: all, and the words'
-    embeddings. What embeds the encoder's input stays as it is: files
-    enter above it."""
+    """What embeds the encoder's input stays as it is, whatever ``layers`` says: files enter above it."""
 
     where: Where = "both"
     layers: int | None = Field(None, ge=1)

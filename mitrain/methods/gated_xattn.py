@@ -26,8 +26,7 @@ from mitrain.models.layers import FeatureMap, Layers, readable
 
 
 class GatedCrossAttentionConfig(Section, kind="adapter", name="gated-xattn"):
-    """``layers``: the text layers before which a block stands. ``heads``, ``head_dim``: of its attention. ``feed_forward``:
-    inner width of its feed-forward as a multiple of D; 0: none."""
+    """Settings of gated cross-attention."""
 
     layers: LayersSetting = "last third"
     heads: int = Field(8, ge=1, le=1024)

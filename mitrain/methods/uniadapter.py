@@ -26,7 +26,7 @@ from mitrain.models.layers import Layers
 
 
 class UniAdapterConfig(Section, kind="adapter", name="uniadapter"):
-    """``width``: r of the bottleneck. ``scale``: s, by which what is added counts. ``dropout``: of the bottleneck."""
+    """Settings of UniAdapter."""
 
     width: int = Field(128, ge=1, le=1 << 16)
     scale: float = Field(0.1, gt=0)

@@ -28,10 +28,7 @@ from mitrain.models.layers import FeatureMap, Layers, beside, readable
 
 
 class VisualPrefixConfig(Section, kind="adapter", name="visual-prefix"):
-    """``tokens``: how many visual tokens the patches are averaged to, a square number; none: each patch is one.
-
-    ``lora_rank``: of LoRA on the language model's queries and values; 0: the projector alone is trained.
-    """
+    """Settings of the visual prefix."""
 
     tokens: int | None = Field(16, ge=1, le=1 << 16)
     lora_rank: int = Field(0, ge=0, le=65536)

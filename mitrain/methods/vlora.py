@@ -32,9 +32,7 @@ from mitrain.models.layouts import Projection
 
 
 class VLoRAConfig(Section, kind="adapter", name="vlora"):
-    """``reads``: the first encoder's tokens, or every modality's feature vector. ``targets``: which projections of the text
-    model's ``layers`` are updated, with ``rank``. ``width``, ``heads``, ``blocks``: of the generator. ``modalities``: as
-    MiT's."""
+    """Settings of VLoRA."""
 
     reads: Literal["tokens", "vector"] = "tokens"
     layers: LayersSetting = "last third"

@@ -15,14 +15,8 @@ from mitrain.models.text import TextBackbone
 
 
 class ModelConfig(Section):
-    """The frozen parts. ``llm_shape`` gives a configuration in place of weights, for ``--dry-run`` alone.
-
-    ``encoders`` maps the name of each modality to the encoder that makes its feature; a bare name of a model stands for
-    its defaults, and encoders that join another's modality are concatenated to it (`EncoderConfig`). ``device``:
-    auto takes a GPU if there is one. ``dtype`` is what is computed in; ``quantize`` holds the matrices of the
-    language model's layers in 8 or 4 bits (``int8-activations`` rounds their inputs too), ``quantize_embedding`` also
-    the embedding, and a head tied to it, in int8.
-    """
+    """The frozen parts. ``encoders`` maps the name of each modality to the encoder that makes its feature; a bare name of
+    a model stands for its defaults, and encoders that join another's modality are concatenated to it (`EncoderConfig`)."""
 
     llm: str
     llm_shape: dict[str, Any] | None = None

@@ -40,10 +40,7 @@ MOST_ANSWERS = 100
 
 
 class AnswerConfig(LanguageConfig, kind="task", name="answer"):
-    """``template``: how the prompt is put to the model; its special tokens act, those in a user's text are plain text.
-    ``turn``: how an earlier question with its answer, {prompt} and {answer}, stands before the prompt; empty: as two of its
-    lines. ``normalize``: candidates' log-likelihood per token instead of its sum. The rest as in `LanguageConfig`.
-    """
+    """The template's special tokens act, those in a user's text are plain text."""
 
     template: template_with("prompt") = "{prompt}"
     turn: TurnSetting = ""

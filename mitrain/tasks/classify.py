@@ -32,9 +32,7 @@ FREQUENT = 20  # labels that `describe` lists
 
 
 class ClassifyConfig(HeadConfig, kind="task", name="classify"):
-    """``balance``: rare classes weigh more, by the training split's counts. ``threshold``: the probability from which one
-    of several labels is predicted. ``loss``: a function of the user's own in place of the cross-entropy, of logits and
-    targets (B, C), these 1 where a sample has the class (`HeadTask.own_loss`). The rest as in `HeadConfig`."""
+    """``loss`` is given logits and targets (B, C), these 1 where a sample has the class (`HeadTask.own_loss`)."""
 
     balance: bool = False
     threshold: float = Field(0.5, gt=0, lt=1)

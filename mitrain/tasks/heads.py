@@ -27,12 +27,8 @@ from mitrain.tasks.template import frame_of, template_with
 
 
 class HeadConfig(Section):
-    """``template``: how a sample's text is put to the model; one without {text} leaves the text out. ``readout``: what the
-    head reads, concatenated: the last token's state, the mean over tokens, the first token's, the mean of the input
-    embeddings, a modality's vector itself by its name, as image (late fusion), the method's own joint state.
-    ``hidden``: width of an MLP's hidden layer in place of the linear head, 0 for none: late fusion by an MLP over pooled
-    vectors. ``max_tokens``: longer texts lose their end. ``dropout``: of what the head reads.
-    ``metric``: a score of the user's own, see `mitrain.core.user_code`."""
+    """What tasks have whose head reads states. A ``template`` without {text} leaves the text out; with a modality's vector
+    itself in ``readout``, by its name, they fuse late."""
 
     template: template_with("text", required=False) = "{text}"
     readout: tuple[str, ...] = Field(("last",), min_length=1)

@@ -31,11 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class LanguageConfig(Section):
-    """``max_new_tokens``: bound of what is generated. ``beams``: how many texts a search keeps; the one of most
-    log-likelihood / length^``length_penalty`` is said. ``temperature``: words are drawn, from logits divided by it and of
-    the likeliest words that have ``top_p`` together; 0: the likeliest word is taken each time. ``chat``: put the template
-    into the chat template of the model's tokenizer, as what the user says, behind the prompt ``system``.
-    ``metric``: a score of the user's own, see `mitrain.core.user_code`."""
+    """What tasks have whose text the language head says."""
 
     template: str
     chat: bool = False

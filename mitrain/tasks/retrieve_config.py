@@ -12,16 +12,10 @@ Readout = Literal["last", "mean", "cls", "embeddings"]
 
 
 class RetrieveConfig(Section, kind="task", name="retrieve"):
-    """``modality``: the one that is found for a text, and for which texts are; left out, the first. ``partner``: another
-    modality in place of the text, for which ``readout``, ``template`` and ``max_tokens`` mean nothing. ``readout``: the
-    text's states, concatenated. ``dim``: of the common space. ``temperature``: at first; it is trained.
-    ``matching``: weight of the matching loss, 0 for a dual encoder alone. ``rerank``: how many candidates of each query the
-    matching head orders at evaluation. ``max_tokens``: longer texts lose their end. ``dropout``: of what the maps read.
-    ``queue``: how many vectors of earlier steps are contrasted with too, made by a slow copy of what is trained, which
-    follows it with ``momentum`` and softens the targets by ``distil``, linearly from 0 over ``ramp`` micro-batches;
-    ``queue_start``: it is empty at first, or full of random vectors. ``start``: ``auto`` takes the projections and the
-    matching head of a checkpoint that was trained for retrieval (BLIP) where they fit, so that training starts from what
-    it can do; ``fresh`` never does. ``metric``: a score of the user's own, see `mitrain.core.user_code`."""
+    """``partner``: with one, ``readout``, ``template`` and ``max_tokens`` mean nothing. ``queue``: its vectors are made by
+    a slow copy of what is trained, which follows it with ``momentum`` and softens the targets by ``distil``. ``start``:
+    ``auto`` takes a checkpoint's projections and matching head where they fit, so that training starts from what it can
+    do."""
 
     modality: str = ""
     partner: str = "text"

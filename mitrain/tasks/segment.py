@@ -36,11 +36,8 @@ AREAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # edges of its histogram, as shares o
 
 
 class SegmentConfig(Section, kind="task", name="segment"):
-    """``readout``: what conditions the decoder, concatenated: the last token's state (published), the mean over tokens, the
-    mean of the input embeddings, a modality's vector by its name, as reference (late fusion). ``dropout``: of it.
-    ``decoder``: film and unet are published; ground first finds the patches that are meant. ``film``: modulate the first
-    level (published) or every level. ``coords``: give the decoder the patches' coordinates. ``loss_size``: side of the masks
-    in the loss, in pixels. ``metric``: a score of the user's own, see `mitrain.core.user_code`."""
+    """Published are the last token's state in ``readout``, the decoders film and unet, and ``film: first``; a modality's
+    vector in ``readout``, by its name, is late fusion."""
 
     template: template_with("expression") = "{expression}"
     readout: tuple[str, ...] = ("last",)

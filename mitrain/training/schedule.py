@@ -63,12 +63,7 @@ def span(steps: int | None, epochs: float | None, samples: int, batch: int) -> S
 
 
 class ScheduleConfig(Section):
-    """Multiplier of every group's learning rate.
-
-    ``warmup``, ``every`` and ``milestones`` are steps; a value between 0 and 1 is a share of the run.
-    ``floor`` is the multiplier at which linear, cosine and poly end. ``poly`` is (1 - progress)^power, with the
-    power 0.9 of DeepLab (Chen et al. 2018, section 4.1); ``step`` and ``multistep`` multiply by ``factor``.
-    """
+    """Multiplier of every group's learning rate; ``poly`` has the power 0.9 of DeepLab (Chen et al. 2018, section 4.1)."""
 
     name: Literal["constant", "linear", "cosine", "poly", "step", "multistep"] = "cosine"
     warmup: float = Field(0, ge=0)

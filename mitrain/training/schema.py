@@ -24,21 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainConfig(Section):
-    """How long, how fast, and when to look.
-
-    ``steps`` updates, or ``epochs`` of the training samples, of which one is given; with ``epochs`` val is scored and the
-    run saved once an epoch, unless it says otherwise. ``patience``: so many evaluations in a row without a better score end
-    the run. ``batch`` samples are one micro-batch, ``accumulate`` of them one step. ``lr`` is the adapter's, ``head_lr`` the
-    task head's (none: the same); ``rates``: the peak rates of parameters whose names begin so, as {adapter.others: 5e-4}.
-    ``eval_every`` and ``save_every`` are in steps, shares of the run or epochs; the best step is chosen on ``val`` alone.
-    ``init_from``: a run folder, a checkpoint or an export, whose adapter the run starts from, and its task head where it is
-    one of the same task. ``group_by_length``: a batch holds samples of about as many tokens, so that less is padding.
-    ``fraction``: of the training samples that are used, evenly spread. ``permute``: a negative control, which trains on
-    labels (answers, texts, targets) exchanged among the samples and must end at chance. ``modality_dropout``: the
-    probability with which a training sample goes without each of its inputs; one at least is left, and what masks need.
-    ``check_largest: auto`` tries a batch of the longest samples before the first step, where the run has 100 micro-batches
-    or more. ``hang_minutes`` without a step print every thread's stack.
-    """
+    """How long, how fast, and when to look. The best step is chosen on ``val`` alone."""
 
     steps: int | None = Field(200, ge=1)
     epochs: float | None = Field(None, gt=0, le=1e6)

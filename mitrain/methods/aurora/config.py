@@ -37,15 +37,8 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
         released  the authors' code: a dense core of rank 32, the encoder MLP, no output projections of the text model;
                   its ICE without the label leak
 
-    ``encoder``, ``text``, ``fusion``: which projections of the other encoder, of the text model and of the
-    cross-attention between them are tuned. ``factors``: one U, V and core for all three, or one for each.
-    ``dropout``: of Ux. ``fusion_layers``: 0 for a dual encoder alone; null for every layer of the text model with a
-    cross-attention of its own, else the last 2. ``fusion_gate``, of a composed cross-attention: one learned factor for
-    all channels of a layer, or one for each, so that it opens where it helps. ``fusion_scale``: where they start; null:
-    1 of the one, 0 of the many, with which the fused pass starts as the pretrained text model. ``joint_token``: the
-    token that stands first in the fused pass in place of the text's own; auto: BLIP's [ENC] where the cross-attention is
-    the model's own; none: the text's own. ``joint``: the token that the fused vector is read from; auto: the first where
-    the cross-attention is the model's own, the last of a causal model, else the mean.
+    ``joint: auto`` is the first token where the cross-attention is the model's own, the last of a causal model, else the
+    mean.
     """
 
     preset: Literal["default", "paper", "released"] = "default"

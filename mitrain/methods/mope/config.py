@@ -16,32 +16,16 @@ ENCODER, TEXT = "encoder", "text"
 class MoPEConfig(Section, kind="adapter", name="mope"):
     """Settings of conditional prompts (``router: cpt``, arXiv 2312.03734) and MoPE (``mope``, arXiv 2403.10568).
 
-    Every default is the authors' release. ``main``: who predicts, the text model or the ``encoder`` of the other
-    modality; the other one is encoded first, and its vector ψ is the condition. ``length`` l of the static and of the
-    dynamic prompt, ``experts`` k. ``static``, ``dynamic`` and ``mapped`` switch the three prompts; static ones alone read
-    nothing of ψ.
+    Every default is the authors' release. The other encoder comes first, and its vector ψ is the condition; static
+    prompts alone read nothing of it. A main model that predicts next tokens must not read its tokens' mean, which holds
+    later ones. ``routing: top1`` has the gradient of the dense weights. Without ``standardize``, as released, nearly all
+    of ψ is common to all samples, and one expert takes nearly everything from the start.
 
-    ``router``: ``mope`` reads the layer's tokens and ψ (``router_reads`` leaves one out) in ``tokens_width`` +
-    ``condition_width`` dimensions and compares them with ``keys``; ``cpt`` is one affine map of ψ. A main model that
-    predicts next tokens must not read its tokens' mean, which holds later ones: ``router_reads: condition``.
-    ``routing: top1`` takes the best expert alone, with the gradient of the dense weights. ``noise``: standard deviation
-    added to the scores in training (none: 1/k² for cpt, 1/16² for mope). ``importance``: weight λ of the loss that
-    keeps experts in use; layers below ``threshold`` γ cost nothing (none: 0.05 for cpt, 0.1 for mope).
-    ``standardize``: ψ, and the tokens' mean that routers read, are standardised with statistics of training samples, so
-    that routers start undecided and see what differs between samples. Raw, as released, nearly all of ψ is common to all
-    samples, and one expert takes nearly everything from the start.
-    ``shared_router`` (cpt, every block prompted): the first two layers have one, as in the release, where Swin-B's 24
-    blocks have 23.
-
-    ``other_length``: deep prompts of the other encoder; 0 leaves it frozen as it is. ``mapper_width`` (none: half of
-    ψ's) and ``mapper_norm``: between the mapper's two maps. ``dropout``: on the mapped prompts and the other encoder's.
-    ``stage_start``, for window attention: the first block of each stage takes the prompts that leave the stage before
-    (``carried``) or gets its own (``prompted``). ``feature``: what is predicted from, and ``condition``: what ψ is, of
-    the states after the final norm; ``all`` averages tokens and prompts. ``auto``: ``all`` of a main encoder, the
-    ``mean`` of a main text model, the first token as ψ, and the last token of a causal model; of an encoder without
-    a CLS token ψ is the mean; in a run of a text encoder whose folder says how it was trained to make a sentence's vector
-    (1_Pooling/config.json of sentence-transformers), ψ is made so. ``spread``: prompts start uniformly within ±spread
-    (none: see `prompts.init_range_of`).
+    ``feature`` and ``condition`` are of the states after the final norm; ``all`` averages tokens and prompts. ``auto``:
+    ``all`` of a main encoder, the ``mean`` of a main text model, the first token as ψ, and the last token of a causal
+    model; of an encoder without a CLS token ψ is the mean; in a run of a text encoder whose folder says how it was
+    trained to make a sentence's vector (1_Pooling/config.json of sentence-transformers), ψ is made so. ``spread``: none,
+    see `prompts.init_range_of`.
     """
 
     main: Literal["encoder", "text"] = ENCODER

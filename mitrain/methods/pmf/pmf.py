@@ -29,13 +29,11 @@ are, whatever the encoder reads."""
 
 
 class PMFConfig(Section, kind="adapter", name="pmf"):
-    """Settings of PMF; the defaults are the release's.
+    """Settings of PMF; the defaults are the release's. ``fusion_layers`` is L_f; ``query_prompts``, ``query_context`` and
+    ``fusion_context`` are M_q, M_c, M_p.
 
-    ``fusion_layers``: L_f, how many of each encoder's last layers are paired. ``query_prompts``, ``query_context``,
-    ``fusion_context``: M_q, M_c, M_p; those of 0 do not exist. Without query prompts nothing is asked: there is no map and
-    no query context either, only the fusion context of each encoder by itself. ``map``: the map between
-    the encoders, Linear - ReLU - Linear over ``map_width`` (none: half the wider encoder's width) or one linear layer.
-    ``direction``: who is told of whom; an encoder that is told nothing stays as it is, without prompts of its own.
+    Without query prompts nothing is asked: there is no map and no query context either, only the fusion context of each
+    encoder by itself. An encoder that is told nothing (``direction``) stays as it is, without prompts of its own.
     """
 
     fusion_layers: int = Field(2, ge=1)

@@ -12,11 +12,8 @@ from mitrain.models.encoders.config import EncoderConfig
 
 
 class ArrayConfig(EncoderConfig):
-    """Features of one's own, arrays (e,) or (T, e).
-
-    ``width``: e. ``pool``: what becomes of the T rows; an array (e,) is one row. ``key``: the array of .npz or .safetensors,
-    the column of Parquet, where the sample's path does not say it (see `mitrain.data.arrays`).
-    """
+    """Features of one's own, arrays (e,), which are one row, or (T, e). ``key``: where the sample's path does not say it
+    (see `mitrain.data.arrays`)."""
 
     takes: Literal["features"] = "features"
     name: str = "features"

@@ -47,11 +47,7 @@ STEP = 0.5
 
 
 class AudioConfig(EncoderConfig):
-    """One frozen encoder of sound.
-
-    ``seconds``: the longest clip; of a longer one its beginning is read (none: what the encoder can take, or 30 s).
-    ``pool``: ``auto`` is the encoder's own pooled vector where it has one (AST, CLAP), else the mean over time.
-    """
+    """One frozen encoder of sound."""
 
     takes: Literal["audio"] = "audio"
     seconds: float | None = Field(None, gt=0, le=600)

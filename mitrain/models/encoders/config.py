@@ -21,14 +21,7 @@ RESERVED = frozenset(
 
 
 class EncoderConfig(Section):
-    """What every frozen encoder has.
-
-    ``name``: a prepared model's name, a folder or a Hugging Face id. ``takes``: the kind of file that it reads; left out it
-    is the encoder's own name where that is one (image, audio or speech, video, features). ``input``: which of a sample's
-    inputs it reads (the encoder's own name). ``joins``: another encoder, whose modality its feature is appended to and whose
-    input it reads; without, it makes a modality of its own. ``layer``: read the hidden states after that many layers (none:
-    the top). ``shape``: a configuration in place of weights, for ``--dry-run`` alone.
-    """
+    """What every frozen encoder has. Without ``joins`` it makes a modality of its own."""
 
     name: str
     takes: str

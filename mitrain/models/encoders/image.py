@@ -45,12 +45,7 @@ Channels = tuple[float, float, float]
 
 
 class ImageConfig(EncoderConfig):
-    """One frozen image encoder.
-
-    ``size``: side in pixels. ``pool``: what the
-    global feature is. ``levels``: hidden states whose patch tokens a decoder reads. ``infused`` False: these alone are read,
-    its global feature is no modality.
-    """
+    """One frozen image encoder."""
 
     takes: Literal["image"] = "image"
     size: int | None = Field(None, ge=14, le=LONGEST)

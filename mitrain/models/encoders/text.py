@@ -30,11 +30,7 @@ STEP = 16  # tokens: texts whose lengths round up to the same multiple run toget
 
 
 class TextEncoderConfig(EncoderConfig):
-    """One frozen encoder of texts.
-
-    ``pool``: ``auto`` is what its sentence-transformers files say, else the mean over tokens. ``max_tokens``: a longer text
-    loses its end (none: as those files say, or what the model can read).
-    """
+    """One frozen encoder of texts. ``max_tokens``: none is what its sentence-transformers files say, or what it can read."""
 
     takes: Literal["text"] = "text"
     pool: Literal["auto", "cls", "mean", "last"] = "auto"

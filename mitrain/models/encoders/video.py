@@ -26,10 +26,8 @@ TOGETHER = 64  # frames that are read at once, but for a video that has more
 class VideoConfig(EncoderConfig):
     """One frozen encoder of video, or an image encoder that reads the frames one by one.
 
-    ``frames``: how many are taken, evenly over the video (none: as many as the encoder was made for, 8 for an image
-    encoder). ``pool``: ``auto`` is ViViT's class token, the mean over VideoMAE's tokens, and the mean and standard deviation
-    over time of what an image encoder makes of the frames, which is what ``image_pool`` says. ``size``, ``resize``: of a
-    frame, as for pictures.
+    ``pool: auto`` is ViViT's class token, the mean over VideoMAE's tokens, and the mean and standard deviation over time
+    of what an image encoder makes of the frames.
     """
 
     takes: Literal["video"] = "video"

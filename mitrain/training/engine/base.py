@@ -22,11 +22,7 @@ Sums = tuple[Tensor, Tensor | float]  # a loss as (sum, count)
 
 
 class OptimizerConfig(Section):
-    """Optimizer and gradient clipping; rates and weight decay belong to the parameter groups.
-
-    ``clip`` bounds the norm of all gradients together, or with ``clip_by: value`` each element (the MiT release
-    clips values at 1.0); None does not clip.
-    """
+    """Optimizer and gradient clipping (the MiT release clips values at 1.0); rates belong to the parameter groups."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     betas: tuple[Beta, Beta] = (0.9, 0.999)

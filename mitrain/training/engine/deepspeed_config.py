@@ -46,11 +46,8 @@ INSTEAD = {
 class ZeroConfig(Section):
     """How weights and optimizer states are spread over ranks, by DeepSpeed's ZeRO.
 
-    ``stage`` 0: every rank holds everything, and DeepSpeed, which then has nothing to shard, is not needed; 1 shards
-    the optimizer's states, 2 the reduced gradients too, 3 all frozen weights as well (what is trained stays whole on
-    every rank, and so do its gradients until they are reduced). ``offload_optimizer`` (stage 1 to 3) and
-    ``offload_params`` (stage 3) keep them in the CPU's memory. ``config``: your own DeepSpeed JSON, a file or a
-    mapping, for everything that has no setting here.
+    At ``stage`` 0 every rank holds everything, and DeepSpeed, which then has nothing to shard, is not needed. What is
+    trained stays whole on every rank at all stages, and so do its gradients until they are reduced.
     """
 
     stage: int = Field(0, ge=0, le=3)
