@@ -132,7 +132,13 @@ class Columns(Sequence[Any]):
         """The samples' values of a field; see `column`."""
         if name in self._columns:
             return self._of(self._columns[name])
-        return (self._shared[which][name] for which in self._of(self._which))
+        return map([shared[name] for shared in self._shared].__getitem__, self._of(self._which))
+
+    def different(self, name: str) -> set[Any]:
+        """The samples' values of a field, each once."""
+        if name in self._columns:
+            return set(self.column(name))
+        return {self._shared[which][name] for which in set(self._of(self._which))}
 
     def paths(self, name: str) -> Iterator[str | None]:
         """The samples' files of an input; see `paths`."""
@@ -173,6 +179,11 @@ def take(samples: Sequence[Any], numbers: Sequence[int]) -> Sequence[Any]:
 def column(samples: Sequence[Any], name: str) -> Iterator[Any]:
     """The ``samples``' values of a field, in their order."""
     return samples.column(name) if isinstance(samples, Columns) else (getattr(sample, name) for sample in samples)
+
+
+def different(samples: Sequence[Any], name: str) -> set[Any]:
+    """The ``samples``' values of a field, each once."""
+    return samples.different(name) if isinstance(samples, Columns) else set(column(samples, name))
 
 
 def paths(samples: Sequence[Any], name: str) -> Iterator[str | None]:

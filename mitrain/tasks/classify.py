@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.user_code import FunctionName
-from mitrain.data.columns import column
+from mitrain.data.columns import column, different
 from mitrain.data.figures import Panel
 from mitrain.data.formats.labels import LabelSample
 from mitrain.data.sources import ClassSection
@@ -83,7 +83,7 @@ class ClassifyTask(HeadTask):
         """Mean and standard deviation of the read-outs, and the classes' weights, over the training samples."""
         if self.config.balance:
             self.weight.copy_(class_weights(self.targets(samples), self.multilabel))
-        elif not self.number.keys() >= {label for labels in set(column(samples, "labels")) for label in labels}:
+        elif not self.number.keys() >= {label for labels in different(samples, "labels") for label in labels}:
             self.places(samples)  # names the sample
         super().fit(samples, see)
 

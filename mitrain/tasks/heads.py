@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mitrain.core import user_code
 from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError
-from mitrain.data.columns import column
+from mitrain.data.columns import different
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch, Parts, Splits, Task
 from mitrain.tasks.probe import standardised
@@ -86,12 +86,12 @@ class HeadTask(ReadTask):
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         if not runs_text(self.config.readout):
             return []
-        return [self._ids(text) for text in sorted(set(column(samples, "text")))]
+        return [self._ids(text) for text in sorted(different(samples, "text"))]
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
         """Mean and standard deviation of the read-outs over the training samples."""
-        rows = [self._ids(text) for text in evenly(sorted(set(column(samples, "text"))))]
+        rows = [self._ids(text) for text in evenly(sorted(different(samples, "text")))]
         own = lambda sample: self._ids(sample.text)  # noqa: E731
         names = self.config.readout
         mean, scale = statistics(self.parts, names, self.widths, rows, samples, see, own)

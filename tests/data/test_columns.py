@@ -6,7 +6,7 @@ import pytest
 
 from mitrain.core.errors import DataError
 from mitrain.data import columns
-from mitrain.data.columns import Columns, bytes_of, column, gathered, paths, take
+from mitrain.data.columns import Columns, bytes_of, column, different, gathered, paths, take
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.formats.labels import LabelSample, read_labels
 from mitrain.data.formats.records import AnswerSample, read_records
@@ -47,6 +47,7 @@ def test_fields_inputs_and_digests_are_those_of_a_list(numbers):
     assert list(kept) == samples == take(labelled(9), numbers)
     for name in ("id", "text", "labels", "object", "kind"):
         assert list(column(kept, name)) == [getattr(sample, name) for sample in samples]
+        assert different(kept, name) == {getattr(sample, name) for sample in samples} == different(samples, name)
     for name in ("image", "sound", "text"):
         assert list(paths(kept, name)) == list(paths(samples, name))
     content = lambda sample: {name: path + "!" for name, path in sample.inputs.items()}  # noqa: E731

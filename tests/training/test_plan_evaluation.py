@@ -7,13 +7,13 @@ from mitrain.core.config import override
 from mitrain.models.release import released_in
 from mitrain.tasks.generation import generated
 from mitrain.training import schema
-from mitrain.training.plan import Asked, machine_of, plan
+from mitrain.training.plan import PlanRequest, machine_of, plan
 from mitrain.training.plan.evaluation import generating, scoring
 from mitrain.training.plan.plan import empty_model, measured, unread
 from mitrain.training.plan.tracing import passed, size_of
 from mitrain.training.trainer import Trainer
 
-ASKED = Asked(machine_of("h100-80g"))
+ASKED = PlanRequest(machine_of("h100-80g"))
 
 
 @pytest.fixture(scope="module")

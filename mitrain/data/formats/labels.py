@@ -15,7 +15,7 @@ from typing import Any
 
 from mitrain.core.config import nearest
 from mitrain.core.errors import DataError
-from mitrain.data.columns import column
+from mitrain.data.columns import different
 from mitrain.data.formats.alike import Alike, clean
 from mitrain.data.formats.manifest import Manifest, Row
 from mitrain.data.formats.rows import MISSING, as_text, check_columns, check_meant, inputs_of, listed, split_cell
@@ -62,7 +62,7 @@ def read_labels(
     words = (columns, read, separator, frozenset(known), () if known else missing, files)
     own = dict.fromkeys(("text", "object", "kind"), clean)
     samples = Alike(lambda rows: placed(rows, *words), columns, inputs, own).samples(source, ("label",))
-    if len(samples) > 1 and all(len(labels) == 2 and set(labels) <= BITS for labels in column(samples, "labels")):
+    if len(samples) > 1 and all(len(one) == 2 and set(one) <= BITS for one in different(samples, "labels")):
         raise DataError(
             f"{str(source)!r}: every {columns['label']!r} is a vector of a zero and a one: give the names of the labels"
             " instead"
@@ -115,10 +115,10 @@ def several_labels(value: Any, name: str, where: str, separator: str) -> tuple[s
 
 def class_names(samples: Sequence[LabelSample], where: str) -> tuple[str, ...]:
     """The labels that samples have, in alphabetical order. DataError where they are fewer than two."""
-    names = tuple(sorted({label for labels in column(samples, "labels") for label in labels}))
+    names = tuple(sorted({label for labels in different(samples, "labels") for label in labels}))
     if len(names) < 2:
         raise DataError(f"{where} has {len(names)} different label(s): a classification needs two or more")
-    if all(len(set(labels)) == len(names) for labels in column(samples, "labels")):
+    if all(len(set(labels)) == len(names) for labels in different(samples, "labels")):
         log.warning("%s gives every sample all %d labels: nothing tells them apart", where, len(names))
     for one, other in look_alikes(names):
         log.warning("%s has the labels %s and %s, which count as two", where, one, other)
