@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 RIDGES = (0.1, 1.0, 10.0, 100.0)
+LEFT_OUT_RIDGES = tuple(10.0 ** (power / 2) for power in range(-2, 7))
 NEIGHBOURS = (1, 3, 5, 10, 20)
 STRENGTHS = tuple(10.0**power for power in (-3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 PATIENCE = 2  # strengths in a row that are worse than one before end the search
@@ -76,6 +77,24 @@ def ridge_fit(x: np.ndarray, y: np.ndarray, strength: float) -> Predict:
     from sklearn.linear_model import Ridge
 
     return Ridge(alpha=strength).fit(x, y).predict
+
+
+def leading(x: np.ndarray, y: np.ndarray, groups: Sequence[str], most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weight (D, e) and bias (D,) of the ridge regression from ``x`` (n, e) to ``y`` (n, D), of the strength that is best
+    for ``groups`` left out, and at most ``most`` orthonormal directions (m, D) in which its predictions differ most."""
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+
+    found, folds = Ridge(), min(5, len(set(groups)))
+    if folds > 1:
+        grid = {"alpha": LEFT_OUT_RIDGES}
+        search = GridSearchCV(found, grid, cv=GroupKFold(folds), scoring="neg_mean_squared_error")
+        found = search.fit(x, y, groups=groups).best_estimator_
+    said = found.fit(x, y).predict(x)
+    if most >= y.shape[1]:
+        return found.coef_, found.intercept_, np.eye(y.shape[1])
+    spread = (said - said.mean(0)).T @ (said - said.mean(0))
+    return found.coef_, found.intercept_, np.linalg.eigh(spread)[1].T[: -most - 1 : -1].copy()
 
 
 def neighbours_fit(x: np.ndarray, y: np.ndarray, count: int) -> Predict:

@@ -32,9 +32,9 @@ from mitrain.tasks.caption import described
 from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.heads import ReadTask
 from mitrain.tasks.momentum import MomentumQueue
-from mitrain.tasks.probe import retrieved
+from mitrain.tasks.probe import leading, retrieved
 from mitrain.tasks.ranks import Gallery, arrows, both_ways, chance, rank_metrics, recall_shares, reranked, ways_between
-from mitrain.tasks.readout import See, evenly, read_out, runs_text, statistics, width_of
+from mitrain.tasks.readout import See, chunks, evenly, read_out, runs_text, statistics, width_of
 from mitrain.tasks.retrieve_config import RetrieveConfig
 from mitrain.tasks.template import frame_of
 
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 MATCH_ROWS = 128  # pairs that the matching head reads at a time
 SCALES = (1.0, 100.0)  # bounds of 1 / temperature
+RIDGE_SAMPLES = 20_000  # pairs that maps which start from a ridge regression are fitted to
 
 
 class RetrieveTask(ReadTask):
@@ -133,7 +134,7 @@ class RetrieveTask(ReadTask):
     @torch.no_grad()
     def _take_over(self, maps: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
         """Start from a checkpoint's own maps; False, said in a line, where they read something else than is read here."""
-        if not maps or self.config.start == "fresh" or self.between_files:
+        if not maps or self.config.start != "auto" or self.between_files:
             return False
         heads = {"image": self.file_map, "text": self.partner_map}
         heads |= {"match": self.match} if self.config.matching else {}
@@ -175,6 +176,28 @@ class RetrieveTask(ReadTask):
             mean, scale = statistics(self.parts, (read,), self.widths, [], samples, see, own)
             getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_scale").copy_(scale)
+        if self.config.start == "ridge":
+            self._start_from_ridge(samples, see)
+
+    def _start_from_ridge(self, samples: Sequence[Any], see: See) -> None:
+        """B = P, A = P R: R the ridge regression of training files' vectors to their partners' standardised states, whose
+        strength is chosen on objects left out; P the directions in which what it says differs most (d ≥ D: all).
+
+        The partners' space, made by a model that knows many more than training has, is kept; two maps that are learned
+        from nothing keep what tells the training pairs apart.
+        """
+        files, partners, samples = [], [], evenly(samples, RIDGE_SAMPLES)
+        for part in chunks(samples):
+            inputs = see(part).inputs
+            files.append(self._file_states(inputs))
+            partners.append(self._partner_states([s.text for s in part], inputs))
+        both = (torch.cat(states).double().cpu().numpy() for states in (files, partners))
+        objects = [s.object or s.inputs[self.modality] for s in samples]
+        weight, bias, directions = leading(*both, objects, self.config.dim)
+        for head, value in ((self.file_map, directions @ weight), (self.partner_map, directions)):
+            head.weight.zero_()[: len(value)] = torch.from_numpy(value).to(head.weight)
+            head.bias.zero_()
+        self.file_map.bias[: len(directions)] = torch.from_numpy(directions @ bias).to(self.file_map.bias)
 
     @torch.no_grad()
     def frozen_states(self, texts: Sequence[str]) -> np.ndarray:
@@ -185,16 +208,21 @@ class RetrieveTask(ReadTask):
 
     def partner_vectors(self, texts: Sequence[str], inputs: ModalityInputs | None = None) -> Tensor:
         """(B, d) of length 1; of the ``inputs`` where another modality stands in the text's place."""
+        return F.normalize(self.partner_map(self.dropout(self._partner_states(texts, inputs))), dim=-1)
+
+    def _partner_states(self, texts: Sequence[str], inputs: ModalityInputs | None) -> Tensor:
+        """(B, D) standardised."""
         if self.between_files:
-            states = (self.parts.adapter.encode(None, inputs).read_out(self.partner) - self.mean) * self.scale
-        else:
-            states = self.states(texts, None)
-        return F.normalize(self.partner_map(self.dropout(states)), dim=-1)
+            return (self.parts.adapter.encode(None, inputs).read_out(self.partner) - self.mean) * self.scale
+        return self.states(texts, None)
 
     def file_vectors(self, inputs: ModalityInputs) -> Tensor:
         """(B, d) of length 1."""
-        vectors = self._standard("file", self.parts.adapter.encode(None, inputs).read_out(self.modality))
-        return F.normalize(self.file_map(self.dropout(vectors)), dim=-1)
+        return F.normalize(self.file_map(self.dropout(self._file_states(inputs))), dim=-1)
+
+    def _file_states(self, inputs: ModalityInputs) -> Tensor:
+        """(B, e) standardised."""
+        return self._standard("file", self.parts.adapter.encode(None, inputs).read_out(self.modality))
 
     def keys(self, samples: Sequence[Any]) -> list[tuple[str, str]]:
         """Each sample's file and text, or other file: equal ones belong together."""

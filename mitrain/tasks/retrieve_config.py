@@ -15,7 +15,7 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
     """``partner``: with one, ``readout``, ``template`` and ``max_tokens`` mean nothing. ``queue``: its vectors are made by
     a slow copy of what is trained, which follows it with ``momentum`` and softens the targets by ``distil``. ``start``:
     ``auto`` takes a checkpoint's projections and matching head where they fit, so that training starts from what it can
-    do."""
+    do, ``ridge`` the best linear map of files to partners, which leaves the partners as they are."""
 
     modality: str = ""
     partner: str = "text"
@@ -32,5 +32,5 @@ class RetrieveConfig(Section, kind="task", name="retrieve"):
     distil: float = Field(0.4, ge=0, lt=1)
     ramp: int = Field(0, ge=0)
     queue_start: Literal["empty", "random"] = "empty"
-    start: Literal["auto", "fresh"] = "auto"
+    start: Literal["auto", "fresh", "ridge"] = "auto"
     metric: FunctionName | None = None

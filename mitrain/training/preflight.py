@@ -23,14 +23,13 @@ from mitrain.data.sources import limit
 from mitrain.models import loading
 from mitrain.training import checkpoint
 from mitrain.training.plan import machines
+from mitrain.training.plan.batch import LOOKED_AT
 from mitrain.training.telemetry import memory_bytes
 
 log = logging.getLogger(__name__)
 
 WORTH = 100
 """Micro-batches of a run for which ``auto`` tries the largest one first: it then costs one in a hundred."""
-LOOKED_AT = 20_000
-"""Samples, evenly spread, among which the longest are looked for: counting tokens takes microseconds a sample."""
 STATES = {"adamw": 2, "adam": 2, "sgd": 1}
 SHOWN = {"frozen_weights": "frozen weights", "trained_weights": "trained weights", "gradients": "their gradients"}
 SHOWN |= {"optimizer": "optimizer's states", "in_use_before": "in use before the batch", "there": "memory there is"}

@@ -6,6 +6,7 @@ import torch
 from folders import llm_folder
 from modalities import pictures
 from PIL import Image
+from sklearn.linear_model import Ridge
 from tiny import scramble
 from torch.nn import functional as F
 
@@ -15,9 +16,10 @@ from mitrain.core.errors import DataError, UserError
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.hidden_states import TextStates
 from mitrain.methods.mit.mit import MiTConfig
+from mitrain.methods.none import NoneConfig
 from mitrain.methods.peft import LoRAConfig
 from mitrain.models import TextBackbone
-from mitrain.tasks import ranks
+from mitrain.tasks import probe, ranks
 from mitrain.tasks.base import Batch, Parts
 from mitrain.tasks.contrast import Everyone
 from mitrain.tasks.momentum import MomentumQueue
@@ -75,6 +77,38 @@ def test_the_states_that_a_baseline_reads_are_those_of_the_model_without_what_wa
     scramble(lora)
     assert not torch.equal(torch.from_numpy(before), task.states(TEXTS, None).double())
     assert np.array_equal(task.frozen_states(TEXTS), before)
+
+
+@pytest.mark.parametrize("dim", [2, 32, 48])
+def test_maps_that_start_from_a_ridge_regression_say_what_it_says(folder, monkeypatch, dim):
+    """In all directions of the text's states (32; the rest of 48 stays empty) its cosines, in two most of what it says."""
+    monkeypatch.setattr(probe, "LEFT_OUT_RIDGES", (2.0,))
+    text = TextBackbone.load(folder, torch.float32)
+    none = methods.build(NoneConfig(), {"image": 5})
+    none.attach({"text": text.model})
+    parts = Parts(text, none, TextStates(text, 0, None))
+    task = RetrieveTask(RetrieveConfig(dim=dim, matching=0, readout=["mean"], start="ridge"), parts, {"image": 5}).eval()
+    task.fit(samples(), lambda some: batch(slice(len(some))))
+    with torch.no_grad():
+        states, files = task.states(TEXTS, None).double().numpy(), features().double().numpy()
+        said = Ridge(alpha=2.0).fit(files, states).predict(files)
+        found = task.file_vectors(batch().inputs) @ task.partner_vectors(TEXTS).T
+    if dim < states.shape[1]:
+        most = np.linalg.svd(said - said.mean(0))[2][:dim]
+        said, states = said @ most.T, states @ most.T
+    expected = (said / np.linalg.norm(said, axis=1, keepdims=True)) @ (
+        states / np.linalg.norm(states, axis=1, keepdims=True)
+    ).T
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+
+
+def test_the_strength_is_chosen_on_objects_left_out():
+    """Rows come in equal pairs: with a row's twin at hand the weakest is best, for objects never seen the strongest."""
+    made = np.random.default_rng(0)
+    x, y = (np.repeat(made.normal(size=(12, width)), 2, 0) for width in (30, 4))
+    pairs = [str(i // 2) for i in range(24)]
+    strong, weak = (np.abs(probe.leading(x, y, groups, 4)[0]).sum() for groups in (pairs, [str(i) for i in range(24)]))
+    assert strong < 0.2 * weak
 
 
 # ranks

@@ -21,10 +21,11 @@ from mitrain.data.sources import limit, portion
 from mitrain.models.batch import ModalityInputs
 from mitrain.tasks.base import Batch
 from mitrain.training.build import Model
-from mitrain.training.preflight import LOOKED_AT
 from mitrain.training.schema import RunConfig
 
 SIDE = 64  # pixels of a stand-in's mask
+LOOKED_AT = 20_000
+"""Samples, evenly spread, among which the longest are looked for: counting tokens takes microseconds a sample."""
 SAID = 8  # a stand-in's answer is one token in so many
 
 
