@@ -109,9 +109,18 @@ def whole_sums(v: Tensor, v_add: Tensor, valid: Tensor | None = None) -> GateSum
         return GateSums(*(x.sum(-1, keepdim=True) for x in token_sums(v, v_add, valid)))
 
 
-def opened(logit: Tensor, present: Tensor | None) -> Tensor:
-    """σ(logit) (M, B, H, T'), 0 where ``present`` (M, B) bool is False, whatever is in the logit there."""
-    return torch.sigmoid(logit if present is None else logit.masked_fill(~present[:, :, None, None], float("-inf")))
+def opened(logit: Tensor, present: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """σ(logit) (M, B, H, T'), 0 where ``present`` (M, B) bool is False, whatever is in the logit there.
+
+    With ``cu_seqlens`` the logit is (M, 1, H, R) and ``present`` (M, S).
+    """
+    if present is None:
+        return torch.sigmoid(logit)
+    if cu_seqlens is None:
+        there = present[:, :, None, None]
+    else:
+        there = present.repeat_interleave(cu_seqlens.diff().long(), dim=1)[:, None, None]
+    return torch.sigmoid(logit.masked_fill(~there, float("-inf")))
 
 
 def cosine_gate(head_logit: Tensor, v_add: Tensor, sums: GateSums, present: Tensor | None, eps: float = EPSILON) -> Gate:
@@ -184,6 +193,17 @@ def gate_backward(
     if valid is not None:
         both = both * valid[:, None, None].to(both.dtype)
     return GateGradients(both[:, :, :-1], both[:, :, -1], of_norm, e.sum((1, 3)))
+
+
+def head_gradient(dgate: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """dL (M, H) of g = σ(L), which is 0 where the modality is missing; ``cu_seqlens`` where sequences are packed."""
+    if cu_seqlens is None:
+        slopes = dgate.sum(-1)
+    else:
+        bounds = cu_seqlens.long()
+        sums = torch.nn.functional.pad(dgate[:, 0].double().cumsum(-1), (1, 0))
+        slopes = (sums[..., bounds[1:]] - sums[..., bounds[:-1]]).float().transpose(1, 2)
+    return (slopes * (value * (1 - value))[..., 0]).sum(1)
 
 
 def spread(x: Tensor, tokens: int) -> Tensor:

@@ -15,7 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from mitrain_kernels.infused_attention.gate import COSINE_GATES, constant_gate, opened, prefix_sums, without_missing
+from mitrain_kernels.infused_attention.gate import (
+    COSINE_GATES,
+    constant_gate,
+    head_gradient,
+    opened,
+    prefix_sums,
+    without_missing,
+)
 from mitrain_kernels.infused_attention.reference import Call
 from mitrain_kernels.infused_attention.sdpa import rows
 from mitrain_kernels.infused_attention.triton_backward import key_kernel, query_kernel
@@ -74,8 +81,7 @@ TILES = {"sm_80": SM_80, "sm_86": SM_86, "sm_90": SM_90, "sm_100": SM_100, "gfx9
 ALL = ("forward", "query", "key")
 TOKEN = {
     **dict.fromkeys(("sm_80", "sm_86"), dict.fromkeys(ALL, Tile(32, 32, 4, 2))),
-    "sm_90": dict.fromkeys(ALL, Tile(64, 32, 4, 2)) | {"key": Tile(32, 32, 4, 2)},
-    "sm_100": dict.fromkeys(ALL, Tile(64, 32, 4, 2)) | {"key": Tile(32, 32, 4, 2)},
+    **dict.fromkeys(("sm_90", "sm_100"), dict.fromkeys(ALL, Tile(64, 32, 4, 2)) | {"key": Tile(32, 32, 4, 2)}),
     "gfx942": dict.fromkeys(ALL, Tile(64, 32, 4, 1, 16)),
 }
 WIDE = dict.fromkeys(TILES, Tile(16, 16, 8, 2)) | {"sm_90": Tile(16, 16, 4, 2), "gfx942": Tile(16, 16, 4, 1)}
@@ -157,9 +163,8 @@ class Problem:
 
     def scalars(self, x: Tensor) -> list[int]:
         """The same for (…, B, H, T) scalars, T = 1 standing for all tokens: strides from the third-last dimension on."""
-        whole = x.shape[-1] == 1
         sample = 0 if self.packed and x.shape[-3] == 1 else x.stride(-3)
-        return [*x.stride()[:-3], sample, x.stride(-2), 0 if whole else x.stride(-1)]
+        return [*x.stride()[:-3], sample, x.stride(-2), 0 if x.shape[-1] == 1 else x.stride(-1)]
 
     def options(self, tile: Tile, *, own: str, step: str) -> dict[str, Any]:
         s = self.call
@@ -274,24 +279,14 @@ def backward(
     cosine, root, square, count = kept
     if call.gate not in COSINE_GATES:
         value = constant_gate(p.logit, p.B, call.present, cosine=call.gate == "head")
-    elif p.packed and not p.whole:
-        value = opened_packed(cosine + p.logit[:, None, :, None], call)
     else:
-        value = opened(cosine + p.logit[:, None, :, None], call.present)
+        value = opened(cosine + p.logit[:, None, :, None], call.present, None if p.whole else call.cu_seqlens)
     upstream = rows(upstream)
     if not upstream.is_contiguous() and 0 in upstream.stride():
         upstream = upstream.contiguous()
     with on(p.q.device):
         found = token_gradients if p.token else folded_gradients
         return found(p, upstream, attended, logsumexp, Gates(value, cosine, root, cosine, square, count), needs)
-
-
-def opened_packed(logit: Tensor, call: Call) -> Tensor:
-    """The gates (M, 1, H, R) of packed sequences, 0 where ``present`` (M, S) is False."""
-    if call.present is None:
-        return torch.sigmoid(logit)
-    there = call.present.repeat_interleave(call.cu_seqlens.diff().long(), dim=1)
-    return torch.sigmoid(logit.masked_fill(~there[:, None, None], float("-inf")))
 
 
 class Handed(NamedTuple):
@@ -388,22 +383,11 @@ def folded_gradients(
         *through, of_add, dlogit = gate_side(p, dgate, gates)
         dv_add = dv_add + of_add
     elif kind == "head" and p.M:
-        dlogit = head_gradient(p, dgate, gates.value)
+        dlogit = head_gradient(dgate, gates.value, p.call.cu_seqlens)
     dk = dv = None
     if needs[1] or needs[2]:
         dk, dv, _, _ = key_side(p, lse, handed, gates, through)
     return [dq, dk, dv, dk_mul, dv_mul, dv_add, dlogit, None]
-
-
-def head_gradient(p: Problem, dgate: Tensor, value: Tensor) -> Tensor:
-    """dL (M, H) of g = σ(L), which is 0 where the modality is missing."""
-    if not p.packed:
-        slopes = dgate.sum(-1)
-    else:
-        bounds = p.call.cu_seqlens.long()
-        sums = torch.nn.functional.pad(dgate[:, 0].double().cumsum(-1), (1, 0))
-        slopes = (sums[..., bounds[1:]] - sums[..., bounds[:-1]]).float().transpose(1, 2)
-    return (slopes * (value * (1 - value))[..., 0]).sum(1)
 
 
 def token_gradients(
