@@ -85,11 +85,7 @@ def guess(table: Path, task: str | None, said: Mapping[str, str], files: Path | 
         )
     others = {name: values for name, values in columns.items() if name not in inputs and values}
     task = task or task_of(others, said, table)
-    fields = dict(said)
-    for field in (*FIELDS[task], *ALSO.get(task, ()), "object", "id"):
-        left = {name: values for name, values in others.items() if name not in fields.values()}
-        if field not in fields and (name := column_for(field, left, required=field in FIELDS[task])):
-            fields[field] = name
+    fields = fields_of(task, others, said)
     if lost := [field for field in FIELDS[task] if field not in fields]:
         raise DataError(
             f"no column of {table} is known to be the {lost[0]} of {task!r}: say which with --column {lost[0]}=NAME, one of"
@@ -108,6 +104,16 @@ def guess(table: Path, task: str | None, said: Mapping[str, str], files: Path | 
         {name: columns[name][0] for name in inputs},
         tuple(others.keys() - set(fields.values())),
     )
+
+
+def fields_of(task: str, columns: Mapping[str, list[str]], said: Mapping[str, str]) -> dict[str, str]:
+    """The column of each field of ``task`` that is ``said`` or can be told by name or contents."""
+    fields = dict(said)
+    for field in (*FIELDS[task], *ALSO.get(task, ()), "object", "id"):
+        left = {name: values for name, values in columns.items() if name not in fields.values()}
+        if field not in fields and (name := column_for(field, left, required=field in FIELDS[task])):
+            fields[field] = name
+    return fields
 
 
 def guess_conversations(table: Path, files: Path | None) -> Guess:

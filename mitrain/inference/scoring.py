@@ -142,7 +142,8 @@ def score_run(
     generate = generate or bool(generation)
     chosen, files = split_of(run, split, samples)
     gone = dict.fromkeys(without, 1.0)
-    evaluation = score_split(run, chosen, files, control, generate, seed, without=gone, shuffled=shuffled)
+    scored = partial(score_split, run, chosen, files, control, generate, seed, shuffled=shuffled)
+    evaluation = scored(without=gone)
     if out is not None and dist.is_main():
         lines = [{"id": p.id, **p.inputs, **values_of(p)} for p in evaluation.predictions]
         write_atomic(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -152,11 +153,8 @@ def score_run(
         beside |= run.model.task.details(chosen, evaluation.predictions)
     metric = run.model.task.metric
     for name in missing:
-        scores = {"0%": evaluation.metrics[metric]}
-        for share in SHARES:
-            lost = score_split(run, chosen, files, control, generate, seed, without=gone | {name: share}, shuffled=shuffled)
-            scores[f"{share:.0%}"] = lost.metrics[metric]
-        beside[f"{metric}_without_{name}"] = scores
+        lost = {f"{share:.0%}": scored(without=gone | {name: share}).metrics[metric] for share in SHARES}
+        beside[f"{metric}_without_{name}"] = {"0%": evaluation.metrics[metric], **lost}
     if len(files.bad):
         beside["bad_samples"] = len(files.bad)
     return {**evaluation.metrics, "split": split, "step": run.saved.step, "run": str(folder), **beside}
@@ -237,13 +235,7 @@ def ask_all(
         try:
             glance.words(one.text, one.candidates)
             check_asked(one.files, one.text, run.config.data, run.model.task.reads_no_text)
-            # what was said before is read by task.turn, or from lines of text as training had them
-            turn = getattr(run.config.task, "turn", "")
-            if one.turns and not turn and not isinstance(run.config.data, ConversationsConfig):
-                raise ConfigError(
-                    "this run was trained on single questions, without a chat template or task.turn for what was said"
-                    " before: ask one question"
-                )
+            check_turns(one, run)
         except UserError as error:
             found[i] = error
     others = [one.others if run.model.task.keeps else {} for one in asked]  # candidates that are files
@@ -299,6 +291,16 @@ def check_asked(files: Files, text: str, data: DataSection, no_text: bool) -> No
         raise ConfigError(f"this run reads {', '.join(inputs)}: give --input {absent[0]}=FILE")
     if not text.strip() and not no_text:
         raise ConfigError("the text is empty: give the prompt, or the expression to segment, with --text")
+
+
+def check_turns(asked: Asked, run: Run) -> None:
+    """What was said before is read by ``task.turn``, or from lines of text as training had them."""
+    turn = getattr(run.config.task, "turn", "")
+    if asked.turns and not turn and not isinstance(run.config.data, ConversationsConfig):
+        raise ConfigError(
+            "this run was trained on single questions, without a chat template or task.turn for what was said"
+            " before: ask one question"
+        )
 
 
 def together(files: Mapping[Any, Path]) -> tuple[Path, dict[Any, str]]:

@@ -104,11 +104,6 @@ def app_of(run: Run, limits: ServiceLimits) -> Starlette:
     async def metrics(request: Request) -> Response:
         return PlainTextResponse(service.metrics())
 
-    async def page(request: Request) -> Response:
-        policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
-        headers = {"Content-Security-Policy": f"{policy}; img-src data: blob:; media-src blob:"}
-        return FileResponse(Path(__file__).with_name("page.html"), headers=headers)
-
     def answering(respond: Callable[[Request], Any]) -> Callable[[Request], Any]:
         """Every fault as one line of JSON, never a traceback."""
 
@@ -117,17 +112,8 @@ def app_of(run: Run, limits: ServiceLimits) -> Starlette:
             try:
                 found = await respond(bound)
                 response = found if isinstance(found, Response) else JSONResponse(found)
-            except UserError as error:
-                response = fault(400, str(error))
-            except HTTPException as error:
-                response = fault(error.status_code, error.detail)
-            except queue.Full:
-                response = fault(503, f"{WAITING} requests are waiting already: ask again later")
-            except ClientDisconnect:
-                response = fault(400, "the request ended before it was whole")
-            except Exception:
-                log.exception("a request failed")
-                response = fault(500, "the server has failed at this request: its log says more")
+            except Exception as error:
+                response = failed(error)
             service.batcher.counts[f'{{path="{request.url.path}",status="{response.status_code}"}}'] += 1
             return response
 
@@ -140,8 +126,27 @@ def app_of(run: Run, limits: ServiceLimits) -> Starlette:
     return Starlette(routes=routes, exception_handlers={HTTPException: missing})
 
 
+async def page(request: Request) -> Response:
+    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+    headers = {"Content-Security-Policy": f"{policy}; img-src data: blob:; media-src blob:"}
+    return FileResponse(Path(__file__).with_name("page.html"), headers=headers)
+
+
 async def missing(request: Request, error: Exception) -> Response:
     return fault(error.status_code, f"{request.method} {request.url.path[:80]!r}: {error.detail}")
+
+
+def failed(error: Exception) -> JSONResponse:
+    if isinstance(error, UserError):
+        return fault(400, str(error))
+    if isinstance(error, HTTPException):
+        return fault(error.status_code, error.detail)
+    if isinstance(error, queue.Full):
+        return fault(503, f"{WAITING} requests are waiting already: ask again later")
+    if isinstance(error, ClientDisconnect):
+        return fault(400, "the request ended before it was whole")
+    log.error("a request failed", exc_info=error)
+    return fault(500, "the server has failed at this request: its log says more")
 
 
 def fault(status: int, message: str) -> JSONResponse:

@@ -52,9 +52,6 @@ def evaluate(
     every sample is given another sample's file.
 
     UserError where a score would be made of numbers that are not finite; ``what`` says of which evaluation.
-
-    Ranks take the batches in turn, the same batches that one process would make (and one of them again while others still
-    have some), and every rank gets all predictions.
     """
     if not samples:
         raise DataError(f"{what}: there is no sample to score; give a split that has some")
@@ -67,17 +64,14 @@ def evaluate(
         inputs = with_others(inputs, name, seed)
     for name, share in without.items():
         inputs = lacking(inputs, name, share, seed)
-    done: dict[int, list[Prediction]] = {}
     kwargs = {"generate": True} if generate or model.task.must_generate(shown) else {}
-    for start, own in dist.lockstep(range(0, len(samples), batch)[dist.rank() :: dist.world()], 0):
+
+    def predict(start: int) -> list[Prediction]:
         part = slice(start, start + batch)
         prepared = model.evaluation_batch(shown[part], inputs[part], files, blind=control == "frozen")
-        made = model.task.predict(prepared, **kwargs)
-        if own:
-            done[start] = made
-            progress(len(prepared.samples))
-    parts = {start: part for ranks in dist.gather(done) for start, part in ranks.items()}
-    predictions = [prediction for start in sorted(parts) for prediction in parts[start]]
+        return model.task.predict(prepared, **kwargs)
+
+    predictions = by_all_ranks(predict, range(0, len(samples), batch), progress)
     require_finite([p.id for p in predictions if not p.finite], len(predictions), what)
     metrics = {**model.task.score(samples, predictions), "control": control, **clashes}
     if model.task.own_metric:
@@ -85,6 +79,21 @@ def evaluate(
     metrics |= {"without": dict(without)} if without else {}
     metrics |= {"shuffled": list(shuffled)} if shuffled else {}
     return Evaluation(metrics, predictions)
+
+
+def by_all_ranks(
+    predict: Callable[[int], list[Prediction]], starts: range, progress: Callable[[int], object]
+) -> list[Prediction]:
+    """All predictions, on every rank: ranks take the batches in turn, the same batches that one process would make (and
+    one of them again while others still have some)."""
+    done: dict[int, list[Prediction]] = {}
+    for start, own in dist.lockstep(starts[dist.rank() :: dist.world()], 0):
+        made = predict(start)
+        if own:
+            done[start] = made
+            progress(len(made))
+    parts = {start: part for ranks in dist.gather(done) for start, part in ranks.items()}
+    return [prediction for start in sorted(parts) for prediction in parts[start]]
 
 
 def controlled(

@@ -70,15 +70,7 @@ def begin(
         f"# A run of the task {found.task} on {table.name}, written by mitrain init on {datetime.date.today()}.",
         "# Every setting there is: mitrain config --keys",
     ]
-    path: list[tuple[int, str]] = []
-    for line in parsing.dump_yaml(dict(values)).splitlines():
-        indent, key = len(line) - len(line.lstrip()), line.strip().partition(":")[0]
-        path = [*[(at, name) for at, name in path if at < indent], (indent, key)]
-        top = path[0][1]
-        kind = f"{top}[{values[top]['name']}]" if top in ("adapter", "task", "data") else top
-        meaning = settings.meaning_of(".".join([kind, *(name for _, name in path[1:])]))
-        shown.append(f"{line:34s} # {meaning}" if meaning and not line.endswith(":") else line)
-    write_atomic(out, "\n".join(shown) + "\n")
+    write_atomic(out, "\n".join([*shown, *explained(values)]) + "\n")
     schema.load(out)
     return {
         "config": str(out),
@@ -88,6 +80,20 @@ def begin(
         "unused": sorted(found.unused),
         "samples": counts,
     }
+
+
+def explained(values: Mapping[str, Any]) -> list[str]:
+    """The lines of ``values`` as YAML, each setting with its meaning beside it."""
+    lines = []
+    path: list[tuple[int, str]] = []
+    for line in parsing.dump_yaml(dict(values)).splitlines():
+        indent, key = len(line) - len(line.lstrip()), line.strip().partition(":")[0]
+        path = [*[(at, name) for at, name in path if at < indent], (indent, key)]
+        top = path[0][1]
+        kind = f"{top}[{values[top]['name']}]" if top in ("adapter", "task", "data") else top
+        meaning = settings.meaning_of(".".join([kind, *(name for _, name in path[1:])]))
+        lines.append(f"{line:34s} # {meaning}" if meaning and not line.endswith(":") else line)
+    return lines
 
 
 def values_of(
