@@ -39,16 +39,9 @@ def other_files(
 
     Serves all tasks: for referring expressions ``files`` are the scenes and ``objects`` the targets' names; where texts
     are exchanged (``what``, as messages call it) they stand for the files. Being a permutation, it leaves the set's
-    files as they are and breaks only their link to the text.
+    files as they are and breaks only their link to the text. Of the labels the first count most.
 
-    Args:
-        files, objects, answers: one label per sample, in falling importance; answers are optional.
-
-    Returns:
-        clashes has the keys "object" and, with answers, "answer".
-
-    Raises:
-        DataError: one file belongs to more than half of the samples, so that no such permutation exists.
+    DataError where one file belongs to more than half of the samples, so that no such permutation exists.
     """
     wishes = {"file": files, "object": objects} | ({} if answers is None else {"answer": answers})
     codes = np.stack([label_codes(labels) for labels in wishes.values()])
@@ -75,10 +68,7 @@ def improve_by_swaps(order: np.ndarray, codes: np.ndarray, rng: np.random.Genera
     Every exchange lowers the total cost, so this ends. The first wish ends fully met whenever no label of it fills
     more than half of the samples: if i and its donor share label A, some j outside A has a donor outside A.
     A pass over more than `EXACT` samples compares each with so many others that it takes n × `TRIED` comparisons.
-
-    Args:
-        order: (n,) permutation; sample i takes from order[i].
-        codes: (wishes, n) label codes; wish w of sample i is met where codes[w, i] != codes[w, order[i]].
+    Sample i takes from order[i]; its wish w is met where codes[w, i] != codes[w, order[i]].
     """
     order, count = order.copy(), len(order)
     price = 3 ** np.arange(len(codes))[::-1]  # an exchange changes two samples: a wish outweighs twice all later ones
@@ -119,17 +109,9 @@ def other_expressions(
     """For every sample an expression from another scene that names no object of this one, drawn at random.
 
     An expression names an object when the object is its target or when the object's name stands in it as whole words;
-    a target without a name can't be ruled out and is drawn only as a last resort.
-
-    Args:
-        expressions, names, scenes: per sample the text, its target's name ("" if unknown) and the scene's id.
-        present: all objects' names per scene, where more is known than the targets' names.
-
-    Returns:
-        clashes["named"] counts samples for which every expression of another scene names one of its objects.
-
-    Raises:
-        DataError: all samples are of one scene.
+    a target without a name ("") can't be ruled out and is drawn only as a last resort. ``present``: all objects' names
+    per scene, where more is known than the targets' names. The clashes "named" are the samples for which every expression
+    of another scene names one of their objects.
     """
     targets = [plain_words(name) for name in names]
     inside = objects_by_scene(targets, scenes, present or {})

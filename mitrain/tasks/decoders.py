@@ -90,13 +90,7 @@ class FilmDecoder(nn.Module):
     def forward(self, levels: Sequence[Tensor], condition: Tensor, grid: tuple[int, int]) -> Tensor:
         """Logits (B, C, gh·s², gw·s²) with s = max(1, patch // 4); inputs are cast to the decoder's dtype and device.
 
-        Args:
-            levels: one (B, N, c) tensor per level, N = prefix_tokens + gh·gw.
-            condition: z, (B, condition_width).
-            grid: (gh, gw).
-
-        Raises:
-            ModelError: the number of levels, or a level's tokens, do not fit.
+        The levels are (B, N, c), N = prefix_tokens + gh·gw, and the condition z.
         """
         check_levels(levels, len(self.reduce), self.prefix_tokens, grid)
         condition = condition.to(self.reduce[0].weight)

@@ -16,9 +16,6 @@ def per_class(names: Sequence[str], truth: np.ndarray, predicted: np.ndarray) ->
     """Precision, recall, F1 and ``support`` (samples that have it) of each class that the truth or a prediction has.
 
     None where one is undefined: the precision of a class never predicted, the recall of one that no sample has.
-
-    Args:
-        truth, predicted: (N, C) bool.
     """
     both, asked, said = (truth & predicted).sum(0), truth.sum(0), predicted.sum(0)
     return {

@@ -19,11 +19,7 @@ def label_metrics(truth: np.ndarray, chances: np.ndarray, multilabel: bool, thre
     classes that some samples have (of one label: the balanced accuracy), left out where there is none. ``auroc`` is
     the mean over the ``auroc_classes`` classes that some samples have and others lack, and left out where there is none.
     Classes that neither the truth nor a prediction has are no part of an average. Probabilities that are not finite score
-    NaN.
-
-    Args:
-        truth: (N, C) bool; one true class in a row where ``multilabel`` is false.
-        chances: (N, C) probabilities.
+    NaN. ``truth`` (N, C) bool has one true class in a row where ``multilabel`` is false.
     """
     from sklearn.metrics import accuracy_score  # a second to import
 

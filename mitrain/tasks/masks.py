@@ -37,12 +37,7 @@ def mask_loss(kind: str, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor
 
     A pixel loss alone (ce, bce, focal) sums over pixels and counts their weights: ce's quotient is torch's weighted
     cross-entropy with weights 0.9 / 1.1. With dice, alone or added to a pixel loss, the unit is the sample: the sum of
-    the samples' means, counted by B.
-
-    Args:
-        kind: one of `LOSSES`.
-        logits: (B, C, h, w).
-        target: (B, h, w), bool or in [0, 1].
+    the samples' means, counted by B. ``logits`` (B, C, h, w), ``target`` (B, h, w) bool or in [0, 1].
     """
     if kind not in LOSSES:
         raise ConfigError(f"loss {kind!r} is not known: choose one of {', '.join(LOSSES)}")
@@ -92,12 +87,7 @@ PIXEL_LOSSES = {"ce": weighted_cross_entropy, "bce": binary_cross_entropy, "foca
 
 
 def predict_masks(logits: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Mask]:
-    """Masks at every image's own size: scores resized bilinearly (aligned corners), foreground where above 0.
-
-    Args:
-        logits: (B, C, h, w).
-        sizes: (H, W) of each of the B images.
-    """
+    """Masks at every image's own size (H, W): scores resized bilinearly (aligned corners), foreground where above 0."""
     scores = foreground_score(logits.detach())
     masks = []
     for score, size in zip(scores, sizes, strict=True):
@@ -152,13 +142,8 @@ def sample_sums(predicted: Mask, target: Mask) -> list[float]:
 def baseline_masks(instances: Sequence[Mask], seed: int, key: str) -> dict[str, Mask]:
     """What a model without language could do at best: masks chosen from a scene's true instance masks.
 
-    Args:
-        instances: one bool mask (H, W) per object of the scene.
-        seed, key: the random object is a function of both; let ``key`` be the sample's id.
-
-    Returns:
-        {"union": all objects, "largest": by pixels, "central": centroid nearest the image's centre, "random"};
-        the first object wins a tie.
+    The "union" of all objects; the "largest" by pixels, and the "central", whose centroid is nearest the image's centre
+    (the first object wins a tie); and a "random" one, by ``seed`` and ``key``, the sample's id.
     """
     if not len(instances):
         raise DataError(f"the scene of {key!r} has no instance masks: baselines need its annotations")

@@ -13,12 +13,9 @@ STRONGEST = 3.0  # of a sentiment, either way
 def number_metrics(truth: np.ndarray, predicted: np.ndarray, scale: tuple[float, float]) -> dict[str, Any]:
     """Mean absolute error, Pearson's and Spearman's correlation, R², and the scores of sentiment where they mean something.
 
-    A correlation with what is constant, and R² of equal truths, are undefined: None.
-
-    Args:
-        truth, predicted: (N,) finite.
-        scale: the least and the greatest target of training. From −3 to 3, with numbers on either side of zero,
-            `sign_scores` are added; with −2 and 2 reached, `class_scores`.
+    A correlation with what is constant, and R² of equal truths, are undefined: None. ``scale``: the least and the
+    greatest target of training. From −3 to 3, with numbers on either side of zero, `sign_scores` are added; with −2 and 2
+    reached, `class_scores`.
     """
     error, spread = predicted - truth, truth - truth.mean()
     values = {

@@ -109,8 +109,7 @@ def retrieved(
 ) -> dict[str, dict[str, Any]]:
     """Retrieval metrics of the last part by a ridge regression and by nearest neighbours, each chosen on the second part.
 
-    Args:
-        features, states: of the training, validation and asked samples, (n, e) and (n, D).
+    The parts are the training, validation and asked samples; features (n, e), states (n, D).
     """
     fits = {"ridge regression": (ridge_fit, RIDGES), "nearest neighbours": (neighbours_fit, NEIGHBOURS)}
     later = features[1:], states[1:], galleries[1:]
@@ -135,9 +134,7 @@ def _best_ranks(fitted: Sequence[Predict], *parts: Sequence[Any]) -> dict[str, A
 def probe_numbers(features: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> np.ndarray:
     """(samples,) numbers of the ridge regression that is nearest to validation's targets.
 
-    Args:
-        features: of the training, validation and asked samples, each (n, e).
-        targets: (n,) of the training and validation samples.
+    The features are of the training, validation and asked samples, the targets of the first two.
     """
     return _nearest(features, targets, {c: partial(ridge_fit, strength=c) for c in RIDGES}, 1.0, power=1)
 
@@ -145,7 +142,7 @@ def probe_numbers(features: Sequence[np.ndarray], targets: Sequence[np.ndarray])
 def probe_neighbours(features: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> np.ndarray:
     """(samples, …) means of the nearest training samples' targets, of so many that the squared error on validation is least.
 
-    Args: as of `probe_numbers`; targets (n,) numbers or (n, C) bool, of which the means are probabilities.
+    Targets are (n,) numbers or (n, C) bool, of which the means are probabilities.
     """
     fits = {count: partial(neighbours_fit, count=count) for count in NEIGHBOURS}
     return _nearest(features, [part.astype(float) for part in targets], fits, 5, power=2)
@@ -175,11 +172,8 @@ def unit(rows: np.ndarray) -> np.ndarray:
 def probe_labels(features: Sequence[np.ndarray], truths: Sequence[np.ndarray], multilabel: bool) -> np.ndarray:
     """(samples, C) probabilities of a multinomial logistic regression, or of one for each class where labels are several.
 
-    Args:
-        features: of the training, validation and asked samples, each (n, e).
-        truths: (n, C) bool of the training and validation samples. The regularisation with the least cross-entropy
-            over the classes on validation is taken; weaker ones are tried until `PATIENCE` in a row are worse. A class that
-            all or no training samples have keeps its share.
+    The regularisation with the least cross-entropy over the classes on validation is taken; weaker ones are tried until
+    `PATIENCE` in a row are worse. A class that all or no training samples have keeps its share.
     """
     train, val, asked = features
     chances = chances_of_each if multilabel else chances_of_one
