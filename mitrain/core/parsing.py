@@ -16,6 +16,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TextIO
 
@@ -102,7 +103,7 @@ def plain_objects(lines: Sequence[str]) -> list[dict[str, Any]] | None:
     """The objects of JSON that ``lines`` hold, one each, all parsed together, where they are of texts, numbers and lists of
     texts, and nothing in them needs the look that `parse_json` takes; else None."""
     text = ",".join(lines)
-    if "\\\\" in text or "\\ud" in text or "\\uD" in text or any(line[0] != "{" for line in lines):
+    if "\\\\" in text or "\\ud" in text or "\\uD" in text or set(map(itemgetter(0), lines)) != {"{"}:
         return None
     try:
         rows = json.loads(f"[{text}]")

@@ -29,8 +29,9 @@ class Texts:
         self._last.extend(texts)
         while len(self._last) >= PART:
             part, self._last = self._last[:PART], self._last[PART:]
-            self._parts.append("".join(part))
-            self._ends.append(array("q", accumulate(map(len, part), initial=0)))
+            self._parts.append(whole := "".join(part))
+            ends = array("q", accumulate(map(len, part), initial=0)) if whole else array("q", bytes(8 * (PART + 1)))
+            self._ends.append(ends)
 
     def __getitem__(self, number: int) -> str:
         part, place = divmod(number, PART)
@@ -41,7 +42,7 @@ class Texts:
 
     def __iter__(self) -> Iterator[str]:
         for text, ends in zip(self._parts, self._ends, strict=True):
-            yield from [text[start:end] for start, end in pairwise(ends)]
+            yield from [text[start:end] for start, end in pairwise(ends)] if text else [""] * PART
         yield from self._last
 
 

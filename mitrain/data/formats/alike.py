@@ -1,6 +1,6 @@
 """Samples of many rows, most of them copied from one before: of a million rows few differ in more than plain texts."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -57,7 +57,8 @@ class Alike:
     def _copied(self, block: Sequence[Row]) -> bool:
         """Whether the samples of ``block`` could be made from those of rows before."""
         cells = [row.cells for row in block]
-        values = {field: self._of(field, cells) for field in ("id", *self.own)}
+        there = set().union(*cells)
+        values = {field: self._of(field, cells, there) for field in ("id", *self.own)}
         if None in values.values():
             return False
         ids = [own or row.name for own, row in zip(values.pop("id"), block, strict=True)]
@@ -74,9 +75,12 @@ class Alike:
         self.made.extend([sample for sample, _ in like], [number for _, number in like], {"id": ids, **values}, paths)
         return True
 
-    def _of(self, field: str, cells: Sequence[Mapping[str, Any]]) -> Sequence[Any] | None:
-        name = self.columns[field]
-        return self.own.get(field, clean)([row.get(name) for row in cells])
+    def _of(self, field: str, cells: Sequence[Mapping[str, Any]], there: Collection[str]) -> Sequence[Any] | None:
+        """``there``: the columns that some of the rows have."""
+        name, taken = self.columns[field], self.own.get(field, clean)
+        if taken is clean and name not in there:
+            return [""] * len(cells)
+        return taken([row.get(name) for row in cells])
 
     def _like(self, key: tuple[Any, ...], row: Row) -> tuple[Any, int] | None:
         """A sample that the row's differs from in nothing but what is its own, and the number of what they share."""
@@ -101,11 +105,11 @@ def same(value: Any) -> Any:
 def clean(cells: Sequence[Any]) -> Sequence[str] | None:
     """`as_text` of cells that are texts and empty ones, of which nothing is wrong with any; else None."""
     try:
-        texts = ["" if cell is None else cell for cell in cells]
+        texts = ["" if cell is None else cell for cell in cells] if None in cells else cells
         whole = "\n".join(texts)
     except TypeError:
         return None
-    return None if CONTROL.search(whole) else [text.strip() for text in texts]
+    return None if CONTROL.search(whole) else list(map(str.strip, texts))
 
 
 def filled(cells: Sequence[Any], refused: Iterable[str] = ()) -> Sequence[str] | None:

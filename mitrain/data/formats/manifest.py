@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,6 +32,9 @@ class Row(NamedTuple):
     where: str
     name: str
     cells: dict[str, Any]
+
+
+made = partial(tuple.__new__, Row)  # a third of the time of Row(…), of which a large file takes millions
 
 
 @dataclass
@@ -117,7 +121,7 @@ def rows_in(
     if path.suffix not in (".parquet", ".arrow", ".tar"):
         whole, name = str(path), path.name
         for line, cells in all_rows(path, columns, required):
-            yield Row(f"{whole}:{line}", f"{name}:{line}", cells)
+            yield made((f"{whole}:{line}", f"{name}:{line}", cells))
         return
     files, address = {columns[name] for name in inputs}, os.path.relpath(path, root)
     try:
