@@ -73,7 +73,8 @@ class Begun:
 
     def rows(self, index: Tensor) -> "Begun":
         """The texts ``index``, repeatedly where they are there several times."""
-        cache = copy.deepcopy(self.cache)
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]  # which then hold tensors of their own
         cache.batch_select_indices(index)
         return Begun(cache, self.mask[index])
 

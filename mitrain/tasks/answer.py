@@ -111,17 +111,16 @@ class AnswerTask(LanguageTask):
         """For each sample the log-likelihood of each answer that it is `offered`."""
         offered = [self.offered(s) for s in batch.samples]
         pairs = [(self.words(s), c) for s, names in zip(batch.samples, offered, strict=True) for c in names]
-        device = self.parts.text.device
-        owner = torch.tensor([i for i, names in enumerate(offered) for _ in names] or [0], device=device)
+        owner = [i for i, names in enumerate(offered) for _ in names] or [0]
         begun = self.beginnings(pairs, batch.inputs, owner, SCORE_ROWS) if pairs else None
         spare = [self.pair(batch.samples[0])]  # for a rank that only keeps the others company
         scores = torch.zeros(len(pairs), dtype=torch.float64)
         order = sorted(range(len(pairs)), key=lambda i: len(self.row(*pairs[i])))  # little padding
         for start, own in dist.lockstep(range(0, len(pairs), SCORE_ROWS), 0):
             part = order[start : start + SCORE_ROWS]
-            index = torch.tensor(part or [0], device=device)
-            inputs = batch.inputs and batch.inputs.rows(owner[index].to(batch.inputs.device))
-            read = begun and begun[0].rows(begun[1][index])
+            rows = torch.tensor([owner[i] for i in part or [0]])
+            inputs = batch.inputs and batch.inputs.rows(rows.to(batch.inputs.device))
+            read = begun and begun[0].rows(torch.tensor([begun[1][i] for i in part], device=begun[0].mask.device))
             found = self.log_likelihood([pairs[i] for i in part] or spare, inputs, read)
             for i, tokens in zip(part, found, strict=True) if own else ():
                 scores[i] = tokens.double().mean() if self.config.normalize else tokens.double().sum()

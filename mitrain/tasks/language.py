@@ -135,42 +135,45 @@ class LanguageTask(Task):
             picked = text.log_likelihood(ids, mask, row_index, positions, targets, below, states.depth, begun)
         return list(picked.split([len(answer) for answer in answers]))
 
+    @property
+    def could_begin(self) -> bool:
+        """Whether prompts that several answers stand behind could be read once: without states of the model's lower layers,
+        which spare more, by a model that is told tokens' positions."""
+        text = self.parts.text
+        return not (text.sharded or self.parts.states.cached) and text.goes_on
+
     @cached_property
     def begins(self) -> bool:
-        """Whether prompts that several answers stand behind are read once: by a model that goes on from its KV cache as it
-        does from the text, and without states of its lower layers, which spare more."""
-        text = self.parts.text
-        if text.sharded or self.parts.states.cached or not text.goes_on:
-            return False
+        """Whether they are: by a model that goes on from its KV cache as it does from the text."""
         try:
-            return not self.decoding
+            return self.could_begin and not self.decoding
         except ModelError:  # a method that cannot generate, as a gate over whole sequences
             return False
 
     @torch.no_grad()
     def beginnings(
-        self, pairs: Sequence[tuple[TextOrTurns, str]], inputs: ModalityInputs | None, owner: Tensor, most: int
-    ) -> tuple[Begun, Tensor] | None:
-        """The prompts of ``pairs`` but for their last tokens, each read once, and (R,) which of them is each pair's.
+        self, pairs: Sequence[tuple[TextOrTurns, str]], inputs: ModalityInputs | None, owner: Sequence[int], most: int
+    ) -> tuple[Begun, list[int]] | None:
+        """The prompts of ``pairs`` but for their last tokens, each read once, and which of them is each pair's.
 
-        ``owner`` (R,): the rows of ``inputs`` that they are for. None where nothing is spared by it, or where the cache of
+        ``owner``: the rows of ``inputs`` that the pairs are for. None where nothing is spared by it, or where the cache of
         ``most`` pairs would hold more than `LARGE_CACHE` bytes.
         """
         if not self.begins:
             return None
         heads = []
-        for sample, pair in zip(owner.tolist(), pairs, strict=True):
+        for sample, pair in zip(owner, pairs, strict=True):
             row, start = self._answered(*pair)
             heads.append((sample, *row[: start - 1]))
         places = {head: place for place, head in enumerate(dict.fromkeys(heads))}
         if len(places) == len(pairs) or min(map(len, places)) < 2:
             return None
-        samples = owner.new_tensor([sample for sample, *_ in places])
-        with self.parts.adapter.conditioned(inputs and inputs.rows(samples)):
+        samples = torch.tensor([sample for sample, *_ in places])
+        with self.parts.adapter.conditioned(inputs and inputs.rows(samples.to(inputs.device))):
             begun = self.parts.text.begin(*self.parts.text.pad([head for _, *head in places], side="left"))
         if most * begun.bytes > LARGE_CACHE * len(places):
             return None
-        return begun, owner.new_tensor([places[head] for head in heads])
+        return begun, [places[head] for head in heads]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         likelihood = torch.cat(self.log_likelihood([self.pair(s) for s in batch.samples], batch.inputs))

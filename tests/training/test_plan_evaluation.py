@@ -41,13 +41,18 @@ def changed(config, *changes):
     return schema.from_dict(override(config.to_dict(), changes))
 
 
-def test_ranking_candidates_is_counted(world):
+@pytest.mark.parametrize("begins", [True, False])
+def test_ranking_candidates_is_counted(world, monkeypatch, begins):
     model, mode, trainer, val = both(make_config(world))
     real = trainer.model
     real.train(False)
     batch = batch_of(trainer, val)
+    real.task.begins = begins
+    real.task.predict(batch)  # what was let go of is there again
+    monkeypatch.setattr(type(real.task), "could_begin", begins)
     held = passed(real, lambda _: real.task.predict(batch))
-    assert scoring(model, val, mode) == pytest.approx(held, rel=0.05)
+    # Places and masks, which a plan does not count, are much beside the keys of 32 channels.
+    assert scoring(model, val, mode) == pytest.approx(held, rel=0.1 if begins else 0.05)
 
 
 @pytest.mark.parametrize(("tokens", "beams"), [(48, 1), (3, 1), (12, 3)])

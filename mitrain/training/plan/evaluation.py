@@ -5,7 +5,7 @@ Shapes: B samples, T tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from mitrain.core.errors import ModelError
 from mitrain.tasks.base import Task
 from mitrain.tasks.generation import generated
 from mitrain.training.build import Model
@@ -36,24 +37,27 @@ class Numbers(TorchFunctionMode):
 
 
 @contextmanager
-def silent(task: Task) -> Iterator[None]:
-    """Inside, ``task`` predicts without saying anything."""
+def silent(task: Task, begins: bool) -> Iterator[None]:
+    """Inside, ``task`` predicts without saying anything; ``begins``: with prompts read once, which it is not tried for."""
     if not task.speaks:
         yield
         return
-    task.spoken = lambda samples, inputs: [("", True)] * len(samples)
+    task.spoken, task.begins = lambda samples, inputs: [("", True)] * len(samples), begins
     try:
         yield
     finally:
-        del task.spoken
+        del task.spoken, task.begins
 
 
 def scoring(model: Model, samples: Sequence[Any], mode: FakeTensorMode) -> int:
     """The most bytes beside the weights while ``samples`` are scored, but for what is generated."""
     model.train(False)
     batch = batch_of(model, samples, mode)
-    with Numbers(), silent(model.task):
-        return passed(model, lambda _: model.task.predict(batch), mode)
+    for begins in (True, False) if getattr(model.task, "could_begin", False) else (False,):
+        # A method that does not go on from a KV cache says so.
+        with suppress(ModelError) if begins else nullcontext(), Numbers(), silent(model.task, begins):
+            return passed(model, lambda _: model.task.predict(batch), mode)
+    raise AssertionError("unreachable")
 
 
 def generating(model: Model, samples: Sequence[Any], mode: FakeTensorMode) -> int:
