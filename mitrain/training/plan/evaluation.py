@@ -5,7 +5,7 @@ Shapes: B samples, T tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -53,11 +53,15 @@ def scoring(model: Model, samples: Sequence[Any], mode: FakeTensorMode) -> int:
     """The most bytes beside the weights while ``samples`` are scored, but for what is generated."""
     model.train(False)
     batch = batch_of(model, samples, mode)
-    for begins in (True, False) if getattr(model.task, "could_begin", False) else (False,):
-        # A method that does not go on from a KV cache says so.
-        with suppress(ModelError) if begins else nullcontext(), Numbers(), silent(model.task, begins):
+
+    def counted(begins: bool) -> int:
+        with Numbers(), silent(model.task, begins):
             return passed(model, lambda _: model.task.predict(batch), mode)
-    raise AssertionError("unreachable")
+
+    if getattr(model.task, "could_begin", False):
+        with suppress(ModelError):  # of a method that does not go on from a KV cache
+            return counted(True)
+    return counted(False)
 
 
 def generating(model: Model, samples: Sequence[Any], mode: FakeTensorMode) -> int:
