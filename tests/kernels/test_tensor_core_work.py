@@ -1,11 +1,12 @@
 """Multiply-adds done and needed, and the roofs of a loop, against figures worked out by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import bad_kernels
 import pytest
 import torch
-from bench.machine_code import audit_runs, expectation, mma, pipes, sass, tiles
+from bench.machine_code import audit, audit_runs, expectation, mma, pipes, sass, tiles
 from bench.machine_code.compilation import Case, interpreted
 from mitrain_kernels.infused_attention import triton_launch
 
@@ -69,6 +70,17 @@ def test_clocks_of_each_pipe_by_hand():
     assert pipes.roofs(found, 4 * 2048, "sm_80") == (33.3, 15.4, 15.4)  # 8 clocks of 24, of 52
     less = found | {"operands": 4, "shared": 6}
     assert pipes.roofs(less, 4 * 2048, "sm_80") == (80.0, 80.0, 44.4)  # of 10, of 8 + 10
+
+
+def test_loops_with_other_dots_add_up_and_repeated_dots_count_as_lost(monkeypatch):
+    """Loops of 1 and 2 HMMA: clocks of the shortest of each, 8 and 16 on the tensor cores; 2 of 3 dots are useful."""
+    hmma, other = "HMMA.16816.F32.BF16 R4, R8, R12, R4", "IADD3 R1, R2, R3, RZ"
+    one, two = parsed(hmma), parsed(hmma, hmma)
+    monkeypatch.setattr(audit.sass, "tensor_core_loops", lambda _: [one, two, two + parsed(*[other] * 90)])
+    kernel = SimpleNamespace(metadata=SimpleNamespace(num_warps=4), asm={"ttir": ""})
+    monkeypatch.setattr(mma, "needed", lambda _: 5 * 4 * 2048)
+    assert audit.loop_facts(kernel, "", "sm_80", 1.0) == {"macs": 5 * 4 * 2048, "roofs": (100.0, 100.0, 88.9)}
+    assert audit.loop_facts(kernel, "", "sm_80", 2 / 3)["roofs"] == (66.7, 66.7, 59.3)
 
 
 def test_hgmma_reads_its_operands_from_shared_memory_and_hmma_has_half_its_rate():

@@ -44,9 +44,11 @@ def attention_case(target: str, name: str, width: int, dtype: str, token: bool, 
         "M": 1, "D": width, "BD": columns, own: tile.own, step: tile.step,
         "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "TOKEN": token,
     }  # fmt: skip
+    if name == "key":
+        constants["APART"] = tile.apart
     title = name + ("_token" if token else "")
     found = case(title, kernel, constants, dtype, tile.warps, tile.stages, width, dots=dtype != "fp32")
-    return replace(found, options=tile.options)
+    return replace(found, options=tile.options, useful=4 / 5 if tile.apart else 1.0)
 
 
 def gate_cases() -> list[Case]:

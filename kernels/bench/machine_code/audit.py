@@ -52,7 +52,7 @@ class Facts:
     where:
         mma: tensor-core instructions by family: those of bf16 and fp16 under the target's names, "TF32", "FP32".
         macs, macs_needed: 16-bit multiply-adds of the tensor cores (``mma.py``).
-        roofs: (narrow, wide, alternating) of the shortest tensor-core loop in percent (``pipes.py``), () if there is none.
+        roofs: (narrow, wide, alternating) of the shortest tensor-core loops in percent (``pipes.py``), () if there is none.
         dot_rows, wide_dots: of the source's dots, rows of those with 16-bit operands, operand types of the others.
     """
 
@@ -73,11 +73,12 @@ class Facts:
     wide_dots: tuple[str, ...] = ()
 
 
-def facts_of(kernel: CompiledKernel, target: str) -> Facts:
-    return amd_facts(kernel) if target.startswith("gfx") else nvidia_facts(kernel, target)
+def facts_of(kernel: CompiledKernel, target: str, useful: float = 1.0) -> Facts:
+    """``useful``: as of the `Case`."""
+    return amd_facts(kernel) if target.startswith("gfx") else nvidia_facts(kernel, target, useful)
 
 
-def nvidia_facts(kernel: CompiledKernel, target: str) -> Facts:
+def nvidia_facts(kernel: CompiledKernel, target: str, useful: float) -> Facts:
     usage, listing = disassemble(kernel.asm["cubin"])
     code = [instruction for function in sass.functions(listing) for instruction in function]
     return Facts(
@@ -88,21 +89,30 @@ def nvidia_facts(kernel: CompiledKernel, target: str) -> Facts:
         instructions=len(code),
         async_copies=sass.count(sass.ASYNC_COPY, code),
         mma=Counter(nvidia_family(x) for x in code if sass.TENSOR_CORE.fullmatch(x.op)),
-        **loop_facts(kernel, listing, target),
+        **loop_facts(kernel, listing, target, useful),
         **common_facts(kernel),
     )
 
 
-def loop_facts(kernel: CompiledKernel, listing: str, target: str) -> dict[str, Any]:
-    """What all tensor-core loops do, and the roofs of the shortest, which for attention is that of tiles without a mask."""
+def loop_facts(kernel: CompiledKernel, listing: str, target: str, useful: float) -> dict[str, Any]:
+    """What all tensor-core loops do, and the roofs of the shortest, which for attention is that of tiles without a mask.
+
+    Of a kernel that runs through its tiles twice, for dV and for dK, the loops differ in their dots: of each kind the
+    shortest counts, and their clocks add up.
+    """
     warps, ttir = kernel.metadata.num_warps, kernel.asm["ttir"]
-    loops = [(mma.done(loop, warps, ttir), loop) for loop in sass.tensor_core_loops(listing)]
-    total = sum(done for done, _ in loops)
+    shortest: dict[float, list[sass.Instruction]] = {}
+    total = 0.0
+    for loop in sorted(sass.tensor_core_loops(listing), key=len):
+        done = mma.done(loop, warps, ttir)
+        total += done
+        shortest.setdefault(done, loop)
     if not total:
         return {}
-    done, loop = min(loops, key=lambda pair: len(pair[1]))
-    needed = mma.needed(ttir) * done / total
-    return {"macs": round(total), "roofs": pipes.roofs(pipes.clocks(loop, warps, done, target), needed, target)}
+    needed = useful * mma.needed(ttir) * sum(shortest) / total
+    each = [pipes.clocks(loop, warps, done, target) for done, loop in shortest.items()]
+    clocks = {name: sum(found[name] for found in each) for name in each[0]}
+    return {"macs": round(total), "roofs": pipes.roofs(clocks, needed, target)}
 
 
 def nvidia_family(instruction: sass.Instruction) -> str:
@@ -241,7 +251,7 @@ def dot_violations(facts: Facts, target: str) -> list[str]:
 
 def audit_row(kernel: CompiledKernel, case: Case, target: str) -> dict[str, Any]:
     """The row of the audit's table: what the case is, what was read, and whether it may pass."""
-    facts = facts_of(kernel, target)
+    facts = facts_of(kernel, target, case.useful)
     reasons = violations(facts, case, target)
     return {
         **case_row(case, target),

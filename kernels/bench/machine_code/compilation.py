@@ -36,6 +36,7 @@ class Case:
         dots: the kernel has a bf16 or fp16 dot, which must reach the tensor cores.
         bound_by_memory: its dots take less time than its loads, even where warps repeat each other.
         options: further compile options of Triton, e.g. {"maxnreg": 128}.
+        useful: the share of its dots that do not repeat another loop's.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     dots: bool = True
     bound_by_memory: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    useful: float = 1.0
 
 
 def portable(case: Case) -> Case:

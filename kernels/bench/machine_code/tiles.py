@@ -35,18 +35,20 @@ def candidates(target: str, kernel: str, width: int) -> list[Tile]:
 
 
 def possible(target: str, kernel: str, width: int) -> Iterator[Tile]:
-    for own, step, warps in itertools.product(OWN, STEP, WARPS):
-        tile = Tile(own, step, warps, 1, 16) if target.startswith("gfx") else Tile(own, step, warps, 2)
+    ways = (False, True) if kernel == "key" and width == 256 else (False,)
+    for own, step, warps, apart in itertools.product(OWN, STEP, WARPS, ways):
+        stages, nonkdim = (1, 16) if target.startswith("gfx") else (2, 0)
+        tile = Tile(own, step, warps, stages, nonkdim, apart)
         if min(own, step) >= (16 if width == 256 else 32) and fits(tile, target, kernel, width):
             yield tile
 
 
 def fits(tile: Tile, target: str, kernel: str, width: int) -> bool:
-    own, step, warps, stages, nonkdim = tile
+    own, step, warps, stages, nonkdim, apart = tile
     large = own >= 64 and target in ("sm_90", "sm_100")  # HGMMA, UTC*MMA: four warps share 64 rows, or all 128
     by_rows = own >= 16 * warps or (large and target == "sm_100")
     by_columns = own < width and step >= (16 if nonkdim else 8) * warps and not large
-    sums = own * width * (2 if kernel == "key" else 1) + own * step * (1 if kernel == "forward" else 2)
+    sums = own * width * (2 if kernel == "key" and not apart else 1) + own * step * (1 if kernel == "forward" else 2)
     loads = 2 * 2 * stages * step * width
     registers = 2 * REGISTERS if nonkdim else REGISTERS  # gfx942 has as many again for sums
     lanes = warps * (64 if nonkdim else 32)
@@ -88,6 +90,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         a, b = ("BN", "BM") if "key" in row["kernel"] else ("BM", "BN")
         tile = f"{row['constants'][a]} × {row['constants'][b]}, {row['warps']}, {row['stages']}"
         kdim = row["options"].get("matrix_instr_nonkdim")
+        tile += ", dV then dK" if row["constants"].get("APART") else ""
         name = row["kernel"].removeprefix("infused_attention_")
         cells = [row["target"], name, row["head_dim"], tile + (f", {kdim} × {kdim}" if kdim else "")]
         cells += [", ".join(map(str, row["roofs"])) or "–", row["registers"], row["shared_bytes"], row["blocks_per_sm"]]

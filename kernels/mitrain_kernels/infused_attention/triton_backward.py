@@ -180,13 +180,13 @@ def query_kernel(
 @triton.jit
 def key_gradients(
     k, v, dk, dv, INNER, INWARD, LSE, DELTA, low, middle, end, high, stride, past, key, queries, window, softcap, scale,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv (BN, BD) of a block of keys, grown by queries of one head: middle … end, or if MASKED the others.
 
-    INNER, INWARD, LSE, DELTA at the head's first query. Where a query is not there, its lse of +inf makes all weights 0;
-    rows of keys that are hidden or not there may hold anything.
+    OF_K, OF_V: which of the two grow. INNER, INWARD, LSE, DELTA at the head's first query. Where a query is not there, its
+    lse of +inf makes all weights 0; rows of keys that are hidden or not there may hold anything.
     """
     rows = tl.arange(0, BM)
     unit = unit_of(scale, SOFTCAP)
@@ -212,10 +212,12 @@ def key_gradients(
             position = start + rows + past
             seen = seen_by(position[None, :], key[:, None], True, window, CAUSAL, WINDOW)
             weights = tl.where(seen, weights, 0.0)
-        dv = tl.dot(weights.to(q.dtype), inward, dv, input_precision="ieee")
-        dweights = tl.dot(v, tl.trans(inward), input_precision="ieee")
-        dscores = unbend(weights * (dweights - delta[None, :]), bent, softcap, SOFTCAP)
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+        if OF_V:
+            dv = tl.dot(weights.to(q.dtype), inward, dv, input_precision="ieee")
+        if OF_K:
+            dweights = tl.dot(v, tl.trans(inward), input_precision="ieee")
+            dscores = unbend(weights * (dweights - delta[None, :]), bent, softcap, SOFTCAP)
+            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -275,7 +277,7 @@ def key_kernel(
     gate_m, gate_b, gate_h, gate_t, sum_m, sum_b, sum_h, valid_b,
     batch, heads, group, queries, keys, window, softcap, scale,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TOKEN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TOKEN: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of keys, key/value heads, samples); under 'token' query heads take the place of key/value heads.
 
@@ -313,17 +315,33 @@ def key_kernel(
     low, middle, end, high = query_range(start, start + BN - 1, queries, past, window, BM, CAUSAL, WINDOW)
     if start >= keys:
         middle, end, high = low, low, low
-    for member in range(0, members):
-        head = lane * members + member
-        at = wide * o_b + head * o_h + first * o_t
-        scalars = wide * lse_b + head * lse_h + first
-        for masked in tl.static_range(2):
-            dk, dv = key_gradients(
-                k, v, dk, dv, INNER + at, INWARD + at, LSE + scalars, DELTA + scalars, low, middle, end, high, o_t, past,
-                start + columns, queries, window, softcap, scale, D, BD, BM, masked, CAUSAL, WINDOW, SOFTCAP,
-            )  # fmt: skip
-    dk, dv = tl.where(keep[:, None], dk * scale, 0.0), tl.where(keep[:, None], dv, 0.0)
-    values = load_tile(V, start, v_t, columns, keep, D, BD).to(tl.float32)
+    there = start + columns < keys
+    target = wide * dk_b + lane * dk_h + first * dk_t
+    for side in tl.static_range(2 if APART else 1):  # dv and dk, or dv, then dk, where registers hold one of them only
+        for member in range(0, members):
+            head = lane * members + member
+            at = wide * o_b + head * o_h + first * o_t
+            scalars = wide * lse_b + head * lse_h + first
+            for masked in tl.static_range(2):
+                dk, dv = key_gradients(
+                    k, v, dk, dv, INNER + at, INWARD + at, LSE + scalars, DELTA + scalars, low, middle, end, high, o_t,
+                    past, start + columns, queries, window, softcap, scale, D, BD, BM, side == 1 or not APART, side == 0,
+                    masked, CAUSAL, WINDOW, SOFTCAP,
+                )  # fmt: skip
+        if side == 0:
+            dv = tl.where(keep[:, None], dv, 0.0)
+            values = load_tile(V, start, v_t, columns, keep, D, BD).to(tl.float32)
+            if not TOKEN:
+                if SUMS_DOT is not None:
+                    for member in range(0, members):
+                        head = lane * members + member
+                        at = wide * sum_b + head * sum_h + first + start + columns
+                        v_add = VA + (wide * heads + head) * D
+                        dv = through_cosine(
+                            dv, values, SUMS_DOT + at, SUMS_SQUARE + at, sum_m, keep, v_add, map_m, M, D, BD
+                        )  # fmt: skip
+                store_tile(DV + target, start, dk_t, columns, there, dv, D, BD)
+    dk = tl.where(keep[:, None], dk * scale, 0.0)
     if TOKEN:
         raw = load_tile(K, start, k_t, columns, keep, D, BD).to(tl.float32)
         gates = wide * gate_b + lane * gate_h + (first + start) * gate_t
@@ -334,13 +352,5 @@ def key_kernel(
             NORM + wide * heads + lane, tl.cast(batch, tl.int64) * heads, KM, VM, VA, KA, map_m, base, part, logits,
             M, D, BD,
         )  # fmt: skip
-    elif SUMS_DOT is not None:
-        for member in range(0, members):
-            head = lane * members + member
-            at = wide * sum_b + head * sum_h + first + start + columns
-            v_add = VA + (wide * heads + head) * D
-            dv = through_cosine(dv, values, SUMS_DOT + at, SUMS_SQUARE + at, sum_m, keep, v_add, map_m, M, D, BD)
-    there = start + columns < keys
-    target = wide * dk_b + lane * dk_h + first * dk_t
+        store_tile(DV + target, start, dk_t, columns, there, dv, D, BD)
     store_tile(DK + target, start, dk_t, columns, there, dk, D, BD)
-    store_tile(DV + target, start, dk_t, columns, there, dv, D, BD)

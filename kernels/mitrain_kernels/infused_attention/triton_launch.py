@@ -33,14 +33,16 @@ INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
 class Tile(NamedTuple):
-    """A program's own rows, the rows of a step of its loop, its warps, the stages of the loop's loads, and of AMD the
-    rows of a matrix instruction (0: Triton's choice, 32, which lets warps repeat each other on small tiles)."""
+    """A program's own rows, the rows of a step of its loop, its warps, the stages of the loop's loads, of AMD the rows
+    of a matrix instruction (0: Triton's choice, 32, which lets warps repeat each other on small tiles), and whether dV and
+    dK are made one after the other: five dots in place of four, where the sums of both do not fit in the registers."""
 
     own: int
     step: int
     warps: int
     stages: int
     nonkdim: int = 0
+    apart: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -63,12 +65,12 @@ SM_86 = {
 SM_90 = {
     "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 32, 8, 2)},
     "query": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-    "key": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 64, 8, 2)},
+    "key": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(128, 32, 8, 2, apart=True)},
 }
 SM_100 = {
     "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 32, 8, 2)},
     "query": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-    "key": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "key": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2, apart=True)},
 }
 GFX942 = {
     "forward": {64: Tile(64, 64, 4, 1, 16), 128: Tile(64, 32, 4, 1, 16), 256: Tile(64, 32, 4, 1, 16)},
@@ -337,7 +339,7 @@ def key_side(p: Problem, lse: Tensor, handed: Handed, gates: Gates, through: tup
         handed.inner, p.k, p.v, handed.inward, lse, handed.delta, dk, dv, dot, square, parts, dlogit,
         gates.value, gates.cosine, gates.root, p.norm, *p.maps, p.k_add, p.base, p.valid, p.call.cu_seqlens,
         *p.spans(handed.inner, p.k, p.v, dk), *p.spans(lse)[:2], *p.scalars(gates.value), *at, p.valid_stride,
-        *p.sizes, *p.numbers, **p.options(tile, own="BN", step="BM"),
+        *p.sizes, *p.numbers, APART=tile.apart, **p.options(tile, own="BN", step="BM"),
     )  # fmt: skip
     return dk, dv, parts.sum(0), dlogit.sum((0, 2))
 

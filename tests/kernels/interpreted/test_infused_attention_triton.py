@@ -81,7 +81,14 @@ def test_output_and_gradients(case, poisoned):
 ONE = {"B": 1, "H": 1}
 
 
-@pytest.mark.parametrize("tile", [triton_launch.Tile(32, 16, 4, 1), triton_launch.Tile(16, 32, 4, 1)], ids=str)
+TILES = [
+    triton_launch.Tile(32, 16, 4, 1),
+    triton_launch.Tile(16, 32, 4, 1),
+    triton_launch.Tile(32, 16, 4, 1, apart=True),  # dV and dK one after the other
+]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
 @some(
     [
         small("prefix", **ONE, tk=70),  # a block's tiles: masked by causality, whole, and a ragged one
