@@ -104,8 +104,8 @@ def trials_of(study: Study, task: str, method: str, steps: int, points: Mapping[
     """The study of a rung's trials: on val alone, without what is shown beside a score."""
     search = study.search
     part = study.tasks[task]
-    scored = {"split": "val", "samples": search.samples or part.samples, "controls": (), "baselines": False, "also_on": ()}
-    part = part.model_copy(update=scored)
+    scored = {"split": "val", "samples": search.samples or part.samples, "metric": search.metric or part.metric}
+    part = part.model_copy(update={**scored, "controls": (), "baselines": False, "also_on": ()})
     settings = {name: {**point, **search.set, "train.steps": steps} for name, point in points.items()}
     axis = Axis(values=tuple({"value": name, "set": own} for name, own in settings.items()))
     changes = {"tasks": {task: part}, "methods": {method: study.methods[method]}, "axes": {f"steps-{steps}": axis}}

@@ -139,14 +139,15 @@ class Search(Section):
 
     ``space``: of each method a grid, key → values, of which ``trials`` points are tried; ``rungs``: the training steps of
     each round, after which the better half goes on; ``set``: overrides of trials alone; ``samples``: of val that a trial is
-    scored on (none: as many as of the task's split); ``seed``: theirs, and of what is drawn of a larger grid. A method
-    without a grid is run as it is.
+    scored on (none: as many as of the task's split); ``metric``: which of its scores decides (none: the task's); ``seed``:
+    theirs, and of what is drawn of a larger grid. A method without a grid is run as it is.
     """
 
     space: dict[str, dict[str, tuple[Any, ...]]]
     rungs: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     trials: int = Field(8, ge=2)
     samples: int | None = Field(None, ge=1)
+    metric: str | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     set: Overrides = {}
 

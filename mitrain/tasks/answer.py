@@ -35,6 +35,8 @@ from mitrain.tasks.template import TurnSetting, frame_of, template_with
 log = logging.getLogger(__name__)
 SCORE_ROWS = 112
 FREQUENT = 20  # answers that `describe` lists
+MEANS = {"exact_match": "exact_match", "soft_accuracy": "soft_accuracy", "mrr": "reciprocal_rank"}
+"""Metrics that are means of what each prediction says, where all say it."""
 MOST_ANSWERS = 100
 """Of how many training answers to its prompt one is chosen for a sample without candidates; beyond, the model speaks."""
 
@@ -156,6 +158,7 @@ class AnswerTask(LanguageTask):
         return {
             "predicted": offered[order[0]],
             "correct": offered[order[0]] == sample.answer,
+            "reciprocal_rank": next((1 / (at + 1) for at, i in enumerate(order) if offered[i] == sample.answer), 0.0),
             "probabilities": {offered[i]: round(chances[i], 6) for i in order},
             "scored_by": "candidates" if len(set(sample.candidates)) > 1 else "training answers",
         }
@@ -166,9 +169,9 @@ class AnswerTask(LanguageTask):
         result: dict[str, Any] = {"accuracy": scores.pop("accuracy"), "samples": len(values)}
         result["majority"] = max(Counter(s.answer for s in samples).values()) / len(samples)
         result |= scores
-        for name in ("exact_match", "soft_accuracy"):
-            if all(name in v for v in values):
-                result[name] = mean(v[name] for v in values)
+        for name, value in MEANS.items():
+            if all(value in v for v in values):
+                result[name] = mean(v[value] for v in values)
         ways = Counter(v["scored_by"] for v in values)
         return result | ({"scored_by": dict(ways)} if set(ways) != {"candidates"} else {})
 

@@ -242,7 +242,7 @@ class Task(nn.Module):
 
     def each(self, predictions: Sequence[Prediction], metric: str) -> list[float] | None:
         """What each sample counts in ``metric``, where that is their mean; `score` has been asked before."""
-        name = {"accuracy": "correct"}.get(metric, metric)
+        name = {"accuracy": "correct", "mrr": "reciprocal_rank"}.get(metric, metric)
         known = all(isinstance(p.values.get(name), int | float) for p in predictions)
         return [float(p.values[name]) for p in predictions] if known else None
 

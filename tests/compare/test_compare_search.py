@@ -71,6 +71,14 @@ def test_what_is_best_in_a_short_run_alone_is_not_chosen(tmp_path):
     assert chosen["train.lr"] == 0.3, "0.2 and 0.3 go on, and the longer runs decide"
 
 
+def test_a_search_may_choose_by_another_metric_and_on_fewer_samples_than_the_table(tmp_path):
+    own = make(tmp_path, metric="samples", samples=7).study
+    own = own.model_copy(update={"search": own.search.model_copy(update={"metric": "majority"})})
+    part = search.trials_of(own, "label", "mit", 10, {"one": {"train.lr": 0.1}}).tasks["label"]
+    assert (part.split, part.metric, part.samples) == ("val", "majority", 7)
+    assert (own.tasks["label"].split, own.tasks["label"].metric, own.tasks["label"].samples) == ("test", "samples", None)
+
+
 def test_an_interrupted_search_goes_on_and_a_finished_one_is_not_repeated(tmp_path):
     job, bench = make(tmp_path), Bench()
     first = run(job, bench)

@@ -105,6 +105,7 @@ def test_a_prediction_says_what_it_is_of(folder):
         "kind": "kind",
         "predicted": "no",
         "correct": True,
+        "reciprocal_rank": 1.0,
         "probabilities": chances,
         "scored_by": "candidates",
         "generated": "No!",
@@ -121,6 +122,17 @@ def test_a_prediction_says_what_it_is_of(folder):
     spoken = task._prediction(replace(sample, candidates=()), torch.zeros(0), "yes")
     assert spoken.values["scored_by"] == "generation" and spoken.finite
     assert task.panel(sample, spoken, blank) == Panel(blank, ["yes", "truth: no [thing]", "is this red"], False)
+
+
+def test_the_reciprocal_rank_is_that_of_the_truth_among_the_candidates(folder):
+    """no > yes > perhaps; of equal ones the truth is last, and what is not offered has none: 1/3 · (1/2 + 1/3 + 0)."""
+    task = make(folder)
+    samples = [replace(opened([a])[0], answer=a, candidates=("yes", "no", "perhaps")) for a in ("yes", "no", "red")]
+    scores = [torch.tensor(x, dtype=torch.float64) for x in ([0.25, 1.5, -1.0], [0.5, 0.5, 0.5], [0.25, 1.5, -1.0])]
+    predictions = [task._prediction(s, score, None) for s, score in zip(samples, scores, strict=True)]
+    assert [p.values["reciprocal_rank"] for p in predictions] == [1 / 2, 1 / 3, 0]
+    assert task.score(samples, predictions)["mrr"] == pytest.approx(5 / 18)
+    assert task.each(predictions, "mrr") == [1 / 2, 1 / 3, 0]
 
 
 def scored(task, *rows):
