@@ -7,6 +7,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicLayer
 
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError, ModelError
@@ -83,6 +85,7 @@ class Begun:
         whole = torch.cat([self.mask, mask], 1)
         return {
             "past_key_values": self.cache,
+            "use_cache": True,
             "attention_mask": whole,
             "position_ids": places_of(whole)[:, -mask.shape[1] :],
         }
@@ -91,6 +94,11 @@ class Begun:
 def places_of(mask: Tensor) -> Tensor:
     """(B, T): the position of each token among those that ``mask`` (B, T) shows."""
     return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def texts_or(states: Tensor | None, ids: Tensor) -> dict[str, Tensor]:
+    """What a model is called with: ``ids``, or the ``states`` that stand for what its lower layers make of them."""
+    return {"input_ids": ids} if states is None else {"inputs_embeds": states}
 
 
 class TextBackbone:
@@ -331,10 +339,24 @@ class TextBackbone:
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
     @torch.no_grad()
-    def begin(self, ids: Tensor, mask: Tensor) -> Begun:
-        """The beginnings of texts, (B, L) padded on the left, read."""
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": places_of(mask)}
-        return Begun(self.model.base_model(**given, use_cache=True).past_key_values, mask)
+    def begin(self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0) -> Begun | None:
+        """The beginnings of texts, (B, L) padded on the left, read; with ``states`` from layer ``depth`` on.
+
+        None where the model keeps something else than keys and values of all tokens, which ``states`` cannot go on from.
+        """
+        with self._replayed(states, depth):
+            given = {**texts_or(states, ids), "attention_mask": mask, "position_ids": places_of(mask)}
+            cache = self.model.base_model(**given, use_cache=True).past_key_values
+        if states is not None:
+            own = cache.layers[: len(layouts.layers_of(self.model))]  # behind which a method may keep something of its own
+            if any(type(layer) is not DynamicLayer for layer in own):
+                return None
+            for layer in own[:depth]:  # the first one is asked how many tokens are read
+                layer.update(*(states.new_empty(*ids.shape, 1)[:, None] for _ in "kv"))
+        return Begun(cache, mask)
+
+    def _replayed(self, states: Tensor | None, depth: int) -> AbstractContextManager[Any]:
+        return nullcontext() if states is None else frozen.replay(self.model, depth, states)
 
     @property
     def goes_on(self) -> bool:
@@ -345,13 +367,9 @@ class TextBackbone:
         self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0, begun: Begun | None = None
     ) -> Tensor:
         """(B, T, V): what the frozen head says, behind what is ``begun``."""
-        if begun is not None:
-            return self.model(input_ids=ids, use_cache=True, **begun.goes_on(mask)).logits
-        options = {"attention_mask": mask, "use_cache": False}
-        if states is None:
-            return self.model(input_ids=ids, **options).logits
-        with frozen.replay(self.model, depth, states):
-            return self.model(inputs_embeds=states, **options).logits
+        past = {"attention_mask": mask, "use_cache": False} if begun is None else begun.goes_on(mask)
+        with self._replayed(states, depth):
+            return self.model(**texts_or(states, ids), **past).logits
 
     def log_likelihood(
         self,
@@ -382,9 +400,10 @@ class TextBackbone:
         self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0, begun: Begun | None = None
     ) -> Tensor:
         """(B, T, D): the hidden states after the final norm."""
-        if begun is not None:
-            return self.model.base_model(input_ids=ids, use_cache=True, **begun.goes_on(mask)).last_hidden_state
-        return frozen.last_hidden(self.model, TextBatch(ids, mask, states, depth))
+        if begun is None:
+            return frozen.last_hidden(self.model, TextBatch(ids, mask, states, depth))
+        with self._replayed(states, depth):
+            return self.model.base_model(**texts_or(states, ids), **begun.goes_on(mask)).last_hidden_state
 
     def trunk(self, rows: Sequence[Sequence[int]], depth: int) -> list[Tensor]:
         """What leaves the ``depth`` bottom layers for each row of token ids: a list of (T_i, D)."""

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mitrain.core.config import Section, parse
 from mitrain.core.errors import ConfigError, ModelError
@@ -122,7 +123,9 @@ class LanguageTask(Task):
         """
         text, states = self.parts.text, self.parts.states
         rows, starts = zip(*(self._answered(*pair) for pair in pairs), strict=True)
+        below = states.batch(rows)
         if begun is not None:
+            below = parts_of(below, [slice(start - 1, len(row)) for row, start in zip(rows, starts, strict=True)], "right")
             rows, starts = [row[start - 1 :] for row, start in zip(rows, starts, strict=True)], [1] * len(rows)
         answers = [[*row[start:], text.tokenizer.eos_token_id] for row, start in zip(rows, starts, strict=True)]
         ids, mask = text.pad(rows)
@@ -130,17 +133,14 @@ class LanguageTask(Task):
         row_index = torch.tensor([r for r, span in enumerate(spans) for _ in span], device=ids.device)
         positions = torch.tensor([p for span in spans for p in span], device=ids.device)
         targets = torch.tensor([token for answer in answers for token in answer], device=ids.device)
-        below = states.batch(rows) if begun is None else None
         with self.parts.adapter.conditioned(inputs):
             picked = text.log_likelihood(ids, mask, row_index, positions, targets, below, states.depth, begun)
         return list(picked.split([len(answer) for answer in answers]))
 
     @property
     def could_begin(self) -> bool:
-        """Whether prompts that several answers stand behind could be read once: without states of the model's lower layers,
-        which spare more, by a model that is told tokens' positions."""
-        text = self.parts.text
-        return not (text.sharded or self.parts.states.cached) and text.goes_on
+        """Whether prompts behind which several answers stand could be read once: by a model that is told positions."""
+        return self.parts.text.goes_on and not self.parts.text.sharded
 
     @cached_property
     def begins(self) -> bool:
@@ -161,17 +161,20 @@ class LanguageTask(Task):
         """
         if not self.begins:
             return None
-        heads = []
+        heads, whole = [], {}
         for sample, pair in zip(owner, pairs, strict=True):
             row, start = self._answered(*pair)
             heads.append((sample, *row[: start - 1]))
-        places = {head: place for place, head in enumerate(dict.fromkeys(heads))}
+            whole.setdefault(heads[-1], row)
+        places = {head: place for place, head in enumerate(whole)}
         if len(places) == len(pairs) or min(map(len, places)) < 2:
             return None
+        text, states = self.parts.text, self.parts.states
         samples = torch.tensor([sample for sample, *_ in places])
+        below = parts_of(states.batch(list(whole.values())), [slice(len(head) - 1) for head in places], "left")
         with self.parts.adapter.conditioned(inputs and inputs.rows(samples.to(inputs.device))):
-            begun = self.parts.text.begin(*self.parts.text.pad([head for _, *head in places], side="left"))
-        if most * begun.bytes > LARGE_CACHE * len(places):
+            begun = text.begin(*text.pad([head for _, *head in places], side="left"), below, states.depth)
+        if begun is None or most * begun.bytes > LARGE_CACHE * len(places):
             return None
         return begun, [places[head] for head in heads]
 
@@ -208,6 +211,13 @@ class LanguageTask(Task):
             out = generated(self.parts, ids, mask, logits_processor=[numbers], **options)
         said = text.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return list(zip([words.strip() for words in said], numbers.all, strict=True))
+
+
+def parts_of(states: Tensor | None, spans: Sequence[slice], side: str) -> Tensor | None:
+    """Of each row of ``states`` (B, T, D) the tokens of its span, padded with zeros on ``side``."""
+    if states is None:
+        return None
+    return pad_sequence([row[span] for row, span in zip(states, spans, strict=True)], batch_first=True, padding_side=side)
 
 
 def told_to_speak(task: Task, given: Mapping[str, Any]) -> Any:

@@ -10,6 +10,8 @@ from modalities import pictures
 
 from mitrain.core.errors import DataError
 from mitrain.data.formats.records import AnswerSample
+from mitrain.models import text as text_module
+from mitrain.models.layouts import layers_of
 from mitrain.tasks import language
 from mitrain.tasks.answer import same_text
 from mitrain.tasks.base import Batch
@@ -74,21 +76,32 @@ def test_candidates_are_ranked_by_likelihood(folder, normalize):
         assert prediction.values["predicted"] == max(expected, key=expected.get)
 
 
-def test_prompts_that_several_answers_stand_behind_are_read_once(folder, monkeypatch):
-    """Prompts and answers of several lengths in one batch: scores as of whole rows, from fewer tokens."""
+@pytest.mark.parametrize("cached", [False, True])
+def test_prompts_that_several_answers_stand_behind_are_read_once(folder, tmp_path, monkeypatch, cached):
+    """Prompts and answers of several lengths in one batch: scores as of whole rows, from fewer tokens in infused layers."""
     seen, found = [], {}
     batch = Batch(samples(), pictures(FEATURES))
     for case in ("once", "again", "large"):
-        task = make(folder)
+        task = make(folder, tmp_path if cached else None)
+        task.parts.states.prepare(task.texts(samples(), True))
+        assert task.parts.states.cached == cached
         task.begins = case != "again" and task.begins
         monkeypatch.setattr(language, "LARGE_CACHE", 0 if case == "large" else 2**30)
-        embedding = task.parts.text.model.get_input_embeddings()
         seen.append(0)
-        embedding.register_forward_hook(lambda _, args, out: seen.append(seen.pop() + args[0].numel()))
+        layers_of(task.parts.text.model)[1].mlp.register_forward_hook(
+            lambda _, args, out: seen.append(seen.pop() + out[..., 0].numel())
+        )
         found[case] = task.candidate_scores(batch)
     for case in ("again", "large"):
         torch.testing.assert_close(found["once"], found[case], rtol=0, atol=1e-5)
     assert 0 < seen[0] < seen[1] < seen[2], "too large a cache is found out by reading the prompts"
+
+
+def test_what_is_kept_of_prompts_but_keys_and_values_is_not_gone_on_from_with_states(folder, tmp_path, monkeypatch):
+    task = make(folder, tmp_path)
+    monkeypatch.setattr(text_module, "DynamicLayer", int)  # as a model with sliding windows or without attention has others
+    inputs = pictures(FEATURES[:2])
+    assert task.beginnings([("this is a", "red"), ("this is a", "blue")] * 2, inputs, [0, 0, 1, 1], 4) is None
 
 
 def test_a_gate_that_sees_the_whole_sequence_has_its_prompts_read_with_each_answer(folder):
