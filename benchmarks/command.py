@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,7 @@ def add_shapes(sub: argparse.ArgumentParser) -> None:
         ("dtype", "fp32", "precision of the models"),
         ("ranks", 1, "processes that share a step"),
         ("modalities", 1, "how many, each with an encoder"),
+        ("zero", 0, "stage of ZeRO"),
     ):
         text = f"of providers: {text} (default: {usual})"
         sub.add_argument(f"--{name}", type=type(usual), nargs="+", default=[usual], help=text)
@@ -258,7 +259,8 @@ def run_step(arguments: argparse.Namespace) -> Any:
     steps, rounds = arguments.steps or (5 if arguments.quick else 20), arguments.rounds or (1 if arguments.quick else 3)
     names = [field.name for field in fields(providers.Shape)]
     shapes = [providers.Shape(*each) for each in itertools.product(*(getattr(arguments, name) for name in names))]
-    if any(n < 1 for shape in shapes for n in (*vars(shape).values(), rounds, steps) if isinstance(n, int)):
+    counts = [n for shape in shapes for n in (*vars(replace(shape, zero=1)).values(), rounds, steps) if isinstance(n, int)]
+    if min(counts) < 1:
         raise ConfigError("--rounds, --steps and the numbers of a shape measure nothing below 1: give at least 1 of each")
     if arguments.providers is None:
         found, table = step.measured(arguments.configs, steps, again(arguments), say=aside), step.table

@@ -75,7 +75,7 @@ MEMORY = (
 @dataclass(frozen=True)
 class Shape:
     """What a comparison is made at: words of a text, texts of a step (of all ranks), MiT's layers, the models' precision,
-    and how many modalities, each with an encoder of its own (of the same pictures)."""
+    how many modalities, each with an encoder of its own (of the same pictures), and the stage of ZeRO."""
 
     length: int = 128
     batch: int = 8
@@ -83,10 +83,12 @@ class Shape:
     dtype: str = "fp32"
     ranks: int = 1
     modalities: int = 1
+    zero: int = 0
 
     @property
     def text(self) -> str:
         several = [f", {n} {what}" for n, what in ((self.ranks, "ranks"), (self.modalities, "modalities")) if n > 1]
+        several += [f", ZeRO {self.zero}"] if self.zero or self.ranks > 1 else []
         what = f"{self.batch} texts of {self.length} words a step, {self.dtype}"
         return f"{what}, MiT in layers: {self.layers}{''.join(several)}"
 
@@ -168,6 +170,7 @@ def made(folder: Path, shape: Shape, models: Mapping[str, Any]) -> None:
             "dtype": shape.dtype,
         },
         "layers": shape.layers,
+        "zero": {"stage": shape.zero},
         "task": {"name": "classify", "readout": ["mean"], "max_tokens": shape.length + 8},
         "data": {"name": "labelled", "root": str(folder / "data"), "classes": ["kind 0", "kind 1"]},
         "train": {"steps": 100, "batch": shape.batch, "check_largest": "off", "schedule": {"name": "constant"}},

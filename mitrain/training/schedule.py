@@ -27,7 +27,12 @@ USED_BY = {
 EVERY = "give a whole number of steps, a share of the run below 1, or epoch"
 
 
+BOTH = "1.0 may be each step or the whole run: give 1 for the one, the number of the run's steps for the other"
+
+
 def whole_or_share(value: Any) -> Any:
+    if isinstance(value, float) and value == 1:
+        raise ValueError(BOTH)
     number = value if isinstance(value, int | float) else 0
     if value != "epoch" and not 0 < number < 1 and not (number >= 1 and number % 1 == 0):
         raise ValueError(EVERY)

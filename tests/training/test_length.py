@@ -110,6 +110,7 @@ def test_epochs_are_of_the_samples_that_can_be_read(world, tmp_path):
         ({"steps": 3, "epochs": 2}, "give steps or epochs"),
         ({"steps": None}, "give steps or epochs"),
         ({"eval_every": 1.5}, "train.eval_every=1.5: give a whole number of steps, a share"),
+        ({"eval_every": 1.0}, "1.0 may be each step or the whole run: give 1 for the one, the number of the run's steps"),
         ({"save_every": "epochs"}, "give a whole number of steps, a share of the run below 1, or epoch"),
         ({"eval_every": 0}, "give a whole number of steps"),
         ({"eval_every": True}, "true and false are no value"),
