@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results
 from mitrain.cli import started
 from mitrain.cli.shared import Help, Parser, command, refused, say
 from mitrain.core.errors import ConfigError, UserError
@@ -38,16 +39,11 @@ def parser() -> Parser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="NAME")
     add_parity(verbs)
     add_faults(verbs)
-    add_load(verbs)
     add_step(verbs)
     add_memory(verbs)
     add_generate(verbs)
     add_start(verbs)
-    add_data(verbs)
-    add_encode(verbs)
-    add_stream(verbs)
-    add_plan(verbs)
-    add_transcribe(verbs)
+    add_short(verbs)
     add_journeys(verbs)
     add_ledger(verbs)
     kernels = "the operators beside plain ones: times and bytes, if they are right; python kernels/bench has more options"
@@ -94,12 +90,6 @@ def add_faults(verbs: Any) -> None:
     sub = benchmark(verbs, "faults", run_faults, text, "a dozen of them", out=False)
     add_out(sub)
     sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="faults whose names begin so, as cache rank")
-
-
-def add_load(verbs: Any) -> None:
-    text = "peak bytes of loading a random model of 2 GB in shards, beside their limit"
-    sub = benchmark(verbs, "load", run_load, text, "a model of a tenth of the size")
-    sub.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
 
 
 def add_step(verbs: Any) -> None:
@@ -154,6 +144,29 @@ def add_start(verbs: Any) -> None:
     sub.add_argument("--before", metavar="DIR", help="a checkout of another commit, to compare with")
 
 
+def add_short(verbs: Any) -> None:
+    """The benchmarks of an option or two, and what their options are left at."""
+    text = "peak bytes of loading a random model of 2 GB in shards, beside their limit"
+    load = benchmark(verbs, "load", run_load, text, "a model of a tenth of the size")
+    load.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
+    text = "what many rows cost before the first step: reading, tokens, names of pictures, controls, memory"
+    data = benchmark(verbs, "data", run_data, text, "1,000 rows")
+    data.add_argument("--rows", type=int, nargs="+", metavar="N", help="(default: 1000 10000 100000 1000000)")
+    text = "seconds from files of sound to their features, beside the encoder's bare passes and a limit"
+    encode = benchmark(verbs, "encode", run_encode, text, "120 clips, a smaller encoder")
+    encode.add_argument("--clips", type=int, metavar="N", help="(default: 1000)")
+    text = "memory and seconds of an epoch of streamed rows of features, beside a limit"
+    stream = benchmark(verbs, "stream", run_stream, text, "2,000 and 4,000 rows")
+    stream.add_argument("--rows", type=int, nargs="+", metavar="N", help="(default: 100000 1000000)")
+    text = "what mitrain plan says of memory and gathers, beside what runs take; tables for large models"
+    plan = benchmark(verbs, "plan", run_plan, text, "gathers of one precision")
+    plan.add_argument("--configs", nargs="*", default=["quickstart"], metavar="NAME", help="(default: quickstart)")
+    text = "the word error rate of a prepared Whisper on the lines of dialogue, beside a limit"
+    transcribe = benchmark(verbs, "transcribe", run_transcribe, text, "20 clips")
+    transcribe.add_argument("--model", default="whisper-base", metavar="NAME", help="(default: whisper-base)")
+    transcribe.add_argument("--clips", type=int, metavar="N", help="(default: 100)")
+
+
 def add_journeys(verbs: Any) -> None:
     text = "what a stranger does by the documentation alone, timed to the first success"
     sub = benchmark(verbs, "journeys", run_journeys, text, "the first journey alone", out=False)
@@ -175,37 +188,6 @@ def run_journeys(arguments: argparse.Namespace) -> Any:
     if out:
         out.write_text(shown, encoding="utf-8")
     return rows
-
-
-def add_data(verbs: Any) -> None:
-    text = "what many rows cost before the first step: reading, tokens, names of pictures, controls, memory"
-    sub = benchmark(verbs, "data", run_data, text, "1,000 rows")
-    sub.add_argument("--rows", type=int, nargs="+", metavar="N", help="(default: 1000 10000 100000 1000000)")
-
-
-def add_encode(verbs: Any) -> None:
-    text = "seconds from files of sound to their features, beside the encoder's bare passes and a limit"
-    sub = benchmark(verbs, "encode", run_encode, text, "120 clips, a smaller encoder")
-    sub.add_argument("--clips", type=int, metavar="N", help="(default: 1000)")
-
-
-def add_stream(verbs: Any) -> None:
-    text = "memory and seconds of an epoch of streamed rows of features, beside a limit"
-    sub = benchmark(verbs, "stream", run_stream, text, "2,000 and 4,000 rows")
-    sub.add_argument("--rows", type=int, nargs="+", metavar="N", help="(default: 100000 1000000)")
-
-
-def add_transcribe(verbs: Any) -> None:
-    text = "the word error rate of a prepared Whisper on the lines of dialogue, beside a limit"
-    sub = benchmark(verbs, "transcribe", run_transcribe, text, "20 clips")
-    sub.add_argument("--model", default="whisper-base", metavar="NAME", help="(default: whisper-base)")
-    sub.add_argument("--clips", type=int, metavar="N", help="(default: 100)")
-
-
-def add_plan(verbs: Any) -> None:
-    text = "what mitrain plan says of memory and gathers, beside what runs take; tables for large models"
-    sub = benchmark(verbs, "plan", run_plan, text, "gathers of one precision")
-    sub.add_argument("--configs", nargs="*", default=["quickstart"], metavar="NAME", help="(default: quickstart)")
 
 
 def add_ledger(verbs: Any) -> None:
@@ -254,7 +236,7 @@ def run_load(arguments: argparse.Namespace) -> Any:
 
 
 def run_step(arguments: argparse.Namespace) -> Any:
-    from benchmarks import providers, results, step
+    from benchmarks import providers, step
 
     steps, rounds = arguments.steps or (5 if arguments.quick else 20), arguments.rounds or (1 if arguments.quick else 3)
     names = [field.name for field in fields(providers.Shape)]
@@ -268,111 +250,87 @@ def run_step(arguments: argparse.Namespace) -> Any:
         names = arguments.providers or list(providers.PROVIDERS)
         table = providers.memory_table if arguments.verb == "memory" else providers.table
         found = providers.measured(names, shapes, rounds, steps, again(arguments), say=aside)
-    say(arguments, table(found))
-    if arguments.out:
-        results.write(Path(arguments.out), found, table(found))
-    return found
+    return show(arguments, found, table(found))
 
 
 def run_generate(arguments: argparse.Namespace) -> Any:
-    from benchmarks import generate, results
+    from benchmarks import generate
 
     batch, rounds = arguments.batch or (8 if arguments.quick else 32), arguments.rounds or (2 if arguments.quick else 7)
     shape = (batch, arguments.prompt, arguments.tokens, rounds)
     if min(shape) < 1:
         raise ConfigError(f"--batch, --prompt, --tokens, --rounds {shape} measure nothing: give at least 1 of each")
     found = generate.measured(arguments.llm, *shape, again(arguments), say=aside)
-    say(arguments, generate.table(found))
-    if arguments.out:
-        results.write(Path(arguments.out), found, generate.table(found))
-    return found
+    return show(arguments, found, generate.table(found))
 
 
 def run_start(arguments: argparse.Namespace) -> Any:
-    from benchmarks import results, start
+    from benchmarks import start
 
     pictures, runs = arguments.pictures or (60 if arguments.quick else 2000), arguments.runs or 3 - 2 * arguments.quick
     if pictures < 40 or runs < 1:
         raise ConfigError(f"--pictures {pictures} --runs {runs} measures nothing: give at least 40 pictures and a run")
     found = start.measured(pictures, runs, arguments.before, again(arguments), say=aside)
-    say(arguments, start.table(found))
-    if arguments.out:
-        results.write(Path(arguments.out), found, start.table(found))
-    return found
+    return show(arguments, found, start.table(found))
 
 
 def run_data(arguments: argparse.Namespace) -> Any:
-    from benchmarks import data, results
+    from benchmarks import data
 
     sizes = arguments.rows or ([1_000] if arguments.quick else [1_000, 10_000, 100_000, 1_000_000])
     if min(sizes) < 100:
         raise ConfigError(f"--rows {min(sizes)} is less than a batch of pictures: give 100 or more")
     found = data.measured(sizes, again(arguments), say=aside)
-    say(arguments, data.table(found))
-    if arguments.out:
-        results.write(Path(arguments.out), found, data.table(found))
-    return found
+    return show(arguments, found, data.table(found))
 
 
 def run_encode(arguments: argparse.Namespace) -> Any:
-    from benchmarks import encode, results
+    from benchmarks import encode
 
     clips = 120 if arguments.quick else 1000
     clips = clips if arguments.clips is None else arguments.clips
     if clips < 1:
         raise ConfigError(f"--clips {clips} measures nothing: give at least 1")
     found = encode.measured(clips, encode.TINY if arguments.quick else encode.BASE, again(arguments), say=aside)
-    say(arguments, encode.table(found))
-    if arguments.out:
-        results.write(Path(arguments.out), found, encode.table(found))
-    return refused(encode.check, found)
+    return refused(encode.check, show(arguments, found, encode.table(found)))
 
 
 def run_stream(arguments: argparse.Namespace) -> Any:
-    from benchmarks import results, stream
+    from benchmarks import stream
 
     sizes = arguments.rows or ([2_000, 4_000] if arguments.quick else [100_000, 1_000_000])
     if min(sizes) < stream.FILES:
         raise ConfigError(f"--rows {min(sizes)} is less than a row in each of {stream.FILES} files: give more")
     found = stream.measured(sizes, again(arguments), say=aside)
-    say(arguments, stream.table(found))
-    if arguments.out:
-        results.write(Path(arguments.out), found, stream.table(found))
-    return refused(stream.check, found)
+    return refused(stream.check, show(arguments, found, stream.table(found)))
 
 
 def run_transcribe(arguments: argparse.Namespace) -> Any:
-    from benchmarks import results, transcribe
+    from benchmarks import transcribe
 
     clips = (20 if arguments.quick else 100) if arguments.clips is None else arguments.clips
     if clips < 1:
         raise ConfigError(f"--clips {clips} measures nothing: give at least 1")
     found = transcribe.measured(arguments.model, clips, again(arguments), say=aside)
-    say(arguments, transcribe.table(found))
-    if arguments.out:
-        results.write(Path(arguments.out), found, transcribe.table(found))
-    return refused(transcribe.check, found)
+    return refused(transcribe.check, show(arguments, found, transcribe.table(found)))
 
 
 def run_plan(arguments: argparse.Namespace) -> Any:
-    from benchmarks import plan, results
+    from benchmarks import plan
 
     found = plan.measured(arguments.configs, arguments.quick, again(arguments), say=aside)
-    say(arguments, plan.table(found))
-    if arguments.out:
-        results.write(Path(arguments.out), found, plan.table(found))
-    return found
+    return show(arguments, found, plan.table(found))
 
 
 def run_ledger(arguments: argparse.Namespace) -> Any:
     from benchmarks.claims import CLAIMS, ledger
     from mitrain.core.files import write_atomic, write_json
 
-    results = Path(arguments.results) if arguments.results else ledger.RESULTS
+    studies = Path(arguments.results) if arguments.results else ledger.RESULTS
     if arguments.measure:
-        wanted = ledger.jobs(CLAIMS, results, ledger.STUDIES)
+        wanted = ledger.jobs(CLAIMS, studies, ledger.STUDIES)
         ledger.measure([job for job in wanted if job.study.kind == "count" or not arguments.quick], say=aside)
-    found = ledger.ledger(results=results)
+    found = ledger.ledger(results=studies)
     text = ledger.table(found)
     if arguments.out:
         write_json(Path(arguments.out) / "ledger.json", found)
@@ -397,6 +355,14 @@ def kernels_check(code: int) -> Callable[[Any], None]:
             raise KernelsError(code)
 
     return check
+
+
+def show(arguments: argparse.Namespace, found: dict[str, Any], table: str) -> dict[str, Any]:
+    """What was found, once its table is printed and, with --out, both are written."""
+    say(arguments, table)
+    if arguments.out:
+        results.write(Path(arguments.out), found, table)
+    return found
 
 
 def aside(text: str) -> None:
