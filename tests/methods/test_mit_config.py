@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from closed_forms import mit_parameters
 from tiny import tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -11,7 +10,6 @@ from mitrain import methods
 from mitrain.core import config
 from mitrain.core.errors import ConfigError
 from mitrain.methods.mit.config import MiTConfig
-from mitrain.methods.mit.decoder import LayerShape
 from mitrain.methods.mit.mit import MiT
 
 LLAMA_2_7B = {
@@ -105,34 +103,30 @@ def test_the_released_form_of_llama_2_7b_has_the_published_parameters_per_layer(
     mit.detach()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"preset": "released"},
-        {},
-        {"k_add": True, "ffn": False},
-        {"terms": "multiply"},
-        {"terms": "add", "k_add": True},
-        {"rank": 16},
-        {"rank": 16, "modalities": {"image": 768, "audio": 128}, "k_add": True},
-    ],
-)
-def test_the_count_is_that_of_the_module(llama_2_7b, changes):
-    section = MiTConfig(**{"modalities": {"image": 768}, "layers": "last 8", **changes})
-    mit = mitrain.attach(llama_2_7b, section)
-    count = mit_parameters(section, LayerShape(heads=32, head_dim=128, ffn=11008), layers=8)
-    assert count.total == sum(p.numel() for p in mit.parameters())
-    assert count.per_layer == sum(p.numel() for p in mit.infusions[0].parameters())
-    assert count.shared == sum(p.numel() for p in mit.projections.parameters())
+def counted(model, **settings):
+    """Trained parameters of an infused layer, of what the layers share, and in all."""
+    mit = mitrain.attach(model, MiTConfig(**{"modalities": {"image": 768}, "layers": "last 8", **settings}))
+    parts = (mit.infusions[0], mit.projections, mit)
     mit.detach()
+    return tuple(sum(p.numel() for p in part.parameters()) for part in parts)
 
 
-def test_the_count_is_that_of_the_papers_share():
-    section = MiTConfig(preset="released", modalities={"image": 768}, layers="last 8")
-    count = mit_parameters(section, LayerShape(heads=32, head_dim=128, ffn=11008), layers=8)
-    assert (count.per_layer, count.total) == (RELEASED_PER_LAYER, 168_515_840)
-    without = mit_parameters(section.model_copy(update={"k_add": False}), LayerShape(32, 128, 11008), layers=8)
-    assert count.per_layer - without.per_layer == 769 * 4096  # k_add: 3.15 M parameters per layer that train nothing
+def test_the_count_is_that_of_the_papers_share(llama_2_7b):
+    per_layer, _, total = counted(llama_2_7b, preset="released")
+    assert (per_layer, total) == (RELEASED_PER_LAYER, 168_515_840)
+    without, _, _ = counted(llama_2_7b, preset="released", k_add=False)
+    assert per_layer - without == 769 * 4096  # k_add: 3.15 M parameters per layer that train nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "maps", "ffn"), [({}, 3, True), ({"k_add": True, "ffn": False}, 4, False), ({"terms": "multiply"}, 2, True)]
+)
+def test_maps_of_low_rank_share_their_projections(llama_2_7b, changes, maps, ffn):
+    """Of each modality a layer has affine maps from the rank to the heads' widths, and a factor for each head."""
+    modalities = {"image": 768, "audio": 128}
+    per_layer, shared, total = counted(llama_2_7b, rank=16, modalities=modalities, **changes)
+    assert per_layer == 2 * (17 * (maps * 4096 + ffn * 11008) + 32)
+    assert shared == 16 * (768 + 128) and total == 8 * per_layer + shared
 
 
 def test_maps_follow_heads_times_width_not_the_hidden_size():

@@ -1,7 +1,6 @@
 """PMF's parameters on the paper's own backbones, counted without weights."""
 
 import pytest
-from closed_forms import pmf_parameters
 from transformers import AutoModel, BertConfig, PreTrainedModel, ViTConfig
 
 from mitrain.methods.pmf.pmf import PMF, PMFConfig
@@ -42,7 +41,7 @@ def heads(width):
 def test_base_encoders(base, layers, millions):
     config = PMFConfig(fusion_layers=layers)
     expected = layers * (6 * 4 * 768 + 2 * (768 * 384 + 384 + 384 * 768 + 768))
-    assert trained(base, config) == pmf_parameters(config, 768, 768) == expected
+    assert trained(base, config) == expected
     assert round((expected + heads(768)) / 1e6, 2) == millions
 
 
@@ -51,7 +50,7 @@ def test_the_share_of_all_parameters(base):
     assert [round(size / 1e6, 2) for size in sizes] == [109.48, 86.39]
     shares = {}
     for layers in (1, 2, 3, 4, 5, 12):
-        own = pmf_parameters(PMFConfig(fusion_layers=layers), 768, 768) + heads(768)
+        own = trained(base, PMFConfig(fusion_layers=layers)) + heads(768)
         shares[layers] = round(100 * own / (own + sum(sizes)), 2)
     assert shares == {1: 0.69, 2: 1.29, 3: 1.88, 4: 2.47, 5: 3.05, 12: 6.92}
 
@@ -59,26 +58,18 @@ def test_the_share_of_all_parameters(base):
 def test_large_encoders():
     config = PMFConfig()
     expected = 2 * (6 * 4 * 1024 + 2 * (1024 * 512 + 512 + 512 * 1024 + 1024))
-    assert trained(backbones(**LARGE), config) == pmf_parameters(config, 1024, 1024) == expected
+    assert trained(backbones(**LARGE), config) == expected
     assert round((expected + heads(1024)) / 1e6, 2) == 4.46
 
 
-SETTINGS = [
-    {"query_prompts": 1, "query_context": 0, "fusion_context": 0},
-    {"query_prompts": 16, "query_context": 2, "fusion_context": 5, "map_width": 100},
-    {"map": "linear"},
-    {"query_prompts": 0, "fusion_context": 3},
-    {"direction": "text-to-encoder", "fusion_context": 3},
-    {"direction": "encoder-to-text", "map": "linear", "query_context": 1},
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_the_arithmetic_counts_what_is_made(base, settings):
-    """Also where the widths differ: BERT-base beside a ViT of width 384."""
-    config, small = (
-        PMFConfig(**settings),
-        {**base, "encoder": loading.empty_model(AutoModel, ViTConfig(hidden_size=384))},
-    )
-    assert trained(base, config) == pmf_parameters(config, 768, 768)
-    assert trained(small, config) == pmf_parameters(config, 768, 384)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"map": "linear"}, 12 * (768 + 384) + 2 * 768 * 384 + 768 + 384),
+        ({"query_prompts": 0, "fusion_context": 3}, 3 * (768 + 384)),
+        ({"direction": "encoder-to-text", "map_width": 100}, 8 * 384 + 4 * 768 + (384 + 768 + 1) * 100 + 768),
+    ],
+)
+def test_encoders_of_different_widths(base, settings, expected):
+    small = {**base, "encoder": loading.empty_model(AutoModel, ViTConfig(hidden_size=384))}
+    assert trained(small, PMFConfig(**settings)) == 2 * expected
