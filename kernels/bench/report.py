@@ -3,9 +3,9 @@
 Beside ``<name>.csv`` come ``<name>.md`` and ``<name>.svg``; a table that docs/guide/kernels.md shows is replaced there.
 """
 
-import math
+import io
 from collections.abc import Sequence
-from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,18 @@ INKS = {
     "flex": "#7d6608",
     "triton": "#1e8449",
 }
-WIDTH, HEIGHT, LEFT, TOP = 300, 240, 48, 44
+TICKS = (0.5, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
 Rows = Sequence[dict[str, Any]]
 
 
 def write_reports(folder: Path) -> int:
-    """A table and a figure for every CSV file in the folder; 2 if there is none."""
+    """A table and a figure for every CSV file in the folder; 2 if there is none, or nothing to draw with."""
     paths = sorted(folder.glob("*.csv"))
     if not paths:
         say(f"no CSV files in {folder}: measure first")
+        return 2
+    if find_spec("matplotlib") is None:
+        say("figures are drawn by matplotlib, which is not installed: pip install matplotlib")
         return 2
     for path in paths:
         found = read_csv(path)
@@ -109,67 +112,29 @@ def saved_cell(row: dict[str, Any]) -> str:
 
 def figure(found: Rows, mode: str = "both") -> str:
     """SVG: ratio to the baseline against T, one panel per layout of heads, both axes logarithmic."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+
     kept = [row for row in found if row["mode"] == mode and row["ratio_to_plain"] is not None and not row["variant"]]
     layouts: dict[str, list[dict[str, Any]]] = {}
     for row in kept:
         layouts.setdefault(shape_text({k: v for k, v in row["shape"].items() if k != "T"}), []).append(row)
-    top = 1.15 * max((row["ratio_to_plain"] for row in kept), default=2.0)
-    panels = [panel(name, rows, i * (WIDTH + 20), top) for i, (name, rows) in enumerate(layouts.items())]
-    names = list(dict.fromkeys(row["provider"] for row in kept))
-    width, height = len(layouts) * (WIDTH + 20), HEIGHT + 40
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">',
-            f'<rect width="{width}" height="{height}" fill="white"/>',
-            write(LEFT, 16, "forward + backward, time ÷ time of the plain operator, against T", size=12),
-            *panels,
-            *legend(names),
-            "</svg>\n",
-        ]
-    )
-
-
-def panel(name: str, rows: Rows, left: float, top: float) -> str:
-    """One set of axes with a line per provider."""
-    lengths = sorted({row["shape"]["T"] for row in rows})
-    low = min(0.9, *(0.95 * row["ratio_to_plain"] for row in rows))
-    x = lambda T: left + LEFT + place(T, lengths[0], lengths[-1]) * (WIDTH - LEFT - 20)  # noqa: E731
-    y = lambda ratio: HEIGHT - 24 - place(ratio, low, top) * (HEIGHT - 24 - TOP)  # noqa: E731
-    parts = [write(left + LEFT, 34, name)]
-    for tick in (r for r in (0.5, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100) if low <= r <= top):
-        ink = "#444" if tick == 1 else "#ddd"
-        parts.append(line([(left + LEFT, y(tick)), (left + WIDTH, y(tick))], ink, 1))
-        parts.append(write(left + LEFT - 5, y(tick) + 4, f"{tick:g}×", anchor="end"))
-    parts += [write(x(T), HEIGHT - 6, str(T), anchor="middle") for T in lengths]
-    for provider in dict.fromkeys(row["provider"] for row in rows):
-        points = sorted((x(r["shape"]["T"]), y(r["ratio_to_plain"])) for r in rows if r["provider"] == provider)
-        parts.append(line(points, ink_of(provider), 2))
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{ink_of(provider)}"/>' for a, b in points]
-    return "\n".join(parts)
-
-
-def place(value: float, low: float, high: float) -> float:
-    """Where the value lies between low (0) and high (1) on a logarithmic axis."""
-    return 0.5 if high == low else math.log(value / low) / math.log(high / low)
-
-
-def legend(names: Sequence[str]) -> list[str]:
-    parts = []
-    for i, name in enumerate(names):
-        x = LEFT + i * 78
-        parts += [line([(x, HEIGHT + 22), (x + 16, HEIGHT + 22)], ink_of(name), 3), write(x + 20, HEIGHT + 26, name)]
-    return parts
-
-
-def line(points: Sequence[tuple[float, float]], ink: str, width: int) -> str:
-    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-    return f'<polyline points="{path}" fill="none" stroke="{ink}" stroke-width="{width}"/>'
-
-
-def write(x: float, y: float, text: str, anchor: str = "start", size: int = 11) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">{escape(text)}</text>'
-
-
-def ink_of(provider: str) -> str:
-    return INKS.get(provider, "#222222")
+    with matplotlib.rc_context({"svg.hashsalt": "mitrain", "svg.fonttype": "none", "font.size": 8}), io.StringIO() as file:
+        drawn = Figure(figsize=(3.2 * max(1, len(layouts)), 3), layout="constrained")
+        panels = drawn.subplots(1, max(1, len(layouts)), sharey=True, squeeze=False)[0]
+        for axes, (name, rows) in zip(panels, layouts.items(), strict=False):
+            for provider in dict.fromkeys(row["provider"] for row in rows):
+                points = sorted((r["shape"]["T"], r["ratio_to_plain"]) for r in rows if r["provider"] == provider)
+                axes.plot(*zip(*points, strict=True), "o-", color=INKS.get(provider), label=provider)
+            axes.set(title=name, xscale="log", yscale="log", xlabel="T")
+            axes.xaxis.set_major_locator(FixedLocator(sorted({row["shape"]["T"] for row in rows})))
+            axes.yaxis.set_major_locator(FixedLocator(TICKS))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.grid(alpha=0.3)
+        drawn.suptitle("forward + backward, time ÷ time of the plain operator, against T")
+        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(INKS))
+        drawn.savefig(file, format="svg", metadata={"Date": None})
+        return file.getvalue()
