@@ -5,24 +5,17 @@ import os
 import socket
 
 import pytest
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_world, run_settings
 
 from mitrain.cli import main
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs")
-    llm_folder(path / "llm", width=48)
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=16, val=8)
-    (path / "run.yaml").write_text(
-        f"name: one\nmodel: {{llm: {path / 'llm'}, encoders: {{image: {path / 'vision'}}}}}\n"
-        f"adapter: {{name: mit, layers: [1, 2]}}\ntask: {{name: answer}}\ndata: {{name: records, root: {path / 'data'}}}\n"
-        "train: {steps: 4, batch: 8, eval_every: 2, save_every: 2}\n"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("runs"), train=16, val=8, width=48) as path:
+        train = {"steps": 4, "batch": 8, "eval_every": 2, "save_every": 2}
+        values = run_settings(path, name="one", adapter={"name": "mit", "layers": [1, 2]}, train=train)
+        (path / "run.yaml").write_text(json.dumps(values))
         for name, lr in (("one", "1e-3"), ("two", "1e-2")):
             folder = str(path / "runs" / name)
             assert main(["train", str(path / "run.yaml"), "--run-dir", folder, f"train.lr={lr}"]) == 0

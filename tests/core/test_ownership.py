@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_folder, run_settings
 
 from mitrain.cli import main
 from mitrain.core import ownership
@@ -85,17 +85,7 @@ def test_an_owner_outside_slurm_is_not_taken_for_the_job_that_was_there_before(t
 
 @pytest.fixture
 def config(tmp_path):
-    llm_folder(tmp_path / "llm", layers=2)
-    vision_folder(tmp_path / "vision", layers=2)
-    colour_records(tmp_path / "data", train=8, val=4)
-    values = {
-        "model": {"llm": str(tmp_path / "llm"), "encoders": {"image": {"name": str(tmp_path / "vision")}}},
-        "adapter": {"name": "mit", "layers": [1]},
-        "task": {"name": "answer"},
-        "data": {"name": "records", "root": str(tmp_path / "data")},
-        "train": {"steps": 2, "batch": 4},
-        "cache": False,
-    }
+    values = run_settings(colour_folder(tmp_path, 8, 4, layers=2), train={"steps": 2, "batch": 4}, cache=False)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "config.yaml"
 

@@ -1,5 +1,6 @@
 """Two real processes with gloo: every number that one process gives, and no step that one rank takes alone."""
 
+from folders import own_cache
 import json
 import os
 import shutil
@@ -22,9 +23,7 @@ RANKS = 2
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Models, data and a configuration; beside them a run of one process, whole and as interrupted after step 3."""
-    path = make_world(tmp_path_factory.mktemp("ranks"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(make_world(tmp_path_factory.mktemp("ranks"))) as path:
         assert main(["train", str(path / "config.yaml"), "name=one", "--runs", str(path), "--json"]) == 0
         shutil.copytree(run_folder(path, "one"), path / "one-interrupted")
         shutil.rmtree(path / "one-interrupted" / "checkpoints" / "step-00000006")

@@ -1,5 +1,6 @@
 """DeepSpeed's stages on several ranks: every number of one process, weights in shards, checkpoints free of both."""
 
+from folders import own_cache
 import json
 import shutil
 import sys
@@ -108,9 +109,7 @@ LOW = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A world, and the run of one process in each precision."""
-    path = make_world(tmp_path_factory.mktemp("zero"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(make_world(tmp_path_factory.mktemp("zero"))) as path:
         for name, settings in LOW.items():
             assert main(["train", str(path / "config.yaml"), f"name={name}", *settings, "--runs", str(path)]) == 0
         yield path

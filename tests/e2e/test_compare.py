@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from folders import colour_records, llm_folder, vision_folder
+from folders import as_label, colour_world, rewrite, run_settings
 from PIL import Image
 
 from benchmarks.claims import ledger
@@ -23,40 +23,28 @@ def tiny(rows: Rows, found: SimpleNamespace) -> Conditions:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = tmp_path_factory.mktemp("compare")
-    llm_folder(path / "llm", width=48)
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=24, val=8)
-    for split in ("train", "val", "test"):
-        rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
-        made = [{"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows]
-        (path / "data" / f"labels-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    base = {
-        "name": "labels",
-        "model": {
-            "llm": str(path / "llm"),
-            "encoders": {"image": {"name": str(path / "vision"), "layer": 2, "pool": "cls+mean"}},
-        },
-        "adapter": {"name": "mit", "layers": [1, 2]},
-        "task": {"name": "classify"},
-        "data": {
-            "name": "labelled", "root": str(path / "data"),
-            "splits": {split: f"labels-{split}.jsonl" for split in ("train", "val", "test")},
-        },
-        "train": {"steps": 30, "batch": 12, "lr": 1e-2, "eval_every": 15, "save_every": 15,
-                  "schedule": {"name": "cosine", "warmup": 3}},
-    }  # fmt: skip
-    (path / "base.yaml").write_text(yaml.safe_dump(base))
-    study = {
-        "name": "tiny",
-        "tasks": {"label": {"config": "base.yaml", "metric": "accuracy", "split": "test"}},
-        "methods": {"mit": {}, "none": {"adapter": {"name": "none"}}},
-        "seeds": [0, 1],
-        "panels": 2,
-    }
-    (path / "tiny.yaml").write_text(yaml.safe_dump(study))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("compare"), train=24, val=8, width=48) as path:
+        base = run_settings(
+            path,
+            vision={"layer": 2, "pool": "cls+mean"},
+            name="labels",
+            adapter={"name": "mit", "layers": [1, 2]},
+            task={"name": "classify"},
+            data={"name": "labelled", "root": str(path / "data"), "splits": rewrite(path / "data", as_label, "labels-")},
+            train={
+                "steps": 30, "batch": 12, "lr": 1e-2, "eval_every": 15, "save_every": 15,
+                "schedule": {"name": "cosine", "warmup": 3},
+            },
+        )  # fmt: skip
+        (path / "base.yaml").write_text(yaml.safe_dump(base))
+        study = {
+            "name": "tiny",
+            "tasks": {"label": {"config": "base.yaml", "metric": "accuracy", "split": "test"}},
+            "methods": {"mit": {}, "none": {"adapter": {"name": "none"}}},
+            "seeds": [0, 1],
+            "panels": 2,
+        }
+        (path / "tiny.yaml").write_text(yaml.safe_dump(study))
         yield path
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from fifth_task import RateTask
-from folders import colour_records, llm_folder, vision_folder
+from folders import as_label, colour_world, rewrite, run_settings
 
 from mitrain.cli import main
 from mitrain.tasks import TASKS
@@ -17,38 +17,27 @@ from mitrain.tasks import TASKS
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Models, pictures of a colour with labels and captions, configurations, and a cache of its own."""
-    path = tmp_path_factory.mktemp("e2e")
-    llm_folder(path / "llm", width=48)
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=24, val=8)
-    for split in ("train", "val", "test"):
-        rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
-        made = [{"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows]
-        several = [row | {"label": [row["label"], "picture"]} for row in made]
-        captions = [row | {"text": f"a {row['label']} square"} for row in made]
-        for name, content in (("labels", made), ("several", several), ("captions", captions)):
-            (path / "data" / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("e2e"), train=24, val=8, width=48) as path:
+        rewrite(path / "data", as_label, "labels-")
+        rewrite(path / "data", lambda row: as_label(row) | {"label": [row["answer"], "picture"]}, "several-")
+        rewrite(path / "data", lambda row: as_label(row) | {"text": f"a {row['answer']} square"}, "captions-")
         yield path
 
 
 def configuration(world, name, task, data, files):
     splits = {split: f"{files}-{split}.jsonl" for split in ("train", "val", "test")}
-    config = {
-        "name": name,
-        "model": {
-            "llm": str(world / "llm"),
-            "encoders": {"image": {"name": str(world / "vision"), "layer": 2, "pool": "cls+mean"}},
-        },
-        "adapter": {"name": "mit", "layers": [1, 2]},
-        "task": task,
-        "data": {"root": str(world / "data"), "splits": splits, **data},
-        "train": {
+    config = run_settings(
+        world,
+        vision={"layer": 2, "pool": "cls+mean"},
+        name=name,
+        adapter={"name": "mit", "layers": [1, 2]},
+        task=task,
+        data={"root": str(world / "data"), "splits": splits, **data},
+        train={
             "steps": 30, "batch": 12, "lr": 1e-2, "eval_every": 15, "save_every": 15,
             "schedule": {"name": "cosine", "warmup": 3},
         },
-    }  # fmt: skip
+    )  # fmt: skip
     (world / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return world / f"{name}.yaml"
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 from clips import sound_file, tone
 from fifth_method import Gated
-from folders import llm_folder, whisper_folder
+from folders import llm_folder, own_cache, whisper_folder
 from methods_world import configured, has_joint, make_world, untrained
 from safetensors.torch import load_file
 from transformers import (
@@ -35,9 +35,7 @@ from mitrain.training import runs, schema
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = make_world(tmp_path_factory.mktemp("methods"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(make_world(tmp_path_factory.mktemp("methods"))) as path:
         yield path
 
 

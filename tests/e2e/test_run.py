@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_world, run_settings
 from PIL import Image
 
 from mitrain.cli import main
@@ -19,28 +19,19 @@ from mitrain.training.trainer import Trainer
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with models, data, a configuration, and a cache of its own."""
-    path = tmp_path_factory.mktemp("e2e")
-    llm_folder(path / "llm", width=48)
-    vision_folder(path / "vision")
-    colour_records(path / "data")
-    config = {
-        "name": "colours",
-        "model": {
-            "llm": str(path / "llm"),
-            "encoders": {"image": {"name": str(path / "vision"), "layer": 2, "pool": "cls+mean"}},
-        },
-        "adapter": {"name": "mit", "layers": [1, 2]},
-        "features": {"views": 2, "noise": 0.05},
-        "task": {"name": "answer"},
-        "data": {"name": "records", "root": str(path / "data")},
-        "train": {
-            "steps": 60, "batch": 12, "accumulate": 2, "lr": 1e-2, "eval_every": 20, "save_every": 10, "keep": 9,
-            "schedule": {"name": "cosine", "warmup": 5},
-        },
-    }  # fmt: skip
-    (path / "colours.yaml").write_text(yaml.safe_dump(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("e2e"), train=48, val=16, width=48) as path:
+        config = run_settings(
+            path,
+            vision={"layer": 2, "pool": "cls+mean"},
+            name="colours",
+            adapter={"name": "mit", "layers": [1, 2]},
+            features={"views": 2, "noise": 0.05},
+            train={
+                "steps": 60, "batch": 12, "accumulate": 2, "lr": 1e-2, "eval_every": 20, "save_every": 10, "keep": 9,
+                "schedule": {"name": "cosine", "warmup": 5},
+            },
+        )  # fmt: skip
+        (path / "colours.yaml").write_text(yaml.safe_dump(config))
         yield path
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_world, rewrite, run_settings
 from source_tree import ROOT
 
 from mitrain.cli import main
@@ -36,17 +36,9 @@ def of_nothing(outputs, targets): return (outputs - targets).abs().sum(), 0
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = tmp_path_factory.mktemp("own")
-    llm_folder(path / "llm", width=48)
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=16, val=8)
-    for file in (path / "data").glob("*.jsonl"):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        made = [{"image": r["image"], "text": "this", "target": NUMBERS[r["answer"]]} for r in rows]
-        file.write_text("".join(json.dumps(row) + "\n" for row in made))
-    (path / "scores.py").write_text(re.search(r"```python\n(.*?)```", GUIDE, re.S)[1] + MORE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("own"), train=16, val=8, width=48) as path:
+        rewrite(path / "data", lambda row: {"image": row["image"], "text": "this", "target": NUMBERS[row["answer"]]})
+        (path / "scores.py").write_text(re.search(r"```python\n(.*?)```", GUIDE, re.S)[1] + MORE)
         yield path
 
 
@@ -61,14 +53,15 @@ def nothing_trusted(monkeypatch):
 
 
 def train(world, task, steps=4):
-    config = {
-        "name": "own",
-        "model": {"llm": str(world / "llm"), "encoders": {"image": {"name": str(world / "vision"), "layer": 2}}},
-        "adapter": {"name": "mit", "layers": [1, 2]},
-        "task": {"name": "regress", **task},
-        "data": {"name": "rated", "root": str(world / "data")},
-        "train": {"steps": steps, "batch": 8, "lr": 1e-2, "eval_every": 2, "save_every": 2},
-    }
+    config = run_settings(
+        world,
+        vision={"layer": 2},
+        name="own",
+        adapter={"name": "mit", "layers": [1, 2]},
+        task={"name": "regress", **task},
+        data={"name": "rated", "root": str(world / "data")},
+        train={"steps": steps, "batch": 8, "lr": 1e-2, "eval_every": 2, "save_every": 2},
+    )
     (world / "own.yaml").write_text(yaml.safe_dump(config))
     return main(["train", str(world / "own.yaml"), "--runs", str(world / "runs"), "--json"])
 

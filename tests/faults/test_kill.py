@@ -139,25 +139,13 @@ def test_a_kill_at_any_file_operation_of_an_export_leaves_nothing_or_all(worker,
 @pytest.mark.slow
 def test_the_trainer_itself_killed_at_any_file_operation_goes_on_with_the_same_losses(worker, tmp_path, monkeypatch):
     """`mitrain train --resume` after a kill in its second save; losses from metrics.jsonl, bit for bit."""
-    from folders import colour_records, llm_folder, vision_folder
+    from folders import colour_folder, run_settings
 
     from mitrain.training import runs, schema
 
-    llm_folder(tmp_path / "llm", layers=2)
-    vision_folder(tmp_path / "vision", layers=2)
-    colour_records(tmp_path / "data", train=8, val=4)
-    config = schema.from_dict(
-        {
-            "name": "killed",
-            "model": {"llm": str(tmp_path / "llm"), "encoders": {"image": {"name": str(tmp_path / "vision")}}},
-            "adapter": {"name": "mit", "layers": [1]},
-            "task": {"name": "answer"},
-            "data": {"name": "records", "root": str(tmp_path / "data")},
-            "features": {"noise": 0.1},
-            "train": {"steps": LAST_STEP, "batch": 4, "save_every": 1, "eval_every": 9, "keep": 1},
-            "cache": False,
-        }
-    )
+    train = {"steps": LAST_STEP, "batch": 4, "save_every": 1, "eval_every": 9, "keep": 1}
+    world = colour_folder(tmp_path, 8, 4, layers=2)
+    config = schema.from_dict(run_settings(world, name="killed", features={"noise": 0.1}, train=train, cache=False))
     template = runs.create(config, tmp_path / "runs")
 
     def losses(run: Path) -> list[float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_world, run_settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused
@@ -28,12 +28,7 @@ STEPS, STOPPED = 3, 2
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = tmp_path_factory.mktemp("world")
-    llm_folder(path / "llm", layers=2)
-    vision_folder(path / "vision", layers=2)
-    colour_records(path / "data", train=8, val=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("world"), 8, 4, layers=2) as path:
         yield path
 
 
@@ -41,16 +36,7 @@ def world(tmp_path_factory):
 def pristine(world):
     """A run that was interrupted after ``STOPPED`` of ``STEPS`` steps, with one checkpoint."""
     train = {"steps": STEPS, "batch": 4, "save_every": STOPPED, "eval_every": STOPPED}
-    config = schema.from_dict(
-        {
-            "name": "colours",
-            "model": {"llm": str(world / "llm"), "encoders": {"image": {"name": str(world / "vision")}}},
-            "adapter": {"name": "mit", "layers": [1]},
-            "task": {"name": "answer"},
-            "data": {"name": "records", "root": str(world / "data")},
-            "train": train,
-        }
-    )
+    config = schema.from_dict(run_settings(world, name="colours", train=train))
     folder = runs.create(config, world / "runs")
     trainer = Trainer(config, folder, quiet=True)
     steps = itertools.chain([trainer._step] * STOPPED, [interrupt])

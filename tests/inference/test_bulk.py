@@ -8,7 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from exported import PROMPT, make_run, make_world
+from exported import PROMPT, make_run
 from PIL import Image
 
 from mitrain.cli import main
@@ -19,19 +19,6 @@ from mitrain.data.formats.rle import decode_mask, encode_mask
 from mitrain.inference import bulk, export, scoring
 from mitrain.inference.export import Pretrained
 from mitrain.training import runs
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    path = make_world(tmp_path_factory.mktemp("bulk"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
-        yield path
-
-
-@pytest.fixture(scope="module")
-def run(world):
-    return make_run(world)
 
 
 @pytest.fixture(scope="module")

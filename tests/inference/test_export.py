@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from exported import BEST, LAST, PROMPT, make_config, make_run, make_world
+from exported import BEST, LAST, PROMPT, make_config, make_run
 from folders import llm_folder, vision_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -23,19 +23,6 @@ from mitrain.inference.export import export
 from mitrain.training import runs
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    path = make_world(tmp_path_factory.mktemp("export"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
-        yield path
-
-
-@pytest.fixture(scope="module")
-def run(world):
-    return make_run(world)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from exported import PROMPT, make_config, make_run, make_world, resigned
+from folders import own_cache
 from transformers import AutoModelForCausalLM
 
 import mitrain
@@ -20,9 +21,7 @@ CONFIG, WEIGHTS = "mitrain.json", "mitrain.safetensors"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = make_world(tmp_path_factory.mktemp("forged"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(make_world(tmp_path_factory.mktemp("forged"))) as path:
         export(make_run(path), path / "exported")
         yield path
 

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from exported import PROMPT, make_run, make_world
+from exported import PROMPT
+from folders import colour_world
 
 import mitrain
 from mitrain.cli import main
@@ -17,16 +18,10 @@ from mitrain.methods.export_format import data_seen, settings_from, without_home
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = make_world(tmp_path_factory.mktemp("alice"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
-        patch.setenv("HOME", str(path))
-        yield path
-
-
-@pytest.fixture(scope="module")
-def run(world):
-    return make_run(world)
+    home = tmp_path_factory.mktemp("alice")
+    with pytest.MonkeyPatch.context() as patch, colour_world(home, train=8, val=4, layers=2):
+        patch.setenv("HOME", str(home))
+        yield home
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import dangling, folder, linked, looped, missing, pipe, torn
-from exported import make_run, make_world, resigned
+from exported import resigned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused
@@ -26,19 +26,6 @@ from mitrain.inference.export import export
 from mitrain.methods import export_format
 
 FILES = ("mitrain.json", "mitrain.safetensors")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    path = make_world(tmp_path_factory.mktemp("refused"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
-        yield path
-
-
-@pytest.fixture(scope="module")
-def run(world):
-    return make_run(world)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from exported import make_run, make_world
+from folders import own_cache
 
 from mitrain.core import dist
 from mitrain.core.errors import DataError, RankError
@@ -15,9 +16,7 @@ from mitrain.training.baselines import baselines_of
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = make_world(tmp_path_factory.mktemp("report"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(make_world(tmp_path_factory.mktemp("report"))) as path:
         opened = runs.open_run(make_run(path))
         yield path, opened, *split_of(opened, "test")
 

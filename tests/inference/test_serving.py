@@ -11,7 +11,7 @@ from threading import Barrier
 import methods_world
 import numpy as np
 import pytest
-from exported import PROMPT, make_run, make_world
+from exported import PROMPT, make_run
 from PIL import Image
 
 from mitrain.cli import main
@@ -26,14 +26,6 @@ from mitrain.training.checkpoint import Checkpoint
 pytest.importorskip("python_multipart", reason="needs the extra [serve]")
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra [serve]")
 serving = pytest.importorskip("mitrain.inference.serving", reason="needs the extra [serve]")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    path = make_world(tmp_path_factory.mktemp("serving"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
-        yield path
 
 
 @pytest.fixture(scope="module")

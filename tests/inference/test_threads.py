@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from exported import PROMPT, make_config
+from folders import own_cache
 from methods_world import make_world, settings
 from tiny import scramble, tiny
 
@@ -29,9 +30,7 @@ TASKS += [("gated-xattn", "classify"), ("vlora", "retrieve"), ("uniadapter", "cl
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = make_world(tmp_path_factory.mktemp("threads"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(make_world(tmp_path_factory.mktemp("threads"))) as path:
         yield path
 
 

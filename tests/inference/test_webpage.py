@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from folders import colour_records, llm_folder, vision_folder
+from folders import as_label, colour_world, rewrite, run_settings
 
 from mitrain.cli import main
 from mitrain.training import curves
@@ -17,25 +17,17 @@ from mitrain.training import curves
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A finished run of classify on pictures of a colour, whose last class is called like markup."""
-    path = tmp_path_factory.mktemp("webpage")
-    llm_folder(path / "llm", width=48)
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=24, val=8)
-    for split in ("train", "val", "test"):
-        rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
-        made = [{"image": r["image"], "text": "this thing is", "label": f"<{r['answer']}>"} for r in rows]
-        (path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    config = {
-        "name": "colours",
-        "model": {"llm": str(path / "llm"), "encoders": {"image": {"name": str(path / "vision")}}},
-        "adapter": {"name": "mit", "layers": [1, 2]},
-        "task": {"name": "classify"},
-        "data": {"name": "labelled", "root": str(path / "data")},
-        "train": {"steps": 6, "batch": 12, "eval_every": 2, "save_every": 6},
-    }
-    (path / "run.yaml").write_text(yaml.safe_dump(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("webpage"), train=24, val=8, width=48) as path:
+        rewrite(path / "data", lambda row: as_label(row) | {"label": f"<{row['answer']}>"})
+        config = run_settings(
+            path,
+            name="colours",
+            adapter={"name": "mit", "layers": [1, 2]},
+            task={"name": "classify"},
+            data={"name": "labelled", "root": str(path / "data")},
+            train={"steps": 6, "batch": 12, "eval_every": 2, "save_every": 6},
+        )
+        (path / "run.yaml").write_text(yaml.safe_dump(config))
         assert main(["train", str(path / "run.yaml"), "--run-dir", str(path / "run")]) == 0
         yield path
 

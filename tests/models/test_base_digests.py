@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from exported import make_run, make_world
-from folders import llm_folder, vision_folder
+from folders import own_cache, vision_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -17,11 +17,6 @@ from mitrain.inference.export import export
 from mitrain.models import ImageConfig, ImageEncoder, TextBackbone, quant
 from mitrain.models.digests import weights_of
 from mitrain.training.fingerprint import differences, digest
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return llm_folder(tmp_path_factory.mktemp("base") / "llm")
 
 
 def base(folder, **options):
@@ -109,9 +104,7 @@ def test_an_encoder_is_named_by_its_weights_configuration_and_preprocessing(tmp_
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = make_world(tmp_path_factory.mktemp("frozen"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(make_world(tmp_path_factory.mktemp("frozen"))) as path:
         run = make_run(path)
         export(run, path / "exported")
         yield path, run

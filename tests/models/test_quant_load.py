@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from folders import llm_folder
 from safetensors.torch import load_file, save_file
 from tracked import Tracked
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -17,11 +16,6 @@ from mitrain.models.quant import convert, formats
 
 LOW = quant.PRECISIONS[1:]
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return llm_folder(tmp_path_factory.mktemp("load") / "llm")
 
 
 def by_hand(folder, precision, embedding=False):

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from answers import FEATURES, make, samples
-from folders import llm_folder
 from modalities import pictures
 from transformers import AutoTokenizer
 
@@ -14,11 +13,6 @@ from mitrain.data.formats.records import AnswerSample
 from mitrain.models import TextBackbone
 from mitrain.tasks.base import Batch
 from mitrain.training.build import Model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return llm_folder(tmp_path_factory.mktemp("embedded") / "llm")
 
 
 def grown(folder, target, *plain, **special):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_folder
 from tiny import scramble
 
 from mitrain.methods import export_format
@@ -26,10 +26,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def make_world(path: Path) -> Path:
-    llm_folder(path / "llm", layers=2)
-    vision_folder(path / "vision", layers=2)
-    colour_records(path / "data", train=8, val=4)
-    return path
+    return colour_folder(path, train=8, val=4, layers=2)
 
 
 def make_config(world: Path, task: str = "answer", adapter: dict[str, Any] | None = None) -> RunConfig:

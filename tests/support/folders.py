@@ -1,8 +1,10 @@
 """Folders as users have them: a tiny language model with its tokenizer, a tiny image encoder, a small data set."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,18 +15,53 @@ from benchmarks.faults.world import image_encoder as vision_folder
 from benchmarks.faults.world import language_model as llm_folder
 from benchmarks.faults.world import picture as colour_image
 
-__all__ = ["COLOURS", "WORDS", "colour_image", "colour_records", "llm_folder", "vision_folder", "whisper_folder"]
+__all__ = ["COLOURS", "WORDS", "colour_image", "llm_folder", "vision_folder"]  # under the names that tests know
 
 
 @contextmanager
-def colour_world(path: Path) -> Iterator[Path]:
-    """A folder with tiny models and 12 coloured pictures, whose cache is its own while the context lasts."""
-    llm_folder(path / "llm")
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=12, val=4)
+def own_cache(path: Path) -> Iterator[Path]:
+    """The folder ``path``, in which mitrain's cache lies while the context lasts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MITRAIN_CACHE", str(path / "cache"))
         yield path
+
+
+def colour_world(path: Path, train: int = 12, val: int = 4, **sizes: int) -> AbstractContextManager[Path]:
+    """The folder of `colour_folder`, with a cache of its own."""
+    return own_cache(colour_folder(path, train, val, **sizes))
+
+
+def colour_folder(path: Path, train: int = 12, val: int = 4, layers: int = 3, width: int = 32) -> Path:
+    """Tiny models (``width``: of the language model) in llm/ and vision/, and pictures with questions in data/."""
+    llm_folder(path / "llm", layers, width)
+    vision_folder(path / "vision", layers)
+    colour_records(path / "data", train, val)
+    return path
+
+
+def run_settings(world: Path, vision: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+    """A run of MiT on what `colour_folder` makes. ``sections`` stand in place of these; ``vision``: of the encoder."""
+    encoder = {"name": str(world / "vision"), **(vision or {})}
+    return {
+        "model": {"llm": str(world / "llm"), "encoders": {"image": encoder}},
+        "adapter": {"name": "mit", "layers": [1]},
+        "task": {"name": "answer"},
+        "data": {"name": "records", "root": str(world / "data")},
+    } | sections
+
+
+def rewrite(data: Path, change: Callable[[dict[str, Any]], dict[str, Any]], files: str = "") -> dict[str, str]:
+    """Each split's rows as ``change`` makes them, in its own file or in one whose name ``files`` begins; their names."""
+    names = {split: f"{files}{split}.jsonl" for split in ("train", "val", "test")}
+    for split, name in names.items():
+        rows = [change(json.loads(line)) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return names
+
+
+def as_label(row: dict[str, Any]) -> dict[str, Any]:
+    """A question's picture with its answer as a label."""
+    return {"image": row["image"], "text": "this thing is", "label": row["answer"], "object": row["object"]}
 
 
 def colour_records(path: Path, train: int = 48, val: int = 16) -> Path:

@@ -3,13 +3,12 @@
 A method is known by its name in METHODS alone.
 """
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from folders import colour_records, llm_folder, vision_folder
+from folders import as_label, colour_folder, rewrite
 
 from mitrain.methods.base import Adapter
 from mitrain.training import schema
@@ -36,15 +35,9 @@ def section(method: str) -> dict[str, Any]:
 
 
 def make_world(path: Path) -> Path:
-    llm_folder(path / "llm", width=32, layers=2)
-    vision_folder(path / "vision", layers=2)
-    colour_records(path / "data", train=12, val=4)
-    for split in ("train", "val", "test"):
-        rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
-        made = [{"image": r["image"], "text": "this thing is", "label": r["answer"], "object": r["object"]} for r in rows]
-        captions = [row | {"text": f"a {row['label']} square"} for row in made]
-        for name, content in (("labels", made), ("captions", captions)):
-            (path / "data" / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    colour_folder(path, layers=2)
+    rewrite(path / "data", as_label, "labels-")
+    rewrite(path / "data", lambda row: as_label(row) | {"text": f"a {row['answer']} square"}, "captions-")
     return path
 
 

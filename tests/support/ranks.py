@@ -41,19 +41,15 @@ SAMPLES = 24
 
 def make_world(path: Path) -> Path:
     """Models, data and ``config.yaml`` under ``path``: 6 steps of 14 samples, in micro-batches of 7."""
-    from folders import colour_records, llm_folder, vision_folder
+    from folders import colour_folder, run_settings
 
-    llm_folder(path / "llm", width=48)
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=SAMPLES, val=13)
-    config = {
-        "model": {"llm": str(path / "llm"), "encoders": {"image": {"name": str(path / "vision"), "layer": 2}}},
-        "adapter": {"name": "mit", "layers": [1, 2]},
-        "features": {"views": 2, "noise": 0.05, "dropout": 0.1},
-        "task": {"name": "answer"},
-        "data": {"name": "records", "root": str(path / "data")},
-        "train": TRAIN,
-    }
+    config = run_settings(
+        colour_folder(path, SAMPLES, 13, width=48),
+        vision={"layer": 2},
+        adapter={"name": "mit", "layers": [1, 2]},
+        features={"views": 2, "noise": 0.05, "dropout": 0.1},
+        train=TRAIN,
+    )
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     return path
 

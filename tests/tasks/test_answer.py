@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from answers import FEATURES, make, opened, samples
-from folders import llm_folder
 from modalities import pictures
 
 from mitrain.core.errors import DataError
@@ -15,11 +14,6 @@ from mitrain.models.layouts import layers_of
 from mitrain.tasks import language
 from mitrain.tasks.answer import same_text
 from mitrain.tasks.base import Batch
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return llm_folder(tmp_path_factory.mktemp("answer") / "llm")
 
 
 def by_hand(task, prompt, answer, feature):

@@ -6,18 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from answers import FEATURES, make, opened, samples
-from folders import llm_folder
 from modalities import pictures
 
 from mitrain.core.errors import ConfigError, UserError
 from mitrain.methods.base import Traits
 from mitrain.tasks.answer import FREQUENT, AnswerConfig, AnswerTask
 from mitrain.tasks.base import Batch, Question, Splits
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return llm_folder(tmp_path_factory.mktemp("asked") / "llm")
 
 
 def question(candidates=(), text="this thing is a", features=FEATURES[:1]):

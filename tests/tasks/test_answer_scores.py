@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from answers import FEATURES, make, opened, samples
-from folders import llm_folder
 from modalities import pictures
 from PIL import Image
 
@@ -17,11 +16,6 @@ from mitrain.tasks import language
 from mitrain.tasks.answer import AnswerTask, answers_by_prompt, plain
 from mitrain.tasks.base import Batch, Prediction, Splits
 from mitrain.tasks.language import Numbers
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return llm_folder(tmp_path_factory.mktemp("answer") / "llm")
 
 
 def test_texts_to_prepare_are_each_prompt_with_its_answer_and_what_may_be_chosen(folder):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from answers import FEATURES
 from answers import make as make_answer
-from folders import llm_folder
 from modalities import pictures
 from pydantic import ValidationError
 
@@ -20,11 +19,6 @@ from mitrain.tasks.caption_metrics import caption_metrics
 
 PICTURES = ["a.png", "b.png", "a.png", "c.png", "b.png"]
 TEXTS = ["a red square", "this thing is blue", "red", "a green square", "blue square"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return llm_folder(tmp_path_factory.mktemp("caption") / "llm")
 
 
 def make(folder, **config):

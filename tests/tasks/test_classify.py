@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from folders import llm_folder
 from modalities import pictures
 from PIL import Image
 from tiny import scramble
@@ -27,11 +26,6 @@ from mitrain.tasks.probe import probe_labels, probe_neighbours
 
 CLASSES = ("red", "green", "blue")
 FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return llm_folder(tmp_path_factory.mktemp("classify") / "llm")
 
 
 def make(folder, cache=None, multilabel=False, classes=CLASSES, **config):

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from folders import llm_folder
 from modalities import pictures
 from PIL import Image
 from tiny import scramble
@@ -25,11 +24,6 @@ from mitrain.tasks.regress import RegressConfig, RegressTask
 
 FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 TEXTS, TARGETS = ["the colour of this picture is", "this thing", "a red square"], (-3.0, 2.5, 2.0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return llm_folder(tmp_path_factory.mktemp("regress") / "llm")
 
 
 def make(folder, **config):

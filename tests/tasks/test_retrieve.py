@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from folders import llm_folder
 from modalities import pictures
 from PIL import Image
 from sklearn.linear_model import Ridge
@@ -48,11 +47,6 @@ def features():
 def batch(rows=slice(None), blind=False):
     own = features()[rows]
     return Batch(samples()[rows], pictures(own, infused=not blind))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return llm_folder(tmp_path_factory.mktemp("retrieve") / "llm")
 
 
 def make(folder, **config):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from exported import make_config, make_world
-from folders import llm_folder
 from modalities import pictures
 from tiny import scramble
 
@@ -24,11 +23,6 @@ from mitrain.training.build import build
 
 GRID, PATCH, WIDTHS = 2, 14, [8, 8]
 SETTINGS = {"dim": 8, "heads": 2, "ffn": 16, "loss_size": 16}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return llm_folder(tmp_path_factory.mktemp("segment") / "llm")
 
 
 def make(folder, method=None, **config):

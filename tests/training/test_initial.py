@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from folders import colour_records, llm_folder, vision_folder
+from folders import as_label, colour_world, llm_folder, rewrite, run_settings
 
 from mitrain.cli import main
 from mitrain.core.errors import CheckpointError, ConfigError, ModelError
@@ -21,16 +21,8 @@ from mitrain.training.trainer import Trainer
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A trained run of `classify`, and its export."""
-    path = tmp_path_factory.mktemp("initial")
-    llm_folder(path / "llm")
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=12, val=4)
-    for split in ("train", "val"):
-        rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
-        made = [{"image": r["image"], "text": "this thing is", "label": r["answer"]} for r in rows]
-        (path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("initial")) as path:
+        rewrite(path / "data", as_label)
         config = configured(path, task={"name": "classify", "balance": True})
         Trainer(config, runs.create_or_find(config, path / "run"), quiet=True).fit()
         assert main(["export", str(path / "run"), "--out", str(path / "export"), "--json"]) == 0
@@ -38,18 +30,11 @@ def world(tmp_path_factory):
 
 
 def configured(world: Path, **changes) -> schema.RunConfig:
-    values = {
-        "model": {"llm": str(world / "llm"), "encoders": {"image": {"name": str(world / "vision")}}},
-        "adapter": {"name": "mit", "layers": [1]},
-        "task": {"name": "classify"},
-        "data": {
-            "name": "labelled",
-            "root": str(world / "data"),
-            "splits": {"train": "train.jsonl", "val": "val.jsonl"},
-        },
-        "train": {"steps": 2, "batch": 4, "lr": 0.1, "eval_every": 1},
-    }
-    return resolved(schema.from_dict({**values, **changes, "train": values["train"] | changes.get("train", {})}))
+    splits = {"train": "train.jsonl", "val": "val.jsonl"}
+    data = {"name": "labelled", "root": str(world / "data"), "splits": splits}
+    values = run_settings(world, **{"task": {"name": "classify"}, "data": data, **changes})
+    values["train"] = {"steps": 2, "batch": 4, "lr": 0.1, "eval_every": 1, **changes.get("train", {})}
+    return resolved(schema.from_dict(values))
 
 
 def started(world: Path, folder: Path, source: Path, allow_changes: bool = False, **changes) -> Trainer:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_world, run_settings
 
 from mitrain.cli import main
 from mitrain.core.errors import ConfigError
@@ -20,26 +20,15 @@ from mitrain.training.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = tmp_path_factory.mktemp("length")
-    llm_folder(path / "llm")
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=12, val=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("length")) as path:
         (path / "config.yaml").write_text(yaml.safe_dump(configured(path, steps=2).to_dict()))
         yield path
 
 
 def configured(world: Path, **train) -> schema.RunConfig:
-    return schema.from_dict(
-        {
-            "model": {"llm": str(world / "llm"), "encoders": {"image": {"name": str(world / "vision")}}},
-            "adapter": {"name": "mit", "layers": [1]},
-            "task": {"name": "answer"},
-            "data": {"name": "records", "root": str(world / "data"), "bad_share": 0.5},
-            "train": {"batch": 5, "schedule": {"name": "cosine", "warmup": 0.4}, **train},
-        }
-    )
+    data = {"name": "records", "root": str(world / "data"), "bad_share": 0.5}
+    train = {"batch": 5, "schedule": {"name": "cosine", "warmup": 0.4}, **train}
+    return schema.from_dict(run_settings(world, data=data, train=train))
 
 
 def fitted(config: schema.RunConfig, folder: Path) -> Trainer:

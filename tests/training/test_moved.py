@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_folder
 
 from mitrain.cli import main
 from mitrain.core import parsing
@@ -27,9 +27,7 @@ train: {steps: 4, batch: 8, eval_every: 4, save_every: 2}
 def world(tmp_path, monkeypatch):
     """A folder with models, data and a configuration that names them as they lie beside it."""
     path = tmp_path / "here" / "world"
-    llm_folder(path / "llm", width=48)
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=16, val=8)
+    colour_folder(path, train=16, val=8, width=48)
     (path / "run.yaml").write_text(CONFIG)
     monkeypatch.setenv("MITRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(path)

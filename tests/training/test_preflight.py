@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from folders import colour_world
+from folders import colour_world, run_settings
 
 from mitrain.core.errors import CheckpointError
 from mitrain.training import checkpoint, preflight, runs, schema
@@ -21,16 +21,8 @@ def world(tmp_path_factory):
 
 
 def configured(world, **train) -> schema.RunConfig:
-    return schema.from_dict(
-        {
-            "model": {"llm": str(world / "llm"), "encoders": {"image": {"name": str(world / "vision")}}},
-            "adapter": {"name": "mit", "layers": [1]},
-            "features": {"views": 2, "noise": 0.1, "dropout": 0.2},
-            "task": {"name": "answer"},
-            "data": {"name": "records", "root": str(world / "data")},
-            "train": TRAIN | train,
-        }
-    )
+    features = {"views": 2, "noise": 0.1, "dropout": 0.2}
+    return schema.from_dict(run_settings(world, features=features, train=TRAIN | train))
 
 
 def made(world, **train) -> Trainer:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from folders import own_cache
 from methods_world import configured, make_world
 
 from mitrain.cli import main
@@ -10,9 +11,7 @@ from mitrain.cli import main
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = make_world(tmp_path_factory.mktemp("profile"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(make_world(tmp_path_factory.mktemp("profile"))) as path:
         yield path
 
 

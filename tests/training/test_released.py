@@ -1,9 +1,7 @@
 """A run whose frozen states are cached holds no frozen weights that its steps do not read."""
 
-import json
-
 import pytest
-from folders import colour_world
+from folders import as_label, colour_world, rewrite, run_settings
 
 from mitrain.compare import measures
 from mitrain.inference.scoring import score_run
@@ -22,21 +20,11 @@ def world(tmp_path_factory):
 
 
 def trainer(world, task="answer", method="mit", **more):
-    values = {
-        "model": {"llm": str(world / "llm"), "encoders": {"image": {"name": str(world / "vision")}}},
-        "adapter": {"name": method} | ({"layers": [2]} if method == "mit" else {}),
-        "task": {"name": task},
-        "data": {"name": "records", "root": str(world / "data")},
-        "train": {"steps": 3, "batch": 4, "check_largest": "off"},
-    } | more
+    adapter = {"name": method} | ({"layers": [2]} if method == "mit" else {})
+    train = {"steps": 3, "batch": 4, "check_largest": "off"}
+    values = run_settings(world, **{"adapter": adapter, "task": {"name": task}, "train": train, **more})
     if task == "classify":
-        for split in ("train", "val", "test"):
-            rows = [json.loads(line) for line in (world / "data" / f"{split}.jsonl").read_text().splitlines()]
-            lines = [
-                json.dumps({k: r[k] for k in ("id", "image")} | {"text": r["prompt"], "label": r["answer"]}) for r in rows
-            ]
-            (world / "data" / f"labelled-{split}.jsonl").write_text("\n".join(lines))
-        splits = {split: f"labelled-{split}.jsonl" for split in ("train", "val", "test")}
+        splits = rewrite(world / "data", lambda row: as_label(row) | {"text": row["prompt"]}, "labelled-")
         values["data"] = {"name": "labelled", "root": str(world / "data"), "splits": splits}
     config = build.resolved(schema.from_dict(values))
     return Trainer(config, runs.create(config, world / "runs"), quiet=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import signed
-from folders import colour_image, colour_records, llm_folder, vision_folder
+from folders import colour_image, colour_world, llm_folder, run_settings
 
 from mitrain import methods
 from mitrain.cli import main
@@ -25,22 +25,10 @@ STEPS, STOPPED = 4, 2
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Models and data, a whole run with noise on its features, and the same as it was stopped."""
-    path = tmp_path_factory.mktemp("resume")
-    llm_folder(path / "llm")
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=8, val=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
-        config = schema.from_dict(
-            {
-                "model": {"llm": str(path / "llm"), "encoders": {"image": {"name": str(path / "vision")}}},
-                "adapter": {"name": "mit", "layers": [1]},
-                "features": {"views": 2, "noise": 0.1, "dropout": 0.2},
-                "task": {"name": "answer"},
-                "data": {"name": "records", "root": str(path / "data")},
-                "train": {"steps": STEPS, "batch": 4, "save_every": STOPPED, "eval_every": STOPPED},
-            }
-        )
+    with colour_world(tmp_path_factory.mktemp("resume"), train=8, val=4) as path:
+        features = {"views": 2, "noise": 0.1, "dropout": 0.2}
+        train = {"steps": STEPS, "batch": 4, "save_every": STOPPED, "eval_every": STOPPED}
+        config = schema.from_dict(run_settings(path, features=features, train=train))
         (path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
         whole = runs.create_or_find(config, path / "whole")
         Trainer(config, whole, quiet=True).fit()

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from folders import colour_records, llm_folder, vision_folder
+from folders import colour_world, run_settings
 
 from mitrain.cli import main
 from mitrain.core.errors import UserError, exit_code
@@ -18,17 +18,10 @@ from mitrain.training import state
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = tmp_path_factory.mktemp("state")
-    llm_folder(path / "llm", width=48)
-    vision_folder(path / "vision")
-    colour_records(path / "data", train=16, val=8)
-    (path / "run.yaml").write_text(
-        f"name: one\nmodel: {{llm: {path / 'llm'}, encoders: {{image: {path / 'vision'}}}}}\n"
-        f"adapter: {{name: mit, layers: [1, 2]}}\ntask: {{name: answer}}\ndata: {{name: records, root: {path / 'data'}}}\n"
-        "train: {steps: 4, batch: 8, eval_every: 4, save_every: 2}\n"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with colour_world(tmp_path_factory.mktemp("state"), train=16, val=8, width=48) as path:
+        train = {"steps": 4, "batch": 8, "eval_every": 4, "save_every": 2}
+        values = run_settings(path, name="one", adapter={"name": "mit", "layers": [1, 2]}, train=train)
+        (path / "run.yaml").write_text(json.dumps(values))
         yield path
 
 

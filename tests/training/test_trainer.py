@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import colour_world
+from folders import colour_world, run_settings
 
 from mitrain import methods
 from mitrain.cli import main
@@ -40,15 +40,7 @@ def world(tmp_path_factory):
 
 
 def configured(world: Path, **train) -> schema.RunConfig:
-    return schema.from_dict(
-        {
-            "model": {"llm": str(world / "llm"), "encoders": {"image": {"name": str(world / "vision")}}},
-            "adapter": {"name": "mit", "layers": [1]},
-            "task": {"name": "answer"},
-            "data": {"name": "records", "root": str(world / "data")},
-            "train": TRAIN | train,
-        }
-    )
+    return schema.from_dict(run_settings(world, train=TRAIN | train))
 
 
 def trained(world: Path, method: type[MiT], monkeypatch, **train) -> tuple[dict, dict]:
