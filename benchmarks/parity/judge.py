@@ -38,8 +38,8 @@ def verdict(row: Row, losses: dict[Cell, float]) -> Row:
     judging = cell.who == OURS
     reference = losses.get(cell.reference)
     difference = None if reference is None or "error" in row else abs(row["loss"] - reference) / abs(reference)
-    tolerance = tolerance_of(cell, losses) if judging else None
-    limit = limit_of(row) if judging and cell.zero == 3 and "error" not in row else None
+    tolerance = (spread(cell, losses) if cell.precision in NOISY else EXACT) if judging else None
+    limit = SLACK * row["whole_frozen_bytes"] / row["ranks"] if judging and cell.zero == 3 and "error" not in row else None
     agrees = difference is not None and tolerance is not None and difference <= tolerance
     fits = limit is None or row["resident_frozen_bytes_per_rank"] <= limit
     return {
@@ -51,10 +51,6 @@ def verdict(row: Row, losses: dict[Cell, float]) -> Row:
     }
 
 
-def tolerance_of(cell: Cell, losses: dict[Cell, float]) -> float | None:
-    return spread(cell, losses) if cell.precision in NOISY else EXACT
-
-
 def spread(cell: Cell, losses: dict[Cell, float]) -> float | None:
     """What two unsharded runs of the cell's precision differ by, relative to the reference; see above."""
     found = {loss for c, loss in losses.items() if (c.who, c.precision, c.zero) == (cell.who, cell.precision, 0)}
@@ -62,10 +58,6 @@ def spread(cell: Cell, losses: dict[Cell, float]) -> float | None:
         return None
     quantile = t.ppf((1 + CONFIDENCE) / 2, len(found) - 1)
     return float(quantile * math.sqrt(2) * statistics.stdev(found) / abs(losses[cell.reference]))
-
-
-def limit_of(row: Row) -> float:
-    return SLACK * row["whole_frozen_bytes"] / row["ranks"]
 
 
 def faults(rows: Sequence[Row]) -> list[str]:

@@ -38,7 +38,8 @@ def owned(folder: str | Path) -> Iterator[None]:
 
 
 def take(lock: SoftFileLock, folder: Path) -> None:
-    job = slurm_job()
+    job = os.environ.get("SLURM_JOB_ID")
+    job = (job, os.environ.get("SLURM_RESTART_COUNT", "0")) if job else None
     if job and requeued(folder, job):
         lock.break_lock()
     try:
@@ -84,12 +85,6 @@ class Standing:
     def close(self) -> None:
         if self.handle is not None:
             os.close(self.handle)
-
-
-def slurm_job() -> tuple[str, str] | None:
-    """This job's number and how often it was requeued, under Slurm."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return (job, os.environ.get("SLURM_RESTART_COUNT", "0")) if job else None
 
 
 def requeued(folder: Path, job: tuple[str, str]) -> bool:

@@ -21,18 +21,14 @@ def fingerprint(image: Image.Image) -> np.ndarray:
     return values / max(float(np.linalg.norm(values)), 1.0)
 
 
-def mirrored(prints: np.ndarray) -> np.ndarray:
-    """The fingerprints (N, F) of the mirrored pictures."""
-    return prints.reshape(-1, SIDE, SIDE, 3)[:, :, ::-1].reshape(len(prints), -1)
-
-
 def near_pairs(prints: np.ndarray, others: np.ndarray | None = None, near: float = NEAR) -> list[tuple[int, int]]:
     """Pairs (i, j) of near-duplicates: i from ``prints`` (N, F), j from ``others`` (M, F), or i < j of one array."""
     there = prints if others is None else others
     found = set()
     for start in range(0, len(prints), ROWS):
         rows = prints[start : start + ROWS]
-        for view in (rows, mirrored(rows)):
+        # as they are, and mirrored
+        for view in (rows, rows.reshape(-1, SIDE, SIDE, 3)[:, :, ::-1].reshape(len(rows), -1)):
             i, j = np.nonzero(view @ there.T >= near)
             found.update(zip((start + i).tolist(), j.tolist(), strict=True))
     return sorted((i, j) for i, j in found if others is not None or i < j)

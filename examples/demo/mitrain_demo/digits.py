@@ -43,7 +43,8 @@ def build_answers(archives: Sequence[Path], target: Path, seed: int) -> None:
         for _ in range(count):
             number, digit, drawing = next(order)
             name = f"images/{number:04d}.png"
-            ink_on_paper(drawing).save(target / name)
+            ink_on_paper = intensity(drawing, SIDE).point(lambda value: 255 - value).convert("RGB")
+            ink_on_paper.save(target / name)
             rows += questions(f"{number:04d}", name, digit)
         write_atomic(target / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -97,10 +98,6 @@ def intensity(drawing: np.ndarray, side: int) -> Image.Image:
     """Grey picture of ``side`` pixels, bright where there is ink."""
     grey = Image.fromarray((drawing * 255 / 16).round().astype(np.uint8))
     return grey.resize((side, side), Image.Resampling.BICUBIC)
-
-
-def ink_on_paper(drawing: np.ndarray) -> Image.Image:
-    return intensity(drawing, SIDE).point(lambda value: 255 - value).convert("RGB")
 
 
 def coloured(drawing: np.ndarray, number: int) -> Image.Image:

@@ -80,7 +80,8 @@ def build(archives: Sequence[Path], target: Path, seed: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures[drawing.path].save(path)
     write_atomic(target / "README.txt", README)
-    write_atomic(target / "COPYRIGHT", copyright_of(archives[0]))
+    found = dict(members(archives[0], "usr/share/doc/openclipart-svg", ("copyright",)))
+    write_atomic(target / "COPYRIGHT", found.get("copyright", b"").decode("utf-8", "replace"))
     write_splits(target, rows)
     write_karpathy(target, NAME, rows)
     write_summary(target, rows)
@@ -168,8 +169,3 @@ def read_pictures(archive: Path, wanted: Mapping[str, Drawing]) -> Iterator[tupl
         if image.getchannel("A").getextrema()[1] >= VISIBLE:
             image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
             yield path, on_plain_ground(image)
-
-
-def copyright_of(archive: Path) -> str:
-    found = dict(members(archive, "usr/share/doc/openclipart-svg", ("copyright",)))
-    return found.get("copyright", b"").decode("utf-8", "replace")

@@ -66,7 +66,7 @@ def convert(file: Path, target: Path) -> None:
         tensors["token_embd.weight"] = tensors.pop("output.weight")
     progress = tqdm(tensors.items(), desc="de-quantising", unit="tensor", disable=None)
     state = {hf_name(name): torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for name, t in progress}
-    config = qwen_config(meta)
+    config = Qwen2Config(architectures=["Qwen2ForCausalLM"], tie_word_embeddings=True, **shape_of(meta, "qwen2"))
     save(state, config.to_dict(), target)
     GenerationConfig.from_model_config(config).save_pretrained(target)
     tokenizer(meta).save_pretrained(target)
@@ -79,11 +79,6 @@ def hf_name(name: str) -> str:
         raise PrepareError(f"the GGUF file has a tensor {name!r} that a Qwen2 has not: give the right archive")
     inside = MODULES[match[2]].removeprefix("model.")
     return f"model.layers.{match[1]}.{inside}.{match[3]}" if match[1] else f"model.{inside}.{match[3]}"
-
-
-def qwen_config(meta: Mapping[str, Any]) -> Qwen2Config:
-    """The configuration in the GGUF file's metadata."""
-    return Qwen2Config(architectures=["Qwen2ForCausalLM"], tie_word_embeddings=True, **shape_of(meta, "qwen2"))
 
 
 def tokenizer(meta: Mapping[str, Any]) -> Qwen2Tokenizer:

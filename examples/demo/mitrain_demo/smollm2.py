@@ -62,7 +62,8 @@ def convert(file: Path, target: Path) -> None:
     meta = {name: field.contents() for name, field in reader.fields.items()}
     tensors = tqdm(reader.tensors, desc="de-quantising", unit="tensor", disable=None)
     state = {hf_name(t.name): torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in tensors}
-    config = llama_config(meta, tied="lm_head.weight" not in state)
+    tied = "lm_head.weight" not in state
+    config = LlamaConfig(architectures=["LlamaForCausalLM"], tie_word_embeddings=tied, **shape_of(meta, "llama"))
     for name, tensor in state.items():
         if name.endswith("q_proj.weight"):
             state[name] = halves_together(tensor, config.num_attention_heads)
@@ -86,11 +87,6 @@ def halves_together(weight: Tensor, heads: int) -> Tensor:
     """(h·d, D), rows of each head ordered 0, d/2, 1, d/2+1, … → 0, 1, …, d/2, d/2+1, …"""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def llama_config(meta: Mapping[str, Any], tied: bool) -> LlamaConfig:
-    """The configuration in the GGUF file's metadata."""
-    return LlamaConfig(architectures=["LlamaForCausalLM"], tie_word_embeddings=tied, **shape_of(meta, "llama"))
 
 
 def shape_of(meta: Mapping[str, Any], family: str) -> dict[str, Any]:

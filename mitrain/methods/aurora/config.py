@@ -65,15 +65,12 @@ class AuroraConfig(Section, kind="adapter", name="aurora"):
     @model_validator(mode="after")
     def _check_tuned(self) -> "AuroraConfig":
         for part in PARTS:
-            names = self.tuned(part)
+            names = getattr(self, part)
             if len(set(names)) < len(names):
                 raise ValueError(f"{part}={list(names)} names a projection twice: name each once")
         if not (self.encoder or self.text or (self.fusion and self.fusion_layers != 0)):
             raise ValueError("no projection is tuned: name some of q, k, v, o, mlp in encoder, text or fusion")
         return self
-
-    def tuned(self, part: Part) -> tuple[Projection, ...]:
-        return getattr(self, part)
 
     @property
     def sets(self) -> tuple[str, ...]:
