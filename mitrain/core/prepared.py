@@ -190,7 +190,7 @@ def is_ready(recipe: Recipe, target: Path, archives: Sequence[Path] | None) -> b
 
 
 def changed(target: Path) -> list[str]:
-    """The files of a prepared folder that are not what was made; none where an earlier version took no sums."""
+    """The files of a prepared folder that are not what was made."""
     expected = parsing.read_json(target / "provenance.json").get("files")
     return damaged(target, expected) if isinstance(expected, dict) else []
 

@@ -35,8 +35,8 @@ class Best:
         return {"best": self.value if self.step else -1.0, "best_step": self.step, "waited": self.waited}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over ``state_dict()``; ValueError where it is none. Earlier versions did not count."""
-        value, step, waited = state["best"], state["best_step"], state.get("waited", 0)
+        """Take over ``state_dict()``; ValueError where it is none."""
+        value, step, waited = state["best"], state["best_step"], state["waited"]
         counts = all(type(number) is int and number >= 0 for number in (step, waited))
         if type(value) not in (int, float) or not math.isfinite(value) or not counts:
             raise ValueError(

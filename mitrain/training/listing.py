@@ -8,8 +8,6 @@ from typing import Any
 
 from mitrain.core import parsing
 from mitrain.core.errors import ConfigError
-from mitrain.core.files import holder
-from mitrain.core.ownership import MARKER
 from mitrain.training import fingerprint, state
 from mitrain.training.checkpoint.folder import complete_checkpoints
 
@@ -65,8 +63,6 @@ def state_of(run: Path, ended: dict[str, Any], saved: bool) -> str:
     """In words: whether it trains, has ended and why, or goes on when it is resumed."""
     if told := state.read(run):
         return state.in_words(told)
-    if (run / MARKER).exists():  # a run of an earlier version
-        return f"running ({holder(run / MARKER)})"
     if ended:
         return f"done ({ended.get('ended', 'last step')})"
     return "stopped" if saved else "not begun"

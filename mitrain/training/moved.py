@@ -18,7 +18,7 @@ def told(folder: Path) -> str:
 
 
 def written_in(text: str) -> str | None:
-    """What `told` says in ``text``, a config.yaml; None where nothing does, as in those of earlier versions."""
+    """What `told` says in ``text``, a config.yaml; None where nothing does."""
     line = next((line for line in text.splitlines()[:3] if line.startswith(MARK)), None)
     try:
         place = json.loads(line.removeprefix(MARK)) if line else None

@@ -22,7 +22,7 @@ def recorded(own: Mapping[str, str]) -> dict[str, str]:
 
 
 def fingerprint_of(saved: Checkpoint) -> dict[str, str]:
-    """The fingerprint of the run that wrote ``saved``; of earlier versions the configuration alone, or nothing."""
+    """The fingerprint of the run that wrote ``saved``; a part that it does not say differs from every run's."""
     parts, config = (saved.state.get(key) for key in ("fingerprint", "config"))
     digests = {str(name): str(value) for name, value in parts.items()} if isinstance(parts, dict) else {}
     config = moved.found(completed(config), saved.state.get("folder"), saved.path.parent.parent)
@@ -42,14 +42,12 @@ def completed(config: Any) -> dict[str, Any]:
 def compare(saved: Checkpoint, own: Mapping[str, str], allow_changes: bool) -> None:
     """Name all that differs between the run that wrote ``saved`` and this one; all ranks do it together.
 
-    ConfigError where that changes what is computed, unless ``allow_changes``. Parts that an earlier version did not
-    record are named too: they cannot be compared.
+    ConfigError where that changes what is computed, unless ``allow_changes``.
     """
     there = fingerprint_of(saved)
-    unknown = [part for part in (*DECIDING, "code") if not any(name.startswith(f"{part}.") for name in there)]
     overrides = [f"config.{key}" for key in glance.RESUME_OVERRIDES]
-    changed = dist.first_not_none(differences(there, own, [*overrides, "code", *unknown]) or None) or []
-    code = differences(there, own, [*DECIDING, *unknown])
+    changed = dist.first_not_none(differences(there, own, [*overrides, "code"]) or None) or []
+    code = differences(there, own, DECIDING)
     if changed and not allow_changes:
         raise ConfigError(
             f"this is not the run that wrote {saved.path}: {readable(changed)}; undo that, start a new run, or go on all"
@@ -57,8 +55,6 @@ def compare(saved: Checkpoint, own: Mapping[str, str], allow_changes: bool) -> N
         )
     if changed:
         log.warning("going on from %s with changes: %s", saved.path, readable(changed))
-    if unknown:
-        log.warning("%s does not say what its run's %s was: it is not compared", saved.path, " and ".join(unknown))
     if code:
         log.warning("%s was written by other code: %s", saved.path, readable(code))
 

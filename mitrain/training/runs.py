@@ -194,7 +194,7 @@ def open_run(
 
 
 def frozen_of(saved: Checkpoint) -> dict[str, str]:
-    """The digests of the frozen models that a checkpoint was trained on; of an earlier version's, none."""
+    """The digests of the frozen models that a checkpoint was trained on, if it says them."""
     fingerprint = saved.state.get("fingerprint")
     parts = fingerprint.items() if isinstance(fingerprint, dict) else ()
     return {str(name).removeprefix("base."): str(value) for name, value in parts if str(name).startswith("base.")}

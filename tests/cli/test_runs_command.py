@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 
 import pytest
 from folders import colour_world, run_settings
@@ -47,15 +46,11 @@ def test_what_differs_between_runs_is_shown(world, capsys):
     assert "train.lr" in capsys.readouterr().out
 
 
-def test_a_stopped_and_a_running_run_are_told_apart(world, capsys):
+def test_a_run_that_says_nothing_of_itself_is_told_by_its_checkpoint(world, capsys):
     (world / "runs/two/summary.json").unlink()
-    (world / "runs/two/state.json").unlink()  # as earlier versions left a run
+    (world / "runs/two/state.json").unlink()
     (two,) = listed(capsys, world / "runs/two")
     assert (two["state"], two["step"], two["steps"]) == ("stopped", 4, 4) and two["best"] is not None
-    (world / "runs/two/.owner").write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
-    (two,) = listed(capsys, world / "runs/two")
-    assert two["state"].startswith(f"running (process {os.getpid()} on ")
-    (world / "runs/two/.owner").unlink()
 
 
 def test_damage_is_no_reason_to_fail_and_no_run_is_told(capsys, tmp_path):

@@ -144,16 +144,6 @@ def test_a_moved_data_folder_is_the_same_data_once_its_place_is_allowed(run, wor
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(world / "whole").items())
 
 
-def test_an_earlier_checkpoint_goes_on_and_says_what_it_cannot_compare(run, caplog):
-    path = run / "checkpoints" / f"step-{STOPPED:08d}"
-    state = json.loads((path / "state.json").read_text())
-    del state["fingerprint"], state["config"]["train"]["hang_minutes"], state["config"]["train"]["fraction"]
-    signed(path, "state.json", json.dumps(state).encode())
-    with caplog.at_level(logging.WARNING):
-        assert main(["train", "--resume", str(run), "--json"]) == 0
-    assert "does not say what its run's data and base and code was" in caplog.text
-
-
 def test_other_code_is_named_and_goes_on(run, caplog, monkeypatch):
     monkeypatch.setattr("mitrain.training.fingerprint.code", lambda: {"mitrain": "9.9"})
     with caplog.at_level(logging.WARNING):

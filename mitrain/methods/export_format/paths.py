@@ -45,5 +45,5 @@ def seen_from(folder: str | Path, name: str | None) -> str | None:
 
 
 def data_seen(root: str | None, folder: Path) -> str | None:
-    """The root of `data_from` as a path again; a root that is not there, as one of an earlier version, as it is."""
+    """The root of `data_from` as a path again; a root that is not there as it is."""
     return str(folder / root) if root is not None and os.path.exists(folder / root) else root
