@@ -1,5 +1,6 @@
 """Every way to read text and picture together trains on two ranks as in one process."""
 
+from folders import own_cache
 import pytest
 from methods_world import configured, make_world
 from ranks import losses_of, run_folder
@@ -23,8 +24,7 @@ CASES = [
 def world(tmp_path_factory, forge):
     path = make_world(tmp_path_factory.mktemp("methods"))
     files = [str(configured(path, *case[:2], **case[2])) for case in CASES]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(path):
         for file in dict.fromkeys(files):
             assert main(["train", file, "--runs", str(path / "one"), "--json"]) == 0
     environment = {"MITRAIN_CACHE": str(path / "cache"), "MITRAIN_TIMEOUT": "120"}

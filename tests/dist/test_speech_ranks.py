@@ -1,5 +1,6 @@
 """Speech beside a text, where some samples have none, trains on two ranks as in one process."""
 
+from folders import own_cache
 import csv
 
 import pytest
@@ -50,8 +51,7 @@ def world(tmp_path_factory, forge):
                 name = sound_file(path / "data" / f"{split}{number}.wav", clip)
                 table.writerow(["" if number % 4 == 3 else name, "this thing is", ("low", "high")[number % 2]])
     files = [written(path, *case) for case in CASES]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(path):
         for file in files:
             assert main(["train", file, "--runs", str(path / "one"), "--json"]) == 0
     environment = {"MITRAIN_CACHE": str(path / "cache"), "MITRAIN_TIMEOUT": "120"}

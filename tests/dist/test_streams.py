@@ -1,5 +1,6 @@
 """A run on streamed samples, pictures in Parquet's cells: interrupted in the middle of a block and on two ranks."""
 
+from folders import own_cache
 import json
 import shutil
 
@@ -28,8 +29,7 @@ def world(tmp_path_factory):
     config = yaml.safe_load((path / "config.yaml").read_text())
     config["data"] |= {"stream": 5, "bad_share": 0.3, "splits": {"train": "part-*.parquet", "val": "val.jsonl"}}
     (path / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(path):
         assert main(["train", str(path / "config.yaml"), "--run-dir", str(path / "one")]) == 0
         yield path
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from clips import sound_file, tone
-from folders import colour_records, llm_folder, vision_folder, whisper_folder
+from folders import colour_folder, own_cache, whisper_folder
 
 from mitrain.cli import main
 from mitrain.inference.export import from_pretrained
@@ -19,11 +19,8 @@ TEXTS = ("this thing is", "one sees something that is", "it is")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a CSV a split, whose columns are a picture, a clip with its colour's tone, an array, and a label."""
-    path = tmp_path_factory.mktemp("modalities")
-    llm_folder(path / "llm", width=48)
-    vision_folder(path / "vision")
+    path = colour_folder(tmp_path_factory.mktemp("modalities"), train=24, val=8, width=48)
     whisper_folder(path / "whisper")
-    colour_records(path / "data", train=24, val=8)
     rng = np.random.default_rng(0)
     for split in ("train", "val", "test"):
         rows = [json.loads(line) for line in (path / "data" / f"{split}.jsonl").read_text().splitlines()]
@@ -39,8 +36,7 @@ def world(tmp_path_factory):
                     {"image": row["image"], "speech": speech, "mine": f"{name}.npy", "text": TEXTS[number % 3],
                      "label": colour, "number": list(HERTZ).index(colour)}
                 )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(path):
         yield path
 
 

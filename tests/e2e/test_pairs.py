@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from clips import sound_file, tone, video
-from folders import colour_image, llm_folder, vision_folder, whisper_folder
+from folders import colour_image, llm_folder, own_cache, vision_folder, whisper_folder
 from methods_world import section
 
 from mitrain.core.errors import UserError
@@ -49,8 +49,7 @@ def world(tmp_path_factory):
     (path / "a.mkv").write_bytes(video())
     np.save(path / "a.npy", np.ones((3, 5), np.float32))
     (path / "a.txt").write_text("this thing is red")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(path):
         yield path
 
 

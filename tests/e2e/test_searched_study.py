@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from folders import own_cache
 from methods_world import configured, make_world
 
 from mitrain.compare import compare, study, worker
@@ -36,8 +37,7 @@ def found(tmp_path_factory):
     content["search"] = {"space": SPACE, "trials": 2, "rungs": [6], "set": {"train.eval_every": 6}}
     (world / "study.yaml").write_text(yaml.safe_dump(content))
     job = Job(study.read(world / "study.yaml"), world / "study.yaml", world / "out")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(world / "cache"))
+    with own_cache(world):
         return compare.compare(job, "mitrain compare", say=lambda _: None, measure=in_this_process), world / "out"
 
 

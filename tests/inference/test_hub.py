@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from exported import PROMPT, make_run, make_world
+from folders import own_cache
 from hub import TOKEN, running
 from huggingface_hub import ModelCard, constants
 from peft import PeftModel
@@ -41,9 +42,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        path = make_world(tmp_path_factory.mktemp("secret-place"))
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(make_world(tmp_path_factory.mktemp("secret-place"))) as path:
         run = make_run(path)
         export(run, path / "exported")
         yield path

@@ -8,6 +8,7 @@ import pytest
 import torch
 from attached import attached, bert, close, dino, inputs, made, needed, pixels, whole
 from exported import PROMPT, make_config
+from folders import own_cache
 from methods_world import make_world
 from tiny import scramble, tiny
 from torch.nn import functional as F
@@ -246,8 +247,7 @@ def world(tmp_path_factory):
     (path / "convolutional" / "preprocessor_config.json").write_text(
         '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITRAIN_CACHE", str(path / "cache"))
+    with own_cache(path):
         yield path
 
 

@@ -4,11 +4,9 @@ import json
 
 import pytest
 import torch
-from folders import WORDS
+from folders import bert_folder
 from tiny import features, scramble
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig
 
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.methods.mit.mit import MiT, MiTConfig
@@ -18,17 +16,7 @@ from mitrain.models.text import factory, read_tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bert")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    BertModel(BertConfig(**shape, vocab_size=len(vocabulary), max_position_embeddings=64)).save_pretrained(path)
-    return path
+    return bert_folder(tmp_path_factory.mktemp("bert"))
 
 
 def texts(text):

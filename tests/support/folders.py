@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from benchmarks.faults.world import COLOURS, WORDS, records
 from benchmarks.faults.world import image_encoder as vision_folder
@@ -76,4 +78,18 @@ def whisper_folder(path: Path) -> Path:
     sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_mel_bins": 16}
     WhisperModel(WhisperConfig(**sizes, vocab_size=60, max_source_positions=100, pad_token_id=0)).save_pretrained(path)
     WhisperFeatureExtractor(feature_size=16).save_pretrained(path)
+    return path
+
+
+def bert_folder(path: Path, **settings: Any) -> Path:
+    """A BERT of three layers of width 32, with a tokenizer of `WORDS` between [CLS] and [SEP]."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, **settings}
+    BertModel(BertConfig(**shape, vocab_size=len(vocabulary), max_position_embeddings=64)).save_pretrained(path)
     return path

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from folders import WORDS, llm_folder
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
+from folders import bert_folder, llm_folder
+from transformers import AutoModel
 
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.data.texts import read_text
@@ -25,18 +23,7 @@ class Read:
 
 @pytest.fixture
 def bert(tmp_path):
-    path = tmp_path / "bert"
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = BertConfig(**shape, vocab_size=len(vocabulary), max_position_embeddings=64, initializer_range=0.3)
-    BertModel(config).save_pretrained(path)
-    return path
+    return bert_folder(tmp_path / "bert", initializer_range=0.3)
 
 
 def sentence(path, pooling: str, *more: str, longest: int = 20, lower: bool = False) -> None:
