@@ -1,10 +1,8 @@
 """Exports that are torn, forged or in the way: one line each, and never a half-written folder."""
 
 import copy
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -255,22 +253,6 @@ def test_a_run_without_a_checkpoint_or_of_another_configuration_is_named(run, tm
     assert "has no complete checkpoint yet" in capsys.readouterr().err
     assert "is no run folder" in refused(lambda: export(tmp_path, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("fails_at", [*FILES, "README.md"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, fails_at):
-    def full(self, *args, **kwargs):
-        if self.name == fails_at:
-            self.touch()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(self, *args, **kwargs)
-
-    written = {FILES[1]: "write_bytes"}.get(fails_at, "write_text")
-    real = getattr(Path, written)
-    monkeypatch.setattr(Path, written, full)
-    message = refused(lambda: export(run, tmp_path / "out"))
-    assert "No space left on device" in message and "make room there" in message
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_does_not_read_back_is_not_published(run, tmp_path, monkeypatch):

@@ -4,7 +4,22 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import BENT, EXACT, GATES, Case, assert_right, largest, make, options_of, run, some, upstream_of
+from attention_cases import (
+    BENT,
+    EXACT,
+    GATES,
+    LAYOUTS,
+    MASKED,
+    SHAPES,
+    Case,
+    assert_right,
+    largest,
+    make,
+    options_of,
+    run,
+    some,
+    upstream_of,
+)
 from mitrain_kernels.infused_attention import (
     Call,
     folded_coefficients,
@@ -26,8 +41,8 @@ def assert_folded_right(case, dtype=torch.float64, **more):
     assert_right(run(infused_attention_folded, inputs, upstream, **options), inputs, upstream, **options)
 
 
-@some([*ALIVE, Case(scale=0.9), *(Case(gate, M=3, present=True, base="mixed") for gate in GATES)])
-def test_k_add_that_is_alive_the_scale_and_what_is_missing(case):
+@some([*SHAPES, *MASKED, *BENT, *LAYOUTS])
+def test_the_folded_form_is_the_definition(case):
     assert_folded_right(case)
 
 

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from modalities import part_of, pictures
-from tiny import scramble, text
+from tiny import scramble
 from tiny_pair import DEPTH, WIDTH, aurora, batch, blip, dinov2, pair, pixels
 from torch import nn
 
-from mitrain import methods
 from mitrain.core.errors import ModelError
 from mitrain.methods.aurora.aurora import Aurora
 from mitrain.methods.aurora.config import AuroraConfig
@@ -217,29 +216,6 @@ def test_quantised_weights_are_tuned_and_not_merged():
 # attaching
 
 
-def test_the_adapter_is_found_by_name_and_taken_off_without_a_trace():
-    backbones = pair()
-    words, picture = batch(backbones)
-    before = last_hidden(backbones["text"], words)
-    adapter = methods.build(AuroraConfig(rank=3, dropout=0.0), {"image": WIDTH})
-    adapter.attach(backbones)
-    owned = {id(m) for b in backbones.values() for n, m in b.named_modules() if not n.startswith("aurora")}
-    assert isinstance(adapter, Aurora) and not any(id(m) in owned for m in adapter.modules())
-    scramble(adapter)
-    adapted = adapter.encode(words, picture)
-    adapter.detach()
-    assert torch.equal(last_hidden(backbones["text"], words), before)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for b in backbones.values() for m in b.modules())
-    assert all(p.requires_grad for b in backbones.values() for p in b.parameters())
-    again = pair()
-    adapter.attach(again)
-    assert torch.equal(adapter.encode(words, picture).joint, adapted.joint)
-    adapter.detach()
-    fresh = aurora(pair(), seed=9)
-    fresh.load_state_dict(adapter.state_dict())
-    assert torch.equal(fresh.encode(words, picture).joint, adapted.joint)
-
-
 @pytest.mark.parametrize("kind", ["blip", "llama", "shallow", "wide"])
 def test_models_of_another_shape_are_refused(kind):
     adapter = aurora(pair())
@@ -295,19 +271,3 @@ def test_dropout_is_of_u_x_and_in_training_only():
     point, x = adapter._points[0], torch.randn(2000, WIDTH, dtype=torch.float64)
     adapter.modes.dropout = nn.Dropout(0.999999)
     assert torch.equal(adapter.modes(point, x), torch.zeros(2000, point.out, dtype=torch.float64))
-
-
-def test_half_precision_backbones_keep_full_precision_modes():
-    backbones = pair("bert", torch.bfloat16)
-    words, picture = batch(backbones)
-    adapter = aurora(backbones)
-    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
-    reading = adapter.encode(words, picture)
-    assert reading.joint.isfinite().all() and reading.text.dtype == torch.bfloat16
-
-
-def test_text_of_rows_without_padding():
-    given = text(2, 5)
-    backbones = pair()
-    adapter = aurora(backbones)
-    assert adapter.encode(TextBatch(given["input_ids"], given["attention_mask"]), None).text.shape == (2, 5, WIDTH)

@@ -22,6 +22,8 @@ VARIANTS = [
     ("gated-xattn", {"layers": "all", "heads": 1, "head_dim": 8, "feed_forward": 0}),
     ("vlora", {"reads": "vector", "targets": ["q", "k", "o", "mlp"], "width": 8, "blocks": 2}),
     ("mit", {"layers": [1], "lora_rank": 2}),
+    ("pmf", {"fusion_layers": 2, "query_prompts": 3, "query_context": 2, "fusion_context": 1, "map_width": 7}),
+    ("mope", {"main": "text", "length": 2, "experts": 2, "standardize": True}),
 ]
 """Settings that change what a method is, beside each method with its settings for tiny models."""
 CASES = [*((name, None) for name in METHODS), *VARIANTS]
@@ -75,6 +77,22 @@ def test_gradients_reach_what_is_trained_and_nothing_else_and_detaching_restores
     adapter.detach()
     after = {n: p for m in (model, image) for n, p in m.state_dict().items()}
     assert after.keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in after.items())
+    for part in (model, image):
+        assert all(p.requires_grad for p in part.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in part.modules())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("none", "full")])
+def test_parameters_are_wider_than_a_half_precision_model(name):
+    """In the models' own bfloat16 steps of less than 1/256 of a value would be lost."""
+    model, image, adapter = tiny("llama", torch.bfloat16), dino().bfloat16(), made(name)
+    adapter.attach(needed(adapter, model, image))
+    scramble(adapter)
+    words, picture = inputs(adapter, model, image)
+    reading = adapter.encode(words, picture)
+    assert reading.text.dtype == torch.bfloat16
+    sum(part.float().square().sum() for part in parts(reading, words).values()).backward()
+    assert {p.grad.dtype for p in adapter.parameters()} == {p.dtype for p in adapter.parameters()} == {torch.float32}
 
 
 @every_method

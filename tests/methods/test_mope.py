@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from modalities import pictures
-from tiny_mope import SMALL, Pair, attached, model_of
+from tiny_mope import SMALL, attached, model_of
 
 from mitrain.core.errors import ModelError
 from mitrain.methods import calibrate
@@ -332,39 +332,16 @@ def test_checkpointing_changes_memory_only(pair):
 # Attaching
 
 
-def test_attach_detach_and_attach_again():
+def test_models_of_other_widths_or_depth_are_refused():
     found = attached()
-    joint, state = found.joint(), {n: x.clone() for n, x in found.mope.state_dict().items()}
-    models, mope = found.models, found.mope
-    assert set(state) == {n for n, _ in mope.named_parameters()} | {f"prompts.{i}.router.keys" for i in range(4)}
-    mope.detach()
-    assert all(p.requires_grad for m in models.values() for p in m.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for x in models.values() for m in x.modules())
+    keys = {f"prompts.{i}.router.keys" for i in range(4)}
+    assert set(found.mope.state_dict()) == {n for n, _ in found.mope.named_parameters()} | keys
+    found.mope.detach()
     with pytest.raises(ModelError, match="not attached"):
-        mope.encode(found.words, found.picture)
-    mope.attach(models)
-    assert torch.equal(found.joint(), joint)
-    mope.detach()
+        found.encode()
     shallow = {"text": model_of("bert", torch.float64), "encoder": model_of("vit", torch.float64, num_hidden_layers=2)}
     with pytest.raises(ModelError, match="other widths or depth"):
-        mope.attach(shallow)
-    fresh = MoPE(MoPEConfig(**SMALL))
-    fresh.attach(models)
-    fresh.eval()
-    fresh.load_state_dict(state)
-    assert torch.equal(Pair(fresh, models, found.words, found.picture).joint(), joint)
-
-
-def test_parameters_are_wider_than_a_half_precision_model():
-    models = {"text": model_of("bert", torch.bfloat16), "encoder": model_of("vit", torch.bfloat16)}
-    mope = MoPE(MoPEConfig(**SMALL))
-    mope.attach(models)
-    assert {p.dtype for p in mope.parameters()} == {torch.float32}
-    words = TextBatch(torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.long))
-    reading = mope.encode(words, pictures(torch.zeros(2, 5), torch.randn(2, 5, 32, dtype=torch.bfloat16)))
-    assert reading.joint.dtype == torch.bfloat16
-    reading.joint.float().sum().backward()
-    assert all(p.grad is not None for p in mope.parameters())
+        found.mope.attach(shallow)
 
 
 def test_prompts_start_within_their_spread():

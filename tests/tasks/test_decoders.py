@@ -11,8 +11,6 @@ from mitrain.tasks.decoders import (
     GroundDecoder,
     UnetDecoder,
     grounding_loss,
-    patch_coordinates,
-    resize,
     to_map,
     unet_sizes,
 )
@@ -183,28 +181,12 @@ def test_unet_published_input_widths():
     assert {pair[3].out_channels for pair in decoder.pairs} == {512}
 
 
-@pytest.mark.parametrize("build", [film_decoder, unet_decoder])
-def test_batch_mates_change_nothing(build):
-    decoder = build().eval()
-    levels, z = inputs(batch=3)
-    together = decoder(levels, z, GRID)
-    alone = torch.cat([decoder([level[i : i + 1] for level in levels], z[i : i + 1], GRID) for i in range(3)])
-    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-13)
-
-
 @pytest.mark.parametrize("build", [lambda: film_decoder(film="every", coords=True), unet_decoder])
 def test_every_parameter_learns(build):
     decoder = build()
     levels, z = inputs()
     decoder(levels, z, GRID).square().mean().backward()
     assert [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
-
-
-@pytest.mark.parametrize("build", [film_decoder, unet_decoder])
-def test_condition_decides(build):
-    decoder = build().eval()
-    levels, z = inputs(batch=1)
-    assert not torch.allclose(decoder(levels, z, GRID), decoder(levels, -z, GRID))
 
 
 @pytest.mark.parametrize("build", [film_decoder, unet_decoder])
@@ -215,34 +197,6 @@ def test_half_precision_features_are_cast_to_the_decoder(build):
     logits = decoder(halves, z.half(), GRID)
     assert logits.dtype == torch.float32
     assert torch.equal(logits, decoder([half.float() for half in halves], z.half().float(), GRID))
-
-
-def test_coordinates_run_left_to_right_and_top_to_bottom():
-    found = patch_coordinates((2, 4), prefix_tokens=1)
-    columns = [-0.75, -0.25, 0.25, 0.75]
-    expected = [[0.0, 0.0]] + [[x, y] for y in (-0.5, 0.5) for x in columns]
-    assert found.tolist() == expected
-
-
-def test_only_coordinates_tell_equal_patches_apart():
-    """With equal patches and a zero-padded 3x3 convolution cut off, the map is flat unless positions enter."""
-    levels, z = inputs(prefix=0)
-    flat = [level[:, :1].expand(-1, GRID[0] * GRID[1], -1) for level in levels]
-    for coords in (False, True):
-        decoder = film_decoder(coords=coords, prefix_tokens=0)
-        decoder.enlarge = torch.nn.Identity()
-        spread = decoder(flat, z, GRID).flatten(2).std(-1).max()
-        assert (spread > 1e-3) == coords
-
-
-def test_map_keeps_rows_and_columns():
-    tokens = torch.arange(14.0).view(1, 14, 1)
-    assert to_map(tokens, 2, GRID)[0, 0].tolist() == [[2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 13]]
-
-
-def test_resize_aligns_corners():
-    x = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])
-    assert resize(x, (3, 3))[0, 0].tolist() == [[0.0, 0.5, 1.0], [1.0, 1.5, 2.0], [2.0, 2.5, 3.0]]
 
 
 @pytest.mark.parametrize(

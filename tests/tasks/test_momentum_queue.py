@@ -203,14 +203,6 @@ def test_a_queue_is_made_where_the_trained_parameters_are():
     assert not any(buffer.count_nonzero() for name, buffer in made.named_buffers() if "slow" not in name)
 
 
-def test_the_queue_counts_every_vector_and_every_call():
-    made, seen = queue(size=7), []
-    for seed in (1, 2, 3):
-        made.contrast(vectors(seed), vectors(seed), KEYS, SHARPNESS)
-        seen.append((made.filled, int(made.pushed), int(made.calls)))
-    assert seen == [(5, 5, 1), (7, 10, 2), (7, 15, 3)]
-
-
 def test_vectors_of_less_precision_are_compared_in_the_fast_ones():
     """Under autocast the fast vectors may be wider than the slow ones, whose queue is float32."""
     made = queue()
