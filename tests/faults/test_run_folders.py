@@ -1,6 +1,5 @@
 """Damaged and forged run folders: whatever is wrong with one, a command ends well, or in one line and exit code 2."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from checkpoints import signed
 from folders import colour_world, run_settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -89,14 +89,6 @@ def checkpoint_of(run: Path) -> Path:
     return path
 
 
-def signed(path: Path, content: bytes) -> None:
-    """Put ``content`` into a checkpoint's file with a manifest that vouches for it: what a forger would do."""
-    path.write_bytes(content)
-    manifest = json.loads((path.parent / "manifest.json").read_text())
-    manifest["files"][path.name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (path.parent / "manifest.json").write_text(json.dumps(manifest))
-
-
 def with_state(run: Path, *place: str | int, value: object) -> None:
     """Set one field of the checkpoint's state; it is removed where ``value`` is ``...``."""
     path = checkpoint_of(run) / "state.json"
@@ -107,7 +99,7 @@ def with_state(run: Path, *place: str | int, value: object) -> None:
     inner[place[-1]] = value
     if value is ...:
         del inner[place[-1]]
-    signed(path, json.dumps(state).encode())
+    signed(path.parent, path.name, json.dumps(state).encode())
 
 
 def test_the_commands_go_well_with_a_folder_as_it_was_left(run, capsys):
@@ -280,7 +272,7 @@ def spoil(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[bytes], b
 )
 def test_forged_tensors_are_refused_or_used(run, capsys, command, name, change):
     path = checkpoint_of(run) / f"{name}.safetensors"
-    signed(path, change(path.read_bytes()))
+    signed(path.parent, path.name, change(path.read_bytes()))
     outcome(command, run, capsys)
 
 
