@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import tiny_deb
@@ -77,11 +76,7 @@ def clipart(folder: Path) -> list[Path]:
 
 
 def tgz(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(f"package/{name}")
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
+    path.write_bytes(gzip.compress(tiny_deb.tar({f"package/{name}": content for name, content in files.items()})))
     return path
 
 

@@ -1,9 +1,7 @@
 """Packages of a few kilobytes laid out like the speech ones: the game's dialogues, the voices, the rated sentences."""
 
 import gzip
-import io
 import struct
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,16 +113,6 @@ def prompts(folder: Path, count: int = 8) -> list[Path]:
     return found
 
 
-def tgz(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
-
-
 def ratings(folder: Path, films: str | None = None) -> Path:
     """vaderSentiment's source package: 30 sentences on films, two of them alike, and 4 on products."""
     said = [f"{i}\t{i / 10 - 1.5}\tA film of {chr(97 + i % 26)}{i // 26}, caf\u00e9.\r\n" for i in range(29)]
@@ -134,6 +122,9 @@ def ratings(folder: Path, films: str | None = None) -> Path:
     inner = {f"hutto_ICWSM_2014/{n}ReviewSnippets_GroundTruth.txt": text.encode() for n, text in names.items()}
     base = "vaderSentiment-2.5/"
     path = folder / "vaderSentiment-2.5.tar.gz"
-    outer = {f"{base}additional_resources/hutto_ICWSM_2014.tar.gz": tgz(inner), f"{base}LICENSE.txt": b"MIT\n"}
-    path.write_bytes(tgz(outer))
+    outer = {
+        f"{base}additional_resources/hutto_ICWSM_2014.tar.gz": gzip.compress(tiny_deb.tar(inner)),
+        f"{base}LICENSE.txt": b"MIT\n",
+    }
+    path.write_bytes(gzip.compress(tiny_deb.tar(outer)))
     return path
