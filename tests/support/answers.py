@@ -13,12 +13,17 @@ from mitrain.tasks.answer import AnswerConfig, AnswerTask
 from mitrain.tasks.base import Parts
 
 
-def make(folder, cache=None, gate="prefix", **config):
+def parts_of(folder, cache=None, gate="prefix", width=6):
+    """The text model in ``folder`` under MiT, all of whose maps do something."""
     text = TextBackbone.load(folder, torch.float32)
-    adapter = methods.build(MiTConfig(layers=[1, 2], gate=gate), {"image": 6})
+    adapter = methods.build(MiTConfig(layers=[1, 2], gate=gate), {"image": width})
     adapter.attach({"text": text.model})
     scramble(adapter)
-    return AnswerTask(AnswerConfig(**config), Parts(text, adapter, TextStates(text, 1, cache)))
+    return Parts(text, adapter, TextStates(text, 1, cache))
+
+
+def make(folder, cache=None, gate="prefix", **config):
+    return AnswerTask(AnswerConfig(**config), parts_of(folder, cache, gate))
 
 
 def samples(candidates=True):

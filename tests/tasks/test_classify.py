@@ -6,20 +6,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from answers import parts_of
 from modalities import pictures
 from PIL import Image
-from tiny import scramble
 from torch.nn import functional as F
 
-from mitrain import methods
 from mitrain.core.errors import ConfigError, DataError
 from mitrain.core.user_code import TRUSTED
 from mitrain.data.formats.labels import LabelSample
-from mitrain.data.hidden_states import TextStates
-from mitrain.methods.mit.mit import MiTConfig
-from mitrain.models import TextBackbone
 from mitrain.tasks import probe
-from mitrain.tasks.base import Batch, Parts, Prediction, Splits
+from mitrain.tasks.base import Batch, Prediction, Splits
 from mitrain.tasks.classify import ClassifyConfig, ClassifyTask, class_weights
 from mitrain.tasks.label_metrics import label_metrics
 from mitrain.tasks.probe import probe_labels, probe_neighbours
@@ -29,12 +25,8 @@ FEATURES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 
 
 def make(folder, cache=None, multilabel=False, classes=CLASSES, **config):
-    text = TextBackbone.load(folder, torch.float32)
-    adapter = methods.build(MiTConfig(layers=[1, 2]), {"image": 6})
-    adapter.attach({"text": text.model})
-    scramble(adapter)
+    parts = parts_of(folder, cache)
     torch.manual_seed(0)
-    parts = Parts(text, adapter, TextStates(text, 1, cache))
     return ClassifyTask(ClassifyConfig(**config), parts, classes, multilabel, {"image": 6}).eval()
 
 

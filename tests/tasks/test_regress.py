@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from answers import parts_of
 from modalities import pictures
 from PIL import Image
 from tiny import scramble
@@ -13,7 +14,6 @@ from mitrain import methods
 from mitrain.core.errors import DataError
 from mitrain.data.formats.targets import TargetSample
 from mitrain.data.hidden_states import TextStates
-from mitrain.methods.mit.mit import MiTConfig
 from mitrain.methods.peft import LoRAConfig
 from mitrain.models import TextBackbone
 from mitrain.tasks import base
@@ -27,12 +27,9 @@ TEXTS, TARGETS = ["the colour of this picture is", "this thing", "a red square"]
 
 
 def make(folder, **config):
-    text = TextBackbone.load(folder, torch.float32)
-    adapter = methods.build(MiTConfig(layers=[1, 2]), {"image": 6})
-    adapter.attach({"text": text.model})
-    scramble(adapter)
+    parts = parts_of(folder)
     torch.manual_seed(0)
-    return RegressTask(RegressConfig(**config), Parts(text, adapter, TextStates(text, 1, None)), {"image": 6}).eval()
+    return RegressTask(RegressConfig(**config), parts, {"image": 6}).eval()
 
 
 def samples():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from answers import parts_of
 from modalities import pictures
 from PIL import Image
 from sklearn.linear_model import Ridge
@@ -14,7 +15,6 @@ from mitrain.core import dist
 from mitrain.core.errors import DataError, UserError
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.hidden_states import TextStates
-from mitrain.methods.mit.mit import MiTConfig
 from mitrain.methods.none import NoneConfig
 from mitrain.methods.peft import LoRAConfig
 from mitrain.models import TextBackbone
@@ -50,14 +50,9 @@ def batch(rows=slice(None), blind=False):
 
 
 def make(folder, **config):
-    text = TextBackbone.load(folder, torch.float32)
-    adapter = methods.build(MiTConfig(layers=[1, 2]), {"image": 5})
-    adapter.attach({"text": text.model})
-    scramble(adapter)
+    parts = parts_of(folder, width=5)
     torch.manual_seed(0)
-    task = RetrieveTask(
-        RetrieveConfig(dim=8, **config), Parts(text, adapter, TextStates(text, 1, None)), {"image": 5}
-    ).eval()
+    task = RetrieveTask(RetrieveConfig(dim=8, **config), parts, {"image": 5}).eval()
     task.fit(samples())
     return task
 
