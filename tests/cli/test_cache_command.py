@@ -1,10 +1,10 @@
 """`mitrain cache`: what is counted, what goes, and that nothing goes that may be in use."""
 
-import json
 import os
 import time
 
 import pytest
+from commands import as_json
 
 from mitrain.cli import main
 from mitrain.core import cached, prepared
@@ -30,8 +30,7 @@ def entry(path, days_ago, size=1000):
 
 
 def asked(capsys, *words):
-    assert main(["cache", *words, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    return as_json(capsys, "cache", *words)
 
 
 def test_kinds_are_counted(home, capsys):

@@ -5,6 +5,7 @@ import subprocess
 from types import SimpleNamespace
 
 import torch
+from commands import as_json
 
 from mitrain.cli import checks, doctor, machine, main
 from mitrain.cli.checks import Check
@@ -14,8 +15,7 @@ from mitrain.models import quant
 
 def test_the_document_is_this_machines(capsys, monkeypatch):
     monkeypatch.setattr(checks, "CHECKS", (lambda: Check("port", True, "29500 is free"),))
-    assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = as_json(capsys, "doctor")
     assert found["versions"]["torch"] == provenance.version("torch")
     assert found["cpu"]["torch"] == torch.backends.cpu.get_cpu_capability()
     assert len(found["gpus"]) == torch.cuda.device_count()

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from clips import sound_file, tone
+from commands import as_json
 from folders import llm_folder, vision_folder
 from PIL import Image
 
@@ -43,9 +44,7 @@ def table(path, header, rows):
 
 
 def made(capsys, *words):
-    capsys.readouterr()
-    assert main(["init", *words, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    return as_json(capsys, "init", *words)
 
 
 def refused(capsys, *words):
@@ -67,9 +66,7 @@ def test_one_table_of_labelled_pictures_becomes_a_run_that_trains(here, models, 
     assert "rank: 64" in text  # what maps are trained with: without a limit they are many times as large
     assert main(["train", "birds.yaml", "train.epochs=8", "adapter.layers=[1]", "train.lr=1e-2"]) == 0
     (run,) = (here / "runs").iterdir()
-    capsys.readouterr()
-    assert main(["eval", str(run), "--split", "test", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == 1  # two colours
+    assert as_json(capsys, "eval", run, "--split", "test")["accuracy"] == 1  # two colours
 
 
 def test_the_files_beside_a_training_table_are_its_splits(here, capsys):

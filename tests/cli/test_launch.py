@@ -1,12 +1,12 @@
 """``mitrain launch slurm``: the script that is rendered, what is refused before, and what sbatch is given."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import as_json
 
 from mitrain.cli import launch, main
 
@@ -99,8 +99,7 @@ def sbatch(tmp_path, monkeypatch):
 
 def test_the_script_is_submitted_and_the_job_told(sbatch, capsys):
     given = sbatch("echo '17;east'")
-    assert main([*SLURM, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = as_json(capsys, *SLURM)
     assert (found["job"], found["run"]) == ("17", "runs/slurm-17") and given.read_text() == found["script"]
     assert given.with_name("words").read_text() == "--parsable\n"
     assert main([*SLURM, "--array", "1,2"]) == 0

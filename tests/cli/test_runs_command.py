@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from commands import as_json
 from folders import colour_world, run_settings
 
 from mitrain.cli import main
@@ -22,9 +23,7 @@ def world(tmp_path_factory):
 
 
 def listed(capsys, *words):
-    capsys.readouterr()
-    assert main(["runs", *map(str, words), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    return as_json(capsys, "runs", *words)
 
 
 def test_finished_runs_are_named_with_their_scores(world, capsys):

@@ -13,6 +13,7 @@ import yaml
 from ranks import PATH, ROOT, SAMPLES, STEPS, losses, make_world, run_folder
 from worker import CLIPPED, trained
 
+from commands import as_json
 from mitrain.training import checkpoint
 from mitrain.training.checkpoint.folder import complete_checkpoints
 from mitrain.cli import main
@@ -133,8 +134,7 @@ def test_evaluation_and_generation_are_split_and_gathered(world, ranks, capsys):
     document = ranks[0]["stdout"]
     two = json.loads(document[document.index("\n{") :])
     folder = run_folder(world / "two", "fresh")
-    assert main(["eval", str(folder), "--split", "test", "--generate", "--samples", "13", "--json"]) == 0
-    assert two == json.loads(capsys.readouterr().out)
+    assert two == as_json(capsys, "eval", folder, "--split", "test", "--generate", "--samples", "13")
     assert two["samples"] == 13 and "exact_match" in two
 
 

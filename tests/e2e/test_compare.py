@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from commands import as_json
 from folders import as_label, colour_world, rewrite, run_settings
 from PIL import Image
 
@@ -61,13 +62,6 @@ def here(own_process=()):
 
     real = processes.run
     return run, ran
-
-
-def as_json(capsys, *arguments):
-    code = main([*(str(a) for a in arguments), "--json"])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return json.loads(captured.out)
 
 
 def test_a_comparison_from_end_to_end(world, capsys, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from commands import as_json
 from fifth_task import RateTask
 from folders import as_label, colour_world, rewrite, run_settings
 
@@ -40,13 +41,6 @@ def configuration(world, name, task, data, files):
     )  # fmt: skip
     (world / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return world / f"{name}.yaml"
-
-
-def as_json(capsys, *arguments):
-    code = main([*(str(a) for a in arguments), "--json"])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return json.loads(captured.out)
 
 
 def controls(capsys, run, *names):

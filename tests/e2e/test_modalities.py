@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from clips import sound_file, tone
+from commands import as_json
 from folders import colour_folder, own_cache, whisper_folder
 
 from mitrain.cli import main
@@ -60,13 +61,6 @@ def written(world, name, **changes):
         config[key] = {**config.get(key, {}), **value}
     (world / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return world / f"{name}.yaml"
-
-
-def as_json(capsys, *arguments):
-    code = main([*(str(a) for a in arguments), "--json"])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return json.loads(captured.out)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 import yaml
+from commands import as_json
 from folders import llm_folder, vision_folder
 from mitrain_demo import objects
 from mitrain_demo.compose import Style, Thing
@@ -63,11 +64,6 @@ def config(world: Path, name: str, **changed) -> Path:
     } | changed
     (world / f"{name}.yaml").write_text(yaml.safe_dump(values))
     return world / f"{name}.yaml"
-
-
-def as_json(capsys, *arguments):
-    assert main([*map(str, arguments), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def test_a_reference_reaches_the_mask_through_the_infusion_alone(world, capsys):

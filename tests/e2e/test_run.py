@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import as_json
 from folders import colour_world, run_settings
 from PIL import Image
 
@@ -39,12 +40,6 @@ def command(capsys, *arguments) -> tuple[int, str, str]:
     code = main([str(a) for a in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
-
-
-def as_json(capsys, *arguments):
-    code, out, err = command(capsys, *arguments, "--json")
-    assert code == 0, err
-    return json.loads(out)
 
 
 def picture_size(path) -> tuple[int, int]:

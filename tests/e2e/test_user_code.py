@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import as_json
 from folders import colour_world, rewrite, run_settings
 from source_tree import ROOT
 
@@ -97,9 +98,7 @@ def test_the_example_of_the_guide(world, capsys, caplog, monkeypatch):
     assert main(["export", made["run"], "--out", str(exported)]) == 0 and "scores" not in sys.modules
     assert main(["eval", str(exported)]) == 2 and "scores" not in sys.modules
     out = world / "predictions.jsonl"
-    capsys.readouterr()
-    assert main(["eval", str(exported), "--trust-code", str(world), "--out", str(out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    told = as_json(capsys, "eval", exported, "--trust-code", world, "--out", out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert told["within_half"] == sum(abs(r["predicted"] - r["target"]) <= 0.5 for r in rows) / 8
     (world / "scores.py").write_text((world / "scores.py").read_text() + "# another version\n")

@@ -8,6 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from commands import as_json
 from exported import PROMPT, make_run
 from PIL import Image
 
@@ -104,8 +105,7 @@ def test_a_file_that_another_process_writes_is_left_to_it(world, run, images, tm
 
 
 def test_how_the_model_speaks_is_said_beside_the_score(world, run, images, capsys):
-    assert main(["eval", str(run), "--split", "test", "--max-new-tokens", "2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = as_json(capsys, "eval", run, "--split", "test", "--max-new-tokens", "2")
     assert found["generation"] == {"max_new_tokens": 2} and "exact_match" in found
     asked = ["predict", str(run), "--image", str(images[0]), "--text", "this thing is", "--json"]
     for options, words in (([], 8), (["--max-new-tokens", "2"], 2)):
@@ -198,8 +198,7 @@ def test_python_fetches_what_has_an_address(run, images, monkeypatch):
 
 def test_eval_writes_every_prediction(world, run, tmp_path, capsys):
     out = tmp_path / "predictions.jsonl"
-    assert main(["eval", str(run), "--split", "test", "--out", str(out), "--json"]) == 0
-    metrics, found = json.loads(capsys.readouterr().out), lines(out)
+    metrics, found = as_json(capsys, "eval", run, "--split", "test", "--out", out), lines(out)
     assert len(found) == metrics["samples"] and {
         "id",
         "image",

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from commands import as_json
 from exported import BEST, LAST, PROMPT, make_config, make_run
 from folders import llm_folder, vision_folder
 from PIL import Image
@@ -16,7 +17,6 @@ from tiny import NAMES, scramble, tiny
 from transformers import AutoModelForCausalLM
 
 import mitrain
-from mitrain.cli import main
 from mitrain.core.errors import CheckpointError, ConfigError, DataError, ModelError
 from mitrain.inference import scoring
 from mitrain.inference.export import export
@@ -54,8 +54,7 @@ def test_it_predicts_what_the_run_predicts(run, exported, predictor, images, cap
     assert len(set(answers)) == len(images)
     outputs = []
     for folder in (run, exported):
-        assert main(["predict", str(folder), "--image", str(images[0]), "--text", PROMPT, "--json"]) == 0
-        outputs.append(json.loads(capsys.readouterr().out))
+        outputs.append(as_json(capsys, "predict", folder, "--image", images[0], "--text", PROMPT))
     assert outputs[0] == outputs[1] and outputs[0]["probabilities"]
 
 
@@ -92,8 +91,7 @@ def test_eval_takes_an_export_too(run, exported):
 
 def test_best_and_latest(world, run, capsys):
     command = ["export", str(run), "--out", str(world / "latest"), "--checkpoint", "latest", "--splits", "test"]
-    assert main([*command, "--samples", "3", "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)
+    made = as_json(capsys, *command, "--samples", "3")
     assert made["step"] == LAST and made["metrics"]["val"] == {"accuracy": LAST / 10, "samples": 4}
     assert made["metrics"]["test"]["samples"] == 3
     assert mitrain.from_pretrained(world / "latest").run.saved.step == LAST

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from commands import as_json
 from exported import PROMPT
 from folders import colour_world
 
@@ -41,8 +42,7 @@ def test_it_opens_where_it_was_made_and_says_what_it_names(world, run, exported,
     image = next((world / "data" / "images").glob("*.png"))
     expected = mitrain.from_pretrained(exported).predict(image, PROMPT)
     moved = shutil.copytree(exported, tmp_path / "moved")
-    assert main(["predict", str(moved), "--image", str(image), "--text", PROMPT, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == expected
+    assert as_json(capsys, "predict", moved, "--image", image, "--text", PROMPT) == expected
     assert main(["export", str(run), "--out", str(tmp_path / "again")]) == 0
     assert "folders of this machine (~/llm, ~/vision): others give --base and --encoder" in caplog.text
 

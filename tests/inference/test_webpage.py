@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from commands import as_json
 from folders import as_label, colour_world, rewrite, run_settings
 
 from mitrain.cli import main
@@ -84,10 +85,8 @@ def test_without_matplotlib_one_line_says_so_and_the_run_is_whole(world, tmp_pat
 
 def test_a_report_adds_controls_classes_and_samples(world, capsys):
     pytest.importorskip("matplotlib")
-    assert main(["report", str(world / "run"), "--json"]) == 0
-    results = json.loads(capsys.readouterr().out)
-    assert main(["eval", str(world / "run"), "--split", "test", "--json"]) == 0
-    scored = json.loads(capsys.readouterr().out)
+    results = as_json(capsys, "report", world / "run")
+    scored = as_json(capsys, "eval", world / "run", "--split", "test")
     text = (world / "run/report.html").read_text()
     read = Read(text)
     assert alone(read) and "<red>" not in text and "&lt;red&gt;" in text, "names are text, not markup"

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from commands import as_json
 from folders import colour_records, llm_folder, vision_folder
 
 from mitrain.cli import main
@@ -152,9 +153,7 @@ def test_a_run_writes_its_chat_template_down_and_is_scored_by_it(folder, tmp_pat
     kept = schema.load(run / "config.yaml").task
     assert kept.template == in_chat("{prompt}", "Be brief.", read_tokenizer(folder), "llm") and not kept.chat
     assert kept.turn == earlier_turn("{prompt}", "Be brief.", read_tokenizer(folder), "llm")
-    capsys.readouterr()
-    assert main(["eval", str(run), "--split", "test", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == 1
+    assert as_json(capsys, "eval", run, "--split", "test")["accuracy"] == 1
 
 
 def test_settings_are_written_out_once(folder):

@@ -1,9 +1,8 @@
 """What `mitrain config` shows: every setting with its meaning, and a JSON schema that takes what the product takes."""
 
-import json
-
 import jsonschema
 import pytest
+from commands import as_json
 from source_tree import ROOT
 
 from mitrain.cli import main
@@ -63,8 +62,7 @@ def test_keys_are_found_by_their_beginning_or_by_a_kind(capsys):
     assert main(["config", "--keys", "adapter.rank"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("  ")] == ["adapter.rank"] * 4
-    assert main(["config", "--keys", "mmsa", "--json"]) == 0
-    assert {one["where"] for one in json.loads(capsys.readouterr().out)} == {"data.name=mmsa"}
+    assert {one["where"] for one in as_json(capsys, "config", "--keys", "mmsa")} == {"data.name=mmsa"}
     assert main(["config", "--keys", "adaptr"]) == 2
     assert "no setting begins with 'adaptr' (did you mean 'adapter'?)" in capsys.readouterr().err
 
@@ -80,8 +78,7 @@ def test_a_configuration_is_shown_with_every_default_and_is_one_itself(capsys, t
 
 def test_shipped_configurations_go_by_their_names_and_a_file_comes_first(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["config", "--json"]) == 0
-    named = json.loads(capsys.readouterr().out)
+    named = as_json(capsys, "config")
     assert named["quickstart"].startswith("A frozen language model") and "studies/fusion" in named
     assert main(["train", "quickstrat", "--dry-run"]) == 2
     assert "no configuration file 'quickstrat' (did you mean 'quickstart'?)" in capsys.readouterr().err
