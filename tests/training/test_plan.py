@@ -1,11 +1,13 @@
 """mitrain plan: what it counts without storage is what a step with storage takes."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from methods_world import configured, make_world
+from mitrain_kernels.infused_swiglu import op as swiglu
 from torch.utils.flop_counter import FlopCounterMode
 
 from mitrain.cli import main
@@ -14,7 +16,7 @@ from mitrain.methods import METHODS
 from mitrain.training import schema
 from mitrain.training.build import resolved
 from mitrain.training.engine import ZeroConfig
-from mitrain.training.plan import PlanRequest, machine_of, plan
+from mitrain.training.plan import PlanRequest, machine_of, plan, tracing
 from mitrain.training.plan.plan import largest, measured
 from mitrain.training.plan.tracing import own_operators, traced
 from mitrain.training.plan.traffic import gathered, traffic
@@ -174,3 +176,15 @@ def test_a_batch_twice_the_largest_does_not_fit(world, capsys):
     most = said(capsys, path, *memory)["largest_batch"]
     assert 4 < most < 512 and said(capsys, path, *memory, f"train.batch={most}")["fits"]
     assert not said(capsys, path, *memory, f"train.batch={most * 5 // 4}")["fits"]
+
+
+def test_blocks_of_tokens_are_counted_without_running_each(world, monkeypatch):
+    """Infused SwiGLU in blocks of a few tokens: the same FLOPs, bytes moved and peak as where every block is run."""
+    monkeypatch.setattr(swiglu, "CPU_BLOCK", 64)
+    config = resolved(schema.load(configured(world, "mit", "classify"), ["cache=false"]))
+    few = measured(config, ASKED).traced
+    monkeypatch.setattr(tracing, "one_block_of_each_size", lambda meter: nullcontext())
+    every = measured(config, ASKED).traced
+    assert len(few.course) < len(every.course)
+    assert (few.flops, few.peak, few.kept) == (every.flops, every.peak, every.kept)
+    assert sorted(few.operators) == sorted(every.operators)

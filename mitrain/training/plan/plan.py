@@ -3,6 +3,7 @@
 Everything is counted on the models without weights that the configuration describes; what is assumed is listed.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -213,7 +214,7 @@ def plan(config: RunConfig, asked: PlanRequest, *, remedies: bool = True, found:
     """What ``config`` takes; where it does not fit, with what it would (each tried). ``found``: `measured` already, of as
     many samples a rank."""
     found = found or measured(config, asked)
-    sent = traffic(config.zero, asked.ranks, bytes_of(found.model.trained()), found.traced.order, config.train.accumulate)
+    sent = sent_in(config, asked, found)
     parts, moments = memory(config, asked, found, sent)
     total, budget = max(moments.values()), asked.machine.memory
     times = step_ms(config, asked, found, sent)
@@ -246,11 +247,11 @@ def plan(config: RunConfig, asked: PlanRequest, *, remedies: bool = True, found:
         config_hash=config.hash,
         config=config.name,
     )
-    return made if fits or not remedies else with_remedies(made, config, asked)
+    return made if fits or not remedies else with_remedies(made, config, asked, found)
 
 
-def with_remedies(made: Plan, config: RunConfig, asked: PlanRequest) -> Plan:
-    tried, batch = [], made.largest_batch
+def with_remedies(made: Plan, config: RunConfig, asked: PlanRequest, found: Measured) -> Plan:
+    tried, batch, known = [], made.largest_batch, {apart_from_zero(config): found}
     for _ in range(2):  # several micro-batches keep their gradients meanwhile, so that the first may be too large
         if not asked.ranks <= batch < config.train.batch:
             break
@@ -264,11 +265,24 @@ def with_remedies(made: Plan, config: RunConfig, asked: PlanRequest) -> Plan:
     for changes in REMEDIES:
         try:
             other = schema.from_dict(override(config.to_dict(), changes))
-            if other.to_dict() != config.to_dict() and plan(other, asked, remedies=False).fits:
+            if other.to_dict() == config.to_dict():
+                continue
+            step = known.get(key := apart_from_zero(other)) or known.setdefault(key, measured(other, asked))
+            if max(memory(other, asked, step, sent_in(other, asked, step))[1].values()) <= asked.machine.memory:
                 tried.append(" ".join(changes))
         except (ConfigError, ModelError):
             continue  # a change that this configuration does not take is no remedy
     return Plan(**{**vars(made), "remedies": tried or ["a machine with more memory, or a smaller model"]})
+
+
+def apart_from_zero(config: RunConfig) -> str:
+    """Configurations of which this is the same are `measured` alike: how weights are shared changes no operator."""
+    return json.dumps({**config.to_dict(), "zero": None}, sort_keys=True)
+
+
+def sent_in(config: RunConfig, asked: PlanRequest, found: Measured) -> Traffic:
+    weights = bytes_of(found.model.trained())
+    return traffic(config.zero, asked.ranks, weights, found.traced.order, config.train.accumulate)
 
 
 # Memory
