@@ -23,7 +23,8 @@ from mitrain.core.errors import ConfigError, MissingExtraError, UserError
 Work = Callable[..., None]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    # What mitrain's command line tells glibc: page faults on fresh blocks would be most of the time.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    # What mitrain's command line tells glibc and torch: page faults on fresh blocks would be most of the time.
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mitrain.core import dist
+from mitrain.core import dist, memory
 from mitrain.core.errors import CheckpointError, UserError, is_out_of_memory
 from mitrain.data.loader import Draw
 from mitrain.data.sources import limit
 from mitrain.models import loading
 from mitrain.training import checkpoint
-from mitrain.training.plan import machines
 from mitrain.training.plan.batch import LOOKED_AT
 from mitrain.training.telemetry import memory_bytes
 
@@ -99,10 +98,11 @@ def check_memory(trainer: Any) -> None:
     before, short = memory_bytes(), None
     trainer.model.train()
     try:
-        states = states_to_come(trainer)
-        trainer._accumulate(draws, share)
-        trainer.engine.discard()
-        del states
+        with memory.bounded():
+            states = states_to_come(trainer)
+            trainer._accumulate(draws, share)
+            trainer.engine.discard()
+            del states
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -185,7 +185,7 @@ def memory_there() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[1]
     bound = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return min(machines.memory_here(), bound if bound != resource.RLIM_INFINITY else sys.maxsize)
+    return min(memory.there(), bound if bound != resource.RLIM_INFINITY else sys.maxsize)
 
 
 def size(count: float) -> str:

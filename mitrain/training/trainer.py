@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mitrain.core import allocator, dist
+from mitrain.core import allocator, dist, memory
 from mitrain.core.errors import PREEMPTED, CheckpointError, ConfigError
 from mitrain.core.files import write_json
 from mitrain.core.ownership import Standing, owned
@@ -173,7 +173,7 @@ class Trainer(Setup):
 
     def _step(self) -> tuple[StepResult, float]:
         start = time.perf_counter()
-        with self.watch.phase("train"):
+        with self.watch.phase("train"), memory.bounded():
             self.model.train()
             self.tokens, self.waited = 0, 0.0
             for _ in range(self.config.train.accumulate):

@@ -183,7 +183,7 @@ def test_blocks_of_tokens_are_counted_without_running_each(world, monkeypatch):
     monkeypatch.setattr(swiglu, "CPU_BLOCK", 64)
     config = resolved(schema.load(configured(world, "mit", "classify"), ["cache=false"]))
     few = measured(config, ASKED).traced
-    monkeypatch.setattr(tracing, "one_block_of_each_size", lambda meter: nullcontext())
+    monkeypatch.setattr(tracing, "one_block_of_each_size", lambda comes: nullcontext())
     every = measured(config, ASKED).traced
     assert len(few.course) < len(every.course)
     assert (few.flops, few.peak, few.kept) == (every.flops, every.peak, every.kept)

@@ -141,8 +141,11 @@ def test_how_many_checkpoints_stand_at_once(world):
 
 def test_memory_there_is_the_least_of_what_bounds_a_process(monkeypatch, tmp_path):
     whole = preflight.memory_there()
-    group = tmp_path / "memory.max"
-    monkeypatch.setattr(preflight.machines, "CGROUPS", (str(group), str(tmp_path / "absent")))
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    (tmp_path / "self").write_text("3:cpuset:/\n0::/job/step\n")
+    monkeypatch.setattr(preflight.memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(preflight.memory, "OF_THIS", tmp_path / "self")
+    group = tmp_path / "job" / "memory.max"
     group.write_text("max\n")
     assert preflight.memory_there() >= whole
     group.write_text("4096\n")

@@ -6,18 +6,17 @@ No GPU was used to check these numbers. Rates are dense (no sparsity), bandwidth
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from mitrain.core import memory
 from mitrain.core.errors import ConfigError
 from mitrain.models.loading import DTYPES
 
 GB = 10**9
 PER_NODE = 8
-CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def cpu() -> Machine:
     source = torch.zeros(1 << 23)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes * often(lambda: target.copy_(source))
-    return Machine("cpu", memory_here(), rates, bandwidth, bandwidth / 4, 0)
+    return Machine("cpu", memory.there(), rates, bandwidth, bandwidth / 4, 0)
 
 
 def products(dtype: torch.dtype, side: int = 512) -> float:
@@ -94,15 +93,6 @@ def often(work: Callable[[], object], seconds: float = 0.1) -> float:
         work()
         best = min(best, time.perf_counter() - start)
     return 1 / best
-
-
-def memory_here() -> int:
-    """Bytes of this machine, or of the control group that this process may use."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in CGROUPS:
-        with suppress(OSError, ValueError):  # "max", or no such group
-            sizes.append(int(Path(path).read_text()))
-    return min(sizes)
 
 
 def resident() -> int:

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from mitrain_kernels.infused_swiglu import op as swiglu
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules import module as hooks
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from mitrain.methods.kernels import one_block_of_each_size
 from mitrain.models import layouts
 from mitrain.tasks.base import Batch
 from mitrain.training.build import Model
@@ -68,9 +68,13 @@ class Meter(TorchDispatchMode):
         self.flops = self.now = self.peak = self.gradients = self.gradients_at_peak = 0
         self.course: list[int] = []
         self.operators: list[tuple[int, int]] = []
-        self.parts, self.times = [ELSEWHERE], 1  # how often what is called now comes
+        self.parts, self.times = [ELSEWHERE], 1
         self.live: dict[int, tuple[int, str, Any]] = {}
         self.formulas = {**flop_registry, **own_operators()}
+
+    def comes(self, times: int) -> None:
+        """What is called from now on comes so often, and makes and lets go of the same each time."""
+        self.times = times
 
     def known(self, *outside: Tensor) -> None:
         """These tensors were there before: views and changes of them are nothing new."""
@@ -128,34 +132,6 @@ class Meter(TorchDispatchMode):
         for size, part, _ in self.live.values():
             found[part] += size
         return {part: size for part, size in found.items() if size}
-
-
-@contextmanager
-def one_block_of_each_size(meter: Meter) -> Iterator[None]:
-    """Inside, infused SwiGLU on a CPU, which works block by block, runs at most two blocks of tokens of each size.
-
-    The first begins without what a block before it leaves; the second stands for all others, which make the same tensors. A
-    batch of LLaMA-2-7B has hundreds of them in every layer.
-    """
-
-    def few(gate: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[swiglu.Place, slice | int]]:
-        alike: dict[tuple[int, ...], list[tuple[swiglu.Place, slice | int]]] = {}
-        for where, whose in every(gate, cu_seqlens):
-            places = where if isinstance(where, tuple) else (where,)
-            size = (len(range(n)[place]) for n, place in zip(gate.shape, places, strict=False))
-            alike.setdefault(tuple(size), []).append((where, whose))
-        for first, *others in alike.values():
-            yield first
-            if others:
-                meter.times = len(others)
-                yield others[0]
-                meter.times = 1
-
-    every, swiglu.blocks = swiglu.blocks, few
-    try:
-        yield
-    finally:
-        swiglu.blocks = every
 
 
 def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -296,7 +272,7 @@ def passed(model: Model, run: Callable[[Meter], object], mode: FakeTensorMode | 
     """The most bytes that live at once beside the weights while ``run``, which is given the meter, computes without
     gradients."""
     meter, _ = metered(model, mode)
-    with torch.no_grad(), meter, one_block_of_each_size(meter) if mode else nullcontext():
+    with torch.no_grad(), meter, one_block_of_each_size(meter.comes) if mode else nullcontext():
         run(meter)
     return meter.peak
 
@@ -312,7 +288,7 @@ def traced(model: Model, batch: Batch, mode: FakeTensorMode | None = None) -> Tr
                 undo.callback(setattr, weight, "grad", None)
         undo.enter_context(meter)
         if mode:
-            undo.enter_context(one_block_of_each_size(meter))
+            undo.enter_context(one_block_of_each_size(meter.comes))
         with told_parts(meter, model, order):
             total, _ = regularised(model.task.loss(batch), model.adapter.extra_loss())
         forward, kept = meter.flops, meter.by_part()
