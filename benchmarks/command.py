@@ -160,7 +160,9 @@ def add_short(verbs: Any) -> None:
     stream.add_argument("--rows", type=int, nargs="+", metavar="N", help="(default: 100000 1000000)")
     text = "what mitrain plan says of memory and gathers, beside what runs take; tables for large models"
     plan = benchmark(verbs, "plan", run_plan, text, "gathers of one precision")
-    plan.add_argument("--configs", nargs="*", default=["quickstart"], metavar="NAME", help="(default: quickstart)")
+    each = "each may have overrides, as 'quickstart train.batch=8' (default: quickstart)"
+    plan.add_argument("--configs", nargs="*", default=["quickstart"], metavar="NAME", help=each)
+    plan.add_argument("--memory-alone", action="store_true", help="no gathers and no tables for large models")
     text = "the word error rate of a prepared Whisper on the lines of dialogue, beside a limit"
     transcribe = benchmark(verbs, "transcribe", run_transcribe, text, "20 clips")
     transcribe.add_argument("--model", default="whisper-base", metavar="NAME", help="(default: whisper-base)")
@@ -318,7 +320,7 @@ def run_transcribe(arguments: argparse.Namespace) -> Any:
 def run_plan(arguments: argparse.Namespace) -> Any:
     from benchmarks import plan
 
-    found = plan.measured(arguments.configs, arguments.quick, again(arguments), say=aside)
+    found = plan.measured(arguments.configs, arguments.quick, again(arguments), aside, arguments.memory_alone)
     return show(arguments, found, plan.table(found))
 
 

@@ -42,30 +42,34 @@ GPUS = (1, 8, 64, 256, 1024)
 SHARE = 8  # samples of a rank
 
 
-def measured(configs: Sequence[str], quick: bool, command: str, say: Callable[[str], object]) -> dict[str, Any]:
+def measured(
+    configs: Sequence[str], quick: bool, command: str, say: Callable[[str], object], memory_alone: bool = False
+) -> dict[str, Any]:
+    """``configs``: each may have overrides behind its name, as ``quickstart train.batch=8``."""
     rows: dict[str, list[Row]] = {"memory": [], "gathers": [], "scale": []}
     for config in configs:
         both = (ranks.found(work, (config,), 1, LIMIT_S) for work in (planned, held))
         rows["memory"].append({"config": config, **next(both), **next(both)})
         say(f"{config}: {rows['memory'][-1]}")
-    for precision in PRECISIONS[:1] if quick else PRECISIONS:
+    for precision in () if memory_alone else PRECISIONS[:1] if quick else PRECISIONS:
         rows["gathers"].append(gathers(precision))
         say(f"{precision}: {rows['gathers'][-1]}")
-    for size in SIZES:
+    for size in () if memory_alone else SIZES:
         rows["scale"] += scale(size)
         say(f"{size}: {len(GPUS)} sizes")
     return {"made": {"command": command, **made_with(("torch", "transformers", "deepspeed"))}, **rows}
 
 
 def planned(config: str, out: Path) -> None:
-    found = plan(schema.load(config, SHORT), PlanRequest(machine_of("cpu")), remedies=False)
+    name, *overrides = config.split()
+    found = plan(schema.load(name, [*overrides, *SHORT]), PlanRequest(machine_of("cpu")), remedies=False)
     write_json(out, {"planned": found.total_bytes, "moments": found.moments})
 
 
 def held(config: str, out: Path) -> None:
     """The short run, by the command that a user gives."""
     with tempfile.TemporaryDirectory() as runs:
-        code = main(["train", config, *SHORT, "--runs", runs])
+        code = main(["train", *config.split(), *SHORT, "--runs", runs])
     if code:
         sys.exit(code)
     write_json(out, {"measured": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
@@ -110,7 +114,8 @@ def table(found: dict[str, Any]) -> str:
     for kind, title in (("memory", "configuration"), ("gathers", "weights")):
         rows = [[markdown.code(row.get("config") or row["precision"]), *beside(row)] for row in found[kind]]
         lines += [*markdown.table((title, "planned MiB", "measured MiB", "ratio"), rows), ""] if rows else []
-    return "\n".join([*lines, made, "", *scale_lines(found["scale"]), made, ""])
+    shown = [*scale_lines(found["scale"]), made, ""] if found["scale"] else []
+    return "\n".join([*lines, made, "", *shown])
 
 
 def scale_lines(rows: Sequence[Row]) -> list[str]:

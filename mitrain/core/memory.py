@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 GROUPS, OF_THIS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-PAD = 64 << 20
-"""Bytes that malloc takes ahead of what is asked for (`allocator.keep_freed`): they are mapped and hold nothing."""
+KEPT = 32 << 20
+"""Bytes of what a group has left that are not for a process's data: page tables, and pages of the code that runs."""
 UNLIMITED = 1 << 62  # what a group of version 1 without a limit says is 2⁶³ less a page
 
 
@@ -57,6 +57,18 @@ def there() -> int:
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(group.most() for group in groups())])
 
 
+def heap_handed_back() -> int:
+    """Bytes of malloc's heap that are mapped and not in memory, as after `allocator.give_back`: they come back without a
+    word to the kernel's limits. Reading them takes milliseconds."""
+    size = resident = 0
+    with suppress(OSError):
+        for mapping in Path("/proc/self/smaps").read_text().split("VmFlags:"):
+            if "[heap]" in mapping:
+                size += int(mapping.split("\nSize:")[1].split()[0])
+                resident += int(mapping.split("\nRss:")[1].split()[0])
+    return 1024 * (size - resident)
+
+
 @contextmanager
 def bounded() -> Iterator[None]:
     """Inside, what this process takes beyond what its control groups have left is refused: MemoryError, or torch's
@@ -71,9 +83,9 @@ def bounded() -> Iterator[None]:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    mapped = 1024 * int(status.read_text().split("VmData:")[1].split()[0])
+    mapped = 1024 * int(status.read_text().split("VmData:")[1].split()[0]) - heap_handed_back()
     bounds = [bound for bound in before if bound != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(mapped + max(0, left) + PAD, *bounds, sys.maxsize), before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (min(mapped + max(0, left - KEPT), *bounds, sys.maxsize), before[1]))
     try:
         yield
     finally:

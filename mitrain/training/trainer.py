@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,8 @@ class Trainer(Setup):
             self.pace.clear()
             stopped = dist.first_not_none(stop.requested)
             while step < span.steps and not stopped and not self.best.ended:
-                result, seconds = self._step()
+                with memory.bounded() if step == first else nullcontext():
+                    result, seconds = self._step()
                 # What a gradient reaches follows from the configuration: the first step shows it.
                 if step == first and result.applied:
                     self._check_reached(result.unreached)
@@ -173,7 +174,7 @@ class Trainer(Setup):
 
     def _step(self) -> tuple[StepResult, float]:
         start = time.perf_counter()
-        with self.watch.phase("train"), memory.bounded():
+        with self.watch.phase("train"):
             self.model.train()
             self.tokens, self.waited = 0, 0.0
             for _ in range(self.config.train.accumulate):

@@ -41,13 +41,13 @@ def test_the_limit_of_a_group_above_holds_too(job):
 
 
 def test_more_than_is_left_is_refused_and_less_is_not(job):
-    """64 MiB are left, 32 of them pages of files; what malloc maps ahead is allowed beyond that."""
-    limited(job, 100 * MIB, 68 * MIB, 32 * MIB)
+    """96 MiB are left, 32 of them pages of files."""
+    limited(job, 132 * MIB, 68 * MIB, 32 * MIB)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     with memory.bounded():
-        torch.empty(60 * MIB, dtype=torch.uint8)
+        torch.empty(96 * MIB - memory.KEPT - 4 * MIB, dtype=torch.uint8)
         with pytest.raises(RuntimeError) as refused:
-            torch.empty(64 * MIB + memory.PAD + 8 * MIB, dtype=torch.uint8)
+            torch.empty(100 * MIB, dtype=torch.uint8)
     assert is_out_of_memory(refused.value) and resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
