@@ -3,14 +3,17 @@
 import os
 import resource
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from mitrain.core.errors import UserError
+
 GROUPS, OF_THIS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-KEPT = 32 << 20
-"""Bytes of what a group has left that are not for a process's data: page tables, and pages of the code that runs."""
+NEAR, LAST, EVERY_S = 48 << 20, 24 << 20, 0.01
+"""Bytes left, looked at so often, below which a process may map no more, and below which it ends."""
 UNLIMITED = 1 << 62  # what a group of version 1 without a limit says is 2⁶³ less a page
 
 
@@ -57,36 +60,44 @@ def there() -> int:
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(group.most() for group in groups())])
 
 
-def heap_handed_back() -> int:
-    """Bytes of malloc's heap that are mapped and not in memory, as after `allocator.give_back`: they come back without a
-    word to the kernel's limits. Reading them takes milliseconds."""
-    size = resident = 0
-    with suppress(OSError):
-        for mapping in Path("/proc/self/smaps").read_text().split("VmFlags:"):
-            if "[heap]" in mapping:
-                size += int(mapping.split("\nSize:")[1].split()[0])
-                resident += int(mapping.split("\nRss:")[1].split()[0])
-    return 1024 * (size - resident)
-
-
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Inside, what this process takes beyond what its control groups have left is refused: MemoryError, or torch's
+    """Inside, a process whose control groups have next to nothing left is refused what it asks for: MemoryError, or torch's
     RuntimeError. Without it the kernel ends the process, which then says nothing.
 
-    Several processes of a group are not told of one another: what is left to them together is left to each.
+    What is left is watched, since what a process has mapped says little of what it holds: malloc maps 64 MB ahead for every
+    thread. Several processes of a group are not told of one another.
     """
-    status, left = Path("/proc/self/status"), sys.maxsize
-    with suppress(OSError, ValueError):
-        left = min((group.left() for group in groups()), default=left)
-    if left > UNLIMITED or not status.is_file():
+    watched = [group for group in groups() if group.most() < UNLIMITED]
+    if not watched or not Path("/proc/self/status").is_file():
         yield
         return
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    mapped = 1024 * int(status.read_text().split("VmData:")[1].split()[0]) - heap_handed_back()
-    bounds = [bound for bound in before if bound != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(mapped + max(0, left - KEPT), *bounds, sys.maxsize), before[1]))
+    before, ended = resource.getrlimit(resource.RLIMIT_DATA), threading.Event()
+    thread = threading.Thread(target=watch, args=(watched, ended, before[1]), daemon=True)
+    thread.start()
     try:
         yield
     finally:
+        ended.set()
+        thread.join()
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def watch(watched: Sequence[Group], ended: threading.Event, hard: int) -> None:
+    """Until it has ``ended``; once little is left, what this process has mapped is the most it may map.
+
+    Where it goes on with what malloc had mapped ahead, it ends in a line just before the kernel would end it without one.
+    """
+    mapped = 0
+    while not ended.wait(EVERY_S):
+        with suppress(OSError, ValueError):
+            left = min(group.left() for group in watched)
+            if left < NEAR and not mapped:
+                mapped = 1024 * int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0])
+                resource.setrlimit(resource.RLIMIT_DATA, (mapped, hard))
+            elif left < LAST:
+                limit = min(group.most() for group in watched) / 1e6
+                text = f"mitrain: out of memory (of the {limit:,.0f} MB of this process's control group nothing is left): "
+                os.write(2, f"{text}lower train.batch, or raise the limit to what mitrain plan says\n".encode())
+                os._exit(UserError.exit_code)
+                return

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import time
 
 import pytest
 import torch
@@ -40,15 +41,32 @@ def test_the_limit_of_a_group_above_holds_too(job):
     assert memory.there() == whole
 
 
-def test_more_than_is_left_is_refused_and_less_is_not(job):
-    """96 MiB are left, 32 of them pages of files."""
+def test_where_next_to_nothing_is_left_more_is_refused(job):
+    """96 MiB are left, 32 of them pages of files; then 32 of them."""
     limited(job, 132 * MIB, 68 * MIB, 32 * MIB)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     with memory.bounded():
-        torch.empty(96 * MIB - memory.KEPT - 4 * MIB, dtype=torch.uint8)
+        time.sleep(5 * memory.EVERY_S)
+        torch.empty(100 * MIB, dtype=torch.uint8)
+        limited(job, 132 * MIB, 132 * MIB, 32 * MIB)
+        waits = iter(range(1000))
+        while resource.getrlimit(resource.RLIMIT_DATA) == before and next(waits, None) is not None:
+            time.sleep(memory.EVERY_S)
         with pytest.raises(RuntimeError) as refused:
             torch.empty(100 * MIB, dtype=torch.uint8)
     assert is_out_of_memory(refused.value) and resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_where_nothing_is_left_the_process_ends_in_a_line(job, monkeypatch, capfd):
+    limited(job, 100 * MIB, 99 * MIB, 0)
+    codes = []
+    monkeypatch.setattr(memory.os, "_exit", codes.append)
+    with memory.bounded():
+        waits = iter(range(1000))
+        while not codes and next(waits, None) is not None:
+            time.sleep(memory.EVERY_S)
+    told = capfd.readouterr().err
+    assert codes == [2] and told.startswith("mitrain: out of memory (of the 105 MB") and told.count("\n") == 1
 
 
 def test_without_a_limit_nothing_is_bounded(job):
