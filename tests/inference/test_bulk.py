@@ -67,7 +67,10 @@ def test_the_rows_of_a_table_are_asked_and_gone_on_with(world, run, images, tmp_
     assert (again["kept"], again["asked"]) == (3, 3) and [one.files["image"].name for one in asked] == [
         path.name for path in images[3:]
     ]
-    assert (tmp_path / "out.jsonl").read_text().splitlines(keepends=True) == text
+    assert (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)[:3] == text[:3]
+    for line, before in zip(lines(tmp_path / "out.jsonl"), found, strict=True):  # answered beside others: rounding moves
+        chances = before.pop("probabilities")
+        assert line.pop("probabilities") == pytest.approx(chances, abs=2e-6) and line == before
 
 
 def test_conversations_are_asked_their_last_question(world, images, tmp_path, capsys):
