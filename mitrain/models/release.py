@@ -4,9 +4,11 @@ What is not there keeps its shape, type and device, and holds NaN in the memory 
 tensors reads them from the checkpoint, bit for bit, when it is called, and then keeps them.
 """
 
+import ctypes
 import logging
+import mmap
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -190,19 +192,48 @@ def release(model: nn.Module, source: str | Path | None, modules: Iterable[nn.Mo
     weights = None if source is None else Weights.of(source)
     if weights is None:
         return 0
-    stored, size, wanted, shards = Stored(weights, model), 0, set(modules), []
+    stored, wanted, going, held = Stored(weights, model), set(modules), [], {}
     for name, module in model.named_modules():
         names = releasable(module) if module in wanted and not watching(module) else []
         own = {key: module._parameters[key] for key in names}
         if own and (sources := stored.sources(name, module, own)) is not None:
-            size += sum(held_in(p).nbytes for p in own.values() if not is_released(p))
-            gone = Released(name, module, weights, sources)
-            shards += [gone] if any(map(loading.is_sharded, own.values())) else []
+            held |= {id(p): held_in(p) for p in own.values() if not is_released(p)}
+            going.append((name, module, sources, any(map(loading.is_sharded, own.values()))))
+    size = sum(tensor.nbytes for tensor in held.values())
+    leave_files(held.values())
+    there = [(Released(name, module, weights, sources), sharded) for name, module, sources, sharded in going]
+    shards = [gone for gone, sharded in there if sharded]
     for gone in shards:
         gone.group = shards
     allocator.give_back()
     log.info("%d MB of frozen weights were let go of: the cache holds what they make of the samples", size // 10**6)
     return size
+
+
+def leave_files(tensors: Iterable[Tensor]) -> None:
+    """Take the pages of a checkpoint's file that ``tensors``, unchanged since they were read, lie in out of this process.
+
+    Tensors of a file may share one map of it, which stays as long as one of them is in use, with every page that was read. A
+    page that is read again comes from the file. Elsewhere than on Linux nothing is done.
+    """
+    with suppress(OSError, AttributeError):
+        maps, advise = private_maps(), ctypes.CDLL("libc.so.6").madvise
+        for tensor in tensors:
+            page, start = mmap.PAGESIZE, tensor.data_ptr()
+            first, last = -(-start // page) * page, (start + tensor.nbytes) // page * page
+            if first < last and tensor.is_contiguous() and any(low <= first and last <= high for low, high in maps):
+                advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def private_maps() -> list[tuple[int, int]]:
+    """First and last address of each private map of a safetensors file: what is written there stays in the process."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, rights, *_, name = line.split(maxsplit=5)
+        if name.endswith(".safetensors") and rights.endswith("p"):
+            low, high = place.split("-")
+            found.append((int(low, 16), int(high, 16)))
+    return found
 
 
 class Stored:

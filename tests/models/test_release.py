@@ -1,10 +1,12 @@
 """Frozen weights that were let go of: what stays, and that they come back bit for bit when something runs them."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from folders import llm_folder, vision_folder
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import DEPTH, NAMES, text, tiny
 from transformers import AutoModelForCausalLM
@@ -13,7 +15,7 @@ from mitrain.core.errors import ModelError
 from mitrain.models import ImageConfig, ImageEncoder, TextBackbone
 from mitrain.models.frozen import replay, trunk_states
 from mitrain.models.layouts import layers_of
-from mitrain.models.release import below, is_released, release
+from mitrain.models.release import below, is_released, leave_files, release
 
 
 def held_bytes(model):
@@ -144,3 +146,22 @@ def test_weights_that_are_not_finite_are_told_when_they_are_read(tmp_path):
     lean = TextBackbone.load(tmp_path, torch.float32, unread=lambda model: below(model, 1, speaks=True))
     with pytest.raises(ModelError, match="not finite .the first in model.layers.0.mlp.down_proj.weight"):
         lean.identity(1)
+
+
+def resident_pages_of_files():
+    return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux alone says what a process has mapped")
+def test_pages_of_a_checkpoint_that_is_in_use_in_part_go_and_come_back(tmp_path):
+    """Two tensors of 8 MiB in one map: that of the first leaves the process, and is read again; others stay as they are."""
+    tensors = {name: torch.full((2, 1 << 20), value) for name, value in (("gone", 1.0), ("kept", 2.0))}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        gone, kept = (file.get_tensor(name) for name in tensors)
+    elsewhere = torch.full((2, 1 << 20), 3.0)
+    before = [x.sum() for x in (gone, kept, elsewhere)] and resident_pages_of_files()
+    leave_files([gone, elsewhere])
+    assert before - resident_pages_of_files() > 7 * 1024
+    assert torch.equal(gone, tensors["gone"]) and torch.equal(kept, tensors["kept"])
+    assert torch.equal(elsewhere, torch.full_like(elsewhere, 3.0)), "what lies in no file is left alone"
