@@ -18,7 +18,7 @@ from mitrain.cli import main
 from mitrain.core import markdown
 from mitrain.core.files import write_json
 from mitrain.core.provenance import made_with, sentence
-from mitrain.training import schema
+from mitrain.training import build, schema
 from mitrain.training.plan import PlanRequest, machine_of, plan
 from mitrain.training.plan.plan import measured as step_of
 
@@ -67,8 +67,9 @@ def planned(config: str, out: Path) -> None:
 
 
 def held(config: str, out: Path) -> None:
-    """The short run, by the command that a user gives."""
+    """The short run, by the command that a user gives, with an empty cache of features: encoding is a moment of the plan."""
     with tempfile.TemporaryDirectory() as runs:
+        build.cache_root = lambda config: Path(runs) / "features" if config.cache else None
         code = main(["train", *config.split(), *SHORT, "--runs", runs])
     if code:
         sys.exit(code)
