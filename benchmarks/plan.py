@@ -6,7 +6,9 @@ scale    LLaMA-2-7B and a Llama of 70 B on 1 to 1,024 GPUs: estimates
 """
 
 import json
+import os
 import resource
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ranks
-from mitrain.cli import main
 from mitrain.core import markdown
-from mitrain.core.files import write_json
+from mitrain.core.errors import UserError
+from mitrain.core.files import cache_home, write_json
 from mitrain.core.provenance import made_with, sentence
-from mitrain.training import build, schema
+from mitrain.training import schema
 from mitrain.training.plan import PlanRequest, machine_of, plan
 from mitrain.training.plan.plan import measured as step_of
 
@@ -61,19 +63,29 @@ def measured(
 
 
 def planned(config: str, out: Path) -> None:
-    name, *overrides = config.split()
-    found = plan(schema.load(name, [*overrides, *SHORT]), PlanRequest(machine_of("cpu")), remedies=False)
-    write_json(out, {"planned": found.total_bytes, "moments": found.moments})
+    found = json.loads(called("plan", config, "--json").stdout)
+    write_json(out, {"planned": found["total_bytes"], "moments": found["moments"]})
 
 
 def held(config: str, out: Path) -> None:
-    """The short run, by the command that a user gives, with an empty cache of features: encoding is a moment of the plan."""
-    with tempfile.TemporaryDirectory() as runs:
-        build.cache_root = lambda config: Path(runs) / "features" if config.cache else None
-        code = main(["train", *config.split(), *SHORT, "--runs", runs])
-    if code:
-        sys.exit(code)
-    write_json(out, {"measured": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
+    """The short run, with an empty cache of features: encoding is a moment of the plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder, "cache")
+        home.mkdir()
+        for part in cache_home().iterdir():
+            if part.name != "features":
+                (home / part.name).symlink_to(part)
+        called("train", config, "--runs", f"{folder}/runs", MITRAIN_CACHE=str(home))
+    write_json(out, {"measured": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss})
+
+
+def called(verb: str, config: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What a user would call, of the short run: in a process of its own that holds nothing else."""
+    words = [sys.executable, "-m", "mitrain", verb, *config.split(), *SHORT, *options]
+    done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(done.stderr.strip().splitlines()[-1])
+    return done
 
 
 def gathers(precision: str) -> Row:
