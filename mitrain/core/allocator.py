@@ -12,8 +12,8 @@ def keep_freed() -> None:
     Page faults on fresh blocks took up to two thirds of the CPU time of encoding images.
     """
     # posix_memalign looks for a hole of size + alignment. At torch's 64 bytes the rest of that hole is so small that malloc
-    # gives it to other objects at once, and the hole a tensor leaves never takes another of its size: a step of retrieval
-    # held 1.7 GB beside 1.0 GB of tensors. A page's rest stays free and is joined to the hole again.
+    # probably gives it to other objects at once, and the hole a tensor leaves never takes another of its size (inferred:
+    # with page alignment alone the heap stays as small). A page's rest stays free and is joined to the hole again.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3
     with contextlib.suppress(OSError, AttributeError):
