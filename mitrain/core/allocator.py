@@ -3,6 +3,9 @@
 import contextlib
 import ctypes
 import os
+from collections.abc import Mapping
+
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed() -> None:
@@ -15,10 +18,19 @@ def keep_freed() -> None:
     # probably gives it to other objects at once, and the hole a tensor leaves never takes another of its size (inferred:
     # with page alignment alone the heap stays as small). A page's rest stays free and is joined to the hole again.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    set_options({MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 1 << 30, TOP_PAD: 64 << 20})
+
+
+def map_large() -> None:
+    """Ask glibc to map blocks of 1 MB and more by themselves again: weights that are gathered and let go of in turn, of all
+    sizes, leave holes in the heap that others do not fit."""
+    set_options({MMAP_THRESHOLD: 1 << 20})
+
+
+def set_options(values: Mapping[int, int]) -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((mmap_threshold, 32 << 20), (trim_threshold, 1 << 30), (top_pad, 64 << 20)):
+        for option, value in values.items():
             libc.mallopt(option, value)
 
 

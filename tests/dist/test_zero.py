@@ -99,6 +99,12 @@ def test_a_head_finds_the_embedding_that_it_shares_still_gathered(engines):
         assert found["headless"][1:] == [[embedding + layer, 0]] * 2, "a head that is not called keeps nothing either"
 
 
+def test_a_small_model_is_not_gathered_whole_unless_the_user_says_so(engines):
+    """Of sixteen layers two are an eighth; the one that runs comes on top, and one that is fetched ahead."""
+    for found in engines:
+        assert max(found["layers"]) <= 4 and found["all layers"][-1] == 16
+
+
 LOW = {
     "fp32": [],
     "int8": ["model.quantize=int8", "model.quantize_embedding=true"],
@@ -160,7 +166,9 @@ def test_no_rank_holds_more_than_its_shard_and_what_is_small(shards, precision):
 def test_shards_that_the_cache_stands_for_are_let_go_of_until_something_runs_them(forge, world, tmp_path):
     """As large models' weights do, none stays whole on every rank. What is said runs all layers."""
     none = "zero.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
-    found = launch(forge, world, tmp_path, 2, str(world / "config.yaml"), "zero.stage=3", none, "name=lean", "--runs", tmp_path)
+    found = launch(
+        forge, world, tmp_path, 2, str(world / "config.yaml"), "zero.stage=3", none, "name=lean", "--runs", tmp_path
+    )
     for rank in found:
         vision, text = (rank["first"][name] for name in ("encoder0", "text"))
         assert vision["shards"] == vision["slack"]  # an element of each parameter

@@ -175,6 +175,29 @@ def tied(headless: bool) -> list[list[int]]:
     return found
 
 
+def layers(settings: dict[str, int]) -> list[int]:
+    """Of sixteen frozen layers above a trained one: how many are whole on this rank at once, the most of each step."""
+    zero = ZeroConfig(stage=3, config={"zero_optimization": settings})
+    module, found = nn.Sequential(*(nn.Linear(120, 120, bias=False) for _ in range(17))), []
+    module[1:].requires_grad_(False)
+    sharding(zero, CLIP)(module)
+    engine = ZeroEngine({"net": module}, [Group("net", {"own": module[0].weight}, 0.1)], lambda _: 1.0, CLIP, zero)
+
+    weights = [layer.weight for layer in module[1:]]  # to ask a module for its own would gather it
+
+    def count(*_: Any) -> None:
+        found[-1] = max(found[-1], sum(weight.numel() > 0 for weight in weights))
+
+    for layer in module[1:]:
+        layer.register_forward_hook(count)
+        layer.register_full_backward_hook(count)
+    for _ in range(4):
+        found.append(0)
+        engine.backward(engine.forward(lambda: module(torch.ones(2, 120)).square().sum()), 2)
+        engine.step()
+    return found
+
+
 def refusal() -> str:
     """What a setting is answered with that DeepSpeed does not know."""
     try:
@@ -188,6 +211,8 @@ def compare(out: str) -> int:
     torch.set_num_threads(1)
     with dist.process_group() as here:
         found = {**engines(), "refusal": refusal(), "tied": tied(False), "headless": tied(True)}
+        defaults = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+        found |= {"layers": layers({}), "all layers": layers({f"stage3_{name}": 10**9 for name in defaults})}
     (Path(out) / f"{here.rank}.json").write_text(json.dumps(found))
     return 0
 

@@ -118,8 +118,11 @@ def test_weights_are_gathered_again_only_behind_the_reuse_distance():
     assert gathered(order, reuse=10**9)[0] == 3 * size
     assert gathered(order, reuse=1)[0] == 5 * size
     assert gathered([(layers[0], False), *order[1:]], reuse=1)[0] == 4 * size
-    sent = traffic(ZeroConfig(stage=3), 2, trained=1000, order=order, accumulate=2)
+    sent = traffic(ZeroConfig(stage=3), 2, trained=1000, frozen=48 * 200 * 200, order=order, accumulate=2)
     assert sent.gathers == 1000 + 2 * 3 * size and sent.scatters == 1000  # frozen weights in every micro-batch
+    asked = ZeroConfig(stage=3, config={"zero_optimization": {"stage3_max_reuse_distance": 1}})
+    alone, few = (traffic(zero, 2, 1000, count, order) for zero, count in ((asked, 10**9), (ZeroConfig(stage=3), 8)))
+    assert alone.gathers == few.gathers == 1000 + 5 * size and few.held == size < alone.held
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,12 @@ Json = dict[str, Any]
 PERSIST = 10_000
 """Parameters of up to so many elements (norms, steps of small matrices) stay whole on every rank at stage 3: gathering
 them costs more than holding them."""
+DEFAULTS = {
+    "stage3_max_live_parameters": 10**9,
+    "stage3_max_reuse_distance": 10**9,
+    "stage3_prefetch_bucket_size": 5 * 10**7,
+}
+"""DeepSpeed's own, in elements: weights that run again so soon stay gathered; so many more are fetched ahead."""
 
 INSTEAD = {
     "train_batch_size": "set train.batch and train.accumulate",
@@ -99,6 +105,20 @@ def generated(zero: ZeroConfig, optimizer: OptimizerConfig, world: int) -> Json:
         "steps_per_print": None,
         "zero_optimization": sharding,
     }
+
+
+def gather_limits(frozen: int, sizes: Json) -> Json:
+    """How many of ``frozen`` elements stage 3 keeps gathered and how many it fetches ahead, unless ``sizes`` has it.
+
+    DeepSpeed's own numbers, which are ours for 8·10⁹ elements and more, hold a smaller model whole on every rank.
+    """
+    share = {"stage3_max_live_parameters": 8, "stage3_max_reuse_distance": 8, "stage3_prefetch_bucket_size": 32}
+    return {name: sizes.get(name, min(DEFAULTS[name], frozen // part)) for name, part in share.items()}
+
+
+def own_sizes(zero: ZeroConfig) -> Json:
+    """What a user's JSON says of ZeRO."""
+    return merged({}, user_json(zero.config)[1]).get("zero_optimization", {}) if zero.config is not None else {}
 
 
 def user_json(source: str | Mapping[str, Any]) -> tuple[str, Json]:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from mitrain.core import dist
+from mitrain.core import allocator, dist
 from mitrain.core.errors import ConfigError
 from mitrain.models import loading
 from mitrain.training.engine.base import Group, OptimizerConfig, T
-from mitrain.training.engine.deepspeed_config import Json, ZeroConfig, deepspeed_json
+from mitrain.training.engine.deepspeed_config import Json, ZeroConfig, deepspeed_json, gather_limits
 from mitrain.training.engine.local import LocalEngine, checked_count
 
 BUCKET = 1 << 24  # elements of gradients that are reduced at a time: 64 MiB of float32
@@ -81,6 +81,7 @@ def sharding(zero: ZeroConfig, optimizer: OptimizerConfig) -> Callable[[nn.Modul
         return None
     made = checked_json(zero, optimizer)
     ds = join()
+    allocator.map_large()
 
     def shard(module: nn.Module) -> None:
         ds.zero.Init(module=module, config_dict_or_path=made)
@@ -95,7 +96,10 @@ def gather_as_needed(parts: Mapping[str, nn.Module], zero: ZeroConfig) -> None:
 
 
 def initialize(root: "Root", made: Json, optimizer: torch.optim.Optimizer | None = None) -> Any:
-    """DeepSpeed's engine for the modules under ``root``."""
+    """DeepSpeed's engine for the modules under ``root``; a user's JSON stands before the `gather_limits` of their size."""
+    if (sizes := made["zero_optimization"])["stage"] == 3:
+        frozen = sum(loading.elements(p) for p in root.parameters() if not p.requires_grad)
+        made = {**made, "zero_optimization": {**sizes, **gather_limits(frozen, sizes)}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it imports much of torch that is deprecated
         engine = join().initialize(model=root, optimizer=optimizer, config=made, dist_init_required=False)[0]

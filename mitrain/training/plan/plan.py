@@ -281,8 +281,9 @@ def apart_from_zero(config: RunConfig) -> str:
 
 
 def sent_in(config: RunConfig, asked: PlanRequest, found: Measured) -> Traffic:
-    weights = bytes_of(found.model.trained())
-    return traffic(config.zero, asked.ranks, weights, found.traced.order, config.train.accumulate)
+    weights, held = bytes_of(found.model.trained()), frozen(found.model, *found.model.frozen)
+    elements = sum(t.numel() for t in held if isinstance(t, torch.nn.Parameter))
+    return traffic(config.zero, asked.ranks, weights, elements, found.traced.order, config.train.accumulate)
 
 
 # Memory

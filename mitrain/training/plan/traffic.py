@@ -6,15 +6,11 @@ and twice that of one that is reduced on all ranks.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from mitrain.training.engine import ZeroConfig
-from mitrain.training.engine.deepspeed_config import PERSIST
-
-REUSE, PREFETCH = 10**9, 5 * 10**7
-"""DeepSpeed's defaults, in elements: weights that run again so soon stay gathered; so many more are fetched ahead."""
+from mitrain.training.engine.deepspeed_config import PERSIST, gather_limits, own_sizes
 
 
 @dataclass(frozen=True)
@@ -39,25 +35,34 @@ class Traffic:
 
 
 def traffic(
-    zero: ZeroConfig, ranks: int, trained: int, order: Sequence[tuple[nn.Module, bool]], accumulate: int = 1
+    zero: ZeroConfig,
+    ranks: int,
+    trained: int,
+    frozen: int,
+    order: Sequence[tuple[nn.Module, bool]],
+    accumulate: int = 1,
 ) -> Traffic:
-    """``trained``: bytes of the trained weights, and of their gradients. ``order``: `Traced.order` of one micro-batch."""
+    """``trained``: bytes of the trained weights, and of their gradients; ``frozen``: elements of all that are frozen.
+    ``order``: `Traced.order` of one micro-batch."""
     if ranks == 1:
         return Traffic()
     if zero.stage == 0:
         return Traffic(reductions=trained)
     if zero.stage < 3:
         return Traffic(gathers=trained, reductions=trained)
-    own: Any = zero.config if isinstance(zero.config, dict) else {}
-    reuse = own.get("zero_optimization", {}).get("stage3_max_reuse_distance", REUSE)
-    frozen, held = gathered(order, REUSE if reuse == "auto" else int(reuse))
-    return Traffic(trained + accumulate * frozen, trained, 0, held)
+    limits = gather_limits(frozen, own_sizes(zero))
+    live, reuse, ahead = (
+        int(limits[f"stage3_{name}"]) for name in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+    )
+    gathers, held = gathered(order, reuse, min(live, ahead))
+    return Traffic(trained + accumulate * gathers, trained, 0, held)
 
 
-def gathered(order: Sequence[tuple[nn.Module, bool]], reuse: int = REUSE) -> tuple[int, int]:
+def gathered(order: Sequence[tuple[nn.Module, bool]], reuse: int, ahead: int = 0) -> tuple[int, int]:
     """(bytes of frozen weights that are gathered in a forward and backward pass, the most that are held at once).
 
-    Weights are let go behind a module unless they are used again within ``reuse`` elements; small ones are never sharded.
+    Weights are let go behind a module unless they are used again within ``reuse`` elements, and ``ahead`` elements are
+    fetched early; small ones are never sharded.
     """
     forward = [own(module) for module, _ in order]
     backward = [own(module) for module, differentiated in reversed(order) if differentiated]
@@ -73,8 +78,8 @@ def gathered(order: Sequence[tuple[nn.Module, bool]], reuse: int = REUSE) -> tup
         for weight in weights:
             if id(weight) not in again:
                 there.pop(id(weight), None)
-    ahead = max((p.element_size() for weights in uses for p in weights), default=0) * PREFETCH
-    return total, min(held + ahead, total)
+    size = max((p.element_size() for weights in uses for p in weights), default=0)
+    return total, min(held + ahead * size, total)
 
 
 def own(module: nn.Module) -> list[Tensor]:
