@@ -5,6 +5,7 @@ tensors reads them from the checkpoint, bit for bit, when it is called, and then
 """
 
 import ctypes
+import itertools
 import logging
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,8 +24,8 @@ from mitrain.models.quant.linear import FrozenLinear
 from mitrain.models.stream import Weights, fill_low_bit, placeholder
 
 log = logging.getLogger(__name__)
-START = 16
-"""Elements by which a tensor is looked for among those of its shape, before all of them are compared."""
+START, BLOCK = 16, 1 << 22
+"""Elements by which a tensor is looked for among those of its shape, and so many of it that are compared at once."""
 
 
 class Released:
@@ -275,8 +276,13 @@ def equal(stored: Tensor, parameter: Tensor) -> bool:
     if stored.shape != shape_of(parameter):
         return False
     there, here = share_of(stored, parameter).flatten(), held_in(parameter).detach().flatten()
-    parts = ([t[:START], t] for t in (there, here[: there.numel()]))
-    return all(torch.equal(t.to(u.dtype), u.cpu()) for t, u in zip(*parts, strict=True))
+    for first, end in itertools.pairwise([0, *range(START, there.numel(), BLOCK), there.numel()]):
+        part, own = there[first:end], here[first:end]
+        if not torch.equal(part.to(own.dtype), own.cpu()):
+            return False
+        if there.numel() > BLOCK:
+            leave_files([part])  # a table of words would stand in this process twice
+    return True
 
 
 def can_go(parameter: Tensor) -> bool:

@@ -15,7 +15,7 @@ from mitrain.core.errors import ModelError
 from mitrain.models import ImageConfig, ImageEncoder, TextBackbone
 from mitrain.models.frozen import replay, trunk_states
 from mitrain.models.layouts import layers_of
-from mitrain.models.release import below, is_released, leave_files, release
+from mitrain.models.release import below, equal, is_released, leave_files, release
 
 
 def held_bytes(model):
@@ -165,3 +165,16 @@ def test_pages_of_a_checkpoint_that_is_in_use_in_part_go_and_come_back(tmp_path)
     assert before - resident_pages_of_files() > 7 * 1024
     assert torch.equal(gone, tensors["gone"]) and torch.equal(kept, tensors["kept"])
     assert torch.equal(elsewhere, torch.full_like(elsewhere, 3.0)), "what lies in no file is left alone"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux alone says what a process has mapped")
+def test_comparing_a_large_tensor_with_its_file_leaves_none_of_it_in_the_process(tmp_path):
+    """64 MiB, of which the last element alone differs once."""
+    held = torch.ones(4, 1 << 22)
+    save_file({"table": held}, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = file.get_tensor("table")
+    before = resident_pages_of_files()
+    assert equal(stored, held) and resident_pages_of_files() - before < 8 * 1024
+    held[-1, -1] = 2
+    assert not equal(stored, held)
