@@ -122,13 +122,13 @@ def end_together() -> None:
 
 def fitted(arguments: argparse.Namespace, folder: Path, config: Any) -> tuple[Any, Any]:
     """The trainer and its outcome; the folder of a new run that is refused before its first step is removed."""
-    from mitrain.core import dist
+    from mitrain.core import dist, memory
     from mitrain.training import runs
     from mitrain.training.state import recorded
     from mitrain.training.trainer import Trainer
 
     try:
-        with recorded(folder):
+        with recorded(folder) as state, memory.watched(state.failed):
             quiet = arguments.json or arguments.quiet
             trainer = Trainer(config, folder, quiet=quiet, allow_changes=arguments.allow_changes)
             watched = profiled(trainer, folder) if arguments.profile else None

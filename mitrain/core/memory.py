@@ -1,10 +1,9 @@
 """What memory this process may use: the machine's, or that of its control groups (Slurm, systemd, Docker)."""
 
 import os
-import resource
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,8 +11,10 @@ from pathlib import Path, PurePosixPath
 from mitrain.core.errors import UserError
 
 GROUPS, OF_THIS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-NEAR, LAST, EVERY_S = 48 << 20, 24 << 20, 0.01
-"""Bytes left, looked at so often, below which a process may map no more, and below which it ends."""
+WATCH, LAST = "what is left", 32 << 20
+"""A thread, and bytes left below which it ends the process."""
+FASTEST, LONGEST_S, SHORTEST_S = 4 << 30, 0.5, 0.002
+"""Bytes a second that a process may take; how often it is looked at what is left follows from it, within bounds."""
 UNLIMITED = 1 << 62  # what a group of version 1 without a limit says is 2⁶³ less a page
 
 
@@ -61,43 +62,38 @@ def there() -> int:
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
-    """Inside, a process whose control groups have next to nothing left is refused what it asks for: MemoryError, or torch's
-    RuntimeError. Without it the kernel ends the process, which then says nothing.
+def watched(told: Callable[[str], object]) -> Iterator[None]:
+    """Inside, a process whose control groups have next to nothing left ends in a line, after ``told`` got the reason, from
+    another thread. Without it the kernel ends the process, which then says nothing.
 
-    What is left is watched, since what a process has mapped says little of what it holds: malloc maps 64 MB ahead for every
-    thread. Several processes of a group are not told of one another.
+    What is left is watched, and nothing refused: what a process has mapped (malloc's 64 MB ahead for every thread, files)
+    says little of what it holds. Several processes of a group are not told of one another.
     """
-    watched = [group for group in groups() if group.most() < UNLIMITED]
-    if not watched or not Path("/proc/self/status").is_file():
+    limited = [group for group in groups() if group.most() < UNLIMITED]
+    if not limited:
         yield
         return
-    before, ended = resource.getrlimit(resource.RLIMIT_DATA), threading.Event()
-    thread = threading.Thread(target=watch, args=(watched, ended, before[1]), daemon=True)
+    ended = threading.Event()
+    thread = threading.Thread(target=watch, args=(limited, ended, told), name=WATCH, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def watch(watched: Sequence[Group], ended: threading.Event, hard: int) -> None:
-    """Until it has ``ended``; once little is left, what this process has mapped is the most it may map.
-
-    Where it goes on with what malloc had mapped ahead, it ends in a line just before the kernel would end it without one.
-    """
-    mapped = 0
-    while not ended.wait(EVERY_S):
+def watch(limited: Sequence[Group], ended: threading.Event, told: Callable[[str], object]) -> None:
+    """Until it has ``ended``, or the process must."""
+    wait = SHORTEST_S
+    while not ended.wait(wait):
         with suppress(OSError, ValueError):
-            left = min(group.left() for group in watched)
-            if left < NEAR and not mapped:
-                mapped = 1024 * int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0])
-                resource.setrlimit(resource.RLIMIT_DATA, (mapped, hard))
-            elif left < LAST:
-                limit = min(group.most() for group in watched) / 1e6
-                text = f"mitrain: out of memory (of the {limit:,.0f} MB of this process's control group nothing is left): "
-                os.write(2, f"{text}lower train.batch, or raise the limit to what mitrain plan says\n".encode())
+            left = min(group.left() for group in limited)
+            wait = min(LONGEST_S, max(SHORTEST_S, (left - LAST) / FASTEST))
+            if left < LAST:
+                limit = min(group.most() for group in limited) / 1e6
+                why = f"out of memory (of the {limit:,.0f} MB of this process's control group nothing is left)"
+                os.write(2, f"mitrain: {why}: lower train.batch, or raise the limit to what mitrain plan says\n".encode())
+                told(why)
                 os._exit(UserError.exit_code)
                 return

@@ -98,11 +98,10 @@ def check_memory(trainer: Any) -> None:
     before, short = memory_bytes(), None
     trainer.model.train()
     try:
-        with memory.bounded():
-            states = states_to_come(trainer)
-            trainer._accumulate(draws, share)
-            trainer.engine.discard()
-            del states
+        states = states_to_come(trainer)
+        trainer._accumulate(draws, share)
+        trainer.engine.discard()
+        del states
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -63,6 +63,10 @@ class RunState:
         own = {"time": round(time.time(), 3), "pid": os.getpid(), "host": socket.gethostname()}
         self.put({"state": state, "why": why, "exit_code": exit_code, **self.known, **own})
 
+    def failed(self, why: str) -> None:
+        """Of what ends the process at once."""
+        self.say("failed", why, UserError.exit_code)
+
     def put(self, told: dict[str, Any]) -> None:
         if dist.is_main() and self.folder.exists():  # a folder that was moved away is not made anew
             with suppress(OSError):

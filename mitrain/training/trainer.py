@@ -16,14 +16,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mitrain.core import allocator, dist, memory
+from mitrain.core import allocator, dist
 from mitrain.core.errors import PREEMPTED, CheckpointError, ConfigError
 from mitrain.core.files import write_json
 from mitrain.core.ownership import Standing, owned
@@ -119,8 +119,7 @@ class Trainer(Setup):
             self.pace.clear()
             stopped = dist.first_not_none(stop.requested)
             while step < span.steps and not stopped and not self.best.ended:
-                with memory.bounded() if step == first else nullcontext():
-                    result, seconds = self._step()
+                result, seconds = self._step()
                 # What a gradient reaches follows from the configuration: the first step shows it.
                 if step == first and result.applied:
                     self._check_reached(result.unreached)

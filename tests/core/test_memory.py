@@ -1,15 +1,12 @@
-"""What control groups leave to a process, and that taking more is an error of its own and no signal."""
+"""What control groups leave to a process, and that where nothing is left a line is said before the kernel's signal."""
 
-import resource
 import sys
+import threading
 import time
-from pathlib import Path
 
 import pytest
-import torch
 
 from mitrain.core import memory
-from mitrain.core.errors import is_out_of_memory
 
 MIB = 1 << 20
 
@@ -42,43 +39,25 @@ def test_the_limit_of_a_group_above_holds_too(job):
     assert memory.there() == whole
 
 
-def as_much_again():
-    """Bytes of all that this process has mapped: no hole of its heap, however many tests ran in it, can hold them."""
-    return 1024 * int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0])
-
-
-def test_where_next_to_nothing_is_left_more_is_refused(job):
-    """96 MiB are left, 32 of them pages of files; then 32 of them."""
-    limited(job, 132 * MIB, 68 * MIB, 32 * MIB)
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    with memory.bounded():
-        time.sleep(5 * memory.EVERY_S)
-        torch.empty(as_much_again(), dtype=torch.uint8)
-        limited(job, 132 * MIB, 132 * MIB, 32 * MIB)
-        waits = iter(range(1000))
-        while resource.getrlimit(resource.RLIMIT_DATA) == before and next(waits, None) is not None:
-            time.sleep(memory.EVERY_S)
-        with pytest.raises(RuntimeError) as refused:
-            torch.empty(as_much_again(), dtype=torch.uint8)
-    assert is_out_of_memory(refused.value) and resource.getrlimit(resource.RLIMIT_DATA) == before
-
-
 def test_where_nothing_is_left_the_process_ends_in_a_line(job, monkeypatch, capfd):
-    limited(job, 100 * MIB, 99 * MIB, 0)
-    codes = []
+    """40 MiB are left, 32 of them pages of files; then 8."""
+    codes, reasons = [], []
     monkeypatch.setattr(memory.os, "_exit", codes.append)
-    with memory.bounded():
+    limited(job, 100 * MIB, 92 * MIB, 32 * MIB)
+    with memory.watched(reasons.append):
+        time.sleep(20 * memory.SHORTEST_S)
+        assert not codes
+        limited(job, 100 * MIB, 92 * MIB, 0)
         waits = iter(range(1000))
         while not codes and next(waits, None) is not None:
-            time.sleep(memory.EVERY_S)
+            time.sleep(memory.SHORTEST_S)
     told = capfd.readouterr().err
+    assert reasons == [told.removeprefix("mitrain: ").split(": lower")[0]]
     assert codes == [2] and told.startswith("mitrain: out of memory (of the 105 MB") and told.count("\n") == 1
 
 
-def test_without_a_limit_nothing_is_bounded(job):
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    with memory.bounded():
-        assert resource.getrlimit(resource.RLIMIT_DATA) == before
-    limited(job, sys.maxsize - 4095, MIB, 0)
-    with memory.bounded():
-        assert resource.getrlimit(resource.RLIMIT_DATA) == before
+def test_without_a_limit_nothing_is_watched(job):
+    for without in ("max" if job[1] == "memory.max" else (1 << 63) - 4096, sys.maxsize - 4095):
+        limited(job, without, MIB, 0)
+        with memory.watched(lambda why: None):
+            assert memory.WATCH not in [thread.name for thread in threading.enumerate()]
