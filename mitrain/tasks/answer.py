@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import model_validator
@@ -24,11 +25,12 @@ from mitrain.data.figures import Panel
 from mitrain.data.formats.records import AnswerSample, commonest
 from mitrain.data.released import VqaConfig
 from mitrain.data.sources import ConversationsConfig, RecordsConfig
+from mitrain.models import release
 from mitrain.models.tokens import TextOrTurns
 from mitrain.tasks import details
 from mitrain.tasks.base import Answer, Batch, Parts, Prediction, Question, Splits, look_alike, only_one
 from mitrain.tasks.language import LanguageConfig, LanguageTask
-from mitrain.tasks.probe import probe_answers
+from mitrain.tasks.probe import chosen_by_ridge, probe_answers
 from mitrain.tasks.soft_accuracy import AGREE, soft_accuracy
 from mitrain.tasks.template import TurnSetting, frame_of, template_with
 
@@ -183,7 +185,8 @@ class AnswerTask(LanguageTask):
         return details.of_answers([v["answer"] for v in values], [v["predicted"] for v in values])
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, Any]]:
-        """The majority answer, also of each kind of question, and a linear probe on the features that are infused."""
+        """The majority answer, also of each kind of question; a linear probe on the features that are infused, and, where it
+        cannot know the answers, a ridge regression to the words offered."""
         probed, chosen = probe_answers(splits.features, *splits.parts)
         most = commonest([s.answer for s in splits.chosen])
         rows = {"majority answer": [most] * len(splits.chosen)}
@@ -194,9 +197,21 @@ class AnswerTask(LanguageTask):
             usual = {kind: commonest(answers) for kind, answers in by_kind.items()}
             rows["majority answer to each kind of question"] = [usual[s.kind] for s in splits.chosen]
         rows["linear probe on the same features"] = [probed[s.id] for s in splits.chosen]
+        if chosen_by := chosen_by_ridge(splits.features, self.word_vectors, self.offered, *splits.parts):
+            rows["ridge regression to the words offered"] = [chosen_by.get(s.id, probed[s.id]) for s in splits.chosen]
         scores = {name: scores_of(splits.chosen, said) for name, said in rows.items()}
         scores["linear probe on the same features"]["inverse_regularisation"] = chosen
         return scores
+
+    @torch.no_grad()
+    def word_vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, D): of each text the mean of its tokens' embeddings in the language model."""
+        table = self.parts.text.model.get_input_embeddings()
+        tokens = [self.parts.text.tokenizer(f" {text}", add_special_tokens=False)["input_ids"] or [0] for text in texts]
+        ids = torch.tensor([token for row in tokens for token in row], device=self.parts.text.device)
+        with release.borrowed(table):
+            parts = table(ids).double().cpu().split([len(row) for row in tokens])
+        return torch.stack([part.mean(0) for part in parts]).numpy()
 
     def asked(self, question: Question) -> AnswerSample:
         candidates = question.candidates

@@ -46,7 +46,7 @@ def answers_for_prompt(
     features: Any, train: Sequence[Any], val: Sequence[Any], samples: Sequence[Any]
 ) -> tuple[list[str], float]:
     labels = [s.answer for s in train]
-    if len(set(labels)) < 2 or (val and not {s.answer for s in val} & set(labels)):  # nothing that could be chosen or right
+    if len(set(labels)) < 2 or unseen(train, val):  # nothing that could be chosen or right
         usual = Counter(labels).most_common(1)[0][0] if labels else ""
         return [usual] * len(samples), 0.0
     x, asked = features(train).numpy(), features(samples).numpy()
@@ -57,6 +57,53 @@ def answers_for_prompt(
     else:
         strength = 1.0
     return list(fitted[strength].predict(asked)), strength
+
+
+def unseen(train: Sequence[Any], val: Sequence[Any]) -> bool:
+    """Whether no answer that is right on val is one of training's."""
+    return bool(val) and not {s.answer for s in val} & {s.answer for s in train}
+
+
+def chosen_by_ridge(
+    features: Callable[[Sequence[Any]], Tensor],
+    vectors: Callable[[Sequence[str]], np.ndarray],
+    offered: Callable[[Any], Sequence[str]],
+    train: Sequence[Any],
+    val: Sequence[Any],
+    samples: Sequence[Any],
+) -> dict[str, str]:
+    """To each sample of a prompt whose answers are `unseen` by training, by its id, the one ``offered`` whose vector has the
+    largest cosine with what a ridge regression makes of the features.
+
+    ``features`` maps samples to (B, e), ``vectors`` texts to (n, D), whose mean over the training answers is taken off. The
+    strength is chosen on val. A sample that is offered nothing is left out.
+    """
+    said = {}
+    for prompt in sorted({s.prompt for s in samples}):
+        taught, seen, asked = ([s for s in part if s.prompt == prompt] for part in (train, val, samples))
+        seen, asked = ([s for s in part if offered(s)] for part in (seen, asked))
+        if len({s.answer for s in taught}) < 2 or not unseen(taught, seen) or not asked:
+            continue
+        texts = sorted({s.answer for s in taught} | {text for s in [*seen, *asked] for text in offered(s)})
+        vector_of = dict(zip(texts, vectors(texts), strict=True))
+        y = np.stack([vector_of[s.answer] for s in taught])
+        unit_of = {text: unit((vector - y.mean(0))[None])[0] for text, vector in vector_of.items()}
+        x, fits = features(taught).numpy(), []
+        for strength in RIDGES:
+            predict = ridge_fit(x, y - y.mean(0), strength)
+            answers = [nearest(predict(features(part).numpy()), part, offered, unit_of) for part in (seen, asked)]
+            fits.append((np.mean([a == s.answer for a, s in zip(answers[0], seen, strict=True)]), answers[1]))
+        best = max(fits, key=lambda pair: pair[0])[1]
+        said |= {s.id: answer for s, answer in zip(asked, best, strict=True)}
+    return said
+
+
+def nearest(
+    predicted: np.ndarray, samples: Sequence[Any], offered: Callable[[Any], Sequence[str]], unit_of: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Of each sample the text offered with the largest cosine with what is ``predicted`` (n, D)."""
+    pairs = zip(predicted, map(offered, samples), strict=True)
+    return [texts[int(np.argmax(np.stack([unit_of[text] for text in texts]) @ wanted))] for wanted, texts in pairs]
 
 
 def fit(

@@ -113,6 +113,23 @@ def test_baselines_are_the_best_constant_and_a_probe(folder):
     assert (probe["accuracy"], probe["samples"]) == (1.0, 3)
 
 
+def test_of_answers_that_training_never_gave_words_are_chosen_instead(folder):
+    """Features are the words' own vectors, so that the ridge regression knows words that no probe has a class for."""
+    task = make(folder)
+    known, unseen = opened(["red", "yes", "blue", "no"] * 4), opened(["a", "b", "c"])
+    unseen = [replace(s, candidates=("a", "b", "c")) for s in unseen]
+    splits = Splits(
+        chosen=unseen,
+        learn=lambda: (known, unseen[:2]),
+        complete=lambda: [],
+        features=lambda some: torch.tensor(task.word_vectors([s.answer for s in some])),
+        seed=0,
+    )
+    found = task.baselines(splits)
+    assert found["linear probe on the same features"]["accuracy"] == 0
+    assert found["ridge regression to the words offered"]["accuracy"] > 0.5
+
+
 def test_of_several_kinds_of_questions_each_has_its_constant(folder):
     asked = opened(["red", "red", "blue", "yes", "no", "no", "no", "red"])
     asked = [replace(s, kind="colour" if s.answer in ("red", "blue") else "yesno") for s in asked]

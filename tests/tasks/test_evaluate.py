@@ -15,7 +15,7 @@ from mitrain.data.formats.labels import LabelSample
 from mitrain.data.formats.records import AnswerSample
 from mitrain.data.formats.refcoco import ReferSample
 from mitrain.tasks.base import Batch, Prediction
-from mitrain.tasks.probe import probe_answers
+from mitrain.tasks.probe import chosen_by_ridge, probe_answers
 from mitrain.training.evaluate import CONTROLS, controlled, evaluate
 
 
@@ -284,6 +284,36 @@ def test_the_probe_learns_separable_features_and_falls_back():
     unseen = [replace(s, answer=f"new {s.answer}") for s in val]  # as names of objects held out: no probe could say them
     said, chosen = probe_answers(features, train, unseen, test)
     assert set(said.values()) == {"a"} and set(chosen.values()) == {0.0}
+
+
+def test_answers_that_training_never_gave_are_chosen_by_a_ridge_regression_to_their_words():
+    """Features are the answer's vector turned by a right angle, and noise: what holds for some words holds for others."""
+    generator = np.random.default_rng(0)
+    vector_of = {f"word {i}": generator.normal(size=2) for i in range(40)}
+
+    def asked(part, words, offered=()):
+        return [replace(answers(1)[0], id=f"{part}{w}", answer=w, candidates=offered or words) for w in words]
+
+    words = sorted(vector_of)
+    train, val, test = asked("a", tuple(words[:30])), asked("b", tuple(words[30:34])), asked("c", tuple(words[34:]))
+    turned = np.array([[0.0, 1.0], [-1.0, 0.0]])
+
+    def features(samples):
+        noise = 0.01 * generator.normal(size=(len(samples), 2))
+        return torch.tensor(np.stack([vector_of[s.answer] @ turned for s in samples]) + noise)
+
+    def vectors(texts):
+        return np.stack([vector_of[text] for text in texts])
+
+    def said(train, val, test):
+        return chosen_by_ridge(features, vectors, lambda sample: sample.candidates, train, val, test)
+
+    assert said(train, val, test) == {s.id: s.answer for s in test}
+    exchanged = [replace(s, answer=other.answer) for s, other in zip(test, test[1:] + test[:1], strict=True)]
+    assert sum(said(train, val, exchanged)[s.id] == s.answer for s in test) < 3, "it follows the features, not the order"
+    nothing = [replace(s, candidates=()) for s in test[:2]]
+    assert set(said(train, val, [*nothing, *test[2:]])) == {s.id for s in test[2:]}
+    assert said(train, train[:4], test) == {}, "what training knows is the probe's"
 
 
 def test_overlay_marks_the_mask_alone():
