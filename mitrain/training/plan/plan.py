@@ -38,6 +38,9 @@ MOST = 10**9
 """Samples of a batch, where nothing grows with them."""
 ROW = 2000
 """Bytes of a sample that stay in memory: its fields, token ids, entries of the caches' indices (measured)."""
+HEAP = 0.2
+"""Of what lives, so much more is kept by glibc in holes that freed tensors leave: first runs of five configurations kept a
+tenth to two fifths (docs/results/plan-memory)."""
 FAR, SLOW, BUSY, LAUNCH_S = 0.4, 0.6, 0.7, 10e-6
 """Shares of the stated rates of products, memory and links in the longest time of a step; what an operator adds to it."""
 REMEDIES = (
@@ -218,7 +221,7 @@ def plan(config: RunConfig, asked: PlanRequest, *, remedies: bool = True, found:
     parts, moments = memory(config, asked, found, sent)
     total, budget = max(moments.values()), asked.machine.memory
     times = step_ms(config, asked, found, sent)
-    room = budget - moments["backward"] + found.traced.peak
+    room = found.traced.peak + (budget - moments["backward"]) / (1 + heap(asked.machine))
     most = largest(found, room) * asked.ranks
     fits = total <= budget
     per_step = config.train.batch * config.train.accumulate
@@ -363,7 +366,14 @@ def memory(config: RunConfig, asked: PlanRequest, found: Measured, sent: Traffic
     if on_cpu:
         files = [bytes_of(list(module.state_dict().values())) for module in model.trainable.values()]
         moments["save"] = base + saving([*files, optimizer(config, 1, weights)])
-    return {**{name: size for name, size in fixed.items() if size}, **{n: s for n, s in step.items() if s}}, moments
+    kept = {name: round(heap(asked.machine) * (size - fixed["process"])) for name, size in moments.items()}
+    parts = {**fixed, **step, "kept by the allocator": kept["backward"]}
+    return {name: size for name, size in parts.items() if size}, {name: moments[name] + kept[name] for name in moments}
+
+
+def heap(machine: Machine) -> float:
+    """What the C library keeps of freed tensors, of all that lives: on a GPU the reserve is there for it."""
+    return HEAP if machine.name == "cpu" else 0.0
 
 
 def saving(groups: Sequence[int]) -> int:
