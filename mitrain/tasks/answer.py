@@ -197,8 +197,8 @@ class AnswerTask(LanguageTask):
             usual = {kind: commonest(answers) for kind, answers in by_kind.items()}
             rows["majority answer to each kind of question"] = [usual[s.kind] for s in splits.chosen]
         rows["linear probe on the same features"] = [probed[s.id] for s in splits.chosen]
-        if chosen_by := chosen_by_ridge(splits.features, self.word_vectors, self.offered, *splits.parts):
-            rows["ridge regression to the words offered"] = [chosen_by.get(s.id, probed[s.id]) for s in splits.chosen]
+        if nearest := chosen_by_ridge(splits.features, self.word_vectors, self.offered, *splits.parts):
+            rows["ridge regression to the words offered"] = [nearest.get(s.id, probed[s.id]) for s in splits.chosen]
         scores = {name: scores_of(splits.chosen, said) for name, said in rows.items()}
         scores["linear probe on the same features"]["inverse_regularisation"] = chosen
         return scores

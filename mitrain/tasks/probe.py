@@ -88,10 +88,11 @@ def chosen_by_ridge(
         vector_of = dict(zip(texts, vectors(texts), strict=True))
         y = np.stack([vector_of[s.answer] for s in taught])
         unit_of = {text: unit((vector - y.mean(0))[None])[0] for text, vector in vector_of.items()}
-        x, fits = features(taught).numpy(), []
+        (x, *later), fits = [features(part).numpy() for part in (taught, seen, asked)], []
         for strength in RIDGES:
             predict = ridge_fit(x, y - y.mean(0), strength)
-            answers = [nearest(predict(features(part).numpy()), part, offered, unit_of) for part in (seen, asked)]
+            pairs = zip(later, (seen, asked), strict=True)
+            answers = [nearest(predict(found), part, offered, unit_of) for found, part in pairs]
             fits.append((np.mean([a == s.answer for a, s in zip(answers[0], seen, strict=True)]), answers[1]))
         best = max(fits, key=lambda pair: pair[0])[1]
         said |= {s.id: answer for s, answer in zip(asked, best, strict=True)}
