@@ -222,6 +222,10 @@ class Task(nn.Module):
         order = np.random.default_rng(seed).permutation(len(samples))
         return [replace(sample, **truths[i]) for sample, i in zip(samples, order, strict=True)]
 
+    def bytes_to_fit(self, samples: int) -> int:
+        """What `fit` holds beside the model for so many training samples, where that is much."""
+        return 0
+
     def must_generate(self, samples: Sequence[Any]) -> bool:
         """Whether some of ``samples`` can be scored only by letting the model speak."""
         return False

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 MATCH_ROWS = 128  # pairs that the matching head reads at a time
 SCALES = (1.0, 100.0)  # bounds of 1 / temperature
 RIDGE_SAMPLES = 20_000  # pairs that maps which start from a ridge regression are fitted to
+LEARNER = 70 << 20  # bytes of scikit-learn and what it imports
 
 
 class RetrieveTask(ReadTask):
@@ -191,13 +192,18 @@ class RetrieveTask(ReadTask):
             inputs = see(part).inputs
             files.append(self._file_states(inputs))
             partners.append(self._partner_states([s.text for s in part], inputs))
-        both = (torch.cat(states).double().cpu().numpy() for states in (files, partners))
+        files, partners = (torch.cat(states).double().cpu().numpy() for states in (files, partners))
         objects = [s.object or s.inputs[self.modality] for s in samples]
-        weight, bias, directions = leading(*both, objects, self.config.dim)
+        weight, bias, directions = leading(files, partners, objects, self.config.dim)
         for head, value in ((self.file_map, directions @ weight), (self.partner_map, directions)):
             head.weight.zero_()[: len(value)] = torch.from_numpy(value).to(head.weight)
             head.bias.zero_()
         self.file_map.bias[: len(directions)] = torch.from_numpy(directions @ bias).to(self.file_map.bias)
+
+    def bytes_to_fit(self, samples: int) -> int:
+        """Of the ridge regression: both sides in float64, and two copies of four fifths of them."""
+        width = self.file_map.in_features + self.partner_map.in_features
+        return round(8 * 2.6 * width * min(samples, RIDGE_SAMPLES)) + LEARNER if self.config.start == "ridge" else 0
 
     @torch.no_grad()
     def frozen_states(self, texts: Sequence[str]) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mitrain.cli import main
 from mitrain.compare.resident import frozen_parameters, frozen_tensors, storages
 from mitrain.methods import METHODS
+from mitrain.tasks.retrieve import LEARNER
 from mitrain.training import schema
 from mitrain.training.build import resolved
 from mitrain.training.engine import ZeroConfig
@@ -109,6 +110,15 @@ def test_a_rank_of_stage_3_holds_a_share_and_gathers(world, capsys):
     assert shared["per_rank_bytes"]["frozen language model"] <= whole["per_rank_bytes"]["frozen language model"]
     low, high = whole["step_ms_range"]
     assert 0 < low < high and whole["flops_step"] > 4 * whole["macs_forward"]
+
+
+def test_maps_that_start_from_a_ridge_regression_hold_what_it_is_made_of(world, capsys):
+    path = configured(world, "mit", "retrieve")
+    plain, ridge = (said(capsys, path, f"task.start={start}") for start in ("fresh", "ridge"))
+    assert "fit" not in plain["moments"] and ridge["moments"]["fit"] > ridge["moments"]["evaluation"] + LEARNER
+    task = measured(schema.load(str(path), ["task.start=ridge"]), PlanRequest(machine_of("cpu"))).model.task
+    sizes = [task.bytes_to_fit(10**power) for power in (3, 4, 5, 6)]
+    assert sizes[1] - LEARNER == 10 * (sizes[0] - LEARNER) and sizes[1] < sizes[2] == sizes[3]
 
 
 def test_weights_are_gathered_again_only_behind_the_reuse_distance():

@@ -118,7 +118,7 @@ class Measured:
 
     ``process``: bytes of this process, with all that training imports, its models without weights and their tokenizer.
     ``held``: bytes beside the weights at other moments (0: they do not come): while the frozen layers below the changed
-    ones fill the cache with the longest texts, while val is scored, and while the model speaks.
+    ones fill the cache with the longest texts, while the task is fitted, while val is scored, and while the model speaks.
     """
 
     model: Model
@@ -174,7 +174,7 @@ def measured(config: RunConfig, asked: PlanRequest) -> Measured:
     )
     speaks = model.task.must_generate(val or scored)
     held = {"evaluation": scoring(model, scored, mode), "generation": generating(model, scored, mode) if speaks else 0}
-    held["encoding"] = encoding
+    held |= {"encoding": encoding, "fit": model.task.bytes_to_fit(len(samples) or asked.samples or 0)}
     return Measured(model, cache(step), share, process, len(samples) or asked.samples, held, said)
 
 
@@ -358,6 +358,8 @@ def memory(config: RunConfig, asked: PlanRequest, found: Measured, sent: Traffic
     moments = {"backward": base + sum(step.values()), "reduction": base + weights + flat}
     if gone:
         moments["encoding"] = base + missing - fixed["optimizer"] + found.held["encoding"]
+    if found.held["fit"]:
+        moments["fit"] = base + found.held["fit"]
     moments["evaluation"] = base + found.held["evaluation"]
     if found.held["generation"]:
         moments["generation"] = (
