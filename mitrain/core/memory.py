@@ -94,6 +94,8 @@ def watch(limited: Sequence[Group], ended: threading.Event, told: Callable[[str]
                 limit = min(group.most() for group in limited) / 1e6
                 why = f"out of memory (of the {limit:,.0f} MB of this process's control group nothing is left)"
                 os.write(2, f"mitrain: {why}: lower train.batch, or raise the limit to what mitrain plan says\n".encode())
-                told(why)
-                os._exit(UserError.exit_code)
+                try:
+                    told(why)
+                finally:  # whatever becomes of the word
+                    os._exit(UserError.exit_code)
                 return

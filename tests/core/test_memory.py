@@ -56,6 +56,17 @@ def test_where_nothing_is_left_the_process_ends_in_a_line(job, monkeypatch, capf
     assert codes == [2] and told.startswith("mitrain: out of memory (of the 105 MB") and told.count("\n") == 1
 
 
+def test_a_reason_that_cannot_be_written_does_not_keep_the_process(job, monkeypatch):
+    codes = []
+    monkeypatch.setattr(memory.os, "_exit", codes.append)
+    limited(job, 100 * MIB, 92 * MIB, 0)
+    with memory.watched(lambda why: (_ for _ in ()).throw(OSError("the disk is full"))):
+        waits = iter(range(1000))
+        while not codes and next(waits, None) is not None:
+            time.sleep(memory.SHORTEST_S)
+    assert codes[:1] == [2]
+
+
 def test_without_a_limit_nothing_is_watched(job):
     for without in ("max" if job[1] == "memory.max" else (1 << 63) - 4096, sys.maxsize - 4095):
         limited(job, without, MIB, 0)
