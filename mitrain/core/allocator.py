@@ -22,9 +22,9 @@ def keep_freed() -> None:
 
 
 def map_large() -> None:
-    """Ask glibc to map blocks of 1 MB and more by themselves again: weights that are gathered and let go of in turn, of all
-    sizes, leave holes in the heap that others do not fit."""
-    set_options({MMAP_THRESHOLD: 1 << 20})
+    """Ask glibc to map blocks of 256 KB and more by themselves again, and to keep little at the heap's end: weights that are
+    gathered and let go of in turn, of all sizes, leave holes in the heap that others do not fit."""
+    set_options({MMAP_THRESHOLD: 1 << 18, TRIM_THRESHOLD: 32 << 20, TOP_PAD: 4 << 20})
 
 
 def set_options(values: Mapping[int, int]) -> None:

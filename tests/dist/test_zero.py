@@ -99,6 +99,10 @@ def test_a_head_finds_the_embedding_that_it_shares_still_gathered(engines):
         assert found["headless"][1:] == [[embedding + layer, 0]] * 2, "a head that is not called keeps nothing either"
 
 
+def test_what_is_gathered_in_place_is_what_torch_gathers(engines):
+    assert all(all(found["gathers"]) for found in engines)
+
+
 def test_a_small_model_is_not_gathered_whole_unless_the_user_says_so(engines):
     """Of sixteen layers two are an eighth; the one that runs comes on top, and one that is fetched ahead."""
     for found in engines:

@@ -3,17 +3,18 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from mitrain.core import dist
 from mitrain.cli import main
 from mitrain.training.engine import Engine, Group, LocalEngine, OptimizerConfig, ZeroConfig
 from benchmarks.parity.gathers import counted_gathers
-from mitrain.training.engine.zero import ZeroEngine, checked_json, sharding
+from mitrain.training.engine.zero import ZeroEngine, checked_json, gather_in_place, join, sharding
 from mitrain.core.errors import ConfigError
 from mitrain.models import loading
 from mitrain.models.digests import tensor_digest
@@ -198,6 +199,26 @@ def layers(settings: dict[str, int]) -> list[int]:
     return found
 
 
+def gathers() -> list[bool]:
+    """Whether what we gather in place, at once and waited for, of a part of its own and of one that lies in the output, is
+    what torch gathers."""
+    found, here = [], dist.rank_info()
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        part = (torch.arange(5) - 11 * here.rank).to(dtype)
+        expected = torch.empty(5 * here.world, dtype=dtype)
+        distributed.all_gather_into_tensor(expected, part)
+        for later in (False, True):
+            for inside in (False, True):
+                whole = torch.full_like(expected, 77)
+                own = whole[5 * here.rank :][:5].copy_(part) if inside else part
+                work = gather_in_place(whole, own, async_op=later)
+                if work:
+                    work.wait()
+                found.append(bool(work) is later and torch.equal(whole, expected))
+    join()
+    return [*found, sys.modules["deepspeed.comm.comm"].cdb.all_gather_function is gather_in_place]
+
+
 def refusal() -> str:
     """What a setting is answered with that DeepSpeed does not know."""
     try:
@@ -212,7 +233,7 @@ def compare(out: str) -> int:
     with dist.process_group() as here:
         found = {**engines(), "refusal": refusal(), "tied": tied(False), "headless": tied(True)}
         defaults = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
-        found |= {"layers": layers({}), "all layers": layers({f"stage3_{name}": 10**9 for name in defaults})}
+        found |= {"gathers": gathers(), "layers": layers({}), "all layers": layers({f"stage3_{name}": 10**9 for name in defaults})}
     (Path(out) / f"{here.rank}.json").write_text(json.dumps(found))
     return 0
 

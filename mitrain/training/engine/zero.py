@@ -61,7 +61,35 @@ def join() -> ModuleType:
         os.environ.setdefault(name, str(value))  # DeepSpeed reads the last; one alone would be no place to us
     if not ds.comm.is_initialized():
         ds.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
+        if distributed.get_backend() == "gloo":
+            sys.modules["deepspeed.comm.comm"].cdb.all_gather_function = gather_in_place
     return ds
+
+
+def gather_in_place(
+    output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+) -> "Broadcasts | None":
+    """As torch's ``all_gather_into_tensor`` of a flat output, by a broadcast of each rank's part: gloo's own gathers into a
+    second output, which it then copies."""
+    parts = output_tensor.chunk(distributed.get_world_size(group))
+    own = parts[distributed.get_rank(group)]
+    if own.data_ptr() != input_tensor.data_ptr():
+        own.copy_(input_tensor)
+    works = Broadcasts([
+        distributed.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)
+    ])
+    return works if async_op else works.wait()
+
+
+class Broadcasts:
+    """Several collectives on their way, to be waited for as one."""
+
+    def __init__(self, works: "list[distributed.Work]"):
+        self.works = works
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 def checked_json(zero: ZeroConfig, optimizer: OptimizerConfig) -> Json:
