@@ -49,7 +49,7 @@ def run_plan(arguments: argparse.Namespace) -> Any:
     config = schema.load(arguments.config, arguments.overrides)
     per_node = (1 if arguments.nodes == 1 else 8) if arguments.gpus is None else arguments.gpus
     asked = PlanRequest(
-        machine_of(arguments.gpu, arguments.memory),
+        machine_of(arguments.gpu, arguments.memory, per_node),
         per_node * arguments.nodes,
         arguments.nodes,
         arguments.network,

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mitrain.cli import main
 from mitrain.compare.resident import frozen_parameters, frozen_tensors, storages
+from mitrain.core import memory
 from mitrain.methods import METHODS
 from mitrain.tasks.retrieve import LEARNER
 from mitrain.training import schema
@@ -201,3 +202,11 @@ def test_blocks_of_tokens_are_counted_without_running_each(world, monkeypatch):
     assert len(few.course) < len(every.course)
     assert (few.flops, few.peak, few.kept) == (every.flops, every.peak, every.kept)
     assert sorted(few.operators) == sorted(every.operators)
+
+
+def test_ranks_of_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(memory, "there", lambda: 12 << 30)
+    assert [machine_of("cpu", None, ranks).memory >> 30 for ranks in (1, 4)] == [12, 3]
+    assert (
+        machine_of("cpu", 5, 4).memory >> 30 == 5 and machine_of("h100-80g", None, 8).memory == machine_of("h100-80g").memory
+    )

@@ -58,25 +58,26 @@ NETWORKS = {"infiniband": 50 * GB, "ethernet": 12.5 * GB / PER_NODE}
 NETWORK_TEXT = {"infiniband": "400 Gb/s for each rank", "ethernet": "100 Gb/s for each node, shared by its 8 ranks"}
 
 
-def machine_of(name: str | None, memory_gb: float | None = None) -> Machine:
-    """The GPU ``name``; without one, the CPU here. ``memory_gb``: GiB of a rank, in place of the machine's own."""
+def machine_of(name: str | None, memory_gb: float | None = None, per_node: int = 1) -> Machine:
+    """The GPU ``name``; without one, the CPU here. ``memory_gb``: GiB of a rank, in place of the machine's own, which
+    ``per_node`` ranks share where it is a CPU's."""
     if name not in (None, "cpu", *GPUS):
         raise ConfigError(f"--gpu {name} is not known: choose one of cpu, {', '.join(GPUS)}, and set --memory to change it")
     if memory_gb is not None and not 0 < memory_gb < 1e6:
         raise ConfigError(f"--memory {memory_gb} must be positive: give the GiB of a rank")
-    found = cpu() if name in (None, "cpu") else GPUS[name]
+    found = cpu(per_node) if name in (None, "cpu") else GPUS[name]
     if memory_gb is None:
         return found
     return Machine(found.name, int(memory_gb * 2**30), found.flops, found.bandwidth, found.link, found.reserve)
 
 
-def cpu() -> Machine:
-    """This machine: what one process may take of its memory, and what products and copies do in a tenth of a second."""
+def cpu(ranks: int) -> Machine:
+    """This machine: what each of ``ranks`` may take of its memory, and what products and copies do in a tenth of a second."""
     rates = {name: products(dtype) for name, dtype in DTYPES.items()}
     source = torch.zeros(1 << 23)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes * often(lambda: target.copy_(source))
-    return Machine("cpu", memory.there(), rates, bandwidth, bandwidth / 4, 0)
+    return Machine("cpu", memory.there() // max(1, ranks), rates, bandwidth, bandwidth / 4, 0)
 
 
 def products(dtype: torch.dtype, side: int = 512) -> float:
