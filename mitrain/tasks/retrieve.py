@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 MATCH_ROWS = 128  # pairs that the matching head reads at a time
 SCALES = (1.0, 100.0)  # bounds of 1 / temperature
 RIDGE_SAMPLES = 20_000  # pairs that maps which start from a ridge regression are fitted to
-LEARNER = 70 << 20  # bytes of scikit-learn and what it imports
+LEARNER = 95 << 20  # bytes of scikit-learn and what it imports
 
 
 class RetrieveTask(ReadTask):

@@ -156,6 +156,7 @@ class Setup:
             # Each rank computed these itself, machines may differ in the last bits, and unequal weights stay unequal.
             for module in self.model.trainable.values():
                 dist.copy_from_main(module.state_dict().values())
+        allocator.give_back()  # of what the statistics were made from
         if config.cache and self.drawn is None:  # what is streamed is encoded as it comes
             self.model.release()
 

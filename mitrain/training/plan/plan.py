@@ -359,7 +359,7 @@ def memory(config: RunConfig, asked: PlanRequest, found: Measured, sent: Traffic
     if gone:
         moments["encoding"] = base + missing - fixed["optimizer"] + found.held["encoding"]
     if found.held["fit"]:
-        moments["fit"] = base + found.held["fit"]
+        moments["fit"] = base + missing + found.held["fit"]
     moments["evaluation"] = base + found.held["evaluation"]
     if found.held["generation"]:
         moments["generation"] = (
