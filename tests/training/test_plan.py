@@ -1,6 +1,7 @@
 """mitrain plan: what it counts without storage is what a step with storage takes."""
 
 import json
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -87,6 +88,28 @@ def test_what_does_not_fit_is_told_what_would(world, capsys):
     assert changes[0] == f"train.batch={tight['largest_batch']}" and said(capsys, path, *memory, *changes)["fits"]
     assert main(["plan", str(path), *map(str, memory)]) == 0
     assert "DOES NOT FIT" in (text := capsys.readouterr().out) and "train.batch=" in text
+
+
+def test_a_remedy_that_cannot_be_enough_is_not_traced(world, capsys, monkeypatch):
+    """Where activations alone take more than there is, weights in fewer bits are no help, nor half of twice too much."""
+    asked = (configured(world, "mit", "classify"), "--gpu", "h100-80g", "cache=false")
+    whole, tried = said(capsys, *asked), set()
+
+    def traced(config, asked):
+        tried.add((config.model.dtype, config.model.quantize, config.train.checkpoint_activations))
+        return measured(config, asked)
+
+    monkeypatch.setattr(sys.modules[measured.__module__], "measured", traced)
+    total, process, kept = whole["total_bytes"], *map(whole["per_rank_bytes"].get, ("process", "activations"))
+    bf16, low_bit = {("bf16", "none", False)}, {("fp32", "int8", False), ("fp32", "nf4", False)}
+    for room, there in (
+        (total - 1, bf16 | low_bit),
+        ((process + total) / 2 - 1, low_bit),
+        (process + kept - 1, set()),
+    ):
+        tried.clear()
+        assert not said(capsys, *asked, "--memory", room / 2**30)["fits"]
+        assert tried & (bf16 | low_bit) == there and ("fp32", "none", True) in tried
 
 
 def test_what_fills_the_cache_must_fit_too(world, capsys):

@@ -75,9 +75,9 @@ def gather_in_place(
     own = parts[distributed.get_rank(group)]
     if own.data_ptr() != input_tensor.data_ptr():
         own.copy_(input_tensor)
-    works = Broadcasts([
-        distributed.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)
-    ])
+    works = Broadcasts(
+        [distributed.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)]
+    )
     return works if async_op else works.wait()
 
 

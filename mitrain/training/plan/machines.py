@@ -72,7 +72,7 @@ def machine_of(name: str | None, memory_gb: float | None = None, per_node: int =
 
 
 def cpu(ranks: int) -> Machine:
-    """This machine: what each of ``ranks`` may take of its memory, and what products and copies do in a tenth of a second."""
+    """This machine: what each of ``ranks`` may take of its memory, what products and copies do in a tenth of a second."""
     rates = {name: products(dtype) for name, dtype in DTYPES.items()}
     source = torch.zeros(1 << 23)
     target = torch.empty_like(source)

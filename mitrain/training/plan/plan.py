@@ -268,7 +268,7 @@ def with_remedies(made: Plan, config: RunConfig, asked: PlanRequest, found: Meas
     for changes in REMEDIES:
         try:
             other = schema.from_dict(override(config.to_dict(), changes))
-            if other.to_dict() == config.to_dict():
+            if other.to_dict() == config.to_dict() or at_least(made, changes) > asked.machine.memory:
                 continue
             step = known.get(key := apart_from_zero(other)) or known.setdefault(key, measured(other, asked))
             if max(memory(other, asked, step, sent_in(other, asked, step))[1].values()) <= asked.machine.memory:
@@ -276,6 +276,15 @@ def with_remedies(made: Plan, config: RunConfig, asked: PlanRequest, found: Meas
         except (ConfigError, ModelError):
             continue  # a change that this configuration does not take is no remedy
     return Plan(**{**vars(made), "remedies": tried or ["a machine with more memory, or a smaller model"]})
+
+
+def at_least(made: Plan, changes: Sequence[str]) -> float:
+    """Bytes that a remedy leaves at best, so that what cannot fit need not be traced: half the precision halves what there
+    is beside the process, and weights that are held otherwise leave the activations."""
+    process, kept = (made.per_rank_bytes.get(part, 0) for part in ("process", "activations"))
+    if "train.checkpoint_activations=true" in changes:
+        return process
+    return (process + made.total_bytes) / 2 if "model.dtype=bf16" in changes else process + kept
 
 
 def apart_from_zero(config: RunConfig) -> str:
