@@ -20,7 +20,7 @@ from mitrain.training import schema
 from mitrain.training.build import resolved
 from mitrain.training.engine import ZeroConfig
 from mitrain.training.plan import PlanRequest, machine_of, plan, tracing
-from mitrain.training.plan.plan import largest, measured
+from mitrain.training.plan.plan import HEAP, largest, measured
 from mitrain.training.plan.tracing import own_operators, traced
 from mitrain.training.plan.traffic import gathered, traffic
 from mitrain.training.trainer import Trainer
@@ -140,6 +140,12 @@ def test_maps_that_start_from_a_ridge_regression_hold_what_it_is_made_of(world, 
     path = configured(world, "mit", "retrieve")
     plain, ridge = (said(capsys, path, f"task.start={start}") for start in ("fresh", "ridge"))
     assert "fit" not in plain["moments"] and ridge["moments"]["fit"] > ridge["moments"]["evaluation"] + LEARNER
+    all_there, gpu = (said(capsys, path, "task.start=ridge", *more) for more in (["cache=false"], ["--gpu", "h100-80g"]))
+    beside = [told["moments"]["fit"] - told["per_rank_bytes"]["process"] for told in (ridge, all_there)]
+    assert beside[0] == pytest.approx(beside[1], abs=8)  # the frozen weights are let go of behind it
+    parts = ridge["per_rank_bytes"]
+    held = sum(parts.values()) - parts["process"] - (kept := parts["kept by the allocator"])
+    assert kept == round(HEAP * held) and "kept by the allocator" not in gpu["per_rank_bytes"]
     task = measured(schema.load(str(path), ["task.start=ridge"]), PlanRequest(machine_of("cpu"))).model.task
     sizes = [task.bytes_to_fit(10**power) for power in (3, 4, 5, 6)]
     assert sizes[1] - LEARNER == 10 * (sizes[0] - LEARNER) and sizes[1] < sizes[2] == sizes[3]
