@@ -67,7 +67,8 @@ def watched(told: Callable[[str], object]) -> Iterator[None]:
     another thread. Without it the kernel ends the process, which then says nothing.
 
     What is left is watched, and nothing refused: what a process has mapped (malloc's 64 MB ahead for every thread, files)
-    says little of what it holds. Several processes of a group are not told of one another.
+    says little of what it holds. What a group has left counts all its processes: the first of them to see it ends, and its
+    launcher the others.
     """
     limited = [group for group in groups() if group.most() < UNLIMITED]
     if not limited:
