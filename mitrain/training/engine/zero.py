@@ -69,12 +69,12 @@ def join() -> ModuleType:
 def gather_in_place(
     output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
 ) -> "Broadcasts | None":
-    """As torch's ``all_gather_into_tensor`` of a flat output, by a broadcast of each rank's part: gloo's own gathers into a
-    second output, which it then copies."""
-    parts = output_tensor.chunk(distributed.get_world_size(group))
+    """As torch's ``all_gather_into_tensor``, by a broadcast of each rank's part: gloo's own gathers into a second output,
+    which it then copies."""
+    parts = output_tensor.flatten().chunk(distributed.get_world_size(group))  # views: collectives take what is contiguous
     own = parts[distributed.get_rank(group)]
     if own.data_ptr() != input_tensor.data_ptr():
-        own.copy_(input_tensor)
+        own.copy_(input_tensor.flatten())
     works = Broadcasts(
         [distributed.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)]
     )
