@@ -152,12 +152,19 @@ def test_maps_that_start_from_a_ridge_regression_hold_what_it_is_made_of(world, 
 
 
 def test_weights_are_gathered_again_only_behind_the_reuse_distance():
-    """Three matrices of 200² elements, all differentiated: the last stays for its backward pass, or all do, or none."""
+    """Three matrices of 200² elements, all differentiated: the last stays for its backward pass, or all do, or none.
+
+    What two modules share stays between them, a module's own does not between two calls.
+    """
     layers = [torch.nn.Linear(200, 200, bias=False).requires_grad_(False) for _ in range(3)]
     order, size = [(layer, True) for layer in layers], 4 * 200 * 200
     assert gathered(order, reuse=10**9)[0] == 3 * size
     assert gathered(order, reuse=1)[0] == 5 * size
     assert gathered([(layers[0], False), *order[1:]], reuse=1)[0] == 4 * size
+    head = torch.nn.Linear(200, 200, bias=False)
+    head.weight = layers[0].weight
+    assert gathered([(layers[0], False), (layers[1], False), (head, False)], reuse=1) == (2 * size, 2 * size)
+    assert gathered([(layers[0], False), (layers[1], False), (layers[0], False)], reuse=1) == (3 * size, size)
     sent = traffic(ZeroConfig(stage=3), 2, trained=1000, frozen=48 * 200 * 200, order=order, accumulate=2)
     assert sent.gathers == 1000 + 2 * 3 * size and sent.scatters == 1000  # frozen weights in every micro-batch
     asked = ZeroConfig(stage=3, config={"zero_optimization": {"stage3_max_reuse_distance": 1}})

@@ -4,6 +4,7 @@ Bytes are those of the whole tensors. Over a ring of N ranks each one sends (N â
 and twice that of one that is reduced on all ranks.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -62,11 +63,14 @@ def gathered(order: Sequence[tuple[nn.Module, bool]], reuse: int, ahead: int = 0
     """(bytes of frozen weights that are gathered in a forward and backward pass, the most that are held at once).
 
     Weights are let go behind a module unless they are used again within ``reuse`` elements, and ``ahead`` elements are
-    fetched early; small ones are never sharded.
+    fetched early; small ones are never sharded. Those of several modules stay from the first one's call to the last one's
+    (`mitrain.training.engine.zero.hold_tied`).
     """
     forward = [own(module) for module, _ in order]
     backward = [own(module) for module, differentiated in reversed(order) if differentiated]
     uses = forward + backward
+    owners = Counter(id(p) for module in {module for module, _ in order} for p in own(module))
+    last = {id(p): i for i, weights in enumerate(forward) for p in weights if owners[id(p)] > 1}
     there: dict[int, Tensor] = {}
     total = held = 0
     for i, weights in enumerate(uses):
@@ -76,7 +80,7 @@ def gathered(order: Sequence[tuple[nn.Module, bool]], reuse: int, ahead: int = 0
         held = max(held, sum(p.numel() * p.element_size() for p in there.values()))
         again = soon(uses[i + 1 :], reuse)
         for weight in weights:
-            if id(weight) not in again:
+            if id(weight) not in again and i >= last.get(id(weight), 0):
                 there.pop(id(weight), None)
     size = max((p.element_size() for weights in uses for p in weights), default=0)
     return total, min(held + ahead * size, total)
