@@ -5,7 +5,8 @@ Each provider is an adapter of `mitrain.methods` (LoRA is PEFT's) with the same 
 same texts of so many tokens and the same pictures, which the frozen encoder has seen before. They take turns, each time in a
 fresh process of one thread, so that whatever else the machine does falls on all of them. ``mit-cached`` has the states that
 enter the first infused layer from the cache, and holds no weights below it; ``mit-cached-recomputed`` also computes what is
-in the infused layers again for the backward pass. ``lora-all-hf-loop`` is ``lora-all`` in the loop of transformers' Trainer.
+in the infused layers again for the backward pass. ``mit-released`` is the authors' code: its gate over all of the text, in
+plain operators. ``lora-all-hf-loop`` is ``lora-all`` in the loop of transformers' Trainer.
 Bytes are counted on tensors (`mitrain.compare.measures`); ``start_bytes`` and ``process_bytes`` are the most that a process
 held, beyond what it held when everything was imported, until its first step and in its steps, by the system's count.
 """
@@ -42,6 +43,7 @@ PROVIDERS: Mapping[str, Mapping[str, Any]] = {
     "lora-all-hf-loop": {"name": "lora", "targets": ALL, "rank": 16, "alpha": 32},
     "lora-qv": {"name": "lora", "targets": ["q", "v"], "rank": 16, "alpha": 32},
     "mit": {"name": "mit"},
+    "mit-released": {"name": "mit", "preset": "released"},
     "mit-cached": {"name": "mit"},
     "mit-cached-recomputed": {"name": "mit"},
     "visual-prefix": {"name": "visual-prefix", "tokens": None},
@@ -52,6 +54,8 @@ PROVIDERS: Mapping[str, Mapping[str, Any]] = {
     "aurora": {"name": "aurora"},
 }
 TRAIN = {"mit-cached-recomputed": {"checkpoint_activations": True}}
+KERNELS = {"mit-released": {"backend": "reference"}}
+UNCACHED = ("mit", "mit-released")
 MODELS = {
     "llm": "smollm2-135m-instruct",
     "encoder": "dinov2-vits14",
@@ -184,9 +188,9 @@ def work(folder: str, name: str, steps: int, out: Path) -> None:
     values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     layers, adapter = {"layers": values.pop("layers")}, PROVIDERS[name]
     adapter = {**layers, **adapter} if adapter["name"] == "mit" else dict(adapter)
-    values |= {"adapter": adapter, "train": {**values["train"], **TRAIN.get(name, {})}}
+    values |= {"adapter": adapter, "train": {**values["train"], **TRAIN.get(name, {})}, "kernels": KERNELS.get(name, {})}
     held = Held()
-    with dist.process_group(), uncached_texts() if name == "mit" else nullcontext():
+    with dist.process_group(), uncached_texts() if name in UNCACHED else nullcontext():
         trainer = Trainer(schema.from_dict(values), Path(), quiet=True)
         start = held.most()
         taken, tokens = taken_by(trainer, name, steps, folder)
