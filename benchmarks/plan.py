@@ -160,6 +160,7 @@ def scale_lines(rows: Sequence[Row]) -> list[str]:
     note = (
         "Estimates, no GPU was used: H100 80 GB, MiT of `mit-7b-snli-ve`; a step is two micro-batches of 8 samples of 64"
         " tokens a rank. States below the first changed layer (13) are cached, so that only the layers from there on run:"
-        " with ZeRO 3 each micro-batch gathers them forward, and again backward unless they run again within 10⁹ elements."
+        " with ZeRO 3 each micro-batch gathers them forward, and again backward unless they run again within an"
+        " eighth of the frozen elements, 10⁹ at most."
     )
     return [*markdown.table(columns, shown), "", note]

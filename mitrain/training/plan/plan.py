@@ -364,11 +364,13 @@ def memory(config: RunConfig, asked: PlanRequest, found: Measured, sent: Traffic
     }
     flat = 2 * weights if asked.ranks > 1 else 0
     missing = per_rank([t for t in (*text, *encoders) if id(t) in gone], config, asked.ranks)
+    # Before the first step: with what the cache will stand for; torch makes its states in that step, DeepSpeed at once.
+    before = base + missing - (0 if config.zero.stage else fixed["optimizer"])
     moments = {"backward": base + sum(step.values()), "reduction": base + weights + flat}
     if gone:
-        moments["encoding"] = base + missing - fixed["optimizer"] + found.held["encoding"]
+        moments["encoding"] = before + found.held["encoding"]
     if found.held["fit"]:
-        moments["fit"] = base + missing + found.held["fit"]
+        moments["fit"] = before + found.held["fit"]
     moments["evaluation"] = base + found.held["evaluation"]
     if found.held["generation"]:
         moments["generation"] = (
