@@ -31,38 +31,28 @@ START, BLOCK = 16, 1 << 22
 class Released:
     """Parameters of one module's own, gone until it is called. ``sources``: what each is called in ``weights``.
 
-    ``lent``: they come back for a moment, as they lie in the checkpoint's file where they have its type. ``group``: shards
-    come back together, since DeepSpeed gathers those of the next modules ahead of their calls.
+    ``lent``: they come back for a moment, as they lie in the checkpoint's file where they have its type, and whole where they
+    lie in shards: ranks then send one another nothing.
     """
 
     def __init__(self, name: str, module: nn.Module, weights: Weights, sources: Mapping[str, str]):
         self.name, self.module, self.weights, self.sources = name, module, weights, sources
-        self.stamps, self.group = weights.stamps(), [self]
+        self.stamps = weights.stamps()
         self.hook: RemovableHandle | None = None
         self.lent = False
-        self._let_go()
+        self.let_go()
 
     def let_go(self, *_: Any) -> None:
-        for member in self.group:
-            member._let_go()
-
-    @torch.no_grad()
-    def take_back(self, *_: Any) -> None:
-        for member in self.group:
-            member._take_back()
-
-    def _let_go(self) -> None:
         if self.hook is None:
             self.held = {own: p for own, p in self.module._parameters.items() if p is not None and can_go(p)}
             self.device = next(held_in(p) for p in self.held.values()).device
             for parameter in self.held.values():
-                if loading.is_sharded(parameter) and parameter.numel():  # gathered
-                    parameter.partition([parameter])
-                held_in(parameter).data = placeholder(held_in(parameter), self.device)
+                leave(parameter)
             # First of all hooks: DeepSpeed's gather the shards.
             self.hook = self.module.register_forward_pre_hook(self.take_back, prepend=True)
 
-    def _take_back(self) -> None:
+    @torch.no_grad()
+    def take_back(self, *_: Any) -> None:
         if self.hook is None:
             return
         if self.weights.stamps() != self.stamps:
@@ -79,8 +69,9 @@ class Released:
 
     def _read(self, own: str, parameter: Tensor) -> None:
         held = held_in(parameter)
-        if self.lent and not loading.is_sharded(parameter):
-            held.data = self.weights.read(self.sources[own]).to(self.device, held.dtype)
+        if self.lent:
+            parameter.data = self.weights.read(self.sources[own]).to(self.device, held.dtype)
+            mark(parameter, there=True)
             return
         share = share_of(self.weights.checked(self.sources[own], shape_of(parameter)), parameter)
         held.data = torch.empty(held.shape, dtype=held.dtype, device=self.device)
@@ -107,7 +98,8 @@ def watching(module: nn.Module) -> list[Released]:
 def passing(module: nn.Module) -> Iterator[None]:
     """Inside, what is gone of ``module`` is there while its owner runs, and gone again behind it."""
     there = released_in(module)
-    undo = [gone.module.register_forward_hook(gone.let_go) for gone in there]
+    # First of all hooks: DeepSpeed's would let go of what it takes for gathered shards.
+    undo = [gone.module.register_forward_hook(gone.let_go, prepend=True) for gone in there]
     with lending(there):
         try:
             yield
@@ -199,13 +191,11 @@ def release(model: nn.Module, source: str | Path | None, modules: Iterable[nn.Mo
         own = {key: module._parameters[key] for key in names}
         if own and (sources := stored.sources(name, module, own)) is not None:
             held |= {id(p): held_in(p) for p in own.values() if not is_released(p)}
-            going.append((name, module, sources, any(map(loading.is_sharded, own.values()))))
+            going.append((name, module, sources))
     size = sum(tensor.nbytes for tensor in held.values())
     leave_files(held.values())
-    there = [(Released(name, module, weights, sources), sharded) for name, module, sources, sharded in going]
-    shards = [gone for gone, sharded in there if sharded]
-    for gone in shards:
-        gone.group = shards
+    for name, module, sources in going:
+        Released(name, module, weights, sources)
     allocator.give_back()
     log.info("%d MB of frozen weights were let go of: the cache holds what they make of the samples", size // 10**6)
     return size
@@ -293,6 +283,28 @@ def can_go(parameter: Tensor) -> bool:
     own = parameter.ds_tensor
     alone = own.final_location is None and getattr(parameter, "ds_secondary_tensor", None) is None
     return alone and not parameter.ds_persist and own.numel() > 1
+
+
+def leave(parameter: Tensor) -> None:
+    """Let go of what holds it on this rank, and of what was gathered or lent of it."""
+    if loading.is_sharded(parameter) and parameter.numel():
+        parameter.data = parameter.new_empty(0)
+        mark(parameter, there=False)
+    held_in(parameter).data = placeholder(held_in(parameter), held_in(parameter).device)
+
+
+def mark(parameter: Tensor, there: bool) -> None:
+    """Of one in shards, let DeepSpeed know whether it is whole here."""
+    if loading.is_sharded(parameter):
+        known = type(parameter.ds_status)
+        parameter.ds_status = known.AVAILABLE if there else known.NOT_AVAILABLE
+
+
+def leave_shards(modules: Iterable[nn.Module]) -> None:
+    """Let go of the shards of ``modules``, which `watch` then finds gone."""
+    for module in modules:
+        for name in releasable(module):
+            leave(module._parameters[name])
 
 
 def held_in(parameter: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D hidden width, V vocabulary.
 import copy
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,6 +150,16 @@ class TextBackbone:
             options = {"config": config, "dtype": dtype, "attn_implementation": attention}
             model = loading.load_model(factory(config), source, "language model", is_read, **options)
         else:
+            going: set[nn.Module] = set()  # of shards: what could wait unread must be spread before it can be let go of
+
+            def spread(name: str, unit: nn.Module) -> None:
+                shard(unit)
+                release.leave_shards(going & set(unit.modules()))
+
+            def wanted(model: PreTrainedModel) -> Collection[nn.Module]:
+                going.update(unread(model))
+                return ()
+
             model = stream.load(
                 factory(config),
                 source,
@@ -157,10 +167,10 @@ class TextBackbone:
                 quantize,
                 embedding=quantize_embedding,
                 device=device,
-                after=stream.keep if shard is None else lambda name, unit: shard(unit),
+                after=stream.keep if shard is None else spread,
                 reads=shard is None or dist.is_main(),
                 used=is_read,
-                unread=unread,
+                unread=unread if shard is None else wanted,
                 attn_implementation=attention,
             )
             release.watch(model, source)

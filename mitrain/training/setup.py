@@ -83,7 +83,7 @@ class Setup:
 
     def _build(self) -> Model:
         shard = sharding(self.config.zero, self.config.train.optimizer)
-        return build(self.config, shard=shard, lean=shard is None and not self.config.data.buffer)
+        return build(self.config, shard=shard, lean=not self.config.data.buffer)
 
     def _batch(self, draws: Draws) -> Batch | None:
         """This rank's share of drawn samples; one that does not count where it has none and the ranks run in step."""

@@ -234,7 +234,7 @@ class Trainer(Setup):
             self._require_finite(step, self._trained())
         with self.watch.phase("evaluate"):
             options = {"batch": self.config.train.eval_batch, "what": f"val at step {step}"}
-            with release.borrowed(self.model.text.model):
+            with self.engine.apart(), release.borrowed(self.model.text.model):
                 scores = evaluate(self.model, self.features, self.val, **options).metrics
         metrics.event("val", step, scores)
         value = float(scores[self.model.task.metric])

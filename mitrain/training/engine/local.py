@@ -60,6 +60,10 @@ class LocalEngine:
         """``compute()``, one forward pass of the whole model."""
         return compute()
 
+    def apart(self) -> AbstractContextManager:
+        """What runs inside is no part of a step."""
+        return nullcontext()
+
     def gathered(self, write: bool = False) -> AbstractContextManager:
         """Inside, the trainable parameters can be read, and with ``write`` written to, on all ranks alike."""
         return nullcontext()  # the parameters are the optimizer's own

@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 from mitrain.core import allocator, dist
 from mitrain.core.errors import ConfigError
 from mitrain.models import loading
+from mitrain.models.release import is_released
 from mitrain.training.engine.base import Group, OptimizerConfig, T
 from mitrain.training.engine.deepspeed_config import Json, ZeroConfig, deepspeed_json, gather_limits
 from mitrain.training.engine.local import LocalEngine, checked_count
@@ -109,10 +110,13 @@ def sharding(zero: ZeroConfig, optimizer: OptimizerConfig) -> Callable[[nn.Modul
         return None
     made = checked_json(zero, optimizer)
     ds = join()
+    small = ds.DeepSpeedConfig(made).zero_config.param_persistence_threshold
     allocator.map_large()
 
     def shard(module: nn.Module) -> None:
         ds.zero.Init(module=module, config_dict_or_path=made)
+        for parameter in module.parameters():  # DeepSpeed says so when all is loaded
+            parameter.ds_persist = parameter.ds_numel <= small
 
     return shard
 
@@ -126,7 +130,7 @@ def gather_as_needed(parts: Mapping[str, nn.Module], zero: ZeroConfig) -> None:
 def initialize(root: "Root", made: Json, optimizer: torch.optim.Optimizer | None = None) -> Any:
     """DeepSpeed's engine for the modules under ``root``; a user's JSON stands before the `gather_limits` of their size."""
     if (sizes := made["zero_optimization"])["stage"] == 3:
-        frozen = sum(loading.elements(p) for p in root.parameters() if not p.requires_grad)
+        frozen = sum(loading.elements(p) for p in root.parameters() if not (p.requires_grad or is_released(p)))
         made = {**made, "zero_optimization": {**sizes, **gather_limits(frozen, sizes)}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it imports much of torch that is deprecated
@@ -232,6 +236,14 @@ class ZeroEngine(LocalEngine):
     def _clear(self) -> None:
         self._losses: list[Tensor] = []
         self._count = 0.0
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """DeepSpeed learns the order of modules from a step to the next, and would gather what ran after it ahead of its call,
+        also what was let go of since (`mitrain.models.release`)."""
+        yield
+        if self.stage == 3 and not (order := self.sharded.parameter_offload.get_param_coordinator()).is_invalid_trace():
+            order._invalidate_trace()
 
     # States that belong to no rank
 
