@@ -5,15 +5,17 @@ scale, and clipped and applied by DeepSpeed. At stage 3 the frozen weights lie i
 layer by layer; the trainable ones stay whole on every rank, their optimizer states do not.
 """
 
+import importlib
 import logging
 import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, distributed, nn
@@ -43,6 +45,9 @@ def deepspeed() -> ModuleType:
             "zero.stage needs DeepSpeed, which is not installed: pip install 'mitrain[deepspeed]', or set zero.stage=0"
         ) from None
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
+    # Its Muon, which no setting of ours asks for, is compiled where it is defined: 57 MB of torch's compiler on every rank.
+    with suppress(ImportError), patch.object(torch, "compile", lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.ERROR)
     log.handlers.clear()  # its own speaks on stdout
