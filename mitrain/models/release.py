@@ -96,16 +96,20 @@ def watching(module: nn.Module) -> list[Released]:
 
 @contextmanager
 def passing(module: nn.Module) -> Iterator[None]:
-    """Inside, what is gone of ``module`` is there while its owner runs, and gone again behind it."""
+    """Inside, what is gone of ``module`` is there while its owner runs, and gone again behind it; what is quantised as it is
+    read, which takes longer than to run it, goes at the end."""
     there = released_in(module)
+    floats = [gone for gone in there if not isinstance(gone.module, FrozenLinear)]
     # First of all hooks: DeepSpeed's would let go of what it takes for gathered shards.
-    undo = [gone.module.register_forward_hook(gone.let_go, prepend=True) for gone in there]
+    undo = [gone.module.register_forward_hook(gone.let_go, prepend=True) for gone in floats]
     with lending(there):
         try:
             yield
         finally:
             for hook in undo:
                 hook.remove()
+            for gone in there:
+                gone.let_go()
 
 
 @contextmanager

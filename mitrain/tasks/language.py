@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mitrain.core.config import Section, parse
 from mitrain.core.errors import ConfigError, ModelError
 from mitrain.core.user_code import FunctionName
+from mitrain.models import release
 from mitrain.models.batch import ModalityInputs
 from mitrain.models.text import Begun
 from mitrain.models.tokens import TextOrTurns
@@ -188,7 +189,8 @@ class LanguageTask(Task):
 
     def rehearse(self, samples: Sequence[Any]) -> None:
         try:
-            self.decoding  # noqa: B018
+            with release.passing(self.parts.text.model):
+                self.decoding  # noqa: B018
         except ModelError as error:
             if self.must_generate(samples):
                 raise

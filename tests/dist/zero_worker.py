@@ -18,6 +18,7 @@ from mitrain.training.engine.zero import ZeroEngine, checked_json, gather_in_pla
 from mitrain.core.errors import ConfigError
 from mitrain.models import loading
 from mitrain.models.digests import tensor_digest
+from mitrain.tasks.answer import AnswerTask
 from mitrain.training.build import Model
 from mitrain.training.evaluate import evaluate
 from mitrain.training.trainer import Trainer
@@ -270,6 +271,12 @@ def train(world: str, out: str, *arguments: str) -> int:
     rank = os.environ["RANK"]
     (Path(out) / f"{rank}.json").write_text(json.dumps({"held": {}, **found, "extensions": extensions()}))
     return code
+
+
+def speaking(world: str, out: str, *arguments: str) -> int:
+    """`train` whose evaluations also let the model speak."""
+    AnswerTask.must_generate = lambda self, samples: True
+    return train(world, out, *arguments)
 
 
 def extensions() -> list[str]:

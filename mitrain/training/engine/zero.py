@@ -28,7 +28,7 @@ from mitrain.training.engine.base import Group, OptimizerConfig, T
 from mitrain.training.engine.deepspeed_config import Json, ZeroConfig, deepspeed_json, gather_limits
 from mitrain.training.engine.local import LocalEngine, checked_count
 
-BUCKET = 1 << 24  # elements of gradients that are reduced at a time: 64 MiB of float32
+BUCKET = 1 << 24  # elements of gradients that are reduced at a time, at most: 64 MiB of float32
 
 
 def deepspeed() -> ModuleType:
@@ -316,11 +316,11 @@ class ZeroEngine(LocalEngine):
 
 
 def with_bucket(made: Json, trained: int) -> Json:
-    """DeepSpeed's JSON with a bucket for the gradients of ``trained`` elements, unless the user says how large it is.
+    """DeepSpeed's JSON with a bucket for a quarter of the gradients of ``trained`` elements, unless the user says how large.
 
     DeepSpeed allocates 5e8 elements (2 GB of float32) however few are trained, and copies of what is in it while it reduces.
     """
-    sizes = {"reduce_bucket_size": min(trained, BUCKET), **made["zero_optimization"]}
+    sizes = {"reduce_bucket_size": min(-(-trained // 4), BUCKET), **made["zero_optimization"]}
     return {**made, "zero_optimization": sizes}
 
 

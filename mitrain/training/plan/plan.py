@@ -294,7 +294,8 @@ def apart_from_zero(config: RunConfig) -> str:
 
 def sent_in(config: RunConfig, asked: PlanRequest, found: Measured) -> Traffic:
     weights, held = bytes_of(found.model.trained()), frozen(found.model, *found.model.frozen)
-    elements = sum(t.numel() for t in held if isinstance(t, torch.nn.Parameter))
+    gone = unread(config, found.model, text_alone=True)  # when DeepSpeed's limits are set the encoders are still there
+    elements = sum(t.numel() for t in held if isinstance(t, torch.nn.Parameter) and id(t) not in gone)
     return traffic(config.zero, asked.ranks, weights, elements, found.traced.order, config.train.accumulate)
 
 
@@ -314,7 +315,7 @@ def keeps_states(config: RunConfig, model: Model) -> bool:
     return bool(config.cache) and not config.data.buffer and model.states.depth > 0
 
 
-def unread(config: RunConfig, model: Model) -> set[int]:
+def unread(config: RunConfig, model: Model, text_alone: bool = False) -> set[int]:
     """The ids of the frozen weights that a run does not hold in its steps, since the cache stands for them.
 
     At stage 3 small ones stay whole on every rank, and low-bit ones in their shards.
@@ -322,7 +323,8 @@ def unread(config: RunConfig, model: Model) -> set[int]:
     if not config.cache or config.data.buffer:
         return set()
     sharded = config.zero.stage == 3
-    modules = [m for _, part in model.unread(keeps_states(config, model)) for m in part]
+    parts = [part for one, part in model.unread(keeps_states(config, model)) if one is model.text or not text_alone]
+    modules = [m for part in parts for m in part]
     own = [m._parameters[n] for m in modules for n in releasable(m) if not (sharded and isinstance(m, FrozenLinear))]
     return {id(p) for p in own if not sharded or p.numel() > PERSIST}
 
