@@ -109,6 +109,7 @@ def test_a_small_model_is_not_gathered_whole_unless_the_user_says_so(engines):
         assert max(found["layers"]) <= 4 and found["all layers"][-1] == 16
 
 
+AHEAD = ("stage3_max_live_parameters", "stage3_prefetch_bucket_size")
 LOW = {
     "fp32": [],
     "int8": ["model.quantize=int8", "model.quantize_embedding=true"],
@@ -170,8 +171,9 @@ def test_no_rank_holds_more_than_its_shard_and_what_is_small(shards, precision):
 def test_shards_that_the_cache_stands_for_are_let_go_of_until_something_runs_them(forge, world, tmp_path):
     """As large models' weights do, none stays whole on every rank. What is said runs all layers: after every step, so that
     DeepSpeed could fetch ahead what the step before was followed by. A second run finds the cache filled."""
-    none = "zero.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
-    settings = (str(world / "config.yaml"), "zero.stage=3", none, "name=lean", "--runs", tmp_path)
+    far = {"stage3_param_persistence_threshold": 0} | dict.fromkeys(AHEAD, 10**9)
+    limits = f"zero.config={json.dumps({'zero_optimization': far})}"
+    settings = (str(world / "config.yaml"), "zero.stage=3", limits, "name=lean", "--runs", tmp_path)
     found = launch(forge, world, tmp_path, 2, *settings, "train.eval_every=1", worker="speaking")
     filled = launch(forge, world, tmp_path, 2, *settings, "name=filled", "train.steps=1")
     for rank, later in zip(found, filled, strict=True):
