@@ -110,6 +110,7 @@ def test_a_small_model_is_not_gathered_whole_unless_the_user_says_so(engines):
 
 
 AHEAD = ("stage3_max_live_parameters", "stage3_prefetch_bucket_size")
+ONE = ("train.batch=14", "train.accumulate=1", "train.check_largest=off")
 LOW = {
     "fp32": [],
     "int8": ["model.quantize=int8", "model.quantize_embedding=true"],
@@ -174,7 +175,7 @@ def test_shards_that_the_cache_stands_for_are_let_go_of_until_something_runs_the
     far = {"stage3_param_persistence_threshold": 0} | dict.fromkeys(AHEAD, 10**9)
     limits = f"zero.config={json.dumps({'zero_optimization': far})}"
     settings = (str(world / "config.yaml"), "zero.stage=3", limits, "name=lean", "--runs", tmp_path)
-    found = launch(forge, world, tmp_path, 2, *settings, "train.eval_every=1", worker="speaking")
+    found = launch(forge, world, tmp_path, 2, *settings, "train.eval_every=1", *ONE, worker="speaking")
     filled = launch(forge, world, tmp_path, 2, *settings, "name=filled", "train.steps=1")
     for rank, later in zip(found, filled, strict=True):
         assert later["held"]["text"]["shards"] == rank["first"]["text"]["shards"] < rank["held"]["text"]["shards"]
