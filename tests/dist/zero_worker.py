@@ -18,6 +18,7 @@ from mitrain.training.engine.zero import ZeroEngine, checked_json, gather_in_pla
 from mitrain.core.errors import ConfigError
 from mitrain.models import loading
 from mitrain.models.digests import tensor_digest
+from mitrain.models.release import is_released
 from mitrain.tasks.answer import AnswerTask
 from mitrain.training.build import Model
 from mitrain.training.evaluate import evaluate
@@ -274,7 +275,19 @@ def train(world: str, out: str, *arguments: str) -> int:
 
 
 def speaking(world: str, out: str, *arguments: str) -> int:
-    """`train` whose evaluations also let the model speak."""
+    """`train` whose evaluations also let the model speak; OUT/RANK.ahead has, of each order of modules that DeepSpeed learnt,
+    how many of them have no weights between the evaluations."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    learn, place = Coordinator.construct_parameter_trace_from_module_trace, Path(out) / f"{os.environ['RANK']}.ahead"
+
+    def learnt(self: Any) -> None:
+        order = self._PartitionedParameterCoordinator__submodule_order
+        gone = sum(any(map(is_released, module.parameters(recurse=False))) for module in order)
+        place.write_text(f"{place.read_text() if place.exists() else ''}{gone}/{len(order)} ")
+        learn(self)
+
+    Coordinator.construct_parameter_trace_from_module_trace = learnt
     AnswerTask.must_generate = lambda self, samples: True
     return train(world, out, *arguments)
 
