@@ -170,14 +170,13 @@ def test_no_rank_holds_more_than_its_shard_and_what_is_small(shards, precision):
 
 
 def test_shards_that_the_cache_stands_for_are_let_go_of_until_something_runs_them(forge, world, tmp_path):
-    """What is said after every other step runs all layers, which no step does. A second run finds the cache filled."""
+    """What is said after every step runs all layers, which no step does. A second run finds the cache filled."""
     one = (str(world / "config.yaml"), "train.accumulate=1", "train.check_largest=off", "--runs", str(tmp_path))
     assert main(["train", *one, "name=alone"]) == 0
     shared = (*one, "zero.stage=3", f"zero.config={json.dumps({'zero_optimization': FAR})}")
-    found = launch(forge, world, tmp_path, 2, *shared, "name=lean", "train.eval_every=2", worker="speaking")
+    found = launch(forge, world, tmp_path, 2, *shared, "name=lean", "train.eval_every=1", worker="speaking")
     filled = launch(forge, world, tmp_path, 2, *shared, "name=filled", "train.steps=1")
-    learnt = [(tmp_path / f"{rank}.ahead").read_text().split() for rank in range(2)]
-    assert learnt[0] == learnt[1] and len(learnt[0]) >= 2 and all(order.startswith("0/") for order in learnt[0])
+    assert [(tmp_path / f"{rank}.ahead").read_text() for rank in range(2)] == ["learnt:"] * 2  # each step is followed by more
     for rank, later in zip(found, filled, strict=True):
         assert later["held"]["text"]["shards"] == rank["first"]["text"]["shards"] < rank["held"]["text"]["shards"]
         vision, text = (rank["first"][name] for name in ("encoder0", "text"))
