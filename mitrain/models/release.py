@@ -64,13 +64,14 @@ class Released:
             fill_low_bit(self.name, self.module, self.weights, self.device)
         for own, parameter in self.held.items():
             # A tied parameter may have been taken back by the other module that has it, low-bit ones are filled anew.
-            if self.module._parameters[own] is parameter and is_released(parameter):
+            # By `get`: DeepSpeed's dictionary gathers what is asked for with brackets.
+            if self.module._parameters.get(own) is parameter and is_released(parameter):
                 self._read(own, parameter)
 
     def _read(self, own: str, parameter: Tensor) -> None:
         held = held_in(parameter)
         if self.lent:
-            parameter.data = self.weights.read(self.sources[own]).to(self.device, held.dtype)
+            parameter.data = self.weights.read(self.sources[own]).to(parameter.device, held.dtype)  # a shard may be elsewhere
             mark(parameter, there=True)
             return
         share = share_of(self.weights.checked(self.sources[own], shape_of(parameter)), parameter)
@@ -80,7 +81,7 @@ class Released:
     def check(self) -> None:
         """ModelError where what is stored is not finite."""
         for own, source in self.sources.items():
-            self.weights.checked(source, shape_of(self.module._parameters[own]))
+            self.weights.checked(source, shape_of(self.module._parameters.get(own)))
 
 
 def released_in(module: nn.Module) -> list[Released]:

@@ -135,6 +135,11 @@ def launch(forge, world, out, ranks: int, *arguments: str, worker: str = "train"
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
+def learnt(out) -> list[list[str]]:
+    """For each rank what `zero_worker.speaking` has written."""
+    return [(out / f"{rank}.ahead").read_text().split()[1:] for rank in range(2)]
+
+
 @pytest.fixture(scope="module")
 def shards(forge, world, tmp_path_factory):
     """For a precision: the run of two ranks at stage 3, nothing encoded before, and what they found; made once."""
@@ -175,8 +180,9 @@ def test_shards_that_the_cache_stands_for_are_let_go_of_until_something_runs_the
     assert main(["train", *one, "name=alone"]) == 0
     shared = (*one, "zero.stage=3", f"zero.config={json.dumps({'zero_optimization': FAR})}")
     found = launch(forge, world, tmp_path, 2, *shared, "name=lean", "train.eval_every=1", worker="speaking")
-    filled = launch(forge, world, tmp_path, 2, *shared, "name=filled", "train.steps=1")
-    assert [(tmp_path / f"{rank}.ahead").read_text() for rank in range(2)] == ["learnt:"] * 2  # each step is followed by more
+    assert learnt(tmp_path) == [[], []]  # each step is followed by more than the next one
+    filled = launch(forge, world, tmp_path, 2, *shared, "name=filled", "train.eval_every=3", worker="speaking")
+    assert learnt(tmp_path)[0] == learnt(tmp_path)[1] != [] and {order[0] for order in learnt(tmp_path)[0]} == {"0"}
     for rank, later in zip(found, filled, strict=True):
         assert later["held"]["text"]["shards"] == rank["first"]["text"]["shards"] < rank["held"]["text"]["shards"]
         vision, text = (rank["first"][name] for name in ("encoder0", "text"))

@@ -43,6 +43,7 @@ INSTEAD = {
     "zero_optimization.offload_optimizer": "set zero.offload_optimizer",
     "zero_optimization.offload_param": "set zero.offload_params",
     "zero_optimization.cpu_offload": "set zero.offload_optimizer",
+    "zero_optimization.stage3_module_granularity_threshold": "let modules gather their weights one by one",
     "activation_checkpointing": "set train.checkpoint_activations",
     "wandb": "set telemetry.trackers",
 }

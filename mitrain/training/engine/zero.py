@@ -45,8 +45,8 @@ def deepspeed() -> ModuleType:
             "zero.stage needs DeepSpeed, which is not installed: pip install 'mitrain[deepspeed]', or set zero.stage=0"
         ) from None
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
-    # Its Muon, which no setting of ours asks for, is compiled where it is defined: 57 MB of torch's compiler on every rank.
-    with suppress(ImportError), patch.object(torch, "compile", lambda function: function):
+    # Its Muon, which no setting of ours asks for, is compiled where it is defined: some 50 MB of torch's compiler on every rank.
+    with suppress(ImportError), patch.object(torch, "compile", lambda function=None, **_: function or (lambda own: own)):
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.ERROR)
@@ -120,7 +120,7 @@ def sharding(zero: ZeroConfig, optimizer: OptimizerConfig) -> Callable[[nn.Modul
 
     def shard(module: nn.Module) -> None:
         ds.zero.Init(module=module, config_dict_or_path=made)
-        for parameter in module.parameters():  # DeepSpeed says so when all is loaded
+        for parameter in module.parameters():  # DeepSpeed says so when all is loaded; until then `release` must know
             parameter.ds_persist = parameter.ds_numel <= small
 
     return shard
@@ -137,6 +137,8 @@ def initialize(root: "Root", made: Json, optimizer: torch.optim.Optimizer | None
     if (sizes := made["zero_optimization"])["stage"] == 3:
         frozen = sum(loading.elements(p) for p in root.parameters() if not (p.requires_grad or is_released(p)))
         made = {**made, "zero_optimization": {**sizes, **gather_limits(frozen, sizes)}}
+        for parameter in filter(loading.is_sharded, root.parameters()):
+            parameter.ds_persist = False  # DeepSpeed says anew which are small, under a user's limit to all of them together
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it imports much of torch that is deprecated
         engine = join().initialize(model=root, optimizer=optimizer, config=made, dist_init_required=False)[0]

@@ -294,7 +294,8 @@ def apart_from_zero(config: RunConfig) -> str:
 
 def sent_in(config: RunConfig, asked: PlanRequest, found: Measured) -> Traffic:
     weights, held = bytes_of(found.model.trained()), frozen(found.model, *found.model.frozen)
-    gone = unread(config, found.model, text_alone=True)  # when DeepSpeed's limits are set the encoders are still there
+    # When DeepSpeed's limits are set encoders are still there, and the whole text model beside one that is changed.
+    gone = set() if found.model.adapter.traits.changes_encoder else unread(config, found.model, text_alone=True)
     elements = sum(t.numel() for t in held if isinstance(t, torch.nn.Parameter) and id(t) not in gone)
     return traffic(config.zero, asked.ranks, weights, elements, found.traced.order, config.train.accumulate)
 
