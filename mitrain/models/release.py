@@ -31,8 +31,8 @@ START, BLOCK = 16, 1 << 22
 class Released:
     """Parameters of one module's own, gone until it is called. ``sources``: what each is called in ``weights``.
 
-    ``lent``: they come back for a moment, as they lie in the checkpoint's file where they have its type, and whole where they
-    lie in shards: ranks then send one another nothing.
+    ``lent``: they come back for a moment, as they lie in the checkpoint's file where they have its type, and whole where
+    they lie in shards: ranks then send one another nothing.
     """
 
     def __init__(self, name: str, module: nn.Module, weights: Weights, sources: Mapping[str, str]):
@@ -71,7 +71,8 @@ class Released:
     def _read(self, own: str, parameter: Tensor) -> None:
         held = held_in(parameter)
         if self.lent:
-            parameter.data = self.weights.read(self.sources[own]).to(parameter.device, held.dtype)  # a shard may be elsewhere
+            # A shard may be on another device than the whole.
+            parameter.data = self.weights.read(self.sources[own]).to(parameter.device, held.dtype)
             mark(parameter, there=True)
             return
         share = share_of(self.weights.checked(self.sources[own], shape_of(parameter)), parameter)

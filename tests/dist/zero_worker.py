@@ -235,7 +235,11 @@ def compare(out: str) -> int:
     with dist.process_group() as here:
         found = {**engines(), "refusal": refusal(), "tied": tied(False), "headless": tied(True)}
         defaults = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
-        found |= {"gathers": gathers(), "layers": layers({}), "all layers": layers({f"stage3_{name}": 10**9 for name in defaults})}
+        found |= {
+            "gathers": gathers(),
+            "layers": layers({}),
+            "all layers": layers({f"stage3_{name}": 10**9 for name in defaults}),
+        }
     (Path(out) / f"{here.rank}.json").write_text(json.dumps(found))
     return 0
 

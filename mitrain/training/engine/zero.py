@@ -45,7 +45,7 @@ def deepspeed() -> ModuleType:
             "zero.stage needs DeepSpeed, which is not installed: pip install 'mitrain[deepspeed]', or set zero.stage=0"
         ) from None
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
-    # Its Muon, which no setting of ours asks for, is compiled where it is defined: some 50 MB of torch's compiler on every rank.
+    # Its Muon, which no setting of ours asks for, is compiled where it is defined: 50 MB of torch's compiler on every rank.
     with suppress(ImportError), patch.object(torch, "compile", lambda function=None, **_: function or (lambda own: own)):
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     log = logging.getLogger("DeepSpeed")
@@ -246,8 +246,8 @@ class ZeroEngine(LocalEngine):
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """DeepSpeed learns the order of modules from a step to the next, and would gather what ran after it ahead of its call,
-        also what was let go of since (`mitrain.models.release`)."""
+        """DeepSpeed learns the order of modules from a step to the next, and would gather what ran after it ahead of its
+        call, also what was let go of since (`mitrain.models.release`)."""
         yield
         if self.stage == 3 and not (order := self.sharded.parameter_offload.get_param_coordinator()).is_invalid_trace():
             order._invalidate_trace()
