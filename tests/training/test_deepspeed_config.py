@@ -1,6 +1,7 @@
 """DeepSpeed's JSON: what our settings make of it, and what a user's own may say beside them."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -104,6 +105,10 @@ def test_a_users_json_may_say_what_our_settings_say():
         ),
         ({"optimizer": {"type": "Adam"}}, "optimizer.type='Adam'.*set train.optimizer"),
         ({"train_batch_size": 64}, "train_batch_size=64.*train.batch"),
+        (
+            {"zero_optimization": {"stage3_module_granularity_threshold": 100}},
+            "granularity_threshold=100, but mitrain decides that: leave it out",
+        ),
     ],
 )
 def test_a_users_json_that_contradicts_is_named(own, line):
@@ -121,3 +126,18 @@ def test_without_deepspeed_one_line_says_what_to_install(monkeypatch):
 def test_a_json_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"ds\.json"):
         made(stage=1, config=str(tmp_path / "ds.json"))
+
+
+def test_an_engine_starts_without_torchs_compiler():
+    """In a process of its own; what DeepSpeed compiles where it is defined would load it."""
+    code = """
+import sys, torch
+from mitrain.training.engine import Group, OptimizerConfig, ZeroConfig
+from mitrain.training.engine.zero import ZeroEngine
+net = torch.nn.Linear(4, 4)
+groups = [Group("net", dict(net.named_parameters()), 0.1)]
+ZeroEngine({"net": net}, groups, lambda step: 1.0, OptimizerConfig(), ZeroConfig(stage=2))
+sys.exit("torch._inductor.compile_fx" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
