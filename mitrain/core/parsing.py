@@ -13,6 +13,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def plain_objects(lines: Sequence[str]) -> list[dict[str, Any]] | None:
     """The objects of JSON that ``lines`` hold, one each, all parsed together, where they are of texts, numbers and lists of
     texts, and nothing in them needs the look that `parse_json` takes; else None."""
     text = ",".join(lines)
-    if "\\\\" in text or "\\ud" in text or "\\uD" in text or set(map(itemgetter(0), lines)) != {"{"}:
+    escaped = "\\" in text and ("\\\\" in text or "\\ud" in text or "\\uD" in text)
+    if escaped or set(map(itemgetter(0), lines)) != {"{"}:
         return None
     try:
         rows = json.loads(f"[{text}]")
@@ -111,13 +113,13 @@ def plain_objects(lines: Sequence[str]) -> list[dict[str, Any]] | None:
         return None
     # Columns of types, as a loop over the values would take as long as their parsing.
     values = lambda: itertools.chain.from_iterable(map(dict.values, rows))  # noqa: E731
-    types = list(map(type, values()))
+    types = Counter(map(type, values()))
     if not {str, list, *SCALARS}.issuperset(types):
         return None
     items = list(itertools.chain.from_iterable(v for v in values() if type(v) is list)) if list in types else []
     if any(type(item) is not str for item in items):
         return None
-    strings = sum(map(len, rows)) + types.count(str) + len(items)
+    strings = types.total() + types[str] + len(items)
     each_once = text.count('"') - text.count('\\"') == 2 * strings  # a key that stands twice is lost in its row
     return rows if each_once and len(rows) == len(lines) else None
 

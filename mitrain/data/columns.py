@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice
 from types import MappingProxyType
 from typing import Any
 
@@ -13,37 +13,45 @@ from mitrain.data.samples import Sample
 MANY = 20_000
 """Samples from which on they are columns; fewer are a list of them."""
 PART = 4096  # texts that are packed into one
+BETWEEN = "\0"
+EMPTY, NO_LENGTHS = BETWEEN * (PART - 1), array("i", bytes(4 * (PART + 1)))  # a part of empty texts
 NAMES = ("id", "object", "kind")  # fields that name a sample, of which no model reads anything
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Texts:
-    """Texts by their numbers; packed, as a text by itself takes 50 bytes beside its letters."""
+    """Texts by their numbers; packed, as a text by itself takes 50 bytes beside its letters, with a mark between them, at
+    which they are split in a sixth of the time that as many slices take."""
 
     def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._ends: list[array] = []
+        self._parts: list[str | list[str]] = []
+        self._ends: list[array] = []  # of each part's texts, marks not counted
         self._last: list[str] = []
+        self.some_empty = False
 
-    def extend(self, texts: Iterable[str]) -> None:
+    def extend(self, texts: Sequence[str]) -> None:
+        self.some_empty = self.some_empty or "" in texts
         self._last.extend(texts)
         while len(self._last) >= PART:
             part, self._last = self._last[:PART], self._last[PART:]
-            self._parts.append(whole := "".join(part))
-            ends = array("q", accumulate(map(len, part), initial=0)) if whole else array("q", bytes(8 * (PART + 1)))
+            whole = BETWEEN.join(part)
+            if whole == EMPTY:
+                whole, ends = EMPTY, NO_LENGTHS  # held once for all such parts
+            else:
+                ends = array("i" if len(whole) < 1 << 31 else "q", accumulate(map(len, part), initial=0))
+            self._parts.append(whole if whole.count(BETWEEN) == PART - 1 else part)
             self._ends.append(ends)
 
     def __getitem__(self, number: int) -> str:
         part, place = divmod(number, PART)
         if part == len(self._parts):
             return self._last[place]
-        ends = self._ends[part]
-        return self._parts[part][ends[place] : ends[place + 1]]
+        texts, ends = self._parts[part], self._ends[part]
+        return texts[ends[place] + place : ends[place + 1] + place] if isinstance(texts, str) else texts[place]
 
     def __iter__(self) -> Iterator[str]:
-        for text, ends in zip(self._parts, self._ends, strict=True):
-            yield from [text[start:end] for start, end in pairwise(ends)] if text else [""] * PART
-        yield from self._last
+        parts = (part.split(BETWEEN) if isinstance(part, str) else part for part in self._parts)
+        return chain(chain.from_iterable(parts), self._last)
 
 
 MAKES: Mapping[type, Callable[[], Any]] = {str: Texts, float: partial(array, "d")}
@@ -60,6 +68,7 @@ class Columns(Sequence[Any]):
         self._kind: type[Any] = Sample
         self._columns: dict[str, Texts | array] = {}
         self._inputs: dict[str, Texts] = {}
+        self._named: set[str] = set()  # the inputs of those that are shared
         self._rest: tuple[str, ...] = ()
         self._shared: list[dict[str, Any]] = []
         self._which = array("l")  # by sample, of what is shared
@@ -78,6 +87,7 @@ class Columns(Sequence[Any]):
         number = self._known.setdefault(key, len(self._shared))
         if number == len(self._shared):
             self._shared.append({name: values[name] for name in self._rest} | {"inputs": key[1]})
+            self._named.update(key[1])
         return number
 
     def extend(
@@ -91,9 +101,9 @@ class Columns(Sequence[Any]):
         numbers = [self.number(sample) for sample in samples] if numbers is None else numbers
         for name, column in self._columns.items():
             column.extend(values[name] if name in values else [sample.__dict__[name] for sample in samples])
-        for name in sorted({name for part in self._shared for name in part["inputs"]} - self._inputs.keys()):
+        for name in sorted(self._named - self._inputs.keys()):
             self._inputs[name] = Texts()
-            self._inputs[name].extend("" for _ in self._which)
+            self._inputs[name].extend([""] * len(self._which))
         for name, column in self._inputs.items():
             column.extend(inputs[name] if name in inputs else [sample.inputs.get(name, "") for sample in samples])
         self._which.extend(numbers)
@@ -143,7 +153,10 @@ class Columns(Sequence[Any]):
 
     def paths(self, name: str) -> Iterator[str | None]:
         """The samples' files of an input; see `paths`."""
-        return (path or None for path in self._of(self._inputs[name])) if name in self._inputs else (None for _ in self)
+        if name not in self._inputs:
+            return (None for _ in self)
+        found = self._of(self._inputs[name])
+        return (path or None for path in found) if self._inputs[name].some_empty else found
 
     def input_names(self) -> list[str]:
         """The inputs that some of the samples have."""

@@ -84,10 +84,11 @@ def contained(root: Path, relative: str, what: str = "picture") -> Path:
     """The file ``relative`` in ``root``, if it is one and its path, as it is written, stays below ``root``."""
     if not isinstance(relative, str) or not relative or "\0" in relative:
         raise DataError(f"{str(relative)[:80]!r} is not a path of a {what} in {str(root)!r}: correct the annotation")
-    bases = [Path(os.path.abspath(root)), Path(os.path.realpath(root))]  # a whole path may name either
-    path = Path(os.path.normpath(bases[0] / relative))
-    if not any(path.is_relative_to(base) for base in bases):
+    base = os.path.abspath(root)
+    whole = os.path.normpath(os.path.join(base, relative))
+    if not (below(whole, base) or below(whole, os.path.realpath(root))):  # a whole path may name either
         raise DataError(f"{relative[:200]!r} leads out of the data folder {str(root)!r}: give paths below it")
+    path = Path(whole)
     try:
         there = path.is_file()
     except OSError as error:  # a name too long, a folder that may not be entered
@@ -98,3 +99,7 @@ def contained(root: Path, relative: str, what: str = "picture") -> Path:
         link = ", only a link that leads to none" if path.is_symlink() else ""
         raise DataError(f"no {what} {relative[:200]!r} in {str(root)!r}{link}: put it there or correct the path")
     return path
+
+
+def below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))

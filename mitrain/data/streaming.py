@@ -13,42 +13,47 @@ from typing import Any
 
 from mitrain.core.config import digest
 from mitrain.core.errors import DataError
-from mitrain.data.formats.manifest import Manifest, Row, rows_in
+from mitrain.data.formats.manifest import Block, Manifest, blocks_in
 from mitrain.data.loader import Draw
 
 Place = tuple[int, int]  # a file by its number in the epoch's order, a record of it
 
 
 class Stream(Manifest):
-    """The records of ``source`` in the order of ``files``, of which ``rows`` gives the next ``count``, from ``at`` on.
+    """The records of ``source`` in the order of ``files``, of which ``blocks`` gives the next ``count``, from ``at`` on.
 
-    ``at`` is the place of the next record, None where there is none. ``checks_columns``: see `read_rows`.
+    ``at`` is the place of the next record, None where there is none. ``checks_columns``: see `read_blocks`.
     """
 
     def __init__(self, source: Manifest, files: Sequence[Path], count: int, at: Place = (0, 0), checks: bool = False):
         super().__init__(source.root, source.file)
         self.order, self.count, self.checks_columns = files, count, checks
         self.at: Place | None = at
-        self._coming: Iterator[tuple[Place, Row]] | None = None
-        self._next: tuple[Place, Row] | None = None
+        self._coming: Iterator[tuple[Place, Block]] | None = None
+        self._next: tuple[Place, Block] | None = None
 
-    def rows(self, columns: Mapping[str, str], required: Sequence[str], inputs: Sequence[str]) -> Iterator[Row]:
+    def blocks(self, columns: Mapping[str, str], required: Sequence[str], inputs: Sequence[str]) -> Iterator[Block]:
         if self._coming is None:
             self._coming = self._all(columns, required, inputs)
             self._next = next(self._coming, None)
-        for _ in range(self.count):
-            if self._next is None:
-                break
-            yield self._next[1]
-            self._next = next(self._coming, None)
+        left = self.count
+        while left and self._next is not None:
+            (number, record), block = self._next
+            yield (part := block.cut(0, left))
+            left -= len(part)
+            rest = (number, record + len(part)), block.cut(len(part))
+            self._next = rest if rest[1] else next(self._coming, None)
         self.at = self._next[0] if self._next else None
 
-    def _all(self, *asked: Any) -> Iterator[tuple[Place, Row]]:
+    def _all(self, *asked: Any) -> Iterator[tuple[Place, Block]]:
         first, skipped = self.at
         for number in range(first, len(self.order)):
-            for record, row in enumerate(rows_in(self.order[number], self.root, *asked)):
-                if number > first or record >= skipped:
-                    yield (number, record), row
+            record = 0
+            for block in blocks_in(self.order[number], self.root, *asked):
+                start = skipped - record if number == first and record < skipped else 0
+                if start < len(block):
+                    yield (number, record + start), block.cut(start)
+                record += len(block)
 
 
 class StreamLoader:

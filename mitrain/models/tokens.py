@@ -11,6 +11,8 @@ from typing import Any
 WHOLE = ("", "")
 """The frame of a text that stands alone."""
 
+SPARE = 16  # tokens that a tokenizer puts around a text
+
 TextOrTurns = str | tuple[str, ...]
 """What stands between the parts of a frame: one text in each place, or one for each."""
 

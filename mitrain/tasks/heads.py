@@ -7,7 +7,7 @@ Shapes: B samples.
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from mitrain.core.config import Section
 from mitrain.core.errors import ConfigError
 from mitrain.data.columns import different
 from mitrain.models.batch import ModalityInputs
+from mitrain.models.tokens import SPARE
 from mitrain.tasks.base import Batch, Parts, Splits, Task
 from mitrain.tasks.probe import standardised
 from mitrain.tasks.readout import See, evenly, frozen_states, read_out, runs_text, statistics, width_of
@@ -73,13 +74,20 @@ class HeadTask(ReadTask):
         self.dropout = nn.Dropout(config.dropout)
         self._ids = lru_cache(1 << 17)(self._row)
 
+    @cached_property
+    def _around(self) -> int:
+        """Tokens of the template alone."""
+        return len(self.parts.text.tokens("", frame=self.frame, strip=None))
+
     def _row(self, text: str) -> list[int]:
         """Token ids of a filled template; a text that is too long loses its end, the template nothing."""
         backbone, tokenizer = self.parts.text, self.parts.text.tokenizer
-        longest = max(1, self.config.max_tokens - len(backbone.tokens("", frame=self.frame, strip=None)))
-        ids = backbone.plain(text)
-        if len(ids) > longest:
-            text = tokenizer.decode(ids[:longest], skip_special_tokens=True)
+        longest = max(1, self.config.max_tokens - self._around)
+        # A tokenizer makes no more tokens than letters of ASCII, but for a few around them: most texts are short enough.
+        if not (text.isascii() and len(text) + SPARE <= longest):
+            ids = backbone.plain(text)
+            if len(ids) > longest:
+                text = tokenizer.decode(ids[:longest], skip_special_tokens=True)
         row = backbone.tokens(text, frame=self.frame, strip=None)
         return row or [tokenizer.eos_token_id]  # the head needs a token to read
 

@@ -19,6 +19,7 @@ from mitrain.data.loader import Loader
 from mitrain.data.samples import BadSamples
 from mitrain.data.sources import limit, portion
 from mitrain.data.streaming import StreamLoader
+from mitrain.models.tokens import SPARE
 from mitrain.tasks.base import Batch, cautions
 from mitrain.tasks.readout import SEEN_SAMPLES, chunks, evenly
 from mitrain.training import checkpoint, initial
@@ -36,7 +37,6 @@ from mitrain.training.telemetry import Stopwatch
 
 log = logging.getLogger(__name__)
 TOKENISED = 5000  # training samples whose texts are looked at before the first step, of more
-SPARE = 16  # tokens that a tokenizer puts around a text
 
 
 class Setup:

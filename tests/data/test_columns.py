@@ -6,7 +6,7 @@ import pytest
 
 from mitrain.core.errors import DataError
 from mitrain.data import columns
-from mitrain.data.columns import Columns, bytes_of, column, different, gathered, paths, take
+from mitrain.data.columns import Columns, Texts, bytes_of, column, different, gathered, paths, take
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.formats.labels import LabelSample, read_labels
 from mitrain.data.formats.records import AnswerSample, read_records
@@ -38,6 +38,19 @@ def test_samples_come_out_as_they_went_in(count):
     assert [list(sample.inputs) for sample in kept] == [list(sample.inputs) for sample in samples]
     with pytest.raises(IndexError):
         kept[count]
+
+
+@pytest.mark.parametrize("size", [4, 4096])
+def test_texts_are_those_that_were_packed(monkeypatch, size):
+    monkeypatch.setattr(columns, "PART", size)
+    given = ["a", "", "b\0c", "wóda"] * size + [""] * 2 * size + ["🐈", "", "d" * 9]
+    texts = Texts()
+    for start in range(0, len(given), 3):
+        texts.extend(given[start : start + 3])
+    assert list(texts) == given == [texts[number] for number in range(len(given))]
+    assert texts.some_empty and not Texts().some_empty
+    parts = [part for part in texts._parts if isinstance(part, str)]
+    assert parts == [columns.BETWEEN * (size - 1)] * 2, "empty texts alone are packed here"
 
 
 @pytest.mark.parametrize("numbers", [range(9), [7, 0, 3], []])
@@ -90,7 +103,7 @@ def one_by_one(monkeypatch):
 @pytest.mark.parametrize("at_once", [1, 2, 512])
 def test_labels_read_together_are_those_read_one_by_one(tmp_path, monkeypatch, at_once):
     path = written(tmp_path, ROWS * 1)
-    monkeypatch.setattr("mitrain.data.formats.alike.AT_ONCE", at_once)
+    monkeypatch.setattr("mitrain.data.formats.rows.AT_ONCE", at_once)
     together = list(read_labels(path))
     one_by_one(monkeypatch)
     assert together == list(read_labels(path))

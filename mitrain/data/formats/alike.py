@@ -1,17 +1,15 @@
 """Samples of many rows, most of them copied from one before: of a million rows few differ in more than plain texts."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mitrain.core.errors import DataError, UserError
+from mitrain.core.errors import DataError
 from mitrain.data.columns import Columns
-from mitrain.data.formats.manifest import Manifest, Row, read_rows
+from mitrain.data.formats.manifest import Block, Manifest, Row, read_blocks
 from mitrain.data.formats.rows import CONTROL, require_new
 
-AT_ONCE = 512
 MOST = 100_000  # different rows that samples are copied from
-HASHED = (str, int, type(None), type(...))
+HASHED = {str, int, type(None), type(...)}
 
 Placed = Callable[[Iterable[Row]], Iterator[tuple[str, Any]]]
 Taken = Callable[[Sequence[Any]], Sequence[Any] | None]
@@ -34,40 +32,31 @@ class Alike:
     def samples(self, source: Manifest, required: Sequence[str]) -> Sequence[Any]:
         """Those of all records of ``source`` (`Columns.settled`), in whose header the inputs and the fields ``required``
         must stand; DataError where there are none."""
-        rows = read_rows(source, self.columns, (*self.inputs, *required), self.inputs)
-        fault, block = None, [...]
-        while block and fault is None:
-            block = []
-            try:
-                block.extend(islice(rows, AT_ONCE))
-            except UserError as error:  # what is wrong before it is said first
-                fault = error
+        for block in read_blocks(source, self.columns, (*self.inputs, *required), self.inputs):
             if not self._copied(block):
                 samples = []
-                for where, sample in self.placed(block):
+                for where, sample in self.placed(block.rows()):
                     require_new(sample.id, self.ids, where)
                     samples.append(sample)
                 self.made.extend(samples)
-        if fault is not None:
-            raise fault
         if not (found := self.made.settled()):
             raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
         return found
 
-    def _copied(self, block: Sequence[Row]) -> bool:
+    def _copied(self, block: Block) -> bool:
         """Whether the samples of ``block`` could be made from those of rows before."""
-        cells = [row.cells for row in block]
-        there = set().union(*cells)
-        values = {field: self._of(field, cells, there) for field in ("id", *self.own)}
+        values = {field: self._of(field, block) for field in ("id", *self.own)}
         if None in values.values():
             return False
-        ids = [own or row.name for own, row in zip(values.pop("id"), block, strict=True)]
+        ids = values.pop("id")
+        if "" in ids:
+            ids = [own or block.name_of(number) for number, own in enumerate(ids)]
         if len(set(ids)) < len(ids) or not self.ids.isdisjoint(ids):
             return False
         # By columns: of a million rows the calls for each would be a third of the reading.
-        rest = [[same(row.get(name, ...)) for row in cells] for name in self.rest]
+        rest = [same([row.get(name, ...) for row in block.cells]) for name in self.rest]
         keys = list(zip(*rest, strict=True)) if rest else [()] * len(block)
-        like = [self.known.get(key) or self._like(key, row) for key, row in zip(keys, block, strict=True)]
+        like = [self.known.get(key) or self._like(key, block, number) for number, key in enumerate(keys)]
         if None in like:
             return False
         self.ids.update(ids)
@@ -75,19 +64,18 @@ class Alike:
         self.made.extend([sample for sample, _ in like], [number for _, number in like], {"id": ids, **values}, paths)
         return True
 
-    def _of(self, field: str, cells: Sequence[Mapping[str, Any]], there: Collection[str]) -> Sequence[Any] | None:
-        """``there``: the columns that some of the rows have."""
+    def _of(self, field: str, block: Block) -> Sequence[Any] | None:
         name, taken = self.columns[field], self.own.get(field, clean)
-        if taken is clean and name not in there:
-            return [""] * len(cells)
-        return taken([row.get(name) for row in cells])
+        if taken is clean and name not in block.columns:
+            return [""] * len(block)
+        return taken([row.get(name) for row in block.cells])
 
-    def _like(self, key: tuple[Any, ...], row: Row) -> tuple[Any, int] | None:
+    def _like(self, key: tuple[Any, ...], block: Block, number: int) -> tuple[Any, int] | None:
         """A sample that the row's differs from in nothing but what is its own, and the number of what they share."""
         found = self.known.get(key)
         if found is None and None not in key and len(self.known) < MOST:
             try:
-                several = list(self.placed([row]))
+                several = list(self.placed([block.row(number)]))
             except DataError:  # there may be another fault before it
                 return None
             if len(several) == 1:
@@ -95,21 +83,23 @@ class Alike:
         return found
 
 
-def same(value: Any) -> Any:
+def same(cells: Sequence[Any]) -> list[Any]:
     """What is the same of cells that mean the same, ... where there is none; None of those that are looked at one by one."""
-    if isinstance(value, list):
-        return tuple(value) if all(type(item) is str for item in value) else None
-    return (type(value), value) if type(value) in HASHED else None
+    typed = list(zip(map(type, cells), cells, strict=True))
+    if HASHED.issuperset(map(type, cells)):
+        return typed
+    lists = [tuple(cell) if kind is list and all(type(item) is str for item in cell) else None for kind, cell in typed]
+    return [pair if pair[0] in HASHED else of_list for pair, of_list in zip(typed, lists, strict=True)]
 
 
 def clean(cells: Sequence[Any]) -> Sequence[str] | None:
     """`as_text` of cells that are texts and empty ones, of which nothing is wrong with any; else None."""
     try:
         texts = ["" if cell is None else cell for cell in cells] if None in cells else cells
-        whole = "\n".join(texts)
+        whole = "".join(texts)
     except TypeError:
         return None
-    return None if CONTROL.search(whole) else list(map(str.strip, texts))
+    return None if not whole.isprintable() and CONTROL.search(whole) else list(map(str.strip, texts))
 
 
 def filled(cells: Sequence[Any], refused: Iterable[str] = ()) -> Sequence[str] | None:

@@ -10,7 +10,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +20,7 @@ from mitrain.core.config import nearest
 from mitrain.core.errors import DataError, UserError
 from mitrain.data import tables
 from mitrain.data.formats.foreign import advice
-from mitrain.data.formats.rows import all_rows, check_header, is_table
+from mitrain.data.formats.rows import Part, all_parts, check_header, is_table, parted
 from mitrain.data.formats.shards import rows_of_shard
 
 RANGE = re.compile(r"(.*)\{(\d{1,9})\.\.(\d{1,9})\}(.*)")
@@ -34,7 +35,35 @@ class Row(NamedTuple):
     cells: dict[str, Any]
 
 
-made = partial(tuple.__new__, Row)  # a third of the time of Row(…), of which a large file takes millions
+@dataclass(frozen=True)
+class Block:
+    """Records of a file, one after another: each one's ``cells`` by column, and its place, which stands behind the
+    ``file`` in messages and behind ``name`` in its own name."""
+
+    file: str
+    name: str
+    places: Sequence[Any]
+    cells: Sequence[dict[str, Any]]
+
+    @cached_property
+    def columns(self) -> set[str]:
+        """The columns that some of the records have."""
+        return set().union(*self.cells)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def cut(self, start: int, end: int | None = None) -> "Block":
+        return Block(self.file, self.name, self.places[start:end], self.cells[start:end])
+
+    def row(self, number: int) -> Row:
+        return Row(f"{self.file}{self.places[number]}", self.name_of(number), self.cells[number])
+
+    def name_of(self, number: int) -> str:
+        return f"{self.name}{self.places[number]}"
+
+    def rows(self) -> Iterator[Row]:
+        return map(self.row, range(len(self)))
 
 
 @dataclass
@@ -83,16 +112,23 @@ class Manifest:
         """Path below ``root`` and bytes of each file."""
         return [(os.path.relpath(path, self.root), path.stat().st_size) for path in self.files()]
 
-    def rows(self, columns: Mapping[str, str], required: Sequence[str], inputs: Sequence[str]) -> Iterator[Row]:
-        """Every record; arguments as of `read_rows`."""
+    def blocks(self, columns: Mapping[str, str], required: Sequence[str], inputs: Sequence[str]) -> Iterator[Block]:
+        """Every record; arguments as of `read_blocks`."""
         for path in self.files():
-            yield from rows_in(path, self.root, columns, required, inputs)
+            yield from blocks_in(path, self.root, columns, required, inputs)
 
 
 def read_rows(
     source: Path | Manifest, columns: Mapping[str, str], required: Sequence[str], inputs: Sequence[str] = ()
 ) -> Iterator[Row]:
-    """Every record of a ``source``.
+    """Every record of a ``source``, one by one; arguments and errors as of `read_blocks`."""
+    return chain.from_iterable(block.rows() for block in read_blocks(source, columns, required, inputs))
+
+
+def read_blocks(
+    source: Path | Manifest, columns: Mapping[str, str], required: Sequence[str], inputs: Sequence[str] = ()
+) -> Iterator[Block]:
+    """Every record of a ``source``, many at a time: of a million, each that is handed on by itself would cost a second.
 
     ``columns`` maps our fields to the file's names, and ``inputs`` are those that name files; those ``required`` must stand
     in a table's header, and a name that differs from the field's is a column that somebody asked for: one that no record has
@@ -101,12 +137,12 @@ def read_rows(
     source = Manifest.of(source)
     asked = {name: field for field, name in columns.items() if name != field}
     seen: set[str] = set()
-    for row in source.rows(columns, required, inputs):
-        if not seen and any(columns[f] not in row.cells for f in required) and (known := advice(row.cells)):
-            raise DataError(f"{row.where}: the record is of {known}")
-        if not row.cells.keys() <= seen:
-            seen.update(row.cells)
-        yield row
+    for block in source.blocks(columns, required, inputs):
+        first = None if seen else next((row for row in block.rows() if row.cells), None)
+        if first and any(columns[f] not in first.cells for f in required) and (known := advice(first.cells)):
+            raise DataError(f"{first.where}: the record is of {known}")
+        seen |= block.columns
+        yield block
     for name in asked.keys() - seen if seen and source.checks_columns else ():
         there = ", ".join(sorted(seen))[:200]
         raise DataError(
@@ -115,21 +151,21 @@ def read_rows(
         )
 
 
-def rows_in(
+def blocks_in(
     path: Path, root: Path, columns: Mapping[str, str], required: Sequence[str], inputs: Sequence[str]
-) -> Iterator[Row]:
+) -> Iterator[Block]:
     if path.suffix not in (".parquet", ".arrow", ".tar"):
-        whole, name = str(path), path.name
-        for line, cells in all_rows(path, columns, required):
-            yield made((f"{whole}:{line}", f"{name}:{line}", cells))
+        for part in all_parts(path, columns, required):
+            yield Block(f"{path}:", f"{path.name}:", *part)
         return
     files, address = {columns[name] for name in inputs}, os.path.relpath(path, root)
     try:
         if path.suffix == ".tar":
-            for key, cells in rows_of_shard(path, address, columns.values(), files):
-                yield Row(f"{path}:{key}", f"{address}:{key}", cells)
+            for part in parted(rows_of_shard(path, address, columns.values(), files)):
+                yield Block(f"{path}:", f"{address}:", *part)
         else:
-            yield from rows_of_table(path, address, columns, required, files)
+            for part in parts_of_table(path, address, columns, required, files):
+                yield Block(f"{path}#", f"{address}#", *part)
     except UserError:
         raise
     except Exception as error:  # the libraries raise many kinds for what is torn or hostile
@@ -137,9 +173,9 @@ def rows_in(
         raise DataError(f"cannot read {str(path)!r} ({reason}): write it again") from None
 
 
-def rows_of_table(
+def parts_of_table(
     path: Path, address: str, columns: Mapping[str, str], required: Sequence[str], files: set[str]
-) -> Iterator[Row]:
+) -> Iterator[Part]:
     """The records of a Parquet or Arrow file, numbered from 0. ``files``: columns of inputs."""
     table = tables.opened(path)
     there = {field.name: field.type for field in table.schema}
@@ -158,8 +194,9 @@ def rows_of_table(
                 parts.append([f"{address}#{row:09}/{name}" if there else None for row, there in valid])
             else:
                 parts.append([plain(value, classes.get(name)) for value in column.to_pylist()])
-        for row, cells in enumerate(zip(*parts, strict=True), number):
-            yield Row(f"{path}#{row}", f"{address}#{row}", dict(zip(wanted, cells, strict=True)))
+        rows = [dict(zip(wanted, cells, strict=True)) for cells in zip(*parts, strict=True)]
+        if rows:
+            yield range(number, number + len(rows)), rows
         number += batch.num_rows
 
 

@@ -14,9 +14,9 @@ from ast import literal_eval
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from mitrain.core import parsing
 from mitrain.core.config import nearest
@@ -38,32 +38,60 @@ MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>", "NaT", "NA", "#N/A")
 
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # white space is none
 
-AT_ONCE = 512  # lines of JSON that are parsed together
+AT_ONCE = 512  # records that are read together
 LONGEST_LIST = 10_000  # characters of a cell that is looked at as a list
 
 ARRAY_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[-+]?\d[-+.\de]*""")
 ARRAY = re.compile(rf"\[\s*(?:{ARRAY_ITEM.pattern})(?:\s+(?:{ARRAY_ITEM.pattern}))+\s*\]")
 """As numpy writes one, without commas; Python would read its texts as one long text."""
 
+T = TypeVar("T")
 Line = tuple[int, dict[str, Any]]  # its number, cells by column
+Part = tuple[Sequence[int], list[dict[str, Any]]]  # the same of several lines
 
 
 def all_rows(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Line]:
-    """Line number and cells of every record of a ``.jsonl``, ``.csv`` or ``.tsv`` file.
+    """Line number and cells of every record of a file, as `all_parts` reads it."""
+    return chain.from_iterable(zip(*part, strict=True) for part in all_parts(path, columns, required))
+
+
+def all_parts(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Iterator[Part]:
+    """Line numbers and cells of all records of a ``.jsonl``, ``.csv`` or ``.tsv`` file, `AT_ONCE` at a time.
 
     A ``.json`` file with one list of objects, as BLIP's are, is read too; its records are numbered from 1.
     """
     with reading(path, "give a JSONL or CSV file"):
         if path.suffix.lower() == ".json":
-            yield from rows_of_json(path)
+            yield from parted(rows_of_json(path))
         elif path.suffix.lower() not in DELIMITERS:
             with open_text(path) as file:
-                yield from rows_of_jsonl(file, path)
+                yield from parts_of_jsonl(file, path)
         else:
             stat = path.stat()
             encoding, mark = written(path, stat.st_mtime_ns, stat.st_size)
             with open_text(path, encoding) as file:
-                yield from rows_of_csv(file, path, columns, required, mark)
+                yield from parted(rows_of_csv(file, path, columns, required, mark))
+
+
+def in_parts(items: Iterator[T]) -> Iterator[list[T]]:
+    """The ``items``, `AT_ONCE` at a time; those before one that cannot be read come before it is told."""
+    fault, part = None, [...]
+    while part and fault is None:
+        part = []
+        try:
+            part.extend(islice(items, AT_ONCE))
+        except Exception as error:
+            fault = error
+        if part:
+            yield part
+    if fault is not None:
+        raise fault
+
+
+def parted(lines: Iterator[Line]) -> Iterator[Part]:
+    for part in in_parts(lines):
+        numbers, rows = zip(*part, strict=True)
+        yield numbers, list(rows)
 
 
 @contextmanager
@@ -195,22 +223,16 @@ def check_columns(columns: Mapping[str, str], fields: Sequence[str]) -> dict[str
     return {field: columns.get(field, field) for field in fields}
 
 
-def rows_of_jsonl(file: TextIO, path: Path) -> Iterator[Line]:
-    lines, first, fault, part = parsing.lines_of(file), 1, None, [""]
-    while part and fault is None:
-        part = []
-        try:
-            part.extend(islice(lines, AT_ONCE))
-        except (Unreadable, UnicodeDecodeError) as error:  # what stands before it is read, and may be wrong itself
-            fault = error
-        numbered = enumerate(part, start=first)
+def parts_of_jsonl(file: TextIO, path: Path) -> Iterator[Part]:
+    first = 1
+    for part in in_parts(parsing.lines_of(file)):
+        numbers = range(first, first + len(part))
         if (rows := parsing.plain_objects(part)) is not None:
-            yield from zip(range(first, first + len(rows)), rows, strict=True)
+            yield numbers, rows
         else:
-            yield from ((line, json_object(text, f"{path}:{line}")) for line, text in numbered if text.strip())
+            numbered = zip(numbers, part, strict=True)
+            yield from parted((line, json_object(text, f"{path}:{line}")) for line, text in numbered if text.strip())
         first += len(part)
-    if fault is not None:
-        raise fault
 
 
 def rows_of_json(path: Path) -> Iterator[Line]:
