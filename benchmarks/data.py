@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -23,6 +24,7 @@ from benchmarks.stream import resident
 from mitrain.core import markdown
 from mitrain.core.files import write_json
 from mitrain.core.provenance import made_with, sentence
+from mitrain.data.encoded import InputFeatures
 from mitrain.models import loading
 from mitrain.tasks import controls
 from mitrain.training import schema
@@ -41,7 +43,7 @@ PARTS = {
     "shuffle": "a shuffle",
 }
 COLUMNS = ("rows", *(f"{name} s" for name in PARTS.values()), "a batch ms", "bytes a row")
-STARTS = ("rows", "start, empty cache s", "start, filled cache s", "peak MB", "above the models MB")
+STARTS = ("rows", "start, empty cache s", "of it encoding s", "start, filled cache s", "peak MB", "above the models MB")
 
 
 def measured(sizes: Sequence[int], command: str, say: Callable[[str], object]) -> dict[str, Any]:
@@ -143,11 +145,20 @@ def start(folder: str, out: Path) -> None:
 
     os.environ["MITRAIN_CACHE"] = str(Path(folder) / "cache")
     torch.set_num_threads(1)
-    config, before = configured(Path(folder)), resident("VmRSS")
-    begun = time.process_time()
-    Setup(config, Path(), quiet=True)
-    seconds = time.process_time() - begun
-    write_json(out, {"seconds": seconds, "peak": resident("VmHWM"), "above": resident("VmHWM") - before})
+    config, before, encoding = configured(Path(folder)), resident("VmRSS"), [0.0]
+
+    def prepare(*arguments: Any, prepare: Callable[..., int] = InputFeatures.prepare) -> int:
+        begun = time.process_time()
+        made = prepare(*arguments)
+        encoding[0] += time.process_time() - begun
+        return made
+
+    with patch.object(InputFeatures, "prepare", prepare):
+        begun = time.process_time()
+        Setup(config, Path(), quiet=True)
+        seconds = time.process_time() - begun
+    memory = {"peak": resident("VmHWM"), "above": resident("VmHWM") - before}
+    write_json(out, {"seconds": seconds, "encoding": encoding[0], **memory})
 
 
 def table(found: dict[str, Any]) -> str:
@@ -157,7 +168,8 @@ def table(found: dict[str, Any]) -> str:
         rows.append([f"{row['rows']:,}", *seconds, f"{row['batch_ms']:.1f}", f"{row['row_bytes']:,.0f}"])
         empty, filled = row["starts"]
         memory = [f"{filled[name] / 1e6:,.0f}" for name in ("peak", "above")]
-        starts.append([f"{row['rows']:,}", f"{empty['seconds']:.2f}", f"{filled['seconds']:.2f}", *memory])
+        seconds = [f"{took:.2f}" for took in (empty["seconds"], empty["encoding"], filled["seconds"])]
+        starts.append([f"{row['rows']:,}", *seconds, *memory])
     note = (
         f"Seconds of a processor. Rows with a text each and a picture to {SHARED} of them, batches of 6 samples. A start is"
         f" all that is before the first step, imports left out. {sentence(found['made'])}"

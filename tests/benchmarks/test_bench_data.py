@@ -24,7 +24,10 @@ def test_every_part_has_a_number(rows, tmp_path, monkeypatch):
     written = {}
     monkeypatch.setattr(data, "write_json", lambda out, found: written.update({out.name: found}))
     data.parts(str(rows), 120, Path("parts"))
-    row = {"rows": 120, **written["parts"], "starts": [{"seconds": 1.0, "peak": 2e6, "above": 1e6}] * 2}
+    data.start(str(rows), Path("empty"))
+    data.start(str(rows), Path("filled"))
+    assert 0 < written["empty"]["encoding"] < written["empty"]["seconds"]
+    row = {"rows": 120, **written["parts"], "starts": [written["empty"], written["filled"]]}
     assert {*data.PARTS, "batch_ms", "row_bytes"} <= written["parts"].keys()
     made = {"command": "x", "commit": "c", "date": "d", "versions": "v", "machine": "m"}
     assert data.table({"made": made, "rows": [row]}).count("| 120 |") == 2

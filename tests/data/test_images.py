@@ -164,13 +164,17 @@ def test_floating_point_pixels_are_refused(tmp_path):
 
 # traps
 
+OUTSIDE = ["../secret.png", "/etc/hostname", "sub/../../secret.png", "linked/../../secret.png"]
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "sub/../../secret.png", "linked/../../secret.png"])
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "../root-2/secret.png"])
 def test_paths_stay_under_the_root(tmp_path, name):
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     (tmp_path / "far" / "away").mkdir(parents=True)
-    save(tmp_path, "secret.png", Image.new("L", (2, 2)))
+    (tmp_path / "root-2").mkdir()
+    for folder in (tmp_path, tmp_path / "root-2"):
+        save(folder, "secret.png", Image.new("L", (2, 2)))
     os.symlink(tmp_path / "far" / "away", root / "linked")
     refused(root, name, "leads out of the data folder")
 
