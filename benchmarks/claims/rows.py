@@ -104,7 +104,8 @@ def scores(rows: Sequence[Row], name: str = "value") -> Seeds:
     found = numbers(rows, name)
     centre, metrics = statistics.fmean(found.numbers.values()), rows[0].get("metrics")
     count = metrics.get("samples") if isinstance(metrics, Mapping) else None
-    kept = outcomes_of(rows) if name == "value" else None
+    part, _, control = name.partition(".")
+    kept = outcomes_of(rows, control) if part in ("value", "controls") else None
     return Seeds(found.numbers, max(0.0, centre * (1 - centre)) / count if count else 0.0, kept)
 
 

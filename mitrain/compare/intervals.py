@@ -77,9 +77,11 @@ def kept(ids: Sequence[str], numbers: Sequence[float] | None, value: float) -> d
     return {"ids": digest(list(ids)), "each": packed}
 
 
-def outcomes_of(rows: Sequence[Row]) -> Outcomes | None:
-    """Of the rows of one method, one per seed; None where one of them has kept none, or they are of other samples."""
-    found = [row.get("outcomes") for row in rows]
+def outcomes_of(rows: Sequence[Row], control: str = "") -> Outcomes | None:
+    """Of the rows of one method, one per seed, as the samples are or under a negative ``control``; None where one of the
+    rows has kept none, or they are of other samples."""
+    held = [row.get("control_outcomes") if control else row for row in rows]
+    found = [part.get(control or "outcomes") if isinstance(part, Mapping) else None for part in held]
     if not found or not all(isinstance(part, Mapping) and {"ids", "each"} <= part.keys() for part in found):
         return None
     try:

@@ -11,6 +11,7 @@ FOLDER/row.json    what was found, written last
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from mitrain.inference.scoring import score_split, split_of
 from mitrain.training import runs, schema
 from mitrain.training.baselines import baselines_of
 from mitrain.training.build import resolved
-from mitrain.training.evaluate import controlled
+from mitrain.training.evaluate import Evaluation, controlled
 from mitrain.training.runs import Run
 from mitrain.training.trainer import Trainer
 
@@ -94,15 +95,13 @@ def exported(folder: Path) -> dict[str, Any]:
 def scored(run: Run, part: TaskPart, shown: int, folder: Path) -> dict[str, Any]:
     """The split's metrics, the controls' and baselines' value of the same metric; predictions are drawn in ``folder``."""
     chosen, files = split_of(run, part.split, part.samples)
-    plain = score_split(run, chosen, files, "none", seed=run.config.seed)
+    plain, *wrong = (score_split(run, chosen, files, name, seed=run.config.seed) for name in ("none", *part.controls))
     metrics = flatten(plain.metrics)
     metric = part.metric or run.model.task.metric
     if metric not in metrics:
         raise ConfigError(f"metric={metric!r} is no metric of this task{nearest(metric, metrics)}: {', '.join(metrics)}")
-    beside = {
-        name: flatten(score_split(run, chosen, files, name, seed=run.config.seed).metrics).get(metric)
-        for name in part.controls
-    }
+    controls = dict(zip(part.controls, wrong, strict=True))
+    beside = {name: flatten(one.metrics).get(metric) for name, one in controls.items()}
     if part.baselines:
         kept = folder.parent.parent / "baselines"
         beside |= {name: values.get(metric) for name, values in baselines(run, part, kept).items()}
@@ -111,10 +110,17 @@ def scored(run: Run, part: TaskPart, shown: int, folder: Path) -> dict[str, Any]
         beside[f"on {name}"] = flatten(score_split(run, *others, "none", seed=run.config.seed).metrics).get(metric)
     if shown:
         write_atomic(folder / "predictions.png", figure(run, files, chosen, plain, shown))
-    each = run.model.task.each(plain.predictions, metric)
-    outcomes = intervals.kept([s.id for s in chosen], each, metrics[metric])
     found = {"metric": metric, "value": metrics[metric], "metrics": metrics, "controls": beside}
-    return found | ({"outcomes": outcomes} if outcomes else {})
+    kept = {name: outcomes(run, chosen, one, metric) for name, one in {"": plain, **controls}.items()}
+    own, under = kept.pop(""), {name: part for name, part in kept.items() if part}
+    return found | ({"outcomes": own} if own else {}) | ({"control_outcomes": under} if under else {})
+
+
+def outcomes(run: Run, samples: Sequence[Any], found: Evaluation, metric: str) -> dict[str, str] | None:
+    """What each of the ``samples`` counts in ``metric``, where it is a mean over them."""
+    value = flatten(found.metrics).get(metric)
+    each = run.model.task.each(found.predictions, metric)
+    return None if value is None else intervals.kept([s.id for s in samples], each, value)
 
 
 def baselines(run: Run, part: TaskPart, folder: Path) -> dict[str, dict[str, float]]:

@@ -272,6 +272,17 @@ def test_outcomes_that_were_kept_make_a_difference_of_the_same_samples_narrow():
     assert rows.difference(Rows(without).of("a"), Rows(without).of("b")).least > 0.13
 
 
+def test_a_drop_under_a_control_is_taken_sample_by_sample_where_both_were_kept():
+    ids = [str(i) for i in range(100)]
+    own, other = kept(ids, [1.0] * 60 + [0.0] * 40, 0.6), kept(ids, [0.0] * 10 + [1.0] * 50 + [0.0] * 40, 0.5)
+    held = {"controls": {"other-text": 0.5}, "outcomes": own, "control_outcomes": {"other-text": other}}
+    some = [row("a", seed, 0.6, **held, metrics={"samples": 100}) for seed in (0, 1, 2)]
+    drop = lambda found: (rows.scores(found) - rows.scores(found, "controls.other-text")).estimate  # noqa: E731
+    assert drop(some).value == pytest.approx(0.1) and 0.04 < drop(some).least < 0.075
+    for left in ({}, None, "x", {"shuffle": other}):
+        assert drop([{**one, "control_outcomes": left} for one in some]).least > 0.13
+
+
 def test_rows_remember_which_were_read():
     found = Rows(ROWS)
     found.of("b"), found.of("b"), found.of("alone")

@@ -14,6 +14,7 @@ from benchmarks.claims.claim import Conditions, claim
 from benchmarks.claims.rows import Rows, mean
 from mitrain.cli import main
 from mitrain.compare import compare, processes, worker
+from mitrain.compare.intervals import outcomes_of
 
 
 @claim("MiT sees", expected="better than the text alone", data="colours")
@@ -75,6 +76,10 @@ def test_a_comparison_from_end_to_end(world, capsys, monkeypatch):
     mit, none = rows[0], rows[2]
     assert min(rows[0]["value"], rows[1]["value"]) >= 0.8 and max(rows[2]["value"], rows[3]["value"]) <= 0.5
     assert mit["controls"]["other-inputs"] <= 0.5 and mit["controls"]["majority label"] == 0.25
+    for row in (mit, none):
+        kept = outcomes_of([row]), outcomes_of([row], "other-inputs")
+        assert kept[0].estimate.value == row["value"] and kept[1].estimate.value == row["controls"]["other-inputs"]
+    assert (kept[0] - kept[1]).estimate.least == 0, "without an adapter no sample's answer depends on its picture"
     assert none["trainable_parameters"] == none["head_parameters"] == 4 * (48 + 1)
     assert mit["trainable_parameters"] > none["trainable_parameters"]
     assert mit["frozen_parameters"] == none["frozen_parameters"]
