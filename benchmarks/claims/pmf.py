@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from benchmarks.claims.claim import Conditions, claim
 from benchmarks.claims.rows import Rows, difference, fit, mean, rises, series
 
-TUXPAINT = "tuxpaint captions, categories, held-out objects"
+NAMED = "pictures with their names, 81 classes, held-out concepts"
 NOT_TRAINED = "the paper's models and data: configs/pmf-food101.yaml, not trained"
 
 
@@ -41,7 +41,7 @@ def p2(rows: Rows, found: SimpleNamespace) -> Conditions:
 @claim(
     "each kind of prompt and the non-linear map help",
     expected="worse without any of them (sign only); more prompts than four do not help",
-    data=TUXPAINT,
+    data=NAMED,
     note=NOT_TRAINED,
 )
 def p3(rows: Rows, found: SimpleNamespace) -> Conditions:
@@ -60,9 +60,8 @@ def p3(rows: Rows, found: SimpleNamespace) -> Conditions:
 @claim(
     "PMF is comparable to full fine-tuning and better than prompts at the input",
     expected="at most three points below full fine-tuning, above prompt tuning",
-    data=TUXPAINT,
+    data=NAMED,
     note=f"prompt tuning stands in for PromptFuse and BlindPrompt; {NOT_TRAINED}",
-    study="fusion",
 )
 def p4(rows: Rows, found: SimpleNamespace) -> Conditions:
     pmf, full, prompt = (rows.of(method) for method in ("pmf", "full", "prompt"))
