@@ -57,7 +57,7 @@ def m3(rows: Rows, found: SimpleNamespace) -> Conditions:
 @claim(
     "rescaling the heads by L + cos(V, I) helps",
     expected="better with the gate than without, and with the cosine than without (sign only)",
-    data="tuxpaint captions, categories, held-out objects; SmolLM2-135M and MiniLM",
+    data="pictures with their names, 81 classes, held-out concepts; SmolLM2-135M and MiniLM",
     note="the paper's models and data: configs/mit-llama2-7b-refcoco.yaml, not trained",
 )
 def m4(rows: Rows, found: SimpleNamespace) -> Conditions:
