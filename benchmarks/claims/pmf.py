@@ -24,7 +24,7 @@ def p1(rows: Rows, found: SimpleNamespace) -> Conditions:
     "PMF saves up to 66 % of the training memory of full fine-tuning",
     expected="the saving falls linearly with the number of fusion layers; about two thirds of the activations with two",
     data="tuxpaint captions, MiniLM of 6 layers and DINOv2 of 12, counted on tensors",
-    note=NOT_TRAINED,
+    note=f"{NOT_TRAINED}; of the peak, frozen layers below the fusion are let go of",
 )
 def p2(rows: Rows, found: SimpleNamespace) -> Conditions:
     depths, full = rows.along("fusion-layers", "pmf"), rows.of("full")
