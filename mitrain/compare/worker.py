@@ -95,13 +95,17 @@ def exported(folder: Path) -> dict[str, Any]:
 def scored(run: Run, part: TaskPart, shown: int, folder: Path) -> dict[str, Any]:
     """The split's metrics, the controls' and baselines' value of the same metric; predictions are drawn in ``folder``."""
     chosen, files = split_of(run, part.split, part.samples)
-    plain, *wrong = (score_split(run, chosen, files, name, seed=run.config.seed) for name in ("none", *part.controls))
+    plain = score_split(run, chosen, files, "none", seed=run.config.seed)
     metrics = flatten(plain.metrics)
     metric = part.metric or run.model.task.metric
     if metric not in metrics:
         raise ConfigError(f"metric={metric!r} is no metric of this task{nearest(metric, metrics)}: {', '.join(metrics)}")
-    controls = dict(zip(part.controls, wrong, strict=True))
-    beside = {name: flatten(one.metrics).get(metric) for name, one in controls.items()}
+    beside, under = {}, {}
+    for name in part.controls:
+        one = score_split(run, chosen, files, name, seed=run.config.seed)
+        beside[name] = flatten(one.metrics).get(metric)
+        if counted := outcomes(run, chosen, one, metric):
+            under[name] = counted
     if part.baselines:
         kept = folder.parent.parent / "baselines"
         beside |= {name: values.get(metric) for name, values in baselines(run, part, kept).items()}
@@ -111,8 +115,7 @@ def scored(run: Run, part: TaskPart, shown: int, folder: Path) -> dict[str, Any]
     if shown:
         write_atomic(folder / "predictions.png", figure(run, files, chosen, plain, shown))
     found = {"metric": metric, "value": metrics[metric], "metrics": metrics, "controls": beside}
-    kept = {name: outcomes(run, chosen, one, metric) for name, one in {"": plain, **controls}.items()}
-    own, under = kept.pop(""), {name: part for name, part in kept.items() if part}
+    own = outcomes(run, chosen, plain, metric)
     return found | ({"outcomes": own} if own else {}) | ({"control_outcomes": under} if under else {})
 
 

@@ -111,6 +111,8 @@ def plain_objects(lines: Sequence[str]) -> list[dict[str, Any]] | None:
         rows = json.loads(f"[{text}]")
     except (ValueError, RecursionError):
         return None
+    if set(map(type, rows)) != {dict}:
+        return None
     # Columns of types, as a loop over the values would take as long as their parsing.
     values = lambda: itertools.chain.from_iterable(map(dict.values, rows))  # noqa: E731
     types = Counter(map(type, values()))

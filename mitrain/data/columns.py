@@ -6,7 +6,9 @@ from dataclasses import fields
 from functools import partial
 from itertools import accumulate, chain, islice
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from mitrain.data.samples import Sample
 
@@ -54,6 +56,17 @@ class Texts:
         return chain(chain.from_iterable(parts), self._last)
 
 
+class Groups(NamedTuple):
+    """A field ``name`` that samples of the same files share, made of their field ``of``: the group ``which`` each sample
+    belongs to, and where in the ``order`` of samples by group each group ``ends``."""
+
+    name: str
+    of: str
+    which: np.ndarray
+    ends: np.ndarray
+    order: np.ndarray
+
+
 MAKES: Mapping[type, Callable[[], Any]] = {str: Texts, float: partial(array, "d")}
 
 
@@ -74,6 +87,7 @@ class Columns(Sequence[Any]):
         self._which = array("l")  # by sample, of what is shared
         self._known: dict[Any, int] = {}
         self._chosen: Sequence[int] | None = None
+        self._groups: Groups | None = None
 
     def number(self, sample: Any) -> int:
         """The number of what ``sample`` shares with others."""
@@ -108,6 +122,24 @@ class Columns(Sequence[Any]):
             column.extend(inputs[name] if name in inputs else [sample.inputs.get(name, "") for sample in samples])
         self._which.extend(numbers)
 
+    def grouped(self, name: str, of: str) -> "Columns":
+        """These samples, of which none were taken yet; the field ``name`` holds what all of the same files have of the field
+        ``of``, in their order."""
+        known: dict[Any, int] = {}
+        files = zip(*map(self.paths, self._inputs), strict=True)
+        which = np.fromiter((known.setdefault(key, len(known)) for key in files), np.int64, len(self))
+        ends = np.bincount(which).cumsum()
+        part = Columns()
+        part.__dict__.update(self.__dict__)
+        part._groups = Groups(name, of, which, ends, np.argsort(which, kind="stable"))
+        return part
+
+    def _together(self, number: int) -> tuple[str, ...]:
+        _, of, which, ends, order = self._groups
+        end = ends[which[number]]
+        start = ends[which[number] - 1] if which[number] else 0
+        return tuple(self._columns[of][i] for i in order[start:end].tolist())
+
     def take(self, numbers: Sequence[int]) -> "Columns":
         """Of the samples those with these ``numbers``."""
         part = Columns()
@@ -134,6 +166,8 @@ class Columns(Sequence[Any]):
         values["inputs"] = {name: self._inputs[name][number] for name in shared["inputs"]}
         for name, column in self._columns.items():
             values[name] = column[number]
+        if self._groups:
+            values[self._groups.name] = self._together(number)
         return sample
 
     def __iter__(self) -> Iterator[Any]:
@@ -143,11 +177,13 @@ class Columns(Sequence[Any]):
         """The samples' values of a field; see `column`."""
         if name in self._columns:
             return self._of(self._columns[name])
+        if self._groups and name == self._groups.name:
+            return map(self._together, self._of(range(len(self._which))))
         return map([shared[name] for shared in self._shared].__getitem__, self._of(self._which))
 
     def different(self, name: str) -> set[Any]:
         """The samples' values of a field, each once."""
-        if name in self._columns:
+        if name in self._columns or (self._groups and name == self._groups.name):
             return set(self.column(name))
         return {self._shared[which][name] for which in set(self._of(self._which))}
 

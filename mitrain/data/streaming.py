@@ -50,7 +50,7 @@ class Stream(Manifest):
         for number in range(first, len(self.order)):
             record = 0
             for block in blocks_in(self.order[number], self.root, *asked):
-                start = skipped - record if number == first and record < skipped else 0
+                start = max(0, skipped - record) if number == first else 0
                 if start < len(block):
                     yield (number, record + start), block.cut(start)
                 record += len(block)

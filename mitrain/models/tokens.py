@@ -6,6 +6,7 @@ apart would carry these into the middle, where the model never saw them.
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 WHOLE = ("", "")
@@ -36,6 +37,7 @@ class Tokens:
         self.opening, self.closing = whole[:start], whole[start + len(bare) :]
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         longest_first = sorted(special, key=len, reverse=True)
+        self._prompts = lru_cache(1 << 10)(self.prompt)  # one and the same is often asked of many pictures
         self.control = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def ids(self, text: TextOrTurns, frame: Sequence[str] = WHOLE, after: str = "", strip: str | None = " ") -> list[int]:
@@ -67,7 +69,7 @@ class Tokens:
         end and the answer into one token, the answer begins with that; a row's first token is never an answer's.
         """
         row = [*self.opening, *self.ids(text, frame, f" {answer}")]
-        return row, max(1, shared_start(row, self.prompt(text, frame)))
+        return row, max(1, shared_start(row, self._prompts(text, tuple(frame))))
 
     def _pieces(self, text: TextOrTurns, frame: Sequence[str]) -> list[str]:
         """Plain text and the frame's special tokens in turn; plain text is first and last."""

@@ -10,6 +10,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 
 from mitrain.core.errors import ConfigError, DataError
+from mitrain.data.columns import different
 from mitrain.data.figures import Panel
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.formats.records import commonest
@@ -56,7 +57,7 @@ class CaptionTask(LanguageTask):
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         if every_candidate:
             self.prompt_ids("")  # raises where what the model says would not fit behind it
-        return [self.row("", text) for text in sorted({s.text for s in samples})]
+        return [self.row("", text) for text in sorted(different(samples, "text"))]
 
     def must_generate(self, samples: Sequence[Any]) -> bool:
         return True

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError
+from mitrain.data.columns import different
 from mitrain.data.figures import Panel
 from mitrain.data.formats.captions import CaptionSample
 from mitrain.data.sources import CaptionSection
@@ -160,14 +161,14 @@ class RetrieveTask(ReadTask):
     def texts(self, samples: Sequence[Any], every_candidate: bool) -> list[list[int]]:
         if self.between_files or not (self.config.matching or runs_text(self.config.readout)):
             return []
-        return [self._ids(text) for text in sorted({s.text for s in samples})]
+        return [self._ids(text) for text in sorted(different(samples, "text"))]
 
     @torch.no_grad()
     def fit(self, samples: Sequence[Any], see: See | None = None) -> None:
         """Mean and standard deviation of the read-outs over the training pairs; a checkpoint's own maps take them raw."""
         if self.own:
             return
-        rows = [] if self.between_files else [self._ids(text) for text in evenly(sorted({s.text for s in samples}))]
+        rows = [] if self.between_files else [self._ids(text) for text in evenly(sorted(different(samples, "text")))]
         own = lambda s: self._ids(s.text)  # noqa: E731
         mean, scale = statistics(self.parts, self.names, self.widths, rows, samples, see, own)
         self.mean.copy_(mean)

@@ -7,7 +7,7 @@ import pytest
 from mitrain.core.errors import DataError
 from mitrain.data import columns
 from mitrain.data.columns import Columns, Texts, bytes_of, column, different, gathered, paths, take
-from mitrain.data.formats.captions import CaptionSample
+from mitrain.data.formats.captions import CaptionSample, read_captions, with_captions
 from mitrain.data.formats.labels import LabelSample, read_labels
 from mitrain.data.formats.records import AnswerSample, read_records
 from mitrain.data.formats.targets import TargetSample, read_targets
@@ -146,6 +146,9 @@ GOOD = '{"image": "a.png", "text": "t", "label": "x"}'
         ('{"image": "a.png", "text": "t", "label": "x", "id": "rows.jsonl:1"}', "stands twice"),
         ('{"image": "a.png", "text": "\\ud800", "label": "x"}', "not valid JSON"),
         ('["a"]', "a list instead of an object"),
+        (f"{GOOD},5", "not valid JSON"),
+        (f'{GOOD},"y"', "not valid JSON"),
+        ("{}", "no 'image'"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line_though_a_later_line_is_wrong_too(tmp_path, bad, what):
@@ -161,6 +164,15 @@ def test_a_key_that_stands_twice_is_named_among_lines_that_are_right(tmp_path):
         read_labels(tmp_path / "rows.jsonl")
 
 
+def test_an_empty_record_is_named_before_those_of_another_kind(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{}\n{"conversations": [{"from": "human", "value": "a"}]}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: no 'image'"):
+        read_labels(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text('{"conversations": [{"from": "human", "value": "a"}]}\n{}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the record is of conversations"):
+        read_labels(tmp_path / "rows.jsonl")
+
+
 def test_an_object_over_two_lines_is_no_object_a_line(tmp_path):
     lines = [
         '{"image": "a.png", "label": "x"}, {"image": "b.png", "label": "x"}',
@@ -172,6 +184,52 @@ def test_an_object_over_two_lines_is_no_object_a_line(tmp_path):
         read_labels(tmp_path / "rows.jsonl", multilabel=True)
 
 
+CAPTIONS = [
+    {"image": "a.png", "text": "a cat"},
+    {"image": "b.png", "text": ["a dog", "dogs"], "id": "two"},
+    {"image": "a.png", "text": " the cat ", "object": "cat"},
+    {"image": "c.png", "text": '["x", "y"]'},
+    {"image": "c.png", "text": "(no list"},
+    {"image": "a.png", "text": "a cat"},
+]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 512])
+def test_captions_read_together_are_those_read_one_by_one(tmp_path, monkeypatch, at_once):
+    path = written(tmp_path, CAPTIONS)
+    monkeypatch.setattr("mitrain.data.formats.rows.AT_ONCE", at_once)
+    kept = read_captions(path)
+    one_by_one(monkeypatch)
+    monkeypatch.setattr(columns, "MANY", 100)
+    plain = read_captions(path)
+    assert isinstance(kept, Columns) and type(plain) is list and list(kept) == plain
+    each = [("a cat", "the cat", "a cat"), ("a dog", "dogs"), ("x", "y", "(no list")]
+    shared = [each[i] for i in (0, 1, 1, 0, 2, 2, 2, 0)]
+    assert [sample.captions for sample in plain] == shared
+    for numbers in (range(8), [7, 2, 4]):
+        part = take(kept, numbers)
+        assert [sample.captions for sample in part] == [shared[i] for i in numbers] == list(column(part, "captions"))
+        assert different(part, "captions") == {shared[i] for i in numbers}
+
+
+def test_files_without_texts_need_none(tmp_path):
+    kept = read_captions(written(tmp_path, [{"image": "a.png", "text": 3.5}, {"image": "b.png"}]), has_texts=False)
+    assert isinstance(kept, Columns) and [(s.text, s.inputs["image"]) for s in kept] == [("", "a.png"), ("", "b.png")]
+
+
+@pytest.mark.parametrize("text", ["nan", ["a", ""], "", 5.5, True])
+def test_captions_that_are_none_are_named_with_their_line(tmp_path, text):
+    path = written(tmp_path, [{"image": "a.png", "text": "a"}, {"image": "b.png", "text": text}])
+    if text == 5.5:
+        assert read_captions(path)[1].text == "5.5"
+    else:
+        with pytest.raises(DataError, match=r"rows\.jsonl:2: "):
+            read_captions(path)
+
+
 def test_captions_of_a_picture_are_gathered_all_the_same():
-    kept = gathered([CaptionSample(f"n{i}", {"image": "a"}, f"t{i}", captions=("t0", "t1")) for i in range(2)])
-    assert [sample.captions for sample in kept] == [("t0", "t1")] * 2
+    given = [CaptionSample(f"n{i}", {"image": "a" if i < 2 else f"b{i}"}, f"t{i}") for i in range(5)]
+    kept = with_captions(gathered(given))
+    assert isinstance(kept, Columns) and list(kept) == given
+    assert [sample.captions for sample in kept] == [("t0", "t1")] * 2 + [("t2",), ("t3",), ("t4",)]
+    assert [sample.captions for sample in with_captions(given)] == [sample.captions for sample in kept]

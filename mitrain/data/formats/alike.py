@@ -88,8 +88,8 @@ def same(cells: Sequence[Any]) -> list[Any]:
     typed = list(zip(map(type, cells), cells, strict=True))
     if HASHED.issuperset(map(type, cells)):
         return typed
-    lists = [tuple(cell) if kind is list and all(type(item) is str for item in cell) else None for kind, cell in typed]
-    return [pair if pair[0] in HASHED else of_list for pair, of_list in zip(typed, lists, strict=True)]
+    texts = lambda cell: type(cell) is list and all(type(item) is str for item in cell)  # noqa: E731
+    return [(kind, cell) if kind in HASHED else tuple(cell) if texts(cell) else None for kind, cell in typed]
 
 
 def clean(cells: Sequence[Any]) -> Sequence[str] | None:

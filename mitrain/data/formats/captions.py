@@ -7,14 +7,17 @@ many lines as it has captions (in JSONL ``text`` may be a list); ``id`` and ``ob
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mitrain.core.errors import DataError
+from mitrain.data.columns import Columns
+from mitrain.data.formats.alike import Alike, clean, filled
 from mitrain.data.formats.labels import counted
-from mitrain.data.formats.manifest import Manifest, read_rows
+from mitrain.data.formats.manifest import Manifest, Row
 from mitrain.data.formats.references import field, once
 from mitrain.data.formats.rows import MISSING, as_text, check_columns, check_meant, inputs_of, list_in, listed, unique
 from mitrain.data.samples import Sample
@@ -42,23 +45,30 @@ def read_captions(
     missing: Collection[str] = MISSING,
     inputs: Sequence[str] = ("image",),
     has_texts: bool = True,
-) -> list[CaptionSample]:
+) -> Sequence[CaptionSample]:
     """Every caption of a file (`Manifest`); none is of the words ``missing``. ``inputs``: the columns
     that name files; without texts that is all there is.
 
     Raises DataError with file and line.
     """
     source, columns = Manifest.of(source), check_columns(columns or {}, (*inputs, *FIELDS))
-    samples = unique(placed(source, columns, missing, inputs, has_texts))
-    if not samples:
-        raise DataError(f"{str(source)!r} holds no records: give one JSON object or CSV row a line")
-    return with_captions(samples)
+    words = (columns, missing, inputs, has_texts)
+    own = {"text": partial(single, refused=missing) if has_texts else lambda cells: [""] * len(cells), "object": clean}
+    alike = Alike(lambda rows: placed(rows, *words), columns, inputs, own)
+    return with_captions(alike.samples(source, REQUIRED if has_texts else ()))
+
+
+def single(cells: Sequence[Any], refused: Collection[str]) -> Sequence[str] | None:
+    """`filled`, of cells that hold one text each."""
+    texts = filled(cells, refused)
+    return None if texts is None or not {cell[:1] for cell in cells}.isdisjoint("[({") else texts
 
 
 def placed(
-    source: Manifest, columns: Mapping[str, str], missing: Collection[str], inputs: Sequence[str], has_texts: bool
+    rows: Iterable[Row], columns: Mapping[str, str], missing: Collection[str], inputs: Sequence[str], has_texts: bool
 ) -> Iterator[tuple[str, CaptionSample]]:
-    for where, place, row in read_rows(source, columns, (*inputs, *(REQUIRED if has_texts else ())), inputs):
+    """Every caption with its place, FILE:LINE."""
+    for where, place, row in rows:
         files = inputs_of(row, columns, inputs, (), where)
         name, thing = (as_text(row.get(columns[f]), columns[f], where) for f in ("id", "object"))
         if not has_texts:
@@ -74,8 +84,10 @@ def placed(
             yield where, CaptionSample(f"{name}/{number}" if len(texts) > 1 else name, files, text, thing)
 
 
-def with_captions(samples: Sequence[CaptionSample]) -> list[CaptionSample]:
+def with_captions(samples: Sequence[CaptionSample]) -> Sequence[CaptionSample]:
     """The samples with all captions of their pictures: a part of them is scored against all, too."""
+    if isinstance(samples, Columns):
+        return samples.grouped("captions", "text")
     texts: dict[tuple[str, ...], list[str]] = {}
     for sample in samples:
         texts.setdefault(tuple(sample.inputs.values()), []).append(sample.text)
@@ -83,7 +95,7 @@ def with_captions(samples: Sequence[CaptionSample]) -> list[CaptionSample]:
     return [replace(sample, captions=shared[tuple(sample.inputs.values())]) for sample in samples]
 
 
-def read_karpathy(root: Path, file: str | None, split: str, images: str | None = None) -> list[CaptionSample]:
+def read_karpathy(root: Path, file: str | None, split: str, images: str | None = None) -> Sequence[CaptionSample]:
     """A split's captions in the file's order. Raises DataError naming the file and the image's number in it.
 
     ``file`` may be left out where there is one ``dataset*.json``; ``images`` is the pictures' folder where it is not a

@@ -7,7 +7,7 @@ VQA (v1, v2, OK-VQA): ``*_SUBSET_questions.json`` {"questions": [{"question_id",
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from sys import intern
@@ -117,7 +117,7 @@ def people(annotation: dict[str, Any], where: str) -> tuple[tuple[str, ...], str
     return answers, intern(usual.strip()), intern(kind)
 
 
-def read_coco_captions(root: Path, subset: str, images: str | None = None) -> list[CaptionSample]:
+def read_coco_captions(root: Path, subset: str, images: str | None = None) -> Sequence[CaptionSample]:
     """A subset's captions in the file's order; wordless ones are left out, and counted."""
     path, left_out = file_of(root, CAPTIONS, subset), Counter()
     pictures = {

@@ -25,6 +25,7 @@ from mitrain.data.formats.shards import rows_of_shard
 
 RANGE = re.compile(r"(.*)\{(\d{1,9})\.\.(\d{1,9})\}(.*)")
 MOST_FILES = 1_000_000
+FEW = 16  # records of an archive, with texts of many megabytes perhaps, that are read together
 
 
 class Row(NamedTuple):
@@ -138,9 +139,13 @@ def read_blocks(
     asked = {name: field for field, name in columns.items() if name != field}
     seen: set[str] = set()
     for block in source.blocks(columns, required, inputs):
-        first = None if seen else next((row for row in block.rows() if row.cells), None)
-        if first and any(columns[f] not in first.cells for f in required) and (known := advice(first.cells)):
-            raise DataError(f"{first.where}: the record is of {known}")
+        for number, cells in () if seen else enumerate(block.cells):
+            if cells and any(columns[f] not in cells for f in required) and (known := advice(cells)):
+                if number:  # what is wrong before it is said first
+                    yield block.cut(0, number)
+                raise DataError(f"{block.row(number).where}: the record is of {known}")
+            if cells:
+                break
         seen |= block.columns
         yield block
     for name in asked.keys() - seen if seen and source.checks_columns else ():
@@ -161,7 +166,7 @@ def blocks_in(
     files, address = {columns[name] for name in inputs}, os.path.relpath(path, root)
     try:
         if path.suffix == ".tar":
-            for part in parted(rows_of_shard(path, address, columns.values(), files)):
+            for part in parted(rows_of_shard(path, address, columns.values(), files), FEW):
                 yield Block(f"{path}:", f"{address}:", *part)
         else:
             for part in parts_of_table(path, address, columns, required, files):

@@ -21,7 +21,7 @@ PATTERNS = ("*videodatainfo*.json", "MSRVTT*data*.json")
 FOLDERS = ("videos/all", "videos", "all", "TrainValVideo", "TestVideo", "")
 
 
-def read_msrvtt(root: Path, split: str, inputs: Sequence[str], videos: str | None = None) -> list[CaptionSample]:
+def read_msrvtt(root: Path, split: str, inputs: Sequence[str], videos: str | None = None) -> Sequence[CaptionSample]:
     """A split's captions in the files' order; each of the ``inputs`` is the video's file, wordless captions are left out and
     counted. Raises DataError naming file and sentence."""
     if split not in SPLITS:

@@ -73,13 +73,13 @@ def all_parts(path: Path, columns: Mapping[str, str], required: Sequence[str]) -
                 yield from parted(rows_of_csv(file, path, columns, required, mark))
 
 
-def in_parts(items: Iterator[T]) -> Iterator[list[T]]:
-    """The ``items``, `AT_ONCE` at a time; those before one that cannot be read come before it is told."""
+def in_parts(items: Iterator[T], size: int | None = None) -> Iterator[list[T]]:
+    """The ``items``, ``size`` (`AT_ONCE`) at a time; those before one that cannot be read come before it is told."""
     fault, part = None, [...]
     while part and fault is None:
         part = []
         try:
-            part.extend(islice(items, AT_ONCE))
+            part.extend(islice(items, size or AT_ONCE))
         except Exception as error:
             fault = error
         if part:
@@ -88,8 +88,8 @@ def in_parts(items: Iterator[T]) -> Iterator[list[T]]:
         raise fault
 
 
-def parted(lines: Iterator[Line]) -> Iterator[Part]:
-    for part in in_parts(lines):
+def parted(lines: Iterator[Line], size: int | None = None) -> Iterator[Part]:
+    for part in in_parts(lines, size):
         numbers, rows = zip(*part, strict=True)
         yield numbers, list(rows)
 
