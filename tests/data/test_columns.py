@@ -146,8 +146,6 @@ GOOD = '{"image": "a.png", "text": "t", "label": "x"}'
         ('{"image": "a.png", "text": "t", "label": "x", "id": "rows.jsonl:1"}', "stands twice"),
         ('{"image": "a.png", "text": "\\ud800", "label": "x"}', "not valid JSON"),
         ('["a"]', "a list instead of an object"),
-        (f"{GOOD},5", "not valid JSON"),
-        (f'{GOOD},"y"', "not valid JSON"),
         ("{}", "no 'image'"),
     ],
 )
@@ -161,6 +159,13 @@ def test_a_key_that_stands_twice_is_named_among_lines_that_are_right(tmp_path):
     twice = '{"image": "a.png", "text": "t", "text": "u", "label": "x"}'
     (tmp_path / "rows.jsonl").write_text("\n".join([GOOD, twice, GOOD]), encoding="utf-8")
     with pytest.raises(DataError, match=r"rows\.jsonl:2: .*'text' stands twice"):
+        read_labels(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("more", ["5", '"y"', "null", "[1]"])
+def test_a_second_value_in_a_line_is_named_with_it(tmp_path, more):
+    (tmp_path / "rows.jsonl").write_text(f"{GOOD}\n{GOOD},{more}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: .*not valid JSON"):
         read_labels(tmp_path / "rows.jsonl")
 
 
