@@ -25,6 +25,7 @@ from mitrain.core import markdown
 from mitrain.core.files import write_json
 from mitrain.core.provenance import made_with, sentence
 from mitrain.data.encoded import InputFeatures
+from mitrain.data.formats.captions import read_captions
 from mitrain.models import loading
 from mitrain.tasks import controls
 from mitrain.training import schema
@@ -35,6 +36,7 @@ SHARED = 100  # rows of a picture
 CONTROLLED = 100_000  # rows for which negative controls are timed: they are for a split that is scored
 PARTS = {
     "read": "manifest",
+    "captions": "as captions",
     "tokens": "tokenising 10,000",
     "named": "naming pictures",
     "known": "… from the index",
@@ -112,6 +114,8 @@ def parts(folder: str, rows: int, out: Path) -> None:
         samples = config.data.read(root, "train")
     gc.collect()
     took["row_bytes"] = (resident("VmRSS") - before) / rows
+    with timed("captions"):
+        read_captions(root / "train.jsonl")
     with timed("tokens"):
         setup.model.task.tokens(samples[:10_000])
     files = [sample.inputs["image"] for sample in samples]
