@@ -47,7 +47,7 @@ def c2(rows: Rows, found: SimpleNamespace) -> Conditions:
 @claim(
     "the importance loss prevents the collapse onto few experts",
     expected="squared variation at most 0.1 above that of even, sharp routing of a batch with the loss, more without",
-    data=NAMED,
+    data=TUXPAINT,
     note=NOT_TRAINED,
 )
 def c3(rows: Rows, found: SimpleNamespace) -> Conditions:

@@ -37,7 +37,9 @@ class Tokens:
         self.opening, self.closing = whole[:start], whole[start + len(bare) :]
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         longest_first = sorted(special, key=len, reverse=True)
-        self._prompts = lru_cache(1 << 10)(self.prompt)  # one and the same is often asked of many pictures
+        self._prompts = lru_cache(1 << 10)(
+            lambda *asked: self.prompt(*asked)
+        )  # one and the same is often asked of many pictures
         self.control = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def ids(self, text: TextOrTurns, frame: Sequence[str] = WHOLE, after: str = "", strip: str | None = " ") -> list[int]:

@@ -194,7 +194,7 @@ def test_measuring_takes_the_counted_studies_alone_when_it_is_to_be_quick(tmp_pa
     assert main(["ledger", "--measure", "--quick", "--results", str(tmp_path)]) == 0
     assert asked == ["m1", "m2", "m3", "p1", "c1", "a1"]
     assert main(["ledger", "--measure", "--results", str(tmp_path)]) == 0
-    assert asked[6:] == ["m1", "m2", "m3", "m4", "p1", "p2", "p3", "fusion", "c1", "c2", "c3", "c4", "c5", "a1",
+    assert asked[6:] == ["m1", "m2", "m3", "m4", "p1", "p2", "p3", "p4", "c1", "c2", "c3", "c4", "c5", "a1",
                          "retrieval", "a3", "a4"]  # fmt: skip
 
 

@@ -88,7 +88,16 @@ def test_an_answer_begins_where_its_row_leaves_the_prompts():
     row, start = backbone.answered("what is it", "cat")
     assert named(backbone, row[start:]) == ["▁it", "▁cat"]
     backbone.texts.prompt = lambda text, frame: [7]
-    assert backbone.answered("what is it", "cat")[1] == 1  # the first token has none before it to be predicted from
+    assert backbone.answered("is it", "cat")[1] == 1  # the first token has none before it to be predicted from
+
+
+def test_a_prompt_that_many_answers_follow_is_tokenised_once():
+    backbone, asked = Shaped(words(OPENED)), []
+    tokenised = backbone.texts.prompt
+    backbone.texts.prompt = lambda text, frame: asked.append(text) or tokenised(text, frame)
+    rows = [backbone.answered(prompt, answer) for prompt in ("what is it", "is it") for answer in ("cat", "dog")]
+    assert asked == ["what is it", "is it"]
+    assert [named(backbone, row[start:]) for row, start in rows] == [["▁cat"], ["▁dog"]] * 2
 
 
 def test_special_tokens_act_in_the_frame_and_are_plain_text_in_a_users_words():
