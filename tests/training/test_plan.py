@@ -70,6 +70,14 @@ def test_a_step_without_storage_counts_what_a_real_one_takes(world, method):
         assert "encoding" not in made.moments and method not in ("mit", "gated-xattn")
 
 
+def test_a_picture_in_several_pairs_of_a_matching_loss_is_counted_once(world):
+    config = resolved(schema.load(configured(world, "aurora", "retrieve", train={"batch": 6, "steps": 2})))
+    real, flops, trainer = real_step(config)
+    assert trainer.model.task.config.matching
+    found = measured(config, ASKED).traced
+    assert found.flops == pytest.approx(flops, rel=0.01) and found.peak == pytest.approx(real.peak, rel=0.05)
+
+
 def said(capsys, *arguments):
     code = main(["plan", *map(str, arguments), "--json"])
     captured = capsys.readouterr()

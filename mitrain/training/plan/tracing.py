@@ -59,7 +59,7 @@ class Meter(TorchDispatchMode):
     """Inside, counts FLOPs, bytes moved, and the storages that operators make and that are still alive.
 
     ``mode``: of the tensors without storage; None: those with storage are counted, of a step that is computed.
-    ``gradients``: bytes of those that the backward pass has made.
+    ``gradients``: bytes of those that the backward pass has made. ``rows``: how many of a batch can differ: its samples.
     """
 
     def __init__(self, mode: FakeTensorMode | None = None):
@@ -70,6 +70,7 @@ class Meter(TorchDispatchMode):
         self.operators: list[tuple[int, int]] = []
         self.parts, self.times = [ELSEWHERE], 1
         self.live: dict[int, tuple[int, str, Any]] = {}
+        self.rows: int | None = None
         self.formulas = {**flop_registry, **own_operators()}
 
     def comes(self, times: int) -> None:
@@ -84,7 +85,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in UNKNOWN and isinstance(args[0], FakeTensor):
-            return UNKNOWN[func](args[0])
+            return UNKNOWN[func](args[0], self.rows)
         given = [*tensors_of(args), *tensors_of(kwargs.values())]
         if any(not isinstance(tensor, FakeTensor) and tensor.is_meta for tensor in given):
             args, kwargs = tree_map(filled, (args, kwargs))
@@ -143,17 +144,20 @@ def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_of(value)
 
 
-def different(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    places = torch.arange(values.numel()).view(values.shape)
-    return values.flatten(), places, torch.ones_like(places)
+def different(values: Tensor, most: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As if all of ``values`` differed, or ``most`` of them, which come again in their order."""
+    count = min(values.numel(), most or values.numel())
+    kinds = torch.arange(values.numel()).view(values.shape) % max(1, count)
+    return values.flatten()[:count], kinds, torch.bincount(kinds.flatten(), minlength=count)
 
 
-UNKNOWN: dict[Any, Callable[[Tensor], Any]] = {
-    ATEN._local_scalar_dense.default: lambda value: 1.0 if value.is_floating_point() else 0,
-    ATEN.equal.default: lambda _: False,
+UNKNOWN: dict[Any, Callable[[Tensor, int | None], Any]] = {
+    ATEN._local_scalar_dense.default: lambda value, _: 1.0 if value.is_floating_point() else 0,
+    ATEN.equal.default: lambda *_: True,
     ATEN._unique2.default: different,
 }
-"""Answers where an operator asks for numbers that tensors without storage have not: any will do, and all differ."""
+"""Answers where an operator asks for numbers that tensors without storage have not: what makes the most work. The rows of a
+matching loss show no more files than the batch has samples."""
 
 
 def filled(value: Any) -> Any:
@@ -281,6 +285,7 @@ def traced(model: Model, batch: Batch, mode: FakeTensorMode | None = None) -> Tr
     """A step of ``model``, whose weights are `without_storage` in ``mode``; without it, one that is computed."""
     model.train()
     (meter, weights), order = metered(model, mode), []
+    meter.rows = len(batch.samples)
     with ExitStack() as undo:
         for weight in weights:
             if weight.requires_grad:
