@@ -67,7 +67,9 @@ def meaning(rows: Sequence[Row], against: str | None) -> str:
     return " ".join([*said, MEANING])
 
 
-INTERVAL = "Value: mean [95 % interval], by bootstrap over test samples and seeds."
+INTERVAL = (
+    "Value: mean [95 % interval], by bootstrap over test samples, those of an object or file drawn together, and seeds."
+)
 SPREAD = "Mean ± standard deviation over the seeds"
 MEANING = (
     "Trainable: parameters, and their share of all. Peak: weights, gradients,"

@@ -23,6 +23,7 @@ from mitrain.core.config import digest, nearest, parse
 from mitrain.core.errors import PREEMPTED, ConfigError, UserError
 from mitrain.core.files import file_lock, write_atomic, write_json
 from mitrain.data.sources import limit
+from mitrain.data.splitting import related
 from mitrain.inference.export import export
 from mitrain.inference.report import figure, flatten
 from mitrain.inference.scoring import score_split, split_of
@@ -123,7 +124,7 @@ def outcomes(run: Run, samples: Sequence[Any], found: Evaluation, metric: str) -
     """What each of the ``samples`` counts in ``metric``, where it is a mean over them."""
     value = flatten(found.metrics).get(metric)
     each = run.model.task.each(found.predictions, metric)
-    return None if value is None else intervals.kept([s.id for s in samples], each, value)
+    return None if value is None else intervals.kept([s.id for s in samples], each, value, related(samples))
 
 
 def baselines(run: Run, part: TaskPart, folder: Path) -> dict[str, dict[str, float]]:

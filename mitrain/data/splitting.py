@@ -119,11 +119,9 @@ def keep_labels(samples: Sequence[Any], groups: Sequence[int], chosen: list[str]
 
 def together(samples: Sequence[Any], root: Path, table: str) -> list[int]:
     """The group of each sample, as its first member's number: what must not be parted."""
-    keys = [[getattr(sample, "object", "") for sample in samples]]
-    names = sorted({name for sample in samples for name in sample.inputs})
-    files = {name: [sample.inputs.get(name, "") for sample in samples] for name in names}
+    files = files_of(samples)
     contents = {path: same for own in files.values() for path, same in alike(root, sorted({*own} - {""})).items()}
-    keys += [[contents.get(path, path) for path in own] for own in files.values()]
+    keys = [objects_of(samples), *([contents.get(path, path) for path in own] for own in files.values())]
     certain = merged(len(samples), (), *keys)
     pairs = near(samples, files, root, table)
     groups = merged(len(samples), pairs, *keys)
@@ -132,6 +130,21 @@ def together(samples: Sequence[Any], root: Path, table: str) -> list[int]:
                     " and object keep samples together", table)  # fmt: skip
         return certain
     return groups
+
+
+def related(samples: Sequence[Any]) -> list[int]:
+    """The group of each sample, as its first member's number: those that share an object or a file, by their names."""
+    return merged(len(samples), (), objects_of(samples), *files_of(samples).values())
+
+
+def objects_of(samples: Sequence[Any]) -> list[str]:
+    return [getattr(sample, "object", "") for sample in samples]
+
+
+def files_of(samples: Sequence[Any]) -> dict[str, list[str]]:
+    """By the name of an input, each sample's file, or an empty path."""
+    names = sorted({name for sample in samples for name in sample.inputs})
+    return {name: [sample.inputs.get(name, "") for sample in samples] for name in names}
 
 
 def alike(root: Path, paths: Sequence[str]) -> dict[str, str]:

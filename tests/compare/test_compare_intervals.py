@@ -1,16 +1,19 @@
 """What rows keep of their samples, and the intervals that follow from it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from mitrain.compare.intervals import kept, outcomes_of
+from mitrain.compare.worker import outcomes
 
 RANDOM = np.random.default_rng(5)
 
 
-def row(numbers, seed=0, samples=None):
+def row(numbers, seed=0, samples=None, groups=()):
     ids = samples or [f"s{i}" for i in range(len(numbers))]
-    return {"seed": seed, "outcomes": kept(ids, list(numbers), float(np.mean(numbers)))}
+    return {"seed": seed, "outcomes": kept(ids, list(numbers), float(np.mean(numbers)), groups)}
 
 
 def right(share, count):
@@ -53,6 +56,45 @@ def test_a_difference_is_taken_sample_by_sample():
     assert gain.least < apart / 2
     same = (outcomes_of(one) - outcomes_of(one)).estimate
     assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_samples_of_a_group_count_as_one():
+    """Ten copies of each sample tell no more than one of each."""
+    one, many = right(0.6, 200), np.repeat(right(0.6, 200), 10)
+    groups = np.repeat(RANDOM.permutation(200) * 7, 10).tolist()
+    alone = outcomes_of([row(one)]).estimate
+    together = outcomes_of([row(many, groups=groups)])
+    assert (together.estimate.low, together.estimate.high) == pytest.approx((alone.low, alone.high), abs=0.02)
+    assert outcomes_of([row(many)]).estimate.least < alone.least / 2
+    assert (together - outcomes_of([row(np.zeros(2000))])).estimate == together.estimate
+    assert (outcomes_of([row(np.ones(2000))]) - together).estimate.least == pytest.approx(together.estimate.least)
+
+
+def test_groups_of_other_sizes_keep_the_mean_over_samples():
+    numbers, groups = [1.0] * 90 + [0.0] * 10, [0] * 90 + list(range(1, 11))
+    found = outcomes_of([row(numbers, groups=groups)]).estimate
+    assert found.value == pytest.approx(0.9) and found.low == 0 and 0.9 < found.high < 1
+
+
+def test_a_control_has_the_groups_of_its_samples():
+    groups, bare = [0, 0, 1, 2], {"ids", "each"}
+    plain, under = row([1.0, 0.0, 1.0, 0.0], groups=groups), row([0.0, 0.0, 1.0, 0.0])["outcomes"]
+    assert set(under) == bare and set(row([1.0, 0.0], groups=[3, 4])["outcomes"]) == bare, "each its own"
+    held = {**plain, "control_outcomes": {"shuffle": under}}
+    assert outcomes_of([held], "shuffle").groups.tolist() == groups
+    plain["outcomes"]["groups"] = kept("ab", [0.0, 0.0], 0.0, [0, 0])["groups"]
+    assert outcomes_of([plain]) is None, "of other samples"
+
+
+def test_a_row_keeps_which_samples_share_an_object_or_a_file():
+    named = [("cat", "a.png"), ("dog", "b.png"), ("cat", "c.png"), ("", "b.png"), ("", "d.png"), ("", "")]
+    samples = [
+        SimpleNamespace(id=str(i), object=one, inputs={"image": path} if path else {}) for i, (one, path) in enumerate(named)
+    ]
+    found = SimpleNamespace(metrics={"accuracy": 0.5}, predictions=[1.0, 0.0] * 3)
+    run = SimpleNamespace(model=SimpleNamespace(task=SimpleNamespace(each=lambda predictions, _: predictions)))
+    held = {"seed": 0, "outcomes": outcomes(run, samples, found, "accuracy")}
+    assert outcomes_of([held]).groups.tolist() == [0, 1, 0, 1, 2, 3]
 
 
 def test_what_was_scored_on_other_samples_or_seeds_is_not_paired():
