@@ -79,7 +79,7 @@ def kept(
 ) -> dict[str, str] | None:
     """What a row keeps of its samples, or None where there are no ``numbers`` whose mean is the metric's ``value``.
 
-    ``groups``: names the group of each, where some share one.
+    ``groups``: names the group of each, where some share one. One of all tells nothing of others: none is kept then.
     """
     if numbers is None:
         return None
@@ -87,10 +87,10 @@ def kept(
     if not abs(float(each.mean(dtype=np.float64)) - value) < CLOSE:
         return None
     found = {"ids": digest(list(ids)), "each": packed(each)}
-    return found | ({"groups": packed(numbered(groups))} if len({*groups}) < len(groups) else {})
+    return found | ({"groups": packed(numbered(groups))} if 1 < len({*groups}) < len(groups) else {})
 
 
-def numbered(groups: Sequence[int]) -> np.ndarray:
+def numbered(groups: Sequence[int] | np.ndarray) -> np.ndarray:
     """From 0, each number once at least."""
     return np.unique(np.array(groups), return_inverse=True)[1].astype("<u4")
 
@@ -114,7 +114,7 @@ def outcomes_of(rows: Sequence[Row], control: str = "") -> Outcomes | None:
         each = [unpacked(part["each"], "<f4").astype(float) for part in found]
         own = [row.get("outcomes") for row in rows]  # the samples of a control are the same
         joined = next((part["groups"] for part in own if isinstance(part, Mapping) and "groups" in part), None)
-        groups = None if joined is None else unpacked(joined, "<u4").astype(int)
+        groups = None if joined is None else numbered(unpacked(joined, "<u4"))
     except (ValueError, TypeError, binascii.Error, zlib.error):
         return None
     if len({part["ids"] for part in found}) > 1 or len({len(one) for one in each}) > 1 or not len(each[0]):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mitrain.compare.intervals import kept, outcomes_of
+from mitrain.compare.intervals import kept, outcomes_of, packed
 from mitrain.compare.worker import outcomes
 
 RANDOM = np.random.default_rng(5)
@@ -82,8 +82,18 @@ def test_a_control_has_the_groups_of_its_samples():
     assert set(under) == bare and set(row([1.0, 0.0], groups=[3, 4])["outcomes"]) == bare, "each its own"
     held = {**plain, "control_outcomes": {"shuffle": under}}
     assert outcomes_of([held], "shuffle").groups.tolist() == groups
-    plain["outcomes"]["groups"] = kept("ab", [0.0, 0.0], 0.0, [0, 0])["groups"]
+    plain["outcomes"]["groups"] = packed(np.array([0, 0], dtype="<u4"))
     assert outcomes_of([plain]) is None, "of other samples"
+
+
+def test_a_group_of_all_samples_is_none():
+    assert row(right(0.6, 50), groups=[3] * 50)["outcomes"].keys() == {"ids", "each"}
+
+
+def test_numbers_of_groups_may_be_any():
+    held = row([1.0, 0.0, 1.0], groups=[0, 0, 1])
+    held["outcomes"]["groups"] = packed(np.array([9, 9, 2**32 - 1], dtype="<u4"))
+    assert outcomes_of([held]).groups.tolist() == [0, 0, 1]
 
 
 def test_a_row_keeps_which_samples_share_an_object_or_a_file():
