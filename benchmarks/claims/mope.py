@@ -66,7 +66,7 @@ def c3(rows: Rows, found: SimpleNamespace) -> Conditions:
 @claim(
     "MoPE makes more of more data than vanilla prompts",
     expected="the gap widens",
-    data=TUXPAINT,
+    data=NAMED,
     note=NOT_TRAINED,
 )
 def c4(rows: Rows, found: SimpleNamespace) -> Conditions:
