@@ -92,9 +92,9 @@ def test_a_cursor_of_other_records_is_refused(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_records(tmp_path):
-    """An epoch in blocks of 4, of 300 and of 6,000 records."""
+    """An epoch in blocks of 4, of 1,800 and of 7,200 records: both in files longer than what is read of one at a time."""
     peaks = []
-    for number, records in enumerate((100, 2000)):
+    for number, records in enumerate((600, 2400)):
         folder = tmp_path / str(number)
         folder.mkdir()
         one = loader(table(folder, records))
