@@ -9,6 +9,7 @@ Shapes: B images, S side in pixels, h = w = S / 32, C channels.
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
@@ -140,7 +141,8 @@ class EfficientNetLiteModel(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, return_dict: bool = True
     ) -> BaseModelOutputWithPoolingAndNoAttention | tuple:
-        maps = [self.stem(pixel_values)]
+        # With channels last, oneDNN brings neither what enters a convolution nor what leaves it into another order.
+        maps = [self.stem(pixel_values.contiguous(memory_format=torch.channels_last))]
         for block in self.blocks:
             maps = [*maps, block(maps[-1])] if output_hidden_states else [block(maps[-1])]
         last = self.head(maps[-1])
