@@ -56,7 +56,7 @@ def entry(claim: Claim, found: Sequence[Job]) -> Row:
         "expected": claim.expected,
         "measured": {name: value.value if isinstance(value, Estimate) else value for name, value in measured.items()},
         "interval": {name: [value.low, value.high] for name, value in estimates.items()} or None,
-        "smallest_effect_seen": max((value.least for value in estimates.values()), default=None),
+        "smallest_effect_seen": None if decided == NOT_SEEN and blind(estimates) else smallest(estimates),
         "rule": claim.rule,
         "verdict": decided,
         "reason": reason,
@@ -85,10 +85,23 @@ def verdict(claim: Claim, rows: Rows) -> tuple[str, str, dict[str, Any]]:
         return CONFIRMED, "", vars(measured)
     if contradicted and not any(row.get("reduced") for row in rows.read):
         return CONTRADICTED, "", vars(measured)
-    least = max((value.least for value in vars(measured).values() if isinstance(value, Estimate)), default=None)
+    estimates = {name: value for name, value in vars(measured).items() if isinstance(value, Estimate)}
+    least = smallest(estimates)
     seen = "" if least is None else f"an effect below {number(least)} could not have been seen"
+    if same := blind(estimates):
+        seen = f"of {' and '.join(same)} nothing can be said: both sides scored the same in every sample and seed"
     reason = "measured the other way round, by runs too small to contradict" if contradicted else "neither condition holds"
     return NOT_SEEN, "; ".join(filter(None, [reason, seen])), vars(measured)
+
+
+def smallest(estimates: Mapping[str, Estimate]) -> float | None:
+    """The smallest effect that all of them would have told from none."""
+    return max((value.least for value in estimates.values()), default=None)
+
+
+def blind(estimates: Mapping[str, Estimate]) -> list[str]:
+    """Those without any spread: no sample came out otherwise, and how large an effect would have shown is not known."""
+    return [name for name, value in estimates.items() if value.low == value.high]
 
 
 def expected(job: Job) -> list[Row]:

@@ -95,6 +95,13 @@ def test_what_was_not_seen_says_the_smallest_effect_that_could_have_been(world):
     assert row["verdict"] == "not seen at this scale" and row["reason"].endswith("below 0.6353 could not have been seen")
 
 
+def test_sides_that_score_the_same_everywhere_tell_of_no_effects_size(world):
+    results(world, dict.fromkeys(GOOD, 0.5))
+    row = judged(world)
+    assert row["verdict"] == "not seen at this scale" and row["smallest_effect_seen"] is None
+    assert row["reason"].endswith("of gain nothing can be said: both sides scored the same in every sample and seed")
+
+
 def test_the_rows_fields(world):
     results(world, GOOD)
     row = judged(world)
