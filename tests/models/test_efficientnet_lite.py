@@ -123,7 +123,7 @@ def test_save_and_load_through_the_auto_classes(small: EfficientNetLiteModel, tm
 
 
 def test_convolutions_see_channels_last_to_the_end(small: EfficientNetLiteModel):
-    """Else oneDNN brings what each of them reads into another order, a fifth of the time on a CPU."""
+    """Else oneDNN brings what each of them reads into another order."""
     seen = []
     for module in small.modules():
         if isinstance(module, torch.nn.Conv2d):
