@@ -71,8 +71,13 @@ package_sources() {
     if [ -n "${PIP_CERT:-}" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE=$PIP_CERT; fi
 }
 
-# With bytecode: without it every process compiles torch and transformers anew where Python may not write beside them.
-uv_install() { "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@"; }
+uv_install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
+
+# Bytecode: without it every process compiles torch and transformers anew where Python may not write beside them. Half of
+# the work would be for models of other families and packages' own tests. A file that is no Python of this version is left.
+compile_packages() {
+    "$venv/bin/python" -m compileall -qq -j 0 -x 'transformers/models/(?!auto/)|/tests/|/testing/' "$venv"/lib/python3.*/site-packages || true
+}
 
 has_gpu() { [ "${TORCH_BUILD:-}" = gpu ] || { command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q GPU; }; }
 
@@ -115,6 +120,7 @@ install_packages() {
     case ,$1, in *,demo,* | *,dev,* | *,all,*) ours+=(--editable examples/demo) ;; esac
     quietly "installing mitrain" uv_install ${sources[@]+"${sources[@]}"} --no-deps \
         --build-constraints launch/constraints.txt "${ours[@]}"
+    quietly "compiling the packages" compile_packages
 }
 
 # One set-up at a time; the lock is on the folder itself and goes with this process.
