@@ -1,9 +1,9 @@
 """Cross-entropy of a frozen head over a large vocabulary, a part of the vocabulary at a time.
 
-    loss_n = log Σ_v exp(h_n · w_v + b_v) − (h_n · w_y + b_y),    y = label_n
+    loss_n = log Σ_v exp(h · w_v + b_v) − (h · w_y + b_y),    y = label_n, h = h_n, or h_row(n) where labels share some
 
 The sum runs over parts with a running maximum, so no (N, V) logits exist; the backward pass makes each part's logits
-again. Shapes: N positions, D hidden width, V vocabulary.
+again. Shapes: N positions, n labels (N of them, each of its own position, without ``rows``), D hidden width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,36 +57,37 @@ class Head:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """hidden (N, D), labels (N,) → (N,) losses; keeps hidden, labels and log-sums (N,) for backward."""
+    """hidden (N, D), labels (n,), their positions rows (n,) → (n,) losses; keeps these and log-sums (N,) for backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, rows: Tensor, head: Head) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        largest = torch.full(labels.shape, -torch.inf, dtype=wide, device=hidden.device)
-        total, picked = torch.zeros_like(largest), torch.zeros_like(largest)
+        largest = torch.full(hidden.shape[:1], -torch.inf, dtype=wide, device=hidden.device)
+        total, picked = torch.zeros_like(largest), torch.zeros(labels.shape, dtype=wide, device=hidden.device)
         for start, _, logits in head.parts(hidden):
-            new = torch.maximum(largest, logits.amax(1))
-            total = total * (largest - new).exp() + (logits - new[:, None]).exp_().sum(1)
-            largest = new
             here, column = inside(labels, start, logits.shape[1])
-            picked += torch.where(here, logits.gather(1, column[:, None])[:, 0], 0)
+            picked += torch.where(here, logits[rows, column], 0)
+            new = torch.maximum(largest, logits.amax(1))
+            total = total * (largest - new).exp() + logits.sub_(new[:, None]).exp_().sum(1)
+            largest = new
         log_sum = largest + total.log()
         ctx.head = head
-        ctx.save_for_backward(hidden, labels, log_sum)
-        return torch.where(labels == IGNORED, 0, log_sum - picked)
+        ctx.save_for_backward(hidden, labels, rows, log_sum)
+        return torch.where(labels == IGNORED, 0, log_sum[rows] - picked)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        hidden, labels, log_sum = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        hidden, labels, rows, log_sum = ctx.saved_tensors
         grad = torch.where(labels == IGNORED, 0, grad)
+        of_rows = torch.zeros_like(log_sum).index_add_(0, rows, grad)
         out = torch.zeros(hidden.shape, dtype=log_sum.dtype, device=hidden.device)
-        for start, rows, logits in ctx.head.parts(hidden):
-            slope = logits.sub_(log_sum[:, None]).exp_()
+        for start, weights, logits in ctx.head.parts(hidden):
+            slope = logits.sub_(log_sum[:, None]).exp_().mul_(of_rows[:, None])
             here, column = inside(labels, start, slope.shape[1])
-            slope.scatter_add_(1, column[:, None], -here.to(slope.dtype)[:, None])
-            out += slope.mul_(grad[:, None]).to(rows.dtype) @ rows
-        return out.to(hidden.dtype), None, None
+            slope.index_put_((rows, column), torch.where(here, -grad, 0), accumulate=True)
+            out += slope.to(weights.dtype) @ weights
+        return out.to(hidden.dtype), None, None, None
 
 
 def inside(labels: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
@@ -96,11 +97,13 @@ def inside(labels: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
     return here, column.where(here, 0)
 
 
-def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int = CHUNK) -> Tensor:
-    """(N,) losses of hidden (N, D) under a frozen linear ``head``; labels (N,), −100 where a position does not count.
+def chunked_cross_entropy(
+    hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int = CHUNK, rows: Tensor | None = None
+) -> Tensor:
+    """(n,) losses of hidden (N, D) under a frozen linear ``head``; labels (n,), −100 where a position does not count.
 
-    At most ``chunk`` tokens' logits exist at a time. It runs as a call of ``head``, so that hooks which bring the
-    head's weights (ZeRO-3) find it.
+    ``rows`` (n,): the position of each label, where several share one, whose logits are made once. At most ``chunk`` tokens'
+    logits exist at a time. It runs as a call of ``head``, so that hooks which bring the head's weights (ZeRO-3) find it.
     """
     if not isinstance(head, nn.Linear | FrozenLinear) or any(p.requires_grad for p in head.parameters()):
         raise ModelError(f"the chunked loss needs a frozen linear head, not {type(head).__name__}: freeze it")
@@ -110,7 +113,8 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk
             weight: Weight | DenseWeight = head.weight_view
         else:
             weight = DenseWeight(head.weight, (head.out_features, head.in_features))
-        return ChunkedCrossEntropy.apply(hidden, labels, Head(weight, head.bias, chunk))
+        places = torch.arange(len(labels), device=labels.device) if rows is None else rows
+        return ChunkedCrossEntropy.apply(hidden, labels, places, Head(weight, head.bias, chunk))
 
     with called_as(head, loss):
         return head(hidden)

@@ -7,7 +7,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +26,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
 
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError, ModelError
 from mitrain.models import blip, frozen, layouts, loading, quant, release, stream
-from mitrain.models.batch import TextBatch
 from mitrain.models.chunked_loss import called_as, chunked_cross_entropy
 from mitrain.models.digests import frozen_digest, settings_of, tokenizer_of, weights_of
 from mitrain.models.stream import Shard, Unread
@@ -64,7 +64,7 @@ def is_read(name: str) -> bool:
 class Begun:
     """Texts that go on from what the model has read: its KV ``cache`` of that, and the ``mask`` (B, L), left-padded."""
 
-    cache: Cache
+    cache: Cache | None
     mask: Tensor
 
     @property
@@ -349,71 +349,71 @@ class TextBackbone:
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
     @torch.no_grad()
-    def begin(self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0) -> Begun | None:
-        """The beginnings of texts, (B, L) padded on the left, read; with ``states`` from layer ``depth`` on.
+    def begin(
+        self, ids: Tensor, mask: Tensor, rows: Tensor, targets: Tensor, states: Tensor | None = None, depth: int = 0
+    ) -> tuple[Begun, Tensor] | None:
+        """The beginnings of texts, (B, L) padded on the left, read; with ``states`` from layer ``depth`` on. And (n,) log p
+        of the tokens ``targets`` right behind the texts ``rows``, both (n,).
 
         None where the model keeps something else than keys and values of all tokens, which ``states`` cannot go on from.
         """
-        with self._replayed(states, depth):
-            given = {**texts_or(states, ids), "attention_mask": mask, "position_ids": places_of(mask)}
-            cache = self.model.base_model(**given, use_cache=True).past_key_values
+        last = torch.arange(len(ids), device=ids.device), -1  # whose logits are made once, whatever stands behind
+        found, cache = self._picked(ids, mask, last, rows, targets, states, depth, Begun(None, mask[:, :0]))
         if states is not None:
             own = cache.layers[: len(layouts.layers_of(self.model))]  # behind which a method may keep something of its own
             if any(type(layer) is not DynamicLayer for layer in own):
                 return None
             for layer in own[:depth]:  # the first one is asked how many tokens are read
                 layer.update(*(states.new_empty(*ids.shape, 1)[:, None] for _ in "kv"))
-        return Begun(cache, mask)
-
-    def _replayed(self, states: Tensor | None, depth: int) -> AbstractContextManager[Any]:
-        return nullcontext() if states is None else frozen.replay(self.model, depth, states)
+        return Begun(cache, mask), found
 
     @property
     def goes_on(self) -> bool:
         """Whether it can `begin` texts: it is told the tokens' positions."""
         return "position_ids" in inspect.signature(self.model.base_model.forward).parameters
 
-    def logits(
-        self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0, begun: Begun | None = None
-    ) -> Tensor:
-        """(B, T, V): what the frozen head says, behind what is ``begun``."""
-        past = {"attention_mask": mask, "use_cache": False} if begun is None else begun.goes_on(mask)
-        with self._replayed(states, depth):
-            return self.model(**texts_or(states, ids), **past).logits
+    def log_likelihood(self, ids: Tensor, mask: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, *more) -> Tensor:
+        """(n,) float: log p of the tokens ``targets`` at ``positions`` of the texts ``rows``, all (n,).
 
-    def log_likelihood(
+        The head runs at these positions alone. Logits of more than `LARGE_LOGITS` bytes are never held whole,
+        nor any without gradients; smaller ones cost one product with them, not two. ``more`` as of `hidden`.
+        """
+        return self._picked(ids, mask, (rows, positions), None, targets, *more)[0]
+
+    def _picked(
+        self, ids: Tensor, mask: Tensor, places: tuple[Any, Any], which: Tensor | None, targets: Tensor, *more
+    ) -> tuple[Tensor, Cache | None]:
+        """(n,) log p of ``targets``, each at its one of ``places`` (at ``which``, if they share some); and what the model
+        keeps of the texts."""
+        head = self.model.get_output_embeddings()
+        large = 4 * len(targets) * head.out_features > LARGE_LOGITS or not torch.is_grad_enabled()
+        if large and is_plain_head(self.model):
+            out = self._run(self.model.base_model, ids, mask, *more)
+            loss = chunked_cross_entropy(out.last_hidden_state[places], head, targets, rows=which)
+            return -loss, out.past_key_values
+        whole = head.forward
+        with called_as(head, lambda hidden: whole(hidden[places])):
+            out = self._run(self.model, ids, mask, *more)
+        logits = out.logits.float() if which is None else out.logits.float()[which]
+        return -F.cross_entropy(logits, targets, reduction="none"), out.past_key_values
+
+    def hidden(self, ids: Tensor, mask: Tensor, *more) -> Tensor:
+        """(B, T, D): the hidden states after the final norm. ``more``: states, depth and begun of `_run`."""
+        return self._run(self.model.base_model, ids, mask, *more).last_hidden_state
+
+    def _run(
         self,
+        model: PreTrainedModel,
         ids: Tensor,
         mask: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        targets: Tensor,
         states: Tensor | None = None,
         depth: int = 0,
         begun: Begun | None = None,
-    ) -> Tensor:
-        """(n,) float: log p of the tokens ``targets`` at ``positions`` of the texts ``rows``, all (n,).
-
-        The head runs at these positions alone. Logits of more than `LARGE_LOGITS` bytes are never held whole, nor any
-        without gradients; smaller ones cost one product with them, not two. The rest as of `logits`.
-        """
-        head, given = self.model.get_output_embeddings(), (ids, mask, states, depth, begun)
-        large = 4 * len(targets) * head.out_features > LARGE_LOGITS or not torch.is_grad_enabled()
-        if large and is_plain_head(self.model):
-            return -chunked_cross_entropy(self.hidden(*given)[rows, positions], head, targets)
-        whole = head.forward
-        with called_as(head, lambda hidden: whole(hidden[rows, positions])):
-            logits = self.logits(*given)
-        return -F.cross_entropy(logits.float(), targets, reduction="none")
-
-    def hidden(
-        self, ids: Tensor, mask: Tensor, states: Tensor | None = None, depth: int = 0, begun: Begun | None = None
-    ) -> Tensor:
-        """(B, T, D): the hidden states after the final norm."""
-        if begun is None:
-            return frozen.last_hidden(self.model, TextBatch(ids, mask, states, depth))
-        with self._replayed(states, depth):
-            return self.model.base_model(**texts_or(states, ids), **begun.goes_on(mask)).last_hidden_state
+    ) -> ModelOutput:
+        """The forward pass of ``model`` from ``states`` at layer ``depth`` on, behind what is ``begun``."""
+        past = {"attention_mask": mask, "use_cache": False} if begun is None else begun.goes_on(mask)
+        with nullcontext() if states is None else frozen.replay(self.model, depth, states):
+            return model(**texts_or(states, ids), **past)
 
     def trunk(self, rows: Sequence[Sequence[int]], depth: int) -> list[Tensor]:
         """What leaves the ``depth`` bottom layers for each row of token ids: a list of (T_i, D)."""

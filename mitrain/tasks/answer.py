@@ -124,8 +124,10 @@ class AnswerTask(LanguageTask):
             part = order[start : start + SCORE_ROWS]
             rows = torch.tensor([owner[i] for i in part or [0]])
             inputs = batch.inputs and batch.inputs.rows(rows.to(batch.inputs.device))
-            read = begun and begun[0].rows(torch.tensor([begun[1][i] for i in part], device=begun[0].mask.device))
+            read = begun and begun[0].rows(begun[1][part])
             found = self.log_likelihood([pairs[i] for i in part] or spare, inputs, read)
+            if begun is not None:
+                found = [torch.cat(both) for both in zip(begun[2][part].split(1), found, strict=True)]
             for i, tokens in zip(part, found, strict=True) if own else ():
                 scores[i] = tokens.double().mean() if self.config.normalize else tokens.double().sum()
         return list(scores.split([len(names) for names in offered]))

@@ -120,14 +120,14 @@ class LanguageTask(Task):
     ) -> list[Tensor]:
         """log p of each answer's tokens (its end included) for each (prompt, answer), with R rows of ``inputs``.
 
-        ``begun``: R prompts but for their last token, where they are read already (`beginnings`).
+        ``begun``: the R prompts, where they are read already (`beginnings`), which tells of the first tokens.
         """
         text, states = self.parts.text, self.parts.states
         rows, starts = zip(*(self._answered(*pair) for pair in pairs), strict=True)
         below = states.batch(rows)
         if begun is not None:
-            below = parts_of(below, [slice(start - 1, len(row)) for row, start in zip(rows, starts, strict=True)], "right")
-            rows, starts = [row[start - 1 :] for row, start in zip(rows, starts, strict=True)], [1] * len(rows)
+            below = parts_of(below, [slice(start, len(row)) for row, start in zip(rows, starts, strict=True)], "right")
+            rows, starts = [row[start:] for row, start in zip(rows, starts, strict=True)], [1] * len(rows)
         answers = [[*row[start:], text.tokenizer.eos_token_id] for row, start in zip(rows, starts, strict=True)]
         ids, mask = text.pad(rows)
         spans = [range(start - 1, len(row)) for row, start in zip(rows, starts, strict=True)]
@@ -154,30 +154,34 @@ class LanguageTask(Task):
     @torch.no_grad()
     def beginnings(
         self, pairs: Sequence[tuple[TextOrTurns, str]], inputs: ModalityInputs | None, owner: Sequence[int], most: int
-    ) -> tuple[Begun, list[int]] | None:
-        """The prompts of ``pairs`` but for their last tokens, each read once, and which of them is each pair's.
+    ) -> tuple[Begun, Tensor, Tensor] | None:
+        """The prompts of ``pairs``, each read once, which of them is each pair's, and log p of the pairs' first tokens.
 
         ``owner``: the rows of ``inputs`` that the pairs are for. None where nothing is spared by it, or where the cache of
         ``most`` pairs would hold more than `LARGE_CACHE` bytes.
         """
         if not self.begins:
             return None
-        heads, whole = [], {}
+        heads, whole, firsts = [], {}, []
         for sample, pair in zip(owner, pairs, strict=True):
             row, start = self._answered(*pair)
-            heads.append((sample, *row[: start - 1]))
+            heads.append((sample, *row[:start]))
             whole.setdefault(heads[-1], row)
+            firsts += row[start : start + 1]
         places = {head: place for place, head in enumerate(whole)}
-        if len(places) == len(pairs) or min(map(len, places)) < 2:
+        if len(places) == len(pairs) or min(map(len, places)) < 2 or len(firsts) < len(pairs):
             return None
         text, states = self.parts.text, self.parts.states
         samples = torch.tensor([sample for sample, *_ in places])
         below = parts_of(states.batch(list(whole.values())), [slice(len(head) - 1) for head in places], "left")
+        ids, mask = text.pad([head for _, *head in places], side="left")
+        which = torch.tensor([places[head] for head in heads], device=ids.device)
+        targets = torch.tensor(firsts, device=ids.device)
         with self.parts.adapter.conditioned(inputs and inputs.rows(samples.to(inputs.device))):
-            begun = text.begin(*text.pad([head for _, *head in places], side="left"), below, states.depth)
-        if begun is None or most * begun.bytes > LARGE_CACHE * len(places):
+            read = text.begin(ids, mask, which, targets, below, states.depth)
+        if read is None or most * read[0].bytes > LARGE_CACHE * len(places):
             return None
-        return begun, [places[head] for head in heads]
+        return read[0], which, read[1]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         likelihood = torch.cat(self.log_likelihood([self.pair(s) for s in batch.samples], batch.inputs))

@@ -39,6 +39,22 @@ def test_loss_and_gradient_are_the_whole_ones(kind, chunk):
     assert ours[0] == 0 and not one.grad[0].any()
 
 
+@pytest.mark.parametrize("chunk", [10, 8192])
+def test_labels_may_share_a_position_whose_logits_are_made_once(chunk):
+    hidden, head, labels = setting()
+    rows, made = torch.tensor([2, 0, 0, 2, 1, 2, 0]), []
+    one, two = hidden[:3].clone().requires_grad_(), hidden[:3].clone().requires_grad_()
+    head.register_forward_pre_hook(lambda _, args: made.append(len(args[0])))
+    ours = chunked_cross_entropy(one, head, labels, chunk, rows)
+    assert made == [3]
+    plain = F.cross_entropy(head(two)[rows], labels, reduction="none")
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    weights = torch.linspace(-1, 2, len(labels), dtype=torch.float64)
+    (ours * weights).sum().backward()
+    (plain * weights).sum().backward()
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-11, atol=1e-13)
+
+
 def test_large_logits_do_not_overflow():
     hidden, head, labels = setting()
     hidden = (1e4 * hidden).requires_grad_()
@@ -95,3 +111,24 @@ def test_the_answers_likelihood_is_the_same_every_way(name, precision, monkeypat
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
     chunked = text.is_plain_head(model)
     assert [tuple(shape) for shape in read] == [(4, 67), (4,) if chunked else (4, 67), (4,) if chunked else (4, 67)]
+
+
+@pytest.mark.parametrize(("name", "precision"), [("llama", "none"), ("llama", "int8"), ("gemma2", "none")])
+def test_texts_are_begun_and_gone_on_from_as_they_are_read_whole(name, precision):
+    """Of two texts of other lengths, one of which three answers follow, the first and the second token behind each."""
+    model = tiny(name, dtype=torch.float32)  # of float64 Gemma 2 makes NaN where a whole row is hidden
+    backbone = text.TextBackbone(model, None)
+    if precision != "none":
+        quant.quantise(model, precision, embedding=True)
+    ids, mask = backbone.pad([[5, 6, 7, 8], [9, 10]], side="left")
+    rows, firsts, seconds = torch.tensor([1, 0, 1, 1]), torch.tensor([4, 11, 66, 4]), torch.tensor([12, 0, 13, 14])
+    with torch.no_grad():
+        begun, found = backbone.begin(ids, mask, rows, firsts)
+        place = torch.zeros_like(rows)
+        given = (firsts[:, None], torch.ones(4, 1, dtype=torch.long), torch.arange(4), place, seconds)
+        after = backbone.log_likelihood(*given, None, 0, begun.rows(rows))
+        for n, row in enumerate(rows.tolist()):
+            whole = torch.cat([ids[row][mask[row] > 0], firsts[n : n + 1]])[None]
+            expected = model(input_ids=whole).logits[0].double().log_softmax(-1)
+            torch.testing.assert_close(found[n].double(), expected[-2, firsts[n]], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(after[n].double(), expected[-1, seconds[n]], rtol=1e-4, atol=1e-4)

@@ -72,8 +72,9 @@ def test_candidates_are_ranked_by_likelihood(folder, normalize):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_prompts_that_several_answers_stand_behind_are_read_once(folder, tmp_path, monkeypatch, cached):
-    """Prompts and answers of several lengths in one batch: scores as of whole rows, from fewer tokens in infused layers."""
-    seen, found = [], {}
+    """Prompts and answers of several lengths in one batch: scores as of whole rows, from fewer tokens in infused layers, and
+    what follows a prompt is asked of the head once."""
+    seen, asked, found = [], {}, {}
     batch = Batch(samples(), pictures(FEATURES))
     for case in ("once", "again", "large"):
         task = make(folder, tmp_path if cached else None)
@@ -85,9 +86,15 @@ def test_prompts_that_several_answers_stand_behind_are_read_once(folder, tmp_pat
         layers_of(task.parts.text.model)[1].mlp.register_forward_hook(
             lambda _, args, out: seen.append(seen.pop() + out[..., 0].numel())
         )
+        heads = asked.setdefault(case, [])
+        head = task.parts.text.model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda _, args, heads=heads: heads.append(len(args[0])))
         found[case] = task.candidate_scores(batch)
     for case in ("again", "large"):
         torch.testing.assert_close(found["once"], found[case], rtol=0, atol=1e-5)
+    answers = [(s, len(task.row(s.prompt, c)) - len(task.prompt_ids(s.prompt)) + 1) for s in samples() for c in s.candidates]
+    assert sum(asked["again"]) == sum(count for _, count in answers)
+    assert sum(asked["once"]) == len(samples()) + sum(count - 1 for _, count in answers)
     assert 0 < seen[0] < seen[1] < seen[2], "too large a cache is found out by reading the prompts"
 
 
