@@ -89,7 +89,7 @@ def trunk_states(model: PreTrainedModel, depth: int, **inputs: Any) -> Tensor:
     setattr(owner, name, nn.ModuleList([*layers[:last], top, *above]))
     options = {"use_cache": False} if "input_ids" in inputs else {}
     try:
-        model.base_model(**inputs, **options)
+        model.base_model(**{**options, **inputs})
     finally:
         setattr(owner, name, layers)
     return top._states

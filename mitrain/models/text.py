@@ -3,12 +3,10 @@
 Shapes: B batch, T tokens, D hidden width, V vocabulary.
 """
 
-import copy
 import inspect
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
+    DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -31,6 +30,7 @@ from transformers.utils import ModelOutput
 from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError, ModelError
 from mitrain.models import blip, frozen, layouts, loading, quant, release, stream
+from mitrain.models.begun import Begun, places_of
 from mitrain.models.chunked_loss import called_as, chunked_cross_entropy
 from mitrain.models.digests import frozen_digest, settings_of, tokenizer_of, weights_of
 from mitrain.models.stream import Shard, Unread
@@ -58,42 +58,6 @@ def factory(config: PretrainedConfig) -> Any:
 def is_read(name: str) -> bool:
     """Whether a tensor of a text model counts: an encoder's pooler is read by no method and no task."""
     return "pooler" not in name.split(".")
-
-
-@dataclass(frozen=True)
-class Begun:
-    """Texts that go on from what the model has read: its KV ``cache`` of that, and the ``mask`` (B, L), left-padded."""
-
-    cache: Cache | None
-    mask: Tensor
-
-    @property
-    def bytes(self) -> int:
-        """Of the cache's keys and values."""
-        held = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
-        return sum(x.nbytes for x in held if x is not None)
-
-    def rows(self, index: Tensor) -> "Begun":
-        """The texts ``index``, repeatedly where they are there several times."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]  # which then hold tensors of their own
-        cache.batch_select_indices(index)
-        return Begun(cache, self.mask[index])
-
-    def goes_on(self, mask: Tensor) -> dict[str, Any]:
-        """What a pass over the tokens behind, (B, T) with their ``mask``, is told."""
-        whole = torch.cat([self.mask, mask], 1)
-        return {
-            "past_key_values": self.cache,
-            "use_cache": True,
-            "attention_mask": whole,
-            "position_ids": places_of(whole)[:, -mask.shape[1] :],
-        }
-
-
-def places_of(mask: Tensor) -> Tensor:
-    """(B, T): the position of each token among those that ``mask`` (B, T) shows."""
-    return (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def texts_or(states: Tensor | None, ids: Tensor) -> dict[str, Tensor]:
@@ -359,13 +323,35 @@ class TextBackbone:
         """
         last = torch.arange(len(ids), device=ids.device), -1  # whose logits are made once, whatever stands behind
         found, cache = self._picked(ids, mask, last, rows, targets, states, depth, Begun(None, mask[:, :0]))
-        if states is not None:
-            own = cache.layers[: len(layouts.layers_of(self.model))]  # behind which a method may keep something of its own
-            if any(type(layer) is not DynamicLayer for layer in own):
-                return None
-            for layer in own[:depth]:  # the first one is asked how many tokens are read
-                layer.update(*(states.new_empty(*ids.shape, 1)[:, None] for _ in "kv"))
+        if states is not None and not self._keeps_tokens(cache):
+            return None
+        for layer in cache.layers[:depth] if states is not None else ():  # the first one is asked how many tokens are read
+            layer.update(*(states.new_empty(*ids.shape, 1)[:, None] for _ in "kv"))
         return Begun(cache, mask), found
+
+    @torch.no_grad()
+    def begin_alike(self, ids: Tensor, mask: Tensor, depth: int, conditioned: AbstractContextManager[Any]) -> Cache | None:
+        """What the model keeps of the beginnings of texts, (B, L) padded on the left, where half of them repeat others: what
+        the ``depth`` bottom layers make of a text is made once, the rest inside ``conditioned``. None where they do not, and
+        as `begin`."""
+        texts, which = torch.unique(torch.cat([ids, mask], 1), dim=0, return_inverse=True)
+        if 2 * len(texts) > len(ids):
+            return None
+        once, shown = texts.chunk(2, 1)
+        below = DynamicCache(config=self.model.config)
+        given = {"attention_mask": shown, "position_ids": places_of(shown), "past_key_values": below, "use_cache": True}
+        states = frozen.trunk_states(self.model, depth, input_ids=once, **given)[which]
+        below.batch_select_indices(which)
+        with conditioned:
+            cache = self._run(self.model.base_model, ids, mask, states, depth, Begun(None, mask[:, :0])).past_key_values
+        if not self._keeps_tokens(cache):
+            return None
+        cache.layers[:depth] = below.layers[:depth]
+        return cache
+
+    def _keeps_tokens(self, cache: Cache) -> bool:
+        """Whether the model keeps keys and values of all tokens; behind its own layers a method may keep something, too."""
+        return all(type(layer) is DynamicLayer for layer in cache.layers[: len(layouts.layers_of(self.model))])
 
     @property
     def goes_on(self) -> bool:

@@ -22,7 +22,7 @@ from mitrain.core.errors import ConfigError, ModelError
 from mitrain.core.user_code import FunctionName
 from mitrain.models import release
 from mitrain.models.batch import ModalityInputs
-from mitrain.models.text import Begun
+from mitrain.models.begun import Begun
 from mitrain.models.tokens import TextOrTurns
 from mitrain.tasks.base import Batch, Given, Parts, Task
 from mitrain.tasks.chat import earlier_turn, in_chat
@@ -206,12 +206,15 @@ class LanguageTask(Task):
 
         Drawn words depend on the samples alone, not on what was drawn before, nor by which rank.
         """
-        text, numbers = self.parts.text, Numbers(len(samples))
+        text, states, numbers = self.parts.text, self.parts.states, Numbers(len(samples))
         ids, mask = text.pad([self.prompt_ids(self.pair(s)[0]) for s in samples], side="left")
         devices = [ids.device] if ids.device.type == "cuda" else []
+        read = None
+        if self.begins and states.cached and self.config.beams == 1 and ids.shape[1] > 1:
+            read = text.begin_alike(ids[:, :-1], mask[:, :-1], states.depth, self.parts.adapter.conditioned(inputs))
         with self.parts.adapter.conditioned(inputs, copies=self.config.beams), torch.random.fork_rng(devices):
             torch.manual_seed(zlib.crc32(samples[0].id.encode()))
-            options = {**self.config.options(), **self.decoding}
+            options = {**self.config.options(), **self.decoding, **({} if read is None else {"past_key_values": read})}
             if self.hear and len(samples) == 1 and self.config.beams == 1 and self.must_generate(samples):
                 options["streamer"] = Heard(text.tokenizer, self.hear)
             out = generated(self.parts, ids, mask, logits_processor=[numbers], **options)

@@ -221,6 +221,27 @@ def test_generation_equals_greedy_steps_without_a_cache(folder):
         assert said[i] == text.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
+def test_of_prompts_that_repeat_each_runs_through_the_lower_layers_once(folder, tmp_path):
+    """Of other lengths, one the other's end, with pictures of their own: what is said is what is said without it."""
+    asked = opened(["red"] * 6)
+    asked = [replace(s, prompt=("this thing is a", "thing is a")[i % 2]) for i, s in enumerate(asked)]
+    batch, said, ran = Batch(asked, pictures(torch.cat([FEATURES, -FEATURES]))), {}, {}
+    for case in ("alike", "each", "single"):
+        task = make(folder, None if case == "each" else tmp_path, max_new_tokens=4)
+        seen = ran.setdefault(case, [])
+        layers_of(task.parts.text.model)[0].register_forward_hook(lambda *_, seen=seen: seen.append(_[2].shape[:2].numel()))
+        assert task.begins and task.parts.states.cached == (case != "each")  # which the model is asked by short texts
+        seen.clear()
+        if case == "single":
+            batch = Batch(asked[:3], pictures(FEATURES))
+        said[case] = task.generate(batch)
+    assert said["alike"] == said["each"] and said["single"] == said["each"][:3] and len(set(said["each"])) > 2
+    longest = len(task.prompt_ids(asked[0].prompt))
+    assert ran["each"][0] == 6 * longest
+    assert ran["alike"][:2] == [2 * (longest - 1), 6], "two prompts but for their last tokens, and six last tokens"
+    assert ran["single"][0] == 3 * longest, "two of three are too many to spare anything"
+
+
 def test_scores_count_by_kind_and_name_the_majority(folder):
     task = make(folder)
     predictions = task.predict(Batch(samples(), pictures(FEATURES)), generate=True)
