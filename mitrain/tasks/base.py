@@ -230,6 +230,10 @@ class Task(nn.Module):
         """Whether some of ``samples`` can be scored only by letting the model speak."""
         return False
 
+    def order(self, samples: Sequence[Any]) -> Sequence[int]:
+        """In what order they are scored, those together that cost least together."""
+        return range(len(samples))
+
     def rehearse(self, samples: Sequence[Any]) -> None:
         """Say, or refuse, before the first step what could not be done with ``samples`` after it."""
 

@@ -112,6 +112,12 @@ class LanguageTask(Task):
         """Token ids of a prompt with an answer, without the end, which predicts nothing."""
         return self._answered(prompt, answer)[0]
 
+    def order(self, samples: Sequence[Any]) -> list[int]:
+        """Those with the same prompt together: little padding, and answers of about the same length."""
+        words = [self.pair(s)[0] for s in samples]
+        prompts = [said if isinstance(said, str) else "\n".join(said) for said in words]
+        return sorted(range(len(samples)), key=lambda i: (len(prompts[i]), prompts[i]))
+
     def tokens(self, samples: Sequence[Any]) -> int:
         return sum(len(self.row(*self.pair(s))) for s in samples)
 

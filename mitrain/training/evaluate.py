@@ -66,12 +66,16 @@ def evaluate(
         inputs = lacking(inputs, name, share, seed)
     kwargs = {"generate": True} if generate or model.task.must_generate(shown) else {}
 
+    order = model.task.order(shown)
+
     def predict(start: int) -> list[Prediction]:
-        part = slice(start, start + batch)
-        prepared = model.evaluation_batch(shown[part], inputs[part], files, blind=control == "frozen")
+        part = order[start : start + batch]
+        asked, given = [shown[i] for i in part], [inputs[i] for i in part]
+        prepared = model.evaluation_batch(asked, given, files, blind=control == "frozen")
         return model.task.predict(prepared, **kwargs)
 
-    predictions = by_all_ranks(predict, range(0, len(samples), batch), progress)
+    made = by_all_ranks(predict, range(0, len(samples), batch), progress)
+    predictions = [prediction for _, prediction in sorted(zip(order, made, strict=True), key=lambda pair: pair[0])]
     require_finite([p.id for p in predictions if not p.finite], len(predictions), what)
     metrics = {**model.task.score(samples, predictions), "control": control, **clashes}
     if model.task.own_metric:

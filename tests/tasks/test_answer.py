@@ -242,6 +242,14 @@ def test_of_prompts_that_repeat_each_runs_through_the_lower_layers_once(folder, 
     assert ran["single"][0] == 3 * longest, "two of three are too many to spare anything"
 
 
+def test_samples_with_the_same_prompt_are_scored_together_the_shorter_ones_first(folder):
+    asked = opened(["red"] * 6)
+    asked = [replace(s, prompt=("this thing is a", "what is it", "what is on")[i % 3]) for i, s in enumerate(asked)]
+    asked[2] = replace(asked[2], turns=("this thing is a", "red", "what is on"))
+    assert make(folder).order(asked) == [1, 4, 2, 5, 0, 3]
+    assert make(folder, turn="{prompt} {answer} and ").order(asked) == [1, 4, 5, 0, 3, 2], "with its turns it is the longest"
+
+
 def test_scores_count_by_kind_and_name_the_majority(folder):
     task = make(folder)
     predictions = task.predict(Batch(samples(), pictures(FEATURES)), generate=True)

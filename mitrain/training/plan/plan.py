@@ -156,6 +156,7 @@ def measured(config: RunConfig, asked: PlanRequest) -> Measured:
     samples, val, why = batches.at_hand(config)
     if samples and val and tokenizer:
         drawn = batches.longest(samples, model.task.tokens, max(share, ENCODED))
+        val = [val[i] for i in model.task.order(val)]
         scored = batches.largest_batch(val, model.task.tokens, config.train.eval_batch)
         said = [f"the {share} longest of {len(samples):,} training samples"]
         model.task.remember(samples)
