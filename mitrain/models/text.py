@@ -335,10 +335,10 @@ class TextBackbone:
         the ``depth`` bottom layers make of a text is made once, the rest inside ``conditioned``. None where they do not, and
         as `begin`."""
         texts, which = torch.unique(torch.cat([ids, mask], 1), dim=0, return_inverse=True)
-        if 2 * len(texts) > len(ids):
+        below = DynamicCache(config=self.model.config)
+        if 2 * len(texts) > len(ids) or not self._keeps_tokens(below):
             return None
         once, shown = texts.chunk(2, 1)
-        below = DynamicCache(config=self.model.config)
         given = {"attention_mask": shown, "position_ids": places_of(shown), "past_key_values": below, "use_cache": True}
         states = frozen.trunk_states(self.model, depth, input_ids=once, **given)[which]
         below.batch_select_indices(which)
@@ -380,8 +380,10 @@ class TextBackbone:
         whole = head.forward
         with called_as(head, lambda hidden: whole(hidden[places])):
             out = self._run(self.model, ids, mask, *more)
-        logits = out.logits.float() if which is None else out.logits.float()[which]
-        return -F.cross_entropy(logits, targets, reduction="none"), out.past_key_values
+        logits = out.logits.float()
+        if which is None:
+            return -F.cross_entropy(logits, targets, reduction="none"), out.past_key_values
+        return logits.log_softmax(-1)[which, targets], out.past_key_values
 
     def hidden(self, ids: Tensor, mask: Tensor, *more) -> Tensor:
         """(B, T, D): the hidden states after the final norm. ``more``: states, depth and begun of `_run`."""

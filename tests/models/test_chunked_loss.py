@@ -132,3 +132,12 @@ def test_texts_are_begun_and_gone_on_from_as_they_are_read_whole(name, precision
             expected = model(input_ids=whole).logits[0].double().log_softmax(-1)
             torch.testing.assert_close(found[n].double(), expected[-2, firsts[n]], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(after[n].double(), expected[-1, seconds[n]], rtol=1e-4, atol=1e-4)
+
+
+def test_what_follows_a_text_is_not_held_for_each_of_its_answers():
+    model = tiny("gemma2", dtype=torch.float32)
+    backbone = text.TextBackbone(model, None)
+    answers = torch.arange(3, 67).repeat(20)
+    with torch.no_grad(), Tracked() as found:
+        backbone.begin(*backbone.pad([[5, 6], [7, 8]], side="left"), answers % 2, answers)
+    assert found.peak < 4 * 67 * len(answers) / 2
