@@ -76,7 +76,7 @@ uv_install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$
 # Bytecode: without it every process compiles torch and transformers anew where Python may not write beside them. Half of
 # the work would be for models of other families and packages' own tests. A file that is no Python of this version is left.
 compile_packages() {
-    "$venv/bin/python" -m compileall -qq -j 0 -x 'transformers/models/(?!auto/)|/tests/|/testing/' "$venv"/lib/python3.*/site-packages || true
+    "$venv/bin/python" -m compileall -qq -j 0 -x '/site-packages/(transformers/models/(?!auto/|__init__)|.*/tests/)' "$venv"/lib/python3.*/site-packages || true
 }
 
 has_gpu() { [ "${TORCH_BUILD:-}" = gpu ] || { command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q GPU; }; }

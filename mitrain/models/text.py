@@ -24,7 +24,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
 from mitrain.core import dist
@@ -319,11 +319,14 @@ class TextBackbone:
         """The beginnings of texts, (B, L) padded on the left, read; with ``states`` from layer ``depth`` on. And (n,) log p
         of the tokens ``targets`` right behind the texts ``rows``, both (n,).
 
-        None where the model keeps something else than keys and values of all tokens, which ``states`` cannot go on from.
+        None where the model keeps something else than keys and values: of all tokens, to go on from ``states``.
         """
+        kinds = (DynamicLayer,) if states is not None else (DynamicLayer, DynamicSlidingWindowLayer)
+        if not self._keeps_tokens(DynamicCache(config=self.model.config), kinds):
+            return None
         last = torch.arange(len(ids), device=ids.device), -1  # whose logits are made once, whatever stands behind
         found, cache = self._picked(ids, mask, last, rows, targets, states, depth, Begun(None, mask[:, :0]))
-        if states is not None and not self._keeps_tokens(cache):
+        if cache is None or not self._keeps_tokens(cache, kinds):
             return None
         for layer in cache.layers[:depth] if states is not None else ():  # the first one is asked how many tokens are read
             layer.update(*(states.new_empty(*ids.shape, 1)[:, None] for _ in "kv"))
@@ -336,7 +339,7 @@ class TextBackbone:
         as `begin`."""
         texts, which = torch.unique(torch.cat([ids, mask], 1), dim=0, return_inverse=True)
         below = DynamicCache(config=self.model.config)
-        if 2 * len(texts) > len(ids) or not self._keeps_tokens(below):
+        if 2 * len(texts) > len(ids) or not self._keeps_tokens(below, (DynamicLayer,)):
             return None
         once, shown = texts.chunk(2, 1)
         given = {"attention_mask": shown, "position_ids": places_of(shown), "past_key_values": below, "use_cache": True}
@@ -344,14 +347,14 @@ class TextBackbone:
         below.batch_select_indices(which)
         with conditioned:
             cache = self._run(self.model.base_model, ids, mask, states, depth, Begun(None, mask[:, :0])).past_key_values
-        if not self._keeps_tokens(cache):
+        if not self._keeps_tokens(cache, (DynamicLayer,)):
             return None
         cache.layers[:depth] = below.layers[:depth]
         return cache
 
-    def _keeps_tokens(self, cache: Cache) -> bool:
-        """Whether the model keeps keys and values of all tokens; behind its own layers a method may keep something, too."""
-        return all(type(layer) is DynamicLayer for layer in cache.layers[: len(layouts.layers_of(self.model))])
+    def _keeps_tokens(self, cache: Cache, kinds: tuple[type, ...]) -> bool:
+        """Whether its layers keep what ``kinds`` do; behind the model's own ones a method may keep something, too."""
+        return all(type(layer) in kinds for layer in cache.layers[: len(layouts.layers_of(self.model))])
 
     @property
     def goes_on(self) -> bool:
@@ -376,14 +379,14 @@ class TextBackbone:
         if large and is_plain_head(self.model):
             out = self._run(self.model.base_model, ids, mask, *more)
             loss = chunked_cross_entropy(out.last_hidden_state[places], head, targets, rows=which)
-            return -loss, out.past_key_values
+            return -loss, getattr(out, "past_key_values", None)
         whole = head.forward
         with called_as(head, lambda hidden: whole(hidden[places])):
             out = self._run(self.model, ids, mask, *more)
-        logits = out.logits.float()
+        logits, cache = out.logits.float(), getattr(out, "past_key_values", None)
         if which is None:
-            return -F.cross_entropy(logits, targets, reduction="none"), out.past_key_values
-        return logits.log_softmax(-1)[which, targets], out.past_key_values
+            return -F.cross_entropy(logits, targets, reduction="none"), cache
+        return logits.log_softmax(-1)[which, targets], cache
 
     def hidden(self, ids: Tensor, mask: Tensor, *more) -> Tensor:
         """(B, T, D): the hidden states after the final norm. ``more``: states, depth and begun of `_run`."""

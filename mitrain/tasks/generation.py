@@ -20,6 +20,7 @@ NEUTRAL |= dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p",
 NEUTRAL |= dict.fromkeys(("min_length", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"))
 NEUTRAL |= dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"))
 NEUTRAL |= dict.fromkeys(("sequence_bias", "guidance_scale"))
+NEUTRAL |= {"use_cache": True, "cache_implementation": None}  # `decoding` says whether there is one
 
 
 def generated(parts: Parts, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:

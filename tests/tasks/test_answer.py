@@ -284,3 +284,13 @@ def test_a_prompt_leaves_space_for_what_is_said_behind_it(folder):
         task.texts(samples(candidates=False), True)
     with pytest.raises(DataError, match="a prompt of 6 tokens leaves no room for 62 more"):
         task.generate(Batch(samples(), pictures(FEATURES)))
+
+
+def test_what_a_model_says_of_caches_does_not_act(folder, tmp_path):
+    asked = [replace(s, prompt="thing is a") for s in opened(["red"] * 6)]
+    batch = Batch(asked, pictures(torch.cat([FEATURES, -FEATURES])))
+    expected = make(folder, max_new_tokens=4).generate(batch)
+    for setting in ({"use_cache": False}, {"cache_implementation": "dynamic"}):
+        task = make(folder, tmp_path, max_new_tokens=4)
+        task.parts.text.model.generation_config.update(**setting)
+        assert task.generate(batch) == expected

@@ -94,7 +94,8 @@ def longest(samples: Sequence[Any], tokens: Callable[[Sequence[Any]], int], coun
 
 def largest_batch(samples: Sequence[Any], tokens: Callable[[Sequence[Any]], int], size: int) -> Sequence[Any]:
     """Of the batches in which ``samples`` are scored, of many of some, the one of most tokens."""
-    starts = limit(range(0, len(samples), size), max(1, LOOKED_AT // size))
+    every = range(0, len(samples), size)
+    starts = {*limit(every, max(1, LOOKED_AT // size)), *every[-2:]}  # the longest may stand last, the last one be short
     return max((samples[start : start + size] for start in starts), key=tokens)
 
 
