@@ -111,33 +111,3 @@ def test_the_answers_likelihood_is_the_same_every_way(name, precision, monkeypat
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
     chunked = text.is_plain_head(model)
     assert [tuple(shape) for shape in read] == [(4, 67), (4,) if chunked else (4, 67), (4,) if chunked else (4, 67)]
-
-
-@pytest.mark.parametrize(("name", "precision"), [("llama", "none"), ("llama", "int8"), ("gemma2", "none")])
-def test_texts_are_begun_and_gone_on_from_as_they_are_read_whole(name, precision):
-    """Of two texts of other lengths, one of which three answers follow, the first and the second token behind each."""
-    model = tiny(name, dtype=torch.float32)  # of float64 Gemma 2 makes NaN where a whole row is hidden
-    backbone = text.TextBackbone(model, None)
-    if precision != "none":
-        quant.quantise(model, precision, embedding=True)
-    ids, mask = backbone.pad([[5, 6, 7, 8], [9, 10]], side="left")
-    rows, firsts, seconds = torch.tensor([1, 0, 1, 1]), torch.tensor([4, 11, 66, 4]), torch.tensor([12, 0, 13, 14])
-    with torch.no_grad():
-        begun, found = backbone.begin(ids, mask, rows, firsts)
-        place = torch.zeros_like(rows)
-        given = (firsts[:, None], torch.ones(4, 1, dtype=torch.long), torch.arange(4), place, seconds)
-        after = backbone.log_likelihood(*given, None, 0, begun.rows(rows))
-        for n, row in enumerate(rows.tolist()):
-            whole = torch.cat([ids[row][mask[row] > 0], firsts[n : n + 1]])[None]
-            expected = model(input_ids=whole).logits[0].double().log_softmax(-1)
-            torch.testing.assert_close(found[n].double(), expected[-2, firsts[n]], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(after[n].double(), expected[-1, seconds[n]], rtol=1e-4, atol=1e-4)
-
-
-def test_what_follows_a_text_is_not_held_for_each_of_its_answers():
-    model = tiny("gemma2", dtype=torch.float32)
-    backbone = text.TextBackbone(model, None)
-    answers = torch.arange(3, 67).repeat(20)
-    with torch.no_grad(), Tracked() as found:
-        backbone.begin(*backbone.pad([[5, 6], [7, 8]], side="left"), answers % 2, answers)
-    assert found.peak < 4 * 67 * len(answers) / 2

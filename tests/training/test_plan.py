@@ -20,6 +20,7 @@ from mitrain.training import schema
 from mitrain.training.build import resolved
 from mitrain.training.engine import ZeroConfig
 from mitrain.training.plan import PlanRequest, machine_of, plan, tracing
+from mitrain.training.plan.batch import largest_batch
 from mitrain.training.plan.plan import HEAP, largest, measured
 from mitrain.training.plan.tracing import own_operators, traced
 from mitrain.training.plan.traffic import gathered, traffic
@@ -208,6 +209,14 @@ class Stepped:
     @property
     def traced(self):
         return self.step(self.share)
+
+
+@pytest.mark.parametrize("count", [30_000, 30_000 + 7])
+def test_the_longest_samples_are_found_behind_many_others(count):
+    """In the order in which they are scored the longest ones come last, of a batch that may be short."""
+    lengths = [10] * (count - 32) + [500] * 32
+    found = largest_batch(lengths, sum, 32)
+    assert sum(found) >= 500 * 16
 
 
 def test_the_largest_batch_follows_from_what_lives_at_each_moment():
