@@ -211,7 +211,7 @@ class Stepped:
         return self.step(self.share)
 
 
-@pytest.mark.parametrize("count", [32 * 937, 32 * 937 + 1])
+@pytest.mark.parametrize("count", [32 * 2000, 32 * 2000 + 1])
 def test_the_longest_samples_are_found_behind_many_others(count):
     """In the order in which they are scored the longest ones come last, of a batch that may be short."""
     lengths = [10] * (count - 32) + [500] * 32
