@@ -460,7 +460,9 @@ def checked_precision(quantize: str, embedding: bool, config: PretrainedConfig, 
 
 
 def is_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits are the linear head's output as it is: no cap and no factor in the configuration."""
-    settings = model.config.get_text_config().to_dict()
+    """Whether the logits are what a linear head makes of the last hidden states: no cap and no factor in the configuration,
+    and the head is the model's own child, not the last layer of another one, as BERT's behind its transform."""
+    settings, head = model.config.get_text_config().to_dict(), model.get_output_embeddings()
     changes = [value for name, value in settings.items() if "logit" in name and value not in (None, False, 1)]
-    return not changes and isinstance(model.get_output_embeddings(), nn.Linear | quant.FrozenLinear)
+    alone = any(child is head for child in model.children())
+    return not changes and alone and isinstance(head, nn.Linear | quant.FrozenLinear)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny
+from tiny import COMMON, tiny
 from torch import nn
 from tracked import Tracked
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mitrain.core.errors import ModelError
 from mitrain.models import quant, text
@@ -111,3 +112,15 @@ def test_the_answers_likelihood_is_the_same_every_way(name, precision, monkeypat
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
     chunked = text.is_plain_head(model)
     assert [tuple(shape) for shape in read] == [(4, 67), (4,) if chunked else (4, 67), (4,) if chunked else (4, 67)]
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_what_stands_between_the_last_states_and_the_heads_matrix_is_not_skipped(kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**COMMON, "is_decoder": True})).eval()
+    ids, rows, positions = torch.arange(5, 13).view(2, 4), torch.tensor([0, 1]), torch.tensor([2, 3])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[rows, positions].log_softmax(-1)[range(2), [4, 66]]
+        given = (ids, torch.ones_like(ids), rows, positions, torch.tensor([4, 66]))
+        found = text.TextBackbone(model, None).log_likelihood(*given)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
