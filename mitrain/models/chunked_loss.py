@@ -1,9 +1,11 @@
 """Cross-entropy of a frozen head over a large vocabulary, a part of the vocabulary at a time.
 
     loss_n = log Σ_v exp(h · w_v + b_v) − (h · w_y + b_y),    y = label_n, h = h_n, or h_row(n) where labels share some
+    d loss_n / d h = Σ_v p_v w_v − w_y,                       p_v = exp(h · w_v + b_v) / Σ
 
-The sum runs over parts with a running maximum, so no (N, V) logits exist; the backward pass makes each part's logits
-again. Shapes: N positions, n labels (N of them, each of its own position, without ``rows``), D hidden width, V vocabulary.
+Both sums run over parts with a running maximum, in one pass, as attention's softmax does in FlashAttention (arXiv
+2205.14135): no (N, V) logits exist, and each is made once. The head is frozen, so that its own gradient is not asked for.
+Shapes: N positions, n labels (N of them, each of its own position, without ``rows``), D hidden width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from mitrain.core.errors import ModelError
 from mitrain.models.quant import FrozenLinear
 from mitrain.models.quant.weights import Weight, compute_dtype
 
-CHUNK = 8192
+CHUNK = 4096
 IGNORED = -100
 
 
@@ -57,37 +59,40 @@ class Head:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """hidden (N, D), labels (n,), their positions rows (n,) → (n,) losses; keeps these and log-sums (N,) for backward."""
+    """hidden (N, D), labels (n,), their positions rows (n,) → (n,) losses; keeps their slopes (n, D) for backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, rows: Tensor, head: Head) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide, slopes = torch.promote_types(hidden.dtype, torch.float32), ctx.needs_input_grad[0]
         largest = torch.full(hidden.shape[:1], -torch.inf, dtype=wide, device=hidden.device)
         total, picked = torch.zeros_like(largest), torch.zeros(labels.shape, dtype=wide, device=hidden.device)
-        for start, _, logits in head.parts(hidden):
+        if slopes:
+            mean, own = torch.zeros_like(hidden, dtype=wide), picked.new_zeros(len(labels), hidden.shape[1])
+        for start, weights, logits in head.parts(hidden):
             here, column = inside(labels, start, logits.shape[1])
             picked += torch.where(here, logits[rows, column], 0)
             new = torch.maximum(largest, logits.amax(1))
-            total = total * (largest - new).exp() + logits.sub_(new[:, None]).exp_().sum(1)
-            largest = new
-        log_sum = largest + total.log()
-        ctx.head = head
-        ctx.save_for_backward(hidden, labels, rows, log_sum)
-        return torch.where(labels == IGNORED, 0, log_sum[rows] - picked)
+            shrunk, shares = (largest - new).exp(), logits.sub_(new[:, None]).exp_()
+            total, largest = total * shrunk + shares.sum(1), new
+            if slopes:
+                mean = mean * shrunk[:, None] + shares.to(weights.dtype) @ weights
+                own += torch.where(here[:, None], weights[column], 0)
+        log_sum, counts = largest + total.log(), labels != IGNORED
+        if slopes:
+            ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+            ctx.save_for_backward(rows, torch.where(counts[:, None], (mean / total[:, None])[rows] - own, 0))
+        return torch.where(counts, log_sum[rows] - picked, 0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        hidden, labels, rows, log_sum = ctx.saved_tensors
-        grad = torch.where(labels == IGNORED, 0, grad)
-        of_rows = torch.zeros_like(log_sum).index_add_(0, rows, grad)
-        out = torch.zeros(hidden.shape, dtype=log_sum.dtype, device=hidden.device)
-        for start, weights, logits in ctx.head.parts(hidden):
-            slope = logits.sub_(log_sum[:, None]).exp_().mul_(of_rows[:, None])
-            here, column = inside(labels, start, slope.shape[1])
-            slope.index_put_((rows, column), torch.where(here, -grad, 0), accumulate=True)
-            out += slope.to(weights.dtype) @ weights
-        return out.to(hidden.dtype), None, None, None
+        rows, slopes = ctx.saved_tensors
+        return slopes.new_zeros(ctx.shape).index_add_(0, rows, grad[:, None] * slopes).to(ctx.dtype), None, None, None
+
+
+def is_trained(head: nn.Module) -> bool:
+    """Whether its own gradient is asked for, as full fine-tuning does where the head's matrix is that of the embeddings."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
 
 
 def inside(labels: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
@@ -105,7 +110,7 @@ def chunked_cross_entropy(
     ``rows`` (n,): the position of each label, where several share one, whose logits are made once. At most ``chunk`` tokens'
     logits exist at a time. It runs as a call of ``head``, so that hooks which bring the head's weights (ZeRO-3) find it.
     """
-    if not isinstance(head, nn.Linear | FrozenLinear) or any(p.requires_grad for p in head.parameters()):
+    if not isinstance(head, nn.Linear | FrozenLinear) or is_trained(head):
         raise ModelError(f"the chunked loss needs a frozen linear head, not {type(head).__name__}: freeze it")
 
     def loss(hidden: Tensor) -> Tensor:

@@ -31,16 +31,15 @@ from mitrain.core import dist
 from mitrain.core.errors import ConfigError, DataError, ModelError
 from mitrain.models import blip, frozen, layouts, loading, quant, release, stream
 from mitrain.models.begun import Begun, places_of
-from mitrain.models.chunked_loss import called_as, chunked_cross_entropy
+from mitrain.models.chunked_loss import called_as, chunked_cross_entropy, is_trained
 from mitrain.models.digests import frozen_digest, settings_of, tokenizer_of, weights_of
+from mitrain.models.reading import only_read
 from mitrain.models.stream import Shard, Unread
 from mitrain.models.tokens import WHOLE, TextOrTurns, Tokens, last_of
 
 log = logging.getLogger(__name__)
 
 PROBE = "The picture shows a thing that lies on the left of another."
-LARGE_LOGITS = 2**28
-"""Bytes of fp32 logits from which on the loss runs over parts of the vocabulary."""
 UNKNOWN = 0.2
 """The share of unknown tokens from which on a tokenizer was made for other texts."""
 
@@ -364,8 +363,8 @@ class TextBackbone:
     def log_likelihood(self, ids: Tensor, mask: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, *more) -> Tensor:
         """(n,) float: log p of the tokens ``targets`` at ``positions`` of the texts ``rows``, all (n,).
 
-        The head runs at these positions alone. Logits of more than `LARGE_LOGITS` bytes are never held whole,
-        nor any without gradients; smaller ones cost one product with them, not two. ``more`` as of `hidden`.
+        The head runs at these positions alone, and a plain frozen one over a part of its vocabulary at a time. ``more`` as
+        of `hidden`.
         """
         return self._picked(ids, mask, (rows, positions), None, targets, *more)[0]
 
@@ -375,15 +374,17 @@ class TextBackbone:
         """(n,) log p of ``targets``, each at its one of ``places`` (at ``which``, if they share some); and what the model
         keeps of the texts."""
         head = self.model.get_output_embeddings()
-        large = 4 * len(targets) * head.out_features > LARGE_LOGITS or not torch.is_grad_enabled()
-        if large and is_plain_head(self.model):
-            out = self._run(self.model.base_model, ids, mask, *more)
-            loss = chunked_cross_entropy(out.last_hidden_state[places], head, targets, rows=which)
-            return -loss, getattr(out, "past_key_values", None)
-        whole = head.forward
-        with called_as(head, lambda hidden: whole(hidden[places])):
-            out = self._run(self.model, ids, mask, *more)
-        logits, cache = out.logits.float(), getattr(out, "past_key_values", None)
+        plain, whole = is_plain_head(self.model) and not is_trained(head), head.forward
+        with only_read(ids, places):
+            if plain:
+                out = self._run(self.model.base_model, ids, mask, *more)
+            else:
+                with called_as(head, lambda hidden: whole(hidden[places])):
+                    out = self._run(self.model, ids, mask, *more)
+        cache = getattr(out, "past_key_values", None)
+        if plain:
+            return -chunked_cross_entropy(out.last_hidden_state[places], head, targets, rows=which), cache
+        logits = out.logits.float()
         if which is None:
             return -F.cross_entropy(logits, targets, reduction="none"), cache
         return logits.log_softmax(-1)[which, targets], cache

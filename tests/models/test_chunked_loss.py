@@ -93,25 +93,45 @@ def test_capped_logits_keep_the_models_own_way(name, plain):
 
 
 @pytest.mark.parametrize(("name", "precision"), [("llama", "none"), ("llama", "int8"), ("gemma2", "none")])
-def test_the_answers_likelihood_is_the_same_every_way(name, precision, monkeypatch):
-    """With gradients, without, and a part of the vocabulary at a time: what the whole logits say. The head reads no other
-    positions."""
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_answers_likelihood_is_what_the_whole_logits_say(name, precision, grad):
+    """The head reads no other positions."""
     model = tiny(name, dtype=torch.float64)
     backbone = text.TextBackbone(model, None)
     if precision != "none":
         quant.quantise(model, precision, embedding=True)
+    given, expected = asked_of(model)
+    read = []
+    model.get_output_embeddings().register_forward_hook(lambda head, given, out: read.append(out.shape))
+    with torch.set_grad_enabled(grad):
+        found = backbone.log_likelihood(*given)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    assert [tuple(shape) for shape in read] == [(4,) if text.is_plain_head(model) else (4, 67)]
+
+
+def test_a_head_that_is_trained_gets_its_gradient():
+    """As in full fine-tuning, where it is the matrix of the embeddings."""
+    model = tiny("llama", dtype=torch.float64)
+    backbone, head = text.TextBackbone(model, None), model.get_output_embeddings().requires_grad_(True)
+    given, expected = asked_of(model)
+    expected.sum().backward()
+    wanted, head.weight.grad = head.weight.grad, None
+    found = backbone.log_likelihood(*given)
+    found.sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head.weight.grad, wanted, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            text.TextBackbone(model, None).log_likelihood(*given), found.double(), rtol=1e-5, atol=1e-5
+        )
+
+
+def asked_of(model):
+    """What `log_likelihood` is asked, and what the model's own logits answer."""
     ids = torch.randint(3, 60, (3, 8), generator=torch.Generator().manual_seed(0))
     rows, positions, targets = torch.tensor([0, 0, 1, 2]), torch.tensor([5, 6, 3, 6]), torch.tensor([4, 9, 66, 0])
-    mask, read = torch.ones_like(ids), []
-    expected = model(input_ids=ids, attention_mask=mask).logits[rows, positions].log_softmax(-1)[range(4), targets]
-    model.get_output_embeddings().register_forward_hook(lambda head, given, out: read.append(out.shape))
-    for limit, grad in ((text.LARGE_LOGITS, True), (text.LARGE_LOGITS, False), (0, True)):
-        monkeypatch.setattr(text, "LARGE_LOGITS", limit)
-        with torch.set_grad_enabled(grad):
-            found = backbone.log_likelihood(ids, mask, rows, positions, targets)
-        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
-    chunked = text.is_plain_head(model)
-    assert [tuple(shape) for shape in read] == [(4, 67), (4,) if chunked else (4, 67), (4,) if chunked else (4, 67)]
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[rows, positions]
+    return (ids, torch.ones_like(ids), rows, positions, targets), logits.log_softmax(-1)[range(4), targets]
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

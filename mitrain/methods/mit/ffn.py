@@ -20,21 +20,33 @@ from mitrain.models import layouts, loading
 
 Factor = Callable[[], Tensor | None]
 """f of the running forward pass, (B, d_ff); None where nothing is bound."""
+Read = Callable[[], Tensor | None]
+"""Whose outputs are read, (B, T) bool; None where all may be."""
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class InfusedFeedForward(nn.Module):
-    """Stands in a layer for its SiLU-gated ``block``, whose projections, hooks and attributes it shares by name."""
+    """Stands in a layer for its SiLU-gated ``block``, whose projections, hooks and attributes it shares by name.
 
-    def __init__(self, block: nn.Module, factor: Factor, backend: str = "auto"):
+    What is not ``read`` is zero.
+    """
+
+    def __init__(self, block: nn.Module, factor: Factor, backend: str = "auto", read: Read = lambda: None):
         super().__init__()
         self.__dict__.update(block.__dict__)  # the block's own dictionaries of submodules and hooks, not copies
-        self.__dict__.update(_block=block, _factor=factor, _backend=backend)
+        self.__dict__.update(_block=block, _factor=factor, _backend=backend, _read=read)
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = self._factor()
+        factor, read = self._factor(), self._read()
         if factor is None:
             return self._block.forward(x)
+        if read is None or read.shape != x.shape[:-1]:
+            return self._infused(x, factor)
+        places = read.to(x.device).nonzero(as_tuple=True)  # each once, so that gradients count once
+        found = self._infused(x[places], factor[places[0].to(factor.device)])
+        return torch.zeros_like(x).index_put(places, found)
+
+    def _infused(self, x: Tensor, factor: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         shape = (len(factor), -1, gate.shape[-1])
         hidden = infused_swiglu(gate.reshape(shape), up.reshape(shape), factor.to(gate.device), backend=self._backend)
@@ -42,15 +54,21 @@ class InfusedFeedForward(nn.Module):
 
 
 def infuse(
-    layer: nn.Module, projection: nn.Module, factor: Factor, dtype: torch.dtype, backend: str = "auto"
+    layer: nn.Module,
+    projection: nn.Module,
+    factor: Factor,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    read: Read = lambda: None,
 ) -> Callable[[], None]:
     """Multiply what enters ``projection``, the last of ``layer``'s feed-forward, by ``factor()``; returns the undoing.
 
-    dtype: of the model's activations. backend: of infused attention; the feed-forward's follows.
+    dtype: of the model's activations. backend: of infused attention; the feed-forward's follows. read: what a fused one
+    may leave out.
     """
     for name, block in layouts.feed_forward_blocks(layer):
         if name and getattr(block, "down_proj", None) is projection and is_swiglu(block, dtype):
-            setattr(layer, name, InfusedFeedForward(block, factor, feed_forward_backend(backend)))
+            setattr(layer, name, InfusedFeedForward(block, factor, feed_forward_backend(backend), read))
             return lambda: setattr(layer, name, block)
 
     def multiply(module: nn.Module, args: tuple) -> tuple | None:

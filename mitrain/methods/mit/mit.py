@@ -31,6 +31,7 @@ from mitrain.methods.mit.maps import LayerInfusion, attention_maps, inputs_of
 from mitrain.methods.selection import select_layers
 from mitrain.models import loading
 from mitrain.models.layouts import CACHES, projections
+from mitrain.models.reading import READ
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class PassState:
     inputs: dict[str, Tensor]
     present: dict[str, Tensor]
     padding: Tensor | None
+    read: Tensor | None
     versions: tuple[int, ...]
 
 
@@ -114,7 +116,8 @@ class MiT(BoundFeatures):
             self._undo.callback(point.attention.register_forward_hook(check_used, with_kwargs=True).remove)
             if point.projection is not None:
                 layer, factor = decoder.layers[point.index], partial(self._ffn_factor, point.index)
-                self._undo.callback(ffn.infuse(layer, point.projection, factor, decoder.model.dtype, self._backend))
+                read = self._read if point.index == len(decoder.layers) - 1 else lambda: None
+                self._undo.callback(ffn.infuse(layer, point.projection, factor, decoder.model.dtype, self._backend, read))
         self._decoder = decoder
         self._undo.callback(self.set_checkpointing, False)
         self.set_checkpointing(self._checkpoint)
@@ -217,7 +220,7 @@ class MiT(BoundFeatures):
         padding = given.get("attention_mask")
         padding = None if padding is None else padding.to(torch.bool)
         versions = () if torch.is_grad_enabled() else tuple(map(version, self.parameters()))
-        self._call = PassState(condition, inputs, present, padding, versions)
+        self._call = PassState(condition, inputs, present, padding, READ.get(), versions)
         if self._checkpointing and torch.is_grad_enabled():
             return args, {**kwargs, "use_cache": False}
         return None
@@ -274,6 +277,9 @@ class MiT(BoundFeatures):
 
     def _ffn_factor(self, index: int) -> Tensor | None:
         return None if self._call is None else self._recall(self._call, index, "ffn")
+
+    def _read(self) -> Tensor | None:
+        return None if self._call is None else self._call.read
 
 
 def version(parameter: nn.Parameter) -> int:
