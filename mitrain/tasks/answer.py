@@ -114,8 +114,10 @@ class AnswerTask(LanguageTask):
     def candidate_scores(self, batch: Batch) -> list[Tensor]:
         """For each sample the log-likelihood of each answer that it is `offered`."""
         offered = [self.offered(s) for s in batch.samples]
-        pairs = [(self.words(s), c) for s, names in zip(batch.samples, offered, strict=True) for c in names]
-        owner = [i for i, names in enumerate(offered) for _ in names] or [0]
+        shown = [None if batch.inputs is None else i for i in range(len(offered))]
+        asked = [(shown[i], self.words(s), c) for i, s in enumerate(batch.samples) for c in offered[i]]
+        places = {one: place for place, one in enumerate(dict.fromkeys(asked))}  # what was asked before is not scored again
+        pairs, owner = [(words, c) for _, words, c in places], [i or 0 for i, *_ in places] or [0]
         begun = self.beginnings(pairs, batch.inputs, owner, SCORE_ROWS) if pairs else None
         spare = [self.pair(batch.samples[0])]  # for a rank that only keeps the others company
         scores = torch.zeros(len(pairs), dtype=torch.float64)
@@ -130,7 +132,7 @@ class AnswerTask(LanguageTask):
                 found = [torch.cat(both) for both in zip(begun[2][part].split(1), found, strict=True)]
             for i, tokens in zip(part, found, strict=True) if own else ():
                 scores[i] = tokens.double().mean() if self.config.normalize else tokens.double().sum()
-        return list(scores.split([len(names) for names in offered]))
+        return list(scores[[places[one] for one in asked]].split([len(names) for names in offered]))
 
     def generate(self, batch: Batch) -> list[str]:
         """What the model says of each sample on its own."""

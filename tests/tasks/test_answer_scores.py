@@ -87,6 +87,21 @@ def test_scores_are_summed_in_float64_and_without_a_picture_too(folder):
     assert count.dtype == torch.float64 and total.requires_grad and not blind.requires_grad
 
 
+@pytest.mark.parametrize("begins", [True, False])
+def test_without_a_picture_what_was_asked_before_is_not_scored_again(folder, begins, monkeypatch):
+    task, seen = make(folder), []
+    task.begins = begins
+    alone = [scores for sample in samples() for scores in task.candidate_scores(Batch([sample], None))]
+    whole = task.log_likelihood
+    monkeypatch.setattr(task, "log_likelihood", lambda pairs, *more: seen.extend(pairs) or whole(pairs, *more))
+    found = task.candidate_scores(Batch([*samples(), *samples()], None))
+    assert sorted(seen) == sorted({(s.prompt, c) for s in samples() for c in s.candidates})
+    assert [scores.tolist() for scores in found] == [pytest.approx(scores.tolist(), abs=2e-6) for scores in [*alone, *alone]]
+    seen.clear()
+    task.candidate_scores(Batch([*samples(), *samples()], pictures(torch.cat([FEATURES, FEATURES.flip(0)]))))
+    assert len(seen) == 2 * sum(len(s.candidates) for s in samples())
+
+
 def test_a_prediction_says_what_it_is_of(folder):
     sample = AnswerSample("7", {"image": "7.png"}, "is this red", "no", ("yes", "no", "perhaps"), "kind", "thing")
     task, score = make(folder), torch.tensor([0.25, 1.5, -1.0], dtype=torch.float64)
